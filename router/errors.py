@@ -1,0 +1,57 @@
+"""Everything the router raises on purpose, in one tree.
+
+RouterError                     a fact, and the next step
+├── ConfigError                 a file, key or environment variable is wrong; names it
+│   └── TrafficTargetError      a traffic target does not parse; says where, and shows the grammar
+├── DatabaseError               Postgres refused or could not be reached
+│   └── SchemaError             the schema is not one that can be used or upgraded
+├── LimiterError                the limiter cannot decide
+│   ├── LimiterUnavailable      Redis is away or broken: nothing may be sent
+│   └── PermitDead              a permit's moment has passed unused: ask for another
+├── BackendUnavailable          the Models Backend cannot be reached at all
+└── InputError                  a line, row or argument that a person gave; names it
+
+What a call to a model came to is never an exception but a value: `router.task.CallResult`.
+"""
+
+from __future__ import annotations
+
+
+class RouterError(Exception):
+    """Base of all errors that the router raises on purpose. Its text is meant for people."""
+
+
+class ConfigError(RouterError):
+    """A configuration file, key or environment variable is wrong; the message names it."""
+
+
+class TrafficTargetError(ConfigError, ValueError):
+    """A traffic target does not parse. The message says what, where, and shows the grammar."""
+
+
+class DatabaseError(RouterError):
+    """Postgres refused a statement or could not be reached."""
+
+
+class SchemaError(DatabaseError):
+    """The database's schema cannot be used, or not be upgraded in place."""
+
+
+class LimiterError(RouterError):
+    """The limiter cannot decide; without its permit nothing is sent."""
+
+
+class LimiterUnavailable(LimiterError):  # noqa: N818 - a state of the world, read as one
+    """Redis is away, read-only, out of memory or has lost its memory: nothing may be sent now."""
+
+
+class PermitDead(LimiterError):  # noqa: N818 - the glossary's word
+    """The permit's moment passed before the call could be written to the socket; reserve again."""
+
+
+class BackendUnavailable(RouterError):  # noqa: N818 - a state of the world, read as one
+    """The Models Backend cannot be reached or does not speak the configured protocol."""
+
+
+class InputError(RouterError):
+    """A line, row or argument that a person gave is wrong; the message names it."""

@@ -1,0 +1,54 @@
+"""Real parts for every test: one PostgreSQL and one Redis a session, a fresh database and an empty Redis a test."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import redis.asyncio
+
+from local.postgres import PostgresServer, start_postgres
+from local.redis import RedisServer, start_redis
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
+    server = start_postgres(tmp_path_factory.mktemp("pg") / "data", settings={"fsync": "off"})
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    server = start_redis(tmp_path_factory.mktemp("redis"), arguments=("--enable-debug-command", "yes"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+async def redis_client(redis_server: RedisServer) -> AsyncIterator[redis.asyncio.Redis]:
+    """A client of an empty Redis."""
+    client = redis.asyncio.Redis.from_url(redis_server.url)
+    await client.flushall()
+    yield client
+    await client.aclose()
+
+
+@pytest.fixture
+def empty_database(postgres: PostgresServer) -> str:
+    """The URL of a database that holds nothing."""
+    return postgres.create_database(f"test_{os.getpid()}_{next(_numbers)}")
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """Real data collected beside the checkout; tests that need it skip where it is not."""
+    folder = Path(os.environ.get("ROUTER_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no data folder at {folder}: set ROUTER_SHARED_DATA to measure against real data")
+    return folder
