@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT_USER = "embedded_postgres"  # PostgreSQL refuses to run as root
 LONGEST_SOCKET_FOLDER = 80  # sun_path holds 108 bytes, and PostgreSQL adds its own name
@@ -44,7 +45,7 @@ class PostgresServer:
     def stop(self) -> None:
         """Stop at once but cleanly; connections are ended. Stopping twice is the same as once."""
         pg_ctl = [str(self.binaries / "pg_ctl"), "-D", str(self.data_folder), "-w", "-m", "fast", "stop"]
-        subprocess.run(pg_ctl, user=self.user, capture_output=True, check=False, cwd="/")
+        subprocess.run(pg_ctl, capture_output=True, check=False, cwd="/", **_as_user(self.user))
         if self.socket_folder != self.data_folder:
             shutil.rmtree(self.socket_folder, ignore_errors=True)
 
@@ -82,11 +83,16 @@ def start_postgres(data_folder: Path, *, settings: dict[str, str] | None = None)
 def _must(command: list[str], user: str | None, what: str) -> None:
     # pg_ctl's server inherits our descriptors: a pipe would never close, so output goes to a file.
     with tempfile.TemporaryFile("w+") as output:
-        done = subprocess.run(command, user=user, stdout=output, stderr=output, stdin=subprocess.DEVNULL, check=False,
-                              cwd="/")  # fmt: skip
+        done = subprocess.run(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, check=False, cwd="/",
+                              **_as_user(user))  # fmt: skip
         if done.returncode:
             output.seek(0)
             raise RuntimeError(f"{what} failed: {output.read()}")
+
+
+def _as_user(user: str | None) -> dict[str, Any]:
+    # Without its own group the process would be judged by root's group, which a private folder shuts out.
+    return {} if user is None else {"user": user, "group": pwd.getpwnam(user).pw_gid, "extra_groups": []}
 
 
 def _unprivileged_user(data_folder: Path) -> str:
