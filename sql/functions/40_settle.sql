@@ -1,0 +1,155 @@
+-- Closing a call and its task, in one transaction.
+
+-- What becomes of a call, by its outcome; returned, and kept in model_calls.settlement:
+--   solved      the answer is the task's answer now
+--   kept        the answer is kept, but the task waits for a better one (a rank below the chosen model's)
+--   superseded  an answer of the same or a higher rank was there before
+--   stale       the prompt was edited, set back or deleted since: the answer is for something else
+--   retry       it failed; the task is tried again
+--   failed      it failed, and the task's attempts are used up
+--   late        it failed, and the claim was gone anyhow: nothing to do
+-- The same call settled twice returns what came of it the first time. A call whose row a crash lost is put back
+-- from the last arguments. Never commits asynchronously.
+CREATE OR REPLACE FUNCTION settle_call(
+    p_call_id uuid, p_outcome text, p_answer text DEFAULT NULL,
+    p_prompt_tokens integer DEFAULT NULL, p_completion_tokens integer DEFAULT NULL, p_cost numeric DEFAULT NULL,
+    p_latency_seconds double precision DEFAULT NULL, p_error text DEFAULT NULL, p_counted boolean DEFAULT true,
+    p_task_id bigint DEFAULT NULL, p_model text DEFAULT NULL, p_prompt_version integer DEFAULT NULL,
+    p_reserved_tokens integer DEFAULT 0)
+RETURNS text
+LANGUAGE plpgsql AS $$
+DECLARE
+    call model_calls;
+    settled text;
+    newly boolean;
+    held boolean := false;
+    gone record;
+BEGIN
+    IF current_setting('synchronous_commit') = 'off' THEN
+        PERFORM set_config('synchronous_commit', 'on', true);
+    END IF;
+    SELECT * INTO call FROM model_calls c WHERE c.call_id = p_call_id;
+    IF NOT FOUND THEN
+        IF p_task_id IS NULL OR p_model IS NULL THEN
+            RAISE EXCEPTION 'call % is not in the log, and without its task and model it cannot be put back', p_call_id
+                USING ERRCODE = 'RT002';
+        END IF;
+        INSERT INTO model_calls (call_id, task_id, prompt_version, model, reserved_tokens)
+        VALUES (p_call_id, p_task_id, coalesce(p_prompt_version, 1), p_model, p_reserved_tokens)
+        ON CONFLICT DO NOTHING;
+        SELECT * INTO call FROM model_calls c WHERE c.call_id = p_call_id;
+    END IF;
+    IF call.outcome IS NOT NULL AND (call.outcome <> 'lost' OR p_outcome = 'lost') THEN
+        RETURN call.settlement;
+    END IF;
+
+    IF p_outcome = 'answered' THEN
+        SELECT k.settlement, k.newly_solved INTO settled, newly FROM keep_answer(call, p_answer) AS k;
+        IF settled = 'solved' THEN
+            DELETE FROM queue WHERE task_id = call.task_id RETURNING queue.call_id, queue.category INTO gone;
+            held := FOUND AND gone.call_id = p_call_id;
+            IF FOUND THEN
+                INSERT INTO task_count_deltas (category, unsolved, solved) VALUES (gone.category, -1, 1);
+            ELSIF newly THEN
+                INSERT INTO task_count_deltas (category, solved, failed)
+                VALUES (known_category(call.category), 1, -1);  -- it had failed: only that leaves no queue row
+            END IF;
+        ELSIF settled IN ('superseded', 'stale') THEN
+            held := give_back(call, p_counted => false) IS NOT NULL;
+        END IF;
+    ELSE
+        PERFORM FROM tasks t WHERE t.id = call.task_id FOR NO KEY UPDATE;
+        settled := coalesce(give_back(call, p_counted, p_error, p_outcome), 'late');
+        held := settled <> 'late';
+    END IF;
+
+    UPDATE model_calls c
+       SET finished_at = clock_timestamp(), outcome = p_outcome, settlement = settled,
+           late = (call.role = 'batch' AND NOT held), error = left(p_error, 2000),
+           sent_at = clock_timestamp() - make_interval(secs => p_latency_seconds),
+           latency_seconds = p_latency_seconds, cost = p_cost,
+           prompt_tokens = p_prompt_tokens, completion_tokens = p_completion_tokens,
+           tokens = nullif(coalesce(p_prompt_tokens, 0) + coalesce(p_completion_tokens, 0), 0)
+     WHERE c.call_id = p_call_id AND (c.outcome IS NULL OR (c.outcome = 'lost' AND p_outcome <> 'lost'));
+    IF NOT FOUND THEN
+        SELECT c.settlement INTO settled FROM model_calls c WHERE c.call_id = p_call_id;
+    END IF;
+    RETURN settled;
+END
+$$;
+
+-- The one rule for every answer: it replaces only an answer of lower rank to the same version of the prompt.
+CREATE OR REPLACE FUNCTION keep_answer(
+    p_call model_calls, p_answer text, OUT settlement text, OUT newly_solved boolean)
+LANGUAGE plpgsql AS $$
+DECLARE
+    at timestamptz := clock_timestamp();
+    now_solved boolean;
+    current_version integer;
+BEGIN
+    newly_solved := false;
+    UPDATE tasks t
+       SET answer = p_answer, answered_by = p_call.model, answer_rank = p_call.rank, answer_call_id = p_call.call_id,
+           status = CASE WHEN p_call.rank >= 3 THEN 'solved' ELSE t.status END,
+           category = coalesce(t.category, p_call.category),
+           solved_at = CASE WHEN p_call.rank >= 3 THEN coalesce(t.solved_at, at) ELSE t.solved_at END,
+           failure = CASE WHEN p_call.rank >= 3 THEN NULL ELSE t.failure END
+     WHERE t.id = p_call.task_id AND t.prompt_version = p_call.prompt_version
+       AND coalesce(t.answer_rank, CASE WHEN t.status = 'solved' THEN 3 ELSE 0 END) < p_call.rank
+    RETURNING t.status = 'solved', t.solved_at = at INTO now_solved, newly_solved;
+    IF FOUND THEN
+        settlement := CASE WHEN now_solved THEN 'solved' ELSE 'kept' END;
+        RETURN;
+    END IF;
+    newly_solved := false;
+    SELECT t.prompt_version INTO current_version FROM tasks t WHERE t.id = p_call.task_id;
+    settlement := CASE WHEN current_version = p_call.prompt_version THEN 'superseded' ELSE 'stale' END;
+END
+$$;
+
+-- A claim that brought no answer: try the task again, or end it. NULL if this call does not hold it any more.
+CREATE OR REPLACE FUNCTION give_back(
+    p_call model_calls, p_counted boolean, p_error text DEFAULT NULL, p_outcome text DEFAULT NULL) RETURNS text
+LANGUAGE plpgsql AS $$
+DECLARE
+    held queue;
+BEGIN
+    SELECT * INTO held FROM queue q WHERE q.task_id = p_call.task_id AND q.call_id = p_call.call_id FOR UPDATE;
+    IF NOT FOUND THEN
+        RETURN NULL;
+    END IF;
+    IF NOT p_counted THEN
+        UPDATE queue SET state = 'ready', position = returned_position(position), attempt = greatest(attempt - 1, 0),
+                         call_id = NULL, worker = NULL, claimed_at = NULL
+         WHERE task_id = held.task_id;
+        PERFORM wake_workers();
+        RETURN 'retry';
+    END IF;
+    IF held.attempt >= (SELECT s.max_attempts FROM queue_settings s) THEN
+        UPDATE tasks t
+           SET status = CASE WHEN t.answer_rank >= 2 THEN 'solved' ELSE 'failed' END,
+               solved_at = CASE WHEN t.answer_rank >= 2 THEN clock_timestamp() END,
+               failure = CASE WHEN t.answer_rank >= 2 THEN NULL
+                              ELSE failure_reasons(p_call, p_error, p_outcome) END
+         WHERE t.id = held.task_id;  -- its trigger takes the queue row away and counts
+        RETURN 'failed';
+    END IF;
+    UPDATE queue SET state = 'waiting', wake_at = clock_timestamp() + retry_delay(held.attempt),
+                     position = returned_position(position), call_id = NULL, worker = NULL, claimed_at = NULL
+     WHERE task_id = held.task_id;
+    RETURN 'retry';
+END
+$$;
+
+-- One line a call, the newest first.
+CREATE OR REPLACE FUNCTION failure_reasons(p_call model_calls, p_error text, p_outcome text) RETURNS text
+LANGUAGE sql STABLE AS $$
+    SELECT string_agg(reason, E'\n')
+      FROM (SELECT format('%s: %s%s', model, outcome, coalesce(': ' || error, '')) AS reason
+              FROM (SELECT p_call.model, p_outcome AS outcome, p_error AS error, p_call.call_id
+                    UNION ALL
+                    SELECT c.model, c.outcome, c.error, c.call_id FROM model_calls c
+                     WHERE c.task_id = p_call.task_id AND c.prompt_version = p_call.prompt_version
+                       AND c.call_id <> p_call.call_id AND c.outcome IS NOT NULL AND c.outcome <> 'answered') AS calls
+             ORDER BY call_id DESC LIMIT 10) AS reasons
+$$;

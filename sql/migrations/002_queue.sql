@@ -1,0 +1,83 @@
+-- The queue itself. Why each index is what it is, beside it.
+
+CREATE TABLE categories (
+    name text PRIMARY KEY,
+    is_default boolean NOT NULL DEFAULT false
+);
+CREATE UNIQUE INDEX categories_one_default ON categories (is_default) WHERE is_default;
+
+CREATE TABLE queue_settings (
+    only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
+    max_attempts integer NOT NULL DEFAULT 5 CHECK (max_attempts > 0),
+    retry_base_seconds double precision NOT NULL DEFAULT 1 CHECK (retry_base_seconds > 0),
+    retry_cap_seconds double precision NOT NULL DEFAULT 60 CHECK (retry_cap_seconds > 0),
+    lease_seconds double precision NOT NULL DEFAULT 10 CHECK (lease_seconds > 0),
+    max_prompt_bytes integer NOT NULL DEFAULT 1048576 CHECK (max_prompt_bytes > 0),
+    default_max_tokens integer NOT NULL DEFAULT 512 CHECK (default_max_tokens > 0)
+);
+INSERT INTO queue_settings DEFAULT VALUES;
+
+CREATE TABLE workers (
+    worker text PRIMARY KEY,               -- its own at every start, never used again
+    host text,
+    started_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    lease_until timestamptz NOT NULL,
+    released_at timestamptz                -- its lease was found gone: it may not claim any more
+) WITH (fillfactor = 50);
+
+CREATE SEQUENCE queue_position;            -- must keep CACHE 1: floors rely on later callers getting more
+
+CREATE TABLE queue (
+    task_id bigint PRIMARY KEY,
+    category text NOT NULL,
+    priority smallint NOT NULL CHECK (priority BETWEEN -9 AND 9),
+    position bigint NOT NULL,              -- > 0 fresh, from queue_position; < 0 came back, and goes first
+    state text NOT NULL CHECK (state IN ('ready', 'waiting', 'claimed')),
+    prompt_version integer NOT NULL,
+    attempt integer NOT NULL DEFAULT 0 CHECK (attempt >= 0),
+    wake_at timestamptz,
+    call_id uuid,
+    worker text,
+    claimed_at timestamptz,
+    CHECK ((state = 'claimed') = (call_id IS NOT NULL)),
+    CHECK ((state = 'claimed') = (worker IS NOT NULL)),
+    CHECK ((state = 'waiting') = (wake_at IS NOT NULL))
+) WITH (fillfactor = 60, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
+
+-- Ready rows only: neither delayed retries nor claimed rows stand at its head.
+CREATE INDEX queue_ready ON queue (category, priority, position) WHERE state = 'ready';
+-- A bounded promotion takes the earliest.
+CREATE INDEX queue_waiting ON queue (wake_at) WHERE state = 'waiting';
+-- What a dead worker held, and what is running now.
+CREATE INDEX queue_claimed ON queue (worker) WHERE state = 'claimed';
+
+CREATE TABLE queue_lanes (
+    category text NOT NULL,
+    priority smallint NOT NULL,
+    PRIMARY KEY (category, priority)
+);
+
+-- Written once a row and never updated: under a long snapshot an updated row would grow a chain of versions
+-- that every claim walks; the newest entry of an index is found at once however many are dead behind it.
+CREATE TABLE queue_floors (
+    category text NOT NULL,
+    priority smallint NOT NULL,
+    published boolean NOT NULL,
+    position bigint NOT NULL,
+    witnesses text[] NOT NULL DEFAULT '{}'  -- transactions that may still add below this position
+);
+CREATE INDEX queue_floors_newest ON queue_floors (category, priority, published, position DESC);
+
+-- Backlog in counters: every transaction that moves a task adds a row here, and a fold sums them up.
+CREATE TABLE task_counts (
+    category text PRIMARY KEY,
+    unsolved bigint NOT NULL DEFAULT 0,
+    solved bigint NOT NULL DEFAULT 0,
+    failed bigint NOT NULL DEFAULT 0
+);
+CREATE TABLE task_count_deltas (
+    category text NOT NULL,
+    unsolved bigint NOT NULL DEFAULT 0,
+    solved bigint NOT NULL DEFAULT 0,
+    failed bigint NOT NULL DEFAULT 0
+);
