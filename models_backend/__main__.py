@@ -1,0 +1,123 @@
+"""`python -m models_backend`: the stand-in on one port, in one process."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import uvicorn
+
+from models_backend.app import create_app
+from models_backend.latency import SHAPES
+from models_backend.settings import StandInSettings, provider_from_environment, served_models
+from router.errors import ConfigError, RouterError
+from router.settings import DEFAULT_CONFIG_FOLDER, load_config
+from router.traffic import TrafficTarget
+
+KEEPALIVE_SECONDS = 75
+GRACE_SECONDS = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until SIGINT or SIGTERM; 2 if the command line or the config is wrong."""
+    options = _parser().parse_args(arguments)
+    try:
+        settings = _settings(options, os.environ)
+    except (RouterError, OSError) as error:
+        print(f"models_backend: {error}", file=sys.stderr)  # noqa: T201 - for the person who started it
+        return 2
+    _allow_many_connections()
+    config = uvicorn.Config(
+        create_app(settings), host=options.host, port=options.port, access_log=False, log_level="warning",
+        lifespan="on", ws="none", server_header=False, proxy_headers=False, backlog=4096,
+        timeout_keep_alive=KEEPALIVE_SECONDS, timeout_graceful_shutdown=GRACE_SECONDS,
+    )  # fmt: skip
+    uvicorn.Server(config).run()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m models_backend", description=__doc__)
+    add = parser.add_argument
+    add("--host", default="127.0.0.1")
+    add("--port", type=int, default=8100)
+    add("--models", type=Path, default=DEFAULT_CONFIG_FOLDER / "models.yaml", help="the router's models.yaml")
+    add(
+        "--also",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="serve one more model, free of charge; repeatable",
+    )
+    add("--time-scale", type=float, default=1.0, metavar="S", help="divide latencies, and nothing else, by S")
+    add("--latency", default="profile", metavar="SHAPE", help=f"one shape for all models: {SHAPES}")
+    add("--seed", type=int, default=0, help="another seed draws other latencies and other bad answers")
+    add(
+        "--quota",
+        action="append",
+        default=[],
+        metavar="MODEL=TARGET",
+        help='e.g. "phi-4=120/min, 4/s"; repeatable',
+    )
+    add(
+        "--references",
+        type=Path,
+        metavar="FILE",
+        help='JSON lines {"prompt", "reference"} that good answers state',
+    )
+    add("--arrival-log", type=Path, metavar="FILE", help="append each call that ended as a JSON line")
+    return parser
+
+
+def _settings(options: argparse.Namespace, environment: Mapping[str, str]) -> StandInSettings:
+    if options.models.name != "models.yaml":
+        raise ConfigError(f"--models {options.models} must name a models.yaml")
+    served = served_models(load_config(options.models.parent), tuple(options.also))
+    provider = provider_from_environment(environment, served)
+    if provider is not None:
+        served = served_models(load_config(options.models.parent), (*options.also, *provider.models))
+    return StandInSettings(
+        models=served,
+        time_scale=options.time_scale,
+        seed=options.seed,
+        latency=options.latency,
+        quotas=dict(_quota(line) for line in options.quota),
+        references=_references(options.references),
+        arrival_log=options.arrival_log,
+        provider=provider,
+    )
+
+
+def _quota(line: str) -> tuple[str, TrafficTarget]:
+    model, equals, target = line.partition("=")
+    if not equals:
+        raise ConfigError(f'--quota {line!r} must read MODEL=TARGET, e.g. "phi-4=120/min, 4/s"')
+    return model.strip(), TrafficTarget.parse(target.strip())
+
+
+def _references(path: Path | None) -> dict[str, str]:
+    if path is None:
+        return {}
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return {str(row["prompt"]): str(row["reference"]) for row in rows}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f'{path}: each line must read {{"prompt": ..., "reference": ...}}: {error}'
+        ) from error
+
+
+def _allow_many_connections() -> None:
+    """Thousands of calls hang here at once, and each is an open file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

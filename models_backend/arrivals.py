@@ -1,0 +1,123 @@
+"""What arrived at the door, when, and what came of it: counted, and written as JSON lines for a judge."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter, deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+FLUSH_SECONDS = 0.2
+RECENT = 100_000
+
+
+class Arrival(NamedTuple):
+    """One call that ended. Times are seconds of the machine's monotonic clock.
+
+    `ended_at` is taken before the answer's last byte leaves: whoever has the answer may send the next call.
+    """
+
+    at: float
+    ended_at: float
+    model: str | None
+    request_id: str | None
+    tokens_reserved: int | None
+    tokens_used: int
+    status: int
+
+
+class Arrivals:
+    """Counts and keeps arrivals; `writing()` appends them to the log file, away from the event loop."""
+
+    def __init__(self, log: Path | None = None) -> None:
+        self._log = log
+        self._file: IO[str] | None = None
+        self._unwritten: list[Arrival] = []
+        self._recent: deque[Arrival] = deque(maxlen=RECENT)
+        self._statuses: Counter[tuple[str, int]] = Counter()
+        self.arrived = 0
+        self.ended = 0
+
+    def begin(self) -> None:
+        """Count a call that has come in."""
+        self.arrived += 1
+
+    def end(self, arrival: Arrival) -> None:
+        """Keep a call that has ended."""
+        self.ended += 1
+        self._statuses[arrival.model or "", arrival.status] += 1
+        self._recent.append(arrival)
+        if self._file is not None:
+            self._unwritten.append(arrival)
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """How many calls of each model ended with each status; '' is a call that named no model."""
+        found: dict[str, dict[str, int]] = {}
+        for (model, status), number in sorted(self._statuses.items()):
+            found.setdefault(model, {})[str(status)] = number
+        return found
+
+    def since(self, number: int, limit: int) -> tuple[int, list[Arrival]]:
+        """Up to `limit` calls from the `number`-th that ended on, and the number to go on from.
+
+        Only the last 100,000 are kept; what was dropped is left out.
+        """
+        oldest = self.ended - len(self._recent)
+        start = max(number - oldest, 0)
+        rows = list(islice(self._recent, start, start + limit))
+        return oldest + start + len(rows), rows
+
+    @asynccontextmanager
+    async def writing(self) -> AsyncIterator[None]:
+        """Write the log while inside: at least every 0.25 s, and the rest on leaving."""
+        if self._log is None:
+            yield
+            return
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._log.open("a", encoding="utf-8")
+        writer = asyncio.create_task(self._write_on(), name="arrival-log")
+        try:
+            yield
+        finally:
+            writer.cancel()
+            with suppress(asyncio.CancelledError):
+                await writer
+            self.close()
+
+    def close(self) -> None:
+        """Write what is left and close the file; closing twice is the same as once."""
+        if self._file is not None:
+            self._write(self._taken())
+            self._file.close()
+            self._file = None
+
+    async def _write_on(self) -> None:
+        while True:
+            await asyncio.sleep(FLUSH_SECONDS)
+            rows = self._taken()
+            if rows:
+                # Shielded, so that a shutdown in the middle of a write cannot cut a line in two.
+                writing = asyncio.ensure_future(asyncio.to_thread(self._write, rows))
+                try:
+                    await asyncio.shield(writing)
+                except asyncio.CancelledError:
+                    await writing
+                    raise
+
+    def _taken(self) -> list[Arrival]:
+        rows, self._unwritten = self._unwritten, []
+        return rows
+
+    def _write(self, rows: list[Arrival]) -> None:
+        if self._file is not None:
+            self._file.write("".join(json.dumps(as_document(row)) + "\n" for row in rows))
+            self._file.flush()
+
+
+def as_document(arrival: Arrival) -> dict[str, Any]:
+    """The arrival as one line of the log."""
+    return arrival._asdict()

@@ -1,0 +1,207 @@
+"""One call's life in the stand-in: read, admitted, struck by a fault or answered after its latency."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import itertools
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from models_backend.answers import compose_answer, token_count
+from models_backend.faults import FaultOrder, Faults
+from models_backend.latency import latency_seconds
+from models_backend.provider import Provider, ProviderRefusal
+from models_backend.quota import Quotas
+from models_backend.settings import ServedModel, StandInSettings
+
+DEFAULT_MAX_TOKENS = 512
+LARGEST_MAX_TOKENS = 1_000_000
+
+
+class Manner(enum.Enum):
+    """How a reply is given."""
+
+    PLAIN = enum.auto()
+    HANG = enum.auto()  # never
+    DRIP = enum.auto()  # byte by byte
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One prompt for one model, read and checked."""
+
+    model: str
+    prompt: str
+    max_tokens: int = DEFAULT_MAX_TOKENS
+    request_id: str | None = None
+    tokens_reserved: int | None = None
+    category: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What goes back. `body` is JSON unless a fault made it garbage."""
+
+    status: int
+    body: bytes
+    headers: dict[str, str] = field(default_factory=dict)
+    tokens_used: int = 0
+    manner: Manner = Manner.PLAIN
+
+
+class BadCall(Exception):  # noqa: N818 - what the client sent, not what we did
+    """The request cannot be read; carries the reply."""
+
+    def __init__(self, status: int, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.reply = refusal(status, kind, message)
+
+
+def refusal(status: int, kind: str, message: str, retry_after: object = None) -> Reply:
+    """A reply that says what is wrong, as `{"error": {"type", "message"}}`."""
+    headers = {} if retry_after is None else {"retry-after": str(retry_after)}
+    return Reply(status, json.dumps({"error": {"type": kind, "message": message}}).encode(), headers)
+
+
+def read_json(content: bytes) -> Any:
+    """The body's JSON, or BadCall 422."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise BadCall(422, "bad_body", f"the body is not JSON: {error}") from error
+
+
+def read_call(document: Any) -> Call:
+    """The call that the document describes; BadCall 422 names the key that is wrong."""
+    if not isinstance(document, dict):
+        raise BadCall(422, "bad_body", "the body must be a JSON object with model and prompt")
+    max_tokens = _whole(document, "max_tokens", 1)
+    return Call(
+        model=_text(document, "model") or _missing("model"),
+        prompt=_text(document, "prompt") or _missing("prompt"),
+        max_tokens=DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
+        request_id=_text(document, "request_id"),
+        tokens_reserved=_whole(document, "tokens_reserved", 0),
+        category=_text(document, "category"),
+    )
+
+
+def _text(document: dict[str, Any], key: str) -> str | None:
+    value = document.get(key)
+    if value is not None and not isinstance(value, str):
+        raise BadCall(422, "bad_body", f"{key} must be a text")
+    return value
+
+
+def _whole(document: dict[str, Any], key: str, least: int) -> int | None:
+    value = document.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= LARGEST_MAX_TOKENS:
+        raise BadCall(422, "bad_body", f"{key} must be a whole number from {least} to {LARGEST_MAX_TOKENS}")
+    return value
+
+
+def _missing(key: str) -> str:
+    raise BadCall(422, "bad_body", f"{key} is missing or empty")
+
+
+class Desk:
+    """Answers calls; knows nothing of HTTP beyond status and headers."""
+
+    def __init__(self, settings: StandInSettings, faults: Faults, provider: Provider | None) -> None:
+        self._settings = settings
+        self._quotas = Quotas(settings.quotas)
+        self._faults = faults
+        self._provider = provider
+        self._garbage = itertools.cycle(
+            (b"<html><body>It works!</body></html>", b'{"model": "x", "usage": {}}', b'{"answer": "cut o')
+        )
+
+    async def solve(self, call: Call, arrived_at: float) -> Reply:
+        """The reply to a call, after as long as the model takes; never raises for what the call holds."""
+        model = self._settings.models.get(call.model)
+        if model is None:
+            return refusal(
+                404, "unknown_model", f"no model {call.model!r}; GET /models names those that are served"
+            )
+        needed = token_count(call.prompt) + call.max_tokens
+        retry_after = self._quotas.enter(call.model, arrived_at, needed)
+        if retry_after is not None:
+            return refusal(429, "rate_limited", f"{call.model} is over its quota", retry_after)
+        try:
+            return await self._admitted(model, call, needed)
+        finally:
+            self._quotas.leave(call.model)
+
+    async def _admitted(self, model: ServedModel, call: Call, needed: int) -> Reply:
+        fault = self._faults.pick(call.model)
+        if fault is not None and fault.kind in _AT_ONCE:
+            return _struck(fault)
+        if fault is None and self._provider is not None and self._provider.serves(call.model):
+            return await self._forward(self._provider, model, call)
+        if needed > model.context_tokens:
+            return refusal(
+                400, "too_long", f"{needed} tokens do not fit {call.model}'s {model.context_tokens}"
+            )
+        return await self._answer(model, call, fault)
+
+    async def _answer(self, model: ServedModel, call: Call, fault: FaultOrder | None) -> Reply:
+        settings = self._settings
+        await asyncio.sleep(
+            latency_seconds(
+                call.model,
+                call.prompt,
+                seed=settings.seed,
+                shape=settings.latency,
+                time_scale=settings.time_scale,
+            )
+        )
+        if fault is not None and fault.kind == "garbage":
+            return Reply(200, next(self._garbage))
+        answer = compose_answer(
+            call.model, call.prompt, max_tokens=call.max_tokens, category=call.category, seed=settings.seed,
+            references=settings.references,
+        )  # fmt: skip
+        text = "" if fault is not None and fault.kind == "empty" else answer.text
+        manner = Manner.DRIP if fault is not None and fault.kind == "slow_drip" else Manner.PLAIN
+        return _answered(model, text, answer.prompt_tokens, answer.completion_tokens, manner)
+
+    async def _forward(self, provider: Provider, model: ServedModel, call: Call) -> Reply:
+        try:
+            found = await provider.complete(call.model, call.prompt, call.max_tokens)
+        except ProviderRefusal as error:
+            return refusal(error.status, "provider", str(error), error.retry_after)
+        prompt_tokens = token_count(call.prompt) if found.prompt_tokens is None else found.prompt_tokens
+        completion_tokens = (
+            token_count(found.text) if found.completion_tokens is None else found.completion_tokens
+        )
+        return _answered(model, found.text, prompt_tokens, completion_tokens)
+
+
+_AT_ONCE = frozenset({"error", "rate_limit", "overload", "hang"})
+
+
+def _struck(fault: FaultOrder) -> Reply:
+    if fault.kind == "hang":
+        return Reply(200, b"", manner=Manner.HANG)
+    if fault.kind == "rate_limit":
+        return refusal(429, "rate_limited", "a fault was ordered", fault.retry_after_seconds)
+    if fault.kind == "overload":
+        return refusal(503, "overloaded", "a fault was ordered", fault.retry_after_seconds)
+    return refusal(500, "internal_error", "a fault was ordered")
+
+
+def _answered(
+    model: ServedModel, text: str, prompt_tokens: int, completion_tokens: int, manner: Manner = Manner.PLAIN
+) -> Reply:
+    document = {
+        "model": model.name,
+        "answer": text,
+        "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens},
+        "cost_usd": model.cost_usd(prompt_tokens, completion_tokens),
+    }
+    body = json.dumps(document).encode()
+    return Reply(200, body, tokens_used=prompt_tokens + completion_tokens, manner=manner)

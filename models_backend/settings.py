@@ -1,0 +1,96 @@
+"""What the stand-in serves and how, as one frozen value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from models_backend.latency import parse_shape
+from router.errors import ConfigError
+from router.settings import RouterConfig
+from router.traffic import TrafficTarget
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model by the name that requests use. Prices in USD a million tokens."""
+
+    name: str
+    input_price: float = 0.0
+    output_price: float = 0.0
+    context_tokens: int = 8192
+
+    def cost_usd(self, prompt_tokens: int, completion_tokens: int) -> float:
+        """What a call costs, rounded to a billionth of a dollar."""
+        return round((prompt_tokens * self.input_price + completion_tokens * self.output_price) / 1e6, 9)
+
+
+@dataclass(frozen=True, slots=True)
+class ProviderSettings:
+    """An OpenAI-compatible provider; `models` maps served names to the provider's own."""
+
+    base_url: str
+    key: str | None = field(repr=False)
+    models: Mapping[str, str]
+    timeout_seconds: float = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class StandInSettings:
+    """Everything that `create_app` needs. `time_scale` divides latencies and nothing else."""
+
+    models: Mapping[str, ServedModel]
+    time_scale: float = 1.0
+    seed: int = 0
+    latency: str = "profile"
+    quotas: Mapping[str, TrafficTarget] = field(default_factory=dict)
+    references: Mapping[str, str] = field(default_factory=dict)
+    arrival_log: Path | None = None
+    max_body_bytes: int = 8 * 1024 * 1024
+    max_batch: int = 1000
+    provider: ProviderSettings | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.time_scale < float("inf"):
+            raise ConfigError(f"time scale: {self.time_scale} is not above 0")
+        try:
+            parse_shape(self.latency)
+        except ValueError as error:
+            raise ConfigError(f"latency: {error}") from error
+        unknown = sorted(set(self.quotas) - set(self.models))
+        if unknown:
+            raise ConfigError(
+                f"quota: {unknown[0]!r} is not served; served: {', '.join(sorted(self.models))}"
+            )
+
+
+def served_models(config: RouterConfig, also: tuple[str, ...] = ()) -> dict[str, ServedModel]:
+    """The models of the router's config by their endpoint, and free ones for the names in `also`."""
+    served = {name: ServedModel(name) for name in also}
+    for name, model in config.models.items():
+        endpoint = model.endpoint or name
+        served[endpoint] = ServedModel(endpoint, model.input_price, model.output_price, model.context_tokens)
+    return served
+
+
+def provider_from_environment(
+    environment: Mapping[str, str], served: Mapping[str, ServedModel]
+) -> ProviderSettings | None:
+    """The provider that LLAMA_API_BASE names, or None.
+
+    LLAMA_MODELS=name=provider-model,... says which models are real; without it, those whose name starts with
+    `llama` are, under their own names.
+    """
+    base_url = environment.get("LLAMA_API_BASE", "").strip().rstrip("/")
+    if not base_url:
+        return None
+    if not base_url.startswith(("http://", "https://")):
+        raise ConfigError("LLAMA_API_BASE is no http(s) URL. Set it to the part before /chat/completions.")
+    line = environment.get("LLAMA_MODELS", "").strip()
+    pairs = [pair.strip().partition("=") for pair in line.split(",") if pair.strip()]
+    if any(not name for name, _, _ in pairs):
+        raise ConfigError(f"LLAMA_MODELS={line!r} must read name=provider-model,name=provider-model")
+    names = {name.strip(): (target or name).strip() for name, _, target in pairs}
+    names = names or {name: name for name in served if name.lower().startswith("llama")}
+    return ProviderSettings(base_url, environment.get("LLAMA_API_KEY", "").strip() or None, names)

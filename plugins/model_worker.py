@@ -1,0 +1,168 @@
+"""Airflow's side of the worker: thin shells of operator and trigger on the router's engine.
+
+One engine a triggerer process, shared by its triggers; it outlives each of them, so that a trigger that leaves,
+is cancelled or is moved to another triggerer takes no call in flight with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from airflow.sdk import BaseOperator, Connection, Variable
+from airflow.sdk.definitions.context import Context
+from airflow.triggers.base import BaseTrigger, TaskSuccessEvent, TriggerEvent
+from router.database import open_pool
+from router.engine import Engine
+from router.errors import RouterError
+from router.queue import TaskQueue, listening
+from router.settings import Addresses, load_config
+from router.traffic_watch import VARIABLE_PREFIX
+from router.worker import Worker
+
+LINGER_SECONDS = 30.0  # the next run follows within seconds and finds the engine warm
+
+_engine: Engine | None = None
+_engine_lock: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
+_closer: asyncio.Task[None] | None = None
+
+
+async def addresses_from_connections() -> Addresses:
+    """The same settings as the environment's, from the Connections router_db, router_redis and models_backend."""
+    database = await Connection.async_get("router_db")
+    redis = await Connection.async_get("router_redis")
+    backend = await Connection.async_get("models_backend")
+    return Addresses(
+        database_url=database.get_uri().replace("postgres://", "postgresql://", 1),
+        redis_url=redis.get_uri(),
+        backend_url=f"{backend.schema or 'http'}://{backend.host}:{backend.port or 80}",
+    )
+
+
+async def read_traffic_variables(models: list[str]) -> Mapping[str, str | None]:
+    """model -> the text of its Variable, one after the other; None where there is none."""
+    lines: dict[str, str | None] = {}
+    for model in models:
+        lines[model] = await asyncio.to_thread(Variable.get, VARIABLE_PREFIX + model, default=None)
+    return lines
+
+
+def _lock() -> asyncio.Lock:
+    global _engine, _engine_lock
+    loop = asyncio.get_running_loop()
+    if _engine_lock is None or _engine_lock[0] is not loop:
+        _engine, _engine_lock = None, (loop, asyncio.Lock())
+    return _engine_lock[1]
+
+
+async def shared_engine() -> Engine:
+    """This process's engine, started by whoever asks first."""
+    global _engine
+    async with _lock():
+        if _engine is None:
+            engine = Engine(await addresses_from_connections(), load_config(), read_traffic_variables)
+            await engine.start()
+            _engine = engine
+        return _engine
+
+
+async def _close_when_idle() -> None:
+    global _engine
+    while True:
+        await asyncio.sleep(LINGER_SECONDS)
+        async with _lock():
+            if _engine is None:
+                return
+            if _engine.idle:
+                engine, _engine = _engine, None
+                await engine.stop()
+                return
+
+
+def _let_linger() -> None:
+    global _closer
+    if _closer is None or _closer.done():
+        _closer = asyncio.get_running_loop().create_task(_close_when_idle(), name="router close when idle")
+
+
+class WorkerTrigger(BaseTrigger):
+    """Solves tasks with one model until its run is over; ends the Airflow task without another process."""
+
+    def __init__(self, model: str, run: str, models: list[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.run_name = run
+        self.models = models
+
+    def serialize(self) -> tuple[str, dict[str, Any]]:
+        return ("model_worker.WorkerTrigger", {"model": self.model, "run": self.run_name, "models": self.models})
+
+    async def run(self) -> AsyncIterator[TriggerEvent]:
+        engine = await shared_engine()
+        try:
+            reason = await Worker(engine, self.model, self.run_name, frozenset(self.models)).run()
+        finally:
+            _let_linger()
+        yield TaskSuccessEvent(xcoms={"return_value": {"model": self.model, "left": reason}})
+
+
+class ModelWorker(BaseOperator):
+    """Defers at once to the model's worker; `assigned` is {"model", "run", "models"}."""
+
+    template_fields = ("assigned",)
+
+    def __init__(self, *, assigned: dict[str, Any], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.assigned = assigned
+
+    def execute(self, context: Context) -> None:
+        self.defer(trigger=WorkerTrigger(**self.assigned), method_name="resumed", timeout=None)
+
+    def resumed(self, context: Context, event: Any = None) -> Any:
+        """Only reached where a triggerer does not end Airflow tasks by itself (`airflow dags test`)."""
+        return event
+
+
+class WorkTrigger(BaseTrigger):
+    """Fires as soon as there is an unsolved task: listens, then looks, then waits with a poll as the net."""
+
+    def __init__(self, poll_seconds: float = 2.0) -> None:
+        super().__init__()
+        self.poll_seconds = poll_seconds
+
+    def serialize(self) -> tuple[str, dict[str, Any]]:
+        return ("model_worker.WorkTrigger", {"poll_seconds": self.poll_seconds})
+
+    async def run(self) -> AsyncIterator[TriggerEvent]:
+        addresses = await addresses_from_connections()
+        while True:
+            with contextlib.suppress(RouterError):  # Postgres is away: look again
+                await self._until_work(addresses)
+                break
+            await asyncio.sleep(self.poll_seconds)
+        yield TaskSuccessEvent()
+
+    async def _until_work(self, addresses: Addresses) -> None:
+        news = asyncio.Event()
+        pool = await open_pool(addresses.database_url, connections=1)
+        try:
+            queue = TaskQueue(pool, host="wait_for_work")
+            async with listening(addresses.database_url, lambda _channel: news.set()):
+                while sum((await queue.state([])).unsolved.values()) <= 0:
+                    news.clear()
+                    with contextlib.suppress(asyncio.TimeoutError):
+                        await asyncio.wait_for(news.wait(), self.poll_seconds)
+        finally:
+            await pool.close()
+
+
+class WaitForWork(BaseOperator):
+    """Waits, deferred, until there is an unsolved task."""
+
+    def execute(self, context: Context) -> None:
+        self.defer(trigger=WorkTrigger(), method_name="resumed", timeout=None)
+
+    def resumed(self, context: Context, event: Any = None) -> None:
+        """Only reached where a triggerer does not end Airflow tasks by itself (`airflow dags test`)."""

@@ -1,0 +1,100 @@
+"""Watches the `traffic.<model>` Variables and the pause of solve_tasks where the metadata database is near.
+
+A trigger cannot ask whether its DAG is paused, and reading Variables through its supervisor is slow. The
+api-server, where edits are made, can: a thread there reads both with one query each, four times a second, and
+publishes what changed. The workers' own slow reading stays as the net.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+import threading
+from typing import Any
+
+from airflow.plugins_manager import AirflowPlugin
+
+log = logging.getLogger("router.traffic_variables")
+
+WATCH_SECONDS = 0.25
+DAG_ID = "solve_tasks"
+
+
+def read_variables() -> tuple[dict[str, str | None], bool | None, int]:
+    """(model -> line, whether the DAG is paused or None if unknown, microseconds of the database's clock)."""
+    from airflow.models import Variable  # noqa: PLC0415 - not in processes that only parse
+    from airflow.models.dag import DagModel  # noqa: PLC0415 - the same
+    from airflow.utils.session import create_session  # noqa: PLC0415 - the same
+    from router.traffic_watch import VARIABLE_PREFIX  # noqa: PLC0415 - the same
+    from sqlalchemy import func, select  # noqa: PLC0415 - the same
+
+    with create_session() as session:
+        now = session.scalar(select(func.now()))
+        found = session.scalars(select(Variable).where(Variable.key.startswith(VARIABLE_PREFIX, autoescape=True)))
+        lines: dict[str, str | None] = {v.key.removeprefix(VARIABLE_PREFIX): v.val for v in found}
+        paused = session.scalar(select(DagModel.is_paused).where(DagModel.dag_id == DAG_ID))
+        return lines, paused, int(now.timestamp() * 1e6)
+
+
+async def watch() -> None:
+    """Publish for ever; start again after any trouble."""
+    while True:
+        try:
+            await _watch_until_trouble()
+        except Exception as error:  # noqa: BLE001 - a watch that ends is worse than any error
+            log.warning("traffic Variables cannot be watched: %s; trying again", type(error).__name__)
+            await asyncio.sleep(2)
+
+
+async def _watch_until_trouble() -> None:
+    import redis.asyncio  # noqa: PLC0415 - not in processes that only parse
+    from router.database import open_pool  # noqa: PLC0415 - the same
+    from router.limiter import TrafficLimiter  # noqa: PLC0415 - the same
+    from router.traffic_watch import TrafficWatch  # noqa: PLC0415 - the same
+
+    database_url, redis_url = await asyncio.to_thread(_addresses)
+    pool = await open_pool(database_url, connections=2)
+    client = redis.asyncio.Redis.from_url(redis_url, socket_timeout=5, socket_connect_timeout=5)
+    try:
+        watching = TrafficWatch(pool, TrafficLimiter(client))
+        while True:
+            lines, paused, version = await asyncio.to_thread(read_variables)
+            await watching.apply(lines, version=version)
+            if paused is not None:
+                await watching.apply_hold(held=paused, version=version)
+            await asyncio.sleep(WATCH_SECONDS)
+    finally:
+        await client.aclose()
+        await asyncio.wait_for(pool.close(), timeout=5)
+
+
+def _addresses() -> tuple[str, str]:
+    from airflow.models import Connection  # noqa: PLC0415 - not in processes that only parse
+
+    database = Connection.get_connection_from_secrets("router_db")
+    redis = Connection.get_connection_from_secrets("router_redis")
+    return database.get_uri().replace("postgres://", "postgresql://", 1), redis.get_uri()
+
+
+_watched_by: int | None = None
+
+
+def start_watching() -> None:
+    """Start the thread, once a process."""
+    global _watched_by
+    if _watched_by != os.getpid():
+        _watched_by = os.getpid()
+        threading.Thread(target=lambda: asyncio.run(watch()), name="router traffic watch", daemon=True).start()
+
+
+class TrafficVariables(AirflowPlugin):
+    """Starts the watch where plugins are loaded by the api-server."""
+
+    name = "traffic_variables"
+
+    @classmethod
+    def on_load(cls, *_args: Any, **_kwargs: Any) -> None:
+        if "api-server" in sys.argv:
+            start_watching()

@@ -1,0 +1,311 @@
+"""The process-wide engine that all workers of one process share, and that outlives each of them.
+
+It holds the pool, the limiter, the HTTP session and the lease, does the duties that go on beside solving, and
+owns the calls in flight: a worker that leaves does not take its calls with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import socket
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any
+
+import asyncpg
+import redis.asyncio
+
+from router import roster as roster_of
+from router.assignment import Work, shares
+from router.backend import ModelsBackend
+from router.database import open_pool
+from router.errors import RouterError
+from router.limiter import LimiterSettings, PastCall, TrafficLimiter
+from router.queue import EngineState, TaskQueue, listening
+from router.roster import Roster
+from router.settings import Addresses, RouterConfig
+from router.traffic import TrafficTarget
+from router.traffic_watch import TrafficWatch
+
+log = logging.getLogger("router.engine")
+
+STATE_SECONDS = 1.0
+HOUSE_SECONDS = 0.5
+RECONCILE_SECONDS = 2.0
+PARTITION_SECONDS = 3600.0
+VARIABLE_SECONDS = 10.0  # only the net: a watch near the metadata database is faster
+SUMMARY_SECONDS = 30.0
+HOLDER_SLACK_SECONDS = 10.0  # the backend may work on for a little when the caller has given up
+UNLIMITED_CALL_SECONDS = 5.0  # how long a call is taken to last where only calls at once are limited
+
+ReadVariables = Callable[[list[str]], Awaitable[Mapping[str, "str | None"]]]
+
+
+class HeldBack(Exception):  # noqa: N818 - a state of the world, read as one
+    """Nothing may be sent now: the batch is held, or this process is not sure of its lease."""
+
+
+class Engine:
+    """Start it, let workers join runs, stop it. All its state belongs to one event loop."""
+
+    def __init__(self, addresses: Addresses, config: RouterConfig, read_variables: ReadVariables | None = None) -> None:
+        self.addresses = addresses
+        self.config = config
+        self._read_variables = read_variables
+        self._duties: list[asyncio.Task[None]] = []
+        self._calls: set[asyncio.Task[None]] = set()
+        self._runs: dict[str, tuple[frozenset[str], int]] = {}  # run -> its models, workers here
+        self._woken = asyncio.Event()
+        self._control = asyncio.Event()
+        self._empty_since: float | None = None
+        self._alive_at = 0.0
+        self._reconciled = -(2**62)
+        self._work: Work | None = None
+        self.state: EngineState | None = None
+        self.targets: dict[str, TrafficTarget] = {}
+        self.shares: dict[str, dict[str, float]] = {}
+        self.solved = 0
+        self.failed_calls = 0
+
+    async def start(self) -> None:
+        """Connect, begin the lease, put the last good targets in force, take up the duties."""
+        worker = self.config.worker
+        self.pool: asyncpg.Pool = await open_pool(self.addresses.database_url, connections=worker.pool_connections)
+        self.redis = redis.asyncio.Redis.from_url(
+            self.addresses.redis_url, socket_timeout=5, socket_connect_timeout=5, max_connections=64
+        )
+        self.limiter = TrafficLimiter(self.redis, self._past_calls, settings=self._limiter_settings())
+        self.queue = TaskQueue(self.pool, host=socket.gethostname())
+        self.backend = ModelsBackend(self.addresses.backend_url, self.config.backend)
+        await self.backend.__aenter__()
+        self.watch = TrafficWatch(self.pool, self.limiter)
+        await self.queue.start()
+        self._alive_at = time.monotonic()
+        self.roster: Roster = await roster_of.read_roster(self.pool)
+        await self._first_targets()
+        self.state = await self.queue.state([])
+        self._take_up(self._listen_step, 1.0, "listen")
+        self._take_up(self._heartbeat_step, worker.heartbeat_seconds, "heartbeat")
+        self._take_up(self._state_step, STATE_SECONDS, "state", wake=self._control)
+        self._take_up(self.queue.keep_house, HOUSE_SECONDS, "house")
+        self._take_up(self._reconcile_step, RECONCILE_SECONDS, "reconcile")
+        self._take_up(self.queue.keep_partitions, PARTITION_SECONDS, "partitions")
+        self._take_up(self._summary_step, SUMMARY_SECONDS, "summary")
+        if self._read_variables is not None:
+            self._take_up(self._variables_step, VARIABLE_SECONDS, "variables")
+
+    async def stop(self, *, grace_seconds: float = 5.0) -> None:
+        """End the duties, wait for calls in flight, give back what was not sent, close everything."""
+        if self._calls:
+            await asyncio.wait(self._calls, timeout=grace_seconds)
+        for task in (*self._duties, *self._calls):
+            task.cancel()
+        await asyncio.gather(*self._duties, *self._calls, return_exceptions=True)
+        with contextlib.suppress(RouterError):
+            await self.queue.release()
+        await self.backend.close()
+        await self.limiter.aclose()
+        await self.redis.aclose()
+        await asyncio.wait_for(self.pool.close(), timeout=5)
+
+    # What workers use.
+
+    def join(self, run: str, models: frozenset[str]) -> None:
+        """A worker of this run is here."""
+        _, workers = self._runs.get(run, (models, 0))
+        self._runs[run] = (models, workers + 1)
+        self._empty_since = None
+        self._control.set()
+
+    def part(self, run: str) -> None:
+        """A worker of this run is gone."""
+        models, workers = self._runs[run]
+        if workers > 1:
+            self._runs[run] = (models, workers - 1)
+        else:
+            del self._runs[run]
+
+    @property
+    def idle(self) -> bool:
+        """True when no worker is here and no call is in flight."""
+        return not self._runs and not self._calls
+
+    def left(self, run: str) -> str | None:
+        """Why the run is over; None while it goes on."""
+        return self.state.left_runs.get(run) if self.state else None
+
+    async def woken(self, seconds: float) -> None:
+        """Wait for news (work, a control word), at most `seconds`, with jitter."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._woken.wait(), seconds * random.uniform(0.75, 1.25))
+
+    def check_may_send(self) -> None:
+        """Raise HeldBack if the batch is held or the lease may be gone; called just before a send."""
+        if self.state is None or self.state.held:
+            raise HeldBack("the batch is held: solve_tasks is paused")
+        if time.monotonic() - self._alive_at > self.config.worker.lease_seconds:
+            raise HeldBack("the lease was not prolonged in time: Postgres is away")
+
+    def may_send(self) -> bool:
+        """Whether check_may_send would let a call through."""
+        try:
+            self.check_may_send()
+        except HeldBack:
+            return False
+        return len(self._calls) < self.config.worker.max_in_flight
+
+    def in_flight(self) -> int:
+        """Calls of this process that are not settled yet."""
+        return len(self._calls)
+
+    def spawn(self, call: Coroutine[Any, Any, None], name: str) -> None:
+        """Own a call until it is settled, whatever becomes of its worker."""
+        task = asyncio.get_running_loop().create_task(call, name=name)
+        self._calls.add(task)
+        task.add_done_callback(self._call_done)
+
+    def _call_done(self, task: asyncio.Task[None]) -> None:
+        self._calls.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("%s ended in an error; its lease or the next settle puts it right", task.get_name(),
+                      exc_info=task.exception())  # fmt: skip
+
+    # Duties.
+
+    def _take_up(
+        self, step: Callable[[], Awaitable[Any]], seconds: float, name: str, wake: asyncio.Event | None = None
+    ) -> None:
+        duty = self._forever(step, seconds, name, wake)
+        self._duties.append(asyncio.get_running_loop().create_task(duty, name=f"router {name}"))
+
+    async def _forever(
+        self, step: Callable[[], Awaitable[Any]], seconds: float, name: str, wake: asyncio.Event | None
+    ) -> None:
+        trouble: str | None = None
+        while True:
+            if wake is not None:
+                wake.clear()
+            try:
+                await step()
+                if trouble is not None:
+                    log.warning("%s: well again", name)
+                    trouble = None
+            except RouterError as error:
+                if trouble is None:
+                    log.warning("%s: %s (said once; tried again until it works)", name, error)
+                trouble = str(error)
+            except Exception:
+                log.exception("%s: a fault of the program; going on", name)
+            pause = seconds * random.uniform(0.9, 1.1)
+            if wake is None:
+                await asyncio.sleep(pause)
+            else:
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(wake.wait(), pause)
+
+    async def _listen_step(self) -> None:
+        async with listening(self.addresses.database_url, self._heard) as connection:
+            self._wake_all()  # what was said before we listened
+            while not connection.is_closed():
+                await asyncio.sleep(1)
+
+    def _heard(self, channel: str) -> None:
+        if channel == "router_control":
+            self._control.set()
+        else:
+            self._empty_since = None
+        self._wake_all()
+
+    def _wake_all(self) -> None:
+        woken, self._woken = self._woken, asyncio.Event()
+        woken.set()
+
+    async def _heartbeat_step(self) -> None:
+        asked_at = time.monotonic()
+        if not await self.queue.heartbeat():
+            log.warning("the lease was lost; going on under a new name, old claims are fenced off")
+            self.queue.rename()
+            await self.queue.heartbeat()
+        self._alive_at = asked_at
+
+    async def _state_step(self) -> None:
+        state = await self.queue.state(list(self._runs))
+        if state.roster_version != self.roster.version:
+            self.roster = await roster_of.read_roster(self.pool)
+            await self._first_targets()
+        changed = self.state is None or (state.held, state.left_runs) != (self.state.held, self.state.left_runs)
+        self.state = state
+        await self._aim()
+        await self._leave_runs_that_are_over()
+        if changed:
+            self._wake_all()
+
+    async def _leave_runs_that_are_over(self) -> None:
+        assert self.state is not None  # noqa: S101 - set by the only caller
+        if sum(self.state.unsolved.values()) > 0 or self._calls:
+            self._empty_since = None
+        elif self._empty_since is None:
+            self._empty_since = time.monotonic()
+        drained = (
+            self._empty_since is not None
+            and time.monotonic() - self._empty_since > self.config.worker.idle_leave_seconds
+        )
+        for run, (models, _) in list(self._runs.items()):
+            if run in self.state.left_runs:
+                continue
+            if models and models != frozenset(self.roster.models):
+                await self.queue.leave_run(run, "the roster changed")
+                self._control.set()
+            elif drained:
+                await self.queue.leave_run(run, "the queue was empty")
+                self._control.set()
+
+    async def _aim(self) -> None:
+        assert self.state is not None  # noqa: S101 - set by the only caller
+        lines = await roster_of.read_targets(self.pool)
+        self.targets = {model: TrafficTarget.parse(line) for model, (line, _) in lines.items()}
+        rates = {model: _rate(self.targets[model]) for model in self.roster.models if model in self.targets}
+        work = Work(backlog=self.state.unsolved, rates=rates, places=self.roster.places)
+        if work != self._work:
+            self.shares = await asyncio.to_thread(shares, work)
+            self._work = work
+
+    async def _first_targets(self) -> None:
+        await self.watch.apply_last_good()
+        known = await roster_of.read_targets(self.pool)
+        defaults = {name: model.default_target for name, model in self.roster.models.items() if name not in known}
+        # Version 1: any Variable that was ever read is newer.
+        await self.watch.apply(defaults, version=1)
+
+    async def _variables_step(self) -> None:
+        assert self._read_variables is not None  # noqa: S101 - else this duty is not taken up
+        version = int(time.time() * 1e6)
+        lines = await self._read_variables(list(self.roster.models))
+        await self.watch.apply(lines, version=version)
+
+    async def _reconcile_step(self) -> None:
+        after = await self.queue.reconcile_step(self._reconciled)
+        self._reconciled = -(2**62) if after is None else after
+
+    async def _summary_step(self) -> None:
+        if self.solved or self.failed_calls or self._calls:
+            log.info("solved %d, failed calls %d, in flight %d, unsolved %s", self.solved, self.failed_calls,
+                     len(self._calls), dict(self.state.unsolved) if self.state else {})  # fmt: skip
+
+    def _limiter_settings(self) -> LimiterSettings:
+        longest = max((model.timeout_seconds for model in self.config.models.values()), default=180.0)
+        return LimiterSettings(call_longest_seconds=longest + HOLDER_SLACK_SECONDS)
+
+    async def _past_calls(self, model: str, seconds: float) -> list[PastCall]:
+        return [PastCall(age, tokens, is_open) for age, tokens, is_open in
+                await roster_of.past_calls(self.pool, model, seconds)]  # fmt: skip
+
+
+def _rate(target: TrafficTarget) -> float:
+    rate = target.requests_per_second()
+    if rate is None:
+        rate = (target.at_once or 100) / UNLIMITED_CALL_SECONDS
+    return rate

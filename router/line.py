@@ -1,0 +1,256 @@
+"""Standing in line inside one process: waiters in order, one of them asking for all. Knows nothing of Redis.
+
+`Line`   the waiters of one model; its runner asks for as many permits as the line can use, in order
+`Bell`   wakes whoever waits for a change
+`Batch`  one round trip under way; what comes meanwhile goes together in the next
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Generic, TypeVar
+
+from router.errors import LimiterError, LimiterUnavailable, PermitDead
+from router.permits import LimiterSettings, Permit, Wait, WaitReason
+
+Item = TypeVar("Item")
+Ask = Callable[[list[int]], Awaitable[tuple[list[Permit], Wait | None]]]
+
+_TIMED = frozenset({WaitReason.WINDOW, WaitReason.RESTING})
+MOST_DEATHS = 100  # a process that misses so many moments in a row is not able to send at all
+
+
+class Bell:
+    """Wakes all who wait, once a ring."""
+
+    def __init__(self) -> None:
+        self._waiting: set[asyncio.Future[None]] = set()
+
+    def ring(self) -> None:
+        """Wake everyone who waits now."""
+        waiting, self._waiting = self._waiting, set()
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
+
+    async def wait(self, seconds: float) -> None:
+        """Return at the next ring, or after `seconds`."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        self._waiting.add(future)
+        timer = loop.call_later(seconds, _finish, future)
+        try:
+            await future
+        finally:
+            timer.cancel()
+            self._waiting.discard(future)
+
+
+def _finish(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+class _Waiter:
+    __slots__ = ("future", "tokens")
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+        self.future: asyncio.Future[Permit] = asyncio.get_running_loop().create_future()
+
+
+class Line:
+    """The waiters of one model in this process, first come first served."""
+
+    def __init__(
+        self, model: str, ask: Ask, give_back: Callable[[Permit], None], settings: LimiterSettings
+    ) -> None:
+        self.bell = Bell()
+        self.waiting_for = WaitReason.NOTHING
+        self._model = model
+        self._ask = ask
+        self._give_back = give_back
+        self._settings = settings
+        self._waiters: deque[_Waiter] = deque()
+        self._asked: list[_Waiter] = []
+        self._runner: asyncio.Task[None] | None = None
+        self._pokes = 0
+        self._ask_at = 0.0
+
+    @property
+    def waiting(self) -> int:
+        """How many stand in line."""
+        return sum(not waiter.future.done() for waiter in (*self._asked, *self._waiters))
+
+    async def stand(self, tokens: int) -> Permit:
+        """Wait for a permit, and for its moment; a permit that died on the way goes back and another is asked."""
+        for deaths in range(MOST_DEATHS):
+            waiter = _Waiter(tokens)
+            if deaths == 0:
+                self._waiters.append(waiter)
+            else:
+                self._waiters.appendleft(waiter)
+            permit = await self._permit_of(waiter)
+            if not permit.dead:
+                return permit
+            self._give_back(permit)
+        raise PermitDead(
+            f"{MOST_DEATHS} permits of {self._model} died unused: this process is too slow to send."
+        )
+
+    async def close(self) -> None:
+        """End the runner; whoever still waits gets LimiterUnavailable."""
+        if self._runner is not None:
+            self._runner.cancel()
+            await asyncio.gather(self._runner, return_exceptions=True)
+        for waiter in (*self._asked, *self._waiters):
+            if not waiter.future.done():
+                waiter.future.set_exception(
+                    LimiterUnavailable(f"The limiter closed while {self._model} waited.")
+                )
+        self._waiters.clear()
+
+    async def _permit_of(self, waiter: _Waiter) -> Permit:
+        self._run()
+        try:
+            permit = await waiter.future
+            wait = permit.wait_seconds
+            if wait > 0:
+                await asyncio.sleep(wait)
+        except asyncio.CancelledError:
+            if waiter.future.done() and not waiter.future.cancelled() and not waiter.future.exception():
+                self._give_back(waiter.future.result())
+            raise
+        return permit
+
+    def _run(self) -> None:
+        if self._runner is None or self._runner.done():
+            self._runner = asyncio.create_task(self._serve(), name=f"line of {self._model}")
+
+    def poke(self) -> None:
+        """Something changed: whatever was known about when to ask no longer holds."""
+        self._pokes += 1
+        self._ask_at = 0.0
+        self.bell.ring()
+
+    async def _serve(self) -> None:
+        failures = 0
+        while self._take():
+            early = self._ask_at - time.monotonic()
+            if early > 0:
+                self._put_back(self._asked)
+                await self.bell.wait(early)
+                continue
+            pokes = self._pokes
+            try:
+                permits, wait = await self._ask([waiter.tokens for waiter in self._asked])
+                failures = 0
+            except LimiterUnavailable:
+                permits, wait = [], None
+                failures += 1
+            except Exception as error:  # noqa: BLE001 - whatever it is, those in line must hear of it
+                self._fail_all(error)
+                return
+            denied = self._hand_out(permits, wait)
+            if failures:
+                await self.bell.wait(self._backoff(failures))
+            elif wait is not None and pokes == self._pokes:
+                self._ask_at = time.monotonic() + self._pause(wait, denied=denied)
+
+    def _take(self) -> bool:
+        """Move those who will be asked for out of the line; False if nobody is left."""
+        self._asked = []
+        while self._waiters and len(self._asked) < self._settings.most_in_one_ask:
+            waiter = self._waiters.popleft()
+            if not waiter.future.done():
+                self._asked.append(waiter)
+        return bool(self._asked)
+
+    def _hand_out(self, permits: list[Permit], wait: Wait | None) -> bool:
+        """Give the permits out in order; True if somebody asked in vain."""
+        asked, self._asked = self._asked, []
+        for waiter, permit in zip(asked, permits, strict=False):
+            if waiter.future.done():
+                self._give_back(permit)
+            else:
+                waiter.future.set_result(permit)
+        left = asked[len(permits) :]
+        self.waiting_for = wait.reason if wait is not None else WaitReason.NOTHING
+        if left and self.waiting_for is WaitReason.TOO_LARGE:
+            self._refuse(left.pop(0))
+        self._put_back(left)
+        return bool(left)
+
+    def _put_back(self, waiters: list[_Waiter]) -> None:
+        self._waiters.extendleft(reversed(waiters))
+        self._asked = []
+
+    def _refuse(self, waiter: _Waiter) -> None:
+        if not waiter.future.done():
+            what = f"{waiter.tokens} tokens are more than a whole window of {self._model} allows"
+            waiter.future.set_exception(
+                LimiterError(f"{what}: send a smaller call, or raise its traffic target.")
+            )
+
+    def _pause(self, wait: Wait, *, denied: bool) -> float:
+        """How long asking is pointless: until half the look-ahead before the next moment, to get several at once."""
+        net = self._settings.ask_again_seconds
+        if wait.reason in _TIMED:
+            ahead = self._settings.look_ahead_seconds / 2
+            return min(net, max(0.0, (wait.again_seconds or 0.0) - ahead))
+        if not denied or wait.reason is WaitReason.TOO_LARGE:  # Redis rings only for those whom it refused
+            return 0.0
+        return net if wait.again_seconds is None else min(net, wait.again_seconds)
+
+    def _backoff(self, failures: int) -> float:
+        longest = min(
+            self._settings.retry_cap_seconds, self._settings.retry_base_seconds * 2 ** min(failures, 10)
+        )
+        return longest * random.uniform(0.5, 1.0)
+
+    def _fail_all(self, error: Exception) -> None:
+        waiting = [*self._asked, *self._waiters]
+        self._waiters.clear()
+        for waiter in waiting:
+            if not waiter.future.done():
+                waiter.future.set_exception(error)
+
+
+class Batch(Generic[Item]):
+    """Sends items with at most one round trip under way; those that come meanwhile go together in the next."""
+
+    def __init__(self, send: Callable[[list[Item]], Awaitable[None]], *, most: int, name: str) -> None:
+        self._send = send
+        self._most = most
+        self._name = name
+        self._items: deque[tuple[Item, asyncio.Future[None]]] = deque()
+        self._runner: asyncio.Task[None] | None = None
+
+    async def put(self, item: Item) -> None:
+        """Return once the item has arrived; raises what its round trip raised."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._items.append((item, future))
+        if self._runner is None or self._runner.done():
+            self._runner = asyncio.create_task(self._serve(), name=self._name)
+        await future
+
+    async def close(self) -> None:
+        """Wait until everything has arrived or failed."""
+        if self._runner is not None:
+            await asyncio.gather(self._runner, return_exceptions=True)
+
+    async def _serve(self) -> None:
+        while self._items:
+            under_way = [self._items.popleft() for _ in range(min(self._most, len(self._items)))]
+            error: Exception | None = None
+            try:
+                await self._send([item for item, _ in under_way])
+            except Exception as raised:  # noqa: BLE001 - it is handed to those who wait
+                error = raised
+            for _, future in under_way:
+                if not future.done():
+                    _ = future.set_exception(error) if error else future.set_result(None)

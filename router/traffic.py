@@ -1,0 +1,305 @@
+"""What a model may be sent, as one line that people write. No I/O.
+
+A `TrafficTarget` is a value: parsed from a line, printed as its canonical line, and able to say what follows
+from it (the sustained rate, the gap between paced sends). Deciding who may send when is the limiter's work.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from router.errors import TrafficTargetError
+
+GRAMMAR = """\
+One line of limits, separated by commas; all of them hold at once:
+  120/min               requests in any minute; units: s, min, h, d, and multiples such as 100/10s
+  90k tokens/min        tokens in any minute; k is 1,000 and M is 1,000,000
+  20 at once            calls in flight at any time
+  burst                 sends need not be spread over the window
+  0                     stops the model
+Example: 120/min, 4/s, 90k tokens/min, 20 at once"""
+
+LONGEST_LINE_CHARACTERS = 500
+LARGEST_COUNT = 1_000_000_000
+LONGEST_WINDOW_SECONDS = 31 * 86_400
+PACE = 0.9  # paced sends fill 0.9 of the window: the tenth left catches up what was sent late
+
+_UNIT_SECONDS = {
+    "s": 1, "sec": 1, "secs": 1, "second": 1, "seconds": 1,
+    "min": 60, "mins": 60, "minute": 60, "minutes": 60,
+    "h": 3600, "hr": 3600, "hour": 3600, "hours": 3600,
+    "d": 86_400, "day": 86_400, "days": 86_400,
+}  # fmt: skip
+_CANONICAL_UNITS = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+_SUFFIXES = {"": 1, "k": 1000, "K": 1000, "M": 1_000_000}
+
+_NUMBER = re.compile(r"(?P<whole>[0-9]+)(?:\.(?P<fraction>[0-9]+))?(?P<suffix>[A-Za-z]*)", re.ASCII)
+_RATE = re.compile(r"(?P<what>[A-Za-z]*)\s*/\s*(?P<multiple>[0-9]*)\s*(?P<unit>[^\s0-9/][^\s/]*)?", re.ASCII)
+_AT_ONCE = re.compile(r"at\s+once", re.ASCII | re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class _Limit:
+    """At most `count` of something in any window of `window_seconds`."""
+
+    count: int
+    window_seconds: int
+
+    @property
+    def per_second(self) -> float:
+        return self.count / self.window_seconds
+
+
+class RequestLimit(_Limit):
+    """At most `count` requests in any window of `window_seconds`."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return f"{self.count}/{_window_text(self.window_seconds)}"
+
+
+class TokenLimit(_Limit):
+    """At most `count` tokens in any window of `window_seconds`."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return f"{_count_text(self.count)} tokens/{_window_text(self.window_seconds)}"
+
+
+@dataclass(frozen=True, slots=True)
+class TrafficTarget:
+    """What a model may be sent: all its limits hold together, in any window and not only in calendar ones."""
+
+    requests: tuple[RequestLimit, ...] = ()
+    tokens: tuple[TokenLimit, ...] = ()
+    at_once: int | None = None
+    burst: bool = False
+
+    @classmethod
+    def parse(cls, line: str) -> TrafficTarget:
+        """The target that `line` says; TrafficTargetError names the place and shows the grammar."""
+        if len(line) > LONGEST_LINE_CHARACTERS:
+            raise _refused(
+                f"The line has {len(line)} characters; at most {LONGEST_LINE_CHARACTERS} are read", line, 1
+            )
+        return _Reading(line).target()
+
+    @property
+    def stopped(self) -> bool:
+        """True if nothing at all may be sent."""
+        return self.at_once == 0 or any(limit.count == 0 for limit in (*self.requests, *self.tokens))
+
+    def requests_per_second(self) -> float | None:
+        """The sustained rate that the tightest request limit allows; None if requests are not limited."""
+        if self.stopped:
+            return 0.0
+        return min((limit.per_second for limit in self.requests), default=None)
+
+    def tokens_per_second(self) -> float | None:
+        """The sustained rate of tokens that the tightest token limit allows; None if they are not limited."""
+        if self.stopped:
+            return 0.0
+        return min((limit.per_second for limit in self.tokens), default=None)
+
+    @property
+    def gap_seconds(self) -> float:
+        """The least time between two paced sends, 0.9 of the binding window's W/N; 0 for `burst`."""
+        rate = self.requests_per_second()
+        return 0.0 if self.burst or not rate else PACE / rate
+
+    @property
+    def longest_window_seconds(self) -> int:
+        """The longest window of any limit; 0 if there is none."""
+        return max((limit.window_seconds for limit in (*self.requests, *self.tokens)), default=0)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """One sentence for each limit that can never bind, because another one is always tighter."""
+        return (*_never_binding(self.requests), *_never_binding(self.tokens))
+
+    def __str__(self) -> str:
+        if self.stopped:
+            return "0"
+        parts = [str(limit) for limit in (*self.requests, *self.tokens)]
+        if self.at_once is not None:
+            parts.append(f"{self.at_once} at once")
+        if self.burst:
+            parts.append("burst")
+        return ", ".join(parts)
+
+
+class _Reading:
+    """One pass over a line: collects limits part by part, and knows where each part stands."""
+
+    def __init__(self, line: str) -> None:
+        self.line = line
+        self.requests: dict[int, RequestLimit] = {}
+        self.tokens: dict[int, TokenLimit] = {}
+        self.at_once: int | None = None
+        self.burst = False
+        self.stop = False
+
+    def target(self) -> TrafficTarget:
+        for column, part in _parts(self.line):
+            self._read(part, column)
+        if self.stop:
+            return TrafficTarget(at_once=0)
+        if not self.requests and not self.tokens and self.at_once is None:
+            raise _refused("The line names no limit", self.line, 1)
+        return TrafficTarget(
+            requests=tuple(self.requests[window] for window in sorted(self.requests, reverse=True)),
+            tokens=tuple(self.tokens[window] for window in sorted(self.tokens, reverse=True)),
+            at_once=self.at_once,
+            burst=self.burst,
+        )
+
+    def _read(self, part: str, column: int) -> None:
+        if not part:
+            raise _refused("A limit is missing here", self.line, column)
+        if part.lower() == "burst":
+            if self.burst:
+                raise _refused("'burst' stands twice", self.line, column)
+            self.burst = True
+            return
+        count, rest, rest_column = self._count(part, column)
+        self.stop = self.stop or count == 0
+        if not rest:
+            if count != 0:
+                raise _refused(f"{_shown(part)} of what? Only 0 stands alone", self.line, column)
+        elif _AT_ONCE.fullmatch(rest):
+            if self.at_once is not None:
+                raise _refused("'at once' stands twice", self.line, column)
+            self.at_once = count
+        else:
+            self._rate(count, rest, column, rest_column)
+
+    def _count(self, part: str, column: int) -> tuple[int, str, int]:
+        found = _NUMBER.match(part)
+        if found is None:
+            raise _refused(_why_no_number(part), self.line, column)
+        suffix, end = found["suffix"], found.end()
+        if suffix not in _SUFFIXES:
+            why = f"{_shown(suffix)} touches a number: only k (1,000) and M (1,000,000) do"
+            raise _refused(why, self.line, column + found.start("suffix"))
+        if end < len(part) and part[end] not in " \t/":
+            raise _refused(f"{_shown(part)} does not begin with a whole number", self.line, column)
+        scaled = int(found["whole"] + (found["fraction"] or "")) * _SUFFIXES[suffix]
+        count, left = divmod(scaled, 10 ** len(found["fraction"] or ""))
+        if left:
+            raise _refused(
+                f"{part[:end]} is no whole number; for less than one a second write, say, 1/2s",
+                self.line,
+                column,
+            )
+        if count > LARGEST_COUNT:
+            raise _refused(f"{_shown(part[:end])} is more than {LARGEST_COUNT:,}", self.line, column)
+        rest = part[end:].lstrip()
+        return count, rest, column + len(part) - len(rest)
+
+    def _rate(self, count: int, rest: str, column: int, rest_column: int) -> None:
+        found = _RATE.fullmatch(rest)
+        if found is None:
+            raise _refused(f"{_shown(rest)} is not a limit", self.line, rest_column)
+        what = found["what"].lower()
+        if what not in {"", "request", "requests", "token", "tokens"}:
+            raise _refused(
+                f"{_shown(what)} is not counted{_nearest(what, ['tokens', 'requests'])}",
+                self.line,
+                rest_column,
+            )
+        window = self._window(found, rest_column)
+        if what.startswith("token"):
+            self._once(window, self.tokens, "tokens", column)
+            self.tokens[window] = TokenLimit(count, window)
+        else:
+            self._once(window, self.requests, "requests", column)
+            self.requests[window] = RequestLimit(count, window)
+
+    def _window(self, found: re.Match[str], column: int) -> int:
+        multiple, unit = found["multiple"], (found["unit"] or "").lower()
+        if unit not in _UNIT_SECONDS:
+            place = column + found.start("unit") if unit else column + found.end()
+            what = f"{_shown(unit)} is no unit of time" if unit else "A unit of time is missing"
+            raise _refused(
+                f"{what}{_nearest(unit, ['s', 'sec', 'second', 'min', 'minute', 'hour', 'day'])}",
+                self.line,
+                place,
+            )
+        window = int(multiple or 1) * _UNIT_SECONDS[unit]
+        if not 1 <= window <= LONGEST_WINDOW_SECONDS:
+            raise _refused(
+                "A window has at least 1 second and at most 31 days",
+                self.line,
+                column + found.start("multiple"),
+            )
+        return window
+
+    def _once(self, window: int, seen: Mapping[int, _Limit], what: str, column: int) -> None:
+        if window in seen:
+            raise _refused(f"The window of {_window_text(window)} stands twice for {what}", self.line, column)
+
+
+def _parts(line: str) -> Iterator[tuple[int, str]]:
+    """The trimmed parts between commas, each with the column (from 1) at which it begins."""
+    position = 0
+    for part in line.split(","):
+        trimmed = part.strip()
+        yield position + (len(part) - len(part.lstrip()) if trimmed else 0) + 1, trimmed
+        position += len(part) + 1
+
+
+def _why_no_number(part: str) -> str:
+    if part[0] in "-\N{MINUS SIGN}":
+        return f"{_shown(part)} is negative"
+    if any(character.isnumeric() and not character.isascii() for character in part):
+        return f"{_shown(part)} holds digits other than 0 to 9"
+    return f"{_shown(part)} does not begin with a number{_nearest(part.lower(), ['burst'])}"
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _shown(text: str) -> str:
+    longest = 40
+    return repr(text if len(text) <= longest else text[: longest - 1] + "…")
+
+
+def _refused(what: str, line: str, column: int) -> TrafficTargetError:
+    where = f" at column {column} of {line!r}" if len(line) <= LONGEST_LINE_CHARACTERS else ""
+    return TrafficTargetError(f"{what}{where}.\n{GRAMMAR}")
+
+
+def _window_text(seconds: int) -> str:
+    size, unit = next((size, unit) for size, unit in _CANONICAL_UNITS if seconds % size == 0)
+    return unit if seconds == size else f"{seconds // size}{unit}"
+
+
+def _count_text(count: int) -> str:
+    for suffix, size in (("M", 1_000_000), ("k", 1000)):
+        if count and count % size == 0:
+            return f"{count // size}{suffix}"
+    return str(count)
+
+
+def _never_binding(limits: tuple[_Limit, ...]) -> Iterator[str]:
+    for loose in limits:
+        for tight in limits:
+            if tight is not loose and _always_tighter(tight, loose):
+                yield f"{loose} never binds: {tight} already allows no more than that."
+                break
+
+
+def _always_tighter(tight: _Limit, loose: _Limit) -> bool:
+    windows = -(
+        -loose.window_seconds // tight.window_seconds
+    )  # so many of the tight ones cover the loose one
+    if windows * tight.count > loose.count:
+        return False
+    return (tight.count, tight.window_seconds) != (loose.count, loose.window_seconds)

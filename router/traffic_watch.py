@@ -1,0 +1,75 @@
+"""Puts what the operator wrote into force: the lines of the `traffic.<model>` Variables, and the DAG's pause.
+
+Several readers may watch the same Variables; each passes the time of its read by the metadata database's clock,
+and the older read loses, in Redis and in Postgres alike.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import asyncpg
+
+from router.errors import TrafficTargetError
+from router.limiter import TrafficLimiter
+from router.roster import hold_solving, keep_target, read_targets, report_target_trouble
+from router.traffic import TrafficTarget
+
+VARIABLE_PREFIX = "traffic."
+REASSERT_SECONDS = 5.0  # a Redis that lost its memory hears the target again
+
+
+class TrafficWatch:
+    """Applies what was read; remembers what is in force, so that reading the same again costs nothing."""
+
+    def __init__(self, pool: asyncpg.Pool, limiter: TrafficLimiter) -> None:
+        self._pool = pool
+        self._limiter = limiter
+        self._lines: dict[str, str] = {}
+        self._told_at: dict[str, float] = {}
+        self._good: dict[str, tuple[TrafficTarget, int]] = {}
+        self._held: bool | None = None
+        self.troubles: dict[str, str] = {}
+
+    async def apply_last_good(self) -> None:
+        """Put in force what was in force last, before any Variable was read."""
+        for model, (line, version) in (await read_targets(self._pool)).items():
+            self._good[model] = (TrafficTarget.parse(line), version)
+            await self._tell(model)
+
+    async def apply(self, lines: Mapping[str, str | None], *, version: int) -> None:
+        """Put `lines` (model -> the Variable's text, None if it is gone: then the last stays) into force.
+
+        A line that does not parse changes nothing and is reported. `version`: microseconds of the read.
+        """
+        for model, line in lines.items():
+            if line is not None and line != self._lines.get(model):
+                await self._take(model, line, version)
+            elif model in self._good and time.monotonic() - self._told_at.get(model, 0.0) > REASSERT_SECONDS:
+                await self._tell(model)
+
+    async def apply_hold(self, *, held: bool, version: int) -> None:
+        """Hold the batch back (the DAG is paused), or let it go."""
+        if held != self._held:
+            await hold_solving(self._pool, held=held, version=version)
+            self._held = held
+
+    async def _take(self, model: str, line: str, version: int) -> None:
+        try:
+            target = TrafficTarget.parse(line)
+        except TrafficTargetError as error:
+            self.troubles[model] = str(error)
+            await report_target_trouble(self._pool, model, line, str(error))
+            self._lines[model] = line
+            return
+        self._good[model] = (target, version)
+        await self._tell(model)
+        await keep_target(self._pool, model, str(target), version)
+        self._lines[model] = line  # last, so that a failure on the way is tried again
+        self.troubles.pop(model, None)
+
+    async def _tell(self, model: str) -> None:
+        target, version = self._good[model]
+        await self._limiter.set_target(model, target, version=version)
+        self._told_at[model] = time.monotonic()

@@ -1,0 +1,222 @@
+"""The pull loop of one model: wait until it may send, claim one task, send it at its moment, settle it.
+
+Nothing waits for a batch: the loop claims the next task while calls are in flight, and how many are in flight
+follows from the target and the latency.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+
+from router.assignment import PullOrder
+from router.engine import Engine, HeldBack
+from router.errors import DatabaseError, LimiterError, PermitDead, RouterError
+from router.limiter import Permit
+from router.queue import LeaseLost
+from router.roster import report_model_trouble
+from router.task import CallResult, Claim, Outcome
+
+LONGEST_HOLD_SECONDS = 2.0  # a claimed task whose moment is farther off is given back
+MOST_AHEAD = 64
+DEAD_PERMITS_BORNE = 20
+FAILURES_BORNE = 5  # in a row, before the model is rested
+LONGEST_REST_SECONDS = 60.0
+UNKNOWN_MODEL_REST_SECONDS = 30.0
+DEFAULT_RETRY_AFTER_SECONDS = 1.0
+
+
+class Worker:
+    """One model's worker in one run. `await run()` returns why the run was over."""
+
+    def __init__(self, engine: Engine, model: str, run: str, models: frozenset[str] = frozenset()) -> None:
+        self._engine = engine
+        self.model = model
+        self._run = run
+        self._models = models
+        self._order = PullOrder(places={})
+        self._ahead = asyncio.Semaphore(1)
+        self._ahead_size = 1
+        self._failures = 0
+        self._not_before = 0.0
+        self._trouble: str | None = ""
+
+    async def run(self) -> str:
+        """Pull and solve until the run is over; calls in flight stay with the engine.
+
+        Cancelled, it stops pulling at once; what it claimed but did not send is given back.
+        """
+        self._engine.join(self._run, self._models)
+        pulling = asyncio.get_running_loop().create_task(self._pull_forever(), name=f"router pull {self.model}")
+        try:
+            while (reason := self._engine.left(self._run)) is None:
+                waiting = asyncio.get_running_loop().create_task(self._engine.woken(5.0), name="router wait")
+                await asyncio.wait({pulling, waiting}, return_when=asyncio.FIRST_COMPLETED)
+                waiting.cancel()
+                if pulling.done():
+                    pulling.result()
+            return reason
+        finally:
+            pulling.cancel()
+            await asyncio.gather(pulling, return_exceptions=True)
+            self._engine.part(self._run)
+
+    async def _pull_forever(self) -> None:
+        while True:
+            try:
+                await self._pull_one()
+            except LeaseLost:
+                await asyncio.sleep(0.5)  # the heartbeat takes a new name
+            except (DatabaseError, LimiterError):
+                await asyncio.sleep(0.5)  # said by the engine's duties; here only tried again
+
+    async def _pull_one(self) -> None:
+        engine = self._engine
+        roster_model = engine.roster.models.get(self.model)
+        if roster_model is None or not engine.may_send() or time.monotonic() < self._not_before:
+            await engine.woken(0.5)
+            return
+        await self._ahead.acquire()
+        claim: Claim | None = None
+        try:
+            await engine.limiter.until_near(self.model)
+            if engine.may_send():
+                self._aim()
+                claim = await engine.queue.claim(
+                    self.model, self._order.categories(engine.roster.categories), max_tokens=roster_model.max_tokens
+                )
+        finally:
+            if claim is None:
+                self._ahead.release()
+        if claim is None:
+            await engine.woken(engine.config.worker.poll_seconds)
+            return
+        self._order.took(claim.category)
+        engine.spawn(self._solve(claim, roster_model.endpoint, roster_model.timeout_seconds), f"call {claim.call_id}")
+
+    def _aim(self) -> None:
+        engine = self._engine
+        places = {c: p[self.model] for c, p in engine.roster.places.items() if self.model in p}
+        self._order.aim(engine.shares.get(self.model, {}), places)
+        target = engine.targets.get(self.model)
+        per_second = target.requests_per_second() if target else None
+        wanted = MOST_AHEAD if per_second is None else math.ceil(per_second * engine.config.worker.look_ahead_seconds) + 1
+        for _ in range(min(wanted, MOST_AHEAD) - self._ahead_size):
+            self._ahead.release()
+            self._ahead_size += 1
+
+    async def _solve(self, claim: Claim, endpoint: str, timeout_seconds: float) -> None:
+        engine = self._engine
+        sent = False
+
+        def going_out(permit: Permit) -> None:
+            nonlocal sent
+            engine.check_may_send()
+            permit.check()
+            sent = True
+            self._ahead.release()
+
+        room = self._room_for_tokens()
+        if room is not None and claim.reserved_tokens > room:
+            self._ahead.release()
+            why = f"{self.model}: the call reserves {claim.reserved_tokens} tokens, and its target allows {room}"
+            await engine.queue.give_up(claim, why)
+            return
+        try:
+            done = await self._call(claim, endpoint, timeout_seconds, going_out)
+        except (HeldBack, RouterError, asyncio.TimeoutError):
+            done = None
+        except asyncio.CancelledError:
+            if not sent:
+                await asyncio.shield(engine.queue.unclaim(claim.call_id))
+            raise
+        finally:
+            if not sent:
+                self._ahead.release()
+        if done is None:
+            await engine.queue.unclaim(claim.call_id)
+            return
+        await self._settle(claim, done)
+
+    def _room_for_tokens(self) -> int | None:
+        target = self._engine.targets.get(self.model)
+        return min((limit.count for limit in target.tokens), default=None) if target else None
+
+    async def _call(
+        self, claim: Claim, endpoint: str, timeout_seconds: float, going_out: Callable[[Permit], None]
+    ) -> CallResult:
+        limiter = self._engine.limiter
+        for _ in range(DEAD_PERMITS_BORNE):
+            permit = await limiter.acquire(
+                self.model, tokens=claim.reserved_tokens, timeout_seconds=LONGEST_HOLD_SECONDS
+            )
+            try:
+                result = await self._engine.backend.call(
+                    model_endpoint=endpoint, prompt=claim.prompt, max_tokens=claim.max_tokens,
+                    request_id=str(claim.call_id), tokens_reserved=claim.reserved_tokens,
+                    timeout_seconds=timeout_seconds, before_send=partial(going_out, permit),
+                )  # fmt: skip
+            except PermitDead:
+                await limiter.cancel(permit)
+                continue
+            except HeldBack:
+                await limiter.cancel(permit)
+                raise
+            with contextlib.suppress(LimiterError):  # the reservation ends by itself
+                if result.outcome is Outcome.UNSENT:
+                    await limiter.cancel(permit)
+                else:
+                    await limiter.release(permit, tokens=result.used_tokens)
+            return result
+        raise PermitDead(f"{DEAD_PERMITS_BORNE} permits of {self.model} died before they could be used")
+
+    async def _settle(self, claim: Claim, result: CallResult) -> None:
+        queue = self._engine.queue
+        if result.outcome is Outcome.UNSENT:
+            self._hold_off(result)
+            await queue.unclaim(claim.call_id)
+            return
+        await self._heed(result)
+        try:
+            await queue.settle(claim, result)
+        except DatabaseError as error:
+            await queue.settle(claim, CallResult(Outcome.ERROR, error=f"the answer could not be stored: {error}"))
+        if result.outcome is Outcome.ANSWERED:
+            self._engine.solved += 1
+        else:
+            self._engine.failed_calls += 1
+
+    def _hold_off(self, result: CallResult) -> None:
+        # Nothing got out: the backend is away, which is no task's fault and no reason to ask faster.
+        self._failures += 1
+        self._not_before = time.monotonic() + min(5.0, 0.25 * 2 ** min(self._failures, 10))
+
+    async def _heed(self, result: CallResult) -> None:
+        """Rest the model for everyone as long as the provider says, or after failures in a row."""
+        seconds: float | None = None
+        if result.outcome in (Outcome.RATE_LIMITED, Outcome.OVERLOADED):
+            seconds = result.retry_after_seconds or DEFAULT_RETRY_AFTER_SECONDS
+        elif result.outcome is Outcome.UNKNOWN_MODEL:
+            seconds = UNKNOWN_MODEL_REST_SECONDS
+        elif result.outcome in (Outcome.ERROR, Outcome.TIMEOUT, Outcome.GARBAGE):
+            self._failures += 1
+            over = self._failures - FAILURES_BORNE
+            seconds = min(LONGEST_REST_SECONDS, 2.0**over) if over >= 0 else None
+        else:
+            self._failures = 0
+        if seconds is not None:
+            with contextlib.suppress(LimiterError):
+                await self._engine.limiter.rest(self.model, seconds, f"{result.outcome.value}: {result.error or ''}")
+        await self._tell_trouble(result)
+
+    async def _tell_trouble(self, result: CallResult) -> None:
+        trouble = None if result.outcome is Outcome.ANSWERED else f"{result.outcome.value}: {result.error or ''}"
+        if trouble == self._trouble:
+            return
+        self._trouble = trouble
+        with contextlib.suppress(DatabaseError):
+            await report_model_trouble(self._engine.pool, self.model, trouble)
