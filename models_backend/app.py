@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -63,8 +64,9 @@ def _add_reading_paths(app: FastAPI, settings: StandInSettings, arrivals: Arriva
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        """That it runs, and how many calls it holds."""
-        return {"status": "ok", "arrived": arrivals.arrived, "in_flight": arrivals.arrived - arrivals.ended}
+        """That it runs, as which process, and how many calls it holds."""
+        in_flight = arrivals.arrived - arrivals.ended
+        return {"status": "ok", "pid": os.getpid(), "arrived": arrivals.arrived, "in_flight": in_flight}
 
     @app.get("/arrivals")
     async def recent(

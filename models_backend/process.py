@@ -69,17 +69,18 @@ def start_backend(folder: Path, *arguments: str, port: int | None = None) -> Bac
             raise RuntimeError(
                 f"The Models Backend did not start: {output.read_text(errors='replace')[-1500:]}"
             )
-        if _answers(server.url):
+        if _answers(server.url, process.pid):
             return server
         time.sleep(0.05)
     server.stop()
     raise RuntimeError(f"The Models Backend at {server.url} did not answer within {START_SECONDS:g} s.")
 
 
-def _answers(url: str) -> bool:
+def _answers(url: str, pid: int) -> bool:
+    """Whether it is our process that answers, and not another one that has the port."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with direct.open(f"{url}/health", timeout=1) as response:
-            return bool(response.status == 200)
-    except OSError:
+            return bool(json.load(response).get("pid") == pid)
+    except (OSError, ValueError):
         return False

@@ -389,7 +389,7 @@ end
 
 -- Says that the memory is gone, and since when; `knew` is 1 if the asker had seen it.
 local function mark_lost()
-  local knew = unpack_struct('<d', ask)
+  local knew, call_longest = unpack_struct('<dd', ask)
   if live then return pack('<ddddd', 1, 0, now, 0, 0) end
   if knew == 1 or stored[2] then redis.call('HSET', key, 'known', '1') end
   redis.call('HSETNX', key, 'lost', text_of(now))
@@ -399,7 +399,9 @@ local function mark_lost()
     redis.call('HSET', key, 'lost', text_of(now))
   end
   local known = redis.call('HEXISTS', key, 'known')
-  return pack('<ddddd', 0, now - since, now, spec and spec.longest or 0, known)
+  local longest = spec and spec.longest or 0
+  if spec and spec.at_once >= 0 then longest = max(longest, call_longest) end
+  return pack('<ddddd', 0, now - since, now, longest, known)
 end
 
 -- Builds the memory anew from past calls: ask = blind, since, holders' end; ARGV[3] moments, ARGV[4] tokens,

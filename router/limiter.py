@@ -1,15 +1,14 @@
 """Who may send to a model, and when: exact where the provider counts, for any number of processes.
 
-In any window of a model's traffic target, at the backend's door, there are no more than the target's requests,
-tokens and calls at once. One script call in Redis (`limiter.lua`) decides all of it together and answers with
-a moment. How and why: docs/limiter.md.
+In any window of a model's traffic target, at the backend's door, there are no more than the target's
+requests, tokens and calls at once. One script call in Redis (`limiter.lua`) decides all of it together and
+answers with a moment. How and why: docs/limiter.md.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import re
 import struct
 import time
@@ -18,11 +17,9 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, cast
+from typing import Any
 
 import redis.asyncio
-from redis.client import NEVER_DECODE
-from redis.exceptions import NoScriptError, RedisError
 
 from router.errors import InputError, LimiterError, LimiterUnavailable
 from router.line import Batch, Line
@@ -35,7 +32,8 @@ from router.permits import (
     Wait,
     WaitReason,
 )
-from router.traffic import TrafficTarget
+from router.redis_script import REDIS_ERRORS, RedisScript
+from router.traffic import LARGEST_COUNT, TrafficTarget
 
 __all__ = [
     "History",
@@ -56,11 +54,11 @@ MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
 LONGEST_REST_SECONDS = 86_400.0
 _SCRIPT = Path(__file__).with_name("limiter.lua").read_text(encoding="utf-8")
 _MICRO = 1_000_000
-_OK, _LOST, _NO_TARGET = 0, 1, 2
+_LOST = 1  # the script's status; 0 is a decision, 2 is no target
+_MEMORY = frozenset({WaitReason.LOST, WaitReason.NO_TARGET})
 _HEAD = struct.Struct("<7d")
 _GRANT = struct.Struct("<2d")
-_ASK_ONE = struct.Struct("<5d")
-_SCRIPT_TRIES = 3
+_MOST_TRIES = 3
 
 
 @dataclass(slots=True)
@@ -93,8 +91,7 @@ class TrafficLimiter:
         self._redis = redis
         self._history = history
         self.settings = settings or LimiterSettings()
-        self._sha: str | None = None
-        self._loading = asyncio.Lock()
+        self._script = RedisScript(redis, _SCRIPT)
         self._seen: dict[str, _Seen] = {}
         self._keys: dict[str, str] = {}
         self._lines: dict[str, Line] = {}
@@ -105,7 +102,7 @@ class TrafficLimiter:
         self._listening = asyncio.Event()
         self._name = f"{id(self):x}-{time.monotonic_ns():x}"
 
-    async def __aenter__(self) -> TrafficLimiter:
+    async def __aenter__(self) -> TrafficLimiter:  # noqa: PYI034 - typing.Self is 3.11
         return self
 
     async def __aexit__(
@@ -168,13 +165,13 @@ class TrafficLimiter:
     async def reserve(
         self, model: str, tokens: int = 0, *, holder_seconds: float | None = None
     ) -> Permit | Wait:
-        """A permit whose moment is at most the look-ahead away, or why not and when to ask again. One round trip.
+        """A permit whose moment is at most the look-ahead away, or why not and when to ask again.
 
-        `tokens` bounds what the call can use; `holder_seconds` is the longest it can take.
+        One round trip. `tokens` bounds what the call can use; `holder_seconds` is the longest it can take.
         """
         _check_tokens(tokens)
         permits, wait = await self._ask(model, (tokens,), holder_seconds)
-        return permits[0] if permits else cast("Wait", wait)
+        return permits[0] if permits else wait
 
     async def acquire(self, model: str, tokens: int = 0, *, timeout_seconds: float | None = None) -> Permit:
         """Stand in line for a permit and return at its moment.
@@ -200,25 +197,23 @@ class TrafficLimiter:
         return standing.result()
 
     async def until_near(self, model: str) -> None:
-        """Return as soon as a send looks possible within the look-ahead; reserves nothing, and mostly asks nothing."""
+        """Return as soon as a send looks possible within the look-ahead; reserves nothing, mostly asks nothing."""
         line, seen = self._line(model), self._seen_of(model)
         while True:
-            now = time.monotonic()
-            if seen.near_at is None or now - seen.near_known_at > self.settings.hint_seconds:
-                try:
-                    await self._peek(model)
-                except LimiterUnavailable:
-                    await line.bell.wait(self.settings.retry_cap_seconds)
-                continue_at = seen.near_at
-            else:
-                continue_at = seen.near_at
-            if continue_at is not None and continue_at <= time.monotonic():
+            pokes = line.pokes
+            if time.monotonic() - seen.near_known_at > self.settings.hint_seconds:
+                await self._peek(model)
+            near_in = None if seen.near_at is None else seen.near_at - time.monotonic()
+            if pokes != line.pokes:
+                seen.near_known_at = 0.0  # the reply may be older than the change
+            elif near_in is not None and near_in <= 0:
                 return
-            net = self.settings.hint_seconds
-            await line.bell.wait(net if continue_at is None else min(net, continue_at - time.monotonic()))
+            else:
+                net = self.settings.hint_seconds
+                await line.bell.wait(net if near_in is None else min(net, near_in))
 
     async def release(self, permit: Permit, tokens: int | None = None) -> None:
-        """The call ended: its place at once is free, and its reservation becomes the `tokens` it used. Idempotent."""
+        """The call ended: its place at once is free, its reservation becomes the `tokens` it used. Idempotent."""
         if tokens is not None:
             _check_tokens(tokens)
         await self._return(permit, -1 if tokens is None else tokens, unused=False)
@@ -245,59 +240,61 @@ class TrafficLimiter:
     # -- asking -------------------------------------------------------------------------------------------
 
     async def _ask(
-        self, model: str, tokens: Iterable[int], holder_seconds: float | None = None
-    ) -> tuple[list[Permit], Wait | None]:
+        self, model: str, tokens: tuple[int, ...], holder_seconds: float | None = None
+    ) -> tuple[list[Permit], Wait]:
         """As many permits as there are now for these tokens, in order, and what the next one waits for."""
-        tokens = tuple(tokens)
-        for _ in range(_SCRIPT_TRIES):
+        for _ in range(_MOST_TRIES):
             permits, wait = await self._ask_once(model, "reserve", tokens, holder_seconds)
-            if wait is None or wait.reason not in (WaitReason.LOST, WaitReason.NO_TARGET):
+            if wait.reason not in _MEMORY:
                 return permits, wait
             again = await self._recover(model, wait.reason)
             if again is None or again > 0:
-                return permits, Wait(model, wait.reason, again)
-        return permits, Wait(model, WaitReason.LOST, self.settings.retry_base_seconds)
+                return [], Wait(model, wait.reason, again)
+        return [], Wait(model, WaitReason.LOST, self.settings.retry_base_seconds)
 
     async def _ask_once(
         self, model: str, verb: str, tokens: tuple[int, ...], holder_seconds: float | None
-    ) -> tuple[list[Permit], Wait | None]:
+    ) -> tuple[list[Permit], Wait]:
         seen = self._seen_of(model)
         holder = self.settings.call_longest_seconds if holder_seconds is None else holder_seconds
-        look = self.settings.look_ahead_seconds * _MICRO
-        if len(tokens) == 1:
-            ask = _ASK_ONE.pack(seen.generation, seen.head, look, holder * _MICRO, tokens[0])
-        else:
-            ask = struct.pack(
-                f"<{4 + len(tokens)}d", seen.generation, seen.head, look, holder * _MICRO, *tokens
-            )
+        fixed = (seen.generation, seen.head, self.settings.look_ahead_seconds * _MICRO, holder * _MICRO)
         left = time.monotonic()
-        reply = await self._call(model, verb, ask)
+        reply = await self._call(model, verb, struct.pack(f"<{4 + len(tokens)}d", *fixed, *tokens))
         arrived = time.monotonic()
         status, generation, head, version, again, reason, slack = _HEAD.unpack_from(reply)
         if status:
             seen.near_at = None
             return [], Wait(model, WaitReason.LOST if status == _LOST else WaitReason.NO_TARGET, None)
         self._remember(model, seen, (generation, head, version))
-        permits = []
-        slack_seconds = slack / _MICRO
-        for (number, wait), need in zip(_GRANT.iter_unpack(reply[_HEAD.size :]), tokens, strict=False):
-            seconds = wait / _MICRO
-            dead_at = left + seconds + slack_seconds
-            permits.append(Permit(model, need, int(number), int(generation), arrived + seconds, dead_at))
-        again_seconds = None if again < 0 else again / _MICRO
-        near = None if again_seconds is None else arrived + again_seconds - self.settings.look_ahead_seconds
-        seen.near_at = None if reason == WaitReason.AT_ONCE else near
-        seen.near_known_at = arrived
-        return permits, Wait(model, WaitReason(int(reason)), again_seconds)
+        death = left + slack / _MICRO
+        permits = [
+            Permit(model, need, int(number), int(generation), arrived + wait / _MICRO, death + wait / _MICRO)
+            for (number, wait), need in zip(_GRANT.iter_unpack(reply[_HEAD.size :]), tokens, strict=False)
+        ]
+        return permits, self._next(model, seen, again, WaitReason(int(reason)), arrived)
+
+    def _next(self, model: str, seen: _Seen, again: float, reason: WaitReason, arrived: float) -> Wait:
+        """What the next one waits for; also kept as the hint by which `until_near` need not ask."""
+        seconds = None if again < 0 else again / _MICRO
+        if reason is WaitReason.AT_ONCE or seconds is None:  # a release may come before
+            seen.near_at, seen.near_known_at = None, 0.0
+        else:
+            seen.near_at = arrived + seconds - self.settings.look_ahead_seconds
+            seen.near_known_at = arrived
+        return Wait(model, reason, seconds)
 
     async def _peek(self, model: str) -> None:
-        await self._hear()
-        _, wait = await self._ask_once(model, "peek", (0,), None)
-        if wait is not None and wait.reason in (WaitReason.LOST, WaitReason.NO_TARGET):
+        """Learn when a send looks possible."""
+        seen = self._seen_of(model)
+        again: float | None = self.settings.retry_cap_seconds
+        with contextlib.suppress(LimiterUnavailable):
+            await self._hear()
+            _, wait = await self._ask_once(model, "peek", (0,), None)
+            if wait.reason not in _MEMORY:
+                return
             again = await self._recover(model, wait.reason)
-            seen = self._seen_of(model)
-            seen.near_at = None if again is None else time.monotonic() + again
-            seen.near_known_at = time.monotonic()
+        seen.near_at = None if again is None else time.monotonic() + again
+        seen.near_known_at = time.monotonic() if again is None or again > 0 else 0.0
 
     def _remember(self, model: str, seen: _Seen, told: tuple[float, float, float]) -> None:
         generation, head, version = told
@@ -334,11 +331,9 @@ class TrafficLimiter:
     async def _return_all(self, model: str, items: list[bytes]) -> None:
         await self._call(model, "back", b"".join(items), self._name)
         line = self._lines.get(model)
-        seen = self._seen_of(model)
-        if seen.near_at is None:
-            seen.near_known_at = 0.0
-        if line is not None and line.waiting_for not in (WaitReason.NOTHING, WaitReason.WINDOW):
-            line.poke()
+        starved = line is not None and line.waiting_for in (WaitReason.TOKENS, WaitReason.AT_ONCE)
+        if starved or self._seen_of(model).near_at is None:
+            self._changed(model)
 
     def _give_back(self, permit: Permit) -> None:
         self._aside(self._cancel_quietly(permit), f"give back a permit of {permit.model}")
@@ -354,19 +349,20 @@ class TrafficLimiter:
     # -- memory -------------------------------------------------------------------------------------------
 
     async def _recover(self, model: str, reason: WaitReason) -> float | None:
-        """Put back what Redis lost, as far as it is known: 0 if done, else seconds to wait; None for a change."""
+        """Put back what Redis lost: 0 if done, else the seconds to wait; None if only a change can help."""
         lock = self._rebuilding.setdefault(model, asyncio.Lock())
         async with lock:
             seen = self._seen_of(model)
             if reason is WaitReason.NO_TARGET:
-                if seen.target is None or seen.generation == 0:
+                if seen.target is None:
                     return None
                 await self.set_target(model, seen.target, version=int(seen.version))
             return await self._rebuild(model, seen)
 
     async def _rebuild(self, model: str, seen: _Seen) -> float:
         asked = time.monotonic()
-        reply = await self._call(model, "lost", struct.pack("<d", float(seen.generation > 0)))
+        ask = struct.pack("<2d", float(seen.generation > 0), self.settings.call_longest_seconds * _MICRO)
+        reply = await self._call(model, "lost", ask)
         live, lost_for, clock, longest, known = struct.unpack("<5d", reply)
         if live:
             return 0.0
@@ -374,15 +370,9 @@ class TrafficLimiter:
         calls: list[PastCall] = []
         if self._history is not None:
             calls = await self._past_calls(self._history, model, longest / _MICRO)
-            still_out = out_seconds - lost_for / _MICRO if calls or known else 0.0
         elif known:
-            still_out = (
-                out_seconds
-                + max(longest / _MICRO, self.settings.call_longest_seconds * 0)
-                - lost_for / _MICRO
-            )
-        else:
-            still_out = 0.0
+            out_seconds += longest / _MICRO
+        still_out = out_seconds - lost_for / _MICRO if calls or known else 0.0
         if still_out > 0:
             return still_out
         blind = self._history is None and not known
@@ -391,14 +381,12 @@ class TrafficLimiter:
         await self._build(model, seen, calls, clock, since=since, blind=blind)
         return 0.0
 
-    async def _past_calls(self, history: History, model: str, longest_seconds: float) -> list[PastCall]:
-        seconds = max(longest_seconds, self.settings.call_longest_seconds)
+    async def _past_calls(self, history: History, model: str, seconds: float) -> list[PastCall]:
         try:
             return await history(model, seconds)
         except Exception as error:
-            raise LimiterUnavailable(
-                f"Redis lost what was sent to {model}, and the call log cannot say it: {error}"
-            ) from error
+            what = f"Redis lost what was sent to {model}, and the call log cannot say it"
+            raise LimiterUnavailable(f"{what}: {error}") from error
 
     async def _build(
         self, model: str, seen: _Seen, calls: list[PastCall], clock: float, *, since: float, blind: bool
@@ -414,35 +402,7 @@ class TrafficLimiter:
     # -- Redis --------------------------------------------------------------------------------------------
 
     async def _call(self, model: str, verb: str, *arguments: bytes | str) -> Any:
-        key = self._keys.get(model) or self._key(model)
-        for _ in range(_SCRIPT_TRIES):
-            try:
-                if self._sha is None:
-                    await self._load()
-                return await self._redis.execute_command(
-                    "EVALSHA", self._sha, 1, key, verb, *arguments, **{NEVER_DECODE: True}
-                )
-            except NoScriptError:
-                self._sha = None
-            except (RedisError, OSError, asyncio.TimeoutError) as error:
-                _unavailable(model, error)
-        raise LimiterUnavailable(f"Redis forgets the limiter's script again and again; asked for {model}.")
-
-    async def _load(self) -> None:
-        """Load the script for this run of Redis: a restarted one does not know it, and is thereby found out."""
-        async with self._loading:
-            if self._sha is not None:
-                return
-            run = await self._run_id()
-            text = _SCRIPT.replace("@RUN@", run)
-            await self._redis.script_load(text)
-            if await self._run_id() != run:
-                raise LimiterUnavailable("Redis restarted while the limiter's script was loaded.")
-            self._sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
-
-    async def _run_id(self) -> str:
-        info = await self._redis.info("server")
-        return re.sub(r"[^0-9a-zA-Z]", "", str(info.get("run_id", "")))
+        return await self._script.call(self._keys.get(model) or self._key(model), verb, *arguments)
 
     def _key(self, model: str) -> str:
         if not MODEL_NAME.fullmatch(model):
@@ -464,9 +424,9 @@ class TrafficLimiter:
         if line is None:
             self._key(model)
 
-            async def ask(tokens: list[int]) -> tuple[list[Permit], Wait | None]:
+            async def ask(tokens: list[int]) -> tuple[list[Permit], Wait]:
                 await self._hear()
-                return await self._ask(model, tokens)
+                return await self._ask(model, tuple(tokens))
 
             line = self._lines[model] = Line(model, ask, self._give_back, self.settings)
         return line
@@ -510,18 +470,17 @@ class TrafficLimiter:
             line.poke()
 
     async def _hear(self) -> None:
-        """Begin to listen for changes made elsewhere; returns when they are heard, or after a bounded time."""
-        if self._listening.is_set():
+        """Begin to listen for changes made elsewhere; the first time, wait a bounded time until they are heard."""
+        if self._listener is not None and not self._listener.done():
             return
-        if self._listener is None or self._listener.done():
-            self._listener = asyncio.create_task(self._listen(), name="limiter listens for changes")
+        self._listener = asyncio.create_task(self._listen(), name="limiter listens for changes")
         waiting = asyncio.ensure_future(self._listening.wait())
         await asyncio.wait({waiting}, timeout=self.settings.ask_again_seconds)
         waiting.cancel()
 
     async def _listen(self) -> None:
         while True:
-            with contextlib.suppress(RedisError, OSError, asyncio.TimeoutError):
+            with contextlib.suppress(*REDIS_ERRORS):
                 async with self._redis.pubsub(ignore_subscribe_messages=True) as channel:
                     await channel.subscribe(CHANNEL)
                     self._listening.set()
@@ -543,14 +502,8 @@ class TrafficLimiter:
 
 
 def _check_tokens(tokens: int) -> None:
-    if not 0 <= tokens <= 1_000_000_000:  # noqa: PLR2004 - the grammar's largest count
-        raise InputError(f"{tokens} is no number of tokens: 0 to 1,000,000,000.")
-
-
-def _unavailable(model: str, error: BaseException) -> NoReturn:
-    raise LimiterUnavailable(
-        f"Redis could not decide about {model}, so nothing is sent: {type(error).__name__}: {error}"
-    ) from error
+    if not 0 <= tokens <= LARGEST_COUNT:
+        raise InputError(f"{tokens} is no number of tokens: 0 to {LARGEST_COUNT:,}.")
 
 
 async def _ended(standing: asyncio.Future[Any]) -> None:

@@ -18,7 +18,7 @@ from router.errors import LimiterError, LimiterUnavailable, PermitDead
 from router.permits import LimiterSettings, Permit, Wait, WaitReason
 
 Item = TypeVar("Item")
-Ask = Callable[[list[int]], Awaitable[tuple[list[Permit], Wait | None]]]
+Ask = Callable[[list[int]], Awaitable[tuple[list[Permit], Wait]]]
 
 _TIMED = frozenset({WaitReason.WINDOW, WaitReason.RESTING})
 MOST_DEATHS = 100  # a process that misses so many moments in a row is not able to send at all
@@ -78,7 +78,7 @@ class Line:
         self._waiters: deque[_Waiter] = deque()
         self._asked: list[_Waiter] = []
         self._runner: asyncio.Task[None] | None = None
-        self._pokes = 0
+        self.pokes = 0
         self._ask_at = 0.0
 
     @property
@@ -87,7 +87,7 @@ class Line:
         return sum(not waiter.future.done() for waiter in (*self._asked, *self._waiters))
 
     async def stand(self, tokens: int) -> Permit:
-        """Wait for a permit, and for its moment; a permit that died on the way goes back and another is asked."""
+        """Wait for a permit and its moment; a permit that died on the way goes back, and another is asked."""
         for deaths in range(MOST_DEATHS):
             waiter = _Waiter(tokens)
             if deaths == 0:
@@ -133,7 +133,7 @@ class Line:
 
     def poke(self) -> None:
         """Something changed: whatever was known about when to ask no longer holds."""
-        self._pokes += 1
+        self.pokes += 1
         self._ask_at = 0.0
         self.bell.ring()
 
@@ -145,20 +145,20 @@ class Line:
                 self._put_back(self._asked)
                 await self.bell.wait(early)
                 continue
-            pokes = self._pokes
+            pokes = self.pokes
             try:
                 permits, wait = await self._ask([waiter.tokens for waiter in self._asked])
-                failures = 0
             except LimiterUnavailable:
-                permits, wait = [], None
                 failures += 1
+                self._put_back(self._asked)
+                await self.bell.wait(self._backoff(failures))
+                continue
             except Exception as error:  # noqa: BLE001 - whatever it is, those in line must hear of it
                 self._fail_all(error)
                 return
+            failures = 0
             denied = self._hand_out(permits, wait)
-            if failures:
-                await self.bell.wait(self._backoff(failures))
-            elif wait is not None and pokes == self._pokes:
+            if pokes == self.pokes:
                 self._ask_at = time.monotonic() + self._pause(wait, denied=denied)
 
     def _take(self) -> bool:
@@ -170,7 +170,7 @@ class Line:
                 self._asked.append(waiter)
         return bool(self._asked)
 
-    def _hand_out(self, permits: list[Permit], wait: Wait | None) -> bool:
+    def _hand_out(self, permits: list[Permit], wait: Wait) -> bool:
         """Give the permits out in order; True if somebody asked in vain."""
         asked, self._asked = self._asked, []
         for waiter, permit in zip(asked, permits, strict=False):
@@ -179,7 +179,7 @@ class Line:
             else:
                 waiter.future.set_result(permit)
         left = asked[len(permits) :]
-        self.waiting_for = wait.reason if wait is not None else WaitReason.NOTHING
+        self.waiting_for = wait.reason
         if left and self.waiting_for is WaitReason.TOO_LARGE:
             self._refuse(left.pop(0))
         self._put_back(left)
@@ -197,10 +197,10 @@ class Line:
             )
 
     def _pause(self, wait: Wait, *, denied: bool) -> float:
-        """How long asking is pointless: until half the look-ahead before the next moment, to get several at once."""
+        """Seconds in which asking is pointless: until half the look-ahead before the next moment."""
         net = self._settings.ask_again_seconds
         if wait.reason in _TIMED:
-            ahead = self._settings.look_ahead_seconds / 2
+            ahead = self._settings.look_ahead_seconds / 2  # not the whole: one ask is to bring several
             return min(net, max(0.0, (wait.again_seconds or 0.0) - ahead))
         if not denied or wait.reason is WaitReason.TOO_LARGE:  # Redis rings only for those whom it refused
             return 0.0
@@ -221,7 +221,7 @@ class Line:
 
 
 class Batch(Generic[Item]):
-    """Sends items with at most one round trip under way; those that come meanwhile go together in the next."""
+    """Sends items, one round trip at a time; those that come meanwhile go together in the next."""
 
     def __init__(self, send: Callable[[list[Item]], Awaitable[None]], *, most: int, name: str) -> None:
         self._send = send
@@ -253,4 +253,7 @@ class Batch(Generic[Item]):
                 error = raised
             for _, future in under_way:
                 if not future.done():
-                    _ = future.set_exception(error) if error else future.set_result(None)
+                    if error is None:
+                        future.set_result(None)
+                    else:
+                        future.set_exception(error)

@@ -1,4 +1,4 @@
-"""The limiter's values: a permit with its moment, a refusal with its reason, and what can be configured. No I/O."""
+"""The limiter's values: a permit with its moment, a refusal with its reason, and its settings. No I/O."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class LimiterSettings:
         )
 
     def send_slack(self, target: TrafficTarget) -> float:
-        """How long after its moment a permit of this target may still be used: its shortest window's slack."""
+        """How long after its moment a permit may still be used: the slack of the target's shortest window."""
         windows = [limit.window_seconds for limit in (*target.requests, *target.tokens)]
         return min((self.slacks(window).send for window in windows), default=self.minute_slacks.send)
 
@@ -146,7 +146,7 @@ class PastCall:
 
 @dataclass(frozen=True, slots=True)
 class ModelTraffic:
-    """What a model's limiter holds now; counts are by limit, e.g. `{"120/min": 96}`, and cover the slacks too."""
+    """What a model's limiter holds now; counts are by limit, e.g. `{"120/min": 96}`, slacks included."""
 
     model: str
     target: str | None

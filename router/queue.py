@@ -163,7 +163,11 @@ class TaskQueue:
             stop=stop_after_delay(SETTLE_PATIENCE_SECONDS),
             reraise=True,
         )
-        return await waiting(attempt)
+
+        async def once() -> T:
+            return await attempt()
+
+        return await waiting(once)
 
     async def _one(self, statement: str, *arguments: Any) -> Any:
         try:

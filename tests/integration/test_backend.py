@@ -226,8 +226,8 @@ async def test_other_refusals_carry_no_retry_after() -> None:
 
 @pytest.mark.parametrize(
     "document",
-    [b"<html>", b"", b'{"answer": "cut o', b"\xff\xfe", b"[" * 100_000, {"usage": {}}, {"answer": None}, {"answer": 42},
-     {"answer": ["x"]}, {"answer": ""}, {"answer": " \n"}, [], "42"],
+    [b"<html>", b"", b'{"answer": "cut o', b"\xff\xfe", b"[" * 100_000, {"usage": {}}, {"answer": None},
+     {"answer": 42}, {"answer": ["x"]}, {"answer": ""}, {"answer": " \n"}, [], "42"],
 )  # fmt: skip
 async def test_200_without_an_answer_is_garbage(document: object) -> None:
     result = await result_of(http(200, document))
@@ -346,7 +346,7 @@ def test_an_address_that_is_no_url_is_refused_without_repeating_it() -> None:
     assert "secret" not in str(caught.value)
 
 
-# The permit's check ------------------------------------------------------------------------------------------
+# The permit's check ----------------------------------------------------------------------------------------
 
 
 def dead() -> None:

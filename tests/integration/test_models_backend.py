@@ -1,4 +1,4 @@
-"""The stand-in for the Models Backend, as a process of its own, asked by the router's client and plain HTTP."""
+"""The stand-in for the Models Backend, a process of its own, asked by the router's client and plain HTTP."""
 
 from __future__ import annotations
 
@@ -257,16 +257,20 @@ async def test_a_quota_of_calls_at_once(start: Start) -> None:
     assert (await ask(server.url)).outcome is not Outcome.RATE_LIMITED
 
 
-# Faults ------------------------------------------------------------------------------------------------------
+# Faults ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("kind", "outcome", "retry_after"),
     [
-        ("error", Outcome.ERROR, None), ("rate_limit", Outcome.RATE_LIMITED, 3.0), ("empty", Outcome.GARBAGE, None),
-        ("overload", Outcome.OVERLOADED, 3.0), ("hang", Outcome.TIMEOUT, None), ("slow_drip", Outcome.TIMEOUT, None),
+        ("error", Outcome.ERROR, None),
+        ("rate_limit", Outcome.RATE_LIMITED, 3.0),
+        ("overload", Outcome.OVERLOADED, 3.0),
+        ("empty", Outcome.GARBAGE, None),
+        ("hang", Outcome.TIMEOUT, None),
+        ("slow_drip", Outcome.TIMEOUT, None),
     ],
-)  # fmt: skip
+)
 async def test_each_fault_strikes_its_model_only(
     server: BackendServer, faulty: Callable[..., Any], kind: str, outcome: Outcome, retry_after: float | None
 ) -> None:
@@ -343,7 +347,7 @@ async def test_a_thousand_calls_hang_while_others_are_answered(
         assert set(await asyncio.gather(*hanging)) == {Outcome.TIMEOUT}
 
 
-# What it draws -----------------------------------------------------------------------------------------------
+# What it draws ---------------------------------------------------------------------------------------------
 
 
 def test_latencies_are_repeatable_and_shaped_like_measured_ones() -> None:
@@ -401,12 +405,16 @@ def test_a_good_answer_states_the_reference_and_a_bad_one_does_not() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--latency", "often"), "no latency shape"), (("--time-scale", "0"), "time scale"),
-        (("--quota", "phi-4"), "MODEL=TARGET"), (("--quota", "nobody=1/s"), "'nobody' is not served"),
-        (("--quota", "phi-4=1 a year"), "not a limit"), (("--models", "/nowhere/models.yaml"), "does not exist"),
-        (("--models", "/nowhere/else.yaml"), "must name a models.yaml"), (("--references", "/nowhere"), "No such file"),
+        (("--latency", "often"), "no latency shape"),
+        (("--time-scale", "0"), "time scale"),
+        (("--quota", "phi-4"), "MODEL=TARGET"),
+        (("--quota", "nobody=1/s"), "'nobody' is not served"),
+        (("--quota", "phi-4=1 a year"), "not a limit"),
+        (("--models", "/nowhere/models.yaml"), "does not exist"),
+        (("--models", "/nowhere/else.yaml"), "must name a models.yaml"),
+        (("--references", "/nowhere"), "No such file"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_command_line_is_refused_in_words(
     capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], words: str
 ) -> None:
