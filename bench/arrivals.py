@@ -82,8 +82,8 @@ def model_log(arrivals: Iterable[Arrival]) -> ModelLog:
 
 
 def read_arrivals(path: Path) -> list[Arrival]:
-    """The arrival log in `path`; InputError names the line that is wrong."""
-    return list(_rows(path, _arrival))
+    """The arrival log in `path`, without calls that named no model; InputError names a wrong line."""
+    return [arrival for arrival in _rows(path, _arrival) if arrival.model]
 
 
 def read_changes(path: Path) -> list[TargetChange]:
@@ -96,7 +96,7 @@ def _arrival(row: dict[str, Any]) -> Arrival:
     return Arrival(
         at=_seconds(row["at"]),
         ended_at=None if ended_at is None else _seconds(ended_at),
-        model=str(row["model"]),
+        model=str(row["model"] or ""),
         request_id=str(row.get("request_id") or ""),
         tokens_reserved=int(row.get("tokens_reserved") or 0),
         tokens_used=None if used is None else int(used),

@@ -23,18 +23,18 @@ Each worker takes one task at a time and sends it at the traffic that the Variab
 @dag(schedule="@continuous", max_active_runs=1, catchup=False, doc_md=DOC, tags=["router"])
 def solve_tasks() -> None:
     @task(retries=1000, retry_delay=timedelta(seconds=3))
-    def assign_models(run_id: str = "") -> list[dict[str, Any]]:
+    def assign_models(run_id: str | None = None) -> list[dict[str, Any]]:
         from airflow.providers.postgres.hooks.postgres import PostgresHook
         from router.roster import begin_run
 
-        return begin_run(PostgresHook("router_db").get_conn(), run_id)
+        return begin_run(PostgresHook("router_db").get_conn(), str(run_id))
 
     @task(trigger_rule="all_done", retries=3)
-    def report(run_id: str = "") -> dict[str, Any]:
+    def report(run_id: str | None = None) -> dict[str, Any]:
         from airflow.providers.postgres.hooks.postgres import PostgresHook
         from router.roster import run_report
 
-        return run_report(PostgresHook("router_db").get_conn(), run_id)
+        return run_report(PostgresHook("router_db").get_conn(), str(run_id))
 
     assigned = assign_models()
     workers = ModelWorker.partial(

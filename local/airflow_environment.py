@@ -11,6 +11,10 @@ from pathlib import Path
 from local.keys import Secrets, write_private
 
 ROOT = Path(__file__).resolve().parent.parent
+FOREIGN = (
+    *("AIRFLOW_", "_AIRFLOW_", "PG", "PYTHONDONTWRITEBYTECODE"),
+    *("ROUTER_DATABASE_URL", "ROUTER_REDIS_URL", "ROUTER_AIRFLOW_", "MODELS_BACKEND_URL"),
+)
 USERS = {"admin": "admin", "viewer": "viewer", "router": "op"}  # `op` is the least that may edit Variables
 
 
@@ -20,8 +24,7 @@ def clean_environment() -> dict[str, str]:
     Proxies are told to keep away from the loopback, which is the only address that the parts use. Bytecode is
     kept, whatever we were told: Airflow's imports take three times as long without.
     """
-    foreign = ("AIRFLOW_", "ROUTER_", "MODELS_BACKEND_", "PG", "_AIRFLOW_", "PYTHONDONTWRITEBYTECODE")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
     environment["PATH"] = os.pathsep.join(
         [str(Path(sys.executable).parent), environment.get("PATH", os.defpath)]
     )

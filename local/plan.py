@@ -102,7 +102,12 @@ class Plan:
             *("--arrival-log", str(self.arrival_log)),
             *self._options.backend_arguments,
         ]
-        return PartSpec("backend", command, {**clean_environment(), **self.addresses}, ROOT)
+        return PartSpec("backend", command, clean_environment(), ROOT)
+
+    def router(self, name: str, *arguments: str) -> PartSpec:
+        """`router <arguments>` as a part of that name."""
+        command = [sys.executable, "-m", "router.cli", *arguments]
+        return PartSpec(name, command, {**clean_environment(), **self.addresses}, ROOT)
 
     def airflow(self, name: str, *arguments: str) -> PartSpec:
         """`airflow <arguments>` as a part of that name."""

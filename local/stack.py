@@ -24,7 +24,7 @@ import fcntl
 import importlib.metadata
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,6 @@ from local.plan import Plan, StackOptions
 from local.postgres import PostgresServer, prepare_postgres
 from local.redis import redis_answers
 from local.traffic import create_traffic_variables
-from router.database import migrate
 
 HEALTH_NAMES = {"scheduler": "scheduler", "dag-processor": "dag_processor", "triggerer": "triggerer"}
 START_SECONDS = 180.0
@@ -211,7 +210,8 @@ class Stack:
         known = databases.note(server, "airflow") == version
         if not known:
             self._run(self._plan.airflow("migrate-airflow", "db", "migrate"))
-        migrate(self.database_url)
+        self._run(self._plan.router("migrate-router", "migrate"))
+        self._wait_ended("migrate-router")
         if not known:
             self._wait_ended("migrate-airflow")
             databases.set_note(server, "airflow", version)
@@ -253,23 +253,24 @@ class Stack:
                 del left[name]
                 self._report(name, f"ready after {time.monotonic() - self._parts[name].started:.1f} s")
             if left:
-                self._pause(deadline, f"{', '.join(left)}: not ready after {START_SECONDS:.0f} s")
+                self._pause(deadline, [self._parts[name] for name in left])
 
     def _wait_ended(self, name: str) -> None:
         part = self._parts[name]
         deadline = time.monotonic() + START_SECONDS
         while part.running:
-            self._pause(deadline, f"{name}: has not ended after {START_SECONDS:.0f} s")
+            self._pause(deadline, [part])
         if part.guard.returncode:
             raise part.death()
         stop_parts([self._parts.pop(name)])
         self._report(name, f"done after {time.monotonic() - part.started:.1f} s")
 
-    def _pause(self, deadline: float, complaint: str) -> None:
+    def _pause(self, deadline: float, waiting_for: Sequence[Part]) -> None:
         if self._stop_requested():
             raise StopRequested
         if time.monotonic() > deadline:
-            raise StackError(f"{complaint}. See the logs in {self.logs}.")
+            complaints = [f"{part.name}: {part.log} ends with:\n{part.log_tail()}" for part in waiting_for]
+            raise StackError("\n".join([f"Not ready after {START_SECONDS:.0f} s.", *complaints]))
         time.sleep(LOOK_SECONDS)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from local.airflow_api import AirflowApi
@@ -11,13 +12,29 @@ from router.traffic import GRAMMAR
 PREFIX = "traffic."
 
 
-def create_traffic_variables(api: AirflowApi, config_folder: Path | None = None) -> list[str]:
-    """Make `traffic.<model>` for each model that has none; the names made. What is there is never touched."""
-    models = load_config(config_folder).models
-    known = api.variables(PREFIX)
-    missing = [name for name in models if PREFIX + name not in known]
+@dataclass(frozen=True)
+class TrafficVariable:
+    """One Variable as it is first made."""
+
+    key: str
+    value: str
+    description: str
+
+
+def traffic_variables(config_folder: Path | None = None) -> list[TrafficVariable]:
+    """`traffic.<model>` for each model of the config; the description shows what can be written."""
     return [
-        name
-        for name in missing
-        if api.create_variable(PREFIX + name, models[name].target, f"What {name} may be sent. {GRAMMAR}")
+        TrafficVariable(PREFIX + name, model.target, f"What {name} may be sent. {GRAMMAR}")
+        for name, model in load_config(config_folder).models.items()
+    ]
+
+
+def create_traffic_variables(api: AirflowApi, config_folder: Path | None = None) -> list[str]:
+    """Make those that are missing, and tell which; what is there is never touched."""
+    known = api.variables(PREFIX)
+    missing = [variable for variable in traffic_variables(config_folder) if variable.key not in known]
+    return [
+        variable.key
+        for variable in missing
+        if api.create_variable(variable.key, variable.value, variable.description)
     ]

@@ -1,20 +1,17 @@
 """Watches the `traffic.<model>` Variables and the pause of solve_tasks where the metadata database is near.
 
 A trigger cannot ask whether its DAG is paused, and reading Variables through its supervisor is slow. The
-api-server, where edits are made, can: a thread there reads both with one query each, four times a second, and
-publishes what changed. The workers' own slow reading stays as the net.
+api-server, where edits are made, can: there both are read with one query each, four times a second, and what
+changed is published. The workers' own slow reading stays as the net.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import sys
-import threading
-from typing import Any
 
 from airflow.plugins_manager import AirflowPlugin
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger("router.traffic_variables")
 
@@ -78,23 +75,38 @@ def _addresses() -> tuple[str, str]:
     return database.get_uri().replace("postgres://", "postgresql://", 1), redis.get_uri()
 
 
-_watched_by: int | None = None
+class WatchWhileServing:
+    """ASGI middleware that does nothing but run the watch between the server's start-up and its shutdown.
 
+    Not a thread at import: that would race the api-server's own imports.
+    """
 
-def start_watching() -> None:
-    """Start the thread, once a process."""
-    global _watched_by
-    if _watched_by != os.getpid():
-        _watched_by = os.getpid()
-        threading.Thread(target=lambda: asyncio.run(watch()), name="router traffic watch", daemon=True).start()
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            await self._app(scope, receive, send)
+            return
+        watching: list[asyncio.Task[None]] = []
+
+        async def send_and_watch(message: Message) -> None:
+            await send(message)
+            if message["type"] == "lifespan.startup.complete":
+                watching.append(asyncio.create_task(watch(), name="router traffic watch"))
+
+        try:
+            await self._app(scope, receive, send_and_watch)
+        finally:
+            for task in watching:
+                task.cancel()
+            await asyncio.gather(*watching, return_exceptions=True)
 
 
 class TrafficVariables(AirflowPlugin):
-    """Starts the watch where plugins are loaded by the api-server."""
+    """Hangs the watch into the api-server."""
 
     name = "traffic_variables"
-
-    @classmethod
-    def on_load(cls, *_args: Any, **_kwargs: Any) -> None:
-        if "api-server" in sys.argv:
-            start_watching()
+    fastapi_root_middlewares = [  # noqa: RUF012 - Airflow's own way to name them
+        {"name": "router traffic watch", "middleware": WatchWhileServing, "args": [], "kwargs": {}}
+    ]

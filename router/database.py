@@ -16,7 +16,6 @@ from typing import Any
 import asyncpg
 import psycopg2
 import psycopg2.extensions
-import psycopg2.extras
 
 from router.errors import DatabaseError, SchemaError
 from router.settings import ROOT
@@ -54,9 +53,12 @@ def connect(url: str) -> Iterator[Connection]:
 
 def rows(connection: Connection, statement: str, arguments: tuple[Any, ...] = ()) -> list[dict[str, Any]]:
     """Run one statement and return its rows as dictionaries; an empty list if it returns none."""
-    with connection.cursor(cursor_factory=psycopg2.extras.RealDictCursor) as cursor:
+    with connection.cursor() as cursor:
         cursor.execute(statement, arguments)
-        return [dict(row) for row in cursor.fetchall()] if cursor.description else []
+        if cursor.description is None:
+            return []
+        names = [column[0] for column in cursor.description]
+        return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 
 
 def migrate(url: str, folder: Path = SQL_FOLDER) -> MigrationReport:

@@ -9,6 +9,7 @@ RouterError                     a fact, and the next step
 │   ├── LimiterUnavailable      Redis is away or broken: nothing may be sent
 │   └── PermitDead              a permit's moment has passed unused: ask for another
 ├── BackendUnavailable          the Models Backend cannot be reached at all
+├── AirflowError                Airflow's REST API refused or cannot be reached
 └── InputError                  a line, row or argument that a person gave; names it
 
 What a call to a model came to is never an exception but a value: `router.task.CallResult`.
@@ -51,6 +52,14 @@ class PermitDead(LimiterError):  # noqa: N818 - the glossary's word
 
 class BackendUnavailable(RouterError):  # noqa: N818 - a state of the world, read as one
     """The Models Backend cannot be reached or does not speak the configured protocol."""
+
+
+class AirflowError(RouterError):
+    """Airflow refused, in its own words with its HTTP `status`, or cannot be reached: then that is None."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class InputError(RouterError):

@@ -281,6 +281,10 @@ local function reserve(commit)
   return table.concat(reply)
 end
 
+-- The rest is not even defined for those who ask for a permit: a script is run from its top every time.
+if verb == 'reserve' then return reserve(true) end
+if verb == 'peek' then return reserve(false) end
+
 -- Sets the tokens of a send to what they were, in the windows that still hold it.
 local function correct(i, used)
   local chunk, at = tokens_key(floor(i / SENDS)), i % SENDS * 4
@@ -472,8 +476,6 @@ local function snapshot()
   return { line[1], line[2] or '', table.concat(parts) }
 end
 
-if verb == 'reserve' then return reserve(true) end
-if verb == 'peek' then return reserve(false) end
 if verb == 'back' then return give_back() end
 if verb == 'target' then return set_target() end
 if verb == 'lost' then return mark_lost() end

@@ -197,7 +197,7 @@ class TrafficLimiter:
         return standing.result()
 
     async def until_near(self, model: str) -> None:
-        """Return as soon as a send looks possible within the look-ahead; reserves nothing, mostly asks nothing."""
+        """Return as soon as a send looks possible within the look-ahead; reserves nothing, rarely asks."""
         line, seen = self._line(model), self._seen_of(model)
         while True:
             pokes = line.pokes
@@ -213,7 +213,7 @@ class TrafficLimiter:
                 await line.bell.wait(net if near_in is None else min(net, near_in))
 
     async def release(self, permit: Permit, tokens: int | None = None) -> None:
-        """The call ended: its place at once is free, its reservation becomes the `tokens` it used. Idempotent."""
+        """The call ended: its place is free, its reservation becomes the `tokens` it used. Idempotent."""
         if tokens is not None:
             _check_tokens(tokens)
         await self._return(permit, -1 if tokens is None else tokens, unused=False)
@@ -249,7 +249,7 @@ class TrafficLimiter:
                 return permits, wait
             again = await self._recover(model, wait.reason)
             if again is None or again > 0:
-                return [], Wait(model, wait.reason, again)
+                return [], Wait(model, WaitReason.NO_TARGET if again is None else WaitReason.LOST, again)
         return [], Wait(model, WaitReason.LOST, self.settings.retry_base_seconds)
 
     async def _ask_once(
@@ -470,7 +470,7 @@ class TrafficLimiter:
             line.poke()
 
     async def _hear(self) -> None:
-        """Begin to listen for changes made elsewhere; the first time, wait a bounded time until they are heard."""
+        """Begin to listen for changes made elsewhere; the first time, wait until they are heard (bounded)."""
         if self._listener is not None and not self._listener.done():
             return
         self._listener = asyncio.create_task(self._listen(), name="limiter listens for changes")

@@ -210,7 +210,7 @@ class Line:
         longest = min(
             self._settings.retry_cap_seconds, self._settings.retry_base_seconds * 2 ** min(failures, 10)
         )
-        return longest * random.uniform(0.5, 1.0)
+        return float(longest * random.uniform(0.5, 1.0))
 
     def _fail_all(self, error: Exception) -> None:
         waiting = [*self._asked, *self._waiters]

@@ -128,6 +128,10 @@ def test_a_place_is_free_in_the_very_moment_a_call_ends():
     ) == ["x"]
 
 
+def test_even_a_call_that_took_no_time_was_there():
+    assert who_broke(verdict_on([call(1.0, 0), call(1.0, 0, name="x")], target("1 at once"))) == ["x"]
+
+
 def test_a_call_without_an_end_still_holds_its_place():
     endless = call(0.0)._replace(ended_at=None)
     assert who_broke(verdict_on([endless, call(5000.0)], target("1 at once"))) == ["at 5000.0"]
@@ -212,8 +216,8 @@ def test_use_is_the_part_that_was_sent_of_what_could_have_been():
 
 def test_what_was_sent_before_the_backlog_fills_the_ideals_windows_too():
     calls = [call(float(second)) for second in (*range(10), *range(60, 70))]
-    verdict = judge(calls, [target("10/min, burst")], backlog_from=30.0, backlog_until=69.0).models["m"]
-    assert (verdict.sent_in_backlog, verdict.ideal_sends, verdict.use) == (10, 10, 1.0)
+    verdict = judge(calls, [target("10/min, burst")], backlog_from=30.0, backlog_until=60.5).models["m"]
+    assert (verdict.sent_in_backlog, verdict.ideal_sends, verdict.use) == (1, 1, 1.0)
 
 
 def test_a_stopped_model_used_all_that_it_had():
@@ -268,6 +272,15 @@ def test_a_wrong_line_is_named(
     (tmp_path / "targets.jsonl").write_text(change)
     assert main([str(tmp_path / "arrivals.jsonl"), str(tmp_path / "targets.jsonl")]) == 2
     assert named in capsys.readouterr().err
+
+
+def test_a_call_that_named_no_model_was_sent_to_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    nameless = {**call(0.0)._asdict(), "model": None}
+    door, history = logs(tmp_path, [call(1.0)], [(0.0, "m", "2/min")])
+    with Path(door).open("a") as log:
+        log.write(json.dumps(nameless) + "\n")
+    assert main([door, history, "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["models"]) == ["m"]
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

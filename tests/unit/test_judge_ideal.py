@@ -49,6 +49,13 @@ def test_a_call_larger_than_the_budget_waits_for_all_of_it():
     assert sends(target("1k tokens/min"), until=130, tokens=5000) == [0, 60, 120]
 
 
+def test_a_call_without_tokens_does_not_wait_for_tokens():
+    draws = [(10, 50), (0, 0)]
+    full = [target("10 tokens/min, 1 at once")]
+    assert replay_ideal(full, [2.0], 0.0, 5.0, tokens=draws).tolist() == [0, 2]
+    assert replay_ideal(full, [2.0], 0.0, 70.0, tokens=draws).tolist() == [0, 2, 60, 62]
+
+
 def test_a_stop_stops_and_a_start_remembers():
     changes = (target("2/10s, burst"), target("0", at=5), target("2/10s, burst", at=8))
     assert sends(*changes, until=12) == [0, 0, 10, 10]

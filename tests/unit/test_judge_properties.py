@@ -153,7 +153,7 @@ def one_by_one(target: TrafficTarget, reserved: int) -> Iterator[tuple[TrafficTa
 
 
 draws_of_calls = st.lists(
-    st.tuples(st.integers(1, 70), st.integers(1, 12), st.integers(0, 15)), min_size=1, max_size=5
+    st.tuples(st.integers(1, 70), st.integers(0, 12), st.integers(0, 15)), min_size=1, max_size=5
 )
 earlier_calls = st.lists(
     st.tuples(st.integers(0, 39), st.integers(1, 90), st.integers(1, 12), st.integers(0, 15)), max_size=4

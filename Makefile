@@ -1,0 +1,73 @@
+# What can be done here. `make` alone lists it.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+DATA ?= .stack
+TIME_SCALE ?= 10
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.set-up-done
+SOURCES := router models_backend local bench plugins dags tests
+FAST_TESTS := tests/unit tests/fundamentals tests/integration
+# Taken when make starts, so that setting up counts as part of a demo.
+export ROUTER_DEMO_STARTED_AT := $(shell date +%s)
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-8s %s\n", $$1, $$2 }'
+
+setup: $(STAMP)  ## a virtual environment in .venv with the locked packages (needs Python 3.10 to 3.13)
+
+$(STAMP): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || \
+	  { echo "Python 3.10 to 3.13 is needed; $(PYTHON) is not one. Name another: make setup PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "$(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip sync --quiet requirements.txt
+	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --no-deps --editable .
+	@touch $@
+
+up: setup  ## start the embedded stack and leave it open (DATA=.stack TIME_SCALE=10)
+	@exec $(BIN)/python -m local up --data $(DATA) --time-scale $(TIME_SCALE) $(ARGS)
+
+demo: setup  ## the stack, a backlog, and a live view of its solving (ARGS="--tasks N --exit --json FILE")
+	@exec $(BIN)/python -m local demo --data $(DATA) --time-scale $(TIME_SCALE) $(ARGS)
+
+test: test-fast test-slow  ## all tests but the long ones
+
+test-fast: setup
+	$(BIN)/pytest -q -m "not soak" $(FAST_TESTS)
+
+test-slow: setup
+	$(BIN)/pytest -q -m "not soak" $(addprefix --ignore=,$(FAST_TESTS)) tests
+
+check: lint test-fast  ## style, types, floors, left-over marks, fast tests
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	@! grep -rsnE '\b(TO''DO|FIX''ME|X''XX|HA''CK)\b' --include='*.py' --include='*.sql' --include='*.lua' \
+	  --include='*.md' --include='*.yaml' --include='*.html' --include='*.js' $(SOURCES) sql config docs *.md *.yaml \
+	  || { echo "Left-over marks: finish them or take them out."; exit 1; }
+
+soak: setup  ## the long tests
+	$(BIN)/pytest -q -m soak $(ARGS)
+
+bench: setup  ## the measurements of bench/, each printing its table
+	@for script in $$(grep -l '__main__' bench/*.py); do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
+
+lock: setup  ## compile requirements.txt anew from pyproject.toml
+	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip compile --quiet --universal --python-version 3.10 --all-extras --no-header \
+	  --no-annotate pyproject.toml -o requirements.txt
+
+clean:  ## remove what make made: the virtual environment, caches and $(DATA)
+	rm -rf $(VENV) $(DATA) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: help setup up demo test test-fast test-slow check lint soak bench lock clean

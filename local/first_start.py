@@ -1,0 +1,68 @@
+"""`python -m local.first_start`: schemas, Airflow's users and traffic Variables, before Airflow starts.
+
+For deployments that are not the embedded stack (docker-compose.yaml). It reads the environment that Airflow
+and `router` read, and AIRFLOW_ADMIN_PASSWORD, AIRFLOW_VIEWER_PASSWORD and ROUTER_AIRFLOW_PASSWORD. It can be
+run at any time: Variables that are there are left alone, schemas are brought up to date.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from local.keys import write_private
+from local.traffic import traffic_variables
+from router.errors import ConfigError, RouterError
+
+PASSWORDS_FILE = "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE"
+PASSWORDS = {
+    "admin": "AIRFLOW_ADMIN_PASSWORD",
+    "viewer": "AIRFLOW_VIEWER_PASSWORD",
+    "router": "ROUTER_AIRFLOW_PASSWORD",
+}
+
+
+def main() -> int:
+    """0 when everything is ready; else what failed has said why."""
+    try:
+        write_passwords(os.environ)
+        _run("airflow", "db", "migrate")
+        _run("router.cli", "migrate")
+        _import_variables()
+    except RouterError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+    return 0
+
+
+def write_passwords(environment: Mapping[str, str]) -> None:
+    """The file that Airflow's simple auth manager reads. ConfigError names what is not set."""
+    missing = [name for name in (PASSWORDS_FILE, *PASSWORDS.values()) if not environment.get(name)]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)}: not set. Set them in the environment (see .env.example).")
+    passwords = {user: environment[name] for user, name in PASSWORDS.items()}
+    write_private(Path(environment[PASSWORDS_FILE]), json.dumps(passwords))
+
+
+def _import_variables() -> None:
+    entries = {variable.key: asdict(variable) for variable in traffic_variables()}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "variables.json"
+        file.write_text(json.dumps(entries))
+        _run("airflow", "variables", "import", "--action-on-existing-key", "skip", str(file))
+
+
+def _run(module: str, *arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", module, *arguments], check=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

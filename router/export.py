@@ -1,0 +1,92 @@
+"""Finished tasks as the output file of OpenAI's Batch API, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from router.errors import InputError
+from router.task import TaskStatus
+
+
+def output_line(task: Mapping[str, Any]) -> str:
+    """One line of an OpenAI Batch output file: the answer as a chat completion, or why there is none."""
+    name = task["external_id"] or str(task["id"])
+    line: dict[str, Any] = {"id": f"task-{task['id']}", "custom_id": name, "response": None, "error": None}
+    if task["status"] == TaskStatus.FAILED.value:
+        line["error"] = {"code": "failed", "message": task["failure"] or "the task failed"}
+    else:
+        call = str(task["answer_call_id"] or line["id"])
+        line["response"] = {"status_code": 200, "request_id": call, "body": _completion(task, call)}
+    return json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def _completion(task: Mapping[str, Any], call: str) -> dict[str, Any]:
+    message = {"role": "assistant", "content": task["answer"] or ""}
+    body: dict[str, Any] = {
+        "id": f"chatcmpl-{call}",
+        "object": "chat.completion",
+        "created": int(task["finished_at"].timestamp()) if task["finished_at"] else 0,
+        "model": task["answered_by"] or "unknown",
+        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+    }
+    prompt, completion = task["prompt_tokens"], task["completion_tokens"]
+    if prompt is not None or completion is not None:  # the log keeps calls for some days only
+        counts = {"prompt_tokens": prompt or 0, "completion_tokens": completion or 0}
+        body["usage"] = {**counts, "total_tokens": sum(counts.values())}
+    return body
+
+
+def write_lines(path: Path | None, lines: Iterable[str]) -> int:
+    """Write the lines to `path`, or to standard output for None; returns how many.
+
+    A file appears, or is replaced, only when all lines are in it; if anything fails it is as it was before.
+    """
+    written = 0
+    with _target(path) as file:
+        for line in lines:
+            file.write(line)
+            written += 1
+    return written
+
+
+@contextmanager
+def _target(path: Path | None) -> Iterator[IO[str]]:
+    if path is None:
+        yield sys.stdout
+        sys.stdout.flush()
+        return
+    path = Path(os.path.realpath(path))  # a link stays a link
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a file in it.")
+    try:
+        with path.open("w", encoding="utf-8") if _is_special(path) else _replacing(path) as file:
+            yield file
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+def _is_special(path: Path) -> bool:
+    return path.exists() and not path.is_file()  # a pipe or a device cannot be replaced
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[str]]:
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with beside.open("x", encoding="utf-8") as file:
+            if path.exists():
+                beside.chmod(path.stat().st_mode & 0o777)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        with suppress(FileNotFoundError):
+            beside.unlink()

@@ -1,0 +1,255 @@
+"""What is going on now: tasks by state, and for each model its target, its use and its last trouble.
+
+Backlog comes from the counters and from the queue's partial indexes; no table of tasks is ever counted. Use
+comes from the limiter; if Redis is away, from the log of calls, and the status says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import redis.asyncio
+from redis.exceptions import RedisError
+
+from router.database import Connection, rows
+from router.errors import LimiterError
+from router.limiter import ModelTraffic, TrafficLimiter, WaitReason
+
+RECENT_CALLS = 5000  # the newest calls that are looked through for troubles
+RECENT_MINUTES = 10
+REDIS_SECONDS = 2.0
+POLL_SECONDS = 0.05
+
+_COUNTS = "SELECT category, unsolved, solved, failed FROM task_counts_now ORDER BY category"
+_STATES = """
+SELECT (SELECT count(*) FROM queue WHERE state = 'claimed') AS running,
+       (SELECT count(*) FROM queue WHERE state = 'waiting') AS waiting,
+       (SELECT count(*) FROM workers WHERE released_at IS NULL AND lease_until > clock_timestamp()) AS workers,
+       (SELECT held FROM solving) AS held"""
+_MODELS = """
+SELECT r.model, r.state, r.trouble, r.default_target, k.target AS kept_target, k.in_force_at,
+       t.line AS bad_line, t.problem AS bad_problem, t.since AS bad_since
+  FROM roster r LEFT JOIN newest_targets k USING (model) LEFT JOIN traffic_troubles t USING (model)
+ WHERE r.state <> 'retired' ORDER BY r.model"""
+_IN_FLIGHT = """
+SELECT c.model, count(*) AS calls FROM queue q JOIN model_calls c ON c.call_id = q.call_id
+ WHERE q.state = 'claimed' GROUP BY c.model"""
+_RECENT = """
+SELECT model, count(*) AS calls, count(*) FILTER (WHERE wrong) AS failed,
+       (array_agg(outcome || coalesce(': ' || error, '') ORDER BY call_id DESC) FILTER (WHERE wrong))[1] AS last_error,
+       max(finished_at) FILTER (WHERE wrong) AS last_error_at
+  FROM (SELECT *, outcome NOT IN ('answered', 'unsent') AS wrong FROM model_calls
+         WHERE call_id >= call_id_floor(clock_timestamp() - make_interval(mins => %s)) AND outcome IS NOT NULL
+         ORDER BY call_id DESC LIMIT %s) AS recent
+ GROUP BY model"""
+_LAST_MINUTE = """
+SELECT model, count(*) AS calls FROM model_calls
+ WHERE call_id >= call_id_floor(clock_timestamp() - interval '15 minutes') AND outcome IS DISTINCT FROM 'unsent'
+   AND coalesce(sent_at, finished_at, clock_timestamp()) > clock_timestamp() - interval '1 minute'
+ GROUP BY model"""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskCounts:
+    """Tasks by state. unsolved = ready + waiting for a retry + running."""
+
+    unsolved: int
+    ready: int
+    waiting: int
+    running: int
+    solved: int
+    failed: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """One model now. `sent` is by limit, e.g. `{"120/min": 96}`, and None where the limiter cannot say.
+
+    `target` is in force now, or was the last to be (`target_kept`); None if none ever was. `calls` and
+    `failed_calls` are of the last RECENT_MINUTES minutes.
+    """
+
+    model: str
+    state: str
+    target: str | None
+    target_kept: bool
+    target_since: datetime | None
+    sent: Mapping[str, int] | None
+    tokens: Mapping[str, int] | None
+    sent_last_minute: int | None
+    in_flight: int
+    waiting_for: str | None
+    resting_seconds: float
+    calls: int
+    failed_calls: int
+    trouble: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Everything that `router status` shows. `notes` are sentences about what is wrong with the whole."""
+
+    tasks: TaskCounts
+    categories: Mapping[str, Mapping[str, int]]
+    models: tuple[ModelStatus, ...]
+    workers: int
+    held: bool
+    notes: tuple[str, ...] = field(default=())
+
+
+def read_status(connection: Connection, redis_url: str | None) -> Status:
+    """The status of this moment. A Redis that is away is a note, not an error."""
+    counts = {row.pop("category"): row for row in rows(connection, _COUNTS)}
+    states = rows(connection, _STATES)[0]
+    models = rows(connection, _MODELS)
+    live, problem = read_limiter(redis_url, [row["model"] for row in models])
+    return Status(
+        tasks=_task_counts(counts, states),
+        categories=counts,
+        models=_model_statuses(connection, models, live),
+        workers=states["workers"],
+        held=states["held"],
+        notes=tuple(_notes(states, models, problem)),
+    )
+
+
+def _task_counts(counts: Mapping[str, Mapping[str, int]], states: Mapping[str, Any]) -> TaskCounts:
+    unsolved, solved, failed = (
+        sum(count[state] for count in counts.values()) for state in ("unsolved", "solved", "failed")
+    )
+    ready = max(0, unsolved - states["running"] - states["waiting"])
+    return TaskCounts(unsolved, ready, states["waiting"], states["running"], solved, failed)
+
+
+def _notes(states: Mapping[str, Any], models: Sequence[Mapping[str, Any]], problem: str | None) -> list[str]:
+    notes = []
+    if not models:
+        notes.append("The roster holds no model: add one to config/models.yaml and run `router models sync`.")
+    if states["held"]:
+        notes.append("The batch is held: the DAG solve_tasks is paused in Airflow.")
+    elif not states["workers"]:
+        notes.append("No worker is alive, so nothing is sent: is solve_tasks on, and a triggerer running?")
+    if problem is not None:
+        notes.append(
+            f"{problem} Nothing is sent meanwhile; targets and counts below are those kept in Postgres."
+        )
+    return notes
+
+
+def _model_statuses(
+    connection: Connection, models: Sequence[Mapping[str, Any]], live: Mapping[str, ModelTraffic] | None
+) -> tuple[ModelStatus, ...]:
+    in_flight = {row["model"]: row["calls"] for row in rows(connection, _IN_FLIGHT)}
+    recent = {row["model"]: row for row in rows(connection, _RECENT, (RECENT_MINUTES, RECENT_CALLS))}
+    minute = {row["model"]: row["calls"] for row in rows(connection, _LAST_MINUTE)} if live is None else None
+    found = []
+    for row in models:
+        name = row["model"]
+        traffic = live.get(name) if live is not None else None
+        calls = recent.get(name, {"calls": 0, "failed": 0, "last_error": None})
+        in_force = traffic is not None and traffic.target is not None
+        target = traffic.target if traffic is not None and traffic.target is not None else row["kept_target"]
+        found.append(
+            ModelStatus(
+                model=name,
+                state=row["state"],
+                target=target,
+                target_kept=target is not None and not in_force,
+                target_since=row["in_force_at"] if target == row["kept_target"] else None,
+                sent=traffic.sent if traffic is not None else None,
+                tokens=traffic.tokens if traffic is not None else None,
+                sent_last_minute=None if minute is None else minute.get(name, 0),
+                in_flight=max(in_flight.get(name, 0), traffic.at_once if traffic is not None else 0),
+                waiting_for=_waiting_for(traffic),
+                resting_seconds=traffic.resting_seconds if traffic is not None else 0.0,
+                calls=calls["calls"],
+                failed_calls=calls["failed"],
+                trouble=_trouble(row, traffic, calls),
+            )
+        )
+    return tuple(found)
+
+
+def _waiting_for(traffic: ModelTraffic | None) -> str | None:
+    if traffic is None or traffic.waiting_for is WaitReason.NOTHING:
+        return None
+    return traffic.waiting_for.text
+
+
+def _trouble(row: Mapping[str, Any], traffic: ModelTraffic | None, calls: Mapping[str, Any]) -> str | None:
+    """The gravest of what is wrong: what people wrote, then what stops the model, then single calls."""
+    if row["bad_problem"]:
+        return f"its Variable does not parse: {first_line(row['bad_problem'])}"
+    if row["trouble"]:
+        return str(row["trouble"])
+    if traffic is not None and traffic.resting_seconds > 0:
+        return f"rests {traffic.resting_seconds:.0f} s more: {traffic.rest_reason or 'it refused'}"
+    if calls["failed"]:
+        return f"{calls['failed']} of {calls['calls']} calls failed; last {first_line(calls['last_error'])}"
+    return None
+
+
+def first_line(text: str) -> str:
+    """The first line of a message of many."""
+    return text.splitlines()[0] if text else ""
+
+
+def read_limiter(
+    redis_url: str | None, models: Sequence[str]
+) -> tuple[dict[str, ModelTraffic] | None, str | None]:
+    """What the limiter holds for each model, or None and a sentence that says why it cannot be known."""
+    if redis_url is None:
+        return None, "ROUTER_REDIS_URL is not set."
+    try:
+        return asyncio.run(asyncio.wait_for(_snapshot(redis_url, models), 2 * REDIS_SECONDS)), None
+    except asyncio.TimeoutError:
+        return None, "Redis does not answer."
+    except (LimiterError, RedisError, OSError, ValueError) as error:
+        return None, f"Redis is away: {first_line(str(error.__cause__ or error)).rstrip('.')}."
+
+
+async def _snapshot(redis_url: str, models: Sequence[str]) -> dict[str, ModelTraffic]:
+    client = _client(redis_url)
+    try:
+        async with TrafficLimiter(client) as limiter:
+            return await limiter.snapshot(models)
+    finally:
+        await client.aclose()
+
+
+def seconds_until_in_force(
+    redis_url: str, model: str, target: str, *, at_most_seconds: float
+) -> float | None:
+    """Wait until the limiter works by this target (its canonical line); None if it does not in time."""
+    try:
+        return asyncio.run(_until_in_force(redis_url, model, target, at_most_seconds))
+    except (LimiterError, RedisError, OSError):
+        return None
+
+
+async def _until_in_force(redis_url: str, model: str, target: str, at_most_seconds: float) -> float | None:
+    client = _client(redis_url)
+    started = time.monotonic()
+    try:
+        async with TrafficLimiter(client) as limiter:
+            while True:
+                in_force = (await limiter.snapshot([model]))[model].target
+                waited = time.monotonic() - started
+                if in_force == target:
+                    return waited
+                if waited >= at_most_seconds:
+                    return None
+                await asyncio.sleep(POLL_SECONDS)
+    finally:
+        await client.aclose()
+
+
+def _client(redis_url: str) -> redis.asyncio.Redis:
+    return redis.asyncio.Redis.from_url(
+        redis_url, socket_timeout=REDIS_SECONDS, socket_connect_timeout=REDIS_SECONDS
+    )

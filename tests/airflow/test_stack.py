@@ -1,0 +1,290 @@
+"""The embedded stack as people use it: started from the command line, found well, and gone when it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import psycopg2
+import pytest
+import redis
+
+from local import first_start
+from local.airflow_api import AirflowApi, AirflowApiError
+from local.postgres import PostgresServer
+from router.settings import load_config
+from router.traffic import GRAMMAR
+
+pytestmark = [pytest.mark.airflow, pytest.mark.timeout(400)]
+ROOT = Path(__file__).parents[2]
+UP = "Everything is up"
+PARTS = {"postgres", "redis", "backend", "api-server", "scheduler", "dag-processor", "triggerer"}
+
+
+class Launcher:
+    """`python -m local up` on one folder, in a session of its own."""
+
+    def __init__(self, data: Path) -> None:
+        self.data = data
+        self.output = data.with_suffix(".out")
+        with self.output.open("wb") as output:
+            command = [sys.executable, "-m", "local", "up", "--data", str(data), "--time-scale", "100"]
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True
+            )
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text()
+
+    def wait_until_up(self) -> float:
+        """Seconds that it says it took."""
+        wait_until(lambda: UP in self.text or self.process.poll() is not None, 240)
+        assert UP in self.text, self.text
+        return float(re.search(rf"{UP} after ([0-9.]+) s", self.text).group(1))  # type: ignore[union-attr]
+
+    def family(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def addresses(self) -> dict[str, str]:
+        """router.env, read by a shell, as a person would."""
+        script = 'set -a; . "$0"; set +a; exec "$1" -c "import json, os; print(json.dumps(dict(os.environ)))"'
+        command = ["sh", "-c", script, str(self.data / "router.env"), sys.executable]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env={})
+        environment: dict[str, str] = json.loads(done.stdout)
+        return environment
+
+    def api(self, user: str) -> AirflowApi:
+        passwords = json.loads((self.data / "secrets.json").read_text())
+        return AirflowApi(self.addresses()["ROUTER_AIRFLOW_URL"], user, passwords[user])
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(60)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.05)
+
+
+def left_of(family: list[psutil.Process]) -> list[psutil.Process]:
+    return [
+        process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    ]
+
+
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    running = Launcher(tmp_path_factory.mktemp("stack") / "first")
+    try:
+        running.wait_until_up()
+        yield running
+    finally:
+        if running.process.poll() is None:
+            running.end()
+
+
+def test_all_parts_are_up_and_well(launcher: Launcher) -> None:
+    with launcher.api("viewer") as api:
+        assert api.health() == dict.fromkeys(
+            ("metadatabase", "scheduler", "triggerer", "dag_processor"), True
+        )
+    assert {path.stem for path in (launcher.data / "logs").glob("*.log")} >= PARTS
+
+
+def test_it_says_where_to_log_in_and_with_what(launcher: Launcher) -> None:
+    secrets = json.loads((launcher.data / "secrets.json").read_text())
+    assert launcher.addresses()["ROUTER_AIRFLOW_URL"] in launcher.text
+    assert secrets["admin"] in launcher.text
+    assert secrets["viewer"] in launcher.text
+    assert secrets["router"] not in launcher.text
+    assert secrets["postgres"] not in launcher.text
+
+
+def test_nobody_gets_in_without_a_password(launcher: Launcher) -> None:
+    url = launcher.addresses()["ROUTER_AIRFLOW_URL"]
+    with AirflowApi(url, "admin", "guessed") as api, pytest.raises(AirflowApiError) as refused:
+        api.variables()
+    assert refused.value.status == 401
+
+
+def test_each_user_may_do_what_its_role_says(launcher: Launcher) -> None:
+    with launcher.api("viewer") as viewer, pytest.raises(AirflowApiError) as refused:
+        viewer.set_variable("test.role", "1")
+    assert refused.value.status == 403
+    with launcher.api("router") as service:
+        service.set_variable("test.role", "1", "made by a test")
+        service.set_variable("test.role", "2")
+        assert service.variables("test.") == {"test.role": "2"}
+        assert service.call("GET", "/variables/test.role")["description"] == "made by a test"
+        service.delete_variable("test.role")
+
+
+def test_each_model_has_its_traffic_variable_with_the_grammar_beside_it(launcher: Launcher) -> None:
+    models = load_config().models
+    with launcher.api("router") as api:
+        expected = {f"traffic.{name}": model.target for name, model in models.items()}
+        assert api.variables("traffic.") == expected
+        assert GRAMMAR in api.call("GET", f"/variables/traffic.{next(iter(models))}")["description"]
+
+
+def test_the_dags_parse(launcher: Launcher) -> None:
+    with launcher.api("viewer") as api:
+        wait_until(lambda: "solve_tasks" in api.dag_ids(), 60)
+        assert api.import_errors() == []
+
+
+def test_router_env_serves_another_terminal_and_both_drivers(launcher: Launcher) -> None:
+    addresses = launcher.addresses()
+    connection = psycopg2.connect(addresses["ROUTER_DATABASE_URL"])
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT count(*) FROM tasks")
+        assert cursor.fetchone() == (0,)
+    connection.close()
+    with redis.Redis.from_url(addresses["ROUTER_REDIS_URL"]) as client:
+        assert client.ping()
+
+
+def test_airflows_connections_give_urls_that_the_drivers_take(launcher: Launcher) -> None:
+    """As a trigger sees them: by id, through Airflow."""
+    code = """
+import asyncio, asyncpg, psycopg2, redis, requests
+from airflow.sdk import Connection
+url = Connection.get("router_db").get_uri()
+psycopg2.connect(url).close()
+async def ask():
+    connection = await asyncpg.connect(url)
+    await connection.fetch("SELECT 1 FROM tasks")
+    await connection.close()
+asyncio.run(ask())
+redis.Redis.from_url(Connection.get("router_redis").get_uri()).ping()
+assert requests.get(Connection.get("models_backend").get_uri() + "/health").ok
+"""
+    (triggerer,) = [p for p in launcher.family() if p.cmdline()[1:4] == ["-m", "airflow", "triggerer"]][:1]
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=triggerer.environ(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_secrets_are_for_their_owner_alone(launcher: Launcher) -> None:
+    files = ["secrets.json", "router.env", "airflow/passwords.json", "redis/redis.conf"]
+    assert {name: oct((launcher.data / name).stat().st_mode & 0o777) for name in files} == dict.fromkeys(
+        files, "0o600"
+    )
+    assert (launcher.data / "postgres").stat().st_mode & 0o077 == 0
+    arguments = " ".join(" ".join(process.cmdline()) for process in launcher.family())
+    secrets = json.loads((launcher.data / "secrets.json").read_text())
+    assert [name for name, secret in secrets.items() if secret in arguments] == []
+
+
+def test_everything_listens_on_the_loopback_only(launcher: Launcher) -> None:
+    listening = [
+        (process.name(), connection.laddr.ip)
+        for process in launcher.family()
+        for connection in process.net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert len(listening) >= 4
+    assert {address for _, address in listening} == {"127.0.0.1"}, listening
+
+
+def test_a_folder_serves_one_stack_at_a_time(launcher: Launcher) -> None:
+    second = Launcher.__new__(Launcher)
+    second.data, second.output = launcher.data, launcher.data.with_suffix(".second")
+    command = [sys.executable, "-m", "local", "up", "--data", str(launcher.data)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert f"in use by the stack with process id {launcher.process.pid}" in done.stdout
+    assert launcher.process.poll() is None
+
+
+def test_two_stacks_live_side_by_side_and_each_ends_whole(launcher: Launcher, tmp_path: Path) -> None:
+    """The first is asked to stop, started again, and killed; the second loses a part. Neither minds the other."""
+    with launcher.api("router") as api:
+        api.set_variable(f"traffic.{next(iter(load_config().models))}", "7/min")
+    connection = psycopg2.connect(launcher.addresses()["ROUTER_DATABASE_URL"])
+    with connection, connection.cursor() as cursor:
+        cursor.execute("INSERT INTO tasks (prompt) VALUES ('kept over a restart')")
+    connection.close()
+    family = launcher.family()
+    assert launcher.end(signal.SIGINT) == 0
+    assert left_of(family) == []
+
+    first, second = Launcher(launcher.data), Launcher(tmp_path / "second")
+    try:
+        first.wait_until_up()
+        second.wait_until_up()
+        check_that_it_went_on(first)
+
+        family = second.family()
+        with_a_crash(second)
+        assert left_of(family) == []
+
+        with first.api("viewer") as api:
+            assert all(api.health().values())
+        family = first.family()
+        first.end(signal.SIGKILL)
+        wait_until(lambda: left_of(family) == [], 40)
+    finally:
+        for running in (first, second):
+            if running.process.poll() is None:
+                running.end()
+
+
+def check_that_it_went_on(launcher: Launcher) -> None:
+    with launcher.api("router") as api:
+        assert "7/min" in api.variables("traffic.").values()
+    connection = psycopg2.connect(launcher.addresses()["ROUTER_DATABASE_URL"])
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT prompt FROM tasks")
+        assert cursor.fetchall() == [("kept over a restart",)]
+    connection.close()
+    assert "migrate-airflow" not in launcher.text
+
+
+def with_a_crash(launcher: Launcher) -> None:
+    (part,) = [p for p in launcher.family() if p.cmdline()[1:4] == ["-m", "airflow", "dag-processor"]][:1]
+    part.kill()
+    assert launcher.process.wait(60) == 1
+    assert "dag-processor ended by itself (SIGKILL)" in launcher.text
+
+
+def test_the_first_start_of_other_deployments_makes_all_that_airflow_needs(
+    postgres: PostgresServer, tmp_path: Path
+) -> None:
+    names = {name: postgres.create_database(f"{name}_{os.getpid()}") for name in ("airflow", "router")}
+    environment = {
+        **os.environ,
+        "AIRFLOW_HOME": str(tmp_path),
+        "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": names["airflow"].replace(
+            "postgresql", "postgresql+psycopg2", 1
+        ),
+        "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+        first_start.PASSWORDS_FILE: str(tmp_path / "passwords.json"),
+        "ROUTER_DATABASE_URL": names["router"],
+        "ROUTER_REDIS_URL": "redis://127.0.0.1:1/0",
+        "MODELS_BACKEND_URL": "http://127.0.0.1:1",
+        **{name: f"the one of {user}" for user, name in first_start.PASSWORDS.items()},
+    }
+    command = [sys.executable, "-m", "local.first_start"]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    connection = psycopg2.connect(names["airflow"])
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT key, description FROM variable")
+        made = dict(cursor.fetchall())
+    connection.close()
+    assert set(made) == {f"traffic.{name}" for name in load_config().models}
+    assert all(GRAMMAR in description for description in made.values())
+    assert json.loads((tmp_path / "passwords.json").read_text())["admin"] == "the one of admin"

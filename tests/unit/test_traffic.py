@@ -1,0 +1,160 @@
+"""The line that people write: what it means, how it prints, and what it says when it is wrong."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router.errors import ConfigError, TrafficTargetError
+from router.traffic import GRAMMAR, RequestLimit, TokenLimit, TrafficTarget
+
+
+def test_the_example_of_the_grammar():
+    target = TrafficTarget.parse("120/min, 4/s, 90k tokens/min, 20 at once")
+    assert target.requests == (RequestLimit(120, 60), RequestLimit(4, 1))
+    assert target.tokens == (TokenLimit(90_000, 60),)
+    assert target.at_once == 20
+    assert not target.burst
+    assert str(target) == "120/min, 4/s, 90k tokens/min, 20 at once"
+
+
+@pytest.mark.parametrize(
+    ("line", "canonical"),
+    [
+        ("4/s,120/min", "120/min, 4/s"),
+        ("  100/10s ,BURST ", "100/10s, burst"),
+        ("120 requests / minute", "120/min"),
+        ("1.5k tokens/hour", "1500 tokens/h"),
+        ("2M tokens/2 d", "2M tokens/2d"),
+        ("60/60s", "60/min"),
+        ("20 AT  ONCE", "20 at once"),
+        ("0", "0"),
+        ("0/min", "0"),
+        ("120/min, 0 at once", "0"),
+        ("120/min, 0 tokens/s", "0"),
+    ],
+)
+def test_many_ways_to_write_one_canonical_line(line: str, canonical: str):
+    assert str(TrafficTarget.parse(line)) == canonical
+
+
+@pytest.mark.parametrize(
+    ("line", "column", "word"),
+    [
+        ("", 1, "missing"),
+        ("4/s, ", 5, "missing"),
+        ("-1/min", 1, "negative"),
+        ("120/min, -4/s", 10, "negative"),
+        ("2000000000/min", 1, "1,000,000,000"),
+        ("4/s, 1/0s", 8, "at least 1 second"),
+        ("1/99999d", 3, "31 days"),
+        ("1/s, 4/s", 6, "twice"),
+        ("60/min, 1/60s", 9, "twice"),
+        ("1k tokens/s, 2k tokens/s", 14, "twice"),
+        ("1 at once, 2 at once", 12, "twice"),
+        ("1/s, burst, burst", 13, "twice"),
+        ("120/mni", 5, "did you mean 'min'"),
+        ("120/", 5, "missing"),
+        ("1/s, brst", 6, "did you mean 'burst'"),
+        ("9 tokns/min", 3, "did you mean 'tokens'"),
+        ("٣/min", 1, "other than 0 to 9"),
+        ("90m tokens/min", 3, "only k"),
+        ("0.5/s", 1, "1/2s"),
+        ("120", 1, "Only 0 stands alone"),
+        ("burst", 1, "no limit"),
+    ],
+)
+def test_a_wrong_line_says_what_and_where_and_shows_the_grammar(line: str, column: int, word: str):
+    with pytest.raises(TrafficTargetError) as caught:
+        TrafficTarget.parse(line)
+    message = str(caught.value)
+    assert word in message
+    assert f"at column {column} of {line!r}" in message
+    assert message.endswith(GRAMMAR)
+    assert isinstance(caught.value, ConfigError)
+
+
+def test_a_very_long_line_is_not_echoed():
+    with pytest.raises(TrafficTargetError) as caught:
+        TrafficTarget.parse("7" * 501)
+    assert "501 characters" in str(caught.value)
+    assert "7" * 50 not in str(caught.value)
+
+
+def test_the_rate_is_that_of_the_tightest_request_limit():
+    target = TrafficTarget.parse("120/min, 4/s, 90k tokens/min")
+    assert target.requests_per_second() == 2.0
+    assert target.tokens_per_second() == 1500.0
+    assert target.gap_seconds == pytest.approx(0.9 * 60 / 120)
+    assert target.longest_window_seconds == 60
+
+
+def test_burst_has_no_gap_and_no_limit_has_no_rate():
+    assert TrafficTarget.parse("120/min, burst").gap_seconds == 0.0
+    assert TrafficTarget.parse("20 at once").requests_per_second() is None
+    assert TrafficTarget.parse("20 at once").gap_seconds == 0.0
+
+
+def test_a_stopped_model_has_rate_zero():
+    target = TrafficTarget.parse("0")
+    assert target.stopped
+    assert target.requests_per_second() == 0.0
+    assert not TrafficTarget.parse("1/d").stopped
+
+
+@pytest.mark.parametrize(
+    ("line", "loose"),
+    [
+        ("60/min, 1/s", "60/min"),
+        ("10/s, 6000/min", "6000/min"),
+        ("1k tokens/s, 1M tokens/min", "1M tokens/min"),
+    ],
+)
+def test_a_limit_that_never_binds_is_warned_of(line: str, loose: str):
+    (warning,) = TrafficTarget.parse(line).warnings
+    assert warning.startswith(f"{loose} never binds")
+
+
+@pytest.mark.parametrize("line", ["120/min, 4/s", "59/min, 1/s", "100/10s, 30/3s", "20 at once"])
+def test_limits_that_bind_are_not_warned_of(line: str):
+    assert TrafficTarget.parse(line).warnings == ()
+
+
+_windows = st.one_of(
+    st.integers(1, 500),
+    st.sampled_from([60, 120, 3600, 7200, 86_400, 31 * 86_400]),
+    st.integers(1, 31 * 86_400),
+)
+_counts = st.one_of(st.integers(1, 1_000_000_000), st.sampled_from([1000, 90_000, 1_000_000, 2_500_000]))
+
+
+@st.composite
+def _targets(draw: st.DrawFn) -> TrafficTarget:
+    requests = draw(st.dictionaries(_windows, _counts, max_size=4))
+    tokens = draw(st.dictionaries(_windows, _counts, max_size=4))
+    at_once = draw(st.one_of(st.none(), st.integers(1, 1_000_000_000)))
+    if not requests and not tokens and at_once is None:
+        at_once = 1
+    return TrafficTarget(
+        requests=tuple(RequestLimit(requests[window], window) for window in sorted(requests, reverse=True)),
+        tokens=tuple(TokenLimit(tokens[window], window) for window in sorted(tokens, reverse=True)),
+        at_once=at_once,
+        burst=draw(st.booleans()),
+    )
+
+
+@given(_targets())
+def test_what_is_printed_is_read_as_the_same_target(target: TrafficTarget):
+    line = str(target)
+    assert TrafficTarget.parse(line) == target
+    assert str(TrafficTarget.parse(line)) == line
+
+
+@given(st.text(max_size=80))
+def test_any_text_is_a_target_or_a_refusal_and_nothing_else(line: str):
+    try:
+        target = TrafficTarget.parse(line)
+    except TrafficTargetError:
+        return
+    assert TrafficTarget.parse(str(target)) == target
