@@ -32,10 +32,10 @@ $(STAMP): requirements.txt pyproject.toml
 	@touch $@
 
 up: setup  ## start the embedded stack and leave it open (DATA=.stack TIME_SCALE=10)
-	@exec $(BIN)/python -m local up --data $(DATA) --time-scale $(TIME_SCALE) $(ARGS)
+	@exec $(BIN)/python -m local up --data "$(DATA)" --time-scale $(TIME_SCALE) $(ARGS)
 
 demo: setup  ## the stack, a backlog, and a live view of its solving (ARGS="--tasks N --exit --json FILE")
-	@exec $(BIN)/python -m local demo --data $(DATA) --time-scale $(TIME_SCALE) $(ARGS)
+	@exec $(BIN)/python -m local demo --data "$(DATA)" --time-scale $(TIME_SCALE) $(ARGS)
 
 test: test-fast test-slow  ## all tests but the long ones
 
@@ -67,7 +67,7 @@ lock: setup  ## compile requirements.txt anew from pyproject.toml
 	  --no-annotate pyproject.toml -o requirements.txt
 
 clean:  ## remove what make made: the virtual environment, caches and $(DATA)
-	rm -rf $(VENV) $(DATA) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
+	rm -rf $(VENV) "$(DATA)" .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: help setup up demo test test-fast test-slow check lint soak bench lock clean

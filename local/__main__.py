@@ -1,4 +1,4 @@
-"""`python -m local up`: the embedded stack, until Ctrl-C, SIGTERM or the death of a part."""
+"""`python -m local up` and `demo`: the embedded stack, until Ctrl-C, SIGTERM or the death of a part."""
 
 from __future__ import annotations
 
@@ -10,61 +10,77 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
+
+from local import demo
 from local.launcher import ShowProgress, say_where, stop_on_signals
-from local.parts import PartDied
 from local.plan import StackOptions
-from local.stack import Stack, StackError, StopRequested
+from local.stack import Stack, StopRequested
 from router.errors import RouterError
 
 DEFAULT_DATA = Path(".stack")
+DEFAULT_TIME_SCALE = 10.0
 CHECK_SECONDS = 0.5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 after a wanted stop, 1 if the stack could not start or a part died."""
+    """0 after a wanted stop; 1 if the stack could not start, a part died or the demo went badly."""
     options = _parser().parse_args(arguments)
     asked = stop_on_signals()
-    begun = time.monotonic()
-    with ShowProgress() as progress:
+    console = Console(highlight=False)
+    with ShowProgress(console) as progress:
         stack = Stack(
             options.data,
             StackOptions(time_scale=options.time_scale),
             report=progress.report,
             stop_requested=asked.is_set,
         )
+        well = False
         try:
-            stack.start()
-            progress.done(f"Everything is up after {time.monotonic() - begun:.1f} s.")
-            say_where(stack)
-            _watch(stack, asked)
+            well = _serve(stack, options, asked, progress, console)
         except StopRequested:
-            pass
-        except (PartDied, StackError, RouterError, RuntimeError) as error:
+            well = True
+        except (RuntimeError, RouterError) as error:
             progress.failed(str(error))
-            return 1
         finally:
             stack.stop()
         progress.done("Everything is stopped.")
-    return 0
+    return 0 if well else 1
 
 
-def _watch(stack: Stack, asked: threading.Event) -> None:
+def _serve(
+    stack: Stack,
+    options: argparse.Namespace,
+    asked: threading.Event,
+    progress: ShowProgress,
+    console: Console,
+) -> bool:
+    begun = time.monotonic()
+    stack.start()
+    progress.done(f"Everything is up after {time.monotonic() - begun:.1f} s.")
+    say_where(stack, console)
+    well = True
+    if options.command == "demo":
+        well = demo.run_demo(stack, options, asked, console)
+        if options.exit:
+            return well
+        console.print("The stack stays open: Ctrl-C stops it.")
     while not asked.wait(CHECK_SECONDS):
         stack.check()
+    return well
 
 
 def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    add = common.add_argument
+    add("--data", type=Path, default=DEFAULT_DATA, metavar="FOLDER", help="where it keeps its data (.stack)")
+    add(
+        "--time-scale", type=float, default=DEFAULT_TIME_SCALE, metavar="S", help="divide latencies by S (10)"
+    )
     parser = argparse.ArgumentParser(prog="python -m local", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    up = commands.add_parser("up", help="start PostgreSQL, Redis, the Models Backend stand-in and Airflow")
-    up.add_argument("--data", type=Path, default=DEFAULT_DATA, help="the data folder (default: %(default)s)")
-    up.add_argument(
-        "--time-scale",
-        type=float,
-        default=10.0,
-        metavar="S",
-        help="divide the stand-in's latencies by S (default: 10)",
-    )
+    commands.add_parser("up", parents=[common], help="start the stack and leave it open")
+    demo.add_arguments(commands.add_parser("demo", parents=[common], help=demo.__doc__))
     return parser
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import threading
 import time
@@ -85,7 +86,7 @@ def say_where(stack: Stack, console: Console | None = None) -> None:
         f"  or (read only)   viewer  {stack.passwords['viewer']}",
         f"  Models Backend   {stack.backend_url}",
         f"  logs             {stack.logs}",
-        f"  in a terminal    set -a; . {stack.data / 'router.env'}; set +a; router status",
+        f"  in a terminal    set -a; . {shlex.quote(str(stack.data / 'router.env'))}; set +a; router status",
         "",
         "  Ctrl-C stops everything; started again on the same folder it goes on with its data.",
         "",

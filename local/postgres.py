@@ -67,6 +67,10 @@ class PostgresServer:
         """Stop at once but cleanly; connections are ended. Stopping twice is the same as once."""
         pg_ctl = [str(self.binaries / "pg_ctl"), "-D", str(self.data_folder), "-w", "-m", "fast", "stop"]
         subprocess.run(pg_ctl, capture_output=True, check=False, cwd="/", **_as_user(self.user))
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove what lies outside the data folder, once the server has ended."""
         if self.socket_folder != self.data_folder:
             shutil.rmtree(self.socket_folder, ignore_errors=True)
 

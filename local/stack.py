@@ -78,6 +78,7 @@ class Stack:
         self._parts: dict[str, Part] = {}
         self._lock: int | None = None
         self._made: Plan | None = None
+        self._server: PostgresServer | None = None
 
     def __enter__(self) -> Self:
         return self.start()
@@ -93,7 +94,11 @@ class Stack:
             self._keep_former_logs()
             self._made = Plan(self.data, self._options)
             write_private(self.data / "router.env", as_shell(self.addresses))
-            self._migrate(self._start_stores())
+            self._run(self._plan.redis())
+            self._run(self._plan.backend())
+            self._server = self._prepare_server()
+            self._start_stores(self._server)
+            self._migrate(self._server)
             self._start_airflow()
         except BaseException:
             self.stop()
@@ -108,6 +113,9 @@ class Stack:
             self._report("stack", "stopping")
         stop_parts(others)
         stop_parts(stores)
+        if self._server is not None:
+            self._server.tidy()
+            self._server = None
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -196,14 +204,13 @@ class Stack:
         for log in self.logs.glob("*.log"):
             log.replace(log.with_suffix(".log.1"))
 
-    def _start_stores(self) -> PostgresServer:
-        self._run(self._plan.redis())
-        self._run(self._plan.backend())
-        server = replace(prepare_postgres(self.data / "postgres"), port=self._plan.ports["postgres"])
+    def _prepare_server(self) -> PostgresServer:
+        return replace(prepare_postgres(self.data / "postgres"), port=self._plan.ports["postgres"])
+
+    def _start_stores(self, server: PostgresServer) -> None:
         self._run(self._plan.postgres(server))
         self._wait({"postgres": lambda: databases.answers(server)})
         databases.prepare(server, self._plan.secrets.postgres)
-        return server
 
     def _migrate(self, server: PostgresServer) -> None:
         version = importlib.metadata.version("apache-airflow")

@@ -1,7 +1,7 @@
 """Airflow's side of the worker: thin shells of operator and trigger on the router's engine.
 
-One engine a triggerer process, shared by its triggers; it outlives each of them, so that a trigger that leaves,
-is cancelled or is moved to another triggerer takes no call in flight with it.
+One engine a triggerer process, shared by its triggers; it outlives each of them, so that a trigger that
+leaves, is cancelled or is moved to another triggerer takes no call in flight with it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from airflow.sdk import BaseOperator, Connection, Variable
 from airflow.sdk.definitions.context import Context
 from airflow.triggers.base import BaseTrigger, TaskSuccessEvent, TriggerEvent
+
 from router.database import open_pool
 from router.engine import Engine
 from router.errors import RouterError
@@ -24,13 +25,9 @@ from router.worker import Worker
 
 LINGER_SECONDS = 30.0  # the next run follows within seconds and finds the engine warm
 
-_engine: Engine | None = None
-_engine_lock: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
-_closer: asyncio.Task[None] | None = None
-
 
 async def addresses_from_connections() -> Addresses:
-    """The same settings as the environment's, from the Connections router_db, router_redis and models_backend."""
+    """What the environment holds elsewhere, from the Connections router_db, router_redis, models_backend."""
     database = await Connection.async_get("router_db")
     redis = await Connection.async_get("router_redis")
     backend = await Connection.async_get("models_backend")
@@ -49,62 +46,68 @@ async def read_traffic_variables(models: list[str]) -> Mapping[str, str | None]:
     return lines
 
 
-def _lock() -> asyncio.Lock:
-    global _engine, _engine_lock
-    loop = asyncio.get_running_loop()
-    if _engine_lock is None or _engine_lock[0] is not loop:
-        _engine, _engine_lock = None, (loop, asyncio.Lock())
-    return _engine_lock[1]
+class SharedEngine:
+    """This process's engine: started by whoever asks first, stopped when it was idle for a while."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._lock = asyncio.Lock()
+        self._engine: Engine | None = None
+        self._closer: asyncio.Task[None] | None = None
+
+    async def get(self) -> Engine:
+        """The running engine of this event loop."""
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:  # `airflow dags test` runs each trigger in a loop of its own
+            self._loop, self._lock, self._engine, self._closer = loop, asyncio.Lock(), None, None
+        async with self._lock:
+            if self._engine is None:
+                engine = Engine(await addresses_from_connections(), load_config(), read_traffic_variables)
+                await engine.start()
+                self._engine = engine
+            return self._engine
+
+    def let_linger(self) -> None:
+        """A worker left: stop the engine once it has been idle for a while."""
+        if self._closer is None or self._closer.done():
+            closing = self._close_when_idle()
+            self._closer = asyncio.get_running_loop().create_task(closing, name="router close when idle")
+
+    async def _close_when_idle(self) -> None:
+        while True:
+            await asyncio.sleep(LINGER_SECONDS)
+            async with self._lock:
+                if self._engine is not None and self._engine.idle:
+                    engine, self._engine = self._engine, None
+                    await engine.stop()
+                if self._engine is None:
+                    return
 
 
-async def shared_engine() -> Engine:
-    """This process's engine, started by whoever asks first."""
-    global _engine
-    async with _lock():
-        if _engine is None:
-            engine = Engine(await addresses_from_connections(), load_config(), read_traffic_variables)
-            await engine.start()
-            _engine = engine
-        return _engine
-
-
-async def _close_when_idle() -> None:
-    global _engine
-    while True:
-        await asyncio.sleep(LINGER_SECONDS)
-        async with _lock():
-            if _engine is None:
-                return
-            if _engine.idle:
-                engine, _engine = _engine, None
-                await engine.stop()
-                return
-
-
-def _let_linger() -> None:
-    global _closer
-    if _closer is None or _closer.done():
-        _closer = asyncio.get_running_loop().create_task(_close_when_idle(), name="router close when idle")
+shared_engine = SharedEngine()
 
 
 class WorkerTrigger(BaseTrigger):
     """Solves tasks with one model until its run is over; ends the Airflow task without another process."""
 
     def __init__(self, model: str, run: str, models: list[str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # Airflow's
         self.model = model
         self.run_name = run
         self.models = models
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
-        return ("model_worker.WorkerTrigger", {"model": self.model, "run": self.run_name, "models": self.models})
+        return (
+            "model_worker.WorkerTrigger",
+            {"model": self.model, "run": self.run_name, "models": self.models},
+        )
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
-        engine = await shared_engine()
+        engine = await shared_engine.get()
         try:
             reason = await Worker(engine, self.model, self.run_name, frozenset(self.models)).run()
         finally:
-            _let_linger()
+            shared_engine.let_linger()
         yield TaskSuccessEvent(xcoms={"return_value": {"model": self.model, "left": reason}})
 
 
@@ -117,10 +120,10 @@ class ModelWorker(BaseOperator):
         super().__init__(**kwargs)
         self.assigned = assigned
 
-    def execute(self, context: Context) -> None:
+    def execute(self, context: Context) -> None:  # noqa: ARG002 - Airflow's signature
         self.defer(trigger=WorkerTrigger(**self.assigned), method_name="resumed", timeout=None)
 
-    def resumed(self, context: Context, event: Any = None) -> Any:
+    def resumed(self, context: Context, event: Any = None) -> Any:  # noqa: ARG002 - Airflow's signature
         """Only reached where a triggerer does not end Airflow tasks by itself (`airflow dags test`)."""
         return event
 
@@ -129,7 +132,7 @@ class WorkTrigger(BaseTrigger):
     """Fires as soon as there is an unsolved task: listens, then looks, then waits with a poll as the net."""
 
     def __init__(self, poll_seconds: float = 2.0) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # Airflow's
         self.poll_seconds = poll_seconds
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
@@ -161,7 +164,7 @@ class WorkTrigger(BaseTrigger):
 class WaitForWork(BaseOperator):
     """Waits, deferred, until there is an unsolved task."""
 
-    def execute(self, context: Context) -> None:
+    def execute(self, context: Context) -> None:  # noqa: ARG002 - Airflow's signature
         self.defer(trigger=WorkTrigger(), method_name="resumed", timeout=None)
 
     def resumed(self, context: Context, event: Any = None) -> None:

@@ -21,15 +21,20 @@ DAG_ID = "solve_tasks"
 
 def read_variables() -> tuple[dict[str, str | None], bool | None, int]:
     """(model -> line, whether the DAG is paused or None if unknown, microseconds of the database's clock)."""
-    from airflow.models import Variable  # noqa: PLC0415 - not in processes that only parse
     from airflow.models.dag import DagModel  # noqa: PLC0415 - the same
+    from airflow.models.variable import Variable  # noqa: PLC0415 - not in processes that only parse
     from airflow.utils.session import create_session  # noqa: PLC0415 - the same
-    from router.traffic_watch import VARIABLE_PREFIX  # noqa: PLC0415 - the same
     from sqlalchemy import func, select  # noqa: PLC0415 - the same
+
+    from router.traffic_watch import VARIABLE_PREFIX  # noqa: PLC0415 - the same
 
     with create_session() as session:
         now = session.scalar(select(func.now()))
-        found = session.scalars(select(Variable).where(Variable.key.startswith(VARIABLE_PREFIX, autoescape=True)))
+        if now is None:
+            raise RuntimeError("the metadata database does not tell the time")
+        found = session.scalars(
+            select(Variable).where(Variable.key.startswith(VARIABLE_PREFIX, autoescape=True))
+        )
         lines: dict[str, str | None] = {v.key.removeprefix(VARIABLE_PREFIX): v.val for v in found}
         paused = session.scalar(select(DagModel.is_paused).where(DagModel.dag_id == DAG_ID))
         return lines, paused, int(now.timestamp() * 1e6)
@@ -40,13 +45,14 @@ async def watch() -> None:
     while True:
         try:
             await _watch_until_trouble()
-        except Exception as error:  # noqa: BLE001 - a watch that ends is worse than any error
+        except Exception as error:  # noqa: BLE001, PERF203 - a watch that ends is worse than any error
             log.warning("traffic Variables cannot be watched: %s; trying again", type(error).__name__)
             await asyncio.sleep(2)
 
 
 async def _watch_until_trouble() -> None:
     import redis.asyncio  # noqa: PLC0415 - not in processes that only parse
+
     from router.database import open_pool  # noqa: PLC0415 - the same
     from router.limiter import TrafficLimiter  # noqa: PLC0415 - the same
     from router.traffic_watch import TrafficWatch  # noqa: PLC0415 - the same
@@ -68,7 +74,7 @@ async def _watch_until_trouble() -> None:
 
 
 def _addresses() -> tuple[str, str]:
-    from airflow.models import Connection  # noqa: PLC0415 - not in processes that only parse
+    from airflow.models.connection import Connection  # noqa: PLC0415 - not in processes that only parse
 
     database = Connection.get_connection_from_secrets("router_db")
     redis = Connection.get_connection_from_secrets("router_redis")

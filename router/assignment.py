@@ -1,8 +1,8 @@
 """Which categories a model pulls now: the transport problem of backlog and targets. Pure.
 
-Quality first, and no quota idle: all the work that can be done is done, and among the ways to do it the one of
-the highest quality by rank is taken. Solved as a linear program (scipy's HiGHS; ten models by three categories
-take a few milliseconds), only when something changed.
+Quality first, and no quota idle: all the work that can be done is done, and among the ways to do it the one
+of the highest quality by rank is taken. Solved as a linear program (scipy's HiGHS; ten models by three
+categories take a few milliseconds), only when something changed.
 """
 
 from __future__ import annotations
@@ -68,7 +68,10 @@ def _transport(worth: np.ndarray, capacity: np.ndarray, backlog: np.ndarray) -> 
     of_model = np.kron(np.eye(rows), np.ones(columns))
     of_category = np.kron(np.ones(rows), np.eye(columns))
     solution = linprog(
-        cost, A_ub=np.vstack([of_model, of_category]), b_ub=np.concatenate([capacity, backlog]), method="highs"
+        cost,
+        A_ub=np.vstack([of_model, of_category]),
+        b_ub=np.concatenate([capacity, backlog]),
+        method="highs",
     )
     if solution.x is None:  # cannot be: doing nothing is always allowed
         return np.zeros((rows, columns))
@@ -79,7 +82,7 @@ def _transport(worth: np.ndarray, capacity: np.ndarray, backlog: np.ndarray) -> 
 class PullOrder:
     """In which order one model asks for categories: where it is furthest behind its share comes first.
 
-    All known categories are in the order, those without a share last and by quality, so that no quota is idle.
+    All known categories are in the order, those without a share last and by quality: no quota is idle.
     """
 
     places: Mapping[str, int]  # category -> this model's place there
@@ -106,6 +109,10 @@ class PullOrder:
 
         def key(category: str) -> tuple[bool, float, float]:
             has_share = self.wanted.get(category, 0.0) > 0
-            return (not has_share, -behind(category) if has_share else 0.0, -quality(self.places.get(category)))
+            return (
+                not has_share,
+                -behind(category) if has_share else 0.0,
+                -quality(self.places.get(category)),
+            )
 
         return sorted(known, key=key)

@@ -258,9 +258,9 @@ def _broken(error: Exception, sent_at: float | None, timeout_seconds: float) -> 
         return CallResult(Outcome.UNSENT, error=f"no connection to the backend: {_words(error)}")
     if isinstance(error, asyncio.TimeoutError):
         words = f"no answer within {timeout_seconds:g} s"
-        return CallResult(Outcome.TIMEOUT, error=words, latency_seconds=_since(sent_at))
+        return CallResult(Outcome.TIMEOUT, error=words, latency_seconds=_since(sent_at), may_go_on=True)
     words = f"the connection to the backend broke: {_words(error)}"
-    return CallResult(Outcome.ERROR, error=words, latency_seconds=_since(sent_at))
+    return CallResult(Outcome.ERROR, error=words, latency_seconds=_since(sent_at), may_go_on=True)
 
 
 def _refused(status: int, headers: Mapping[str, str], content: bytes) -> CallResult:

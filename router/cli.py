@@ -1,29 +1,72 @@
-"""The command line: `router`."""
+"""The command line: `router`. Each verb lives in the file of its nouns; here they are put together."""
 
 from __future__ import annotations
 
 import typer
 
-from router.database import connect, migrate as migrate_schema
+from router import cli_terminal as terminal
+from router.cli_load import HELP as LOAD_HELP
+from router.cli_load import load
+from router.cli_models import MODELS_HELP, TRAFFIC_HELP, models, traffic
+from router.cli_status import STATUS_HELP, WATCH_HELP, status, watch
+from router.cli_tasks import EXPORT_HELP, RETRY_HELP, export, retry
+from router.database import connect
+from router.database import migrate as migrate_schema
 from router.roster import sync_roster
-from router.settings import addresses_from_environment, load_config
+from router.settings import load_config
 
-app = typer.Typer(no_args_is_help=True)
+HELP = """
+Solve LLM prompts at scale and under control.
+
+Prompts are rows of the table tasks in Postgres; Airflow's workers solve them, each model at exactly the
+traffic that its operator set.
+
+\b
+Exit codes:
+  0  done
+  1  could not be done; one message on standard error says why
+  2  wrong usage
+  3  done, but for some lines or tasks that were named
+"""
+MIGRATE_HELP = """
+Bring the schema up to date, in place, and carry config/models.yaml over.
+
+Safe to run at any time and from many machines at once.
+
+\b
+Examples:
+  router migrate
+"""
+
+app = terminal.verbs(help=HELP, add_completion=True)
+app.command(help=LOAD_HELP)(load)
+app.command(help=STATUS_HELP)(status)
+app.command(help=WATCH_HELP)(watch)
+app.command(help=TRAFFIC_HELP)(traffic)
+app.command(help=EXPORT_HELP)(export)
+app.command(help=RETRY_HELP)(retry)
+app.add_typer(models, name="models", help=MODELS_HELP)
 
 
-@app.callback()
-def _root() -> None:
-    """Solve LLM prompts at scale and under control."""
-
-
-@app.command()
-def migrate() -> None:
-    """Bring the schema up to date and carry config/models.yaml over."""
-    url = addresses_from_environment().database_url
+@app.command(help=MIGRATE_HELP)
+def migrate(
+    *,
+    as_json: terminal.Json = False,
+    database: terminal.Database = None,
+    config: terminal.Config = terminal.DEFAULT_CONFIG,
+) -> None:
+    settings = load_config(config)
+    url = terminal.database_url(database)
     report = migrate_schema(url)
     with connect(url) as connection:
-        sync_roster(connection, load_config())
-    typer.echo(f"applied: {', '.join(report.applied) or 'nothing new'}; tasks queued: {report.tasks_queued}")
+        sync_roster(connection, settings)
+    if as_json:
+        terminal.print_json(report)
+    else:
+        applied = ", ".join(report.applied) or "nothing new"
+        typer.echo(
+            f"applied: {applied}; tasks queued: {report.tasks_queued:,}; models: {len(settings.models)}"
+        )
 
 
 def main() -> None:

@@ -39,9 +39,9 @@ def _read(message: Any, where: str) -> tuple[str, str]:
     if not isinstance(message, dict):
         raise InputError(f"{where} is no object with role and content")
     role = message.get("role")
-    if role not in SYSTEM_ROLES and role not in SPEAKERS:
+    if not isinstance(role, str) or role not in {*SYSTEM_ROLES, *SPEAKERS}:
         raise InputError(f"{where} has the role {role!r}; known are system, developer, user and assistant")
-    return str(role), _text(message.get("content"), where)
+    return role, _text(message.get("content"), where)
 
 
 def _text(content: Any, where: str) -> str:

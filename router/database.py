@@ -15,12 +15,16 @@ from typing import Any
 
 import asyncpg
 import psycopg2
+import psycopg2.errors
 import psycopg2.extensions
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from router.errors import DatabaseError, SchemaError
 from router.settings import ROOT
 
 SQL_FOLDER = ROOT / "sql"
+LOCK_SECONDS = 2.0
+LOCK_PATIENCE_SECONDS = 120.0
 MIGRATION_LOCK = 7_205_759_403  # any number that no other program uses as an advisory lock
 
 Connection = psycopg2.extensions.connection
@@ -36,15 +40,24 @@ class MigrationReport:
 
 
 @contextmanager
-def connect(url: str) -> Iterator[Connection]:
-    """A synchronous connection, committed at the end and rolled back on an error. Raises DatabaseError."""
+def connect(url: str, *, autocommit: bool = False) -> Iterator[Connection]:
+    """A synchronous connection, committed at the end and rolled back on an error. Raises DatabaseError.
+
+    With `autocommit` each statement is its own transaction.
+    """
     try:
         connection = psycopg2.connect(url, connect_timeout=10)
     except psycopg2.OperationalError as error:
-        raise DatabaseError(f"Postgres cannot be reached: {_first_line(error)} Check ROUTER_DATABASE_URL.") from error
+        raise DatabaseError(
+            f"Postgres cannot be reached: {_first_line(error)} Check ROUTER_DATABASE_URL."
+        ) from error
     try:
-        with connection:
+        if autocommit:
+            connection.autocommit = True
             yield connection
+        else:
+            with connection:
+                yield connection
     except psycopg2.Error as error:
         raise DatabaseError(_first_line(error)) from error
     finally:
@@ -62,20 +75,22 @@ def rows(connection: Connection, statement: str, arguments: tuple[Any, ...] = ()
 
 
 def migrate(url: str, folder: Path = SQL_FOLDER) -> MigrationReport:
-    """Bring the schema up to date: new migrations in order, then the functions, then tasks that have no queue row.
+    """Bring the schema up to date: new migrations in order, the functions, and tasks that have no queue row.
 
-    Safe to run at any time and from many machines at once; each migration is one transaction. Raises SchemaError
-    if an existing table `tasks` cannot be upgraded, and then has changed nothing.
+    Safe to run at any time and from many machines at once; each migration is one transaction. Raises
+    SchemaError if an existing table `tasks` cannot be upgraded, and then has changed nothing.
     """
-    with connect(url) as connection:
-        connection.autocommit = True
+    with connect(url, autocommit=True) as connection:
         rows(connection, "SELECT pg_advisory_lock(%s)", (MIGRATION_LOCK,))
         rows(
             connection,
             "CREATE TABLE IF NOT EXISTS router_migrations ("
             " name text PRIMARY KEY, checksum text NOT NULL, applied_at timestamptz NOT NULL DEFAULT now())",
         )
-        done = {row["name"]: row["checksum"] for row in rows(connection, "SELECT name, checksum FROM router_migrations")}
+        done = {
+            row["name"]: row["checksum"]
+            for row in rows(connection, "SELECT name, checksum FROM router_migrations")
+        }
         applied = tuple(_apply_new_migrations(connection, folder / "migrations", done))
         renewed = _renew_functions(connection, folder / "functions", done)
         rows(connection, "SELECT make_call_partitions()")
@@ -91,7 +106,9 @@ def _apply_new_migrations(connection: Connection, folder: Path, done: dict[str, 
         checksum = hashlib.sha256(text.encode()).hexdigest()
         if path.name in done:
             if done[path.name] != checksum:
-                raise SchemaError(f"{path.name} was changed after it was applied. Write a new migration instead.")
+                raise SchemaError(
+                    f"{path.name} was changed after it was applied. Write a new migration instead."
+                )
             continue
         _run_script(connection, path.name, text, checksum)
         yield path.name
@@ -107,10 +124,31 @@ def _renew_functions(connection: Connection, folder: Path, done: dict[str, str])
 
 
 def _run_script(connection: Connection, name: str, text: str, checksum: str) -> None:
+    # Whoever reads or fills tasks meanwhile waits behind us for at most LOCK_SECONDS, then goes first.
+    waiting = Retrying(
+        retry=retry_if_exception_type((psycopg2.errors.LockNotAvailable, psycopg2.errors.DeadlockDetected)),
+        wait=wait_random_exponential(multiplier=0.2, max=5),
+        stop=stop_after_delay(LOCK_PATIENCE_SECONDS),
+        reraise=True,
+    )
+    try:
+        waiting(_run_script_once, connection, name, text, checksum)
+    except psycopg2.errors.LockNotAvailable as error:
+        raise SchemaError(
+            f"{name}: the tables stayed locked by others for {LOCK_PATIENCE_SECONDS:g} s. Nothing was changed;"
+            " end what holds them (see pg_stat_activity), and run it again."
+        ) from error
+    except psycopg2.Error as error:
+        raise SchemaError(f"{name}: {_first_line(error)}") from error
+
+
+def _run_script_once(connection: Connection, name: str, text: str, checksum: str) -> None:
     with connection.cursor() as cursor:
         cursor.execute("BEGIN")
         try:
-            cursor.execute("SET LOCAL check_function_bodies = off")  # functions may call those defined after them
+            cursor.execute(f"SET LOCAL lock_timeout = '{LOCK_SECONDS:g}s'")
+            # Functions may call those that are defined after them.
+            cursor.execute("SET LOCAL check_function_bodies = off")
             cursor.execute(text)
             cursor.execute(
                 "INSERT INTO router_migrations (name, checksum) VALUES (%s, %s)"
@@ -118,13 +156,14 @@ def _run_script(connection: Connection, name: str, text: str, checksum: str) -> 
                 (name, checksum),
             )
             cursor.execute("COMMIT")
-        except psycopg2.Error as error:
+        except psycopg2.Error:
             cursor.execute("ROLLBACK")
-            raise SchemaError(f"{name}: {_first_line(error)}") from error
+            raise
 
 
 def _queue_existing_tasks(connection: Connection) -> int:
-    queued, after = 0, -(2**62)
+    queued: int = 0
+    after = -(2**62)
     while True:
         step = rows(connection, "SELECT * FROM reconcile(%s)", (after,))[0]
         queued += step["added"]
@@ -144,7 +183,9 @@ async def open_pool(url: str, *, connections: int) -> asyncpg.Pool:
             server_settings={"application_name": "router", "jit": "off"},
         )  # fmt: skip
     except (OSError, asyncpg.PostgresError) as error:
-        raise DatabaseError(f"Postgres cannot be reached: {_first_line(error)} Check ROUTER_DATABASE_URL.") from error
+        raise DatabaseError(
+            f"Postgres cannot be reached: {_first_line(error)} Check ROUTER_DATABASE_URL."
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:

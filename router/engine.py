@@ -12,6 +12,7 @@ import logging
 import random
 import socket
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from router import roster as roster_of
 from router.assignment import Work, shares
 from router.backend import ModelsBackend
 from router.database import open_pool
+from router.duties import Duties
 from router.errors import RouterError
 from router.limiter import LimiterSettings, PastCall, TrafficLimiter
 from router.queue import EngineState, TaskQueue, listening
@@ -38,8 +40,13 @@ RECONCILE_SECONDS = 2.0
 PARTITION_SECONDS = 3600.0
 VARIABLE_SECONDS = 10.0  # only the net: a watch near the metadata database is faster
 SUMMARY_SECONDS = 30.0
+OVERLOOKED_SECONDS = 30.0
 HOLDER_SLACK_SECONDS = 10.0  # the backend may work on for a little when the caller has given up
 UNLIMITED_CALL_SECONDS = 5.0  # how long a call is taken to last where only calls at once are limited
+
+ROSTER_CHANGED = "the roster changed"
+DRAINED = "the queue was empty"
+HANDOVER_SECONDS = 30.0  # a run ends and the next one's workers are there within seconds
 
 ReadVariables = Callable[[list[str]], Awaitable[Mapping[str, "str | None"]]]
 
@@ -51,13 +58,16 @@ class HeldBack(Exception):  # noqa: N818 - a state of the world, read as one
 class Engine:
     """Start it, let workers join runs, stop it. All its state belongs to one event loop."""
 
-    def __init__(self, addresses: Addresses, config: RouterConfig, read_variables: ReadVariables | None = None) -> None:
+    def __init__(
+        self, addresses: Addresses, config: RouterConfig, read_variables: ReadVariables | None = None
+    ) -> None:
         self.addresses = addresses
         self.config = config
         self._read_variables = read_variables
-        self._duties: list[asyncio.Task[None]] = []
-        self._calls: set[asyncio.Task[None]] = set()
+        self._duties = Duties()
+        self._calls: dict[asyncio.Task[None], uuid.UUID] = {}
         self._runs: dict[str, tuple[frozenset[str], int]] = {}  # run -> its models, workers here
+        self._pulls_between_runs: dict[str, asyncio.Task[None]] = {}
         self._woken = asyncio.Event()
         self._control = asyncio.Event()
         self._empty_since: float | None = None
@@ -73,7 +83,9 @@ class Engine:
     async def start(self) -> None:
         """Connect, begin the lease, put the last good targets in force, take up the duties."""
         worker = self.config.worker
-        self.pool: asyncpg.Pool = await open_pool(self.addresses.database_url, connections=worker.pool_connections)
+        self.pool: asyncpg.Pool = await open_pool(
+            self.addresses.database_url, connections=worker.pool_connections
+        )
         self.redis = redis.asyncio.Redis.from_url(
             self.addresses.redis_url, socket_timeout=5, socket_connect_timeout=5, max_connections=64
         )
@@ -87,23 +99,29 @@ class Engine:
         self.roster: Roster = await roster_of.read_roster(self.pool)
         await self._first_targets()
         self.state = await self.queue.state([])
-        self._take_up(self._listen_step, 1.0, "listen")
-        self._take_up(self._heartbeat_step, worker.heartbeat_seconds, "heartbeat")
-        self._take_up(self._state_step, STATE_SECONDS, "state", wake=self._control)
-        self._take_up(self.queue.keep_house, HOUSE_SECONDS, "house")
-        self._take_up(self._reconcile_step, RECONCILE_SECONDS, "reconcile")
-        self._take_up(self.queue.keep_partitions, PARTITION_SECONDS, "partitions")
-        self._take_up(self._summary_step, SUMMARY_SECONDS, "summary")
+        self._duties.take_up(self._listen_step, 1.0, "listen")
+        self._duties.take_up(self._heartbeat_step, worker.heartbeat_seconds, "heartbeat")
+        self._duties.take_up(self._state_step, STATE_SECONDS, "state", wake=self._control)
+        self._duties.take_up(self.queue.keep_house, HOUSE_SECONDS, "house")
+        self._duties.take_up(self._reconcile_step, RECONCILE_SECONDS, "reconcile")
+        self._duties.take_up(self.queue.keep_partitions, PARTITION_SECONDS, "partitions")
+        self._duties.take_up(self._overlooked_step, OVERLOOKED_SECONDS, "overlooked claims")
+        self._duties.take_up(self._summary_step, SUMMARY_SECONDS, "summary")
         if self._read_variables is not None:
-            self._take_up(self._variables_step, VARIABLE_SECONDS, "variables")
+            self._duties.take_up(self._variables_step, VARIABLE_SECONDS, "variables")
 
     async def stop(self, *, grace_seconds: float = 5.0) -> None:
         """End the duties, wait for calls in flight, give back what was not sent, close everything."""
+        pulls = list(self._pulls_between_runs.values())
+        for pulling in pulls:
+            pulling.cancel()
+        await asyncio.gather(*pulls, return_exceptions=True)
         if self._calls:
             await asyncio.wait(self._calls, timeout=grace_seconds)
-        for task in (*self._duties, *self._calls):
+        await self._duties.end()
+        for task in list(self._calls):
             task.cancel()
-        await asyncio.gather(*self._duties, *self._calls, return_exceptions=True)
+        await asyncio.gather(*self._calls, return_exceptions=True)
         with contextlib.suppress(RouterError):
             await self.queue.release()
         await self.backend.close()
@@ -128,19 +146,49 @@ class Engine:
         else:
             del self._runs[run]
 
+    def hand_over(self, model: str, pulling: asyncio.Task[None]) -> None:
+        """Keep this pulling alive between two runs: until take_over, at most HANDOVER_SECONDS."""
+        self._pulls_between_runs[model] = pulling
+        ending = asyncio.get_running_loop().call_later(HANDOVER_SECONDS, pulling.cancel)
+        pulling.add_done_callback(lambda _task: ending.cancel())
+        pulling.add_done_callback(lambda task: self._end_of_handover(model, task))
+
+    def _end_of_handover(self, model: str, pulling: asyncio.Task[None]) -> None:
+        if self._pulls_between_runs.get(model) is pulling:
+            del self._pulls_between_runs[model]
+
+    def hands_over(self, model: str) -> bool:
+        """Whether the model is pulled for between two runs."""
+        return model in self._pulls_between_runs
+
+    def handed_over(self, pulling: asyncio.Task[None]) -> bool:
+        """Whether this pulling is the engine's now."""
+        return pulling in self._pulls_between_runs.values()
+
+    def take_over(self, model: str) -> None:
+        """The next run's worker is here: end the pulling between the runs."""
+        pulling = self._pulls_between_runs.get(model)
+        if pulling is not None:
+            pulling.cancel()
+
     @property
     def idle(self) -> bool:
-        """True when no worker is here and no call is in flight."""
-        return not self._runs and not self._calls
+        """True when nobody pulls here and no call is in flight."""
+        return not self._runs and not self._calls and not self._pulls_between_runs
 
     def left(self, run: str) -> str | None:
         """Why the run is over; None while it goes on."""
         return self.state.left_runs.get(run) if self.state else None
 
-    async def woken(self, seconds: float) -> None:
-        """Wait for news (work, a control word), at most `seconds`, with jitter."""
+    @property
+    def news(self) -> asyncio.Event:
+        """Set when there is news (work, a control word) after now; good for one wait."""
+        return self._woken
+
+    async def woken(self, seconds: float, news: asyncio.Event | None = None) -> None:
+        """Wait for `news` (by default what comes from now on), at most `seconds`, with jitter."""
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._woken.wait(), seconds * random.uniform(0.75, 1.25))
+            await asyncio.wait_for((news or self._woken).wait(), seconds * random.uniform(0.75, 1.25))
 
     def check_may_send(self) -> None:
         """Raise HeldBack if the batch is held or the lease may be gone; called just before a send."""
@@ -161,56 +209,26 @@ class Engine:
         """Calls of this process that are not settled yet."""
         return len(self._calls)
 
-    def spawn(self, call: Coroutine[Any, Any, None], name: str) -> None:
+    def spawn(self, call: Coroutine[Any, Any, None], call_id: uuid.UUID) -> None:
         """Own a call until it is settled, whatever becomes of its worker."""
-        task = asyncio.get_running_loop().create_task(call, name=name)
-        self._calls.add(task)
+        task = asyncio.get_running_loop().create_task(call, name=f"router call {call_id}")
+        self._calls[task] = call_id
         task.add_done_callback(self._call_done)
 
     def _call_done(self, task: asyncio.Task[None]) -> None:
-        self._calls.discard(task)
+        del self._calls[task]
         if not task.cancelled() and task.exception() is not None:
             log.error("%s ended in an error; its lease or the next settle puts it right", task.get_name(),
                       exc_info=task.exception())  # fmt: skip
 
     # Duties.
 
-    def _take_up(
-        self, step: Callable[[], Awaitable[Any]], seconds: float, name: str, wake: asyncio.Event | None = None
-    ) -> None:
-        duty = self._forever(step, seconds, name, wake)
-        self._duties.append(asyncio.get_running_loop().create_task(duty, name=f"router {name}"))
-
-    async def _forever(
-        self, step: Callable[[], Awaitable[Any]], seconds: float, name: str, wake: asyncio.Event | None
-    ) -> None:
-        trouble: str | None = None
-        while True:
-            if wake is not None:
-                wake.clear()
-            try:
-                await step()
-                if trouble is not None:
-                    log.warning("%s: well again", name)
-                    trouble = None
-            except RouterError as error:
-                if trouble is None:
-                    log.warning("%s: %s (said once; tried again until it works)", name, error)
-                trouble = str(error)
-            except Exception:
-                log.exception("%s: a fault of the program; going on", name)
-            pause = seconds * random.uniform(0.9, 1.1)
-            if wake is None:
-                await asyncio.sleep(pause)
-            else:
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(wake.wait(), pause)
-
     async def _listen_step(self) -> None:
         async with listening(self.addresses.database_url, self._heard) as connection:
             self._wake_all()  # what was said before we listened
-            while not connection.is_closed():
-                await asyncio.sleep(1)
+            lost = asyncio.Event()
+            connection.add_termination_listener(lambda _connection: lost.set())
+            await lost.wait()
 
     def _heard(self, channel: str) -> None:
         if channel == "router_control":
@@ -236,7 +254,10 @@ class Engine:
         if state.roster_version != self.roster.version:
             self.roster = await roster_of.read_roster(self.pool)
             await self._first_targets()
-        changed = self.state is None or (state.held, state.left_runs) != (self.state.held, self.state.left_runs)
+        changed = self.state is None or (state.held, state.left_runs) != (
+            self.state.held,
+            self.state.left_runs,
+        )
         self.state = state
         await self._aim()
         await self._leave_runs_that_are_over()
@@ -244,7 +265,7 @@ class Engine:
             self._wake_all()
 
     async def _leave_runs_that_are_over(self) -> None:
-        assert self.state is not None  # noqa: S101 - set by the only caller
+        assert self.state is not None
         if sum(self.state.unsolved.values()) > 0 or self._calls:
             self._empty_since = None
         elif self._empty_since is None:
@@ -257,14 +278,14 @@ class Engine:
             if run in self.state.left_runs:
                 continue
             if models and models != frozenset(self.roster.models):
-                await self.queue.leave_run(run, "the roster changed")
+                await self.queue.leave_run(run, ROSTER_CHANGED)
                 self._control.set()
             elif drained:
-                await self.queue.leave_run(run, "the queue was empty")
+                await self.queue.leave_run(run, DRAINED)
                 self._control.set()
 
     async def _aim(self) -> None:
-        assert self.state is not None  # noqa: S101 - set by the only caller
+        assert self.state is not None
         lines = await roster_of.read_targets(self.pool)
         self.targets = {model: TrafficTarget.parse(line) for model, (line, _) in lines.items()}
         rates = {model: _rate(self.targets[model]) for model in self.roster.models if model in self.targets}
@@ -276,12 +297,14 @@ class Engine:
     async def _first_targets(self) -> None:
         await self.watch.apply_last_good()
         known = await roster_of.read_targets(self.pool)
-        defaults = {name: model.default_target for name, model in self.roster.models.items() if name not in known}
+        defaults = {
+            name: model.default_target for name, model in self.roster.models.items() if name not in known
+        }
         # Version 1: any Variable that was ever read is newer.
         await self.watch.apply(defaults, version=1)
 
     async def _variables_step(self) -> None:
-        assert self._read_variables is not None  # noqa: S101 - else this duty is not taken up
+        assert self._read_variables is not None
         version = int(time.time() * 1e6)
         lines = await self._read_variables(list(self.roster.models))
         await self.watch.apply(lines, version=version)
@@ -289,6 +312,9 @@ class Engine:
     async def _reconcile_step(self) -> None:
         after = await self.queue.reconcile_step(self._reconciled)
         self._reconciled = -(2**62) if after is None else after
+
+    async def _overlooked_step(self) -> None:
+        await self.queue.forget_none(set(self._calls.values()))
 
     async def _summary_step(self) -> None:
         if self.solved or self.failed_calls or self._calls:

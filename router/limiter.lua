@@ -36,8 +36,7 @@ local now = wall[1] * 1000000 + wall[2]
 local floor, min, max = math.floor, math.min, math.max
 local pack, unpack_struct = struct.pack, struct.unpack
 local HEADER = '<ddddddddddd'
-local s = { gen = 0, clock = now, offset = 0, head = 0, oldest = 0, sent = 0, since = 0, rest = 0, asked = 0,
-            holes = 0, blind = 0, tail = {}, sum = {} }
+local s
 local spec = nil
 local live = stored[1] == RUN and stored[2] and true or false
 
@@ -59,18 +58,20 @@ end
 if stored[3] then spec = read_spec(stored[3]) end
 
 if stored[2] then
-  local at
-  s.gen, s.clock, s.offset, s.head, s.oldest, s.sent, s.since, s.rest, s.asked, s.holes, s.blind, at =
-    unpack_struct(HEADER, stored[2])
+  local gen, clock, offset, head, oldest, sent, since, rest, asked, holes, blind, at = unpack_struct(HEADER, stored[2])
+  now = now + offset
+  if now < clock then
+    offset = offset + clock - now
+    now = clock
+  end
+  s = { gen = gen, clock = now, offset = offset, head = head, oldest = oldest, sent = sent, since = since,
+        rest = rest, asked = asked, holes = holes, blind = blind, tail = {}, sum = {} }
   for w = 1, (#stored[2] - at + 1) / 16 do
     s.tail[w], s.sum[w], at = unpack_struct('<dd', stored[2], at)
   end
-  now = now + s.offset
-  if now < s.clock then
-    s.offset = s.offset + s.clock - now
-    now = s.clock
-  end
-  s.clock = now
+else
+  s = { gen = 0, clock = now, offset = 0, head = 0, oldest = 0, sent = 0, since = 0,
+        rest = 0, asked = 0, holes = 0, blind = 0, tail = {}, sum = {} }
 end
 
 local function text_of(number) return string.format('%.0f', number) end
@@ -127,7 +128,8 @@ local function partner(limit)
 end
 
 local function after_requests(t)
-  for w, window in ipairs(spec.requests) do
+  for w = 1, #spec.requests do
+    local window = spec.requests[w]
     local i = partner(window.limit)
     if i >= s.oldest * SENDS then
       t = max(t, moment(i, w) + window.period)
@@ -167,7 +169,9 @@ local function after_tokens(t, need)
       if steps >= SCAN_STEPS then return max(t, now + 1e9) end
     end
   end
-  for w, window in ipairs(spec.tokens) do leave(w, window.period, t) end
+  if #spec.tokens > 1 then
+    for w, window in ipairs(spec.tokens) do leave(w, window.period, t) end
+  end
   return t
 end
 
@@ -192,6 +196,14 @@ local function earliest(need)
     if t > before then why = TOKENS end
   end
   return t, why
+end
+
+-- As `earliest`, for a hint and not for a grant: it does not look at tokens.
+local function soonest()
+  if spec.at_once >= 0 and in_use >= spec.at_once then return NEVER, AT_ONCE end
+  local t = after_requests(max(now, s.sent + spec.gap))
+  if s.rest > t then return s.rest, RESTING end
+  return t, WINDOW
 end
 
 local function grant(t, need)
@@ -234,7 +246,9 @@ local function write(from, holder)
     if granted_tokens[n] > 0 then
       redis.call('SETRANGE', tokens_key(floor(n / SENDS)), n % SENDS * 4, pack('<I4', granted_tokens[n]))
     end
-    if spec.at_once >= 0 then
+  end
+  if spec.at_once >= 0 then
+    for n = from, s.head - 1 do
       redis.call('ZADD', key .. ':holders', text_of(granted[n] + holder), text_of(n))
     end
   end
@@ -255,8 +269,11 @@ local function reserve(commit)
     return forget()
   end
   if spec.at_once >= 0 then
-    redis.call('ZREMRANGEBYSCORE', key .. ':holders', '-inf', text_of(now))
     in_use = redis.call('ZCARD', key .. ':holders')
+    if in_use + count > spec.at_once or in_use % 64 == 0 then  -- the ended matter only where places are scarce
+      redis.call('ZREMRANGEBYSCORE', key .. ':holders', '-inf', text_of(now))
+      in_use = redis.call('ZCARD', key .. ':holders')
+    end
   end
   ahead = max(count, #spec.tokens > 0 and 64 or 1)
   local from, t, why = s.head, NEVER, 0
@@ -267,7 +284,7 @@ local function reserve(commit)
     grant(t, need)
   end
   local all = commit and s.head - from == count
-  if all then t, why = earliest(0) end
+  if all then t, why = soonest() end
   local reply = { pack('<ddddddd', OK, s.gen, s.head, spec.version, t == NEVER and NEVER or max(0, t - now), why,
                        spec.slack) }
   for n = from, s.head - 1 do reply[#reply + 1] = pack('<dd', n, granted[n] - now) end

@@ -7,16 +7,18 @@ errors into DatabaseError. Every statement is its own transaction: none is open 
 from __future__ import annotations
 
 import asyncio
+import json
+import math
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import asyncpg
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
+from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from router.errors import DatabaseError
 from router.task import CallResult, Claim, Outcome, new_call_id
@@ -24,12 +26,20 @@ from router.task import CallResult, Claim, Outcome, new_call_id
 CHANNELS = ("router_tasks", "router_control")
 SETTLE_PATIENCE_SECONDS = 600.0  # an answer that was paid for is worth waiting for Postgres
 LEASE_GONE = "RT001"
+NEVER_HEALS = ("22", "23", "RT002")  # data exceptions, broken constraints, a call that cannot be put back
+LARGEST_INTEGER = 2**31 - 1
+OVERLOOKED_SECONDS = 60.0
+SETTLE = "SELECT settle_call($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13) AS settlement"
 
 T = TypeVar("T")
 
 
 class LeaseLost(DatabaseError):  # noqa: N818 - a state of the world, read as one
     """The worker's lease was found gone: it must go on under a new name."""
+
+
+class ValueRefused(DatabaseError):  # noqa: N818 - a state of the world, read as one
+    """Postgres will never take these values; trying again is of no use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +76,18 @@ class TaskQueue:
     async def claim(self, model: str, categories: Sequence[str], *, max_tokens: int) -> Claim | None:
         """Take one ready task of the first of `categories` that has one; None if none is ready.
 
-        If the reply is lost the claim is given back before DatabaseError is raised, or by the lease. LeaseLost
-        if this worker may not claim any more.
+        If the reply is lost the claim is given back before DatabaseError is raised, or by the lease.
+        LeaseLost if this worker may not claim any more.
         """
         call_id = new_call_id(time.time() + self._clock_offset_seconds)
         try:
             row = await self._one(
-                "SELECT * FROM claim_task($1, $2, $3, $4, $5)", model, list(categories), self.worker, call_id, max_tokens
+                "SELECT * FROM claim_task($1, $2, $3, $4, $5)",
+                model,
+                list(categories),
+                self.worker,
+                call_id,
+                max_tokens,
             )
         except LeaseLost:
             raise
@@ -90,15 +105,26 @@ class TaskQueue:
     async def settle(self, claim: Claim, result: CallResult) -> str:
         """Close the call and its task in one transaction; returns what became of it (see settle_call).
 
-        Retried while Postgres is away: settling twice returns what came of the first time.
+        Retried while Postgres is away: settling twice returns what came of the first time. What Postgres
+        cannot hold (NUL, half a surrogate pair, a number out of range) is made to fit.
         """
         row = await self._patiently(
             lambda: self._one(
-                "SELECT settle_call($1, $2, $3, $4, $5, $6::float8::numeric, $7, $8, $9, $10, $11, $12, $13) AS settlement",
-                claim.call_id, result.outcome.value, result.answer, result.prompt_tokens, result.completion_tokens,
-                result.cost_usd, result.latency_seconds, result.error, result.outcome.counts_as_attempt,
-                claim.task_id, claim.model, claim.prompt_version, claim.reserved_tokens,
-            )  # fmt: skip
+                SETTLE,
+                claim.call_id,
+                result.outcome.value,
+                _storable(result.answer),
+                _counted(result.prompt_tokens),
+                _counted(result.completion_tokens),
+                _finite(result.cost_usd),
+                _finite(result.latency_seconds),
+                _storable(result.error),
+                result.outcome.counts_as_attempt,
+                claim.task_id,
+                claim.model,
+                claim.prompt_version,
+                claim.reserved_tokens,
+            )
         )
         return str(row["settlement"])
 
@@ -130,26 +156,30 @@ class TaskQueue:
         await self._one("SELECT make_call_partitions()")
 
     async def reconcile_step(self, after: int) -> int | None:
-        """Make queue and tasks agree for the next ids after `after`; returns where to go on, None at the end."""
+        """Make queue and tasks agree for the next ids after `after`; the last of them, None at the end."""
         row = await self._one("SELECT next_after FROM reconcile($1)", after)
         return None if row["next_after"] is None else int(row["next_after"])
 
     async def state(self, runs: Sequence[str]) -> EngineState:
         """What has to be known each second, in one round trip."""
-        row = await self._one(
-            "SELECT (SELECT held FROM solving) AS held,"
-            " (SELECT last_value FROM roster_version) AS roster_version,"
-            " ARRAY(SELECT run || E'\\n' || reason FROM runs WHERE run = ANY ($1) AND left_at IS NOT NULL) AS left_runs,"
-            " ARRAY(SELECT category || E'\\n' || unsolved FROM task_counts_now) AS unsolved",
-            list(runs),
-        )
-        counts = dict(line.split("\n", 1) for line in row["unsolved"])
+        row = await self._one("SELECT * FROM engine_state($1)", list(runs))
         return EngineState(
             held=row["held"],
-            left_runs=dict(line.split("\n", 1) for line in row["left_runs"]),
+            left_runs=json.loads(row["left_runs"]),
             roster_version=row["roster_version"],
-            unsolved={category: int(count) for category, count in counts.items()},
+            unsolved=json.loads(row["unsolved"]),
         )
+
+    async def forget_none(self, in_flight: Collection[uuid.UUID]) -> int:
+        """Give back claims of this worker, held for a minute, that nobody here works on; returns how many.
+
+        A claim whose reply was lost can be made after it was given back.
+        """
+        held = await self._many("SELECT call_id FROM held_claims($1, $2)", self.worker, OVERLOOKED_SECONDS)
+        overlooked = [row["call_id"] for row in held if row["call_id"] not in in_flight]
+        for call_id in overlooked:
+            await self.unclaim(call_id)
+        return len(overlooked)
 
     async def leave_run(self, run: str, reason: str) -> str:
         """Let all workers of the run leave; returns the reason that holds (the first one given)."""
@@ -158,7 +188,7 @@ class TaskQueue:
 
     async def _patiently(self, attempt: Callable[[], Awaitable[T]]) -> T:
         waiting = AsyncRetrying(
-            retry=retry_if_exception_type(DatabaseError),
+            retry=retry_if_exception(_may_heal),
             wait=wait_random_exponential(multiplier=0.1, max=2),
             stop=stop_after_delay(SETTLE_PATIENCE_SECONDS),
             reraise=True,
@@ -170,21 +200,47 @@ class TaskQueue:
         return await waiting(once)
 
     async def _one(self, statement: str, *arguments: Any) -> Any:
+        found = await self._many(statement, *arguments)
+        return found[0] if found else None
+
+    async def _many(self, statement: str, *arguments: Any) -> list[Any]:
         try:
-            return await self._pool.fetchrow(statement, *arguments)
+            return list(await self._pool.fetch(statement, *arguments))
         except asyncpg.PostgresError as error:
             if error.sqlstate == LEASE_GONE:
                 raise LeaseLost(str(error)) from error
+            if isinstance(error, asyncpg.DataError) or (error.sqlstate or "").startswith(NEVER_HEALS):
+                raise ValueRefused(f"Postgres refused: {error}") from error
             raise DatabaseError(f"Postgres refused: {error}") from error
         except (OSError, asyncpg.InterfaceError, asyncio.TimeoutError) as error:
             raise DatabaseError(f"Postgres is away: {error or type(error).__name__}") from error
+
+
+def _may_heal(error: BaseException) -> bool:
+    return isinstance(error, DatabaseError) and not isinstance(error, ValueRefused)
+
+
+def _storable(text: str | None) -> str | None:
+    if text is None:
+        return None
+    return text.replace("\x00", "\ufffd").encode("utf-8", "replace").decode("utf-8")
+
+
+def _counted(tokens: int | None) -> int | None:
+    return None if tokens is None else max(0, min(tokens, LARGEST_INTEGER))
+
+
+def _finite(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None
 
 
 @asynccontextmanager
 async def listening(url: str, heard: Callable[[str], None]) -> AsyncIterator[asyncpg.Connection]:
     """A connection of its own, in session mode, that calls `heard(channel)` for each notification."""
     try:
-        connection = await asyncpg.connect(url, timeout=10, server_settings={"application_name": "router listener"})
+        connection = await asyncpg.connect(
+            url, timeout=10, server_settings={"application_name": "router listener"}
+        )
     except (OSError, asyncpg.PostgresError, asyncio.TimeoutError) as error:
         raise DatabaseError(f"Postgres cannot be reached: {error}") from error
     try:

@@ -119,7 +119,9 @@ class RouterConfig(_Frozen):
                 raise ValueError(f"models.{name!r}: no model name ({MODEL_NAME_PATTERN})")
             unknown = sorted(set(model.ranks) - set(self.categories))
             if unknown:
-                raise ValueError(f"models.{name}.ranks.{unknown[0]}: no such category; known: {self.categories}")
+                raise ValueError(
+                    f"models.{name}.ranks.{unknown[0]}: no such category; known: {self.categories}"
+                )
         return self
 
 
@@ -132,7 +134,7 @@ class Addresses(_Frozen):
 
 
 def addresses_from_environment(environment: Mapping[str, str] | None = None) -> Addresses:
-    """Read `ROUTER_DATABASE_URL`, `ROUTER_REDIS_URL` and `MODELS_BACKEND_URL`; ConfigError names what is missing."""
+    """Read the three addresses from the environment; ConfigError names the one that is missing."""
     environment = os.environ if environment is None else environment
     return Addresses(
         database_url=_required(environment, "ROUTER_DATABASE_URL", "postgresql://user@host/database"),
@@ -144,7 +146,9 @@ def addresses_from_environment(environment: Mapping[str, str] | None = None) -> 
 def _required(environment: Mapping[str, str], name: str, example: str) -> str:
     value = environment.get(name, "").strip()
     if not value:
-        raise ConfigError(f"{name} is not set. Set it, e.g. {name}={example}, or source the demo's router.env.")
+        raise ConfigError(
+            f"{name} is not set. Set it, e.g. {name}={example}, or source the demo's router.env."
+        )
     return value
 
 
@@ -169,7 +173,9 @@ def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[An
     for key_node, _ in node.value:
         key = loader.construct_object(key_node)
         if key in seen:
-            raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands twice", problem_mark=key_node.start_mark)
+            raise yaml.MarkedYAMLError(
+                problem=f"the key {key!r} stands twice", problem_mark=key_node.start_mark
+            )
         seen.add(key)
     return loader.construct_mapping(node, deep=True)
 
@@ -192,7 +198,9 @@ def _read_yaml(path: Path) -> Any:
 
 def _validated(kind: type[RouterConfig], data: Any, path: Path) -> RouterConfig:
     if not isinstance(data, dict):
-        raise ConfigError(f"{path} must hold keys and values at its top; see the comments of the shipped file.")
+        raise ConfigError(
+            f"{path} must hold keys and values at its top; see the comments of the shipped file."
+        )
     try:
         return kind.model_validate(data)
     except ValidationError as error:

@@ -19,6 +19,7 @@ from redis.exceptions import RedisError
 from router.database import Connection, rows
 from router.errors import LimiterError
 from router.limiter import ModelTraffic, TrafficLimiter, WaitReason
+from router.traffic import TrafficTarget
 
 RECENT_CALLS = 5000  # the newest calls that are looked through for troubles
 RECENT_MINUTES = 10
@@ -29,7 +30,8 @@ _COUNTS = "SELECT category, unsolved, solved, failed FROM task_counts_now ORDER 
 _STATES = """
 SELECT (SELECT count(*) FROM queue WHERE state = 'claimed') AS running,
        (SELECT count(*) FROM queue WHERE state = 'waiting') AS waiting,
-       (SELECT count(*) FROM workers WHERE released_at IS NULL AND lease_until > clock_timestamp()) AS workers,
+       (SELECT count(*) FROM workers
+         WHERE released_at IS NULL AND lease_until > clock_timestamp()) AS workers,
        (SELECT held FROM solving) AS held"""
 _MODELS = """
 SELECT r.model, r.state, r.trouble, r.default_target, k.target AS kept_target, k.in_force_at,
@@ -41,17 +43,20 @@ SELECT c.model, count(*) AS calls FROM queue q JOIN model_calls c ON c.call_id =
  WHERE q.state = 'claimed' GROUP BY c.model"""
 _RECENT = """
 SELECT model, count(*) AS calls, count(*) FILTER (WHERE wrong) AS failed,
-       (array_agg(outcome || coalesce(': ' || error, '') ORDER BY call_id DESC) FILTER (WHERE wrong))[1] AS last_error,
-       max(finished_at) FILTER (WHERE wrong) AS last_error_at
+       (array_agg(outcome || coalesce(': ' || error, '') ORDER BY call_id DESC)
+          FILTER (WHERE wrong))[1] AS last_error
   FROM (SELECT *, outcome NOT IN ('answered', 'unsent') AS wrong FROM model_calls
          WHERE call_id >= call_id_floor(clock_timestamp() - make_interval(mins => %s)) AND outcome IS NOT NULL
          ORDER BY call_id DESC LIMIT %s) AS recent
  GROUP BY model"""
 _LAST_MINUTE = """
 SELECT model, count(*) AS calls FROM model_calls
- WHERE call_id >= call_id_floor(clock_timestamp() - interval '15 minutes') AND outcome IS DISTINCT FROM 'unsent'
+ WHERE call_id >= call_id_floor(clock_timestamp() - interval '15 minutes')
+   AND outcome IS DISTINCT FROM 'unsent'
    AND coalesce(sent_at, finished_at, clock_timestamp()) > clock_timestamp() - interval '1 minute'
  GROUP BY model"""
+
+_NO_CALLS: Mapping[str, Any] = {"calls": 0, "failed": 0, "last_error": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +75,9 @@ class TaskCounts:
 class ModelStatus:
     """One model now. `sent` is by limit, e.g. `{"120/min": 96}`, and None where the limiter cannot say.
 
-    `target` is in force now, or was the last to be (`target_kept`); None if none ever was. `calls` and
-    `failed_calls` are of the last RECENT_MINUTES minutes.
+    `target` is in force now, or was the last to be (`target_kept`); None if none ever was. `in_flight` counts
+    tasks that are claimed for the model, where its target does not limit calls at once. `waiting_for` is a
+    WaitReason's name in lower case. `calls` and `failed_calls` are of the last RECENT_MINUTES minutes.
     """
 
     model: str
@@ -83,10 +89,12 @@ class ModelStatus:
     tokens: Mapping[str, int] | None
     sent_last_minute: int | None
     in_flight: int
+    at_once: int | None
     waiting_for: str | None
     resting_seconds: float
     calls: int
     failed_calls: int
+    last_error: str | None
     trouble: str | None
 
 
@@ -104,6 +112,7 @@ class Status:
 
 def read_status(connection: Connection, redis_url: str | None) -> Status:
     """The status of this moment. A Redis that is away is a note, not an error."""
+    rows(connection, "SET LOCAL statement_timeout = '10s'")
     counts = {row.pop("category"): row for row in rows(connection, _COUNTS)}
     states = rows(connection, _STATES)[0]
     models = rows(connection, _MODELS)
@@ -147,50 +156,64 @@ def _model_statuses(
     in_flight = {row["model"]: row["calls"] for row in rows(connection, _IN_FLIGHT)}
     recent = {row["model"]: row for row in rows(connection, _RECENT, (RECENT_MINUTES, RECENT_CALLS))}
     minute = {row["model"]: row["calls"] for row in rows(connection, _LAST_MINUTE)} if live is None else None
-    found = []
-    for row in models:
-        name = row["model"]
-        traffic = live.get(name) if live is not None else None
-        calls = recent.get(name, {"calls": 0, "failed": 0, "last_error": None})
-        in_force = traffic is not None and traffic.target is not None
-        target = traffic.target if traffic is not None and traffic.target is not None else row["kept_target"]
-        found.append(
-            ModelStatus(
-                model=name,
-                state=row["state"],
-                target=target,
-                target_kept=target is not None and not in_force,
-                target_since=row["in_force_at"] if target == row["kept_target"] else None,
-                sent=traffic.sent if traffic is not None else None,
-                tokens=traffic.tokens if traffic is not None else None,
-                sent_last_minute=None if minute is None else minute.get(name, 0),
-                in_flight=max(in_flight.get(name, 0), traffic.at_once if traffic is not None else 0),
-                waiting_for=_waiting_for(traffic),
-                resting_seconds=traffic.resting_seconds if traffic is not None else 0.0,
-                calls=calls["calls"],
-                failed_calls=calls["failed"],
-                trouble=_trouble(row, traffic, calls),
-            )
+    return tuple(
+        _model_status(
+            row,
+            live.get(row["model"]) if live is not None else None,
+            claimed=in_flight.get(row["model"], 0),
+            calls=recent.get(row["model"], _NO_CALLS),
+            last_minute=None if minute is None else minute.get(row["model"], 0),
         )
-    return tuple(found)
+        for row in models
+    )
+
+
+def _model_status(
+    row: Mapping[str, Any],
+    traffic: ModelTraffic | None,
+    *,
+    claimed: int,
+    calls: Mapping[str, Any],
+    last_minute: int | None,
+) -> ModelStatus:
+    in_force = traffic.target if traffic is not None else None
+    target = in_force or row["kept_target"]
+    at_once = TrafficTarget.parse(target).at_once if target else None
+    limited = traffic is not None and in_force is not None and at_once is not None
+    return ModelStatus(
+        model=row["model"],
+        state=row["state"],
+        target=target,
+        target_kept=target is not None and in_force is None,
+        target_since=row["in_force_at"] if target == row["kept_target"] else None,
+        sent=traffic.sent if traffic is not None else None,
+        tokens=traffic.tokens if traffic is not None else None,
+        sent_last_minute=last_minute,
+        in_flight=traffic.at_once if traffic is not None and limited else claimed,
+        at_once=at_once,
+        waiting_for=_waiting_for(traffic),
+        resting_seconds=traffic.resting_seconds if traffic is not None else 0.0,
+        calls=calls["calls"],
+        failed_calls=calls["failed"],
+        last_error=first_line(calls["last_error"] or "") or None,
+        trouble=_trouble(row, traffic),
+    )
 
 
 def _waiting_for(traffic: ModelTraffic | None) -> str | None:
     if traffic is None or traffic.waiting_for is WaitReason.NOTHING:
         return None
-    return traffic.waiting_for.text
+    return traffic.waiting_for.name.lower()
 
 
-def _trouble(row: Mapping[str, Any], traffic: ModelTraffic | None, calls: Mapping[str, Any]) -> str | None:
-    """The gravest of what is wrong: what people wrote, then what stops the model, then single calls."""
+def _trouble(row: Mapping[str, Any], traffic: ModelTraffic | None) -> str | None:
+    """What keeps the model from working as people want: the gravest, if there is more."""
     if row["bad_problem"]:
         return f"its Variable does not parse: {first_line(row['bad_problem'])}"
     if row["trouble"]:
         return str(row["trouble"])
     if traffic is not None and traffic.resting_seconds > 0:
         return f"rests {traffic.resting_seconds:.0f} s more: {traffic.rest_reason or 'it refused'}"
-    if calls["failed"]:
-        return f"{calls['failed']} of {calls['calls']} calls failed; last {first_line(calls['last_error'])}"
     return None
 
 

@@ -85,6 +85,7 @@ class CallResult:
     latency_seconds: float | None = None
     retry_after_seconds: float | None = None
     error: str | None = None
+    may_go_on: bool = False  # no answer came: the backend may still be working on it
 
     @property
     def used_tokens(self) -> int | None:

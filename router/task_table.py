@@ -1,6 +1,6 @@
 """The table `tasks` as people fill it and read it: new tasks in, finished ones out, failed ones back.
 
-Synchronous, in batches that are each a transaction of their own, so that stopping half-way keeps what is done.
+Synchronous, in batches that are each a transaction of their own: stopping half-way keeps what is done.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ SELECT t.id, t.external_id, t.status, t.answer, t.answered_by, t.answer_call_id,
 _RETRY = """
 UPDATE tasks SET status = 'unsolved'
  WHERE id IN (SELECT id FROM tasks
-               WHERE status = 'failed' AND id > %s AND id <= %s AND (%s::text IS NULL OR known_category(category) = %s)
+               WHERE status = 'failed' AND id > %s AND id <= %s
+                 AND (%s::text IS NULL OR known_category(category) = %s)
                  AND (%s::bigint[] IS NULL OR id = ANY (%s))
                ORDER BY id LIMIT %s FOR UPDATE SKIP LOCKED)
 RETURNING id, status"""
@@ -89,7 +90,7 @@ def categories(connection: Connection) -> list[str]:
 def add_tasks(connection: Connection, batch: Sequence[NewTask]) -> Added:
     """Insert and commit the tasks whose external_id is new; the same batch again adds nothing.
 
-    Two loads of the same ids in different orders may lock each other out; Postgres ends one, which is tried again.
+    Loads of the same ids in different orders may lock each other out: Postgres ends one, to be tried again.
     """
     attempts = Retrying(
         retry=retry_if_exception_type(psycopg2.errors.DeadlockDetected),

@@ -1,7 +1,7 @@
 """Puts what the operator wrote into force: the lines of the `traffic.<model>` Variables, and the DAG's pause.
 
-Several readers may watch the same Variables; each passes the time of its read by the metadata database's clock,
-and the older read loses, in Redis and in Postgres alike.
+Several readers may watch the same Variables; each passes the time of its read by the metadata database's
+clock, and the older read loses, in Redis and in Postgres alike.
 """
 
 from __future__ import annotations

@@ -14,15 +14,16 @@ from collections.abc import Callable
 from functools import partial
 
 from router.assignment import PullOrder
-from router.engine import Engine, HeldBack
+from router.engine import ROSTER_CHANGED, Engine, HeldBack
 from router.errors import DatabaseError, LimiterError, PermitDead, RouterError
 from router.limiter import Permit
-from router.queue import LeaseLost
 from router.roster import report_model_trouble
 from router.task import CallResult, Claim, Outcome
 
 LONGEST_HOLD_SECONDS = 2.0  # a claimed task whose moment is farther off is given back
 MOST_AHEAD = 64
+TROUBLE_SECONDS = 0.5
+LOOK_SECONDS = 5.0
 DEAD_PERMITS_BORNE = 20
 FAILURES_BORNE = 5  # in a row, before the model is rested
 LONGEST_REST_SECONDS = 60.0
@@ -50,53 +51,73 @@ class Worker:
 
         Cancelled, it stops pulling at once; what it claimed but did not send is given back.
         """
-        self._engine.join(self._run, self._models)
-        pulling = asyncio.get_running_loop().create_task(self._pull_forever(), name=f"router pull {self.model}")
+        engine = self._engine
+        engine.join(self._run, self._models)
+        engine.take_over(self.model)
+        pulling = self._start_pulling()
         try:
-            while (reason := self._engine.left(self._run)) is None:
-                waiting = asyncio.get_running_loop().create_task(self._engine.woken(5.0), name="router wait")
-                await asyncio.wait({pulling, waiting}, return_when=asyncio.FIRST_COMPLETED)
-                waiting.cancel()
+            while (reason := engine.left(self._run)) is None:
+                news = asyncio.get_running_loop().create_task(engine.woken(LOOK_SECONDS), name="router news")
+                await asyncio.wait({pulling, news}, return_when=asyncio.FIRST_COMPLETED)
+                news.cancel()
                 if pulling.done():
                     pulling.result()
+            if reason == ROSTER_CHANGED:
+                self._hand_over(pulling)
             return reason
         finally:
-            pulling.cancel()
-            await asyncio.gather(pulling, return_exceptions=True)
-            self._engine.part(self._run)
+            if not engine.handed_over(pulling):
+                pulling.cancel()
+                await asyncio.gather(pulling, return_exceptions=True)
+            engine.part(self._run)
+
+    def _start_pulling(self) -> asyncio.Task[None]:
+        name = f"router pull {self.model}"
+        return asyncio.get_running_loop().create_task(self._pull_forever(), name=name)
+
+    def _hand_over(self, pulling: asyncio.Task[None]) -> None:
+        """Let the engine pull on, for this model and for new ones, until the next run's workers are there."""
+        engine = self._engine
+        engine.hand_over(self.model, pulling)
+        for model in engine.roster.models.keys() - self._models:
+            if not engine.hands_over(model):
+                engine.hand_over(model, Worker(engine, model, self._run)._start_pulling())  # noqa: SLF001 - its own class
 
     async def _pull_forever(self) -> None:
         while True:
             try:
                 await self._pull_one()
-            except LeaseLost:
-                await asyncio.sleep(0.5)  # the heartbeat takes a new name
-            except (DatabaseError, LimiterError):
-                await asyncio.sleep(0.5)  # said by the engine's duties; here only tried again
+            except (DatabaseError, LimiterError):  # noqa: PERF203 - one round trip dwarfs it
+                # Said by the engine's duties, which also renew a lost lease; here only tried again.
+                await asyncio.sleep(TROUBLE_SECONDS)
 
     async def _pull_one(self) -> None:
         engine = self._engine
         roster_model = engine.roster.models.get(self.model)
         if roster_model is None or not engine.may_send() or time.monotonic() < self._not_before:
-            await engine.woken(0.5)
+            await engine.woken(TROUBLE_SECONDS)
             return
         await self._ahead.acquire()
         claim: Claim | None = None
         try:
             await engine.limiter.until_near(self.model)
+            news = engine.news  # taken before the look, so that what comes during it is not missed
             if engine.may_send():
                 self._aim()
                 claim = await engine.queue.claim(
-                    self.model, self._order.categories(engine.roster.categories), max_tokens=roster_model.max_tokens
+                    self.model,
+                    self._order.categories(engine.roster.categories),
+                    max_tokens=roster_model.max_tokens,
                 )
         finally:
             if claim is None:
                 self._ahead.release()
         if claim is None:
-            await engine.woken(engine.config.worker.poll_seconds)
+            await engine.woken(engine.config.worker.poll_seconds, news)
             return
         self._order.took(claim.category)
-        engine.spawn(self._solve(claim, roster_model.endpoint, roster_model.timeout_seconds), f"call {claim.call_id}")
+        call = self._solve(claim, roster_model.endpoint, roster_model.timeout_seconds)
+        engine.spawn(call, claim.call_id)
 
     def _aim(self) -> None:
         engine = self._engine
@@ -104,7 +125,11 @@ class Worker:
         self._order.aim(engine.shares.get(self.model, {}), places)
         target = engine.targets.get(self.model)
         per_second = target.requests_per_second() if target else None
-        wanted = MOST_AHEAD if per_second is None else math.ceil(per_second * engine.config.worker.look_ahead_seconds) + 1
+        wanted = (
+            MOST_AHEAD
+            if per_second is None
+            else math.ceil(per_second * engine.config.worker.look_ahead_seconds) + 1
+        )
         for _ in range(min(wanted, MOST_AHEAD) - self._ahead_size):
             self._ahead.release()
             self._ahead_size += 1
@@ -123,7 +148,7 @@ class Worker:
         room = self._room_for_tokens()
         if room is not None and claim.reserved_tokens > room:
             self._ahead.release()
-            why = f"{self.model}: the call reserves {claim.reserved_tokens} tokens, and its target allows {room}"
+            why = f"the call reserves {claim.reserved_tokens} tokens, and the model's target allows {room}"
             await engine.queue.give_up(claim, why)
             return
         try:
@@ -169,7 +194,7 @@ class Worker:
             with contextlib.suppress(LimiterError):  # the reservation ends by itself
                 if result.outcome is Outcome.UNSENT:
                     await limiter.cancel(permit)
-                else:
+                elif not result.may_go_on:
                     await limiter.release(permit, tokens=result.used_tokens)
             return result
         raise PermitDead(f"{DEAD_PERMITS_BORNE} permits of {self.model} died before they could be used")
@@ -177,20 +202,22 @@ class Worker:
     async def _settle(self, claim: Claim, result: CallResult) -> None:
         queue = self._engine.queue
         if result.outcome is Outcome.UNSENT:
-            self._hold_off(result)
+            self._hold_off()
             await queue.unclaim(claim.call_id)
             return
         await self._heed(result)
         try:
             await queue.settle(claim, result)
         except DatabaseError as error:
-            await queue.settle(claim, CallResult(Outcome.ERROR, error=f"the answer could not be stored: {error}"))
+            await queue.settle(
+                claim, CallResult(Outcome.ERROR, error=f"the answer could not be stored: {error}")
+            )
         if result.outcome is Outcome.ANSWERED:
             self._engine.solved += 1
         else:
             self._engine.failed_calls += 1
 
-    def _hold_off(self, result: CallResult) -> None:
+    def _hold_off(self) -> None:
         # Nothing got out: the backend is away, which is no task's fault and no reason to ask faster.
         self._failures += 1
         self._not_before = time.monotonic() + min(5.0, 0.25 * 2 ** min(self._failures, 10))
@@ -210,11 +237,15 @@ class Worker:
             self._failures = 0
         if seconds is not None:
             with contextlib.suppress(LimiterError):
-                await self._engine.limiter.rest(self.model, seconds, f"{result.outcome.value}: {result.error or ''}")
+                await self._engine.limiter.rest(
+                    self.model, seconds, f"{result.outcome.value}: {result.error or ''}"
+                )
         await self._tell_trouble(result)
 
     async def _tell_trouble(self, result: CallResult) -> None:
-        trouble = None if result.outcome is Outcome.ANSWERED else f"{result.outcome.value}: {result.error or ''}"
+        trouble = (
+            None if result.outcome is Outcome.ANSWERED else f"{result.outcome.value}: {result.error or ''}"
+        )
         if trouble == self._trouble:
             return
         self._trouble = trouble

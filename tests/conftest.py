@@ -1,4 +1,4 @@
-"""Real parts for every test: one PostgreSQL and one Redis a session, a fresh database and an empty Redis a test."""
+"""Real parts: one PostgreSQL and one Redis a session, a fresh database and an empty Redis a test."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ import redis.asyncio
 
 from local.postgres import PostgresServer, start_postgres
 from local.redis import RedisServer, start_redis
+from router.database import connect, migrate
+from router.roster import sync_roster
+from router.settings import load_config
+from tests.queueing import Probe, probing
 
 _numbers = itertools.count()
 
@@ -52,3 +56,29 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data folder at {folder}: set ROUTER_SHARED_DATA to measure against real data")
     return folder
+
+
+@pytest.fixture(scope="session")
+def migrated_template(postgres: PostgresServer) -> str:
+    """The name of a database with the whole schema and the shipped config, to be copied and never used."""
+    name = f"template_{os.getpid()}"
+    url = postgres.create_database(name)
+    migrate(url)
+    with connect(url) as connection:
+        sync_roster(connection, load_config())
+    return name
+
+
+@pytest.fixture
+def database(postgres: PostgresServer, migrated_template: str) -> str:
+    """The URL of a database of its own with the whole schema and the shipped config, and no task."""
+    name = f"test_{os.getpid()}_{next(_numbers)}"
+    postgres.run("createdb", "--template", migrated_template, name)
+    return postgres.url(name)
+
+
+@pytest.fixture
+async def probe(database: str) -> AsyncIterator[Probe]:
+    """One connection to `database`, with the words of `tests/queueing.py`."""
+    async with probing(database) as opened:
+        yield opened

@@ -1,7 +1,10 @@
 -- What producers, people and old programs do to `tasks`, carried over to the queue.
+--
+-- Run with the rights of whoever migrated (SECURITY DEFINER): a producer that may do nothing but INSERT INTO tasks
+-- still can.
 
 CREATE OR REPLACE FUNCTION tasks_inserted() RETURNS trigger
-LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
 DECLARE
     queued bigint;
 BEGIN
@@ -11,13 +14,15 @@ BEGIN
           FROM inserted i
           CROSS JOIN queue_settings s
           LEFT JOIN categories own ON own.name = i.category
-          CROSS JOIN LATERAL (SELECT coalesce(own.name, known_category(NULL)) AS name) AS known
-         WHERE i.status = 'unsolved' AND i.prompt ~ '\S' AND octet_length(i.prompt) <= s.max_prompt_bytes
+          CROSS JOIN LATERAL (SELECT coalesce(own.name, (SELECT known_category(NULL))) AS name) AS known
+         WHERE i.status = 'unsolved' AND octet_length(i.prompt) <= s.max_prompt_bytes AND i.prompt ~ '\S'
          ORDER BY i.id
         ON CONFLICT (task_id) DO NOTHING
         RETURNING category, priority
     ), lanes AS (
-        INSERT INTO queue_lanes SELECT DISTINCT category, priority FROM fresh ON CONFLICT DO NOTHING
+        INSERT INTO queue_lanes
+        SELECT DISTINCT f.category, f.priority FROM fresh f
+         WHERE NOT EXISTS (SELECT FROM queue_lanes l WHERE l.category = f.category AND l.priority = f.priority)
     ), counted AS (
         INSERT INTO task_count_deltas (category, unsolved) SELECT category, count(*) FROM fresh GROUP BY category
         RETURNING unsolved
@@ -43,74 +48,76 @@ $$;
 -- Somebody other than settle_call changed a task. Set back to unsolved, or edited, it is a new version: calls
 -- that are under way answer the old one, and change nothing.
 CREATE OR REPLACE FUNCTION task_updated() RETURNS trigger
-LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+LANGUAGE plpgsql SECURITY DEFINER
+SET search_path FROM CURRENT SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
     reset boolean := NEW.status = 'unsolved' AND OLD.status <> 'unsolved';
     edited boolean := NEW.prompt IS DISTINCT FROM OLD.prompt;
-    problem text;
-    lane text := known_category(NEW.category);
-    moved record;
+    held queue;
+    lane text;
+    rank_in_lane smallint := queue_priority(NEW.priority);
 BEGIN
+    SELECT * INTO held FROM queue q WHERE q.task_id = OLD.id FOR UPDATE;
     IF reset OR edited THEN
-        NEW.prompt_version := OLD.prompt_version + 1;
-        IF NEW.status = 'unsolved' THEN
-            NEW.answer_rank := NULL;
-            NEW.answered_by := NULL;
-            NEW.solved_at := NULL;
-            NEW.failure := NULL;
-            problem := prompt_problem(NEW.prompt);
-            IF problem IS NOT NULL THEN
-                NEW.status := 'failed';
-                NEW.failure := problem;
-            END IF;
-        END IF;
+        NEW.prompt_version := new_prompt_version();
+    END IF;
+    IF NEW.status = 'unsolved' AND (reset OR edited OR held.task_id IS NULL) THEN
+        NEW.answer_rank := NULL;
+        NEW.answered_by := NULL;
+        NEW.solved_at := NULL;
+        NEW.failure := prompt_problem(NEW.prompt);
+        NEW.status := CASE WHEN NEW.failure IS NULL THEN 'unsolved' ELSE 'failed' END;
     END IF;
 
-    IF NEW.status = 'solved' AND OLD.status <> 'solved' AND NEW.answer IS NOT NULL
-       AND NEW.answer_rank IS NOT DISTINCT FROM OLD.answer_rank AND NEW.answer IS DISTINCT FROM OLD.answer THEN
-        NEW.answer_rank := 3;  -- given from outside: what is still under way must not replace it
+    IF NEW.status = 'solved' AND OLD.status <> 'solved' THEN
+        IF NEW.answer IS NOT NULL AND NEW.answer_rank IS NOT DISTINCT FROM OLD.answer_rank
+           AND NEW.answer IS DISTINCT FROM OLD.answer THEN
+            NEW.answer_rank := 3;  -- given from outside: what is still under way must not replace it
+        END IF;
+        NEW.solved_at := coalesce(NEW.solved_at, clock_timestamp());
     END IF;
 
     IF NEW.status = 'unsolved' THEN
-        INSERT INTO queue_lanes VALUES (lane, queue_priority(NEW.priority)) ON CONFLICT DO NOTHING;
-        IF reset OR edited THEN
+        lane := CASE WHEN held.category IS NULL OR edited OR NEW.category IS DISTINCT FROM OLD.category
+                     THEN known_category(NEW.category) ELSE held.category END;
+        PERFORM open_lane(lane, rank_in_lane);
+        IF held.task_id IS NULL THEN
             INSERT INTO queue (task_id, category, priority, position, state, prompt_version)
-            VALUES (NEW.id, lane, queue_priority(NEW.priority), nextval('queue_position'), 'ready', NEW.prompt_version)
-            ON CONFLICT (task_id) DO UPDATE
-               SET category = EXCLUDED.category, priority = EXCLUDED.priority, position = EXCLUDED.position,
-                   state = 'ready', prompt_version = EXCLUDED.prompt_version, attempt = 0,
-                   wake_at = NULL, call_id = NULL, worker = NULL, claimed_at = NULL
-            RETURNING xmax = 0 AS is_new INTO moved;
-            INSERT INTO task_count_deltas (category, unsolved, solved, failed)
-            SELECT lane, moved.is_new::int, -(OLD.status = 'solved')::int, -(OLD.status = 'failed')::int;
-            PERFORM wake_workers();
-        ELSE
+            VALUES (NEW.id, lane, rank_in_lane, nextval('queue_position'), 'ready', NEW.prompt_version);
+        ELSIF reset OR edited THEN
             UPDATE queue q
-               SET category = lane, priority = queue_priority(NEW.priority), position = nextval('queue_position')
-              FROM queue before
-             WHERE q.task_id = NEW.id AND before.task_id = NEW.id
-               AND (q.category, q.priority) IS DISTINCT FROM (lane, queue_priority(NEW.priority))
-            RETURNING before.category AS old_category INTO moved;
-            IF FOUND AND moved.old_category <> lane THEN
-                INSERT INTO task_count_deltas (category, unsolved) VALUES (moved.old_category, -1), (lane, 1);
-            END IF;
+               SET category = lane, priority = rank_in_lane, position = nextval('queue_position'), state = 'ready',
+                   prompt_version = NEW.prompt_version, attempt = 0,
+                   wake_at = NULL, call_id = NULL, worker = NULL, claimed_at = NULL
+             WHERE q.task_id = NEW.id;
+        ELSIF (held.category, held.priority) IS DISTINCT FROM (lane, rank_in_lane) THEN
+            UPDATE queue q SET category = lane, priority = rank_in_lane, position = nextval('queue_position')
+             WHERE q.task_id = NEW.id;
         END IF;
-    ELSIF OLD.status IS DISTINCT FROM NEW.status THEN
-        DELETE FROM queue WHERE task_id = NEW.id RETURNING category INTO moved;
-        INSERT INTO task_count_deltas (category, unsolved, solved, failed)
-        SELECT lane, -(FOUND AND moved.category = lane)::int,
-               (NEW.status = 'solved')::int - (OLD.status = 'solved')::int,
-               (NEW.status = 'failed')::int - (OLD.status = 'failed')::int;
-        IF FOUND AND moved.category <> lane THEN
-            INSERT INTO task_count_deltas (category, unsolved) VALUES (moved.category, -1);
+        IF held.task_id IS NULL OR reset OR edited THEN
+            PERFORM wake_workers();
         END IF;
+    ELSIF held.task_id IS NOT NULL THEN
+        DELETE FROM queue q WHERE q.task_id = NEW.id;
+        NEW.category := coalesce(NEW.category, held.category);
     END IF;
+
+    INSERT INTO task_count_deltas (category, unsolved, solved, failed)
+    SELECT moved.category, sum(moved.unsolved), sum(moved.solved), sum(moved.failed)
+      FROM (VALUES (held.category, -1, 0, 0),
+                   (lane, 1, 0, 0),
+                   (known_category(OLD.category), 0, -(OLD.status = 'solved')::int, -(OLD.status = 'failed')::int),
+                   (known_category(NEW.category), 0, (NEW.status = 'solved')::int, (NEW.status = 'failed')::int))
+           AS moved (category, unsolved, solved, failed)
+     WHERE moved.category IS NOT NULL
+     GROUP BY moved.category
+    HAVING (sum(moved.unsolved), sum(moved.solved), sum(moved.failed)) IS DISTINCT FROM (0::bigint, 0::bigint, 0::bigint);
     RETURN NEW;
 END
 $$;
 
 CREATE OR REPLACE FUNCTION tasks_deleted() RETURNS trigger
-LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
 BEGIN
     WITH gone AS (
         DELETE FROM queue q USING deleted d WHERE q.task_id = d.id RETURNING q.category
@@ -124,19 +131,19 @@ END
 $$;
 
 CREATE OR REPLACE FUNCTION tasks_truncated() RETURNS trigger
-LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
 BEGIN
-    TRUNCATE queue, queue_floors, task_counts, task_count_deltas;
+    TRUNCATE queue, queue_floors, task_count_deltas, task_counts;
     RETURN NULL;
 END
 $$;
 
 CREATE OR REPLACE TRIGGER router_inserted AFTER INSERT ON tasks
     REFERENCING NEW TABLE AS inserted FOR EACH STATEMENT EXECUTE FUNCTION tasks_inserted();
--- settle_call always changes answer_call_id, and has done the queue's part itself.
+-- settle_call always sets a new answer_call_id, and has done the queue's part itself; people clear it at most.
 CREATE OR REPLACE TRIGGER router_updated BEFORE UPDATE OF status, prompt, category, priority ON tasks
     FOR EACH ROW
-    WHEN (NEW.answer_call_id IS NOT DISTINCT FROM OLD.answer_call_id
+    WHEN ((NEW.answer_call_id IS NULL OR NEW.answer_call_id IS NOT DISTINCT FROM OLD.answer_call_id)
           AND (NEW.status IS DISTINCT FROM OLD.status OR NEW.category IS DISTINCT FROM OLD.category
                OR NEW.priority IS DISTINCT FROM OLD.priority OR NEW.prompt IS DISTINCT FROM OLD.prompt))
     EXECUTE FUNCTION task_updated();

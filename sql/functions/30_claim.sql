@@ -1,49 +1,73 @@
 -- Taking one task, and giving it back.
+--
+-- The functions of the hot path pin their plans (enable_seqscan and such): a session that planned while the queue
+-- was nearly empty would else keep reading it whole when a million rows have come in.
+
+-- The published floor of one half of a lane.
+CREATE OR REPLACE FUNCTION floor_of(p_category text, p_priority smallint, p_came_back boolean) RETURNS bigint
+LANGUAGE sql STABLE AS $$
+    SELECT coalesce((SELECT f.position FROM queue_floors f
+                      WHERE f.category = p_category AND f.priority = p_priority AND f.came_back = p_came_back
+                        AND f.published
+                      ORDER BY f.position DESC LIMIT 1),
+                    CASE WHEN p_came_back THEN -4611686018427387904 ELSE 1 END)
+$$;
+
+-- The lowest ready position of a lane that is not below p_from and is below p_below.
+CREATE OR REPLACE FUNCTION lowest_ready(p_category text, p_priority smallint, p_from bigint, p_below bigint)
+RETURNS bigint
+LANGUAGE sql STABLE AS $$
+    SELECT q.position FROM queue q
+     WHERE q.state = 'ready' AND q.category = p_category AND q.priority = p_priority
+       AND q.position >= p_from AND q.position < p_below
+     ORDER BY q.position LIMIT 1
+$$;
 
 -- Raise the floor of a lane: find the lowest ready position, wait until every transaction that could still add
 -- one below it has ended, then publish it. A position comes from the sequence after its transaction has locked
 -- `queue`, so the holders of that lock at the moment of looking are all the witnesses there can be.
-CREATE OR REPLACE FUNCTION raise_floor(p_category text, p_priority smallint) RETURNS void
-LANGUAGE plpgsql AS $$
+-- Each step looks with a snapshot of its own, taken after the one before; where that is not so, it does nothing.
+-- (A prepared transaction, '-1/...', has changed its name since it was seen: any of them is waited for.)
+CREATE OR REPLACE FUNCTION raise_floor(p_category text, p_priority smallint, p_came_back boolean) RETURNS void
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
+    base bigint := CASE WHEN p_came_back THEN -4611686018427387904 ELSE 0 END;
+    below bigint := CASE WHEN p_came_back THEN 0 ELSE 9223372036854775807 END;
     floor_now bigint;
     pending queue_floors;
     bound bigint;
-    lowest bigint;
     others text[];
 BEGIN
-    IF NOT pg_try_advisory_xact_lock(hashtext('router_floor'), hashtext(p_category || p_priority)) THEN
+    IF current_setting('transaction_isolation') <> 'read committed'
+       OR NOT pg_try_advisory_xact_lock(hashtext('router_floor'), hashtext(p_category || '/' || p_priority)) THEN
         RETURN;
     END IF;
-    SELECT coalesce(max(f.position), 1) INTO floor_now
-      FROM queue_floors f WHERE f.category = p_category AND f.priority = p_priority AND f.published;
+    floor_now := floor_of(p_category, p_priority, p_came_back);
     SELECT * INTO pending FROM queue_floors f
-     WHERE f.category = p_category AND f.priority = p_priority AND NOT f.published
+     WHERE f.category = p_category AND f.priority = p_priority AND f.came_back = p_came_back AND NOT f.published
      ORDER BY f.position DESC LIMIT 1;
     IF pending.position > floor_now THEN
         IF EXISTS (SELECT FROM pg_locks l
                     WHERE l.locktype = 'relation' AND l.relation = 'queue'::regclass
-                      AND l.virtualtransaction = ANY (pending.witnesses)) THEN
+                      AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
+                      AND (l.virtualtransaction = ANY (pending.witnesses) OR l.virtualtransaction LIKE '-1/%')) THEN
             RETURN;
         END IF;
-        SELECT q.position INTO lowest FROM queue q
-         WHERE q.state = 'ready' AND q.category = p_category AND q.priority = p_priority AND q.position >= floor_now
-         ORDER BY q.position LIMIT 1;
-        floor_now := greatest(floor_now, least(pending.position, coalesce(lowest, pending.position)));
-        DELETE FROM queue_floors f WHERE f.category = p_category AND f.priority = p_priority;
-        INSERT INTO queue_floors VALUES (p_category, p_priority, true, floor_now);
+        floor_now := greatest(floor_now, least(pending.position, coalesce(
+            lowest_ready(p_category, p_priority, floor_now, below), pending.position)));
+        DELETE FROM queue_floors f
+         WHERE f.category = p_category AND f.priority = p_priority AND f.came_back = p_came_back;
+        INSERT INTO queue_floors VALUES (p_category, p_priority, p_came_back, true, floor_now);
     END IF;
 
-    SELECT last_value + 1 INTO bound FROM queue_position;
+    SELECT base + s.last_value + s.is_called::int INTO bound FROM queue_position s;
     SELECT coalesce(array_agg(l.virtualtransaction), '{}') INTO others FROM pg_locks l
-     WHERE l.locktype = 'relation' AND l.relation = 'queue'::regclass AND l.pid <> pg_backend_pid()
+     WHERE l.locktype = 'relation' AND l.relation = 'queue'::regclass AND l.pid IS DISTINCT FROM pg_backend_pid()
+       AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
        AND l.mode = 'RowExclusiveLock';
-    SELECT q.position INTO lowest FROM queue q
-     WHERE q.state = 'ready' AND q.category = p_category AND q.priority = p_priority AND q.position >= floor_now
-     ORDER BY q.position LIMIT 1;
-    IF least(bound, coalesce(lowest, bound)) > floor_now THEN
-        INSERT INTO queue_floors
-        VALUES (p_category, p_priority, false, least(bound, coalesce(lowest, bound)), others);
+    bound := least(bound, coalesce(lowest_ready(p_category, p_priority, floor_now, below), bound));
+    IF bound > floor_now THEN
+        INSERT INTO queue_floors VALUES (p_category, p_priority, p_came_back, false, bound, others);
     END IF;
 END
 $$;
@@ -55,7 +79,7 @@ CREATE OR REPLACE FUNCTION claim_task(
     p_model text, p_categories text[], p_worker text, p_call_id uuid, p_max_tokens integer DEFAULT NULL)
 RETURNS TABLE (task_id bigint, prompt text, category text, prompt_version integer, attempt integer,
                max_tokens integer, reserved_tokens integer, deadline_at timestamptz)
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off AS $$
 #variable_conflict use_column
 DECLARE
     lane record;
@@ -65,6 +89,7 @@ DECLARE
     answer_tokens integer;
 BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
+    LOCK TABLE tasks IN ACCESS SHARE MODE;  -- before the queue: see "Lock order"
     SELECT * INTO limits FROM queue_settings;
     PERFORM FROM workers w WHERE w.worker = p_worker AND w.released_at IS NULL;
     IF NOT FOUND AND NOT heartbeat(p_worker) THEN
@@ -72,50 +97,48 @@ BEGIN
             USING ERRCODE = 'RT001';
     END IF;
 
+    -- In each lane those that came back go first.
     FOR lane IN
-        SELECT l.category, l.priority,
-               coalesce((SELECT f.position FROM queue_floors f
-                          WHERE f.category = l.category AND f.priority = l.priority AND f.published
-                          ORDER BY f.position DESC LIMIT 1), 1) AS floor
-          FROM queue_lanes l
+        SELECT l.category, l.priority, half.came_back, half.below
+          FROM (SELECT DISTINCT category, priority FROM queue_lanes) AS l,
+               (VALUES (true, 0::bigint), (false, 9223372036854775807)) AS half (came_back, below)
          WHERE p_categories IS NULL OR cardinality(p_categories) = 0 OR l.category = ANY (p_categories)
-         ORDER BY array_position(p_categories, l.category), l.priority DESC
+         ORDER BY array_position(p_categories, l.category), l.priority DESC, half.came_back DESC
     LOOP
         LOOP
             UPDATE queue SET state = 'claimed', call_id = p_call_id, worker = p_worker, attempt = attempt + 1,
                              claimed_at = clock_timestamp()
              WHERE task_id = (SELECT q.task_id FROM queue q
                                WHERE q.state = 'ready' AND q.category = lane.category AND q.priority = lane.priority
-                                 AND q.position < 0
+                                 AND q.position >= (SELECT floor_of(lane.category, lane.priority, lane.came_back))
+                                 AND q.position < lane.below
                                ORDER BY q.position LIMIT 1 FOR UPDATE SKIP LOCKED)
             RETURNING * INTO taken;
-            IF NOT FOUND THEN
-                UPDATE queue SET state = 'claimed', call_id = p_call_id, worker = p_worker, attempt = attempt + 1,
-                                 claimed_at = clock_timestamp()
-                 WHERE task_id = (SELECT q.task_id FROM queue q
-                                   WHERE q.state = 'ready' AND q.category = lane.category
-                                     AND q.priority = lane.priority AND q.position >= lane.floor
-                                   ORDER BY q.position LIMIT 1 FOR UPDATE SKIP LOCKED)
-                RETURNING * INTO taken;
-            END IF;
             EXIT WHEN NOT FOUND;
 
-            SELECT t.prompt, t.max_tokens, t.deadline_at INTO task
-              FROM tasks t WHERE t.id = taken.task_id AND t.status = 'unsolved';
+            SELECT t.prompt, t.prompt_version, t.deadline_at,
+                   greatest(1, least(t.max_tokens, 2147483647))::integer AS max_tokens
+              INTO task FROM tasks t WHERE t.id = taken.task_id AND t.status = 'unsolved';
             IF FOUND THEN
+                IF task.prompt_version <> taken.prompt_version THEN
+                    UPDATE queue SET prompt_version = task.prompt_version WHERE task_id = taken.task_id;
+                END IF;
                 answer_tokens := coalesce(task.max_tokens, p_max_tokens, limits.default_max_tokens);
                 INSERT INTO model_calls (call_id, task_id, prompt_version, model, category, worker, attempt, reserved_tokens)
-                VALUES (p_call_id, taken.task_id, taken.prompt_version, p_model, taken.category, p_worker, taken.attempt,
+                VALUES (p_call_id, taken.task_id, task.prompt_version, p_model, taken.category, p_worker, taken.attempt,
                         reserved_tokens(task.prompt, answer_tokens));
                 IF random() < 0.015 THEN
-                    PERFORM raise_floor(taken.category, taken.priority);
+                    PERFORM raise_floor(taken.category, taken.priority, lane.came_back);
                 END IF;
-                RETURN QUERY SELECT taken.task_id, task.prompt, taken.category, taken.prompt_version, taken.attempt,
+                RETURN QUERY SELECT taken.task_id, task.prompt, taken.category, task.prompt_version, taken.attempt,
                                     answer_tokens, reserved_tokens(task.prompt, answer_tokens), task.deadline_at;
                 RETURN;
             END IF;
             PERFORM forget_queue_row(taken.task_id);  -- two tables, one truth: tasks is the truth
         END LOOP;
+        IF random() < 0.015 THEN  -- empty, but perhaps full of dead entries: somebody deleted what was there
+            PERFORM raise_floor(lane.category, lane.priority, lane.came_back);
+        END IF;
     END LOOP;
 END
 $$;
@@ -126,15 +149,24 @@ LANGUAGE sql AS $$
     INSERT INTO task_count_deltas (category, unsolved) SELECT category, -1 FROM gone
 $$;
 
+-- What this worker holds since p_seconds or longer: it knows best whether it still works on it.
+CREATE OR REPLACE FUNCTION held_claims(p_worker text, p_seconds double precision)
+RETURNS TABLE (call_id uuid, task_id bigint, claimed_at timestamptz)
+LANGUAGE sql STABLE AS $$
+    SELECT q.call_id, q.task_id, q.claimed_at FROM queue q
+     WHERE q.state = 'claimed' AND q.worker = p_worker
+       AND q.claimed_at < clock_timestamp() - make_interval(secs => p_seconds)
+$$;
+
 -- Give a task back unsent; the attempt does not count. False if this call does not hold it (any more).
 -- The call's row goes too: nothing was sent, and nothing is to be paid.
 CREATE OR REPLACE FUNCTION unclaim(p_call_id uuid) RETURNS boolean
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
     held bigint;
 BEGIN
     SELECT c.task_id INTO held FROM model_calls c WHERE c.call_id = p_call_id AND c.outcome IS NULL;
-    UPDATE queue SET state = 'ready', position = returned_position(position), attempt = greatest(attempt - 1, 0),
+    UPDATE queue SET state = 'ready', position = returned_position(), attempt = greatest(attempt - 1, 0),
                      call_id = NULL, worker = NULL, claimed_at = NULL
      WHERE task_id = held AND call_id = p_call_id;
     IF NOT FOUND THEN

@@ -8,22 +8,22 @@
 --   retry       it failed; the task is tried again
 --   failed      it failed, and the task's attempts are used up
 --   late        it failed, and the claim was gone anyhow: nothing to do
+-- A call that comes out kept or superseded while it holds its task gives it back as an attempt, so that nothing
+-- can be asked, and paid for, without end.
 -- The same call settled twice returns what came of it the first time. A call whose row a crash lost is put back
 -- from the last arguments. Never commits asynchronously.
 CREATE OR REPLACE FUNCTION settle_call(
     p_call_id uuid, p_outcome text, p_answer text DEFAULT NULL,
-    p_prompt_tokens integer DEFAULT NULL, p_completion_tokens integer DEFAULT NULL, p_cost numeric DEFAULT NULL,
+    p_prompt_tokens integer DEFAULT NULL, p_completion_tokens integer DEFAULT NULL, p_cost double precision DEFAULT NULL,
     p_latency_seconds double precision DEFAULT NULL, p_error text DEFAULT NULL, p_counted boolean DEFAULT true,
     p_task_id bigint DEFAULT NULL, p_model text DEFAULT NULL, p_prompt_version integer DEFAULT NULL,
     p_reserved_tokens integer DEFAULT 0)
 RETURNS text
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
     call model_calls;
     settled text;
-    newly boolean;
     held boolean := false;
-    gone record;
 BEGIN
     IF current_setting('synchronous_commit') = 'off' THEN
         PERFORM set_config('synchronous_commit', 'on', true);
@@ -42,21 +42,12 @@ BEGIN
     IF call.outcome IS NOT NULL AND (call.outcome <> 'lost' OR p_outcome = 'lost') THEN
         RETURN call.settlement;
     END IF;
+    IF p_outcome = 'answered' AND p_answer IS NULL THEN
+        p_outcome := 'garbage';
+    END IF;
 
     IF p_outcome = 'answered' THEN
-        SELECT k.settlement, k.newly_solved INTO settled, newly FROM keep_answer(call, p_answer) AS k;
-        IF settled = 'solved' THEN
-            DELETE FROM queue WHERE task_id = call.task_id RETURNING queue.call_id, queue.category INTO gone;
-            held := FOUND AND gone.call_id = p_call_id;
-            IF FOUND THEN
-                INSERT INTO task_count_deltas (category, unsolved, solved) VALUES (gone.category, -1, 1);
-            ELSIF newly THEN
-                INSERT INTO task_count_deltas (category, solved, failed)
-                VALUES (known_category(call.category), 1, -1);  -- it had failed: only that leaves no queue row
-            END IF;
-        ELSIF settled IN ('superseded', 'stale') THEN
-            held := give_back(call, p_counted => false) IS NOT NULL;
-        END IF;
+        SELECT k.settlement, k.held INTO settled, held FROM keep_answer(call, p_answer) AS k;
     ELSE
         PERFORM FROM tasks t WHERE t.id = call.task_id FOR NO KEY UPDATE;
         settled := coalesce(give_back(call, p_counted, p_error, p_outcome), 'late');
@@ -69,7 +60,7 @@ BEGIN
            sent_at = clock_timestamp() - make_interval(secs => p_latency_seconds),
            latency_seconds = p_latency_seconds, cost = p_cost,
            prompt_tokens = p_prompt_tokens, completion_tokens = p_completion_tokens,
-           tokens = nullif(coalesce(p_prompt_tokens, 0) + coalesce(p_completion_tokens, 0), 0)
+           tokens = nullif(least(coalesce(p_prompt_tokens, 0)::bigint + coalesce(p_completion_tokens, 0), 2147483647), 0)
      WHERE c.call_id = p_call_id AND (c.outcome IS NULL OR (c.outcome = 'lost' AND p_outcome <> 'lost'));
     IF NOT FOUND THEN
         SELECT c.settlement INTO settled FROM model_calls c WHERE c.call_id = p_call_id;
@@ -79,35 +70,68 @@ END
 $$;
 
 -- The one rule for every answer: it replaces only an answer of lower rank to the same version of the prompt.
-CREATE OR REPLACE FUNCTION keep_answer(
-    p_call model_calls, p_answer text, OUT settlement text, OUT newly_solved boolean)
+-- A task that is unsolved is the usual case, and is written without looking first; what else there may be is
+-- looked at under its lock. held: whether this call held the task.
+CREATE OR REPLACE FUNCTION keep_answer(p_call model_calls, p_answer text, OUT settlement text, OUT held boolean)
 LANGUAGE plpgsql AS $$
 DECLARE
-    at timestamptz := clock_timestamp();
-    now_solved boolean;
-    current_version integer;
+    before record;
+    kept record;
+    gone record;
+    looked boolean := false;
 BEGIN
-    newly_solved := false;
-    UPDATE tasks t
-       SET answer = p_answer, answered_by = p_call.model, answer_rank = p_call.rank, answer_call_id = p_call.call_id,
-           status = CASE WHEN p_call.rank >= 3 THEN 'solved' ELSE t.status END,
-           category = coalesce(t.category, p_call.category),
-           solved_at = CASE WHEN p_call.rank >= 3 THEN coalesce(t.solved_at, at) ELSE t.solved_at END,
-           failure = CASE WHEN p_call.rank >= 3 THEN NULL ELSE t.failure END
-     WHERE t.id = p_call.task_id AND t.prompt_version = p_call.prompt_version
-       AND coalesce(t.answer_rank, CASE WHEN t.status = 'solved' THEN 3 ELSE 0 END) < p_call.rank
-    RETURNING t.status = 'solved', t.solved_at = at INTO now_solved, newly_solved;
-    IF FOUND THEN
-        settlement := CASE WHEN now_solved THEN 'solved' ELSE 'kept' END;
+    held := false;
+    SELECT 'unsolved' AS status, NULL::text AS category, p_call.prompt_version AS prompt_version INTO before;
+    LOOP
+        UPDATE tasks t
+           SET answer = p_answer, answered_by = p_call.model, answer_rank = p_call.rank, answer_call_id = p_call.call_id,
+               status = CASE WHEN ends.it THEN 'solved' ELSE t.status END,
+               category = coalesce(t.category, p_call.category),
+               solved_at = CASE WHEN ends.it THEN coalesce(t.solved_at, clock_timestamp()) ELSE t.solved_at END,
+               failure = CASE WHEN ends.it THEN NULL ELSE t.failure END
+          FROM (SELECT p_call.rank >= 3 OR (p_call.rank = 2 AND before.status = 'failed') AS it) AS ends
+         WHERE t.id = p_call.task_id AND t.prompt_version = p_call.prompt_version AND t.status = before.status
+           AND coalesce(t.answer_rank, CASE WHEN t.status = 'solved' THEN 3 ELSE 0 END) < p_call.rank
+        RETURNING t.status, t.category INTO kept;
+        EXIT WHEN FOUND;
+        IF NOT looked THEN
+            SELECT t.status, t.category, t.prompt_version INTO before
+              FROM tasks t WHERE t.id = p_call.task_id FOR NO KEY UPDATE;
+        END IF;
+        IF looked OR before.prompt_version IS DISTINCT FROM p_call.prompt_version THEN
+            settlement := CASE WHEN looked THEN 'superseded' ELSE 'stale' END;
+            held := give_back(p_call, p_counted => looked) IS NOT NULL;
+            RETURN;
+        END IF;
+        looked := true;
+    END LOOP;
+
+    IF kept.status <> 'solved' THEN
+        settlement := 'kept';
+        held := give_back(p_call, p_counted => true) IS NOT NULL;
         RETURN;
     END IF;
-    newly_solved := false;
-    SELECT t.prompt_version INTO current_version FROM tasks t WHERE t.id = p_call.task_id;
-    settlement := CASE WHEN current_version = p_call.prompt_version THEN 'superseded' ELSE 'stale' END;
+    settlement := 'solved';
+    DELETE FROM queue q WHERE q.task_id = p_call.task_id RETURNING q.call_id, q.category INTO gone;
+    IF FOUND AND before.status = 'unsolved' AND gone.category = kept.category THEN
+        held := gone.call_id IS NOT DISTINCT FROM p_call.call_id;
+        INSERT INTO task_count_deltas (category, unsolved, solved) VALUES (gone.category, -1, 1);
+        RETURN;
+    ELSIF FOUND THEN
+        held := gone.call_id IS NOT DISTINCT FROM p_call.call_id;
+        PERFORM count_change(gone.category, -1, 0, 0);
+    END IF;
+    IF before.status = 'failed' THEN
+        PERFORM count_change(known_category(before.category), 0, 0, -1);
+    END IF;
+    IF before.status <> 'solved' THEN
+        PERFORM count_change(known_category(kept.category), 0, 1, 0);
+    END IF;
 END
 $$;
 
 -- A claim that brought no answer: try the task again, or end it. NULL if this call does not hold it any more.
+-- A lost call is tried again at once: the task is no more to blame than the worker that died.
 CREATE OR REPLACE FUNCTION give_back(
     p_call model_calls, p_counted boolean, p_error text DEFAULT NULL, p_outcome text DEFAULT NULL) RETURNS text
 LANGUAGE plpgsql AS $$
@@ -118,14 +142,7 @@ BEGIN
     IF NOT FOUND THEN
         RETURN NULL;
     END IF;
-    IF NOT p_counted THEN
-        UPDATE queue SET state = 'ready', position = returned_position(position), attempt = greatest(attempt - 1, 0),
-                         call_id = NULL, worker = NULL, claimed_at = NULL
-         WHERE task_id = held.task_id;
-        PERFORM wake_workers();
-        RETURN 'retry';
-    END IF;
-    IF held.attempt >= (SELECT s.max_attempts FROM queue_settings s) THEN
+    IF p_counted AND held.attempt >= (SELECT s.max_attempts FROM queue_settings s) THEN
         UPDATE tasks t
            SET status = CASE WHEN t.answer_rank >= 2 THEN 'solved' ELSE 'failed' END,
                solved_at = CASE WHEN t.answer_rank >= 2 THEN clock_timestamp() END,
@@ -134,8 +151,15 @@ BEGIN
          WHERE t.id = held.task_id;  -- its trigger takes the queue row away and counts
         RETURN 'failed';
     END IF;
+    IF NOT p_counted OR p_outcome = 'lost' THEN
+        UPDATE queue SET state = 'ready', position = returned_position(), call_id = NULL, worker = NULL, claimed_at = NULL,
+                         attempt = CASE WHEN p_counted THEN held.attempt ELSE greatest(held.attempt - 1, 0) END
+         WHERE task_id = held.task_id;
+        PERFORM wake_workers();
+        RETURN 'retry';
+    END IF;
     UPDATE queue SET state = 'waiting', wake_at = clock_timestamp() + retry_delay(held.attempt),
-                     position = returned_position(position), call_id = NULL, worker = NULL, claimed_at = NULL
+                     call_id = NULL, worker = NULL, claimed_at = NULL
      WHERE task_id = held.task_id;
     RETURN 'retry';
 END

@@ -15,20 +15,53 @@ $$;
 -- A worker that leaves in good order; what it still held is ready at once.
 CREATE OR REPLACE FUNCTION release_worker(p_worker text) RETURNS integer
 LANGUAGE plpgsql AS $$
+DECLARE
+    released integer;
 BEGIN
-    UPDATE workers SET lease_until = clock_timestamp() - interval '1 second' WHERE worker = p_worker;
-    RETURN release_lost_claims();
+    LOCK TABLE tasks IN ACCESS SHARE MODE;
+    UPDATE workers SET lease_until = least(lease_until, clock_timestamp() - interval '1 second'),
+                       released_at = coalesce(released_at, clock_timestamp())
+     WHERE worker = p_worker;
+    released := release_claims(p_worker, 10000);
+    IF released > 0 THEN
+        PERFORM wake_workers();
+    END IF;
+    RETURN released;
+END
+$$;
+
+-- End claims of this worker as lost, at most p_limit. Tasks that somebody has locked are left for the next time.
+CREATE OR REPLACE FUNCTION release_claims(p_worker text, p_limit integer) RETURNS integer
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+DECLARE
+    lost record;
+    released integer := 0;
+BEGIN
+    FOR lost IN SELECT q.call_id, q.task_id, q.prompt_version FROM queue q
+                 WHERE q.state = 'claimed' AND q.worker = p_worker
+                 LIMIT p_limit
+    LOOP
+        PERFORM FROM tasks t WHERE t.id = lost.task_id FOR NO KEY UPDATE SKIP LOCKED;
+        IF FOUND THEN
+            PERFORM settle_call(lost.call_id, 'lost', p_error => 'the worker''s lease ran out',
+                                p_task_id => lost.task_id, p_model => 'unknown', p_prompt_version => lost.prompt_version);
+            released := released + 1;
+        ELSIF NOT EXISTS (SELECT FROM tasks t WHERE t.id = lost.task_id) THEN
+            PERFORM forget_queue_row(lost.task_id);
+        END IF;
+    END LOOP;
+    RETURN released;
 END
 $$;
 
 -- Give back what workers held whose lease is gone; at most p_limit claims. Returns how many.
 CREATE OR REPLACE FUNCTION release_lost_claims(p_limit integer DEFAULT 500) RETURNS integer
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
     dead text;
-    lost record;
     released integer := 0;
 BEGIN
+    LOCK TABLE tasks IN ACCESS SHARE MODE;
     FOR dead IN
         SELECT w.worker FROM workers w
          WHERE w.lease_until < clock_timestamp()
@@ -37,16 +70,14 @@ BEGIN
          LIMIT 20 FOR UPDATE SKIP LOCKED
     LOOP
         UPDATE workers SET released_at = clock_timestamp() WHERE worker = dead AND released_at IS NULL;
-        FOR lost IN SELECT q.call_id, q.task_id, q.prompt_version FROM queue q
-                     WHERE q.state = 'claimed' AND q.worker = dead LIMIT p_limit - released
-        LOOP
-            PERFORM settle_call(lost.call_id, 'lost', p_error => 'the worker''s lease ran out',
-                                p_task_id => lost.task_id, p_model => 'unknown', p_prompt_version => lost.prompt_version);
-            released := released + 1;
-        END LOOP;
+        released := released + release_claims(dead, p_limit - released);
         EXIT WHEN released >= p_limit;
     END LOOP;
-    DELETE FROM workers WHERE released_at < clock_timestamp() - interval '2 days';
+    DELETE FROM workers w
+     WHERE w.worker IN (SELECT o.worker FROM workers o
+                         WHERE o.released_at < clock_timestamp() - interval '2 days'
+                           AND NOT EXISTS (SELECT FROM queue q WHERE q.state = 'claimed' AND q.worker = o.worker)
+                         LIMIT 100 FOR UPDATE SKIP LOCKED);
     IF released > 0 THEN
         PERFORM wake_workers();
     END IF;
@@ -56,11 +87,11 @@ $$;
 
 -- Retries whose time has come are ready again; at most p_limit. Returns how many.
 CREATE OR REPLACE FUNCTION promote_waiting(p_limit integer DEFAULT 500) RETURNS integer
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
     promoted integer;
 BEGIN
-    UPDATE queue SET state = 'ready', wake_at = NULL, position = returned_position(position)
+    UPDATE queue SET state = 'ready', wake_at = NULL, position = returned_position()
      WHERE task_id IN (SELECT q.task_id FROM queue q
                         WHERE q.state = 'waiting' AND q.wake_at <= clock_timestamp()
                         ORDER BY q.wake_at LIMIT p_limit FOR UPDATE SKIP LOCKED);
@@ -72,92 +103,135 @@ BEGIN
 END
 $$;
 
+-- All deltas of transactions before this one are summed up. A value from another cluster, which a restored dump may
+-- bring, is ahead of all that run here, and does not count.
+CREATE OR REPLACE FUNCTION folded_before() RETURNS xid8
+LANGUAGE sql STABLE AS $$
+    SELECT coalesce((SELECT f.before FROM task_count_folds f WHERE f.before <= pg_snapshot_xmin(pg_current_snapshot())
+                      ORDER BY f.before DESC LIMIT 1), '0'::xid8)
+$$;
+
 -- Sum the deltas up. One at a time; the others leave it to that one.
 CREATE OR REPLACE FUNCTION fold_counts() RETURNS void
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 BEGIN
     IF NOT pg_try_advisory_xact_lock(hashtext('router_fold_counts'), 0) THEN
         RETURN;
     END IF;
-    WITH taken AS (DELETE FROM task_count_deltas RETURNING *)
-    INSERT INTO task_counts AS c
-    SELECT category, sum(unsolved), sum(solved), sum(failed) FROM taken GROUP BY category
-    ON CONFLICT (category) DO UPDATE
-       SET unsolved = c.unsolved + EXCLUDED.unsolved, solved = c.solved + EXCLUDED.solved,
-           failed = c.failed + EXCLUDED.failed;
+    LOCK TABLE task_count_deltas IN ROW EXCLUSIVE MODE;  -- before task_counts, as all others
+    WITH taken AS (
+        DELETE FROM task_count_deltas WHERE counted_by >= (SELECT folded_before()) RETURNING *
+    ), summed AS (
+        INSERT INTO task_counts AS c
+        SELECT category, sum(unsolved), sum(solved), sum(failed) FROM taken GROUP BY category
+        ON CONFLICT (category) DO UPDATE
+           SET unsolved = c.unsolved + EXCLUDED.unsolved, solved = c.solved + EXCLUDED.solved,
+               failed = c.failed + EXCLUDED.failed
+    ), old AS (
+        DELETE FROM task_count_folds WHERE before >= (SELECT folded_before()) AND EXISTS (SELECT FROM taken)
+    )
+    INSERT INTO task_count_folds SELECT pg_snapshot_xmin(pg_current_snapshot()) WHERE EXISTS (SELECT FROM taken);
+
+    DELETE FROM queue_lanes l
+     USING queue_lanes other
+     WHERE other.category = l.category AND other.priority = l.priority AND other.ctid < l.ctid;
 END
 $$;
 
 CREATE OR REPLACE VIEW task_counts_now AS
     SELECT category, sum(unsolved)::bigint AS unsolved, sum(solved)::bigint AS solved, sum(failed)::bigint AS failed
-      FROM (SELECT category, unsolved, solved, failed FROM task_counts
-            UNION ALL SELECT category, unsolved, solved, failed FROM task_count_deltas) AS parts
+      FROM (SELECT category, unsolved, solved, failed FROM task_count_deltas
+             WHERE counted_by >= (SELECT folded_before())
+            UNION ALL SELECT category, unsolved, solved, failed FROM task_counts) AS parts
      GROUP BY category;
 
--- Count again from the tasks themselves: after an upgrade, or a restore that ran without triggers.
--- Holds off writers of tasks while it counts.
+-- Count again from the tasks themselves: after an upgrade, a restore that ran without triggers, or a change of
+-- the categories. Holds off writers of tasks while it counts.
 CREATE OR REPLACE FUNCTION recount_tasks() RETURNS void
 LANGUAGE plpgsql AS $$
 BEGIN
     LOCK TABLE tasks IN SHARE ROW EXCLUSIVE MODE;
     LOCK TABLE queue IN SHARE ROW EXCLUSIVE MODE;
+    LOCK TABLE task_count_deltas IN SHARE ROW EXCLUSIVE MODE;
+    LOCK TABLE task_counts IN SHARE ROW EXCLUSIVE MODE;
     DELETE FROM task_count_deltas;
     DELETE FROM task_counts;
     INSERT INTO task_counts
     SELECT category, sum(unsolved), sum(solved), sum(failed)
       FROM (SELECT category, count(*) AS unsolved, 0 AS solved, 0 AS failed FROM queue GROUP BY category
             UNION ALL
-            SELECT known_category(category), 0, count(*) FILTER (WHERE status = 'solved'),
-                   count(*) FILTER (WHERE status = 'failed')
-              FROM (SELECT category, status, count(*) FROM tasks WHERE status <> 'unsolved' GROUP BY 1, 2, id) AS t
-             GROUP BY 1) AS parts
+            SELECT known_category(category), 0, sum(n) FILTER (WHERE status = 'solved'),
+                   sum(n) FILTER (WHERE status = 'failed')
+              FROM (SELECT category, status, count(*) AS n FROM tasks WHERE status <> 'unsolved' GROUP BY 1, 2) AS t
+             GROUP BY 1) AS parts (category, unsolved, solved, failed)
      GROUP BY category;
 END
 $$;
 
 -- Make queue and tasks agree, in both directions, for the next p_limit task ids after p_after.
--- next_after is NULL when the end was reached.
+-- next_after is NULL when the end was reached. Rows that somebody has locked are left for the next round.
 CREATE OR REPLACE FUNCTION reconcile(p_after bigint, p_limit integer DEFAULT 5000)
 RETURNS TABLE (next_after bigint, added integer, removed integer)
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql SET enable_seqscan = off AS $$
 DECLARE
     upto bigint;
+    range_end bigint;
+    lost bigint[];
+    row_now record;
 BEGIN
+    LOCK TABLE tasks IN ACCESS SHARE MODE;
     SELECT t.id INTO upto FROM tasks t WHERE t.id > p_after ORDER BY t.id OFFSET p_limit - 1 LIMIT 1;
-
-    WITH missing AS (
-        INSERT INTO queue (task_id, category, priority, position, state, prompt_version)
-        SELECT t.id, known_category(t.category), queue_priority(t.priority), nextval('queue_position'), 'ready',
-               t.prompt_version
-          FROM tasks t
-         WHERE t.id > p_after AND (upto IS NULL OR t.id <= upto) AND t.status = 'unsolved'
-           AND NOT EXISTS (SELECT FROM queue q WHERE q.task_id = t.id)
-           AND prompt_problem(t.prompt) IS NULL
-         ORDER BY t.id
-        ON CONFLICT (task_id) DO NOTHING
-        RETURNING queue.category, queue.priority
-    ), lanes AS (
-        INSERT INTO queue_lanes SELECT DISTINCT category, priority FROM missing ON CONFLICT DO NOTHING
-    ), counted AS (
-        INSERT INTO task_count_deltas (category, unsolved) SELECT category, count(*) FROM missing GROUP BY category
-    )
-    SELECT count(*) INTO added FROM missing;
-
-    UPDATE tasks t SET status = 'failed', failure = prompt_problem(t.prompt)
-     WHERE t.id > p_after AND (upto IS NULL OR t.id <= upto) AND t.status = 'unsolved'
-       AND NOT EXISTS (SELECT FROM queue q WHERE q.task_id = t.id) AND prompt_problem(t.prompt) IS NOT NULL;
-
-    WITH orphans AS (
-        DELETE FROM queue q
-         WHERE q.task_id > p_after AND (upto IS NULL OR q.task_id <= upto)
-           AND NOT EXISTS (SELECT FROM tasks t WHERE t.id = q.task_id AND t.status = 'unsolved')
-        RETURNING q.category
-    ), counted AS (
-        INSERT INTO task_count_deltas (category, unsolved) SELECT category, -count(*) FROM orphans GROUP BY category
-    )
-    SELECT count(*) INTO removed FROM orphans;
-
+    range_end := coalesce(upto, 9223372036854775807);
     next_after := upto;
+    added := 0;
+    removed := 0;
+
+    -- Claims of a worker that is not in the list can only be found by their lease: give it one that is over.
+    INSERT INTO workers (worker, lease_until, released_at)
+    SELECT DISTINCT q.worker, 'epoch'::timestamptz, clock_timestamp() FROM queue q
+     WHERE q.task_id > p_after AND q.task_id <= range_end AND q.state = 'claimed'
+       AND NOT EXISTS (SELECT FROM workers w WHERE w.worker = q.worker)
+     ORDER BY 1
+    ON CONFLICT DO NOTHING;
+
+    SELECT array_agg(found.id) INTO lost
+      FROM (SELECT t.id FROM tasks t
+             WHERE t.id > p_after AND t.id <= range_end AND t.status = 'unsolved'
+               AND NOT EXISTS (SELECT FROM queue q WHERE q.task_id = t.id)
+             ORDER BY t.id FOR NO KEY UPDATE OF t SKIP LOCKED) AS found;
+    IF lost IS NOT NULL THEN
+        added := requeue_tasks(lost);
+    END IF;
+
+    FOR row_now IN
+        SELECT q.task_id FROM queue q LEFT JOIN tasks t ON t.id = q.task_id
+         WHERE q.task_id > p_after AND q.task_id <= range_end AND t.status IS DISTINCT FROM 'unsolved'
+         ORDER BY q.task_id LIMIT p_limit
+    LOOP
+        IF drop_orphan(row_now.task_id) THEN
+            removed := removed + 1;
+        END IF;
+    END LOOP;
+
+    FOR row_now IN
+        SELECT q.task_id, q.category AS was, wanted.category, wanted.priority
+          FROM queue q JOIN tasks t ON t.id = q.task_id AND t.status = 'unsolved'
+          LEFT JOIN categories own ON own.name = t.category
+          LEFT JOIN categories held ON held.name = q.category
+          CROSS JOIN LATERAL (SELECT coalesce(own.name, held.name, (SELECT known_category(NULL))) AS category,
+                                     queue_priority(t.priority) AS priority) AS wanted
+         WHERE q.task_id > p_after AND q.task_id <= range_end AND t.id > p_after AND t.id <= range_end
+           AND (q.category, q.priority) IS DISTINCT FROM (wanted.category, wanted.priority)
+         ORDER BY q.task_id LIMIT p_limit FOR UPDATE OF q SKIP LOCKED
+    LOOP
+        PERFORM open_lane(row_now.category, row_now.priority);
+        UPDATE queue q SET category = row_now.category, priority = row_now.priority, position = nextval('queue_position')
+         WHERE q.task_id = row_now.task_id;
+        IF row_now.was <> row_now.category THEN
+            PERFORM count_change(row_now.was, -1, 0, 0), count_change(row_now.category, 1, 0, 0);
+        END IF;
+    END LOOP;
+
     IF added > 0 THEN
         PERFORM wake_workers();
     END IF;
@@ -165,29 +239,109 @@ BEGIN
 END
 $$;
 
--- Partitions of the call log, from two days ago to p_days ahead. A week ahead, so that a nightly DAG that
--- stands still for days stops nobody.
-CREATE OR REPLACE FUNCTION make_call_partitions(p_days integer DEFAULT 7) RETURNS integer
+-- Unsolved tasks without a queue row, locked by the caller. One that bears the marks of an end was set back without
+-- triggers: it is a new version, as if they had run. Returns how many were queued.
+CREATE OR REPLACE FUNCTION requeue_tasks(p_ids bigint[]) RETURNS integer
 LANGUAGE plpgsql AS $$
 DECLARE
+    queued integer;
+BEGIN
+    PERFORM count_change(known_category(t.category), 0, -count(*) FILTER (WHERE t.solved_at IS NOT NULL),
+                         -count(*) FILTER (WHERE t.solved_at IS NULL AND t.failure IS NOT NULL))
+       FROM tasks t WHERE t.id = ANY (p_ids) AND t.status = 'unsolved' GROUP BY known_category(t.category);
+    UPDATE tasks t SET prompt_version = new_prompt_version(), answer_rank = NULL, answered_by = NULL, solved_at = NULL,
+                       failure = NULL
+     WHERE t.id = ANY (p_ids) AND t.status = 'unsolved'
+       AND (t.answer_rank >= 3 OR t.solved_at IS NOT NULL OR t.failure IS NOT NULL);
+    UPDATE tasks t SET status = 'failed', failure = prompt_problem(t.prompt)
+     WHERE t.id = ANY (p_ids) AND t.status = 'unsolved' AND prompt_problem(t.prompt) IS NOT NULL;
+
+    WITH back AS (
+        INSERT INTO queue (task_id, category, priority, position, state, prompt_version)
+        SELECT t.id, known_category(t.category), queue_priority(t.priority), nextval('queue_position'), 'ready',
+               t.prompt_version
+          FROM tasks t WHERE t.id = ANY (p_ids) AND t.status = 'unsolved'
+         ORDER BY t.id
+        ON CONFLICT (task_id) DO NOTHING
+        RETURNING category, priority
+    ), lanes AS (
+        INSERT INTO queue_lanes
+        SELECT DISTINCT b.category, b.priority FROM back b
+         WHERE NOT EXISTS (SELECT FROM queue_lanes l WHERE l.category = b.category AND l.priority = b.priority)
+    ), counted AS (
+        INSERT INTO task_count_deltas (category, unsolved) SELECT category, count(*) FROM back GROUP BY category
+    )
+    SELECT count(*) INTO queued FROM back;
+    RETURN queued;
+END
+$$;
+
+-- A queue row whose task is gone, or ended without triggers. Counts what the triggers would have. False if the task
+-- is locked, or well after all.
+CREATE OR REPLACE FUNCTION drop_orphan(p_task_id bigint) RETURNS boolean
+LANGUAGE plpgsql AS $$
+DECLARE
+    task record;
+BEGIN
+    SELECT t.status, t.category INTO task FROM tasks t WHERE t.id = p_task_id FOR NO KEY UPDATE SKIP LOCKED;
+    IF FOUND AND task.status = 'unsolved' OR NOT FOUND AND EXISTS (SELECT FROM tasks t WHERE t.id = p_task_id) THEN
+        RETURN false;
+    END IF;
+    IF task.status IS NOT NULL THEN
+        PERFORM count_change(known_category(task.category), 0, (task.status = 'solved')::int, (task.status = 'failed')::int);
+    END IF;
+    PERFORM forget_queue_row(p_task_id);
+    RETURN true;
+END
+$$;
+
+-- Partitions of the call log, from two days ago to p_days ahead, and for days whose calls had to be kept in the
+-- default partition because nobody made theirs in time. Returns how many were made.
+-- Never makes those wait who claim and settle, for longer than a blink: with a long query on the log in the way
+-- it gives up, and there is a week in which to try again.
+CREATE OR REPLACE FUNCTION make_call_partitions(p_days integer DEFAULT 7) RETURNS integer
+LANGUAGE plpgsql SET lock_timeout = '200ms' AS $$
+DECLARE
+    today timestamptz := date_trunc('day', clock_timestamp(), 'UTC');
     day timestamptz;
-    partition text;
     made integer := 0;
 BEGIN
     IF NOT pg_try_advisory_xact_lock(hashtext('router_partitions'), 0) THEN
         RETURN 0;
     END IF;
-    FOR day IN SELECT generate_series(date_trunc('day', now(), 'UTC') - interval '2 days',
-                                      date_trunc('day', now(), 'UTC') + make_interval(days => p_days), '1 day')
+    FOR day IN
+        SELECT generate_series(today - interval '48 hours', today + make_interval(hours => 24 * p_days), '24 hours')
+        UNION
+        SELECT date_trunc('day', call_time(c.call_id), 'UTC') FROM model_calls_other c
+         WHERE c.call_id >= call_id_floor(today - interval '9600 hours') AND c.call_id < call_id_floor(today)
+        ORDER BY 1
     LOOP
-        partition := 'model_calls_' || to_char(day AT TIME ZONE 'UTC', 'YYYYMMDD');
-        IF to_regclass(partition) IS NULL THEN
-            EXECUTE format('CREATE TABLE %I PARTITION OF model_calls FOR VALUES FROM (%L) TO (%L) WITH (fillfactor = 75)',
-                           partition, call_id_floor(day), call_id_floor(day + interval '1 day'));
+        IF to_regclass('model_calls_' || to_char(day AT TIME ZONE 'UTC', 'YYYYMMDD')) IS NULL THEN
+            PERFORM make_call_partition(day);
             made := made + 1;
         END IF;
     END LOOP;
     RETURN made;
+EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
+    RETURN 0;  -- all of this step is undone, the next one begins anew
+END
+$$;
+
+-- Made beside its place and attached: CREATE ... PARTITION OF would lock the whole log against everybody, and refuse a
+-- day of which the default partition holds rows.
+CREATE OR REPLACE FUNCTION make_call_partition(p_day timestamptz) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    partition text := 'model_calls_' || to_char(p_day AT TIME ZONE 'UTC', 'YYYYMMDD');
+    first_id uuid := call_id_floor(p_day);
+    end_id uuid := call_id_floor(p_day + interval '24 hours');  -- '1 day' may be 23 hours in the session's time zone
+BEGIN
+    LOCK TABLE ONLY model_calls IN SHARE UPDATE EXCLUSIVE MODE;
+    LOCK TABLE model_calls_other IN ACCESS EXCLUSIVE MODE;
+    EXECUTE format('CREATE TABLE %I (LIKE model_calls INCLUDING ALL) WITH (fillfactor = 75)', partition);
+    EXECUTE format('WITH moved AS (DELETE FROM model_calls_other WHERE call_id >= %L AND call_id < %L RETURNING *)'
+                   ' INSERT INTO %I SELECT * FROM moved', first_id, end_id, partition);
+    EXECUTE format('ALTER TABLE model_calls ATTACH PARTITION %I FOR VALUES FROM (%L) TO (%L)', partition, first_id, end_id);
 END
 $$;
 

@@ -74,3 +74,89 @@ CREATE OR REPLACE TRIGGER router_roster_changed AFTER INSERT OR DELETE OR UPDATE
     FOR EACH STATEMENT EXECUTE FUNCTION roster_changed();
 CREATE OR REPLACE TRIGGER router_rankings_changed AFTER INSERT OR DELETE OR UPDATE ON rankings
     FOR EACH STATEMENT EXECUTE FUNCTION roster_changed();
+
+-- Carry config/models.yaml over. What people wrote wins over what a search wrote; a model that people had
+-- written and the file does not name any more is paused; a search's models are left alone.
+CREATE OR REPLACE FUNCTION sync_roster(p_config jsonb) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    fallback_category text := p_config ->> 'default_category';
+BEGIN
+    UPDATE categories SET is_default = false WHERE is_default AND name <> fallback_category;
+    INSERT INTO categories AS c (name, is_default)
+    SELECT name, name = fallback_category FROM jsonb_array_elements_text(p_config -> 'categories') AS name
+    ON CONFLICT (name) DO UPDATE SET is_default = EXCLUDED.is_default WHERE c.is_default <> EXCLUDED.is_default;
+    DELETE FROM categories WHERE NOT p_config -> 'categories' ? name;
+
+    UPDATE queue_settings
+       SET max_attempts = s.max_attempts, retry_base_seconds = s.retry_base_seconds,
+           retry_cap_seconds = s.retry_cap_seconds, lease_seconds = s.lease_seconds
+      FROM jsonb_populate_record(NULL::queue_settings, p_config -> 'worker') AS s;
+
+    INSERT INTO roster AS r (model, endpoint, state, source, context_tokens, max_tokens, timeout_seconds,
+                             input_price, output_price, default_target)
+    SELECT m.key, coalesce(m.value ->> 'endpoint', m.key), m.value ->> 'state', 'people',
+           (m.value ->> 'context_tokens')::integer, (m.value ->> 'max_tokens')::integer,
+           (m.value ->> 'timeout_seconds')::float8, (m.value ->> 'input_price')::numeric,
+           (m.value ->> 'output_price')::numeric, m.value ->> 'target'
+      FROM jsonb_each(p_config -> 'models') AS m
+    ON CONFLICT (model) DO UPDATE
+       SET endpoint = EXCLUDED.endpoint, state = EXCLUDED.state, source = EXCLUDED.source,
+           context_tokens = EXCLUDED.context_tokens, max_tokens = EXCLUDED.max_tokens,
+           timeout_seconds = EXCLUDED.timeout_seconds, input_price = EXCLUDED.input_price,
+           output_price = EXCLUDED.output_price, default_target = EXCLUDED.default_target,
+           changed_at = clock_timestamp()
+     WHERE (r.endpoint, r.state, r.source, r.context_tokens, r.max_tokens, r.timeout_seconds, r.input_price,
+            r.output_price, r.default_target)
+           IS DISTINCT FROM
+           (EXCLUDED.endpoint, EXCLUDED.state, EXCLUDED.source, EXCLUDED.context_tokens, EXCLUDED.max_tokens,
+            EXCLUDED.timeout_seconds, EXCLUDED.input_price, EXCLUDED.output_price, EXCLUDED.default_target);
+    UPDATE roster SET state = 'paused', changed_at = clock_timestamp()
+     WHERE source = 'people' AND state <> 'paused' AND NOT p_config -> 'models' ? model;
+
+    INSERT INTO rankings AS r (category, model, place)
+    SELECT rank.key, m.key, rank.value::integer
+      FROM jsonb_each(p_config -> 'models') AS m, jsonb_each_text(m.value -> 'ranks') AS rank
+    ON CONFLICT (category, model) DO UPDATE SET place = EXCLUDED.place WHERE r.place <> EXCLUDED.place;
+END
+$$;
+
+CREATE OR REPLACE VIEW roster_in_use AS
+    SELECT model, endpoint, state, max_tokens, timeout_seconds, default_target FROM roster
+     WHERE state IN ('active', 'probation');
+
+-- Every call of the model that may have been sent within the last p_seconds: how long ago (as late as it could
+-- have been sent: an open one now), its reserved tokens, and whether it may still be going on.
+CREATE OR REPLACE FUNCTION past_calls(p_model text, p_seconds double precision)
+RETURNS TABLE (age_seconds double precision, tokens integer, is_open boolean)
+LANGUAGE sql STABLE AS $$
+    SELECT greatest(0, extract(epoch FROM clock_timestamp() - latest.sent_at))::float8, c.reserved_tokens,
+           c.outcome IS NULL
+      FROM model_calls c
+      CROSS JOIN LATERAL (SELECT coalesce(c.sent_at, c.finished_at, clock_timestamp()) AS sent_at) AS latest
+     WHERE c.model = p_model AND c.outcome IS DISTINCT FROM 'unsent'
+       -- claimed at most a quarter of an hour before it was sent
+       AND c.call_id >= call_id_floor(clock_timestamp() - make_interval(secs => p_seconds) - interval '15 minutes')
+       AND latest.sent_at > clock_timestamp() - make_interval(secs => p_seconds)
+$$;
+
+-- What a worker process must know each second, in one round trip.
+CREATE OR REPLACE FUNCTION engine_state(
+    p_runs text[], OUT held boolean, OUT roster_version bigint, OUT left_runs jsonb, OUT unsolved jsonb)
+LANGUAGE sql STABLE AS $$
+    SELECT (SELECT s.held FROM solving s),
+           (SELECT last_value FROM roster_version),
+           (SELECT coalesce(jsonb_object_agg(run, reason), '{}') FROM runs WHERE run = ANY (p_runs) AND left_at IS NOT NULL),
+           (SELECT coalesce(jsonb_object_agg(category, unsolved), '{}') FROM task_counts_now)
+$$;
+
+-- A run's calls by model and outcome.
+CREATE OR REPLACE FUNCTION run_calls(p_run text) RETURNS TABLE (model text, outcome text, calls bigint)
+LANGUAGE sql STABLE AS $$
+    SELECT c.model, coalesce(c.outcome, 'open'), count(*)
+      FROM runs r
+      JOIN model_calls c ON c.call_id >= call_id_floor(r.started_at)
+                        AND c.started_at BETWEEN r.started_at AND coalesce(r.left_at, clock_timestamp())
+     WHERE r.run = p_run
+     GROUP BY 1, 2 ORDER BY 1, 2
+$$;

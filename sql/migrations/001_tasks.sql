@@ -14,8 +14,10 @@
 --
 -- and its verbs: claim_task, unclaim, settle_call, heartbeat, release_lost_claims, promote_waiting, reconcile.
 --
--- Lock order, in every transaction: workers, then tasks, then queue, then model_calls. A claim alone begins at
--- the queue, and never waits there (SKIP LOCKED).
+-- Lock order, in every transaction, of tables as of rows: workers, tasks, queue, model_calls, counters. A claim
+-- locks no row of tasks, and never waits at the queue (SKIP LOCKED); but it names tasks first, as all do, so that
+-- a TRUNCATE of tasks, which goes on to the queue, meets nobody coming the other way. What takes many rows in
+-- one transaction (release_lost_claims, reconcile) skips those that somebody has locked: it never waits for them.
 --
 -- This migration makes `tasks`, or upgrades an existing table in place: no row is rewritten and none is lost.
 
@@ -52,7 +54,7 @@ BEGIN
                    ('priority', '{smallint,integer,bigint}', true),
                    ('max_tokens', '{integer,bigint}', true),
                    ('answer_rank', '{smallint,integer}', true),
-                   ('prompt_version', '{integer,bigint}', true),
+                   ('prompt_version', '{integer}', true),
                    ('answer_call_id', '{uuid}', true),
                    ('deadline_at', '{timestamp with time zone}', true),
                    ('created_at', '{timestamp with time zone,timestamp without time zone}', true),
@@ -95,11 +97,15 @@ ALTER TABLE tasks
     ADD COLUMN IF NOT EXISTS max_tokens integer,         -- NULL: the model's own
     ADD COLUMN IF NOT EXISTS deadline_at timestamptz,    -- when a provisional answer must be there
     ADD COLUMN IF NOT EXISTS failure text,               -- why a task failed
-    ADD COLUMN IF NOT EXISTS prompt_version integer NOT NULL DEFAULT 1,
+    ADD COLUMN IF NOT EXISTS prompt_version integer DEFAULT 1,
     ADD COLUMN IF NOT EXISTS created_at timestamptz,     -- NULL: from before the upgrade
     ADD COLUMN IF NOT EXISTS solved_at timestamptz;
 
 ALTER TABLE tasks ALTER COLUMN status SET DEFAULT 'unsolved';
+-- Not counted up from 1: an id can come again (TRUNCATE ... RESTART IDENTITY, a row deleted and inserted anew), and
+-- an answer that is still under way for the old prompt must not be taken for the new one's.
+ALTER TABLE tasks ALTER COLUMN prompt_version SET NOT NULL;
+ALTER TABLE tasks ALTER COLUMN prompt_version SET DEFAULT (1 + floor(random() * 2147483646))::integer;
 ALTER TABLE tasks ALTER COLUMN created_at SET DEFAULT now();
 ALTER TABLE tasks DROP CONSTRAINT IF EXISTS tasks_status_known;
 ALTER TABLE tasks ADD CONSTRAINT tasks_status_known
@@ -109,5 +115,20 @@ ALTER TABLE tasks ADD CONSTRAINT tasks_max_tokens_positive CHECK (max_tokens > 0
 
 -- An answer that is there already was given by the old way: nothing of lower or equal rank may replace it.
 -- Set lazily (answer_rank NULL and status solved is read as 3), so that no row is rewritten.
+
+-- An answer longer than an old varchar(n) would be refused for ever. From varchar to text nothing is rewritten.
+DO $widen$
+DECLARE
+    short record;
+BEGIN
+    FOR short IN
+        SELECT a.attname FROM pg_attribute a
+         WHERE a.attrelid = 'tasks'::regclass AND a.atttypid = 'varchar'::regtype AND a.atttypmod > 0
+           AND a.attname IN ('answer', 'answered_by', 'category', 'failure')
+    LOOP
+        EXECUTE format('ALTER TABLE tasks ALTER COLUMN %I TYPE text', short.attname);
+    END LOOP;
+END
+$widen$;
 
 CREATE UNIQUE INDEX IF NOT EXISTS tasks_external_id ON tasks (external_id) WHERE external_id IS NOT NULL;

@@ -31,7 +31,7 @@ CREATE TABLE queue (
     task_id bigint PRIMARY KEY,
     category text NOT NULL,
     priority smallint NOT NULL CHECK (priority BETWEEN -9 AND 9),
-    position bigint NOT NULL,              -- > 0 fresh, from queue_position; < 0 came back, and goes first
+    position bigint NOT NULL,              -- from queue_position; if it came back, less 2^62: < 0, and goes first
     state text NOT NULL CHECK (state IN ('ready', 'waiting', 'claimed')),
     prompt_version integer NOT NULL,
     attempt integer NOT NULL DEFAULT 0 CHECK (attempt >= 0),
@@ -51,10 +51,11 @@ CREATE INDEX queue_waiting ON queue (wake_at) WHERE state = 'waiting';
 -- What a dead worker held, and what is running now.
 CREATE INDEX queue_claimed ON queue (worker) WHERE state = 'claimed';
 
+-- Not unique: with a unique index a producer whose transaction stays open would make others wait for the lane that
+-- it opened, and two that open two lanes in different order would deadlock. fold_counts drops what is double.
 CREATE TABLE queue_lanes (
     category text NOT NULL,
-    priority smallint NOT NULL,
-    PRIMARY KEY (category, priority)
+    priority smallint NOT NULL
 );
 
 -- Written once a row and never updated: under a long snapshot an updated row would grow a chain of versions
@@ -62,13 +63,15 @@ CREATE TABLE queue_lanes (
 CREATE TABLE queue_floors (
     category text NOT NULL,
     priority smallint NOT NULL,
+    came_back boolean NOT NULL,             -- which half of the lane: positions < 0, or > 0
     published boolean NOT NULL,
     position bigint NOT NULL,
     witnesses text[] NOT NULL DEFAULT '{}'  -- transactions that may still add below this position
 );
-CREATE INDEX queue_floors_newest ON queue_floors (category, priority, published, position DESC);
+CREATE INDEX queue_floors_newest ON queue_floors (category, priority, came_back, published, position DESC);
 
--- Backlog in counters: every transaction that moves a task adds a row here, and a fold sums them up.
+-- Backlog in counters: every transaction that moves a task adds a row here, and a fold sums them up. Each fold notes
+-- the transaction before which all are summed up: readers begin there, and walk over no dead rows either.
 CREATE TABLE task_counts (
     category text PRIMARY KEY,
     unsolved bigint NOT NULL DEFAULT 0,
@@ -79,5 +82,11 @@ CREATE TABLE task_count_deltas (
     category text NOT NULL,
     unsolved bigint NOT NULL DEFAULT 0,
     solved bigint NOT NULL DEFAULT 0,
-    failed bigint NOT NULL DEFAULT 0
+    failed bigint NOT NULL DEFAULT 0,
+    counted_by xid8 NOT NULL DEFAULT pg_current_xact_id()
 );
+CREATE INDEX task_count_deltas_newest ON task_count_deltas (counted_by);
+CREATE TABLE task_count_folds (
+    before xid8 NOT NULL
+);
+CREATE INDEX task_count_folds_newest ON task_count_folds (before DESC);

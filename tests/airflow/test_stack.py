@@ -211,7 +211,7 @@ def test_a_folder_serves_one_stack_at_a_time(launcher: Launcher) -> None:
 
 
 def test_two_stacks_live_side_by_side_and_each_ends_whole(launcher: Launcher, tmp_path: Path) -> None:
-    """The first is asked to stop, started again, and killed; the second loses a part. Neither minds the other."""
+    """The first is stopped, started again and killed; the second loses a part. Neither minds the other."""
     with launcher.api("router") as api:
         api.set_variable(f"traffic.{next(iter(load_config().models))}", "7/min")
     connection = psycopg2.connect(launcher.addresses()["ROUTER_DATABASE_URL"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncIterator
 
@@ -43,7 +44,7 @@ async def test_acquire_returns_at_the_moment_and_sends_are_spread(limiter: Traff
         permit.check()  # just before the socket write
         moments.append(permit.moment_at)
         await limiter.release(permit)
-    gaps = [later - sooner for sooner, later in zip(moments, moments[1:], strict=False)]
+    gaps = [later - sooner for sooner, later in itertools.pairwise(moments)]
     assert min(gaps) > 0.08  # 0.9 of a second over ten
 
 

@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import psycopg2
 import pytest
 import requests
 
@@ -26,11 +25,18 @@ MODELS = ("llama-3.1-8b", "phi-4")
 
 def config(**targets: str) -> RouterConfig:
     models = {
-        name: ModelSettings(target=targets.get(name, "50/s"), ranks={"general": place, "technical": 3 - place})
+        name: ModelSettings(
+            target=targets.get(name, "3000/min"), ranks={"general": place, "technical": 3 - place}
+        )
         for place, name in enumerate(MODELS, start=1)
     }
-    worker = WorkerSettings(idle_leave_seconds=1.0, lease_seconds=2.0, heartbeat_seconds=0.5, retry_base_seconds=0.1,
-                            retry_cap_seconds=0.3)  # fmt: skip
+    worker = WorkerSettings(
+        idle_leave_seconds=1.0,
+        lease_seconds=2.0,
+        heartbeat_seconds=0.5,
+        retry_base_seconds=0.1,
+        retry_cap_seconds=0.3,
+    )
     return RouterConfig(models=models, worker=worker)
 
 
@@ -42,7 +48,9 @@ def backend(tmp_path: Path) -> Iterator[BackendServer]:
 
 
 @pytest.fixture
-def addresses(empty_database: str, redis_server: RedisServer, redis_client: Any, backend: BackendServer) -> Addresses:
+def addresses(
+    empty_database: str, redis_server: RedisServer, redis_client: Any, backend: BackendServer
+) -> Addresses:
     migrate(empty_database)
     return Addresses(database_url=empty_database, redis_url=redis_server.url, backend_url=backend.url)
 
@@ -61,8 +69,10 @@ async def running(addresses: Addresses, settings: RouterConfig) -> AsyncIterator
 
 def insert(addresses: Addresses, count: int, category: str | None = None) -> None:
     with connect(addresses.database_url) as connection:
-        rows(connection, "INSERT INTO tasks (prompt, category) SELECT 'prompt ' || g, %s FROM generate_series(1, %s) g",
-             (category, count))  # fmt: skip
+        insertion = (
+            "INSERT INTO tasks (prompt, category) SELECT 'prompt ' || g, %s FROM generate_series(1, %s) g"
+        )
+        rows(connection, insertion, (category, count))
 
 
 def ask(addresses: Addresses, statement: str, *arguments: Any) -> list[dict[str, Any]]:
@@ -82,7 +92,9 @@ def solved(addresses: Addresses) -> int:
     return int(ask(addresses, "SELECT count(*) AS n FROM tasks WHERE status = 'solved'")[0]["n"])
 
 
-async def test_every_task_is_solved_once_by_the_right_call(addresses: Addresses, backend: BackendServer) -> None:
+async def test_every_task_is_solved_once_by_the_right_call(
+    addresses: Addresses, backend: BackendServer
+) -> None:
     insert(addresses, 60)
     async with running(addresses, config()) as engine:
         reasons = await asyncio.wait_for(
@@ -90,7 +102,9 @@ async def test_every_task_is_solved_once_by_the_right_call(addresses: Addresses,
         )
     assert reasons == ["the queue was empty"] * 2
     assert solved(addresses) == 60
-    calls = ask(addresses, "SELECT outcome, settlement, late, count(*) AS n FROM model_calls GROUP BY 1, 2, 3")
+    calls = ask(
+        addresses, "SELECT outcome, settlement, late, count(*) AS n FROM model_calls GROUP BY 1, 2, 3"
+    )
     by_settlement = {row["settlement"]: row["n"] for row in calls if not row["late"]}
     assert by_settlement.pop("solved") == 60
     assert set(by_settlement) <= {"retry"}  # the stand-in's models sometimes answer with nothing
@@ -98,3 +112,160 @@ async def test_every_task_is_solved_once_by_the_right_call(addresses: Addresses,
     assert sorted(a["request_id"] for a in backend.arrivals()) == sorted(
         str(row["call_id"]) for row in ask(addresses, "SELECT call_id FROM model_calls")
     )
+
+
+@asynccontextmanager
+async def working(engine: Engine, *models: str, run: str = "run-1") -> AsyncIterator[list[asyncio.Task[str]]]:
+    """Workers of one run; cancelled at the end unless they left before."""
+    tasks = [asyncio.create_task(Worker(engine, model, run).run()) for model in models or MODELS]
+    try:
+        yield tasks
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def set_targets(engine: Engine, version: int, **lines: str) -> None:
+    await engine.watch.apply({name.replace("_", "-"): line for name, line in lines.items()}, version=version)
+
+
+def calls(addresses: Addresses, where: str = "true") -> int:
+    return int(ask(addresses, f"SELECT count(*) AS n FROM model_calls WHERE {where}")[0]["n"])
+
+
+async def test_while_the_batch_is_held_nothing_is_sent(addresses: Addresses) -> None:
+    insert(addresses, 400)
+    async with running(addresses, config()) as engine, working(engine):
+        await until(lambda: solved(addresses) > 5)
+        ask(addresses, "SELECT hold_solving(true, 1)")
+        await asyncio.sleep(1.2)  # in force within a second, and calls in flight end
+        before = calls(addresses)
+        await asyncio.sleep(1.0)
+        assert calls(addresses) == before
+        ask(addresses, "SELECT hold_solving(false, 2)")
+        assert await until(lambda: calls(addresses) > before) < 2
+
+
+async def test_all_workers_leave_when_the_roster_changes_and_none_else(addresses: Addresses) -> None:
+    insert(addresses, 2000)
+    async with running(addresses, config(**dict.fromkeys(MODELS, "2/s"))) as engine:
+        leaving = [
+            asyncio.create_task(Worker(engine, model, "run-1", frozenset(MODELS)).run()) for model in MODELS
+        ]
+        await until(lambda: solved(addresses) > 2)
+        assert not any(task.done() for task in leaving)
+        ask(addresses, "UPDATE roster SET state = 'paused' WHERE model = 'phi-4'")
+        assert await asyncio.wait_for(asyncio.gather(*leaving), 3) == ["the roster changed"] * 2
+        flying = engine.in_flight()
+        await until(lambda: engine.in_flight() == 0)
+        assert calls(addresses, "outcome IS NULL") == 0, f"of {flying} calls in flight none may be lost"
+
+
+async def test_a_cancelled_worker_loses_nothing(addresses: Addresses) -> None:
+    insert(addresses, 300)
+    async with running(addresses, config()) as engine:
+        async with working(engine):
+            await until(lambda: engine.in_flight() > 3)
+        await until(lambda: engine.in_flight() == 0)
+        assert calls(addresses, "outcome IS NULL") == 0
+        assert ask(addresses, "SELECT count(*) AS n FROM queue WHERE state = 'claimed'") == [{"n": 0}]
+
+
+async def test_a_backend_that_is_away_costs_no_attempt(addresses: Addresses, backend: BackendServer, tmp_path: Path) -> None:
+    insert(addresses, 100)
+    async with running(addresses, config()) as engine, working(engine):
+        await until(lambda: solved(addresses) > 3)
+        port = int(backend.url.rsplit(":", 1)[1])
+        backend.process.kill()  # calls in flight break: those do count
+        backend.process.wait()
+        await until(lambda: engine.in_flight() == 0)
+        counted = ask(addresses, "SELECT coalesce(sum(attempt), 0) AS n FROM queue")[0]["n"]
+        await asyncio.sleep(2)
+        assert ask(addresses, "SELECT coalesce(sum(attempt), 0) AS n FROM queue")[0]["n"] <= counted
+        again = start_backend(tmp_path / "again", "--time-scale", "50", "--latency", "even:1:10", port=port)
+        try:
+            await until(lambda: solved(addresses) == 100, 40)
+        finally:
+            again.stop()
+
+
+async def test_a_429_rests_the_model_and_costs_no_attempt(addresses: Addresses, backend: BackendServer) -> None:
+    requests.post(f"{backend.url}/faults", json={"model": "phi-4", "kind": "rate_limit", "share": 1, "seconds": 60})
+    insert(addresses, 30)
+    async with running(addresses, config()) as engine, working(engine, "phi-4"):
+        await until(lambda: calls(addresses, "outcome = 'rate_limited'") >= 1)
+        assert (await engine.limiter.snapshot(["phi-4"]))["phi-4"].resting_seconds > 0
+        assert ask(addresses, "SELECT max(attempt) AS n FROM queue WHERE state = 'ready'") == [{"n": 0}]
+        trouble = ask(addresses, "SELECT trouble FROM roster WHERE model = 'phi-4'")[0]["trouble"]
+        assert trouble.startswith("rate_limited")
+
+
+async def test_a_model_that_the_backend_does_not_know_is_said_to_be(addresses: Addresses) -> None:
+    settings = config()
+    unknown = {**settings.models, "no-such-model": ModelSettings(target="3000/min", ranks={"general": 1})}
+    insert(addresses, 20)
+    async with running(addresses, settings.model_copy(update={"models": unknown})) as engine:
+        async with working(engine, "no-such-model", "phi-4"):
+            await until(lambda: solved(addresses) == 20)
+        found = ask(addresses, "SELECT trouble FROM roster WHERE model = 'no-such-model'")[0]["trouble"]
+        assert found.startswith("unknown_model")
+
+
+async def test_a_call_larger_than_its_window_fails_with_the_reason(addresses: Addresses) -> None:
+    ask(addresses, "INSERT INTO tasks (prompt) VALUES (repeat('word ', 500))")
+    settings = config(**dict.fromkeys(MODELS, "3000/min, 1k tokens/min"))
+    async with running(addresses, settings) as engine, working(engine):
+        await until(lambda: bool(ask(addresses, "SELECT FROM tasks WHERE status = 'failed'")))
+    failure = ask(addresses, "SELECT failure FROM tasks")[0]["failure"]
+    assert "reserves 3012 tokens, and the model's target allows 1000" in failure
+
+
+async def test_a_prompt_edited_in_flight_is_solved_anew(addresses: Addresses) -> None:
+    insert(addresses, 1)
+    async with running(addresses, config()) as engine, working(engine, "phi-4"):
+        await until(lambda: calls(addresses) == 1)
+        ask(addresses, "UPDATE tasks SET prompt = 'another question'")
+        await until(lambda: solved(addresses) == 1)
+        await until(lambda: engine.in_flight() == 0)
+    kept = ask(addresses, "SELECT settlement FROM model_calls ORDER BY call_id")
+    assert kept[0]["settlement"] == "stale"
+    assert kept[-1]["settlement"] == "solved"
+
+
+async def test_a_deleted_task_leaves_nothing_behind(addresses: Addresses) -> None:
+    insert(addresses, 3)
+    async with running(addresses, config()) as engine, working(engine, "phi-4"):
+        await until(lambda: calls(addresses) >= 1)
+        ask(addresses, "DELETE FROM tasks")
+        await until(lambda: engine.in_flight() == 0)
+        assert calls(addresses, "outcome IS NULL") == 0
+        assert ask(addresses, "SELECT * FROM queue") == []
+
+
+async def test_a_raised_target_shows_within_a_second(addresses: Addresses) -> None:
+    insert(addresses, 2000)
+    async with running(addresses, config(**{"phi-4": "6/min"})) as engine, working(engine, "phi-4"):
+        await until(lambda: calls(addresses) >= 1)
+        await asyncio.sleep(1)
+        before = calls(addresses)
+        await set_targets(engine, 10, phi_4="1200/min")
+        assert await until(lambda: calls(addresses) >= before + 3) < 1.5
+
+
+async def test_a_new_task_is_sent_at_once_by_a_warm_worker(addresses: Addresses, backend: BackendServer) -> None:
+    delays = []
+    async with running(addresses, config()) as engine, working(engine):
+        await asyncio.sleep(1)
+        for number in range(1, 11):
+            insert(addresses, 1)
+            at = time.monotonic()
+            await until(lambda: len(_arrived(backend)) >= number)  # noqa: B023 - used within the turn
+            delays.append(max(a["at"] for a in _arrived(backend)) - at)
+            await until(lambda: solved(addresses) == number)  # noqa: B023 - the same
+    assert sorted(delays)[5] <= 0.15, delays
+
+
+def _arrived(backend: BackendServer) -> list[dict[str, Any]]:
+    found = requests.get(f"{backend.url}/arrivals", timeout=5).json()
+    return list(found["arrivals"] if isinstance(found, dict) else found)

@@ -1,0 +1,167 @@
+"""The old flow (20 workers, ten calls a batch) beside the router: same prompts, latencies and calls at once.
+
+Both solve the same backlog through the same stand-in, with 200 calls at once and no other limit, on the same
+PostgreSQL. Time counts from the start of the first run until the last answer is written in Postgres; starting
+Airflow counts for neither. The ideal is computed: the same calls, in order, on 200 places of which none is idle
+while a task is left, and nothing takes time but the calls.
+
+    gain         seconds of the old flow / seconds of the router
+    ideal gain   seconds of the old flow / seconds of the ideal
+    share        gain / ideal gain; 97 % is the aim
+
+The second table says where the old flow loses its time: its places' time, divided among calls and waits, and
+how much faster it would be without each wait alone. It is computed from the same latencies.
+
+    python -m bench.old_vs_new [--tasks 5000] [--shapes even,lognormal,llmperf] [--json]
+
+Writes old_vs_new.json and old_vs_new.png into bench/results/. Exit code 1 if a share is below the aim.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.old_vs_new_plot import draw
+from bench.schedules import OldRun, OldShape, simulate_old
+from bench.side_by_side import SHAPES, Bench, Parts, Result, drawn_latencies, measure
+from local.postgres import start_postgres
+from local.redis import start_redis
+from router.settings import ROOT
+
+AIM = 0.97
+# Airflow 3.3.2 on two cores: 1.4 to 2.5 s pass from the start of a run until a mapped Airflow task's own code
+# runs behind one that computes what to map.
+GAP_SECONDS = 2.0
+
+WITHOUT = {
+    "slowest of ten": {"waits_for_batch": False},
+    "own parts": {"own_parts": False},
+    "gap": {"gap_seconds": 0.0},
+    "30 min stop": {"limit_seconds": float("inf")},
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, write; 1 if a share is below the aim."""
+    options = _parser().parse_args(arguments)
+    old = OldShape(gap_seconds=options.gap_seconds)
+    bench = Bench(options.tasks, options.seed, options.time_scale, old)
+    results = _measure_all(options.shapes.split(","), bench)
+    document = [_document(result, bench) for result in results]
+    folder: Path = options.output
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "old_vs_new.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    draw(results, old.at_once, folder / "old_vs_new.png")
+    if options.json:
+        print(json.dumps(document))
+    else:
+        console = Console()
+        console.print(_gain_table(results))
+        console.print(_loss_table(document))
+    return int(any(result.share < AIM for result in results))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.old_vs_new", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    add = parser.add_argument
+    add("--tasks", type=int, default=5000, metavar="N")
+    add("--shapes", default=",".join(SHAPES), help=f"some of {', '.join(SHAPES)}")
+    add("--seed", type=int, default=0, help="another seed draws other latencies")
+    add("--time-scale", type=float, metavar="S", help="divide all times by S instead of by the shape's own")
+    add("--gap-seconds", type=float, default=GAP_SECONDS, help="between two runs of the old DAG (real seconds)")
+    add("--output", type=Path, default=ROOT / "bench" / "results", metavar="FOLDER")
+    add("--json", action="store_true", help="print JSON instead of tables")
+    return parser
+
+
+def _measure_all(shapes: Sequence[str], bench: Bench) -> list[Result]:
+    with tempfile.TemporaryDirectory(prefix="old-vs-new-") as name:
+        folder = Path(name)
+        postgres = start_postgres(folder / "postgres")
+        redis = start_redis(folder / "redis")
+        try:
+            return [measure(shape, bench, Parts(postgres, redis, folder)) for shape in shapes]
+        finally:
+            redis.stop()
+            postgres.stop()
+
+
+def losses(shape: str, bench: Bench) -> dict[str, Any]:
+    """Where the old flow loses its time, computed: shares of its places' time, and gains without one wait."""
+    latencies = drawn_latencies(shape, bench.tasks, bench.seed)
+    whole = simulate_old(latencies, bench.old)
+    killed = simulate_old(latencies, replace(bench.old, killed_at_limit=True))
+    return {
+        "shares": _shares(whole, bench.old),
+        "gain_without": {
+            name: whole.seconds / simulate_old(latencies, replace(bench.old, **change)).seconds
+            for name, change in WITHOUT.items()
+        },
+        "slower_if_killed_at_limit": killed.seconds / whole.seconds,
+    }
+
+
+def _shares(run: OldRun, shape: OldShape) -> dict[str, float]:
+    whole = run.seconds * shape.at_once
+    return {
+        "calls": run.working / whole,
+        "slowest of ten": run.for_batch / whole,
+        "slowest worker": run.for_workers / whole,
+        "gap": run.for_restart / whole,
+    }
+
+
+def _document(result: Result, bench: Bench) -> dict[str, Any]:
+    return {
+        **asdict(result),
+        "gain": result.gain,
+        "ideal_gain": result.ideal_gain,
+        "share": result.share,
+        "losses": losses(result.shape, bench),
+    }
+
+
+def _gain_table(results: Sequence[Result]) -> Table:
+    table = Table(title=f"{results[0].tasks:,} tasks, 200 calls at once, real seconds")
+    for name in ("latencies", "scale", "old", "old computed", "runs", "router", "ideal", "gain", "ideal gain", "share",
+                 "places busy", "late old/new", "load"):  # fmt: skip
+        table.add_column(name, justify="left" if name == "latencies" else "right")
+    for result in results:
+        table.add_row(
+            result.shape, f"{result.time_scale:g}", f"{result.old.seconds:,.0f}",
+            f"{result.old_simulated.seconds:,.0f}", str(result.old_runs), f"{result.new.seconds:,.0f}",
+            f"{result.ideal_seconds:,.0f}", f"{result.gain:.2f}", f"{result.ideal_gain:.2f}", f"{result.share:.1%}",
+            f"{result.new.busy_share:.1%}", f"{result.old.late_ms:.1f}/{result.new.late_ms:.1f} ms",
+            f"{result.load_average:.1f}",
+        )  # fmt: skip
+    return table
+
+
+def _loss_table(document: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title="The old flow: where its places' time goes, and how much faster it is without one wait")
+    table.add_column("latencies")
+    first = document[0]["losses"]
+    for name in first["shares"]:
+        table.add_column(name, justify="right")
+    for name in first["gain_without"]:
+        table.add_column(f"without {name}", justify="right")
+    for row in document:
+        shares = [f"{share:.1%}" for share in row["losses"]["shares"].values()]
+        gains = [f"{gain:.2f} x" for gain in row["losses"]["gain_without"].values()]
+        table.add_row(row["shape"], *shares, *gains)
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""What must go on beside solving: named tasks that repeat a step and outlive its troubles."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from router.errors import RouterError
+
+log = logging.getLogger("router.duties")
+
+Step = Callable[[], Awaitable[Any]]
+
+
+class Duties:
+    """Repeats steps, each in its own task, until `end`. A trouble is said once, and once that it is over."""
+
+    def __init__(self) -> None:
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def take_up(self, step: Step, seconds: float, name: str, wake: asyncio.Event | None = None) -> None:
+        """Do `step` now and about every `seconds`; `wake` (cleared before each step) makes it come sooner."""
+        duty = _repeat(step, seconds, name, wake)
+        self._tasks.append(asyncio.get_running_loop().create_task(duty, name=f"router {name}"))
+
+    async def end(self) -> None:
+        """Cancel all duties and wait until they are gone."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+async def _repeat(step: Step, seconds: float, name: str, wake: asyncio.Event | None) -> None:
+    in_trouble = False
+    while True:
+        if wake is not None:
+            wake.clear()
+        try:
+            await step()
+            if in_trouble:
+                log.warning("%s: well again", name)
+            in_trouble = False
+        except RouterError as error:
+            if not in_trouble:
+                log.warning("%s: %s (said once; tried again until it works)", name, error)
+            in_trouble = True
+        except Exception:
+            log.exception("%s: a fault of the program; going on", name)
+        pause = seconds * random.uniform(0.9, 1.1)
+        if wake is None:
+            await asyncio.sleep(pause)
+        else:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(wake.wait(), pause)

@@ -1,0 +1,57 @@
+"""`router` as a person calls it: in this process where that is enough, else as a program of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from typer.testing import CliRunner
+
+from router.cli import app
+
+TAKEN_AWAY = ("ROUTER_DATABASE_URL", "ROUTER_REDIS_URL", "ROUTER_AIRFLOW_URL", "ROUTER_CONFIG")
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a call printed, and its exit code."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """Calls `router` where `environment` says where things are."""
+
+    environment: Mapping[str, str]
+
+    def __call__(self, *arguments: object, answer: str | None = None) -> Said:
+        """Call it in this process; `answer` is typed when it asks."""
+        environment = {**dict.fromkeys(TAKEN_AWAY), "COLUMNS": "100", **self.environment}
+        result = CliRunner().invoke(
+            app, [str(argument) for argument in arguments], input=answer, env=environment
+        )
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return Said(result.exit_code, result.stdout, result.stderr)
+
+    def start(self, *arguments: object, **options: Any) -> subprocess.Popen[bytes]:
+        """Start it as a program."""
+        environment = {name: value for name, value in os.environ.items() if name not in TAKEN_AWAY}
+        pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        return subprocess.Popen(
+            [sys.executable, "-m", "router.cli", *map(str, arguments)],
+            env={**environment, "COLUMNS": "100", **self.environment},
+            **{**pipes, **options},
+        )

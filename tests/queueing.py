@@ -1,0 +1,172 @@
+"""Words for tests of the queue: one connection that produces, claims, settles, and counts by hand."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import asyncpg
+
+from router.task import new_call_id
+
+CATEGORIES = ("technical", "creative", "general")
+
+# What the counters must say, counted from the tables themselves.
+COUNTED = """
+SELECT category, sum(unsolved)::bigint AS unsolved, sum(solved)::bigint AS solved, sum(failed)::bigint AS failed
+  FROM (SELECT category, count(*) AS unsolved, 0 AS solved, 0 AS failed FROM queue GROUP BY 1
+        UNION ALL
+        SELECT known_category(category), 0, count(*) FILTER (WHERE status = 'solved'),
+               count(*) FILTER (WHERE status = 'failed') FROM tasks GROUP BY 1) AS parts
+ GROUP BY category
+"""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What claim_task returned, and under which call."""
+
+    call_id: uuid.UUID
+    task_id: int
+    prompt: str
+    category: str
+    prompt_version: int
+    attempt: int
+    max_tokens: int
+    reserved_tokens: int
+
+
+class Probe:
+    """One connection to a migrated database."""
+
+    def __init__(self, connection: asyncpg.Connection) -> None:
+        self.connection = connection
+
+    async def run(self, statement: str, *arguments: Any) -> None:
+        await self.connection.execute(statement, *arguments)
+
+    async def value(self, statement: str, *arguments: Any) -> Any:
+        return await self.connection.fetchval(statement, *arguments)
+
+    async def row(self, statement: str, *arguments: Any) -> asyncpg.Record:
+        found = await self.connection.fetchrow(statement, *arguments)
+        assert found is not None, f"no row: {statement}"
+        return found
+
+    async def all(self, statement: str, *arguments: Any) -> list[asyncpg.Record]:
+        return list(await self.connection.fetch(statement, *arguments))
+
+    async def add(self, prompt: str | None = "a prompt", **columns: Any) -> int:
+        """INSERT one task with these columns; returns its id."""
+        names = ["prompt", *columns]
+        places = ", ".join(f"${n + 1}" for n in range(len(names)))
+        statement = f"INSERT INTO tasks ({', '.join(names)}) VALUES ({places}) RETURNING id"  # noqa: S608
+        return int(await self.value(statement, prompt, *columns.values()))
+
+    async def task(self, task_id: int) -> asyncpg.Record:
+        return await self.row("SELECT * FROM tasks WHERE id = $1", task_id)
+
+    async def queued(self, task_id: int) -> asyncpg.Record | None:
+        return await self.connection.fetchrow("SELECT * FROM queue WHERE task_id = $1", task_id)
+
+    async def call(self, call_id: uuid.UUID) -> asyncpg.Record:
+        return await self.row("SELECT * FROM model_calls WHERE call_id = $1", call_id)
+
+    async def claim(self, *categories: str, worker: str = "w1", model: str = "m1") -> Taken | None:
+        """Take one task of these categories in this order; of any, when none is given."""
+        call_id = new_call_id(time.time())
+        row = await self.connection.fetchrow(
+            "SELECT * FROM claim_task($1, $2, $3, $4)", model, list(categories), worker, call_id
+        )
+        if row is None:
+            return None
+        fields = dict(row)
+        fields.pop("deadline_at")
+        return Taken(call_id=call_id, **fields)
+
+    async def must_claim(self, *categories: str, worker: str = "w1", model: str = "m1") -> Taken:
+        taken = await self.claim(*categories, worker=worker, model=model)
+        assert taken is not None, "nothing was ready"
+        return taken
+
+    async def settle(self, taken: Taken, outcome: str = "answered", answer: str | None = "an answer", **more: Any) -> str:
+        if outcome != "answered":
+            answer = None
+        names = "".join(f", p_{name} => ${n + 4}" for n, name in enumerate(more))
+        return str(
+            await self.value(
+                f"SELECT settle_call($1, $2, $3{names})", taken.call_id, outcome, answer, *more.values()  # noqa: S608
+            )
+        )  # fmt: skip
+
+    async def unclaim(self, taken: Taken) -> bool:
+        return bool(await self.value("SELECT unclaim($1)", taken.call_id))
+
+    async def fallback_call(self, task_id: int, rank: int, *, version: int | None = None) -> Taken:
+        """Write the log row of a call that asks beside the claim, as the fallback does."""
+        task = await self.task(task_id)
+        call_id = new_call_id(time.time())
+        version = task["prompt_version"] if version is None else version
+        await self.run(
+            "INSERT INTO model_calls (call_id, task_id, prompt_version, model, category, role, rank)"
+            " VALUES ($1, $2, $3, $4, 'general', 'fallback', $5)",
+            call_id, task_id, version, f"rank-{rank}", rank,
+        )  # fmt: skip
+        return Taken(call_id, task_id, task["prompt"], "general", version, 0, 0, 0)
+
+    async def wake(self) -> None:
+        """Let the delay of every waiting retry be over, and promote them."""
+        await self.run("UPDATE queue SET wake_at = clock_timestamp() - interval '1 s' WHERE state = 'waiting'")
+        await self.run("SELECT promote_waiting()")
+
+    async def lose_lease(self, worker: str = "w1") -> int:
+        """Let this worker's lease be over, and let somebody notice; returns how many claims were released."""
+        await self.run("UPDATE workers SET lease_until = clock_timestamp() - interval '1 s' WHERE worker = $1", worker)
+        return int(await self.value("SELECT release_lost_claims()"))
+
+    async def reconcile(self) -> tuple[int, int]:
+        """Run the reconciler over all ids; returns how many queue rows were added and removed."""
+        added = removed = 0
+        after: int | None = -(2**62)
+        while after is not None:
+            step = await self.row("SELECT * FROM reconcile($1, 500)", after)
+            added, removed, after = added + step["added"], removed + step["removed"], step["next_after"]
+        return added, removed
+
+    async def counts(self) -> dict[str, tuple[int, int, int]]:
+        """category -> (unsolved, solved, failed), as the counters say; without zeros."""
+        return _table(await self.all("SELECT * FROM task_counts_now"))
+
+    async def assert_counts_exact(self) -> None:
+        """The counters equal what is counted, before a fold and after."""
+        counted = _table(await self.all(COUNTED))
+        assert await self.counts() == counted
+        await self.run("SELECT fold_counts()")
+        assert await self.value("SELECT count(*) FROM task_count_deltas") == 0
+        assert await self.counts() == counted
+
+    async def raise_floor(self, category: str = "general", priority: int = 0, *, came_back: bool = False) -> None:
+        """One step; two of them, with no witness left, publish what the first one saw."""
+        await self.run("SELECT raise_floor($1, $2::smallint, $3)", category, priority, came_back)
+
+    async def floor(self, category: str = "general", priority: int = 0, *, came_back: bool = False) -> int:
+        return int(await self.value("SELECT floor_of($1, $2::smallint, $3)", category, priority, came_back))
+
+
+def _table(rows: list[asyncpg.Record]) -> dict[str, tuple[int, int, int]]:
+    table = {row["category"]: (row["unsolved"], row["solved"], row["failed"]) for row in rows}
+    return {category: numbers for category, numbers in table.items() if any(numbers)}
+
+
+@asynccontextmanager
+async def probing(url: str) -> AsyncIterator[Probe]:
+    """A Probe on a connection of its own."""
+    connection = await asyncpg.connect(url)
+    try:
+        yield Probe(connection)
+    finally:
+        await connection.close()

@@ -1,0 +1,278 @@
+"""Reading files of prompts: what each format says, and what a line that cannot be read is told."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import tracemalloc
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from typing import Any
+
+import pytest
+from hypothesis import given, settings, strategies
+
+from router import prompt_file
+from router.conversation import prompt_of
+from router.errors import InputError
+from router.intake import BadLine, IntakeRules, NewTask, read_tasks
+from router.prompt_file import Format, detect_format, unpacked
+
+
+def stream(data: bytes | str) -> io.BufferedReader:
+    raw = io.BytesIO(data.encode() if isinstance(data, str) else data)
+    return io.BufferedReader(raw)  # type: ignore[type-var]
+
+
+def read(data: bytes | str, kind: Format = Format.JSONL, **rules: Any) -> list[NewTask | BadLine]:
+    return list(read_tasks(stream(data), kind, IntakeRules(**rules)))
+
+
+def tasks(data: bytes | str, kind: Format = Format.JSONL, **rules: Any) -> list[NewTask]:
+    found = read(data, kind, **rules)
+    assert all(isinstance(item, NewTask) for item in found), found
+    return [item for item in found if isinstance(item, NewTask)]
+
+
+def problem(data: bytes | str, kind: Format = Format.JSONL, **rules: Any) -> str:
+    found = read(data, kind, **rules)
+    assert len(found) == 1, found
+    assert isinstance(found[0], BadLine), found
+    return found[0].problem
+
+
+def test_a_jsonl_line_says_everything_about_its_task():
+    line = {
+        "prompt": "Why?", "category": "Technical", "priority": 3, "id": 17, "max_tokens": 40,
+        "deadline_at": "2026-01-31T12:00:00Z",
+    }  # fmt: skip
+    (task,) = tasks(json.dumps(line))
+    deadline = datetime(2026, 1, 31, 12, tzinfo=timezone.utc)
+    assert task == NewTask(1, "Why?", "17", own_id=True, category="technical", priority=3, max_tokens=40,
+                           deadline_at=deadline)  # fmt: skip
+
+
+def test_an_openai_line_is_read_by_its_messages_and_bound():
+    body = {"model": "x", "messages": [{"role": "user", "content": "Hi"}], "max_completion_tokens": 9}
+    line = {"custom_id": "r-1", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    (task,) = tasks(json.dumps(line), Format.OPENAI)
+    assert (task.external_id, task.prompt, task.max_tokens) == ("r-1", "Hi", 9)
+
+
+def test_defaults_hold_where_a_row_says_nothing():
+    first, second = tasks('{"prompt":"a"}\n{"prompt":"b","category":"creative","priority":-2}\n',
+                          category="technical", priority=4)  # fmt: skip
+    assert (first.category, first.priority) == ("technical", 4)
+    assert (second.category, second.priority) == ("creative", -2)
+
+
+def test_csv_reads_quotes_newlines_and_names_the_line_a_row_begins_at():
+    text = 'id,Prompt,category\n1,"two\nlines, and ""quotes""",general\n2,short\n\n3,a,b,c,d\n'
+    first, second, third = read(text, Format.CSV)
+    assert isinstance(first, NewTask)
+    assert (first.line, first.prompt, first.external_id) == (2, 'two\nlines, and "quotes"', "1")
+    assert isinstance(second, NewTask)
+    assert (second.line, second.category) == (4, None)
+    assert isinstance(third, BadLine)
+    assert (third.line, "quote a text that holds commas" in third.problem) == (6, True)
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_csv_finds_its_delimiter(delimiter: str):
+    (task,) = tasks(f"prompt{delimiter}category\nhello{delimiter}general\n", Format.CSV)
+    assert (task.prompt, task.category) == ("hello", "general")
+
+
+def test_a_csv_quote_that_never_ends_is_named_and_what_stands_before_it_is_read():
+    first, second = read('prompt\ngood\n"never closed\nmore\n', Format.CSV)
+    assert isinstance(first, NewTask)
+    assert isinstance(second, BadLine)
+    assert second.line == 3
+
+
+def test_text_is_one_prompt_a_line_and_empty_lines_are_passed_over():
+    assert [(task.line, task.prompt) for task in tasks("\ufeffone\r\n\n  \n two \n", Format.TEXT)] == [
+        (1, "one"),
+        (4, " two "),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [
+        ("nonsense", "no JSON"),
+        ("[1, 2]", "one object a line"),
+        ('"text"', "no JSON object"),
+        ("[" * 100_000, "cannot be read"),
+        ('{"prompt": 5}', "no text"),
+        ('{"question": "?"}', "no prompt"),
+        ('{"prompt": " \\n"}', "empty"),
+        ('{"prompt": "a\\u0000b"}', "NUL"),
+        ('{"prompt": "half \\ud83d"}', "UTF-8"),
+        ('{"prompt": "a", "priority": 10}', "priority is '10'"),
+        ('{"prompt": "a", "priority": true}', "priority"),
+        ('{"prompt": "a", "max_tokens": 0}', "max_tokens"),
+        ('{"prompt": "a", "max_tokens": 1.5}', "max_tokens"),
+        ('{"prompt": "a", "deadline_at": "2026-01-31T12:00:00"}', "offset"),
+        ('{"prompt": "a", "deadline_at": "soon"}', "deadline_at"),
+        ('{"prompt": "a", "id": [1]}', "id is neither"),
+        ('{"prompt": "a", "id": "%s"}' % ("x" * 501), "501 characters"),
+        ('{"prompt": "a", "category": 3}', "category"),
+        ('{"custom_id": "a", "body": {"messages": []}}', "at least one message"),
+        ('{"custom_id": "a", "body": 7}', "body"),
+        ('{"custom_id": "a", "url": "/v1/embeddings", "body": {"input": "x"}}', "/v1/embeddings"),
+    ],
+)
+def test_a_line_that_holds_no_task_is_told_why(line: str, word: str):
+    assert word in problem(line)
+
+
+def test_openai_lines_need_their_id_when_the_format_is_named():
+    assert "custom_id" in problem('{"prompt": "a"}', Format.OPENAI)
+
+
+@pytest.mark.parametrize("kind", [Format.JSONL, Format.TEXT, Format.CSV])
+def test_bytes_that_are_no_text_spoil_their_own_row_only(kind: Format):
+    rows = [b"prompt"] if kind is Format.CSV else []
+    rows += [b'{"prompt":"caf\xff"}', b'{"prompt":"n\x00l"}', b'{"prompt":"caf\xc3\xa9"}']
+    if kind is Format.CSV:
+        rows = [row.replace(b'"', b"'") for row in rows]
+    *bad, good = read(b"\n".join(rows), kind)
+    assert ["UTF-8" in bad[0].problem, "NUL" in bad[1].problem] == [True, True]  # type: ignore[union-attr]
+    assert isinstance(good, NewTask)
+    assert "café" in good.prompt
+
+
+def test_a_line_too_long_is_passed_over_in_bounded_memory(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(prompt_file, "LONGEST_LINE_BYTES", 100_000)
+    data = stream(b'{"prompt":"' + b"x" * 20_000_000 + b'"}\n{"prompt":"after"}\n')
+    tracemalloc.start()
+    try:
+        first, second = read_tasks(data, Format.JSONL, IntakeRules())
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert isinstance(first, BadLine)
+    assert "longer than" in first.problem
+    assert isinstance(second, NewTask)
+    assert peak < 2_000_000
+
+
+def test_a_prompt_longer_than_any_that_is_sent_is_refused_by_its_bytes():
+    assert "12 bytes" in problem('{"prompt":"éééééé"}', max_prompt_bytes=11)
+
+
+def test_the_same_prompt_has_the_same_id_in_any_file_and_format():
+    (plain,) = tasks('{"prompt":"Why?"}')
+    (text,) = tasks("Why?\n", Format.TEXT)
+    assert plain.external_id == text.external_id
+    assert not plain.own_id
+
+
+def test_a_prompt_asked_twice_in_a_file_is_two_tasks_and_the_file_again_the_same_two():
+    once = [task.external_id for task in tasks("a\nb\na\n", Format.TEXT)]
+    assert len(set(once)) == 3
+    assert once == [task.external_id for task in tasks("a\nb\na\n", Format.TEXT)]
+
+
+def test_a_prefix_is_put_before_own_ids_only():
+    own, made = tasks('{"prompt":"a","id":"1"}\n{"prompt":"a"}\n', id_prefix="b2/")
+    assert own.external_id == "b2/1"
+    assert made.external_id.startswith("prompt:")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "kind"),
+    [
+        ("a.jsonl", "", Format.JSONL),
+        ("a.JSONL.gz", "", Format.JSONL),
+        ("a.csv", "", Format.CSV),
+        ("a.txt", '{"a": 1}', Format.TEXT),
+        ("standard input", '{"prompt": "x"}\n', Format.JSONL),
+        ("standard input", "id;prompt\n1;x\n", Format.CSV),
+        ("standard input", "tell me about prompt, and more\n", Format.TEXT),
+        ("standard input", "", Format.TEXT),
+    ],
+)
+def test_the_format_is_found_by_suffix_or_else_by_the_first_line(name: str, data: str, kind: Format):
+    source = stream(data)
+    assert detect_format(name, source) is kind
+    assert source.read() == data.encode()  # looking took nothing away
+
+
+def test_gzip_is_read_through_and_a_broken_one_named_after_what_could_be_read():
+    whole = gzip.compress(b'{"prompt":"a"}\n' * 3)
+    assert len(list(read_tasks(unpacked(stream(whole)), Format.JSONL, IntakeRules()))) == 3
+    *_, last = read_tasks(unpacked(stream(whole[:-9])), Format.JSONL, IntakeRules())
+    assert isinstance(last, BadLine)
+    assert "from here on" in last.problem
+
+
+def test_utf16_is_named_once():
+    assert "UTF-16" in problem("prompt\nhello\n".encode("utf-16"), Format.TEXT)
+
+
+def test_a_csv_without_prompts_is_named_by_its_header():
+    assert "only question, answer" in problem("question,answer\na,b\n", Format.CSV)
+
+
+@pytest.mark.parametrize(
+    ("messages", "prompt"),
+    [
+        ([("user", "Hi")], "Hi"),
+        ([("system", "Be brief."), ("user", "Hi")], "Be brief.\n\nHi"),
+        ([("user", "Hi"), ("developer", "Be brief.")], "Be brief.\n\nHi"),
+        (
+            [("system", "S"), ("user", "A?"), ("assistant", "B."), ("user", "C?")],
+            "S\n\nUser: A?\n\nAssistant: B.\n\nUser: C?",
+        ),
+        ([("user", [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}])], "one\ntwo"),
+    ],
+)
+def test_messages_become_one_prompt(messages: list[tuple[str, Any]], prompt: str):
+    assert prompt_of([{"role": role, "content": content} for role, content in messages]) == prompt
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        None,
+        ["Hi"],
+        [{"role": "tool", "content": "x"}],
+        [{"role": "system", "content": "x"}],
+        [{"role": "user", "content": None}],
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
+        [{"role": ["user"], "content": "x"}],
+    ],
+)
+def test_messages_that_cannot_be_one_prompt_are_refused(messages: Any):
+    with pytest.raises(InputError):
+        prompt_of(messages)
+
+
+def pieces() -> Iterator[bytes]:
+    yield from (
+        b'{"prompt":"a"}',
+        b"{",
+        b'"',
+        b",",
+        b"\n",
+        b"\r",
+        b"\x00",
+        b"\xff",
+        b"\xef\xbb\xbf",
+        b"prompt",
+    )
+    yield from (b"\x1f\x8b", b"\\ud800", b'"""', b"[" * 50, b"1e999", b'{"body":{"messages":[{}]}}')
+
+
+@settings(max_examples=150, deadline=None)
+@given(strategies.lists(strategies.sampled_from(list(pieces())) | strategies.binary(max_size=8), max_size=12),
+       strategies.sampled_from(list(Format)))  # fmt: skip
+def test_whatever_the_bytes_reading_them_never_raises(parts: list[bytes], kind: Format):
+    for item in read_tasks(unpacked(stream(b"".join(parts))), kind, IntakeRules()):
+        assert isinstance(item, (NewTask, BadLine))
+        if isinstance(item, NewTask):
+            item.prompt.encode()  # Postgres takes it
+            assert "\0" not in item.prompt + item.external_id + (item.category or "")
