@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from airflow.providers.postgres.hooks.postgres import PostgresHook
@@ -23,7 +23,15 @@ triggerer. Each takes one task at a time and sends it at the traffic that `traff
 """
 
 
-@dag(schedule="@continuous", max_active_runs=1, catchup=False, doc_md=DOC, tags=["router"])
+@dag(
+    schedule="@continuous",
+    # Without one the second run would have the date of the first, and would never be made.
+    start_date=datetime(2024, 1, 1, tzinfo=timezone.utc),
+    max_active_runs=1,
+    catchup=False,
+    doc_md=DOC,
+    tags=["router"],
+)
 def solve_tasks() -> None:
     @task(retries=1000, retry_delay=timedelta(seconds=3))
     def assign_models(run_id: str | None = None) -> list[dict[str, Any]]:

@@ -71,7 +71,7 @@ def migrate(
 
 def main() -> None:
     """Entry point."""
-    app()
+    app(prog_name="router")
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ class ModelTarget:
 
 
 def traffic(
-    model: Annotated[OptionalText, typer.Argument(metavar="[MODEL]", help="Default: all models.")] = None,
+    model: Annotated[OptionalText, typer.Argument(metavar="MODEL", help="Default: all models.")] = None,
     target: Annotated[
         Optional[list[str]],  # noqa: UP045 - as above
         typer.Argument(metavar="TARGET", help="What the model may be sent from now on; see above."),

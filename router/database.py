@@ -135,7 +135,7 @@ def _run_script(connection: Connection, name: str, text: str, checksum: str) -> 
         waiting(_run_script_once, connection, name, text, checksum)
     except psycopg2.errors.LockNotAvailable as error:
         raise SchemaError(
-            f"{name}: the tables stayed locked by others for {LOCK_PATIENCE_SECONDS:g} s. Nothing was changed;"
+            f"{name}: others kept the tables locked for {LOCK_PATIENCE_SECONDS:g} s. Nothing was changed;"
             " end what holds them (see pg_stat_activity), and run it again."
         ) from error
     except psycopg2.Error as error:

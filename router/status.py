@@ -226,7 +226,7 @@ def read_limiter(
     redis_url: str | None, models: Sequence[str]
 ) -> tuple[dict[str, ModelTraffic] | None, str | None]:
     """What the limiter holds for each model, or None and a sentence that says why it cannot be known."""
-    if redis_url is None:
+    if not redis_url:
         return None, "ROUTER_REDIS_URL is not set."
     try:
         return asyncio.run(asyncio.wait_for(_snapshot(redis_url, models), 2 * REDIS_SECONDS)), None

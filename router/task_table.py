@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from io import StringIO
 from typing import Any
 
-import psycopg2.errors
 import psycopg2.extras
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random
 
 from router.database import Connection, rows
 from router.errors import DatabaseError
@@ -20,7 +18,6 @@ from router.intake import NewTask
 
 RETRY_BATCH = 1000
 READ_BATCH = 500
-DEADLOCK_TRIES = 8
 
 _INTAKE = """
 CREATE TEMP TABLE router_intake (
@@ -88,32 +85,17 @@ def categories(connection: Connection) -> list[str]:
 
 
 def add_tasks(connection: Connection, batch: Sequence[NewTask]) -> Added:
-    """Insert and commit the tasks whose external_id is new; the same batch again adds nothing.
-
-    Loads of the same ids in different orders may lock each other out: Postgres ends one, to be tried again.
-    """
-    attempts = Retrying(
-        retry=retry_if_exception_type(psycopg2.errors.DeadlockDetected),
-        stop=stop_after_attempt(DEADLOCK_TRIES),
-        wait=wait_random(0.01, 0.3),
-        reraise=True,
-    )
-    return attempts(_add_once, connection, batch)
-
-
-def _add_once(connection: Connection, batch: Sequence[NewTask]) -> Added:
-    try:
-        with connection.cursor() as cursor:
-            cursor.execute(_INTAKE)
-            cursor.copy_expert("COPY router_intake FROM STDIN", StringIO("".join(map(_copy_line, batch))))
-            cursor.execute(_ADD)
-            added = cursor.rowcount
-        clashes = rows(connection, _CLASHES) if added < len(batch) else []
-        connection.commit()
-    except psycopg2.Error:
-        if not connection.closed:
-            connection.rollback()
-        raise
+    """Insert and commit the tasks whose external_id is new; the same batch again adds nothing."""
+    copied = StringIO("".join(map(_copy_line, batch)))
+    with connection.cursor() as cursor:
+        cursor.execute(_INTAKE)
+        cursor.copy_expert("COPY router_intake FROM STDIN", copied)
+        # Two loads of the same ids in different orders would deadlock: one batch after the other.
+        cursor.execute("SELECT pg_advisory_xact_lock(hashtext('router_load'), 0)")
+        cursor.execute(_ADD)
+        added = cursor.rowcount
+    clashes = rows(connection, _CLASHES) if added < len(batch) else []
+    connection.commit()
     return Added(added, len(batch) - added - len(clashes), tuple(Clash(**row) for row in clashes))
 
 

@@ -102,7 +102,7 @@ class Worker:
         try:
             await engine.limiter.until_near(self.model)
             news = engine.news  # taken before the look, so that what comes during it is not missed
-            if engine.may_send():
+            if engine.may_send() and self.model in engine.roster.models:
                 self._aim()
                 claim = await engine.queue.claim(
                     self.model,

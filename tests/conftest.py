@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -21,10 +23,13 @@ _numbers = itertools.count()
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
-    server = start_postgres(tmp_path_factory.mktemp("pg") / "data", settings={"fsync": "off"})
+def postgres() -> Iterator[PostgresServer]:
+    # Not in pytest's own folder: another pytest that starts closes that one to PostgreSQL's user.
+    folder = Path(tempfile.mkdtemp(prefix="router-test-pg-"))
+    server = start_postgres(folder / "data", settings={"fsync": "off"})
     yield server
     server.stop()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

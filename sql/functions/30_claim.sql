@@ -112,12 +112,14 @@ BEGIN
                                WHERE q.state = 'ready' AND q.category = lane.category AND q.priority = lane.priority
                                  AND q.position >= (SELECT floor_of(lane.category, lane.priority, lane.came_back))
                                  AND q.position < lane.below
+                                 AND (q.not_by IS DISTINCT FROM p_model OR q.not_by_until < clock_timestamp())
                                ORDER BY q.position LIMIT 1 FOR UPDATE SKIP LOCKED)
             RETURNING * INTO taken;
             EXIT WHEN NOT FOUND;
 
             SELECT t.prompt, t.prompt_version, t.deadline_at,
-                   greatest(1, least(t.max_tokens, 2147483647))::integer AS max_tokens
+                   CASE WHEN t.max_tokens IS NOT NULL  -- greatest() and least() pass over NULL
+                        THEN greatest(1, least(t.max_tokens, 2147483647)) END::integer AS max_tokens
               INTO task FROM tasks t WHERE t.id = taken.task_id AND t.status = 'unsolved';
             IF FOUND THEN
                 IF task.prompt_version <> taken.prompt_version THEN

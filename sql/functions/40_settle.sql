@@ -137,6 +137,7 @@ CREATE OR REPLACE FUNCTION give_back(
 LANGUAGE plpgsql AS $$
 DECLARE
     held queue;
+    woken timestamptz;
 BEGIN
     SELECT * INTO held FROM queue q WHERE q.task_id = p_call.task_id AND q.call_id = p_call.call_id FOR UPDATE;
     IF NOT FOUND THEN
@@ -158,7 +159,9 @@ BEGIN
         PERFORM wake_workers();
         RETURN 'retry';
     END IF;
-    UPDATE queue SET state = 'waiting', wake_at = clock_timestamp() + retry_delay(held.attempt),
+    woken := clock_timestamp() + retry_delay(held.attempt);
+    UPDATE queue SET state = 'waiting', wake_at = woken, not_by = p_call.model,
+                     not_by_until = woken + (SELECT make_interval(secs => s.another_model_seconds) FROM queue_settings s),
                      call_id = NULL, worker = NULL, claimed_at = NULL
      WHERE task_id = held.task_id;
     RETURN 'retry';

@@ -11,6 +11,7 @@ CREATE TABLE queue_settings (
     max_attempts integer NOT NULL DEFAULT 5 CHECK (max_attempts > 0),
     retry_base_seconds double precision NOT NULL DEFAULT 1 CHECK (retry_base_seconds > 0),
     retry_cap_seconds double precision NOT NULL DEFAULT 60 CHECK (retry_cap_seconds > 0),
+    another_model_seconds double precision NOT NULL DEFAULT 15 CHECK (another_model_seconds >= 0),
     lease_seconds double precision NOT NULL DEFAULT 10 CHECK (lease_seconds > 0),
     max_prompt_bytes integer NOT NULL DEFAULT 1048576 CHECK (max_prompt_bytes > 0),
     default_max_tokens integer NOT NULL DEFAULT 512 CHECK (default_max_tokens > 0)
@@ -39,6 +40,8 @@ CREATE TABLE queue (
     call_id uuid,
     worker text,
     claimed_at timestamptz,
+    not_by text,                           -- the model that failed it last: another one shall try ...
+    not_by_until timestamptz,              -- ... until then; afterwards anyone, so that it never waits in vain
     CHECK ((state = 'claimed') = (call_id IS NOT NULL)),
     CHECK ((state = 'claimed') = (worker IS NOT NULL)),
     CHECK ((state = 'waiting') = (wake_at IS NOT NULL))

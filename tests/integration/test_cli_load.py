@@ -6,6 +6,7 @@ import json
 import random
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -42,9 +43,10 @@ def test_every_format_becomes_tasks_that_are_queued(router: CommandLine, ask: An
         "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
         "max_tokens": 7,
     }
+    deadline = "2030-01-01T00:00:00+02:00"
     (tmp_path / "a.jsonl").write_text(
         json.dumps({"custom_id": "r-1", "method": "POST", "url": "/v1/chat/completions", "body": chat}) + "\n"
-        + json.dumps({"prompt": "plain\ttab \\ back\nslash", "priority": 2, "deadline_at": "2030-01-01T00:00:00+02:00"})
+        + json.dumps({"prompt": "plain\ttab \\ back\nslash", "priority": 2, "deadline_at": deadline})
     )  # fmt: skip
     (tmp_path / "b.csv").write_text("prompt,category\nfrom csv,creative\n")
     (tmp_path / "c.txt").write_text("from text\n")
@@ -161,21 +163,14 @@ def test_what_was_added_stays_when_it_is_interrupted_and_the_same_command_goes_o
 
 
 def test_loads_of_the_same_ids_in_different_orders_end_well(database: str, ask: Any):
-    batch = [
-        NewTask(number, f"p {number}", f"id-{number}", own_id=True, category=None, priority=0, max_tokens=None,
-                deadline_at=None)
-        for number in range(400)
-    ]  # fmt: skip
+    empty = NewTask(0, "", "", own_id=True, category=None, priority=0, max_tokens=None, deadline_at=None)
+    batch = [replace(empty, prompt=f"p {number}", external_id=f"id-{number}") for number in range(400)]
     failed: list[BaseException] = []
 
     def run(seed: int) -> None:
         mixed = [*batch]
         random.Random(seed).shuffle(mixed)
-        in_its_order = [
-            NewTask(line, task.prompt, task.external_id, own_id=True, category=None, priority=0, max_tokens=None,
-                    deadline_at=None)
-            for line, task in enumerate(mixed)
-        ]  # fmt: skip
+        in_its_order = [replace(task, line=line) for line, task in enumerate(mixed)]
         try:
             with connect(database) as connection:
                 add_tasks(connection, in_its_order)

@@ -1,0 +1,95 @@
+"""A triggerer dies or stands still in the middle of a drain: nothing is lost, nothing is recorded twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from local.parts import Part
+from tests.solving import LEASE_SECONDS, Solving, wait_for, wait_until
+
+pytestmark = [pytest.mark.airflow, pytest.mark.timeout(180)]
+
+RESUME_SECONDS = LEASE_SECONDS + 5.0
+SECOND = "triggerer-2"
+
+
+def test_a_killed_triggerer_is_followed_by_the_next(solving: Solving) -> None:
+    _start(solving, 900)
+    solving.stack.part("triggerer").kill()
+    killed = time.monotonic()
+    solving.stack.start_again("triggerer")
+    up = _running_since(solving, "triggerer", killed)
+    resumed = _resumed(solving, killed + 1)
+    print(f"up {up - killed:.1f} s after the kill, sending again {resumed - killed:.1f} s after it")
+    assert resumed - up <= RESUME_SECONDS
+    solving.until_drained(90)
+    solving.assert_nothing_lost_or_doubled()
+
+
+@pytest.fixture
+def second(solving: Solving) -> Iterator[Part]:
+    """One more triggerer, gone when the test is over; the first one runs then."""
+    part = solving.stack.add_triggerer(SECOND)
+    _running_since(solving, SECOND, time.monotonic())
+    yield part
+    if solving.stack.part(SECOND).running:
+        solving.stack.part(SECOND).kill()
+
+
+def test_a_triggerer_that_stood_still_is_fenced_off_and_a_killed_one_is_replaced(
+    solving: Solving, second: Part
+) -> None:
+    _start(solving, 1600)
+    stopped = _stop(solving.stack.part("triggerer"))
+    stood_still = time.monotonic()
+    resumed = _resumed(solving, stood_still + 1)
+    print(f"stood still: the other sends {resumed - stood_still:.1f} s later")
+    lost = "SELECT count(*) FROM model_calls WHERE outcome = 'lost' AND finished_at > now() - interval '1 minute'"
+    wait_until(lambda: solving.value(lost) > 0, 30, "the claims of the one that stands still are released")
+    for process in stopped:
+        process.send_signal(signal.SIGCONT)
+    woke = time.monotonic()
+    zombies = "SELECT count(*) FROM model_calls WHERE late AND outcome = 'answered' AND settlement <> 'solved'"
+    solving.until_all_send(woke, 30)
+
+    solving.stack.part(SECOND).kill()
+    killed = time.monotonic()
+    resumed = _resumed(solving, killed + 1)
+    print(f"killed: the first one sends {resumed - killed:.1f} s later; late answers refused: {solving.value(zombies)}")
+    assert resumed - killed <= RESUME_SECONDS
+    solving.until_drained(120)
+    solving.assert_nothing_lost_or_doubled()
+
+
+def _start(solving: Solving, tasks: int) -> None:
+    began = time.monotonic()
+    solving.insert(tasks)
+    solving.until_all_send(began, 60)
+
+
+def _stop(part: Part) -> list[psutil.Process]:
+    """Let the triggerer and the process that runs its triggers stand still."""
+    supervisor = psutil.Process(part.pid)
+    processes = [supervisor, *supervisor.children(recursive=True)]
+    for process in processes:
+        os.kill(process.pid, signal.SIGSTOP)
+    return processes
+
+
+def _running_since(solving: Solving, name: str, since: float) -> float:
+    """When the triggerer runs triggers: it has said so in its log."""
+    part = solving.stack.part(name)
+    known = part.log.stat().st_size if since is None else 0
+    del known
+    return wait_for(lambda: time.monotonic() if "Starting the triggerer" in part.log_tail() else None, 60, name)
+
+
+def _resumed(solving: Solving, since: float) -> float:
+    """When the first call arrived that was claimed after `since`."""
+    return wait_for(lambda: solving.arrived(since), 60, "sending goes on")[0]
