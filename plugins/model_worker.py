@@ -34,7 +34,8 @@ async def addresses_from_connections() -> Addresses:
     return Addresses(
         database_url=database.get_uri().replace("postgres://", "postgresql://", 1),
         redis_url=redis.get_uri(),
-        backend_url=f"{backend.schema or 'http'}://{backend.host}:{backend.port or 80}",
+        backend_url=f"{backend.schema or 'http'}://{backend.host}"
+        + (f":{backend.port}" if backend.port else ""),
     )
 
 

@@ -54,14 +54,15 @@ async def _watch_until_trouble() -> None:
     import redis.asyncio  # noqa: PLC0415 - not in processes that only parse
 
     from router.database import open_pool  # noqa: PLC0415 - the same
-    from router.limiter import TrafficLimiter  # noqa: PLC0415 - the same
+    from router.limiter import LimiterSettings, TrafficLimiter  # noqa: PLC0415 - the same
+    from router.settings import load_config  # noqa: PLC0415 - the same
     from router.traffic_watch import TrafficWatch  # noqa: PLC0415 - the same
 
     database_url, redis_url = await asyncio.to_thread(_addresses)
     pool = await open_pool(database_url, connections=2)
     client = redis.asyncio.Redis.from_url(redis_url, socket_timeout=5, socket_connect_timeout=5)
     try:
-        watching = TrafficWatch(pool, TrafficLimiter(client))
+        watching = TrafficWatch(pool, TrafficLimiter(client, settings=LimiterSettings.of(load_config())))
         while True:
             lines, paused, version = await asyncio.to_thread(read_variables)
             await watching.apply(lines, version=version)

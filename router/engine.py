@@ -41,7 +41,6 @@ PARTITION_SECONDS = 3600.0
 VARIABLE_SECONDS = 10.0  # only the net: a watch near the metadata database is faster
 SUMMARY_SECONDS = 30.0
 OVERLOOKED_SECONDS = 30.0
-HOLDER_SLACK_SECONDS = 10.0  # the backend may work on for a little when the caller has given up
 UNLIMITED_CALL_SECONDS = 5.0  # how long a call is taken to last where only calls at once are limited
 
 ROSTER_CHANGED = "the roster changed"
@@ -89,7 +88,7 @@ class Engine:
         self.redis = redis.asyncio.Redis.from_url(
             self.addresses.redis_url, socket_timeout=5, socket_connect_timeout=5, max_connections=64
         )
-        self.limiter = TrafficLimiter(self.redis, self._past_calls, settings=self._limiter_settings())
+        self.limiter = TrafficLimiter(self.redis, self._past_calls, settings=LimiterSettings.of(self.config))
         self.queue = TaskQueue(self.pool, host=socket.gethostname())
         self.backend = ModelsBackend(self.addresses.backend_url, self.config.backend)
         await self.backend.__aenter__()
@@ -305,7 +304,7 @@ class Engine:
 
     async def _variables_step(self) -> None:
         assert self._read_variables is not None
-        version = int(time.time() * 1e6)
+        version = int(self.queue.database_time() * 1e6)
         lines = await self._read_variables(list(self.roster.models))
         await self.watch.apply(lines, version=version)
 
@@ -320,10 +319,6 @@ class Engine:
         if self.solved or self.failed_calls or self._calls:
             log.info("solved %d, failed calls %d, in flight %d, unsolved %s", self.solved, self.failed_calls,
                      len(self._calls), dict(self.state.unsolved) if self.state else {})  # fmt: skip
-
-    def _limiter_settings(self) -> LimiterSettings:
-        longest = max((model.timeout_seconds for model in self.config.models.values()), default=180.0)
-        return LimiterSettings(call_longest_seconds=longest + HOLDER_SLACK_SECONDS)
 
     async def _past_calls(self, model: str, seconds: float) -> list[PastCall]:
         return [PastCall(age, tokens, is_open) for age, tokens, is_open in

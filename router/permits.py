@@ -8,7 +8,10 @@ import time
 from dataclasses import dataclass, field
 
 from router.errors import PermitDead
+from router.settings import RouterConfig
 from router.traffic import TrafficTarget
+
+AFTER_TIMEOUT_SECONDS = 10.0  # the backend may work on for a little when the caller has given up
 
 
 class WaitReason(enum.IntEnum):
@@ -68,6 +71,12 @@ class LimiterSettings:
     retry_base_seconds: float = 0.05
     retry_cap_seconds: float = 1.0
     most_in_one_ask: int = 250
+
+    @classmethod
+    def of(cls, config: RouterConfig) -> LimiterSettings:
+        """The same for every process of one configuration: whoever sets a target packs them into it."""
+        longest = max((model.timeout_seconds for model in config.models.values()), default=180.0)
+        return cls(call_longest_seconds=longest + AFTER_TIMEOUT_SECONDS)
 
     def slacks(self, window_seconds: float) -> Slacks:
         """The slacks of a window of this length."""

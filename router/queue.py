@@ -73,13 +73,17 @@ class TaskQueue:
             self.worker = self._new_name()
             await self.heartbeat()
 
+    def database_time(self) -> float:
+        """Seconds since 1970 by the database's clock, whatever this machine's says."""
+        return time.time() + self._clock_offset_seconds
+
     async def claim(self, model: str, categories: Sequence[str], *, max_tokens: int) -> Claim | None:
         """Take one ready task of the first of `categories` that has one; None if none is ready.
 
         If the reply is lost the claim is given back before DatabaseError is raised, or by the lease.
         LeaseLost if this worker may not claim any more.
         """
-        call_id = new_call_id(time.time() + self._clock_offset_seconds)
+        call_id = new_call_id(self.database_time())
         try:
             row = await self._one(
                 "SELECT * FROM claim_task($1, $2, $3, $4, $5)",

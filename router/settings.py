@@ -90,6 +90,7 @@ class WorkerSettings(_Frozen):
     max_attempts: int = Field(default=5, ge=1, le=100)
     retry_base_seconds: float = Field(default=1.0, gt=0)
     retry_cap_seconds: float = Field(default=60.0, gt=0)
+    another_model_seconds: float = Field(default=15.0, ge=0)
     idle_leave_seconds: float = Field(default=20.0, gt=0)
     poll_seconds: float = Field(default=2.0, gt=0)
     pool_connections: int = Field(default=8, ge=2, le=100)

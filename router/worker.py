@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 
@@ -20,7 +21,7 @@ from router.limiter import Permit
 from router.roster import report_model_trouble
 from router.task import CallResult, Claim, Outcome
 
-LONGEST_HOLD_SECONDS = 2.0  # a claimed task whose moment is farther off is given back
+LONGEST_HOLD_SECONDS = 1.0  # a claimed task whose moment is farther off is given back
 MOST_AHEAD = 64
 TROUBLE_SECONDS = 0.5
 LOOK_SECONDS = 5.0
@@ -42,6 +43,8 @@ class Worker:
         self._order = PullOrder(places={})
         self._ahead = asyncio.Semaphore(1)
         self._ahead_size = 1
+        self._ahead_wanted = 1
+        self._sent_at: deque[float] = deque(maxlen=MOST_AHEAD)
         self._failures = 0
         self._not_before = 0.0
         self._trouble: str | None = ""
@@ -111,7 +114,7 @@ class Worker:
                 )
         finally:
             if claim is None:
-                self._ahead.release()
+                self._one_less_ahead()
         if claim is None:
             await engine.woken(engine.config.worker.poll_seconds, news)
             return
@@ -123,16 +126,28 @@ class Worker:
         engine = self._engine
         places = {c: p[self.model] for c, p in engine.roster.places.items() if self.model in p}
         self._order.aim(engine.shares.get(self.model, {}), places)
-        target = engine.targets.get(self.model)
-        per_second = target.requests_per_second() if target else None
-        wanted = (
-            MOST_AHEAD
-            if per_second is None
-            else math.ceil(per_second * engine.config.worker.look_ahead_seconds) + 1
-        )
-        for _ in range(min(wanted, MOST_AHEAD) - self._ahead_size):
+        self._ahead_wanted = min(1 + self._sends_within_look_ahead(), MOST_AHEAD)
+        while self._ahead_size < self._ahead_wanted:
             self._ahead.release()
             self._ahead_size += 1
+
+    def _sends_within_look_ahead(self) -> int:
+        """How many calls go out within the look-ahead: by the target, else as many as lately did.
+
+        More would be held by a model whose places are taken, while another has places free.
+        """
+        seconds = self._engine.config.worker.look_ahead_seconds
+        target = self._engine.targets.get(self.model)
+        if target is not None and target.requests and target.at_once is None and not target.tokens:
+            return math.ceil((target.requests_per_second() or 0.0) * seconds)
+        since = time.monotonic() - seconds
+        return sum(sent_at > since for sent_at in self._sent_at)
+
+    def _one_less_ahead(self) -> None:
+        if self._ahead_size > self._ahead_wanted:
+            self._ahead_size -= 1
+        else:
+            self._ahead.release()
 
     async def _solve(self, claim: Claim, endpoint: str, timeout_seconds: float) -> None:
         engine = self._engine
@@ -143,11 +158,12 @@ class Worker:
             engine.check_may_send()
             permit.check()
             sent = True
-            self._ahead.release()
+            self._sent_at.append(time.monotonic())
+            self._one_less_ahead()
 
         room = self._room_for_tokens()
         if room is not None and claim.reserved_tokens > room:
-            self._ahead.release()
+            self._one_less_ahead()
             why = f"the call reserves {claim.reserved_tokens} tokens, and the model's target allows {room}"
             await engine.queue.give_up(claim, why)
             return
@@ -161,7 +177,7 @@ class Worker:
             raise
         finally:
             if not sent:
-                self._ahead.release()
+                self._one_less_ahead()
         if done is None:
             await engine.queue.unclaim(claim.call_id)
             return

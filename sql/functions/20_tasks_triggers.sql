@@ -88,7 +88,8 @@ BEGIN
             UPDATE queue q
                SET category = lane, priority = rank_in_lane, position = nextval('queue_position'), state = 'ready',
                    prompt_version = NEW.prompt_version, attempt = 0,
-                   wake_at = NULL, call_id = NULL, worker = NULL, claimed_at = NULL
+                   wake_at = NULL, call_id = NULL, worker = NULL, claimed_at = NULL,
+                   not_by = NULL, not_by_until = NULL
              WHERE q.task_id = NEW.id;
         ELSIF (held.category, held.priority) IS DISTINCT FROM (lane, rank_in_lane) THEN
             UPDATE queue q SET category = lane, priority = rank_in_lane, position = nextval('queue_position')

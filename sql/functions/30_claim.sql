@@ -175,6 +175,9 @@ BEGIN
         held := NULL;
     END IF;
     DELETE FROM model_calls WHERE call_id = p_call_id AND outcome IS NULL;
+    IF held IS NOT NULL THEN
+        PERFORM wake_workers();  -- another model may have room for it
+    END IF;
     RETURN held IS NOT NULL;
 END
 $$;

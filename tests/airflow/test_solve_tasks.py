@@ -25,7 +25,9 @@ ROUNDS = 5
 OBSERVED_SECONDS = 2.5  # after each round of edits
 JITTER = 0.8  # a pair of arrivals this much closer than a gap is not the gap's jitter
 PAUSE_SECONDS = 2.0
-NEWCOMER_ENTRY = f"models:\n  {NEWCOMER}:\n    target: 4/s\n    ranks: {{technical: 5, creative: 5, general: 5}}\n"
+NEWCOMER_ENTRY = (
+    f"models:\n  {NEWCOMER}:\n    target: 4/s\n    ranks: {{technical: 5, creative: 5, general: 5}}\n"
+)
 
 
 def test_a_backlog_is_solved_once_and_within_every_target(solving: Solving) -> None:
@@ -64,10 +66,14 @@ def test_fifty_edits_hold_within_a_second(solving: Solving) -> None:
     ends = {model: end for model in lines}
     seconds: dict[str, list[float]] = {LOW: [], HIGH: []}
     for edit in reversed(edits):
-        seconds[edit.line].append(_until_in_force(edit, solving.arrived(edit.began - 5, edit.model), ends[edit.model]))
+        seconds[edit.line].append(
+            _until_in_force(edit, solving.arrived(edit.began - 5, edit.model), ends[edit.model])
+        )
         ends[edit.model] = edit.began
     everything = seconds[LOW] + seconds[HIGH]
-    print(f"{len(edits)} edits: {spread(everything)}; up: {spread(seconds[HIGH])}; down: {spread(seconds[LOW])}")
+    print(
+        f"{len(edits)} edits: {spread(everything)}; up: {spread(seconds[HIGH])}; down: {spread(seconds[LOW])}"
+    )
     assert len(edits) == 50
     assert max(everything) <= 1.0
 
@@ -94,7 +100,9 @@ def test_a_line_that_does_not_parse_and_a_variable_that_is_gone_change_nothing(s
     solving.api.delete_variable(f"traffic.{gone}")
     changed = time.monotonic()
     trouble = wait_for(
-        lambda: solving.rows("SELECT line, problem FROM traffic_troubles WHERE model = %s", wrong), 3, "the trouble"
+        lambda: solving.rows("SELECT line, problem FROM traffic_troubles WHERE model = %s", wrong),
+        3,
+        "the trouble",
     )
     wait_until(lambda: time.monotonic() > changed + 3, 5, "three seconds of sending")
     solving.stop_backlog()
@@ -103,7 +111,9 @@ def test_a_line_that_does_not_parse_and_a_variable_that_is_gone_change_nothing(s
     assert trouble[0][1]
     for model in (wrong, gone):
         assert solving.value("SELECT target FROM newest_targets WHERE model = %s", model) == "4/s"
-        assert len([at for at in solving.arrived(changed, model) if at < changed + 3]) >= 8  # 4/s, hardly slower
+        assert (
+            len([at for at in solving.arrived(changed, model) if at < changed + 3]) >= 8
+        )  # 4/s, hardly slower
     solving.set_target(wrong, "4/s")
     wait_until(lambda: not solving.rows("SELECT FROM traffic_troubles"), 3, "the trouble is over")
 
@@ -144,19 +154,25 @@ def test_a_worker_marked_failed_rests_its_model_until_it_is_cleared(solving: Sol
     solving.clear("work", 3, run)
     cleared = time.monotonic()
     back = wait_for(lambda: solving.arrived(cleared, model), 30, "the model is back")[0] - cleared
-    print(f"marked failed: the model's last arrival {resting_from:.2f} s later; cleared: back after {back:.2f} s")
+    print(
+        f"marked failed: the model's last arrival {resting_from:.2f} s later; cleared: back after {back:.2f} s"
+    )
     assert resting_from <= 3
     solving.until_drained(60)
     solving.assert_nothing_lost_or_doubled()
 
 
-def test_all_workers_leave_an_empty_queue_together_and_a_new_task_wakes_the_next_run(solving: Solving) -> None:
+def test_all_workers_leave_an_empty_queue_together_and_a_new_task_wakes_the_next_run(
+    solving: Solving,
+) -> None:
     began = time.monotonic()
     solving.insert(20)
     wait_for(lambda: solving.arrived(began), 60, "the first arrival")
     run = solving.run()["dag_run_id"]
     solving.until_drained(30)
-    wait_until(lambda: {t["state"] for t in solving.airflow_tasks(run)} == {"deferred"}, 30, "all workers at work")
+    wait_until(
+        lambda: {t["state"] for t in solving.airflow_tasks(run)} == {"deferred"}, 30, "all workers at work"
+    )
     warm = [_seconds_to_arrival(solving) for _ in range(12)]
     print(f"INSERT -> call, warm: {spread(warm)}")
 
@@ -187,7 +203,9 @@ def _seconds_to_arrival(solving: Solving) -> float:
 
 def _waits(solving: Solving, former_run: str) -> bool:
     run = solving.run()["dag_run_id"]
-    return run != former_run and [t["state"] for t in solving.airflow_tasks(run, "wait_for_work")] == ["deferred"]
+    return run != former_run and [t["state"] for t in solving.airflow_tasks(run, "wait_for_work")] == [
+        "deferred"
+    ]
 
 
 @pytest.fixture
@@ -219,7 +237,9 @@ def test_a_model_added_in_a_drain_leaves_no_model_idle(solving: Solving, newcome
     until = added + first + 5
     gaps = {model: _longest_gap(solving.arrived(added - 1, model), until) for model in before}
     longest = max(gaps, key=lambda model: gaps[model])
-    print(f"the newcomer's first call after {first:.1f} s; the longest gap of another: {gaps[longest]:.1f} s ({longest})")
+    print(
+        f"the newcomer's first call after {first:.1f} s; the longest gap of another: {gaps[longest]:.1f} s ({longest})"
+    )
     assert gaps[longest] <= 5.0
     assert first <= 15.0
 

@@ -21,10 +21,11 @@ SECOND = "triggerer-2"
 
 def test_a_killed_triggerer_is_followed_by_the_next(solving: Solving) -> None:
     _start(solving, 900)
+    known = _triggerers(solving)
     solving.stack.part("triggerer").kill()
     killed = time.monotonic()
     solving.stack.start_again("triggerer")
-    up = _running_since(solving, "triggerer", killed)
+    up = _until_up(solving, known)
     resumed = _resumed(solving, killed + 1)
     print(f"up {up - killed:.1f} s after the kill, sending again {resumed - killed:.1f} s after it")
     assert resumed - up <= RESUME_SECONDS
@@ -35,8 +36,9 @@ def test_a_killed_triggerer_is_followed_by_the_next(solving: Solving) -> None:
 @pytest.fixture
 def second(solving: Solving) -> Iterator[Part]:
     """One more triggerer, gone when the test is over; the first one runs then."""
+    known = _triggerers(solving)
     part = solving.stack.add_triggerer(SECOND)
-    _running_since(solving, SECOND, time.monotonic())
+    _until_up(solving, known)
     yield part
     if solving.stack.part(SECOND).running:
         solving.stack.part(SECOND).kill()
@@ -55,13 +57,17 @@ def test_a_triggerer_that_stood_still_is_fenced_off_and_a_killed_one_is_replaced
     for process in stopped:
         process.send_signal(signal.SIGCONT)
     woke = time.monotonic()
-    zombies = "SELECT count(*) FROM model_calls WHERE late AND outcome = 'answered' AND settlement <> 'solved'"
+    zombies = (
+        "SELECT count(*) FROM model_calls WHERE late AND outcome = 'answered' AND settlement <> 'solved'"
+    )
     solving.until_all_send(woke, 30)
 
     solving.stack.part(SECOND).kill()
     killed = time.monotonic()
     resumed = _resumed(solving, killed + 1)
-    print(f"killed: the first one sends {resumed - killed:.1f} s later; late answers refused: {solving.value(zombies)}")
+    print(
+        f"killed: the first one sends {resumed - killed:.1f} s later; late answers refused: {solving.value(zombies)}"
+    )
     assert resumed - killed <= RESUME_SECONDS
     solving.until_drained(120)
     solving.assert_nothing_lost_or_doubled()
@@ -82,14 +88,20 @@ def _stop(part: Part) -> list[psutil.Process]:
     return processes
 
 
-def _running_since(solving: Solving, name: str, since: float) -> float:
-    """When the triggerer runs triggers: it has said so in its log."""
-    part = solving.stack.part(name)
-    known = part.log.stat().st_size if since is None else 0
-    del known
-    return wait_for(lambda: time.monotonic() if "Starting the triggerer" in part.log_tail() else None, 60, name)
+def _triggerers(solving: Solving) -> set[int]:
+    """The ids under which triggerers ever reported to Airflow."""
+    jobs = solving.api.call("GET", "/jobs", params={"job_type": "TriggererJob", "limit": 100})["jobs"]
+    return {job["id"] for job in jobs}
+
+
+def _until_up(solving: Solving, known: set[int]) -> float:
+    """When one more triggerer than the `known` reported to Airflow."""
+    return wait_for(
+        lambda: time.monotonic() if _triggerers(solving) - known else None, 60, "the triggerer is up"
+    )
 
 
 def _resumed(solving: Solving, since: float) -> float:
-    """When the first call arrived that was claimed after `since`."""
-    return wait_for(lambda: solving.arrived(since), 60, "sending goes on")[0]
+    """When every model had been sent something after `since`."""
+    solving.until_all_send(since, 60)
+    return max(solving.arrived(since, model)[0] for model in solving.models)

@@ -205,7 +205,7 @@ async def test_claims_stay_cheap_while_a_snapshot_is_held(probe: Probe, database
         await reader.value("SELECT count(*) FROM queue")
         await _claim_and_settle(probe, 20_000)
         await probe.run("SELECT fold_counts()")
-        assert await _pages_of_a_claim(probe) < fresh + 400, "dead entries are walked again and again"
+        assert await _pages_of_a_claim(probe) < fresh + 25, "dead entries are walked again and again"
         # Of 20,000 deltas that were folded none is looked at again, though all are still there.
         assert await _pages_of(probe, "SELECT * FROM task_counts_now") < 20
         assert await probe.value("SELECT pg_relation_size('task_count_deltas') / 8192") > 100
@@ -221,7 +221,7 @@ async def test_without_a_floor_they_would_not(probe: Probe, database: str) -> No
     async with probing(database) as reader, reader.connection.transaction(isolation="repeatable_read"):
         await reader.value("SELECT count(*) FROM queue")
         await _claim_and_settle(probe, 5000)
-        assert await _pages_of_a_claim(probe) > fresh + 1000
+        assert await _pages_of_a_claim(probe) > fresh + 60
 
 
 # Plans. They are made while the tables are nearly empty, and kept by the session.
