@@ -14,6 +14,7 @@ import numpy as np
 from scipy.optimize import linprog
 
 WORST_PLACE = 1_000
+MOST_OWED = 3.0  # calls: a backlog that came late is not made up for at the cost of all others
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,37 +83,32 @@ def _transport(worth: np.ndarray, capacity: np.ndarray, backlog: np.ndarray) -> 
 class PullOrder:
     """In which order one model asks for categories: where it is furthest behind its share comes first.
 
-    All known categories are in the order, those without a share last and by quality: no quota is idle.
+    Smooth weighted round robin: each pull earns every category its share, and costs the one that was pulled a
+    whole call. Debts survive a change of shares, which come anew every second, but are bounded. All known
+    categories are in the order, those without a share last and by quality: no quota is idle.
     """
 
     places: Mapping[str, int]  # category -> this model's place there
     wanted: Mapping[str, float] = field(default_factory=dict)
-    pulled: dict[str, int] = field(default_factory=dict)
+    owed: dict[str, float] = field(default_factory=dict)
 
     def aim(self, wanted: Mapping[str, float], places: Mapping[str, int]) -> None:
-        """Take new shares; what was pulled under the old ones is forgotten when they differ."""
-        if dict(wanted) != dict(self.wanted):
-            self.pulled = {}
-        self.wanted = dict(wanted)
-        self.places = dict(places)
+        """Take new shares; what is owed from before stays."""
+        self.wanted = wanted
+        self.places = places
 
     def took(self, category: str) -> None:
         """One task of this category was pulled."""
-        self.pulled[category] = self.pulled.get(category, 0) + 1
+        for name in {*self.wanted, category}:
+            owed = self.owed.get(name, 0.0) + self.wanted.get(name, 0.0) - (name == category)
+            self.owed[name] = max(-MOST_OWED, min(MOST_OWED, owed))
 
     def categories(self, known: Sequence[str]) -> list[str]:
         """The order in which to ask now."""
-        total = sum(self.pulled.values()) + 1
-
-        def behind(category: str) -> float:
-            return self.wanted.get(category, 0.0) * total - self.pulled.get(category, 0)
 
         def key(category: str) -> tuple[bool, float, float]:
-            has_share = self.wanted.get(category, 0.0) > 0
-            return (
-                not has_share,
-                -behind(category) if has_share else 0.0,
-                -quality(self.places.get(category)),
-            )
+            share = self.wanted.get(category, 0.0)
+            behind = share + self.owed.get(category, 0.0) if share > 0 else 0.0
+            return (share <= 0, -behind, -quality(self.places.get(category)))
 
         return sorted(known, key=key)

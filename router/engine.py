@@ -63,6 +63,7 @@ class Engine:
         self.addresses = addresses
         self.config = config
         self._read_variables = read_variables
+        self._open = contextlib.AsyncExitStack()
         self._duties = Duties()
         self._calls: dict[asyncio.Task[None], uuid.UUID] = {}
         self._runs: dict[str, tuple[frozenset[str], int]] = {}  # run -> its models, workers here
@@ -81,23 +82,37 @@ class Engine:
 
     async def start(self) -> None:
         """Connect, begin the lease, put the last good targets in force, take up the duties."""
+        try:
+            await self._connect()
+        except BaseException:
+            await self._open.aclose()
+            raise
+        self._take_up_duties()
+
+    async def _connect(self) -> None:
         worker = self.config.worker
         self.pool: asyncpg.Pool = await open_pool(
             self.addresses.database_url, connections=worker.pool_connections
         )
+        self._open.push_async_callback(self.pool.close)
         self.redis = redis.asyncio.Redis.from_url(
             self.addresses.redis_url, socket_timeout=5, socket_connect_timeout=5, max_connections=64
         )
+        self._open.push_async_callback(self.redis.aclose)
         self.limiter = TrafficLimiter(self.redis, self._past_calls, settings=LimiterSettings.of(self.config))
+        self._open.push_async_callback(self.limiter.aclose)
         self.queue = TaskQueue(self.pool, host=socket.gethostname())
         self.backend = ModelsBackend(self.addresses.backend_url, self.config.backend)
-        await self.backend.__aenter__()
+        await self._open.enter_async_context(self.backend)
         self.watch = TrafficWatch(self.pool, self.limiter)
         await self.queue.start()
         self._alive_at = time.monotonic()
         self.roster: Roster = await roster_of.read_roster(self.pool)
         await self._first_targets()
         self.state = await self.queue.state([])
+
+    def _take_up_duties(self) -> None:
+        worker = self.config.worker
         self._duties.take_up(self._listen_step, 1.0, "listen")
         self._duties.take_up(self._heartbeat_step, worker.heartbeat_seconds, "heartbeat")
         self._duties.take_up(self._state_step, STATE_SECONDS, "state", wake=self._control)
@@ -123,10 +138,7 @@ class Engine:
         await asyncio.gather(*self._calls, return_exceptions=True)
         with contextlib.suppress(RouterError):
             await self.queue.release()
-        await self.backend.close()
-        await self.limiter.aclose()
-        await self.redis.aclose()
-        await asyncio.wait_for(self.pool.close(), timeout=5)
+        await self._open.aclose()
 
     # What workers use.
 

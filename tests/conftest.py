@@ -19,6 +19,8 @@ from router.roster import sync_roster
 from router.settings import load_config
 from tests.queueing import Probe, probing
 
+pytest_plugins = ["tests.solving"]
+
 _numbers = itertools.count()
 
 

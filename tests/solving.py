@@ -1,7 +1,7 @@
-"""The whole product at work, for the tests that need Airflow: one embedded stack a session, and words to ask it.
+"""The whole product at work, for the tests that need Airflow: one embedded stack a session, and words for it.
 
-Loaded as a plugin by `tests/conftest.py`. The stack's config is a copy of `config/` in which an empty queue ends
-a run sooner; its backend serves one model more than the roster names.
+Loaded as a plugin by `tests/conftest.py`. The stack's config is a copy of `config/` in which an empty queue
+ends a run sooner; its backend serves one model more than the roster names.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import psycopg2
 import pytest
 
 from bench.judge import Arrival, TargetChange, Verdict, judge
-from local.airflow_api import AirflowApi, AirflowApiError
+from local.airflow_api import AirflowApi
 from local.plan import StackOptions
 from local.stack import Stack
 from router.settings import DEFAULT_CONFIG_FOLDER, load_config
@@ -186,7 +186,7 @@ class Solving:
         )
 
     def assert_nothing_lost_or_doubled(self) -> None:
-        """Every task has one kept answer, which a call at the door gave; no call came twice, none is unknown."""
+        """Every task has one kept answer, which a call at the door gave; no call came twice, all are known."""
         assert self.unsolved() == 0
         assert self.value("SELECT count(*) FROM queue") == 0
         assert self.rows("SELECT id, failure FROM tasks WHERE status <> 'solved'") == []
@@ -218,6 +218,11 @@ def wait_for(look: Callable[[], T | None], seconds: float, what: str) -> T:
 
 def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:
     wait_for(condition, seconds, what)
+
+
+def say(figures: str) -> None:
+    """Show what was measured (`pytest -s`, or when the test fails)."""
+    print(figures)  # noqa: T201 - this is what it is for
 
 
 def spread(seconds: Sequence[float]) -> str:

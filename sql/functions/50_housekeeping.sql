@@ -160,8 +160,8 @@ BEGIN
     SELECT category, sum(unsolved), sum(solved), sum(failed)
       FROM (SELECT category, count(*) AS unsolved, 0 AS solved, 0 AS failed FROM queue GROUP BY category
             UNION ALL
-            SELECT known_category(category), 0, sum(n) FILTER (WHERE status = 'solved'),
-                   sum(n) FILTER (WHERE status = 'failed')
+            SELECT known_category(category), 0, coalesce(sum(n) FILTER (WHERE status = 'solved'), 0),
+                   coalesce(sum(n) FILTER (WHERE status = 'failed'), 0)
               FROM (SELECT category, status, count(*) AS n FROM tasks WHERE status <> 'unsolved' GROUP BY 1, 2) AS t
              GROUP BY 1) AS parts (category, unsolved, solved, failed)
      GROUP BY category;

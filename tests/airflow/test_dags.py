@@ -68,7 +68,7 @@ def test_parsing_talks_to_nobody(parsed: dict[str, Any]) -> None:
 
 
 def test_parsing_is_quick(parsed: dict[str, Any]) -> None:
-    print("parsed in", parsed["seconds"])
+    say(f"parsed in {parsed['seconds']} s")
     assert max(parsed["seconds"].values()) < PARSE_SECONDS
 
 
@@ -78,7 +78,7 @@ def test_every_dag_says_what_it_is_for(parsed: dict[str, Any]) -> None:
 
 
 def test_solve_tasks_waits_assigns_works_and_reports(parsed: dict[str, Any]) -> None:
-    assert parsed["dags"]["solve_tasks"]["tasks"] == ["wait_for_work", "assign_models", "work", "report"]
+    assert set(parsed["dags"]["solve_tasks"]["tasks"]) == {"wait_for_work", "assign_models", "work", "report"}
 
 
 @pytest.mark.parametrize("file", DAG_FILES, ids=lambda file: file.name)

@@ -16,7 +16,7 @@ from bench.judge import TargetChange, print_verdict
 from router.roster import sync_roster
 from router.settings import load_config
 from router.traffic import TrafficTarget
-from tests.solving import DAG, IDLE_LEAVE_SECONDS, NEWCOMER, Edit, Solving, spread, wait_for, wait_until
+from tests.solving import DAG, IDLE_LEAVE_SECONDS, NEWCOMER, Edit, Solving, say, spread, wait_for, wait_until
 
 pytestmark = [pytest.mark.airflow, pytest.mark.timeout(180)]
 
@@ -42,7 +42,7 @@ def test_a_backlog_is_solved_once_and_within_every_target(solving: Solving) -> N
     verdict = solving.judged(all_send, end - 1.0)
     print_verdict(verdict)
     used = [model.use for model in verdict.models.values() if model.use is not None]
-    print(f"all at work {all_send - inserted:.1f} s after the INSERT; use {min(used):.1%} to {max(used):.1%}")
+    say(f"all at work {all_send - inserted:.1f} s after the INSERT; use {min(used):.1%} to {max(used):.1%}")
     assert verdict.breach_count == 0
     assert sum(used) / len(used) > 0.9
 
@@ -63,7 +63,7 @@ def test_fifty_edits_hold_within_a_second(solving: Solving) -> None:
     end = time.monotonic()
     solving.stop_backlog()
 
-    ends = {model: end for model in lines}
+    ends = dict.fromkeys(lines, end)
     seconds: dict[str, list[float]] = {LOW: [], HIGH: []}
     for edit in reversed(edits):
         seconds[edit.line].append(
@@ -71,7 +71,7 @@ def test_fifty_edits_hold_within_a_second(solving: Solving) -> None:
         )
         ends[edit.model] = edit.began
     everything = seconds[LOW] + seconds[HIGH]
-    print(
+    say(
         f"{len(edits)} edits: {spread(everything)}; up: {spread(seconds[HIGH])}; down: {spread(seconds[LOW])}"
     )
     assert len(edits) == 50
@@ -81,8 +81,8 @@ def test_fifty_edits_hold_within_a_second(solving: Solving) -> None:
 def _until_in_force(edit: Edit, arrived: Sequence[float], until: float) -> float:
     """Seconds from the edit's return until the arrivals follow it.
 
-    Of a raise: until the first that the old target's gap would have held back. Of a lowering: until the last that
-    the new target's gap ought to have held back.
+    Of a raise: until the first that the old target's gap would have held back. Of a lowering: until the last
+    that the new target's gap ought to have held back.
     """
     slow_gap = TrafficTarget.parse(LOW).gap_seconds * JITTER
     close = [b for a, b in itertools.pairwise(arrived) if edit.returned < b < until and b - a < slow_gap]
@@ -132,7 +132,7 @@ def test_pausing_the_dag_stops_sending_and_unpausing_goes_on(solving: Solving) -
     solving.api.pause(DAG, paused=False)
     unpaused = time.monotonic()
     went_on = wait_for(lambda: solving.arrived(unpaused), 10, "sending goes on")[0] - unpaused
-    print(f"paused: the last arrival {stopped:.2f} s later; unpaused: the first {went_on:.2f} s later")
+    say(f"paused: the last arrival {stopped:.2f} s later; unpaused: the first {went_on:.2f} s later")
     assert stopped <= PAUSE_SECONDS
     assert went_on <= PAUSE_SECONDS
     assert lost == solving.value("SELECT count(*) FROM model_calls WHERE outcome = 'lost'")
@@ -154,9 +154,7 @@ def test_a_worker_marked_failed_rests_its_model_until_it_is_cleared(solving: Sol
     solving.clear("work", 3, run)
     cleared = time.monotonic()
     back = wait_for(lambda: solving.arrived(cleared, model), 30, "the model is back")[0] - cleared
-    print(
-        f"marked failed: the model's last arrival {resting_from:.2f} s later; cleared: back after {back:.2f} s"
-    )
+    say(f"marked failed: its last arrival {resting_from:.2f} s later; cleared: back after {back:.2f} s")
     assert resting_from <= 3
     solving.until_drained(60)
     solving.assert_nothing_lost_or_doubled()
@@ -174,21 +172,21 @@ def test_all_workers_leave_an_empty_queue_together_and_a_new_task_wakes_the_next
         lambda: {t["state"] for t in solving.airflow_tasks(run)} == {"deferred"}, 30, "all workers at work"
     )
     warm = [_seconds_to_arrival(solving) for _ in range(12)]
-    print(f"INSERT -> call, warm: {spread(warm)}")
+    say(f"INSERT -> call, warm: {spread(warm)}")
 
     drained = time.monotonic()
     over = solving.until_run_is_over(run, 60)
-    print(f"the run ended {time.monotonic() - drained:.1f} s after the queue was empty")
+    say(f"the run ended {time.monotonic() - drained:.1f} s after the queue was empty")
     assert over["state"] == "success"
     left = [worker["end_date"] for worker in solving.airflow_tasks(run)]
     assert {worker["state"] for worker in solving.airflow_tasks(run)} == {"success"}
-    print(f"the workers left between {min(left)} and {max(left)}")
+    say(f"the workers left between {min(left)} and {max(left)}")
     assert solving.value("SELECT reason FROM runs WHERE run = %s", run) == "the queue was empty"
     assert time.monotonic() - drained >= IDLE_LEAVE_SECONDS - 2
 
     wait_until(lambda: _waits(solving, run), 30, "the next run waits for work")
     cold = _seconds_to_arrival(solving)
-    print(f"INSERT -> call, cold: {cold:.2f} s")
+    say(f"INSERT -> call, cold: {cold:.2f} s")
     assert sorted(warm)[len(warm) // 2] <= 0.15
     assert cold <= 5.0
 
@@ -237,8 +235,8 @@ def test_a_model_added_in_a_drain_leaves_no_model_idle(solving: Solving, newcome
     until = added + first + 5
     gaps = {model: _longest_gap(solving.arrived(added - 1, model), until) for model in before}
     longest = max(gaps, key=lambda model: gaps[model])
-    print(
-        f"the newcomer's first call after {first:.1f} s; the longest gap of another: {gaps[longest]:.1f} s ({longest})"
+    say(
+        f"the newcomer's first call after {first:.1f} s; longest gap of another: {gaps[longest]:.1f} s ({longest})"
     )
     assert gaps[longest] <= 5.0
     assert first <= 15.0

@@ -1,4 +1,4 @@
-"""What an operator does in Airflow's own pages, in a real browser: log in, edit a Variable, unpause the DAG."""
+"""What an operator does in Airflow's own pages, in a real browser: log in, edit a Variable, switch the DAG."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.expected_conditions import element_to_be_clickable
 from selenium.webdriver.support.wait import WebDriverWait
 
-from tests.solving import DAG, Solving, wait_for, wait_until
+from tests.solving import DAG, Solving, say, wait_for, wait_until
 
 pytestmark = [pytest.mark.airflow, pytest.mark.timeout(180)]
 
@@ -106,7 +106,7 @@ def test_editing_a_variable_in_airflows_form_changes_the_traffic(solving: Solvin
     saved = time.monotonic()
     in_force = "SELECT target FROM newest_targets WHERE model = %s"
     wait_until(lambda: solving.value(in_force, model) == "3/s, 20 at once", 5, "the edit is in force")
-    print(f"saved in the form -> in force: {time.monotonic() - saved:.2f} s")
+    say(f"saved in the form -> in force: {time.monotonic() - saved:.2f} s")
     page.open("/variables")
     page.find(By.XPATH, f"//tr[.//text()='traffic.{model}' and .//text()='3/s, 20 at once']")
     page.show("variables")

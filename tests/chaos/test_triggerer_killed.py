@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from local.parts import Part
-from tests.solving import LEASE_SECONDS, Solving, wait_for, wait_until
+from tests.solving import LEASE_SECONDS, Solving, say, wait_for, wait_until
 
 pytestmark = [pytest.mark.airflow, pytest.mark.timeout(180)]
 
@@ -27,7 +27,7 @@ def test_a_killed_triggerer_is_followed_by_the_next(solving: Solving) -> None:
     solving.stack.start_again("triggerer")
     up = _until_up(solving, known)
     resumed = _resumed(solving, killed + 1)
-    print(f"up {up - killed:.1f} s after the kill, sending again {resumed - killed:.1f} s after it")
+    say(f"up {up - killed:.1f} s after the kill, sending again {resumed - killed:.1f} s after it")
     assert resumed - up <= RESUME_SECONDS
     solving.until_drained(90)
     solving.assert_nothing_lost_or_doubled()
@@ -51,7 +51,7 @@ def test_a_triggerer_that_stood_still_is_fenced_off_and_a_killed_one_is_replaced
     stopped = _stop(solving.stack.part("triggerer"))
     stood_still = time.monotonic()
     resumed = _resumed(solving, stood_still + 1)
-    print(f"stood still: the other sends {resumed - stood_still:.1f} s later")
+    say(f"stood still: the other sends {resumed - stood_still:.1f} s later")
     lost = "SELECT count(*) FROM model_calls WHERE outcome = 'lost' AND finished_at > now() - interval '1 minute'"
     wait_until(lambda: solving.value(lost) > 0, 30, "the claims of the one that stands still are released")
     for process in stopped:
@@ -65,9 +65,7 @@ def test_a_triggerer_that_stood_still_is_fenced_off_and_a_killed_one_is_replaced
     solving.stack.part(SECOND).kill()
     killed = time.monotonic()
     resumed = _resumed(solving, killed + 1)
-    print(
-        f"killed: the first one sends {resumed - killed:.1f} s later; late answers refused: {solving.value(zombies)}"
-    )
+    say(f"killed: the first one sends {resumed - killed:.1f} s later; late answers: {solving.value(zombies)}")
     assert resumed - killed <= RESUME_SECONDS
     solving.until_drained(120)
     solving.assert_nothing_lost_or_doubled()

@@ -258,6 +258,12 @@ async def test_recount_puts_counters_right_whatever_happened_to_them(probe: Prob
     await probe.assert_counts_exact()
 
 
+async def test_recount_of_a_category_that_holds_but_one_kind(probe: Probe) -> None:
+    await probe.add(status="solved")
+    await probe.run("SELECT recount_tasks()")
+    assert await probe.counts() == {"general": (0, 1, 0)}
+
+
 async def test_counters_of_another_cluster_in_a_restored_dump_hide_nothing(probe: Probe) -> None:
     # A dump brings the fold's mark along: a transaction number that has not been reached here yet.
     await probe.run("INSERT INTO task_count_folds VALUES ('4000000000')")

@@ -262,8 +262,8 @@ async def test_a_deleted_task_leaves_nothing_behind(addresses: Addresses) -> Non
     async with running(addresses, config()) as engine, working(engine, "phi-4"):
         await until(lambda: calls(addresses) >= 1)
         ask(addresses, "DELETE FROM tasks")
+        await until(lambda: calls(addresses, "outcome IS NULL") == 0)
         await until(lambda: engine.in_flight() == 0)
-        assert calls(addresses, "outcome IS NULL") == 0
         assert ask(addresses, "SELECT * FROM queue") == []
 
 
