@@ -1,12 +1,12 @@
-"""The old flow as it was, rebuilt to be measured beside the new one: parts, batches of ten, and a barrier a run.
+"""The old flow as it was, rebuilt to be measured beside the new one: parts, batches of ten, a barrier a run.
 
-A run reads the unsolved tasks and cuts them into equal parts, one a worker (a thread here; a mapped Airflow task
-there). A worker sends ten prompts to the Models Backend's /batch, which answers when the slowest of them is done,
-writes the answers in one transaction, and takes its next ten, until its part is empty or its limit has passed.
-When all workers have ended, the next run begins after the gap that Airflow needs.
+A run reads the unsolved tasks and cuts them into equal parts, one a worker (a thread here; a mapped Airflow
+task there). A worker sends ten prompts to the Models Backend's /batch, which answers when the slowest of them
+is done, writes the answers in one transaction, and takes its next ten, until its part is empty or its limit
+has passed. When all workers have ended, the next run begins after the gap that Airflow needs.
 
-It is given every benefit: connections that stay open, one round trip a write, a table without triggers, and at
-the limit it ends its batch instead of losing it.
+It is given every benefit: connections that stay open, one round trip a write, a table without triggers, and
+at the limit it ends its batch instead of losing it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Task = tuple[int, str]
 
 @dataclass(frozen=True, slots=True)
 class OldFlow:
-    """The old flow against one database and one Models Backend; `time_scale` divides its limit and its gap."""
+    """The old flow on one database and one Models Backend; `time_scale` divides its limit and its gap."""
 
     database_url: str
     backend_url: str

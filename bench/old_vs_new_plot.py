@@ -19,16 +19,16 @@ def draw(results: Sequence[Result], at_once: int, path: Path) -> None:
     import matplotlib as mpl  # noqa: PLC0415 - slow to import, and only this needs it
 
     mpl.use("Agg")
-    from matplotlib import pyplot  # noqa: PLC0415 - as above, and after the backend is chosen
+    from matplotlib import pyplot as plt  # noqa: PLC0415 - as above, and after the backend is chosen
 
-    figure, axes = pyplot.subplots(len(results), 2, figsize=(12, 3.2 * len(results)), squeeze=False)
+    figure, axes = plt.subplots(len(results), 2, figsize=(12, 3.2 * len(results)), squeeze=False)
     for result, (left, right) in zip(results, axes, strict=True):
         _in_flight(left, result, at_once)
         _throughput(right, result)
     axes[0][0].legend(loc="upper right", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    plt.close(figure)
 
 
 def _in_flight(axis: Any, result: Result, at_once: int) -> None:

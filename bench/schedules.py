@@ -1,8 +1,9 @@
-"""What a schedule of given calls comes to, computed: the ideal one, and the old flow with and without its waits.
+"""What a schedule of given calls comes to, computed: the ideal one, and the old flow with and without waits.
 
-The old flow: a run cuts the unsolved tasks into equal parts, one a worker; a worker sends ten at once, waits for
-the slowest of the ten, writes, takes the next ten, and stops at its limit; when all workers have ended, the next
-run follows after a gap. Each wait can be taken out alone, so that its price shows on the same drawn latencies.
+The old flow: a run cuts the unsolved tasks into equal parts, one a worker; a worker sends ten at once, waits
+for the slowest of the ten, writes, takes the next ten, and stops at its limit; when all workers have ended,
+the next run follows after a gap. Each wait can be taken out alone, so that its price shows on the same drawn
+latencies.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ Admit = Callable[[float], bool]
 class OldShape:
     """How the old flow works. Times in seconds.
 
-    waits_for_batch: a worker takes the next ten only when the slowest of the last ten is done; else each of its
-    places takes the next task by itself. own_parts: each worker has its part; else all take from one list.
-    killed_at_limit: what is in flight at the limit is lost and done again; else a batch that began may end.
+    waits_for_batch: a worker takes the next ten only when the slowest of the last ten is done; else each of
+    its places takes the next task by itself. own_parts: each worker has its part; else all take from one
+    list. killed_at_limit: what is in flight at the limit is lost and done again; else a batch may end.
     """
 
     workers: int = 20
@@ -46,8 +47,9 @@ class OldRun:
     """What the old flow came to. `seconds` is when the last answer was there.
 
     Of all its places' time (`seconds` x calls at once), `working` was spent in calls that were kept,
-    `for_batch` in waiting for the slowest of ten (and in lost calls), `for_workers` in waiting for the slowest
-    worker of a run, `for_restart` between runs; all four in place-seconds. `sent` counts calls, refused ones too.
+    `for_batch` in waiting for the slowest of ten (and in lost calls), `for_workers` in waiting for the
+    slowest worker of a run, `for_restart` between runs; all four in place-seconds. `sent` counts calls,
+    refused ones too.
     """
 
     seconds: float = 0.0
@@ -69,7 +71,7 @@ def ideal_seconds(latencies: Sequence[float], slots: int) -> float:
 
 
 def cut(tasks: Sequence[int], parts: int) -> list[list[int]]:
-    """The tasks in `parts` equal parts, in order; the first ones hold one more if it does not come out even."""
+    """The tasks in `parts` equal parts, in order; the first ones hold one more if need be."""
     size, more = divmod(len(tasks), parts)
     ends = list(itertools.accumulate([size + (part < more) for part in range(parts)], initial=0))
     return [list(tasks[low:high]) for low, high in itertools.pairwise(ends)]
@@ -95,7 +97,7 @@ def simulate_old(latencies: Sequence[float], shape: OldShape, admit: Admit | Non
 
 
 class _Run:
-    """One run of the DAG. A *unit* is what sends together and waits together: a worker, or one of its places."""
+    """One run of the DAG. A *unit* sends together and waits together: a worker, or one of its places."""
 
     def __init__(
         self, latencies: Sequence[float], shape: OldShape, admit: Admit | None, start: float, total: OldRun

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from local.postgres import PostgresServer
 from local.redis import RedisServer
 from models_backend.answers import compose_answer
 from models_backend.latency import latency_seconds
-from models_backend.process import BackendServer, start_backend
+from models_backend.process import start_backend
 from router.database import connect, migrate, rows
 from router.engine import Engine
 from router.roster import sync_roster
@@ -37,11 +38,12 @@ LOOK_SECONDS = 0.05
 START_SECONDS = 60.0
 OVERTIME = 20.0  # times the ideal, after which something is broken
 
-# shape -> the stand-in's --latency, and how much faster than real it is run: some 200 calls a second at the most.
+# shape -> the stand-in's --latency, and how much faster than real it is run: 60 to 90 calls a second, which a
+# small machine can follow, so that what is measured is the schedule.
 SHAPES = {
     "even": ("even:1:120", 20.0),
-    "lognormal": ("lognormal:12:1:1:120", 20.0),
-    "llmperf": ("llmperf", 3.0),
+    "lognormal": ("lognormal:12:1:1:120", 8.0),
+    "llmperf": ("llmperf", 1.2),
 }
 
 
@@ -150,7 +152,8 @@ def measure(shape: str, bench: Bench, parts: Parts) -> Result:
     texts = prompts(bench.tasks, bench.seed)
     drawn = drawn_latencies(shape, bench.tasks, bench.seed)
     ideal = ideal_seconds(drawn, bench.old.at_once)
-    arguments = ("--latency", latency, "--time-scale", str(scale), "--seed", str(bench.seed), "--also", ENDPOINT)
+    arguments = ("--latency", latency, "--time-scale", str(scale), "--seed", str(bench.seed),
+                 "--also", ENDPOINT)  # fmt: skip
 
     old_url = parts.postgres.create_database(f"old_{shape}")
     backend = start_backend(parts.folder / f"old-{shape}", *arguments)
@@ -161,16 +164,15 @@ def measure(shape: str, bench: Bench, parts: Parts) -> Result:
     new_url = parts.postgres.create_database(f"new_{shape}")
     backend_of_new = start_backend(parts.folder / f"new-{shape}", *arguments)
     try:
-        addresses = Addresses(
-            database_url=new_url, redis_url=parts.redis.url, backend_url=backend_of_new.url
-        )
+        addresses = Addresses(database_url=new_url, redis_url=parts.redis.url, backend_url=backend_of_new.url)
         new_began = _solve_new(addresses, texts, bench.old.at_once, START_SECONDS + OVERTIME * ideal / scale)
     finally:
         backend_of_new.stop()
+    given: dict[str, Any] = {"drawn_seconds": sum(drawn), "scale": scale, "at_once": bench.old.at_once}
     return Result(
         shape=shape, latency=latency, time_scale=scale, tasks=len(texts),
-        old=_flow(old_url, backend, old_began, sum(drawn), scale, bench.old.at_once),
-        new=_flow(new_url, backend_of_new, new_began, sum(drawn), scale, bench.old.at_once),
+        old=_flow(old_url, backend.arrivals(), old_began, **given),
+        new=_flow(new_url, backend_of_new.arrivals(), new_began, **given),
         old_runs=old_began.runs, old_simulated=simulate_old(drawn, bench.old), ideal_seconds=ideal,
         load_average=os.getloadavg()[0],
     )  # fmt: skip
@@ -188,17 +190,19 @@ def _solve_old(url: str, backend_url: str, texts: Sequence[str], shape: OldShape
 def _solve_new(addresses: Addresses, texts: Sequence[str], at_once: int, patience_seconds: float) -> _Began:
     target = f"{at_once // len(MODELS)} at once, burst"
     config = RouterConfig(
-        models={
-            name: ModelSettings(endpoint=ENDPOINT, target=target, ranks={CATEGORY: place}, max_tokens=MAX_TOKENS)
-            for place, name in enumerate(MODELS, start=1)
-        },
+        models={name: _model(target, place) for place, name in enumerate(MODELS, start=1)},
         categories=(CATEGORY,),
     )
     migrate(addresses.database_url)
     with connect(addresses.database_url) as connection:
         sync_roster(connection, config)
-        rows(connection, "INSERT INTO tasks (prompt, category) SELECT unnest(%s), %s", (list(texts), CATEGORY))
+        insert = "INSERT INTO tasks (prompt, category) SELECT unnest(%s), %s"
+        rows(connection, insert, (list(texts), CATEGORY))
     return asyncio.run(_run_engine(Engine(addresses, config), len(texts), patience_seconds))
+
+
+def _model(target: str, place: int) -> ModelSettings:
+    return ModelSettings(endpoint=ENDPOINT, target=target, ranks={CATEGORY: place}, max_tokens=MAX_TOKENS)
 
 
 async def _run_engine(engine: Engine, tasks: int, patience_seconds: float) -> _Began:
@@ -220,15 +224,13 @@ async def _run_engine(engine: Engine, tasks: int, patience_seconds: float) -> _B
 
 
 def _flow(
-    url: str, backend: BackendServer, began: _Began, drawn_seconds: float, scale: float, at_once: int
+    url: str, calls: list[dict[str, Any]], began: _Began, *, drawn_seconds: float, scale: float, at_once: int
 ) -> Flow:
     """What the tasks in Postgres and the stand-in's arrival log say of one flow."""
     with connect(url) as connection:
-        solved = rows(
-            connection, "SELECT extract(epoch FROM solved_at)::float8 AS at FROM tasks WHERE status = 'solved'"
-        )
+        select = "SELECT extract(epoch FROM solved_at)::float8 AS at FROM tasks WHERE status = 'solved'"
+        solved = rows(connection, select)
     answered = (np.sort([row["at"] for row in solved]) - began.wall) * scale
-    calls = backend.arrivals()
     sent = (np.sort([call["at"] for call in calls]) - began.monotonic) * scale
     ended = (np.sort([call["ended_at"] for call in calls]) - began.monotonic) * scale
     steps = np.concatenate([np.ones(len(sent)), -np.ones(len(ended))])

@@ -100,7 +100,11 @@ def task_facts(connection: Connection, id_prefix: str) -> TaskFacts:
 def make_report(
     connection: Connection, id_prefix: str, arrival_log: Path, started: float, since: float
 ) -> DemoReport:
-    """Judge the demo commanded at `started` (Unix epoch), by the arrivals from `since` (monotonic) on."""
+    """Judge the demo commanded at `started` (Unix epoch), by the arrivals from `since` (monotonic) on.
+
+    Use is that between the first send and the one with which all tasks could have been sent: until then there
+    was a backlog for certain. What it took to begin shows in the seconds, which count from the first task.
+    """
     facts = task_facts(connection, id_prefix)
     to_monotonic = time.monotonic() - time.time()
     changes = [
@@ -113,13 +117,13 @@ def make_report(
             facts, None, None, None, judge(arrivals, changes, backlog_from=None, backlog_until=None)
         )
     began = facts.began + to_monotonic
-    last_sent = max((arrival.at for arrival in arrivals), default=began)
+    sent = sorted(arrival.at for arrival in arrivals)
     return DemoReport(
         facts,
         seconds=facts.last_answer - facts.began,
         seconds_to_first_answer=facts.first_answer - started,
         bound_seconds=_bound_seconds(changes, arrivals, facts.tasks, began),
-        verdict=judge(arrivals, changes, backlog_from=began, backlog_until=last_sent),
+        verdict=judge(arrivals, changes, backlog_from=sent[0], backlog_until=sent[: facts.tasks][-1]),
     )
 
 

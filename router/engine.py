@@ -45,7 +45,7 @@ UNLIMITED_CALL_SECONDS = 5.0  # how long a call is taken to last where only call
 
 ROSTER_CHANGED = "the roster changed"
 DRAINED = "the queue was empty"
-HANDOVER_SECONDS = 30.0  # a run ends and the next one's workers are there within seconds
+HANDOVER_SECONDS = 30.0  # workers come and go one by one; all of a run are there within seconds
 
 ReadVariables = Callable[[list[str]], Awaitable[Mapping[str, "str | None"]]]
 
@@ -67,7 +67,7 @@ class Engine:
         self._duties = Duties()
         self._calls: dict[asyncio.Task[None], uuid.UUID] = {}
         self._runs: dict[str, tuple[frozenset[str], int]] = {}  # run -> its models, workers here
-        self._pulls_between_runs: dict[str, asyncio.Task[None]] = {}
+        self._pulls_handed_over: dict[str, asyncio.Task[None]] = {}
         self._woken = asyncio.Event()
         self._control = asyncio.Event()
         self._empty_since: float | None = None
@@ -126,7 +126,7 @@ class Engine:
 
     async def stop(self, *, grace_seconds: float = 5.0) -> None:
         """End the duties, wait for calls in flight, give back what was not sent, close everything."""
-        pulls = list(self._pulls_between_runs.values())
+        pulls = list(self._pulls_handed_over.values())
         for pulling in pulls:
             pulling.cancel()
         await asyncio.gather(*pulls, return_exceptions=True)
@@ -142,12 +142,13 @@ class Engine:
 
     # What workers use.
 
-    def join(self, run: str, models: frozenset[str]) -> None:
-        """A worker of this run is here."""
+    def join(self, run: str, models: frozenset[str]) -> bool:
+        """A worker of this run is here; True if it is the run's first in this process."""
         _, workers = self._runs.get(run, (models, 0))
         self._runs[run] = (models, workers + 1)
         self._empty_since = None
         self._control.set()
+        return workers == 0
 
     def part(self, run: str) -> None:
         """A worker of this run is gone."""
@@ -158,34 +159,34 @@ class Engine:
             del self._runs[run]
 
     def hand_over(self, model: str, pulling: asyncio.Task[None]) -> None:
-        """Keep this pulling alive between two runs: until take_over, at most HANDOVER_SECONDS."""
-        self._pulls_between_runs[model] = pulling
+        """Keep this pulling alive while no worker is there: until take_over, at most HANDOVER_SECONDS."""
+        self._pulls_handed_over[model] = pulling
         ending = asyncio.get_running_loop().call_later(HANDOVER_SECONDS, pulling.cancel)
         pulling.add_done_callback(lambda _task: ending.cancel())
         pulling.add_done_callback(lambda task: self._end_of_handover(model, task))
 
     def _end_of_handover(self, model: str, pulling: asyncio.Task[None]) -> None:
-        if self._pulls_between_runs.get(model) is pulling:
-            del self._pulls_between_runs[model]
+        if self._pulls_handed_over.get(model) is pulling:
+            del self._pulls_handed_over[model]
 
     def hands_over(self, model: str) -> bool:
-        """Whether the model is pulled for between two runs."""
-        return model in self._pulls_between_runs
+        """Whether the model is pulled for while its worker is not there."""
+        return model in self._pulls_handed_over
 
     def handed_over(self, pulling: asyncio.Task[None]) -> bool:
         """Whether this pulling is the engine's now."""
-        return pulling in self._pulls_between_runs.values()
+        return pulling in self._pulls_handed_over.values()
 
     def take_over(self, model: str) -> None:
-        """The next run's worker is here: end the pulling between the runs."""
-        pulling = self._pulls_between_runs.get(model)
+        """The model's worker is here: end the pulling in its place."""
+        pulling = self._pulls_handed_over.get(model)
         if pulling is not None:
             pulling.cancel()
 
     @property
     def idle(self) -> bool:
         """True when nobody pulls here and no call is in flight."""
-        return not self._runs and not self._calls and not self._pulls_between_runs
+        return not self._runs and not self._calls and not self._pulls_handed_over
 
     def left(self, run: str) -> str | None:
         """Why the run is over; None while it goes on."""

@@ -12,6 +12,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from functools import partial
 
 from router.assignment import PullOrder
@@ -55,8 +56,10 @@ class Worker:
         Cancelled, it stops pulling at once; what it claimed but did not send is given back.
         """
         engine = self._engine
-        engine.join(self._run, self._models)
+        first = engine.join(self._run, self._models)
         engine.take_over(self.model)
+        if first:
+            self._pull_for(self._models - {self.model})
         pulling = self._start_pulling()
         try:
             while (reason := engine.left(self._run)) is None:
@@ -80,11 +83,15 @@ class Worker:
 
     def _hand_over(self, pulling: asyncio.Task[None]) -> None:
         """Let the engine pull on, for this model and for new ones, until the next run's workers are there."""
-        engine = self._engine
-        engine.hand_over(self.model, pulling)
-        for model in engine.roster.models.keys() - self._models:
-            if not engine.hands_over(model):
-                engine.hand_over(model, Worker(engine, model, self._run)._start_pulling())  # noqa: SLF001 - its own class
+        self._engine.hand_over(self.model, pulling)
+        self._pull_for(self._engine.roster.models.keys() - self._models)
+
+    def _pull_for(self, models: AbstractSet[str]) -> None:
+        """Let the engine pull for models whose workers are on their way: Airflow starts them one by one."""
+        for model in models:
+            if not self._engine.hands_over(model):
+                pulling = Worker(self._engine, model, self._run)._start_pulling()  # noqa: SLF001 - its own class
+                self._engine.hand_over(model, pulling)
 
     async def _pull_forever(self) -> None:
         while True:
@@ -166,6 +173,7 @@ class Worker:
             self._one_less_ahead()
             why = f"the call reserves {claim.reserved_tokens} tokens, and the model's target allows {room}"
             await engine.queue.give_up(claim, why)
+            self._not_before = time.monotonic() + TROUBLE_SECONDS  # no send paces this
             return
         try:
             done = await self._call(claim, endpoint, timeout_seconds, going_out)

@@ -186,7 +186,7 @@ class Solving:
         )
 
     def assert_nothing_lost_or_doubled(self) -> None:
-        """Every task has one kept answer, which a call at the door gave; no call came twice, all are known."""
+        """Every task has one kept answer, which a call gave; no call came twice, and all are known."""
         assert self.unsolved() == 0
         assert self.value("SELECT count(*) FROM queue") == 0
         assert self.rows("SELECT id, failure FROM tasks WHERE status <> 'solved'") == []

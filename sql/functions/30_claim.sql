@@ -117,7 +117,7 @@ BEGIN
             RETURNING * INTO taken;
             EXIT WHEN NOT FOUND;
 
-            SELECT t.prompt, t.prompt_version, t.deadline_at,
+            SELECT t.prompt::text, t.prompt_version, t.deadline_at,
                    CASE WHEN t.max_tokens IS NOT NULL  -- greatest() and least() pass over NULL
                         THEN greatest(1, least(t.max_tokens, 2147483647)) END::integer AS max_tokens
               INTO task FROM tasks t WHERE t.id = taken.task_id AND t.status = 'unsolved';

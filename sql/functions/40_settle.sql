@@ -92,10 +92,10 @@ BEGIN
           FROM (SELECT p_call.rank >= 3 OR (p_call.rank = 2 AND before.status = 'failed') AS it) AS ends
          WHERE t.id = p_call.task_id AND t.prompt_version = p_call.prompt_version AND t.status = before.status
            AND coalesce(t.answer_rank, CASE WHEN t.status = 'solved' THEN 3 ELSE 0 END) < p_call.rank
-        RETURNING t.status, t.category INTO kept;
+        RETURNING t.status::text, t.category::text INTO kept;
         EXIT WHEN FOUND;
         IF NOT looked THEN
-            SELECT t.status, t.category, t.prompt_version INTO before
+            SELECT t.status::text, t.category::text, t.prompt_version INTO before
               FROM tasks t WHERE t.id = p_call.task_id FOR NO KEY UPDATE;
         END IF;
         IF looked OR before.prompt_version IS DISTINCT FROM p_call.prompt_version THEN

@@ -283,7 +283,7 @@ LANGUAGE plpgsql AS $$
 DECLARE
     task record;
 BEGIN
-    SELECT t.status, t.category INTO task FROM tasks t WHERE t.id = p_task_id FOR NO KEY UPDATE SKIP LOCKED;
+    SELECT t.status::text, t.category::text INTO task FROM tasks t WHERE t.id = p_task_id FOR NO KEY UPDATE SKIP LOCKED;
     IF FOUND AND task.status = 'unsolved' OR NOT FOUND AND EXISTS (SELECT FROM tasks t WHERE t.id = p_task_id) THEN
         RETURN false;
     END IF;

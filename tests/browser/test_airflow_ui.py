@@ -1,4 +1,4 @@
-"""What an operator does in Airflow's own pages, in a real browser: log in, edit a Variable, switch the DAG."""
+"""What an operator does in Airflow's own pages, in a browser: log in, edit a Variable, switch the DAG."""
 
 from __future__ import annotations
 

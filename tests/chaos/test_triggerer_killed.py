@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.airflow, pytest.mark.timeout(180)]
 
 RESUME_SECONDS = LEASE_SECONDS + 5.0
 SECOND = "triggerer-2"
+COUNT = "SELECT count(*) FROM model_calls WHERE"
 
 
 def test_a_killed_triggerer_is_followed_by_the_next(solving: Solving) -> None:
@@ -52,7 +53,7 @@ def test_a_triggerer_that_stood_still_is_fenced_off_and_a_killed_one_is_replaced
     stood_still = time.monotonic()
     resumed = _resumed(solving, stood_still + 1)
     say(f"stood still: the other sends {resumed - stood_still:.1f} s later")
-    lost = "SELECT count(*) FROM model_calls WHERE outcome = 'lost' AND finished_at > now() - interval '1 minute'"
+    lost = f"{COUNT} outcome = 'lost' AND finished_at > now() - interval '1 minute'"
     wait_until(lambda: solving.value(lost) > 0, 30, "the claims of the one that stands still are released")
     for process in stopped:
         process.send_signal(signal.SIGCONT)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import random
 import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from threading import Thread
+from threading import Barrier, Thread
 from typing import Any
 
 import pytest
@@ -164,26 +163,31 @@ def test_what_was_added_stays_when_it_is_interrupted_and_the_same_command_goes_o
 
 def test_loads_of_the_same_ids_in_different_orders_end_well(database: str, ask: Any):
     empty = NewTask(0, "", "", own_id=True, category=None, priority=0, max_tokens=None, deadline_at=None)
-    batch = [replace(empty, prompt=f"p {number}", external_id=f"id-{number}") for number in range(400)]
+    rounds = [
+        [replace(empty, prompt="p", external_id=f"{turn}-{number}") for number in range(3000)]
+        for turn in range(3)
+    ]
+    together = Barrier(2, timeout=60)
     failed: list[BaseException] = []
 
-    def run(seed: int) -> None:
-        mixed = [*batch]
-        random.Random(seed).shuffle(mixed)
-        in_its_order = [replace(task, line=line) for line, task in enumerate(mixed)]
+    def run(step: int) -> None:
         try:
             with connect(database) as connection:
-                add_tasks(connection, in_its_order)
+                for batch in rounds:
+                    in_its_order = [replace(task, line=line) for line, task in enumerate(batch[::step])]
+                    together.wait()
+                    add_tasks(connection, in_its_order)
         except BaseException as error:  # noqa: BLE001 - told below
             failed.append(error)
+            together.abort()
 
-    threads = [Thread(target=run, args=(seed,)) for seed in range(6)]
+    threads = [Thread(target=run, args=(step,)) for step in (1, -1)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert failed == []
-    assert ask("SELECT count(*) AS n FROM tasks")[0]["n"] == 400
+    assert ask("SELECT count(*) AS n FROM tasks")[0]["n"] == 9000
 
 
 def refused(said: Said) -> str:

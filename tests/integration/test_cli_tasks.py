@@ -135,10 +135,11 @@ def test_a_pipe_is_written_to_and_stays_a_pipe(router: CommandLine, ask: Ask, tm
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     read: list[str] = []
-    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()), daemon=True)
     reader.start()
     assert router("export", pipe).code == 0
     reader.join(30)
+    assert read, "nobody wrote to the pipe"
     assert (len(read[0].splitlines()), stat.S_ISFIFO(pipe.stat().st_mode)) == (1, True)
 
 

@@ -162,8 +162,11 @@ async def test_whoever_listens_hears_of_new_tasks(database: str, probe: Probe) -
 
 
 async def test_postgres_away_is_said_as_a_database_error(pool: asyncpg.Pool, queue: TaskQueue, probe: Probe) -> None:
-    await probe.run("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'router'")
+    waiting = asyncio.create_task(queue._one("SELECT pg_sleep(60)"))
+    mine = "FROM pg_stat_activity WHERE datname = current_database() AND query LIKE 'SELECT pg_sleep%'"
+    while not await probe.value(f"SELECT count(*) {mine}"):
+        await asyncio.sleep(0.01)
+    await probe.run(f"SELECT pg_terminate_backend(pid) {mine}")
     with pytest.raises(DatabaseError):
-        for _ in range(5):
-            await queue.heartbeat()
+        await waiting
     assert await queue.heartbeat(), "and the next one finds a new connection"

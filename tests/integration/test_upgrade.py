@@ -16,7 +16,7 @@ from router.errors import SchemaError
 
 OLD_TABLE = """
 CREATE TABLE tasks (
-    id {key} PRIMARY KEY, prompt text{null}, status varchar(20) DEFAULT 'unsolved', answer varchar(40),
+    id {key} PRIMARY KEY, prompt {prompt}, status varchar(20) DEFAULT 'unsolved', answer varchar(40),
     owner text DEFAULT 'somebody', tags jsonb, created_at timestamp DEFAULT now()
 )
 """
@@ -33,12 +33,12 @@ def _run(url: str, *statements: str) -> None:
             rows(connection, statement)
 
 
-@pytest.mark.parametrize("key", ["serial", "bigserial"])
-def test_a_hundred_thousand_rows_are_kept_where_they_are(empty_database: str, key: str) -> None:
+@pytest.mark.parametrize(("key", "prompt"), [("serial", "varchar"), ("bigserial", "text")])
+def test_a_hundred_thousand_rows_are_kept_where_they_are(empty_database: str, key: str, prompt: str) -> None:
     url = empty_database
     _run(
         url,
-        OLD_TABLE.format(key=key, null=""),
+        OLD_TABLE.format(key=key, prompt=prompt),
         "INSERT INTO tasks (prompt, status, answer, tags)"
         " SELECT 'prompt ' || n, CASE WHEN mod(n, 4) = 0 THEN 'solved' ELSE 'unsolved' END,"
         " CASE WHEN mod(n, 4) = 0 THEN 'old answer' END, jsonb_build_object('n', n) FROM generate_series(1, 100000) AS n",
@@ -71,7 +71,7 @@ def test_a_hundred_thousand_rows_are_kept_where_they_are(empty_database: str, ke
 
 def test_an_old_answer_is_not_replaced(empty_database: str) -> None:
     url = empty_database
-    _run(url, OLD_TABLE.format(key="serial", null=""), "INSERT INTO tasks (prompt, status, answer) VALUES ('p', 'solved', 'old')")
+    _run(url, OLD_TABLE.format(key="serial", prompt="text"), "INSERT INTO tasks (prompt, status, answer) VALUES ('p', 'solved', 'old')")
     migrate(url)
     _run(url, "INSERT INTO model_calls (call_id, task_id, prompt_version, model) VALUES ('01890000-0000-7000-8000-000000000000', 1, 1, 'm')")
     assert _one(url, "SELECT settle_call('01890000-0000-7000-8000-000000000000', 'answered', 'new')") == "superseded"
@@ -112,7 +112,7 @@ def test_a_table_in_another_schema_of_the_search_path_is_found(empty_database: s
     url = empty_database
     name = _one(url, "SELECT current_database()")
     _run(url, "CREATE SCHEMA work", f'ALTER DATABASE "{name}" SET search_path = work, public')
-    _run(url, OLD_TABLE.format(key="serial", null=""), "INSERT INTO tasks (prompt) VALUES ('p')")
+    _run(url, OLD_TABLE.format(key="serial", prompt="text"), "INSERT INTO tasks (prompt) VALUES ('p')")
     assert migrate(url).tasks_queued == 1
     _run(url, "SET search_path = pg_catalog", "INSERT INTO work.tasks (prompt) VALUES ('q')")
     assert _one(url, "SELECT count(*) FROM queue") == 2
@@ -150,7 +150,7 @@ def _migrate_in_a_process(url: str, results: Any) -> None:
 
 
 def test_four_processes_migrate_at_once_and_one_does_the_work(empty_database: str) -> None:
-    _run(empty_database, OLD_TABLE.format(key="serial", null=""), "INSERT INTO tasks (prompt) SELECT 'p' FROM generate_series(1, 5000)")
+    _run(empty_database, OLD_TABLE.format(key="serial", prompt="text"), "INSERT INTO tasks (prompt) SELECT 'p' FROM generate_series(1, 5000)")
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     processes = [context.Process(target=_migrate_in_a_process, args=(empty_database, results)) for _ in range(4)]
@@ -165,7 +165,7 @@ def test_four_processes_migrate_at_once_and_one_does_the_work(empty_database: st
 
 def test_producers_go_on_while_it_migrates_and_no_task_is_forgotten(empty_database: str) -> None:
     url = empty_database
-    _run(url, OLD_TABLE.format(key="serial", null=""), "INSERT INTO tasks (prompt) SELECT 'p' FROM generate_series(1, 20000)")
+    _run(url, OLD_TABLE.format(key="serial", prompt="text"), "INSERT INTO tasks (prompt) SELECT 'p' FROM generate_series(1, 20000)")
     stop = threading.Event()
     slowest: list[float] = []
     troubles: list[str] = []
@@ -206,7 +206,7 @@ def test_it_lets_others_go_first_while_somebody_holds_the_table(empty_database: 
     # A reader holds the table; the migration waits for it in turns, and between them producers get through.
     monkeypatch.setattr("router.database.LOCK_SECONDS", 0.3)
     url = empty_database
-    _run(url, OLD_TABLE.format(key="serial", null=""))
+    _run(url, OLD_TABLE.format(key="serial", prompt="text"))
     reader = psycopg2.connect(url)
     with reader.cursor() as cursor:
         cursor.execute("SELECT count(*) FROM tasks")
@@ -225,7 +225,7 @@ def test_it_lets_others_go_first_while_somebody_holds_the_table(empty_database: 
 def test_a_table_that_stays_locked_is_said_to_be(empty_database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("router.database.LOCK_SECONDS", 0.1)
     monkeypatch.setattr("router.database.LOCK_PATIENCE_SECONDS", 0.5)
-    _run(empty_database, OLD_TABLE.format(key="serial", null=""))
+    _run(empty_database, OLD_TABLE.format(key="serial", prompt="text"))
     reader = psycopg2.connect(empty_database)
     with reader.cursor() as cursor:
         cursor.execute("SELECT count(*) FROM tasks")

@@ -102,7 +102,8 @@ async def test_every_task_is_solved_once_by_the_right_call(
         )
     assert reasons == ["the queue was empty"] * 2
     left_over = ask(
-        addresses, "SELECT t.status, t.failure, q.* FROM tasks t LEFT JOIN queue q ON q.task_id = t.id WHERE status <> 'solved'"
+        addresses,
+        "SELECT t.status, t.failure, q.* FROM tasks t LEFT JOIN queue q ON q.task_id = t.id WHERE status <> 'solved'",
     )
     assert left_over == []
     calls = ask(
@@ -196,7 +197,9 @@ async def test_a_cancelled_worker_loses_nothing(addresses: Addresses) -> None:
         assert ask(addresses, "SELECT count(*) AS n FROM queue WHERE state = 'claimed'") == [{"n": 0}]
 
 
-async def test_a_backend_that_is_away_costs_no_attempt(addresses: Addresses, backend: BackendServer, tmp_path: Path) -> None:
+async def test_a_backend_that_is_away_costs_no_attempt(
+    addresses: Addresses, backend: BackendServer, tmp_path: Path
+) -> None:
     insert(addresses, 100)
     async with running(addresses, config()) as engine, working(engine):
         await until(lambda: solved(addresses) > 3)
@@ -214,8 +217,12 @@ async def test_a_backend_that_is_away_costs_no_attempt(addresses: Addresses, bac
             again.stop()
 
 
-async def test_a_429_rests_the_model_and_costs_no_attempt(addresses: Addresses, backend: BackendServer) -> None:
-    requests.post(f"{backend.url}/faults", json={"model": "phi-4", "kind": "rate_limit", "share": 1, "seconds": 60})
+async def test_a_429_rests_the_model_and_costs_no_attempt(
+    addresses: Addresses, backend: BackendServer
+) -> None:
+    requests.post(
+        f"{backend.url}/faults", json={"model": "phi-4", "kind": "rate_limit", "share": 1, "seconds": 60}
+    )
     insert(addresses, 30)
     async with running(addresses, config()) as engine, working(engine, "phi-4"):
         await until(lambda: calls(addresses, "outcome = 'rate_limited'") >= 1)
@@ -277,7 +284,9 @@ async def test_a_raised_target_shows_within_a_second(addresses: Addresses) -> No
         assert await until(lambda: calls(addresses) >= before + 3) < 1.5
 
 
-async def test_a_new_task_is_sent_at_once_by_a_warm_worker(addresses: Addresses, backend: BackendServer) -> None:
+async def test_a_new_task_is_sent_at_once_by_a_warm_worker(
+    addresses: Addresses, backend: BackendServer
+) -> None:
     delays = []
     async with running(addresses, config()) as engine, working(engine):
         await asyncio.sleep(1)
@@ -293,3 +302,20 @@ async def test_a_new_task_is_sent_at_once_by_a_warm_worker(addresses: Addresses,
 def _arrived(backend: BackendServer) -> list[dict[str, Any]]:
     found = requests.get(f"{backend.url}/arrivals", timeout=5).json()
     return list(found["arrivals"] if isinstance(found, dict) else found)
+
+
+async def test_the_first_worker_of_a_run_pulls_for_those_on_their_way(addresses: Addresses) -> None:
+    insert(addresses, 300)
+    async with running(addresses, config()) as engine:
+        first = asyncio.create_task(Worker(engine, "phi-4", "run-1", frozenset(MODELS)).run())
+        await until(lambda: calls(addresses, "model = 'llama-3.1-8b'") > 2, 5)
+        second = asyncio.create_task(Worker(engine, "llama-3.1-8b", "run-1", frozenset(MODELS)).run())
+        await until(lambda: not engine.hands_over("llama-3.1-8b"), 2)
+        second.cancel()  # as one that is marked failed: its model rests
+        await asyncio.gather(second, return_exceptions=True)
+        await asyncio.sleep(0.5)
+        before = calls(addresses, "model = 'llama-3.1-8b'")
+        await until(lambda: calls(addresses, "model = 'phi-4'") > before + 10, 10)
+        assert calls(addresses, "model = 'llama-3.1-8b'") == before
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)

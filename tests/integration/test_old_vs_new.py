@@ -1,0 +1,72 @@
+"""The side-by-side bench in small: both flows on real parts, and what it says of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import side_by_side
+from bench.old_vs_new import losses, main
+from bench.old_vs_new_plot import draw
+from bench.schedules import OldShape
+from bench.side_by_side import Bench, Parts, Result, measure, prompts
+from local.postgres import PostgresServer
+from local.redis import RedisServer
+from models_backend.answers import compose_answer
+from router.database import connect, rows
+
+TASKS = 60
+SMALL = Bench(tasks=TASKS, time_scale=60.0, old=OldShape(workers=5, batch=4, limit_seconds=200.0))
+
+
+@pytest.fixture(scope="module")
+def result(
+    postgres: PostgresServer, redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory
+) -> Result:
+    return measure("even", SMALL, Parts(postgres, redis_server, tmp_path_factory.mktemp("bench")))
+
+
+def test_both_flows_solve_every_task_with_one_call_each(result: Result, postgres: PostgresServer):
+    for database in ("old_even", "new_even"):
+        with connect(postgres.url(database)) as connection:
+            found = rows(connection, "SELECT status, count(*) AS tasks FROM tasks GROUP BY 1")
+        assert found == [{"status": "solved", "tasks": TASKS}]
+    assert result.old.calls == result.new.calls == TASKS
+    assert result.old.answered[-1] == result.new.answered[-1] == TASKS
+
+
+def test_neither_has_more_calls_at_once_than_the_other_may(result: Result):
+    assert result.old.most_at_once <= SMALL.old.at_once
+    assert result.new.most_at_once <= SMALL.old.at_once
+
+
+def test_the_old_flow_takes_as_long_as_computed_and_neither_beats_the_ideal(result: Result):
+    assert result.old_runs == result.old_simulated.runs > 1
+    assert result.old.seconds >= result.old_simulated.seconds * 0.999
+    assert result.new.seconds >= result.ideal_seconds * 0.999
+    assert result.gain == pytest.approx(result.share * result.ideal_gain)
+
+
+def test_the_picture_is_drawn(result: Result, tmp_path: Path):
+    draw([result], SMALL.old.at_once, tmp_path / "small.png")
+    assert (tmp_path / "small.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_stand_in_answers_every_prompt_of_the_bench():
+    texts = prompts(600, seed=1)
+    assert len(set(texts)) == 600
+    model, most = side_by_side.ENDPOINT, side_by_side.MAX_TOKENS
+    assert all(compose_answer(model, text, max_tokens=most, seed=1).text.strip() for text in texts)
+
+
+def test_the_shares_of_the_old_flows_time_add_up_to_all_of_it():
+    assert sum(losses("lognormal", Bench(tasks=1000))["shares"].values()) == pytest.approx(1.0)
+
+
+def test_what_the_old_flow_loses_needs_no_run(capsys: pytest.CaptureFixture[str]):
+    assert main(["--computed", "--json", "--tasks", "500", "--shapes", "even"]) == 0
+    found = json.loads(capsys.readouterr().out)["even"]
+    assert found["gain_without"]["slowest of ten"] > 1.3
+    assert found["over_quota"]["calls_a_task"] > 1
