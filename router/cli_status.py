@@ -182,7 +182,7 @@ def _models(now: Status) -> Table:
     table = terminal.quiet_table("model", "sent of its target", "in flight", "", right=("in flight",))
     for model in now.models:
         name = Text(model.model, style="dim" if model.state == "paused" else "")
-        table.add_row(name, _sent(model), _in_flight(model), _standing(model))
+        table.add_row(name, _sent(model), _in_flight(model), _standing(model, alive=now.workers > 0))
     return table
 
 
@@ -207,12 +207,14 @@ def _in_flight(model: ModelStatus) -> Text:
     return shown
 
 
-def _standing(model: ModelStatus) -> Text:
+def _standing(model: ModelStatus, *, alive: bool) -> Text:
     """Why a model sends less than its requests allow, in a word or two."""
     if model.state != "active":
         return Text(model.state, style="cyan")
     if model.resting_seconds > 0:
         return Text(f"rests {model.resting_seconds:.0f} s", style="yellow")
+    if model.waiting_for == "lost" and not alive:
+        return Text()  # nobody has asked since Redis started: there is nothing to recount yet
     return Text(WAITING.get(model.waiting_for or "", ""), style="yellow")
 
 

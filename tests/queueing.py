@@ -119,8 +119,11 @@ class Probe:
         return Taken(call_id, task_id, task["prompt"], "general", version, 0, 0, 0)
 
     async def wake(self) -> None:
-        """Let the delay of every waiting retry be over, and promote them."""
-        await self.run("UPDATE queue SET wake_at = clock_timestamp() - interval '1 s' WHERE state = 'waiting'")
+        """Let the delay of every waiting retry be over, for the model that failed it too; promote them."""
+        await self.run(
+            "UPDATE queue SET wake_at = clock_timestamp() - interval '1 s',"
+            " not_by_until = clock_timestamp() - interval '1 s' WHERE state = 'waiting'"
+        )
         await self.run("SELECT promote_waiting()")
 
     async def lose_lease(self, worker: str = "w1") -> int:

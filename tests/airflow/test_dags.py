@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.solving import say
+
 pytestmark = pytest.mark.airflow
 ROOT = Path(__file__).parents[2]
 DAG_FILES = sorted((ROOT / "dags").glob("*.py"))

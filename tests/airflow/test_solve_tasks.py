@@ -233,9 +233,7 @@ def test_a_model_added_in_a_drain_leaves_no_model_idle(solving: Solving, newcome
     until = added + first + 5
     gaps = {model: _longest_gap(solving.arrived(added - 1, model), until) for model in before}
     longest = max(gaps, key=lambda model: gaps[model])
-    say(
-        f"the newcomer's first call after {first:.1f} s; longest gap of another: {gaps[longest]:.1f} s ({longest})"
-    )
+    say(f"the newcomer's first call after {first:.1f} s; the longest gap {gaps[longest]:.1f} s ({longest})")
     assert gaps[longest] <= 5.0
     assert first <= 15.0
 

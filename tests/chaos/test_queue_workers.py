@@ -69,6 +69,7 @@ async def test_sixteen_processes_and_twelve_kills_lose_nothing_and_record_nothin
 ) -> None:
     await probe.run(
         "UPDATE queue_settings SET max_attempts = 50, retry_base_seconds = 0.05, retry_cap_seconds = 0.2,"
+        " another_model_seconds = 0.2,"
         " lease_seconds = $1",
         LEASE_SECONDS,
     )

@@ -117,8 +117,13 @@ def test_without_redis_it_says_so_and_counts_from_the_log(router: CommandLine, a
     assert "ROUTER_REDIS_URL is not set" in router("status", "--redis", "").out
 
 
-def test_what_stands_still_is_said(router: CommandLine, ask: Ask):
-    assert "No worker is alive" in router("status").out
+def test_what_stands_still_is_said(router: CommandLine, ask: Ask, clean_redis: str):
+    send(clean_redis, "5/min", 0)
+    said = router("status").out
+    assert "No worker is alive" in said
+    assert "recounting" not in said  # nobody has asked the limiter yet
+    ask("SELECT heartbeat('w')")
+    assert "recounting" in router("status").out
     ask("SELECT hold_solving(true, 1)")
     assert "solve_tasks is paused" in router("status").out
 
@@ -169,11 +174,9 @@ def test_watch_outlives_a_postgres_that_goes_away(router: CommandLine, database:
         connection.autocommit = True
         program.stdout.readline()
         rows(connection, f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS false')
-        while b"error" not in program.stdout.readline():
-            pass
+        assert any(b"error" in line for line in program.stdout)
         rows(connection, f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS true')
-        while b"tasks" not in program.stdout.readline():
-            pass
+        assert any(b"tasks" in line for line in program.stdout)
         program.send_signal(signal.SIGINT)
 
 

@@ -134,12 +134,28 @@ async def test_retries_wait_longer_each_time_with_jitter_up_to_the_cap(probe: Pr
         assert expected * 1.15 < max(seconds) <= expected * 1.25
 
 
+async def test_a_retry_goes_to_another_model_first_but_never_waits_in_vain(probe: Probe) -> None:
+    task_id = await probe.add()
+    await probe.settle(await probe.must_claim(model="m1"), "error")
+    await probe.run("UPDATE queue SET wake_at = clock_timestamp()")
+    await probe.run("SELECT promote_waiting()")
+    assert await probe.claim(model="m1") is None
+    other = await probe.must_claim(model="m2")
+    assert (other.task_id, other.attempt) == (task_id, 2)
+    await probe.unclaim(other)
+    await probe.run("UPDATE queue SET not_by_until = clock_timestamp()")
+    await probe.unclaim(await probe.must_claim(model="m1"))
+    await probe.run("UPDATE queue SET not_by_until = clock_timestamp() + interval '1 h'")
+    await probe.run("UPDATE tasks SET prompt = 'edited'")
+    assert await probe.claim(model="m1") is not None, "the new prompt has not failed with anyone"
+
+
 async def test_promotion_is_bounded_and_takes_the_earliest(probe: Probe) -> None:
     for _ in range(5):
         await probe.add()
     for _ in range(5):
         await probe.settle(await probe.must_claim(), "error")
-    await probe.run("UPDATE queue SET wake_at = clock_timestamp() - make_interval(secs => task_id)")
+    await probe.run("UPDATE queue SET wake_at = clock_timestamp() - make_interval(secs => task_id), not_by = NULL")
     latest = await probe.value("SELECT array_agg(task_id ORDER BY task_id DESC) FROM queue")
     assert await probe.value("SELECT promote_waiting(2)") == 2
     assert [(await probe.must_claim()).task_id for _ in range(2)] == latest[:2]

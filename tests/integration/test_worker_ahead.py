@@ -1,0 +1,94 @@
+"""How many tasks a worker claims before it can send them: what it holds, another cannot do."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from local.redis import RedisServer
+from models_backend.process import BackendServer, start_backend
+from router.database import connect, migrate, rows
+from router.engine import Engine
+from router.queue import TaskQueue
+from router.roster import sync_roster
+from router.settings import Addresses, ModelSettings, RouterConfig, WorkerSettings
+from router.worker import Worker
+
+BUSY, FREE = "busy", "free"
+TASKS = 120
+LONG_POLL_SECONDS = 30.0
+OPEN_CALLS = "SELECT count(*) FROM model_calls WHERE model = $1 AND outcome IS NULL"
+
+
+@pytest.fixture
+def backend(tmp_path: Path) -> Iterator[BackendServer]:
+    arguments = ("--time-scale", "50", "--latency", "even:1:10", "--also", BUSY, "--also", FREE)
+    server = start_backend(tmp_path, *arguments)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def addresses(
+    empty_database: str, redis_server: RedisServer, redis_client: Any, backend: BackendServer
+) -> Addresses:
+    migrate(empty_database)
+    return Addresses(database_url=empty_database, redis_url=redis_server.url, backend_url=backend.url)
+
+
+@asynccontextmanager
+async def running(addresses: Addresses, **targets: str) -> AsyncIterator[Engine]:
+    models = {name: ModelSettings(target=target, ranks={"general": 1}) for name, target in targets.items()}
+    settings = RouterConfig(models=models, worker=WorkerSettings(poll_seconds=LONG_POLL_SECONDS))
+    with connect(addresses.database_url) as connection:
+        sync_roster(connection, settings)
+        insertion = "INSERT INTO tasks (prompt) SELECT 'prompt ' || g FROM generate_series(1, %s) g"
+        rows(connection, insertion, (TASKS,))
+    engine = Engine(addresses, settings)
+    await engine.start()
+    workers = [Worker(engine, name, "run-1", frozenset(targets)).run() for name in targets]
+    running_workers = [asyncio.create_task(worker) for worker in workers]
+    try:
+        yield engine
+    finally:
+        for task in running_workers:
+            task.cancel()
+        await asyncio.gather(*running_workers, return_exceptions=True)
+        await engine.stop()
+
+
+async def test_a_model_whose_places_are_taken_holds_no_more_than_it_soon_sends(addresses: Addresses) -> None:
+    held: list[int] = []
+    async with running(addresses, busy="4 at once, burst") as engine:
+        ends_at = time.monotonic() + 30
+        while engine.solved < TASKS // 2:
+            assert time.monotonic() < ends_at
+            held.append(engine.in_flight())
+            await asyncio.sleep(0.01)
+    # 4 in flight, 9 for a quarter of a second at 36 a second, one more, and those being settled.
+    assert max(held) <= 30, max(held)
+
+
+async def test_a_task_that_is_given_back_wakes_a_worker_that_found_none(addresses: Addresses) -> None:
+    async with running(addresses, busy="1 at once, burst") as engine:
+        queue: TaskQueue = engine.queue
+        held = []
+        while (claim := await queue.claim(FREE, ["general"], max_tokens=100)) is not None:
+            held.append(claim)
+        ends_at = time.monotonic() + LONG_POLL_SECONDS / 3
+        while await engine.pool.fetchval(OPEN_CALLS, BUSY) or engine.in_flight():
+            assert time.monotonic() < ends_at
+            await asyncio.sleep(0.02)
+        solved = engine.solved
+        await asyncio.sleep(0.5)  # the worker has found nothing, and looks again only when it is told
+        assert engine.solved == solved
+        await queue.unclaim(held[0].call_id)
+        while engine.solved == solved:
+            assert time.monotonic() < ends_at, "the worker was not woken"
+            await asyncio.sleep(0.02)
