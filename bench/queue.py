@@ -1,11 +1,11 @@
-"""Claim and settle, one task at a time: against other Postgres queues, and in a table that is large and cannot be vacuumed.
+"""Claim and settle, one task at a time: beside other queues, and in a table that no vacuum cleans.
 
-First table: tasks a second with the same connections on the same PostgreSQL (fsync on), in turns, so that whatever
-else the machine does falls on all. Second table: what one claim costs with a thousand ready tasks, and with a million
-ready, a million done, 50,000 waiting for a retry and a snapshot that is held all the while; claims in both databases
-alternate. One task in ten is given back unsent first, and one in twenty fails and comes back.
+First table: tasks a second with the same connections on the same PostgreSQL (fsync on), in turns, so that
+whatever else the machine does falls on all. Second table: what one claim costs with a thousand ready tasks,
+and with a million ready, a million done, 50,000 waiting for a retry and a snapshot that is held all the
+while; claims in both alternate. One task in ten is given back unsent, one in twenty fails and comes back.
 
-    python -m bench.queue [--json FILE] [--seconds 10] [--snapshot-seconds 60] [--large 1000000] [--connections 8]
+    python -m bench.queue [--json FILE] [--seconds 10] [--snapshot-seconds 60] [--large 1000000]
 
 Writes queue.json (or FILE) and queue.png into bench/results/. Exit code 1 if a target is missed.
 """
@@ -43,7 +43,7 @@ MILLISECONDS = 1000.0
 
 @dataclass
 class Claimer:
-    """One connection that claims and settles in turn. times_ms: (seconds since the start, milliseconds) a claim."""
+    """One connection that claims and settles in turn. times_ms: (seconds, ms) of each claim."""
 
     connection: asyncpg.Connection
     claims: int = 0
@@ -130,7 +130,7 @@ def _fill(url: str, large: int) -> None:
     with connect(url, autocommit=True) as connection:
         rows(
             connection,
-            "INSERT INTO tasks (prompt, status, answer) SELECT 'p', 'solved', 'a' FROM generate_series(1, %s)",
+            "INSERT INTO tasks (prompt, status) SELECT 'p', 'solved' FROM generate_series(1, %s)",
             (large,),
         )
         rows(
@@ -138,8 +138,12 @@ def _fill(url: str, large: int) -> None:
             "INSERT INTO tasks (prompt) SELECT 'p' FROM generate_series(1, %s)",
             (large + large // 20,),
         )
-        rows(connection, "UPDATE queue SET state = 'waiting', wake_at = now() + interval '1 day'"
-                         " WHERE position > (SELECT max(position) FROM queue) - %s", (large // 20,))  # fmt: skip
+        rows(
+            connection,
+            "UPDATE queue SET state = 'waiting', wake_at = now() + interval '1 day'"
+            " WHERE position > (SELECT max(position) FROM queue) - %s",
+            (large // 20,),
+        )
         rows(connection, "SELECT fold_counts()")
         rows(connection, "VACUUM ANALYZE")
 
@@ -228,9 +232,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
     import matplotlib as mpl  # noqa: PLC0415 - slow to import, wanted here only
 
     mpl.use("Agg")
-    from matplotlib import pyplot  # noqa: PLC0415
+    from matplotlib import pyplot as plt  # noqa: PLC0415
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 4.5))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5))
     names = list(result["tasks_per_second"])
     left.barh(names[::-1], [statistics.mean(result["tasks_per_second"][name]) for name in names[::-1]])
     left.set_xlabel(f"tasks/s, {result['connections']} connections")

@@ -1,7 +1,7 @@
 """The queues that bench/queue.py measures side by side, each doing the same: take one task, mark it done.
 
-Ours writes a log row when it takes a task and closes it with the answer, fenced by the call_id; procrastinate and
-pgqueuer take one job (batch 1) and mark it done through their own classes; pgbench sends our two statements from C.
+Ours writes a log row when it takes a task and closes it with the answer, fenced by the call_id; the others
+take one job (batch 1) and mark it done through their own classes; pgbench sends our two statements from C.
 All use the same number of connections to the same PostgreSQL, one task at a time on each.
 """
 
@@ -17,7 +17,6 @@ from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -32,7 +31,8 @@ SETTLE = "SELECT settle_call($1, 'answered', 'an answer', 10, 20, 0.001, 0.5)"
 # uuidv7() stands in for the id that a worker makes; it is the same two statements and round trips.
 PGBENCH = """
 WITH made AS MATERIALIZED (SELECT uuidv7() AS call_id)
-SELECT m.call_id, c.* FROM made m, claim_task('bench', '{general}', 'pgbench-' || :client_id, m.call_id) AS c \\gset
+SELECT m.call_id, c.*
+  FROM made m, claim_task('bench', '{general}', 'pgbench-' || :client_id, m.call_id) AS c \\gset
 SELECT settle_call(:call_id::uuid, 'answered', 'an answer', 10, 20, 0.001, 0.5);
 """
 
@@ -41,7 +41,7 @@ Take = Callable[[], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Rival:
-    """A queue, filled with more jobs than can be taken. `tasks_per_second(seconds)` goes on where it stopped."""
+    """A queue, filled with more jobs than can be taken; each measurement goes on where the last stopped."""
 
     name: str
     tasks_per_second: Callable[[float], Awaitable[float]]
@@ -65,8 +65,11 @@ async def all_rivals(
     pgbench = new_router_database(server, "pgbench")
     for url in (ours, pgbench):
         with connect(url) as connection:
-            statement = "INSERT INTO tasks (prompt) SELECT 'What is the answer to ' || n FROM generate_series(1, %s) AS n"
-            rows(connection, statement, (jobs,))
+            rows(
+                connection,
+                "INSERT INTO tasks (prompt) SELECT 'The answer to ' || n FROM generate_series(1, %s) AS n",
+                (jobs,),
+            )
     return [
         Rival("router (asyncpg)", _rate_of(await _ours(ours, connections, open_until))),
         Rival("pgbench, the same two statements", _pgbench(server, connections)),
@@ -111,13 +114,12 @@ async def _ours(url: str, connections: int, open_until: AsyncExitStack) -> list[
 
 def _pgbench(server: PostgresServer, connections: int) -> Callable[[float], Awaitable[float]]:
     async def measure(seconds: float) -> float:
-        with tempfile.TemporaryDirectory() as folder:
-            script = Path(folder) / "claim_settle.sql"
-            script.write_text(PGBENCH)
-            Path(folder).chmod(0o755)
+        with tempfile.NamedTemporaryFile("w", suffix=".sql") as script:
+            script.write(PGBENCH)
+            script.flush()
             done: subprocess.CompletedProcess[str] = await asyncio.to_thread(
                 server.run, "pgbench", "-n", "-M", "prepared", "-c", str(connections), "-j", "1",
-                "-T", str(max(1, round(seconds))), "-f", str(script), "pgbench", check=False,
+                "-T", str(max(1, round(seconds))), "-f", script.name, "pgbench", check=False,
             )  # fmt: skip
         found = re.search(r"tps = ([0-9.]+)", done.stdout)
         if found is None or "failed" in done.stderr:
@@ -140,9 +142,13 @@ async def _procrastinate(
     await open_until.enter_async_context(app.open_async())
     await app.schema_manager.apply_schema_async()
     with connect(url) as connection:
-        rows(connection, "INSERT INTO procrastinate_jobs (queue_name, task_name, args)"
-                         " SELECT 'general', 'solve', jsonb_build_object('prompt', 'What is the answer to ' || n)"
-                         " FROM generate_series(1, %s) AS n", (jobs,))  # fmt: skip
+        rows(
+            connection,
+            "INSERT INTO procrastinate_jobs (queue_name, task_name, args)"
+            " SELECT 'general', 'solve', jsonb_build_object('prompt', 'What is the answer to ' || n)"
+            " FROM generate_series(1, %s) AS n",
+            (jobs,),
+        )
 
     def taker(manager: Any, worker_id: int) -> Take:
         async def take() -> None:

@@ -51,8 +51,8 @@ class TaskFacts:
 
 @dataclass(frozen=True)
 class DemoReport:
-    """`seconds` from the first task to the last answer; `bound_seconds`: what ideal limiters would have needed
-    for the same calls, those included that failed and had to be made again.
+    """`seconds` from the first task to the last answer; `bound_seconds`: what ideal limiters would have
+    needed for the same calls, those included that failed and had to be made again.
 
     `seconds_to_first_answer` counts from the command's start, set-up included.
     """

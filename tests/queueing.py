@@ -17,7 +17,8 @@ CATEGORIES = ("technical", "creative", "general")
 
 # What the counters must say, counted from the tables themselves.
 COUNTED = """
-SELECT category, sum(unsolved)::bigint AS unsolved, sum(solved)::bigint AS solved, sum(failed)::bigint AS failed
+SELECT category, sum(unsolved)::bigint AS unsolved, sum(solved)::bigint AS solved,
+       sum(failed)::bigint AS failed
   FROM (SELECT category, count(*) AS unsolved, 0 AS solved, 0 AS failed FROM queue GROUP BY 1
         UNION ALL
         SELECT known_category(category), 0, count(*) FILTER (WHERE status = 'solved'),
@@ -64,7 +65,7 @@ class Probe:
         """INSERT one task with these columns; returns its id."""
         names = ["prompt", *columns]
         places = ", ".join(f"${n + 1}" for n in range(len(names)))
-        statement = f"INSERT INTO tasks ({', '.join(names)}) VALUES ({places}) RETURNING id"  # noqa: S608
+        statement = f"INSERT INTO tasks ({', '.join(names)}) VALUES ({places}) RETURNING id"
         return int(await self.value(statement, prompt, *columns.values()))
 
     async def task(self, task_id: int) -> asyncpg.Record:
@@ -93,13 +94,15 @@ class Probe:
         assert taken is not None, "nothing was ready"
         return taken
 
-    async def settle(self, taken: Taken, outcome: str = "answered", answer: str | None = "an answer", **more: Any) -> str:
+    async def settle(
+        self, taken: Taken, outcome: str = "answered", answer: str | None = "an answer", **more: Any
+    ) -> str:
         if outcome != "answered":
             answer = None
         names = "".join(f", p_{name} => ${n + 4}" for n, name in enumerate(more))
         return str(
             await self.value(
-                f"SELECT settle_call($1, $2, $3{names})", taken.call_id, outcome, answer, *more.values()  # noqa: S608
+                f"SELECT settle_call($1, $2, $3{names})", taken.call_id, outcome, answer, *more.values()
             )
         )  # fmt: skip
 
@@ -128,7 +131,9 @@ class Probe:
 
     async def lose_lease(self, worker: str = "w1") -> int:
         """Let this worker's lease be over, and let somebody notice; returns how many claims were released."""
-        await self.run("UPDATE workers SET lease_until = clock_timestamp() - interval '1 s' WHERE worker = $1", worker)
+        await self.run(
+            "UPDATE workers SET lease_until = clock_timestamp() - interval '1 s' WHERE worker = $1", worker
+        )
         return int(await self.value("SELECT release_lost_claims()"))
 
     async def reconcile(self) -> tuple[int, int]:
@@ -152,7 +157,9 @@ class Probe:
         assert await self.value("SELECT count(*) FROM task_count_deltas") == 0
         assert await self.counts() == counted
 
-    async def raise_floor(self, category: str = "general", priority: int = 0, *, came_back: bool = False) -> None:
+    async def raise_floor(
+        self, category: str = "general", priority: int = 0, *, came_back: bool = False
+    ) -> None:
         """One step; two of them, with no witness left, publish what the first one saw."""
         await self.run("SELECT raise_floor($1, $2::smallint, $3)", category, priority, came_back)
 

@@ -7,6 +7,7 @@ ends a run sooner; its backend serves one model more than the roster names.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import statistics
 import time
@@ -30,7 +31,7 @@ T = TypeVar("T")
 
 DAG = "solve_tasks"
 NEWCOMER = "llama-4-scout"  # the backend serves it; no config names it
-IDLE_LEAVE_SECONDS = 6.0
+IDLE_LEAVE_SECONDS = 4.0
 FLUSH_SECONDS = 0.3  # what ended is in the arrival log after so long
 LEASE_SECONDS = 10.0
 # Calls of 0.05 to 1 s, half of them under 0.2 s.
@@ -218,6 +219,11 @@ def wait_for(look: Callable[[], T | None], seconds: float, what: str) -> T:
 
 def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:
     wait_for(condition, seconds, what)
+
+
+def crowding() -> float:
+    """How many processes want each core, at least 1: what Airflow does takes so much longer."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def say(figures: str) -> None:

@@ -16,11 +16,23 @@ from bench.judge import TargetChange, print_verdict
 from router.roster import sync_roster
 from router.settings import load_config
 from router.traffic import TrafficTarget
-from tests.solving import DAG, IDLE_LEAVE_SECONDS, NEWCOMER, Edit, Solving, say, spread, wait_for, wait_until
+from tests.solving import (
+    DAG,
+    IDLE_LEAVE_SECONDS,
+    NEWCOMER,
+    Edit,
+    Solving,
+    crowding,
+    say,
+    spread,
+    wait_for,
+    wait_until,
+)
 
 pytestmark = [pytest.mark.airflow, pytest.mark.timeout(180)]
 
 LOW, HIGH = "2/s", "8/s"
+FAST = "20/s"  # to see the end of a backlog soon
 ROUNDS = 5
 OBSERVED_SECONDS = 2.5  # after each round of edits
 JITTER = 0.8  # a pair of arrivals this much closer than a gap is not the gap's jitter
@@ -32,7 +44,7 @@ NEWCOMER_ENTRY = (
 
 def test_a_backlog_is_solved_once_and_within_every_target(solving: Solving) -> None:
     inserted = time.monotonic()
-    solving.insert(450)
+    solving.insert(350)
     solving.until_all_send(inserted, 60)
     all_send = time.monotonic()
     solving.until_drained(60)
@@ -44,7 +56,7 @@ def test_a_backlog_is_solved_once_and_within_every_target(solving: Solving) -> N
     used = [model.use for model in verdict.models.values() if model.use is not None]
     say(f"all at work {all_send - inserted:.1f} s after the INSERT; use {min(used):.1%} to {max(used):.1%}")
     assert verdict.breach_count == 0
-    assert sum(used) / len(used) > 0.9
+    assert sum(used) / len(used) > 0.9 / crowding()
 
 
 def test_fifty_edits_hold_within_a_second(solving: Solving) -> None:
@@ -140,14 +152,14 @@ def test_pausing_the_dag_stops_sending_and_unpausing_goes_on(solving: Solving) -
 
 def test_a_worker_marked_failed_rests_its_model_until_it_is_cleared(solving: Solving) -> None:
     began = time.monotonic()
-    solving.insert(600)
+    solving.insert(500)
     solving.until_all_send(began, 60)
     run = solving.run()["dag_run_id"]
     model, others = solving.models[3], [*solving.models[:3], *solving.models[4:]]
 
     solving.api.set_task_state(DAG, run, "work", "failed", map_index=3)
     marked = time.monotonic()
-    wait_until(lambda: time.monotonic() > marked + 6, 8, "a while without the model")
+    wait_until(lambda: time.monotonic() > marked + 5, 8, "a while without the model")
     resting_from = max(solving.arrived(began, model)) - marked
     for other in others:
         assert len(solving.arrived(marked + 2, other)) >= 4
@@ -156,6 +168,7 @@ def test_a_worker_marked_failed_rests_its_model_until_it_is_cleared(solving: Sol
     back = wait_for(lambda: solving.arrived(cleared, model), 30, "the model is back")[0] - cleared
     say(f"marked failed: its last arrival {resting_from:.2f} s later; cleared: back after {back:.2f} s")
     assert resting_from <= 3
+    solving.set_targets(FAST)
     solving.until_drained(60)
     solving.assert_nothing_lost_or_doubled()
 
@@ -171,7 +184,7 @@ def test_all_workers_leave_an_empty_queue_together_and_a_new_task_wakes_the_next
     wait_until(
         lambda: {t["state"] for t in solving.airflow_tasks(run)} == {"deferred"}, 30, "all workers at work"
     )
-    warm = [_seconds_to_arrival(solving) for _ in range(12)]
+    warm = [_seconds_to_arrival(solving) for _ in range(9)]
     say(f"INSERT -> call, warm: {spread(warm)}")
 
     drained = time.monotonic()
@@ -188,7 +201,7 @@ def test_all_workers_leave_an_empty_queue_together_and_a_new_task_wakes_the_next
     cold = _seconds_to_arrival(solving)
     say(f"INSERT -> call, cold: {cold:.2f} s")
     assert sorted(warm)[len(warm) // 2] <= 0.15
-    assert cold <= 5.0
+    assert cold <= 5.0 * crowding()
 
 
 def _seconds_to_arrival(solving: Solving) -> float:
@@ -235,7 +248,7 @@ def test_a_model_added_in_a_drain_leaves_no_model_idle(solving: Solving, newcome
     longest = max(gaps, key=lambda model: gaps[model])
     say(f"the newcomer's first call after {first:.1f} s; the longest gap {gaps[longest]:.1f} s ({longest})")
     assert gaps[longest] <= 5.0
-    assert first <= 15.0
+    assert first <= 5.0
 
 
 def _longest_gap(arrived: Sequence[float], until: float) -> float:

@@ -1,4 +1,4 @@
-"""Many worker processes on one queue, some of them killed: every task solved once, nothing lost, nothing twice."""
+"""Many worker processes on one queue, some of them killed: every task is solved, and recorded, once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _work(url: str, name: str, seed: int, log: Path) -> None:
 
 
 async def _solve_forever(url: str, name: str, dice: random.Random, log: Path) -> None:
-    """Claim, and then: solve, fail, unclaim, forget, or take too long; note each claim before anything else."""
+    """Claim, note it, and then solve, solve twice, fail or give back; without end."""
     async with probing(url) as queue, probing(url) as house:
         await queue.run("SELECT heartbeat($1)", name)
         beating = asyncio.create_task(_keep_house(house, name), name="house")

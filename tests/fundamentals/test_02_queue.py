@@ -1,6 +1,7 @@
 """The queue by example: how a prompt becomes an answer, and why it does so exactly once.
 
-Read it from top to bottom. Every step is a SQL function or a plain statement on `tasks`; `probe` only saves typing.
+Read it from top to bottom. Every step is a SQL function or a plain statement on `tasks`; `probe` only saves
+typing.
 The nouns and verbs are explained at the head of `sql/migrations/001_tasks.sql`.
 """
 
@@ -30,7 +31,11 @@ async def test_a_worker_claims_one_task_and_settles_its_call(probe: Probe) -> No
     # Now the worker would send the prompt to the model. Its answer closes call and task in one transaction.
     assert await probe.settle(taken, answer="Rayleigh scattering.") == "solved"
     task = await probe.task(task_id)
-    assert (task["status"], task["answer"], task["answered_by"]) == ("solved", "Rayleigh scattering.", "llama")
+    assert (task["status"], task["answer"], task["answered_by"]) == (
+        "solved",
+        "Rayleigh scattering.",
+        "llama",
+    )
     assert await probe.queued(task_id) is None
 
 
@@ -122,6 +127,8 @@ async def test_an_edited_prompt_is_a_new_question(probe: Probe) -> None:
 
 
 async def test_how_much_is_left_is_known_without_counting(probe: Probe) -> None:
-    await probe.run("INSERT INTO tasks (prompt, category) SELECT 'p', 'technical' FROM generate_series(1, 100)")
+    await probe.run(
+        "INSERT INTO tasks (prompt, category) SELECT 'p', 'technical' FROM generate_series(1, 100)"
+    )
     await probe.settle(await probe.must_claim())
     assert await probe.counts() == {"technical": (99, 1, 0)}

@@ -21,7 +21,13 @@ def _partition(at_seconds: float) -> str:
 
 
 async def _partitions(probe: Probe) -> set[str]:
-    return {row["name"] for row in await probe.all("SELECT inhrelid::regclass::text AS name FROM pg_inherits WHERE inhparent = 'model_calls'::regclass")}
+    return {
+        row["name"]
+        for row in await probe.all(
+            "SELECT inhrelid::regclass::text AS name FROM pg_inherits"
+            " WHERE inhparent = 'model_calls'::regclass"
+        )
+    }
 
 
 async def _claim_at(probe: Probe, at_seconds: float) -> Taken:
@@ -33,7 +39,9 @@ async def _claim_at(probe: Probe, at_seconds: float) -> Taken:
 
 
 async def _home(probe: Probe, call_id: uuid.UUID) -> str:
-    return str(await probe.value("SELECT tableoid::regclass::text FROM model_calls WHERE call_id = $1", call_id))
+    return str(
+        await probe.value("SELECT tableoid::regclass::text FROM model_calls WHERE call_id = $1", call_id)
+    )
 
 
 async def test_a_week_ahead_is_there_from_the_start(probe: Probe) -> None:
@@ -97,16 +105,24 @@ async def test_days_gone_by_that_the_default_holds_get_their_partition_too(probe
 
 
 async def test_ids_that_bear_no_sensible_time_stay_where_they_are(probe: Probe) -> None:
-    await probe.run("INSERT INTO model_calls (call_id, model) SELECT gen_random_uuid(), 'm' FROM generate_series(1, 50)")
-    await probe.run("INSERT INTO model_calls (call_id, model) VALUES ('00000000-0000-7000-8000-000000000000', 'm')")
+    await probe.run(
+        "INSERT INTO model_calls (call_id, model) SELECT gen_random_uuid(), 'm' FROM generate_series(1, 50)"
+    )
+    await probe.run(
+        "INSERT INTO model_calls (call_id, model) VALUES ('00000000-0000-7000-8000-000000000000', 'm')"
+    )
     assert await probe.value("SELECT make_call_partitions()") == 0
 
 
-async def test_a_long_query_on_the_log_stops_neither_claims_nor_the_housekeeping(probe: Probe, database: str) -> None:
+async def test_a_long_query_on_the_log_stops_neither_claims_nor_the_housekeeping(
+    probe: Probe, database: str
+) -> None:
     async with probing(database) as reader:
         transaction = reader.connection.transaction()
         await transaction.start()
-        await reader.value("SELECT count(*) FROM model_calls")  # a dump, a report: holds its locks till the end
+        await reader.value(
+            "SELECT count(*) FROM model_calls"
+        )  # a dump, a report: holds its locks till the end
         began = time.monotonic()
         async with probing(database) as house:
             made = asyncio.create_task(house.value("SELECT make_call_partitions(9)"))
@@ -123,7 +139,8 @@ async def test_settling_touches_the_partition_of_its_day_only(probe: Probe) -> N
     await probe.add()
     taken = await probe.must_claim()
     plan = "\n".join(
-        row[0] for row in await probe.all(f"EXPLAIN SELECT * FROM model_calls WHERE call_id = '{taken.call_id}'")
+        row[0]
+        for row in await probe.all(f"EXPLAIN SELECT * FROM model_calls WHERE call_id = '{taken.call_id}'")
     )
     assert plan.count("model_calls_") == plan.count(_partition(time.time())) > 0
 

@@ -155,7 +155,9 @@ async def test_promotion_is_bounded_and_takes_the_earliest(probe: Probe) -> None
         await probe.add()
     for _ in range(5):
         await probe.settle(await probe.must_claim(), "error")
-    await probe.run("UPDATE queue SET wake_at = clock_timestamp() - make_interval(secs => task_id), not_by = NULL")
+    await probe.run(
+        "UPDATE queue SET wake_at = clock_timestamp() - make_interval(secs => task_id), not_by = NULL"
+    )
     latest = await probe.value("SELECT array_agg(task_id ORDER BY task_id DESC) FROM queue")
     assert await probe.value("SELECT promote_waiting(2)") == 2
     assert [(await probe.must_claim()).task_id for _ in range(2)] == latest[:2]
@@ -166,14 +168,18 @@ async def test_promotion_is_bounded_and_takes_the_earliest(probe: Probe) -> None
 # Leases.
 
 
-async def test_a_worker_whose_lease_is_gone_loses_its_claims_at_once_and_may_not_claim_again(probe: Probe) -> None:
+async def test_a_worker_whose_lease_is_gone_loses_its_claims_at_once_and_may_not_claim_again(
+    probe: Probe,
+) -> None:
     task_id = await probe.add()
     taken = await probe.must_claim(worker="w1")
     assert await probe.lose_lease("w1") == 1
     call = await probe.call(taken.call_id)
     assert (call["outcome"], call["settlement"]) == ("lost", "retry")
     again = await probe.must_claim(worker="w2")
-    assert (again.task_id, again.attempt) == (task_id, 2), "at once, without a retry's delay, and as an attempt"
+    assert (again.task_id, again.attempt) == (task_id, 2), (
+        "at once, without a retry's delay, and as an attempt"
+    )
     await probe.add()
     with pytest.raises(asyncpg.PostgresError) as refused:
         await probe.claim(worker="w1")
@@ -349,7 +355,12 @@ async def test_a_log_row_that_a_crash_lost_is_put_back(probe: Probe) -> None:
     )
     assert settled == "solved"
     call = await probe.call(taken.call_id)
-    assert (call["model"], call["task_id"], call["outcome"], call["reserved_tokens"]) == ("m1", task_id, "answered", 12)
+    assert (call["model"], call["task_id"], call["outcome"], call["reserved_tokens"]) == (
+        "m1",
+        task_id,
+        "answered",
+        12,
+    )
     assert await probe.queued(task_id) is None
     await probe.assert_counts_exact()
 

@@ -1,4 +1,4 @@
-"""The floor of a lane: claims stay as cheap as in an empty table, and no ready task is ever hidden below it."""
+"""The floor of a lane: claims stay as cheap as in an empty table, and no ready task is hidden below it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ async def test_the_floor_follows_what_was_claimed_in_two_steps(probe: Probe) -> 
 
 
 async def test_an_insert_under_way_keeps_the_floor_down(probe: Probe, database: str) -> None:
-    assert await _history_with_a_slow_insert(probe, database), "the slow one's task was hidden below the floor"
+    assert await _history_with_a_slow_insert(probe, database), (
+        "the slow one's task was hidden below the floor"
+    )
 
 
 async def test_without_its_witnesses_the_floor_would_hide_a_task(probe: Probe, database: str) -> None:
@@ -80,13 +82,12 @@ async def test_a_claim_that_is_rolled_back_is_not_below_the_floor(probe: Probe, 
 async def test_an_old_snapshot_never_raises_a_floor(probe: Probe, database: str) -> None:
     # Its `lowest` would miss what was committed since.
     await probe.add()
-    async with probing(database) as old:
-        async with old.connection.transaction(isolation="repeatable_read"):
-            assert await old.value("SELECT count(*) FROM queue") == 1
-            await probe.must_claim()
-            hidden = await probe.add()
-            for _ in range(4):
-                await old.raise_floor()
+    async with probing(database) as old, old.connection.transaction(isolation="repeatable_read"):
+        assert await old.value("SELECT count(*) FROM queue") == 1
+        await probe.must_claim()
+        hidden = await probe.add()
+        for _ in range(4):
+            await old.raise_floor()
     assert (await probe.must_claim()).task_id == hidden
 
 
@@ -115,7 +116,9 @@ async def test_a_lane_emptied_by_a_delete_raises_its_floor_too(probe: Probe) -> 
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-async def test_no_ready_task_is_ever_hidden_under_stress(probe: Probe, database: str, seed: int) -> None:
+async def test_no_ready_task_is_ever_hidden_under_stress(  # noqa: C901 - three small programs in one place
+    probe: Probe, database: str, seed: int
+) -> None:
     dice = random.Random(seed)
     until = time.monotonic() + 5
     claimed: set[int] = set()
@@ -160,7 +163,9 @@ async def test_no_ready_task_is_ever_hidden_under_stress(probe: Probe, database:
         claimed.add(taken.task_id)
         await probe.settle(taken)
     assert len(claimed) > 50
-    assert await probe.value("SELECT count(*) FROM tasks WHERE status <> 'solved'") == 0, "a ready task was hidden"
+    assert await probe.value("SELECT count(*) FROM tasks WHERE status <> 'solved'") == 0, (
+        "a ready task was hidden"
+    )
     assert await probe.value("SELECT count(*) FROM queue") == 0
     await probe.assert_counts_exact()
 
@@ -186,7 +191,7 @@ async def _claim_and_settle(probe: Probe, tasks: int) -> None:
         DECLARE id uuid;
         BEGIN
             FOR i IN 1 .. n LOOP
-                id := overlay(gen_random_uuid()::text PLACING left(call_id_floor(now())::text, 13) FROM 1 FOR 13)::uuid;
+                id := uuidv7();
                 PERFORM claim_task('m', '{general}', 'w1', id);
                 COMMIT;
                 PERFORM set_config('synchronous_commit', 'off', false);
@@ -232,7 +237,7 @@ async def _plans(probe: Probe, statement: str) -> str:
     probe.connection.add_log_listener(lambda _connection, message: told.append(message.message))
     await probe.run("LOAD 'auto_explain'")
     for setting, value in [
-        ("log_min_duration", "0"), ("log_nested_statements", "on"), ("log_level", "notice"), ("log_analyze", "on"),
+        ("log_min_duration", "0"), ("log_nested_statements", "on"), ("log_level", "notice"),
     ]:  # fmt: skip
         await probe.run(f"SET auto_explain.{setting} = {value}")
     await probe.run(statement)
@@ -247,13 +252,16 @@ def _scans_of(plans: str, table: str) -> set[str]:
 
 @pytest.mark.parametrize("size", ["nearly empty", "large"])
 async def test_plans_use_the_index_made_for_them(probe: Probe, size: str) -> None:
-    await probe.run(f"INSERT INTO tasks (prompt) SELECT 'p' FROM generate_series(1, {3 if size == 'nearly empty' else 5000})")
+    tasks = 3 if size == "nearly empty" else 5000
+    await probe.run("INSERT INTO tasks (prompt) SELECT 'p' FROM generate_series(1, $1)", tasks)
     await probe.run("VACUUM ANALYZE")
-    claim: Any = await _plans(probe, f"SELECT * FROM claim_task('m', '{{general}}', 'w1', '{new_call_id(time.time())}')")
+    claim: Any = await _plans(
+        probe, f"SELECT * FROM claim_task('m', '{{general}}', 'w1', '{new_call_id(time.time())}')"
+    )
     scans = _scans_of(claim, "queue")
     assert "Index Scan using queue_ready on queue q" in scans
     assert not [scan for scan in scans if "Seq Scan" in scan or "Bitmap" in scan], scans
-    assert "Sort Key: q.\"position\"" not in claim
+    assert 'Sort Key: q."position"' not in claim
 
     promote = await _plans(probe, "SELECT promote_waiting()")
     assert "Index Scan using queue_waiting on queue q" in _scans_of(promote, "queue")

@@ -17,7 +17,14 @@ from router.queue import LeaseLost, TaskQueue, ValueRefused, listening
 from router.task import CallResult, Outcome
 from tests.queueing import Probe
 
-GOOD = CallResult(Outcome.ANSWERED, answer="an answer", prompt_tokens=3, completion_tokens=4, cost_usd=0.001, latency_seconds=0.5)
+GOOD = CallResult(
+    Outcome.ANSWERED,
+    answer="an answer",
+    prompt_tokens=3,
+    completion_tokens=4,
+    cost_usd=0.001,
+    latency_seconds=0.5,
+)
 
 
 @pytest.fixture
@@ -38,11 +45,22 @@ async def test_claim_and_settle_carry_everything_over(queue: TaskQueue, probe: P
     task_id = await probe.add("Why?", category="technical")
     claim = await queue.claim("m1", ["technical"], max_tokens=100)
     assert claim is not None
-    assert (claim.task_id, claim.prompt, claim.category, claim.attempt, claim.max_tokens) == (task_id, "Why?", "technical", 1, 100)
+    assert (claim.task_id, claim.prompt, claim.category, claim.attempt, claim.max_tokens) == (
+        task_id,
+        "Why?",
+        "technical",
+        1,
+        100,
+    )
     assert await queue.claim("m1", ["technical"], max_tokens=100) is None
     assert await queue.settle(claim, GOOD) == "solved"
     call = await probe.call(claim.call_id)
-    assert (call["tokens"], float(call["cost"]), call["latency_seconds"], call["worker"]) == (7, 0.001, 0.5, queue.worker)
+    assert (call["tokens"], float(call["cost"]), call["latency_seconds"], call["worker"]) == (
+        7,
+        0.001,
+        0.5,
+        queue.worker,
+    )
 
 
 @pytest.mark.parametrize(
@@ -56,20 +74,28 @@ async def test_claim_and_settle_carry_everything_over(queue: TaskQueue, probe: P
     ],
     ids=["nul", "surrogate", "huge", "negative", "nan"],
 )
-async def test_what_postgres_cannot_hold_is_made_to_fit_and_the_answer_kept(queue: TaskQueue, probe: Probe, ugly: CallResult) -> None:
+async def test_what_postgres_cannot_hold_is_made_to_fit_and_the_answer_kept(
+    queue: TaskQueue, probe: Probe, ugly: CallResult
+) -> None:
     await probe.add()
     claim = await queue.claim("m1", ["general"], max_tokens=100)
     assert claim is not None
     assert await asyncio.wait_for(queue.settle(claim, ugly), 5) == "solved"
 
 
-async def test_values_that_postgres_refuses_are_not_tried_for_ten_minutes(queue: TaskQueue, probe: Probe) -> None:
+async def test_values_that_postgres_refuses_are_not_tried_for_ten_minutes(
+    queue: TaskQueue, probe: Probe
+) -> None:
     await probe.add()
     claim = await queue.claim("m1", ["general"], max_tokens=100)
     assert claim is not None
-    await probe.run("ALTER TABLE tasks ADD CHECK (answer <> 'refused by a constraint of the operator''s own')")
+    await probe.run(
+        "ALTER TABLE tasks ADD CHECK (answer <> 'refused by a constraint of the operator''s own')"
+    )
     with pytest.raises(ValueRefused):
-        await asyncio.wait_for(queue.settle(claim, replace(GOOD, answer="refused by a constraint of the operator's own")), 5)
+        await asyncio.wait_for(
+            queue.settle(claim, replace(GOOD, answer="refused by a constraint of the operator's own")), 5
+        )
 
 
 async def test_a_worker_whose_lease_was_lost_goes_on_under_a_new_name(queue: TaskQueue, probe: Probe) -> None:
@@ -110,7 +136,9 @@ async def test_release_gives_back_all_at_once(queue: TaskQueue, probe: Probe) ->
     assert await probe.value("SELECT count(*) FROM queue WHERE state = 'ready'") == 3
 
 
-async def test_a_claim_that_nobody_works_on_is_found_by_the_worker_that_holds_it(queue: TaskQueue, probe: Probe) -> None:
+async def test_a_claim_that_nobody_works_on_is_found_by_the_worker_that_holds_it(
+    queue: TaskQueue, probe: Probe
+) -> None:
     for _ in range(2):
         await probe.add()
     kept = await queue.claim("m1", ["general"], max_tokens=100)
@@ -130,13 +158,17 @@ async def test_house_keeping_promotes_releases_and_folds(queue: TaskQueue, probe
     await probe.run("UPDATE queue SET wake_at = clock_timestamp() WHERE state = 'waiting'")
     await probe.run("UPDATE workers SET lease_until = clock_timestamp() WHERE worker = 'dead'")
     await queue.keep_house()
-    assert await probe.value("SELECT array_agg(task_id ORDER BY task_id) FROM queue WHERE state = 'ready'") == [retried, lost]
+    assert await probe.value(
+        "SELECT array_agg(task_id ORDER BY task_id) FROM queue WHERE state = 'ready'"
+    ) == [retried, lost]
     assert await probe.value("SELECT count(*) FROM task_count_deltas") == 0
     await queue.keep_partitions()
 
 
 async def test_the_state_in_one_round_trip(queue: TaskQueue, probe: Probe) -> None:
-    await probe.run("INSERT INTO tasks (prompt, category) VALUES ('p', 'technical'), ('p', 'technical'), ('p', NULL)")
+    await probe.run(
+        "INSERT INTO tasks (prompt, category) VALUES ('p', 'technical'), ('p', 'technical'), ('p', NULL)"
+    )
     await probe.run("SELECT begin_run('r1')")
     assert await queue.leave_run("r1", "the queue was empty") == "the queue was empty"
     assert await queue.leave_run("r1", "another reason") == "the queue was empty"
@@ -161,7 +193,9 @@ async def test_whoever_listens_hears_of_new_tasks(database: str, probe: Probe) -
         assert await asyncio.wait_for(heard.get(), 5) == "router_tasks"
 
 
-async def test_postgres_away_is_said_as_a_database_error(pool: asyncpg.Pool, queue: TaskQueue, probe: Probe) -> None:
+async def test_postgres_away_is_said_as_a_database_error(
+    pool: asyncpg.Pool, queue: TaskQueue, probe: Probe
+) -> None:
     waiting = asyncio.create_task(queue._one("SELECT pg_sleep(60)"))
     mine = "FROM pg_stat_activity WHERE datname = current_database() AND query LIKE 'SELECT pg_sleep%'"
     while not await probe.value(f"SELECT count(*) {mine}"):

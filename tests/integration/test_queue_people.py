@@ -1,4 +1,4 @@
-"""People and old programs change tasks as they please; the queue follows, and an answer to an old prompt never counts."""
+"""People and old programs change tasks as they please; the queue follows, and no old answer counts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ import pytest
 from tests.queueing import Probe, probing
 
 
-@pytest.mark.parametrize("reset", ["status = 'unsolved'", "status = 'unsolved', answer = NULL, answered_by = NULL, answer_rank = NULL, answer_call_id = NULL"])
+@pytest.mark.parametrize(
+    "reset",
+    [
+        "status = 'unsolved'",
+        "status = 'unsolved', answer = NULL, answered_by = NULL, answer_rank = NULL, answer_call_id = NULL",
+    ],
+)
 async def test_a_solved_task_set_back_is_solved_again(probe: Probe, reset: str) -> None:
     task_id = await probe.add()
     await probe.settle(await probe.must_claim(), answer="first")
@@ -77,7 +83,11 @@ async def test_delete_while_claimed_ends_it_quietly(probe: Probe) -> None:
 
 
 async def test_delete_of_every_kind_is_counted(probe: Probe) -> None:
-    await probe.run("INSERT INTO tasks (prompt, status, category) SELECT 'p', s, c FROM unnest('{unsolved,solved,failed}'::text[]) AS s, unnest('{technical,unknown,NULL}'::text[]) AS c")
+    await probe.run(
+        "INSERT INTO tasks (prompt, status, category) SELECT 'p', s, c"
+        " FROM unnest('{unsolved,solved,failed}'::text[]) AS s,"
+        " unnest('{technical,unknown,NULL}'::text[]) AS c"
+    )
     await probe.assert_counts_exact()
     await probe.run("DELETE FROM tasks WHERE category IS DISTINCT FROM 'technical'")
     assert await probe.counts() == {"technical": (1, 1, 1)}
@@ -191,17 +201,23 @@ async def test_reconcile_drops_what_ended_or_went_unseen(probe: Probe, unseen: P
     assert (await probe.must_claim()).task_id == stays
 
 
-async def test_a_claim_does_not_wait_for_the_reconciler_to_see_that_a_task_is_gone(probe: Probe, unseen: Probe) -> None:
+async def test_a_claim_does_not_wait_for_the_reconciler_to_see_that_a_task_is_gone(
+    probe: Probe, unseen: Probe
+) -> None:
     gone, stays = await probe.add(), await probe.add()
     await unseen.run("DELETE FROM tasks WHERE id = $1", gone)
     assert (await probe.must_claim()).task_id == stays
     assert await probe.counts() == {"general": (1, 0, 0)}
 
 
-async def test_set_back_unseen_is_a_new_version_and_not_paid_for_without_end(probe: Probe, unseen: Probe) -> None:
+async def test_set_back_unseen_is_a_new_version_and_not_paid_for_without_end(
+    probe: Probe, unseen: Probe
+) -> None:
     task_id = await probe.add()
     await probe.settle(await probe.must_claim(), answer="first")
-    await unseen.run("UPDATE tasks SET status = 'unsolved'")  # its rank is still 3: no answer could replace it
+    await unseen.run(
+        "UPDATE tasks SET status = 'unsolved'"
+    )  # its rank is still 3: no answer could replace it
     assert await probe.reconcile() == (1, 0)
     await probe.assert_counts_exact()
     assert await probe.settle(await probe.must_claim(), answer="second") == "solved"
@@ -209,7 +225,9 @@ async def test_set_back_unseen_is_a_new_version_and_not_paid_for_without_end(pro
     await probe.assert_counts_exact()
 
 
-async def test_an_answer_that_stands_already_ends_the_claim_instead_of_asking_for_ever(probe: Probe, unseen: Probe) -> None:
+async def test_an_answer_that_stands_already_ends_the_claim_instead_of_asking_for_ever(
+    probe: Probe, unseen: Probe
+) -> None:
     task_id = await probe.add()
     await unseen.run("UPDATE tasks SET answer = 'a', answer_rank = 3")  # unsolved, and yet answered
     for _ in range(5):
@@ -222,7 +240,9 @@ async def test_an_answer_that_stands_already_ends_the_claim_instead_of_asking_fo
     await probe.assert_counts_exact()
 
 
-async def test_a_version_that_changed_unseen_is_taken_from_the_task_itself(probe: Probe, unseen: Probe) -> None:
+async def test_a_version_that_changed_unseen_is_taken_from_the_task_itself(
+    probe: Probe, unseen: Probe
+) -> None:
     await probe.add()
     await unseen.run("UPDATE tasks SET prompt = 'edited', prompt_version = 77")
     taken = await probe.must_claim()
@@ -230,7 +250,9 @@ async def test_a_version_that_changed_unseen_is_taken_from_the_task_itself(probe
     assert await probe.settle(taken) == "solved"
 
 
-async def test_reconcile_moves_what_changed_lanes_unseen_or_whose_category_is_gone(probe: Probe, unseen: Probe) -> None:
+async def test_reconcile_moves_what_changed_lanes_unseen_or_whose_category_is_gone(
+    probe: Probe, unseen: Probe
+) -> None:
     one, two = await probe.add(category="creative"), await probe.add()
     await unseen.run("UPDATE tasks SET category = 'technical', priority = 7 WHERE id = $1", two)
     await probe.run("DELETE FROM categories WHERE name = 'creative'")
@@ -244,14 +266,19 @@ async def test_a_claim_of_a_worker_that_nobody_knows_is_released(probe: Probe) -
     task_id = await probe.add()
     await probe.must_claim(worker="forgotten")
     await probe.run("DELETE FROM workers")
-    assert await probe.value("SELECT release_lost_claims()") == 0, "without the worker's row it cannot be seen"
+    assert await probe.value("SELECT release_lost_claims()") == 0, (
+        "without the worker's row it cannot be seen"
+    )
     await probe.reconcile()
     assert await probe.value("SELECT release_lost_claims()") == 1
     assert (await probe.must_claim(worker="w2")).task_id == task_id
 
 
 async def test_recount_puts_counters_right_whatever_happened_to_them(probe: Probe) -> None:
-    await probe.run("INSERT INTO tasks (prompt, status) SELECT 'p', s FROM unnest('{unsolved,solved,solved,failed}'::text[]) AS s")
+    await probe.run(
+        "INSERT INTO tasks (prompt, status)"
+        " SELECT 'p', s FROM unnest('{unsolved,solved,solved,failed}'::text[]) AS s"
+    )
     await probe.run("INSERT INTO task_counts VALUES ('technical', 5, 5, 5)")
     await probe.run("SELECT recount_tasks()")
     assert await probe.counts() == {"general": (1, 2, 1)}

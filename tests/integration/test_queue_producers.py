@@ -1,4 +1,4 @@
-"""Producers only INSERT INTO tasks; whatever they insert ends up queued, or failed with its reason, and counted."""
+"""Producers only INSERT INTO tasks; what they insert is queued, or failed with its reason, and counted."""
 
 from __future__ import annotations
 
@@ -26,7 +26,12 @@ async def test_one_insert_is_ready_counted_and_announced_once(probe: Probe, data
 
     queued = await probe.queued(task_id)
     assert queued is not None
-    assert (queued["state"], queued["category"], queued["priority"], queued["attempt"]) == ("ready", "general", 0, 0)
+    assert (queued["state"], queued["category"], queued["priority"], queued["attempt"]) == (
+        "ready",
+        "general",
+        0,
+        0,
+    )
     assert await probe.counts() == {"general": (1, 0, 0)}
     assert heard == ["router_tasks"]
 
@@ -37,14 +42,17 @@ async def test_ten_thousand_in_one_statement_are_one_counter_row(probe: Probe) -
     assert await probe.value("SELECT count(*) FROM task_count_deltas") == 1
     await probe.assert_counts_exact()
     in_order = await probe.value(
-        "SELECT bool_and(rises) FROM (SELECT position > lag(position) OVER (ORDER BY task_id) AS rises FROM queue) AS p"
+        "SELECT bool_and(rises) FROM"
+        " (SELECT position > lag(position) OVER (ORDER BY task_id) AS rises FROM queue) AS p"
     )
     assert in_order
 
 
 async def test_copy_is_an_insert(probe: Probe) -> None:
     records = [(f"prompt {n}", "creative" if n % 2 else None, n % 3) for n in range(1000)]
-    await probe.connection.copy_records_to_table("tasks", records=records, columns=["prompt", "category", "priority"])
+    await probe.connection.copy_records_to_table(
+        "tasks", records=records, columns=["prompt", "category", "priority"]
+    )
     assert await probe.counts() == {"creative": (500, 0, 0), "general": (500, 0, 0)}
     await probe.assert_counts_exact()
 
@@ -53,7 +61,9 @@ async def test_copy_is_an_insert(probe: Probe) -> None:
     ("prompt", "reason"),
     [("", "the prompt is empty"), (" \n\t ", "the prompt is empty"), ("x" * 10_000_000, "10000000 bytes")],
 )
-async def test_what_no_model_can_be_sent_fails_at_once_with_its_reason(probe: Probe, prompt: str, reason: str) -> None:
+async def test_what_no_model_can_be_sent_fails_at_once_with_its_reason(
+    probe: Probe, prompt: str, reason: str
+) -> None:
     good = await probe.add("a good one")
     task_id = await probe.add(prompt)
     task = await probe.task(task_id)
@@ -65,7 +75,10 @@ async def test_what_no_model_can_be_sent_fails_at_once_with_its_reason(probe: Pr
 
 
 async def test_good_and_bad_in_one_statement_are_told_apart(probe: Probe) -> None:
-    await probe.run("INSERT INTO tasks (prompt) SELECT CASE WHEN n % 3 = 0 THEN ' ' ELSE 'p' END FROM generate_series(1, 30) AS n")
+    await probe.run(
+        "INSERT INTO tasks (prompt)"
+        " SELECT CASE WHEN n % 3 = 0 THEN ' ' ELSE 'p' END FROM generate_series(1, 30) AS n"
+    )
     assert await probe.counts() == {"general": (20, 0, 10)}
     await probe.assert_counts_exact()
 
@@ -102,7 +115,7 @@ async def test_what_arrives_solved_or_failed_is_counted_and_never_queued(probe: 
 
 
 async def test_the_largest_max_tokens_cannot_stop_the_queue(probe: Probe) -> None:
-    # Prompt bytes and max_tokens are added up: an overflow here would fail every claim, at the head of the queue.
+    # Prompt bytes and max_tokens are added up: an overflow would fail every claim at the head of the queue.
     task_id = await probe.add("p" * 1000, max_tokens=2**31 - 1)
     taken = await probe.must_claim()
     assert taken.task_id == task_id
@@ -123,7 +136,10 @@ async def test_a_producer_that_may_do_nothing_but_insert_still_can(probe: Probe,
 
 
 async def test_a_producer_with_another_search_path_fills_the_same_queue(probe: Probe, database: str) -> None:
-    await probe.run("CREATE SCHEMA elsewhere; CREATE TABLE elsewhere.queue (trap int); CREATE TABLE elsewhere.tasks (trap int)")
+    await probe.run(
+        "CREATE SCHEMA elsewhere; CREATE TABLE elsewhere.queue (trap int);"
+        " CREATE TABLE elsewhere.tasks (trap int)"
+    )
     async with probing(database) as producer:
         await producer.run("SET search_path = elsewhere")
         await producer.run("INSERT INTO public.tasks (prompt) VALUES ('p')")
@@ -140,7 +156,9 @@ async def test_a_rolled_back_insert_leaves_nothing(probe: Probe) -> None:
     assert await probe.counts() == {}
 
 
-async def test_two_producers_that_open_lanes_in_different_order_do_not_wait_for_each_other(probe: Probe, database: str) -> None:
+async def test_two_producers_that_open_lanes_in_different_order_do_not_wait_for_each_other(
+    probe: Probe, database: str
+) -> None:
     async with probing(database) as other:
         first, second = probe.connection.transaction(), other.connection.transaction()
         await first.start()

@@ -103,7 +103,7 @@ async def test_every_task_is_solved_once_by_the_right_call(
     assert reasons == ["the queue was empty"] * 2
     left_over = ask(
         addresses,
-        "SELECT t.status, t.failure, q.* FROM tasks t LEFT JOIN queue q ON q.task_id = t.id WHERE status <> 'solved'",
+        "SELECT t.*, q.state FROM tasks t LEFT JOIN queue q ON q.task_id = t.id WHERE status <> 'solved'",
     )
     assert left_over == []
     calls = ask(
