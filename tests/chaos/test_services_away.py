@@ -1,0 +1,142 @@
+"""Redis or Postgres goes away in the middle of a drain: nothing is lost, and no window is broken."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from bench.judge import TargetChange, Verdict, judge, read_arrivals
+from local.postgres import PostgresServer, start_postgres
+from local.redis import RedisServer, start_redis
+from models_backend.process import BackendServer, start_backend
+from router.database import connect, migrate, rows
+from router.engine import Engine
+from router.roster import sync_roster
+from router.settings import Addresses, ModelSettings, RouterConfig, WorkerSettings
+from router.traffic import TrafficTarget
+from router.worker import Worker
+
+MODELS = ("llama-3.1-8b", "phi-4")
+TARGET = "40/2s, 12 at once"
+TASKS = 400
+AWAY = [pytest.param(3.0, id="3 s"), pytest.param(20.0, id="20 s", marks=pytest.mark.soak)]
+
+
+@dataclass
+class Parts:
+    """What the workers need, each of our own, so that it can be taken away."""
+
+    folder: Path
+    postgres: PostgresServer
+    redis: RedisServer
+    backend: BackendServer
+    addresses: Addresses
+
+    def tasks(self, where: str) -> int:
+        with connect(self.addresses.database_url) as connection:
+            return int(rows(connection, f"SELECT count(*) AS n FROM tasks WHERE {where}")[0]["n"])
+
+    def verdict(self) -> Verdict:
+        self.backend.stop()
+        changes = [TargetChange(0.0, model, TrafficTarget.parse(TARGET)) for model in MODELS]
+        arrivals = read_arrivals(self.backend.arrival_log)
+        return judge(arrivals, changes, backlog_from=None, backlog_until=None)
+
+
+@pytest.fixture
+def parts() -> Iterator[Parts]:
+    folder = Path(tempfile.mkdtemp(prefix="router-away-"))
+    postgres = start_postgres(folder / "pg", settings={"fsync": "off"})
+    redis = start_redis(folder / "redis")
+    backend = start_backend(folder / "backend", "--time-scale", "20", "--latency", "even:1:10")
+    url = postgres.create_database("router")
+    migrate(url)
+    parts = Parts(folder, postgres, redis, backend, Addresses(
+        database_url=url, redis_url=redis.url, backend_url=backend.url
+    ))  # fmt: skip
+    yield parts
+    backend.stop()
+    parts.redis.stop()
+    postgres.stop()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@asynccontextmanager
+async def draining(parts: Parts) -> AsyncIterator[Engine]:
+    """A backlog, and workers that have begun on it."""
+    models = {name: ModelSettings(target=TARGET, ranks={"general": 1}) for name in MODELS}
+    config = RouterConfig(models=models, worker=WorkerSettings(retry_base_seconds=0.2, retry_cap_seconds=1))
+    with connect(parts.addresses.database_url) as connection:
+        sync_roster(connection, config)
+        rows(
+            connection,
+            "INSERT INTO tasks (prompt) SELECT 'prompt ' || g FROM generate_series(1, %s) g",
+            (TASKS,),
+        )
+    engine = Engine(parts.addresses, config)
+    await engine.start()
+    workers = [asyncio.create_task(Worker(engine, model, "run").run()) for model in MODELS]
+    try:
+        await until(lambda: parts.tasks("status = 'solved'") > TASKS // 8)
+        yield engine
+        await until(lambda: parts.tasks("status = 'unsolved'") == 0, 60)
+    finally:
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+        await engine.stop()
+
+
+async def until(condition: Callable[[], bool], seconds: float = 30.0) -> float:
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < seconds, f"not so within {seconds:g} s"
+        await asyncio.sleep(0.1)
+    return time.monotonic() - started
+
+
+def assert_nothing_lost(parts: Parts) -> None:
+    assert parts.tasks("status = 'solved'") == TASKS
+    with connect(parts.addresses.database_url) as connection:
+        kept = rows(connection, "SELECT count(*) AS n FROM model_calls WHERE settlement = 'solved'")
+        still_open = rows(connection, "SELECT count(*) AS n FROM model_calls WHERE outcome IS NULL")
+    assert (kept[0]["n"], still_open[0]["n"]) == (TASKS, 0)
+
+
+@pytest.mark.parametrize("away_seconds", AWAY)
+async def test_redis_goes_away_and_comes_back_without_its_memory(parts: Parts, away_seconds: float) -> None:
+    async with draining(parts) as engine:
+        parts.redis.stop()
+        gone = time.monotonic()
+        await until(lambda: engine.in_flight() <= len(MODELS) * 4, 10)  # what was sent ends
+        await asyncio.sleep(max(0.0, away_seconds - (time.monotonic() - gone)))
+        parts.redis = start_redis(parts.folder / "redis", port=parts.redis.port)
+        back = time.monotonic()
+        before = parts.tasks("status = 'solved'")
+        took = await until(lambda: parts.tasks("status = 'solved'") > before)
+        assert took < 5, "sending goes on by itself"
+    verdict = parts.verdict()
+    sent = [arrival.at for arrival in read_arrivals(parts.backend.arrival_log)]
+    assert not [at for at in sent if gone + 0.5 < at < back], "nothing is sent without a limiter"
+    assert verdict.breach_count == 0
+    assert_nothing_lost(parts)
+
+
+@pytest.mark.parametrize("away_seconds", AWAY)
+async def test_postgres_restarts_under_the_workers(parts: Parts, away_seconds: float) -> None:
+    async with draining(parts):
+        parts.postgres.stop()
+        await asyncio.sleep(away_seconds)
+        start_postgres(parts.folder / "pg", settings={"fsync": "off"})
+        before = parts.tasks("status = 'solved'")
+        assert await until(lambda: parts.tasks("status = 'solved'") > before + 10) < 15
+    assert parts.verdict().breach_count == 0
+    assert_nothing_lost(parts)
