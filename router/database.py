@@ -6,6 +6,7 @@ Two drivers, one a purpose: asyncpg where calls overlap (workers, asking), psyco
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ LOCK_PATIENCE_SECONDS = 120.0
 MIGRATION_LOCK = 7_205_759_403  # any number that no other program uses as an advisory lock
 
 Connection = psycopg2.extensions.connection
+# What asyncpg raises when the server is away or the connection broke in the middle.
+AWAY_ERRORS = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError, asyncio.TimeoutError)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import asyncpg
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
+from router.database import AWAY_ERRORS
 from router.errors import DatabaseError
 from router.task import CallResult, Claim, Outcome, new_call_id
 
@@ -216,7 +217,7 @@ class TaskQueue:
             if isinstance(error, asyncpg.DataError) or (error.sqlstate or "").startswith(NEVER_HEALS):
                 raise ValueRefused(f"Postgres refused: {error}") from error
             raise DatabaseError(f"Postgres refused: {error}") from error
-        except (OSError, asyncpg.InterfaceError, asyncio.TimeoutError) as error:
+        except AWAY_ERRORS as error:
             raise DatabaseError(f"Postgres is away: {error or type(error).__name__}") from error
 
 

@@ -6,14 +6,13 @@ Postgres is the truth. Synchronous where people wait for it, asynchronous where 
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import asyncpg
 
-from router.database import Connection, rows
+from router.database import AWAY_ERRORS, Connection, rows
 from router.errors import ConfigError, DatabaseError
 from router.settings import RouterConfig
 
@@ -132,5 +131,5 @@ async def past_calls(pool: asyncpg.Pool, model: str, seconds: float) -> list[tup
 async def _fetch(pool: asyncpg.Pool, statement: str, *arguments: Any) -> list[Any]:
     try:
         return list(await pool.fetch(statement, *arguments))
-    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncio.TimeoutError) as error:
+    except (asyncpg.PostgresError, *AWAY_ERRORS) as error:
         raise DatabaseError(f"Postgres: {error or type(error).__name__}") from error

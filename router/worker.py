@@ -177,8 +177,10 @@ class Worker:
             return
         try:
             done = await self._call(claim, endpoint, timeout_seconds, going_out)
-        except (HeldBack, RouterError, asyncio.TimeoutError):
+        except (HeldBack, LimiterError, asyncio.TimeoutError):
             done = None
+        except RouterError as error:  # will not heal: without a counted attempt it would come for ever
+            done = CallResult(Outcome.REJECTED, error=str(error))
         except asyncio.CancelledError:
             if not sent:
                 await asyncio.shield(engine.queue.unclaim(claim.call_id))

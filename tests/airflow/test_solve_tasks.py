@@ -213,10 +213,11 @@ def _seconds_to_arrival(solving: Solving) -> float:
 
 
 def _waits(solving: Solving, former_run: str) -> bool:
+    """Whether the next run's trigger listens for work, beside the engine that lingers."""
     run = solving.run()["dag_run_id"]
-    return run != former_run and [t["state"] for t in solving.airflow_tasks(run, "wait_for_work")] == [
-        "deferred"
-    ]
+    listeners = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'router listener'"
+    states = [entry["state"] for entry in solving.airflow_tasks(run, "wait_for_work")]
+    return run != former_run and states == ["deferred"] and solving.value(listeners) >= 2
 
 
 @pytest.fixture
