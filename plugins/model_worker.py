@@ -16,6 +16,7 @@ from airflow.sdk.definitions.context import Context
 from airflow.triggers.base import BaseTrigger, TaskSuccessEvent, TriggerEvent
 
 from router.database import open_pool
+from router.duties import set_within
 from router.engine import Engine
 from router.errors import RouterError
 from router.queue import TaskQueue, listening
@@ -156,8 +157,7 @@ class WorkTrigger(BaseTrigger):
             async with listening(addresses.database_url, lambda _channel: news.set()):
                 while sum((await queue.state([])).unsolved.values()) <= 0:
                     news.clear()
-                    with contextlib.suppress(asyncio.TimeoutError):
-                        await asyncio.wait_for(news.wait(), self.poll_seconds)
+                    await set_within(news, self.poll_seconds)
         finally:
             await pool.close()
 

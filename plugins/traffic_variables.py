@@ -68,6 +68,7 @@ async def _watch_until_trouble() -> None:
             await watching.apply(lines, version=version)
             if paused is not None:
                 await watching.apply_hold(held=paused, version=version)
+            await watching.tell_watching()
             await asyncio.sleep(WATCH_SECONDS)
     finally:
         await client.aclose()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 from collections.abc import Awaitable, Callable
@@ -12,6 +11,8 @@ from typing import Any
 from router.errors import RouterError
 
 log = logging.getLogger("router.duties")
+
+CANCEL_AGAIN_SECONDS = 0.25
 
 Step = Callable[[], Awaitable[Any]]
 
@@ -29,9 +30,7 @@ class Duties:
 
     async def end(self) -> None:
         """Cancel all duties and wait until they are gone."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await ended(*self._tasks)
 
 
 async def _repeat(step: Step, seconds: float, name: str, wake: asyncio.Event | None) -> None:
@@ -54,5 +53,30 @@ async def _repeat(step: Step, seconds: float, name: str, wake: asyncio.Event | N
         if wake is None:
             await asyncio.sleep(pause)
         else:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(wake.wait(), pause)
+            await set_within(wake, pause)
+
+
+async def set_within(event: asyncio.Event, seconds: float) -> bool:
+    """Wait until the event is set, at most `seconds`; whether it is. A cancellation always comes through.
+
+    Before Python 3.12 `asyncio.wait_for` swallows one that comes in the moment in which the event is set.
+    """
+    waiting = asyncio.get_running_loop().create_task(event.wait(), name="router wait")
+    try:
+        await asyncio.wait({waiting}, timeout=seconds)
+    finally:
+        waiting.cancel()
+    return event.is_set()
+
+
+async def ended(*tasks: asyncio.Task[None]) -> None:
+    """Cancel the tasks and wait until all are gone, however they end.
+
+    Asked again and again: now and then a library in between swallows a cancellation.
+    """
+    left = {task for task in tasks if not task.done()}
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=CANCEL_AGAIN_SECONDS)
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -23,7 +23,7 @@ from router import roster as roster_of
 from router.assignment import Work, shares
 from router.backend import ModelsBackend
 from router.database import open_pool
-from router.duties import Duties
+from router.duties import Duties, ended, set_within
 from router.errors import RouterError
 from router.limiter import LimiterSettings, PastCall, TrafficLimiter
 from router.queue import EngineState, TaskQueue, listening
@@ -68,6 +68,7 @@ class Engine:
         self._calls: dict[asyncio.Task[None], uuid.UUID] = {}
         self._runs: dict[str, tuple[frozenset[str], int]] = {}  # run -> its models, workers here
         self._pulls_handed_over: dict[str, asyncio.Task[None]] = {}
+        self._endings: set[asyncio.Task[None]] = set()
         self._woken = asyncio.Event()
         self._control = asyncio.Event()
         self._empty_since: float | None = None
@@ -126,16 +127,11 @@ class Engine:
 
     async def stop(self, *, grace_seconds: float = 5.0) -> None:
         """End the duties, wait for calls in flight, give back what was not sent, close everything."""
-        pulls = list(self._pulls_handed_over.values())
-        for pulling in pulls:
-            pulling.cancel()
-        await asyncio.gather(*pulls, return_exceptions=True)
+        await ended(*self._pulls_handed_over.values())
         if self._calls:
             await asyncio.wait(self._calls, timeout=grace_seconds)
         await self._duties.end()
-        for task in list(self._calls):
-            task.cancel()
-        await asyncio.gather(*self._calls, return_exceptions=True)
+        await ended(*self._calls)
         with contextlib.suppress(RouterError):
             await self.queue.release()
         await self._open.aclose()
@@ -161,7 +157,7 @@ class Engine:
     def hand_over(self, model: str, pulling: asyncio.Task[None]) -> None:
         """Keep this pulling alive while no worker is there: until take_over, at most HANDOVER_SECONDS."""
         self._pulls_handed_over[model] = pulling
-        ending = asyncio.get_running_loop().call_later(HANDOVER_SECONDS, pulling.cancel)
+        ending = asyncio.get_running_loop().call_later(HANDOVER_SECONDS, self._end_pulling, pulling)
         pulling.add_done_callback(lambda _task: ending.cancel())
         pulling.add_done_callback(lambda task: self._end_of_handover(model, task))
 
@@ -181,7 +177,12 @@ class Engine:
         """The model's worker is here: end the pulling in its place."""
         pulling = self._pulls_handed_over.get(model)
         if pulling is not None:
-            pulling.cancel()
+            self._end_pulling(pulling)
+
+    def _end_pulling(self, pulling: asyncio.Task[None]) -> None:
+        ending = asyncio.get_running_loop().create_task(ended(pulling), name="router end of pulling")
+        self._endings.add(ending)
+        ending.add_done_callback(self._endings.discard)
 
     @property
     def idle(self) -> bool:
@@ -199,8 +200,7 @@ class Engine:
 
     async def woken(self, seconds: float, news: asyncio.Event | None = None) -> None:
         """Wait for `news` (by default what comes from now on), at most `seconds`, with jitter."""
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for((news or self._woken).wait(), seconds * random.uniform(0.75, 1.25))
+        await set_within(news or self._woken, seconds * random.uniform(0.75, 1.25))
 
     def check_may_send(self) -> None:
         """Raise HeldBack if the batch is held or the lease may be gone; called just before a send."""
@@ -317,6 +317,8 @@ class Engine:
 
     async def _variables_step(self) -> None:
         assert self._read_variables is not None
+        if self.state is not None and self.state.watched:
+            return  # reading them here holds the triggerer's supervisor up, the first time for seconds
         version = int(self.queue.database_time() * 1e6)
         lines = await self._read_variables(list(self.roster.models))
         await self.watch.apply(lines, version=version)

@@ -48,6 +48,7 @@ class EngineState:
     """What a worker must know each second: may the batch send, which runs are over, has the roster moved."""
 
     held: bool
+    watched: bool  # somebody watches the Variables where they are near
     left_runs: dict[str, str]  # run -> reason
     roster_version: int
     unsolved: dict[str, int]  # category -> tasks in the queue, whatever their state
@@ -170,6 +171,7 @@ class TaskQueue:
         row = await self._one("SELECT * FROM engine_state($1)", list(runs))
         return EngineState(
             held=row["held"],
+            watched=row["watched"],
             left_runs=json.loads(row["left_runs"]),
             roster_version=row["roster_version"],
             unsolved=json.loads(row["unsolved"]),

@@ -119,6 +119,11 @@ async def hold_solving(pool: asyncpg.Pool, *, held: bool, version: int) -> None:
     await _fetch(pool, "SELECT hold_solving($1, $2)", held, version)
 
 
+async def tell_watching(pool: asyncpg.Pool) -> None:
+    """Say that the Variables are watched, so that workers need not read them."""
+    await _fetch(pool, "SELECT watch_goes_on()")
+
+
 async def past_calls(pool: asyncpg.Pool, model: str, seconds: float) -> list[tuple[float, int, bool]]:
     """(age in seconds, reserved tokens, still open) of each call sent within the last `seconds`.
 

@@ -13,10 +13,17 @@ import asyncpg
 
 from router.errors import TrafficTargetError
 from router.limiter import TrafficLimiter
-from router.roster import hold_solving, keep_target, read_targets, report_target_trouble
+from router.roster import (
+    hold_solving,
+    keep_target,
+    read_targets,
+    report_target_trouble,
+    tell_watching,
+)
 from router.traffic import TrafficTarget
 
 VARIABLE_PREFIX = "traffic."
+TELL_WATCHING_SECONDS = 2.5
 REASSERT_SECONDS = 5.0  # a Redis that lost its memory hears the target again
 
 
@@ -30,6 +37,7 @@ class TrafficWatch:
         self._told_at: dict[str, float] = {}
         self._good: dict[str, tuple[TrafficTarget, int]] = {}
         self._held: bool | None = None
+        self._watching_told_at = -TELL_WATCHING_SECONDS
         self.troubles: dict[str, str] = {}
 
     async def apply_last_good(self) -> None:
@@ -54,6 +62,12 @@ class TrafficWatch:
         if held != self._held:
             await hold_solving(self._pool, held=held, version=version)
             self._held = held
+
+    async def tell_watching(self) -> None:
+        """Say every few seconds that somebody watches, so that workers need not."""
+        if time.monotonic() - self._watching_told_at > TELL_WATCHING_SECONDS:
+            await tell_watching(self._pool)
+            self._watching_told_at = time.monotonic()
 
     async def _take(self, model: str, line: str, version: int) -> None:
         try:

@@ -16,6 +16,7 @@ from collections.abc import Set as AbstractSet
 from functools import partial
 
 from router.assignment import PullOrder
+from router.duties import ended
 from router.engine import ROSTER_CHANGED, Engine, HeldBack
 from router.errors import DatabaseError, LimiterError, PermitDead, RouterError
 from router.limiter import Permit
@@ -73,8 +74,7 @@ class Worker:
             return reason
         finally:
             if not engine.handed_over(pulling):
-                pulling.cancel()
-                await asyncio.gather(pulling, return_exceptions=True)
+                await ended(pulling)
             engine.part(self._run)
 
     def _start_pulling(self) -> asyncio.Task[None]:

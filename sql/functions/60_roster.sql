@@ -38,6 +38,10 @@ BEGIN
 END
 $$;
 
+-- Somebody watches the Variables and the pause: workers need not read them through their slow way.
+CREATE OR REPLACE FUNCTION watch_goes_on() RETURNS void
+LANGUAGE sql AS $$ UPDATE solving SET watched_at = clock_timestamp() $$;
+
 -- A run's workers all leave, for the first reason that one of them found; the first reason stays.
 CREATE OR REPLACE FUNCTION leave_run(p_run text, p_reason text) RETURNS text
 LANGUAGE plpgsql AS $$
@@ -143,9 +147,11 @@ $$;
 
 -- What a worker process must know each second, in one round trip.
 CREATE OR REPLACE FUNCTION engine_state(
-    p_runs text[], OUT held boolean, OUT roster_version bigint, OUT left_runs jsonb, OUT unsolved jsonb)
+    p_runs text[], OUT held boolean, OUT watched boolean, OUT roster_version bigint, OUT left_runs jsonb,
+    OUT unsolved jsonb)
 LANGUAGE sql STABLE AS $$
     SELECT (SELECT s.held FROM solving s),
+           (SELECT coalesce(s.watched_at > clock_timestamp() - interval '10 seconds', false) FROM solving s),
            (SELECT last_value FROM roster_version),
            (SELECT coalesce(jsonb_object_agg(run, reason), '{}') FROM runs WHERE run = ANY (p_runs) AND left_at IS NOT NULL),
            (SELECT coalesce(jsonb_object_agg(category, unsolved), '{}') FROM task_counts_now)

@@ -47,7 +47,8 @@ CREATE TABLE solving (
     only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
     held boolean NOT NULL DEFAULT false,
     version bigint NOT NULL DEFAULT 0,
-    changed_at timestamptz NOT NULL DEFAULT clock_timestamp()
+    changed_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    watched_at timestamptz                  -- when somebody near the metadata database last watched
 );
 INSERT INTO solving DEFAULT VALUES;
 

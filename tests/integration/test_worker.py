@@ -319,3 +319,26 @@ async def test_the_first_worker_of_a_run_pulls_for_those_on_their_way(addresses:
         assert calls(addresses, "model = 'llama-3.1-8b'") == before
         first.cancel()
         await asyncio.gather(first, return_exceptions=True)
+
+
+async def test_variables_are_read_here_only_while_nobody_watches_them(addresses: Addresses) -> None:
+    asked: list[list[str]] = []
+
+    async def read(models: list[str]) -> dict[str, str | None]:
+        asked.append(models)
+        return {"phi-4": "7/min"}
+
+    with connect(addresses.database_url) as connection:
+        sync_roster(connection, config())
+    engine = Engine(addresses, config(), read)
+    ask(addresses, "SELECT watch_goes_on()")
+    await engine.start()
+    await engine._variables_step()
+    assert asked == []
+    ask(addresses, "UPDATE solving SET watched_at = clock_timestamp() - interval '1 minute'")
+    await until(lambda: engine.state is not None and not engine.state.watched)
+    await engine._variables_step()
+    assert asked == [sorted(MODELS)]
+    traffic = await engine.limiter.snapshot(["phi-4"])
+    assert traffic["phi-4"].target == "7/min"
+    await engine.stop()
