@@ -7,7 +7,6 @@ leaves, is cancelled or is moved to another triggerer takes no call in flight wi
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -15,14 +14,10 @@ from airflow.sdk import BaseOperator, Connection, Variable
 from airflow.sdk.definitions.context import Context
 from airflow.triggers.base import BaseTrigger, TaskSuccessEvent, TriggerEvent
 
-from router.database import open_pool
-from router.duties import set_within
 from router.engine import Engine
-from router.errors import RouterError
-from router.queue import TaskQueue, listening
 from router.settings import Addresses, load_config
 from router.traffic_watch import VARIABLE_PREFIX
-from router.worker import Worker
+from router.worker import Worker, wait_for_work
 
 LINGER_SECONDS = 30.0  # the next run follows within seconds and finds the engine warm
 
@@ -131,35 +126,18 @@ class ModelWorker(BaseOperator):
 
 
 class WorkTrigger(BaseTrigger):
-    """Fires as soon as there is an unsolved task: listens, then looks, then waits with a poll as the net."""
-
-    def __init__(self, poll_seconds: float = 2.0) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # Airflow's
-        self.poll_seconds = poll_seconds
+    """Fires as soon as there is an unsolved task; the engine then pulls until the run's workers are there."""
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
-        return ("model_worker.WorkTrigger", {"poll_seconds": self.poll_seconds})
+        return ("model_worker.WorkTrigger", {})
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
-        addresses = await addresses_from_connections()
-        while True:
-            with contextlib.suppress(RouterError):  # Postgres is away: look again
-                await self._until_work(addresses)
-                break
-            await asyncio.sleep(self.poll_seconds)
-        yield TaskSuccessEvent()
-
-    async def _until_work(self, addresses: Addresses) -> None:
-        news = asyncio.Event()
-        pool = await open_pool(addresses.database_url, connections=1)
+        engine = await shared_engine.get()
         try:
-            queue = TaskQueue(pool, host="wait_for_work")
-            async with listening(addresses.database_url, lambda _channel: news.set()):
-                while sum((await queue.state([])).unsolved.values()) <= 0:
-                    news.clear()
-                    await set_within(news, self.poll_seconds)
+            await wait_for_work(engine)
         finally:
-            await pool.close()
+            shared_engine.let_linger()
+        yield TaskSuccessEvent()
 
 
 class WaitForWork(BaseOperator):

@@ -13,7 +13,7 @@ import random
 import socket
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from typing import Any
 
 import asyncpg
@@ -68,6 +68,7 @@ class Engine:
         self._calls: dict[asyncio.Task[None], uuid.UUID] = {}
         self._runs: dict[str, tuple[frozenset[str], int]] = {}  # run -> its models, workers here
         self._pulls_handed_over: dict[str, asyncio.Task[None]] = {}
+        self._attending = 0
         self._endings: set[asyncio.Task[None]] = set()
         self._woken = asyncio.Event()
         self._control = asyncio.Event()
@@ -184,10 +185,19 @@ class Engine:
         self._endings.add(ending)
         ending.add_done_callback(self._endings.discard)
 
+    @contextlib.contextmanager
+    def attended(self) -> Iterator[None]:
+        """Somebody waits for work here: the engine stays up for it."""
+        self._attending += 1
+        try:
+            yield
+        finally:
+            self._attending -= 1
+
     @property
     def idle(self) -> bool:
-        """True when nobody pulls here and no call is in flight."""
-        return not self._runs and not self._calls and not self._pulls_handed_over
+        """True when nobody pulls or waits here and no call is in flight."""
+        return not (self._runs or self._calls or self._pulls_handed_over or self._attending)
 
     def left(self, run: str) -> str | None:
         """Why the run is over; None while it goes on."""

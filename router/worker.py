@@ -60,8 +60,8 @@ class Worker:
         first = engine.join(self._run, self._models)
         engine.take_over(self.model)
         if first:
-            self._pull_for(self._models - {self.model})
-        pulling = self._start_pulling()
+            _pull_for(engine, self._models - {self.model})
+        pulling = self.start_pulling()
         try:
             while (reason := engine.left(self._run)) is None:
                 news = asyncio.get_running_loop().create_task(engine.woken(LOOK_SECONDS), name="router news")
@@ -77,21 +77,15 @@ class Worker:
                 await ended(pulling)
             engine.part(self._run)
 
-    def _start_pulling(self) -> asyncio.Task[None]:
+    def start_pulling(self) -> asyncio.Task[None]:
+        """Begin the pull loop, which ends only by being cancelled."""
         name = f"router pull {self.model}"
         return asyncio.get_running_loop().create_task(self._pull_forever(), name=name)
 
     def _hand_over(self, pulling: asyncio.Task[None]) -> None:
         """Let the engine pull on, for this model and for new ones, until the next run's workers are there."""
         self._engine.hand_over(self.model, pulling)
-        self._pull_for(self._engine.roster.models.keys() - self._models)
-
-    def _pull_for(self, models: AbstractSet[str]) -> None:
-        """Let the engine pull for models whose workers are on their way: Airflow starts them one by one."""
-        for model in models:
-            if not self._engine.hands_over(model):
-                pulling = Worker(self._engine, model, self._run)._start_pulling()  # noqa: SLF001 - its own class
-                self._engine.hand_over(model, pulling)
+        _pull_for(self._engine, self._engine.roster.models.keys() - self._models)
 
     async def _pull_forever(self) -> None:
         while True:
@@ -277,3 +271,22 @@ class Worker:
         self._trouble = trouble
         with contextlib.suppress(DatabaseError):
             await report_model_trouble(self._engine.pool, self.model, trouble)
+
+
+async def wait_for_work(engine: Engine) -> None:
+    """Return as soon as there is an unsolved task; the engine then pulls until workers are there."""
+    with engine.attended():
+        while True:
+            news = engine.news  # taken before the look, so that what comes during it is not missed
+            with contextlib.suppress(DatabaseError):  # said by the engine's duties
+                if sum((await engine.queue.state([])).unsolved.values()) > 0:
+                    break
+            await engine.woken(engine.config.worker.poll_seconds, news)
+        _pull_for(engine, engine.roster.models.keys())
+
+
+def _pull_for(engine: Engine, models: AbstractSet[str]) -> None:
+    """Let the engine pull for models whose workers are on their way: Airflow starts them one by one."""
+    for model in models:
+        if not engine.hands_over(model):
+            engine.hand_over(model, Worker(engine, model, run="").start_pulling())

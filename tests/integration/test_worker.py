@@ -18,7 +18,7 @@ from router.database import connect, migrate, rows
 from router.engine import Engine
 from router.roster import sync_roster
 from router.settings import Addresses, ModelSettings, RouterConfig, WorkerSettings
-from router.worker import Worker
+from router.worker import Worker, wait_for_work
 
 MODELS = ("llama-3.1-8b", "phi-4")
 
@@ -342,3 +342,18 @@ async def test_variables_are_read_here_only_while_nobody_watches_them(addresses:
     traffic = await engine.limiter.snapshot(["phi-4"])
     assert traffic["phi-4"].target == "7/min"
     await engine.stop()
+
+
+async def test_who_waits_for_work_lets_the_engine_pull_until_workers_come(addresses: Addresses) -> None:
+    async with running(addresses, config()) as engine:
+        waiting = asyncio.create_task(wait_for_work(engine))
+        await asyncio.sleep(0.5)
+        assert not waiting.done()
+        assert not engine.idle
+        insert(addresses, 200)
+        await asyncio.wait_for(waiting, 2)
+        for model in MODELS:
+            await until(lambda: calls(addresses, f"model = '{model}'") > 2, 3)  # noqa: B023 - within the turn
+        async with working(engine):
+            await until(lambda: not any(engine.hands_over(model) for model in MODELS), 3)
+            await until(lambda: solved(addresses) == 200, 30)
