@@ -144,7 +144,8 @@ class WaitForWork(BaseOperator):
     """Waits, deferred, until there is an unsolved task."""
 
     def execute(self, context: Context) -> None:  # noqa: ARG002 - Airflow's signature
-        self.defer(trigger=WorkTrigger(), method_name="resumed", timeout=None)
+        trigger = WorkTrigger()  # type: ignore[no-untyped-call]  # Airflow's
+        self.defer(trigger=trigger, method_name="resumed", timeout=None)
 
     def resumed(self, context: Context, event: Any = None) -> None:
         """Only reached where a triggerer does not end Airflow tasks by itself (`airflow dags test`)."""
