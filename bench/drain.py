@@ -26,7 +26,7 @@ from bench.arrivals import Arrival, read_arrivals
 from local.demo_report import DemoReport, TaskFacts, make_report, task_facts
 from local.plan import StackOptions
 from local.stack import Stack
-from router.database import connect
+from router.database import connect, rows
 from router.permits import LimiterSettings
 from router.roster import sync_roster
 from router.settings import ModelSettings, RouterConfig, load_config
@@ -93,6 +93,8 @@ def _drain(
         time.sleep(0.5)
     time.sleep(1.0)  # the backend writes its log a moment after the answers
     with connect(stack.database_url) as connection:
+        for row in rows(connection, "SELECT id, failure FROM tasks WHERE status = 'failed' LIMIT 10"):
+            print(f"task {row['id']} failed: {row['failure']}")
         return make_report(connection, "drain/", stack.arrival_log, started, since), added_at
 
 
