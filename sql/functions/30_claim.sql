@@ -98,23 +98,39 @@ BEGIN
     END IF;
 
     -- In each lane those that came back go first.
+    -- Before all lanes, whatever another model failed: the model that is best for its category has had its try,
+    -- and the others, who have lanes of their own, would never come to it.
     FOR lane IN
-        SELECT l.category, l.priority, half.came_back, half.below
-          FROM (SELECT DISTINCT category, priority FROM queue_lanes) AS l,
-               (VALUES (true, 0::bigint), (false, 9223372036854775807)) AS half (came_back, below)
-         WHERE p_categories IS NULL OR cardinality(p_categories) = 0 OR l.category = ANY (p_categories)
-         ORDER BY array_position(p_categories, l.category), l.priority DESC, half.came_back DESC
+        SELECT NULL::text AS category, NULL::smallint AS priority, true AS came_back, NULL::bigint AS below
+        UNION ALL
+        SELECT * FROM (
+            SELECT l.category, l.priority, half.came_back, half.below
+              FROM (SELECT DISTINCT category, priority FROM queue_lanes) AS l,
+                   (VALUES (true, 0::bigint), (false, 9223372036854775807)) AS half (came_back, below)
+             WHERE p_categories IS NULL OR cardinality(p_categories) = 0 OR l.category = ANY (p_categories)
+             ORDER BY array_position(p_categories, l.category), l.priority DESC, half.came_back DESC) AS lanes
     LOOP
         LOOP
-            UPDATE queue SET state = 'claimed', call_id = p_call_id, worker = p_worker, attempt = attempt + 1,
-                             claimed_at = clock_timestamp()
-             WHERE task_id = (SELECT q.task_id FROM queue q
-                               WHERE q.state = 'ready' AND q.category = lane.category AND q.priority = lane.priority
-                                 AND q.position >= (SELECT floor_of(lane.category, lane.priority, lane.came_back))
-                                 AND q.position < lane.below
-                                 AND (q.not_by IS DISTINCT FROM p_model OR q.not_by_until < clock_timestamp())
-                               ORDER BY q.position LIMIT 1 FOR UPDATE SKIP LOCKED)
-            RETURNING * INTO taken;
+            IF lane.category IS NULL THEN
+                UPDATE queue SET state = 'claimed', call_id = p_call_id, worker = p_worker, attempt = attempt + 1,
+                                 claimed_at = clock_timestamp()
+                 WHERE task_id = (SELECT q.task_id FROM queue q
+                                   WHERE q.state = 'ready' AND q.not_by IS NOT NULL AND q.not_by <> p_model
+                                     AND (p_categories IS NULL OR cardinality(p_categories) = 0
+                                          OR q.category = ANY (p_categories))
+                                   ORDER BY q.priority DESC, q.position LIMIT 1 FOR UPDATE SKIP LOCKED)
+                RETURNING * INTO taken;
+            ELSE
+                UPDATE queue SET state = 'claimed', call_id = p_call_id, worker = p_worker, attempt = attempt + 1,
+                                 claimed_at = clock_timestamp()
+                 WHERE task_id = (SELECT q.task_id FROM queue q
+                                   WHERE q.state = 'ready' AND q.category = lane.category AND q.priority = lane.priority
+                                     AND q.position >= (SELECT floor_of(lane.category, lane.priority, lane.came_back))
+                                     AND q.position < lane.below
+                                     AND (q.not_by IS DISTINCT FROM p_model OR q.not_by_until < clock_timestamp())
+                                   ORDER BY q.position LIMIT 1 FOR UPDATE SKIP LOCKED)
+                RETURNING * INTO taken;
+            END IF;
             EXIT WHEN NOT FOUND;
 
             SELECT t.prompt::text, t.prompt_version, t.deadline_at,
@@ -129,7 +145,7 @@ BEGIN
                 INSERT INTO model_calls (call_id, task_id, prompt_version, model, category, worker, attempt, reserved_tokens)
                 VALUES (p_call_id, taken.task_id, task.prompt_version, p_model, taken.category, p_worker, taken.attempt,
                         reserved_tokens(task.prompt, answer_tokens));
-                IF random() < 0.015 THEN
+                IF random() < 0.015 AND lane.category IS NOT NULL THEN
                     PERFORM raise_floor(taken.category, taken.priority, lane.came_back);
                 END IF;
                 RETURN QUERY SELECT taken.task_id, task.prompt, taken.category, task.prompt_version, taken.attempt,
@@ -138,7 +154,7 @@ BEGIN
             END IF;
             PERFORM forget_queue_row(taken.task_id);  -- two tables, one truth: tasks is the truth
         END LOOP;
-        IF random() < 0.015 THEN  -- empty, but perhaps full of dead entries: somebody deleted what was there
+        IF random() < 0.015 AND lane.category IS NOT NULL THEN  -- empty, but perhaps full of dead entries: somebody deleted what was there
             PERFORM raise_floor(lane.category, lane.priority, lane.came_back);
         END IF;
     END LOOP;

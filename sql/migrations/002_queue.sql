@@ -49,6 +49,8 @@ CREATE TABLE queue (
 
 -- Ready rows only: neither delayed retries nor claimed rows stand at its head.
 CREATE INDEX queue_ready ON queue (category, priority, position) WHERE state = 'ready';
+-- What one model failed, for the others: few, and looked at before the lanes.
+CREATE INDEX queue_second_try ON queue (priority DESC, position) WHERE state = 'ready' AND not_by IS NOT NULL;
 -- A bounded promotion takes the earliest.
 CREATE INDEX queue_waiting ON queue (wake_at) WHERE state = 'waiting';
 -- What a dead worker held, and what is running now.

@@ -396,3 +396,16 @@ async def test_a_call_id_is_used_once(probe: Probe) -> None:
     with pytest.raises(asyncpg.UniqueViolationError):
         await probe.run("SELECT claim_task('m', '{}', 'w1', $1)", call_id)
     assert await probe.value("SELECT count(*) FROM queue WHERE state = 'ready'") == 1
+
+
+async def test_what_a_model_failed_goes_to_another_before_its_own_lane(probe: Probe) -> None:
+    failed = await probe.add(category="creative")
+    call = await probe.must_claim("creative", model="m1")
+    await probe.settle(call, "error")
+    await probe.wake()
+    for _ in range(3):
+        await probe.add(category="technical")
+    own = await probe.must_claim("technical", "creative", model="m1")
+    assert own.task_id != failed, "the model that failed it is not the next to try"
+    other = await probe.must_claim("technical", "creative", model="m2")
+    assert other.task_id == failed, "though its own lane is full"
