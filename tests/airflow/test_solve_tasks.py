@@ -213,11 +213,12 @@ def _seconds_to_arrival(solving: Solving) -> float:
 
 
 def _waits(solving: Solving, former_run: str) -> bool:
-    """Whether the next run's trigger listens for work, beside the engine that lingers."""
+    """Whether the next run's trigger, in a triggerer, waits for work."""
     run = solving.run()["dag_run_id"]
-    listeners = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'router listener'"
-    states = [entry["state"] for entry in solving.airflow_tasks(run, "wait_for_work")]
-    return run != former_run and states == ["deferred"] and solving.value(listeners) >= 2
+    waiting = solving.airflow_tasks(run, "wait_for_work")
+    return run != former_run and [(entry["state"], bool(entry["triggerer_job"])) for entry in waiting] == [
+        ("deferred", True)
+    ]
 
 
 @pytest.fixture
