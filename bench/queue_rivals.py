@@ -1,8 +1,9 @@
 """The queues that bench/queue.py measures side by side, each doing the same: take one task, mark it done.
 
 Ours writes a log row when it takes a task and closes it with the answer, fenced by the call_id; the others
-take one job (batch 1) and mark it done through their own classes; pgbench sends our two statements from C.
-All use the same number of connections to the same PostgreSQL, one task at a time on each.
+take one job (batch 1) and mark it done. Each is measured twice: as its users run it (our TaskQueue, their
+workers with a job that does nothing), and by its bare statements, without what is around them; pgbench sends
+our two from C. All use the same number of connections to the same PostgreSQL, one task at a time on each.
 """
 
 from __future__ import annotations
@@ -22,21 +23,30 @@ from typing import Any
 import asyncpg
 
 from local.postgres import PostgresServer
-from router.database import connect, migrate, rows
-from router.task import new_call_id
+from router.database import connect, migrate, open_pool, rows
+from router.queue import TaskQueue
+from router.task import CallResult, Outcome, new_call_id
 
 CATEGORIES = ("technical", "creative", "general")
 CLAIM = "SELECT * FROM claim_task('bench', '{general}', $1, $2)"
-SETTLE = "SELECT settle_call($1, 'answered', 'an answer', 10, 20, 0.001, 0.5)"
+SETTLE = (
+    "SELECT settle_call($1, 'answered', 'an answer', 10, 20, 0.001, 0.5, NULL, true, $2, 'bench', $3, $4)"
+)
+RESULT = CallResult(
+    Outcome.ANSWERED, answer="an answer", prompt_tokens=10, completion_tokens=20, cost_usd=0.001,
+    latency_seconds=0.5,
+)  # fmt: skip
 # uuidv7() stands in for the id that a worker makes; it is the same two statements and round trips.
 PGBENCH = """
 WITH made AS MATERIALIZED (SELECT uuidv7() AS call_id)
 SELECT m.call_id, c.*
   FROM made m, claim_task('bench', '{general}', 'pgbench-' || :client_id, m.call_id) AS c \\gset
-SELECT settle_call(:call_id::uuid, 'answered', 'an answer', 10, 20, 0.001, 0.5);
+SELECT settle_call(:call_id::uuid, 'answered', 'an answer', 10, 20, 0.001, 0.5, NULL, true,
+                   :task_id, 'bench', :prompt_version, :reserved_tokens);
 """
 
 Take = Callable[[], Awaitable[None]]
+Rate = Callable[[float], Awaitable[float]]
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,8 @@ class Rival:
     """A queue, filled with more jobs than can be taken; each measurement goes on where the last stopped."""
 
     name: str
-    tasks_per_second: Callable[[float], Awaitable[float]]
+    as_used: bool
+    tasks_per_second: Rate
 
 
 def new_router_database(server: PostgresServer, name: str) -> str:
@@ -70,15 +81,22 @@ async def all_rivals(
                 "INSERT INTO tasks (prompt) SELECT 'The answer to ' || n FROM generate_series(1, %s) AS n",
                 (jobs,),
             )
+    library = await _library(ours, connections, open_until)
+    statements = await _ours(ours, connections, open_until)
+    fetches, procrastinate = await _procrastinate(server, connections, jobs, open_until)
+    dequeues, pgqueuer = await _pgqueuer(server, connections, jobs, open_until)
     return [
-        Rival("router (asyncpg)", _rate_of(await _ours(ours, connections, open_until))),
-        Rival("pgbench, the same two statements", _pgbench(server, connections)),
-        Rival("procrastinate", _rate_of(await _procrastinate(server, connections, jobs, open_until))),
-        Rival("pgqueuer (batch 1)", _rate_of(await _pgqueuer(server, connections, jobs, open_until))),
+        Rival("router", as_used=True, tasks_per_second=_rate_of(library)),
+        Rival("procrastinate", as_used=True, tasks_per_second=procrastinate),
+        Rival("pgqueuer", as_used=True, tasks_per_second=pgqueuer),
+        Rival("pgbench", as_used=False, tasks_per_second=_pgbench(server, connections)),
+        Rival("router", as_used=False, tasks_per_second=_rate_of(statements)),
+        Rival("procrastinate", as_used=False, tasks_per_second=_rate_of(fetches)),
+        Rival("pgqueuer", as_used=False, tasks_per_second=_rate_of(dequeues)),
     ]
 
 
-def _rate_of(takers: list[Take]) -> Callable[[float], Awaitable[float]]:
+def _rate_of(takers: list[Take]) -> Rate:
     async def measure(seconds: float) -> float:
         began = time.perf_counter()
 
@@ -99,8 +117,10 @@ async def _ours(url: str, connections: int, open_until: AsyncExitStack) -> list[
     def taker(connection: asyncpg.Connection, worker: str) -> Take:
         async def take() -> None:
             call_id = new_call_id(time.time())
-            assert await connection.fetchrow(CLAIM, worker, call_id) is not None
-            assert await connection.fetchval(SETTLE, call_id) == "solved"
+            row = await connection.fetchrow(CLAIM, worker, call_id)
+            assert row is not None
+            closed = (row["task_id"], row["prompt_version"], row["reserved_tokens"])
+            assert await connection.fetchval(SETTLE, call_id, *closed) == "solved"
 
         return take
 
@@ -112,7 +132,21 @@ async def _ours(url: str, connections: int, open_until: AsyncExitStack) -> list[
     return takers
 
 
-def _pgbench(server: PostgresServer, connections: int) -> Callable[[float], Awaitable[float]]:
+async def _library(url: str, connections: int, open_until: AsyncExitStack) -> list[Take]:
+    pool = await open_pool(url, connections=connections)
+    open_until.push_async_callback(pool.close)
+    queue = TaskQueue(pool, host="bench")
+    await queue.start()
+
+    async def take() -> None:
+        claim = await queue.claim("bench", ["general"], max_tokens=512)
+        assert claim is not None
+        assert await queue.settle(claim, RESULT) == "solved"
+
+    return [take] * connections
+
+
+def _pgbench(server: PostgresServer, connections: int) -> Rate:
     async def measure(seconds: float) -> float:
         with tempfile.NamedTemporaryFile("w", suffix=".sql") as script:
             script.write(PGBENCH)
@@ -131,24 +165,32 @@ def _pgbench(server: PostgresServer, connections: int) -> Callable[[float], Awai
 
 async def _procrastinate(
     server: PostgresServer, connections: int, jobs: int, open_until: AsyncExitStack
-) -> list[Take]:
-    import procrastinate  # noqa: PLC0415 - a rival's library, wanted here only
-    from procrastinate.jobs import Status  # noqa: PLC0415
+) -> tuple[list[Take], Rate]:
+    from procrastinate.jobs import Status  # noqa: PLC0415 - a rival's library, wanted here only
     from procrastinate.manager import JobManager  # noqa: PLC0415
 
-    url = server.create_database("procrastinate")
-    connector = procrastinate.PsycopgConnector(conninfo=url, min_size=connections, max_size=connections)
-    app = procrastinate.App(connector=connector)
-    await open_until.enter_async_context(app.open_async())
-    await app.schema_manager.apply_schema_async()
-    with connect(url) as connection:
-        rows(
-            connection,
-            "INSERT INTO procrastinate_jobs (queue_name, task_name, args)"
-            " SELECT 'general', 'solve', jsonb_build_object('prompt', 'What is the answer to ' || n)"
-            " FROM generate_series(1, %s) AS n",
-            (jobs,),
+    async def opened(name: str) -> Any:
+        app = _procrastinate_app(server.create_database(name), connections)
+        await open_until.enter_async_context(app.open_async())
+        await app.schema_manager.apply_schema_async()
+        with connect(server.url(name)) as connection:
+            rows(
+                connection,
+                "INSERT INTO procrastinate_jobs (queue_name, task_name, args)"
+                " SELECT 'general', 'solve', jsonb_build_object('prompt', 'What is the answer to ' || n)"
+                " FROM generate_series(1, %s) AS n",
+                (jobs,),
+            )
+        return app
+
+    # Two databases: a worker takes away what the bare statements' workers, which have no heartbeat, hold.
+    used, bare = await opened("procrastinate"), await opened("procrastinate_bare")
+
+    async def work(seconds: float) -> float:
+        worker = asyncio.create_task(
+            used.run_worker_async(concurrency=connections, install_signal_handlers=False, delete_jobs="never")
         )
+        return await _counted(lambda: int(used.solved), seconds, worker, worker.cancel)
 
     def taker(manager: Any, worker_id: int) -> Take:
         async def take() -> None:
@@ -158,14 +200,31 @@ async def _procrastinate(
 
         return take
 
-    manager = JobManager(connector)
-    return [taker(manager, await manager.register_worker()) for _ in range(connections)]
+    manager = JobManager(bare.connector)
+    return [taker(manager, await manager.register_worker()) for _ in range(connections)], work
+
+
+def _procrastinate_app(url: str, connections: int) -> Any:
+    """An app with the task `solve`, which counts itself in the app's `solved`."""
+    import procrastinate  # noqa: PLC0415 - a rival's library, wanted here only
+
+    connector = procrastinate.PsycopgConnector(conninfo=url, min_size=connections, max_size=connections)
+    app: Any = procrastinate.App(connector=connector)
+    app.solved = 0
+
+    @app.task(name="solve")  # type: ignore[untyped-decorator]  # the rival ships no types
+    async def solve(prompt: str) -> None:  # noqa: ARG001 - what there is to do takes no time
+        app.solved += 1
+
+    return app
 
 
 async def _pgqueuer(
     server: PostgresServer, connections: int, jobs: int, open_until: AsyncExitStack
-) -> list[Take]:
+) -> tuple[list[Take], Rate]:
     from pgqueuer.db import AsyncpgDriver  # noqa: PLC0415 - a rival's library, wanted here only
+    from pgqueuer.models import Job  # noqa: PLC0415
+    from pgqueuer.qm import QueueManager  # noqa: PLC0415
     from pgqueuer.queries import EntrypointExecutionParameter, Queries  # noqa: PLC0415
 
     url = server.create_database("pgqueuer")
@@ -192,4 +251,36 @@ async def _pgqueuer(
 
         return take
 
-    return [taker(first), *[taker(await opened()) for _ in range(connections - 1)]]
+    async def work(seconds: float) -> float:
+        done = 0
+        workers = [QueueManager(queries) for queries in workers_queries]
+        for worker in workers:
+
+            @worker.entrypoint("solve")
+            async def solve(job: Job) -> None:  # noqa: ARG001 - what there is to do takes no time
+                nonlocal done
+                done += 1
+
+        def stop() -> None:
+            for worker in workers:
+                worker.shutdown.set()
+
+        running = asyncio.gather(*(worker.run(batch_size=1) for worker in workers))
+        return await _counted(lambda: done, seconds, running, stop)
+
+    workers_queries = [await opened() for _ in range(connections)]
+    return [taker(first), *[taker(await opened()) for _ in range(connections - 1)]], work
+
+
+async def _counted(
+    done: Callable[[], int], seconds: float, running: asyncio.Future[Any], stop: Callable[[], Any]
+) -> float:
+    """Jobs a second, from a moment at which they run until `seconds` later."""
+    while not done():  # noqa: ASYNC110 - it is their loop that counts
+        await asyncio.sleep(0.01)
+    before, began = done(), time.perf_counter()
+    await asyncio.sleep(seconds)
+    rate = (done() - before) / (time.perf_counter() - began)
+    stop()
+    await asyncio.gather(running, return_exceptions=True)
+    return rate

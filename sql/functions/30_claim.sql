@@ -115,7 +115,7 @@ BEGIN
                 UPDATE queue SET state = 'claimed', call_id = p_call_id, worker = p_worker, attempt = attempt + 1,
                                  claimed_at = clock_timestamp()
                  WHERE task_id = (SELECT q.task_id FROM queue q
-                                   WHERE q.state = 'ready' AND q.not_by IS NOT NULL AND q.not_by <> p_model
+                                   WHERE q.state = 'ready' AND q.not_by IS NOT NULL AND NOT p_model = ANY (q.not_by)
                                      AND (p_categories IS NULL OR cardinality(p_categories) = 0
                                           OR q.category = ANY (p_categories))
                                    ORDER BY q.priority DESC, q.position LIMIT 1 FOR UPDATE SKIP LOCKED)
@@ -127,7 +127,8 @@ BEGIN
                                    WHERE q.state = 'ready' AND q.category = lane.category AND q.priority = lane.priority
                                      AND q.position >= (SELECT floor_of(lane.category, lane.priority, lane.came_back))
                                      AND q.position < lane.below
-                                     AND (q.not_by IS DISTINCT FROM p_model OR q.not_by_until < clock_timestamp())
+                                     AND (q.not_by IS NULL OR NOT p_model = ANY (q.not_by)
+                                          OR q.not_by_until < clock_timestamp())
                                    ORDER BY q.position LIMIT 1 FOR UPDATE SKIP LOCKED)
                 RETURNING * INTO taken;
             END IF;

@@ -24,12 +24,23 @@ DECLARE
     call model_calls;
     settled text;
     held boolean := false;
+    closed integer;
 BEGIN
     IF current_setting('synchronous_commit') = 'off' THEN
         PERFORM set_config('synchronous_commit', 'on', true);
     END IF;
-    SELECT * INTO call FROM model_calls c WHERE c.call_id = p_call_id;
-    IF NOT FOUND THEN
+    -- Whoever holds the task is open, and of the chosen model's rank: the log need not be read for it.
+    SELECT q.task_id, q.prompt_version, q.category INTO call.task_id, call.prompt_version, call.category
+      FROM queue q WHERE q.task_id = p_task_id AND q.call_id = p_call_id;
+    IF FOUND AND p_model IS NOT NULL THEN
+        call.call_id := p_call_id;
+        call.model := p_model;
+        call.rank := 3;
+        call.role := 'batch';
+    ELSE
+        SELECT * INTO call FROM model_calls c WHERE c.call_id = p_call_id;
+    END IF;
+    IF call.call_id IS NULL THEN
         IF p_task_id IS NULL OR p_model IS NULL THEN
             RAISE EXCEPTION 'call % is not in the log, and without its task and model it cannot be put back', p_call_id
                 USING ERRCODE = 'RT002';
@@ -54,18 +65,30 @@ BEGIN
         held := settled <> 'late';
     END IF;
 
-    UPDATE model_calls c
-       SET finished_at = clock_timestamp(), outcome = p_outcome, settlement = settled,
-           late = (call.role = 'batch' AND NOT held), error = left(p_error, 2000),
-           sent_at = clock_timestamp() - make_interval(secs => p_latency_seconds),
-           latency_seconds = p_latency_seconds, cost = p_cost,
-           prompt_tokens = p_prompt_tokens, completion_tokens = p_completion_tokens,
-           tokens = nullif(least(coalesce(p_prompt_tokens, 0)::bigint + coalesce(p_completion_tokens, 0), 2147483647), 0)
-     WHERE c.call_id = p_call_id AND (c.outcome IS NULL OR (c.outcome = 'lost' AND p_outcome <> 'lost'));
-    IF NOT FOUND THEN
+    -- By the name of its day: through the whole log each statement would lock all days that are kept.
+    EXECUTE format($close$UPDATE %I c
+       SET finished_at = clock_timestamp(), outcome = $2, settlement = $3, late = $4, error = left($5, 2000),
+           sent_at = clock_timestamp() - make_interval(secs => $6), latency_seconds = $6, cost = $7,
+           prompt_tokens = $8, completion_tokens = $9,
+           tokens = nullif(least(coalesce($8, 0)::bigint + coalesce($9, 0), 2147483647), 0)
+     WHERE c.call_id = $1 AND (c.outcome IS NULL OR (c.outcome = 'lost' AND $2 <> 'lost'))$close$, calls_of_day(p_call_id))
+      USING p_call_id, p_outcome, settled, call.role = 'batch' AND NOT held, p_error, p_latency_seconds, p_cost,
+            p_prompt_tokens, p_completion_tokens;
+    GET DIAGNOSTICS closed = ROW_COUNT;
+    IF closed = 0 THEN
         SELECT c.settlement INTO settled FROM model_calls c WHERE c.call_id = p_call_id;
     END IF;
     RETURN settled;
+END
+$$;
+
+-- The table of the log in which a call lies: that of its day, if there is one.
+CREATE OR REPLACE FUNCTION calls_of_day(p_call_id uuid) RETURNS text
+LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    day text := 'model_calls_' || to_char(call_time(p_call_id) AT TIME ZONE 'UTC', 'YYYYMMDD');
+BEGIN
+    RETURN CASE WHEN to_regclass(day) IS NULL THEN 'model_calls' ELSE day END;
 END
 $$;
 
@@ -138,6 +161,8 @@ LANGUAGE plpgsql AS $$
 DECLARE
     held queue;
     woken timestamptz;
+    failed_by text[];
+    at_once boolean;
 BEGIN
     SELECT * INTO held FROM queue q WHERE q.task_id = p_call.task_id AND q.call_id = p_call.call_id FOR UPDATE;
     IF NOT FOUND THEN
@@ -160,10 +185,21 @@ BEGIN
         RETURN 'retry';
     END IF;
     woken := clock_timestamp() + retry_delay(held.attempt);
-    UPDATE queue SET state = 'waiting', wake_at = woken, not_by = p_call.model,
+    failed_by := array_append(array_remove(held.not_by, p_call.model), p_call.model);
+    IF NOT EXISTS (SELECT FROM roster r WHERE r.state IN ('active', 'probation') AND NOT r.model = ANY (failed_by)) THEN
+        failed_by := NULL;  -- nobody else is left: anyone may try again
+    END IF;
+    -- What this model cannot answer another may try at once; after any other failure all wait.
+    at_once := failed_by IS NOT NULL AND p_outcome IN ('garbage', 'rejected');
+    UPDATE queue SET state = CASE WHEN at_once THEN 'ready' ELSE 'waiting' END,
+                     position = CASE WHEN at_once THEN returned_position() ELSE position END,
+                     wake_at = CASE WHEN at_once THEN NULL ELSE woken END, not_by = failed_by,
                      not_by_until = woken + (SELECT make_interval(secs => s.another_model_seconds) FROM queue_settings s),
                      call_id = NULL, worker = NULL, claimed_at = NULL
      WHERE task_id = held.task_id;
+    IF at_once THEN
+        PERFORM wake_workers();
+    END IF;
     RETURN 'retry';
 END
 $$;

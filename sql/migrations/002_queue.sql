@@ -40,7 +40,7 @@ CREATE TABLE queue (
     call_id uuid,
     worker text,
     claimed_at timestamptz,
-    not_by text,                           -- the model that failed it last: another one shall try ...
+    not_by text[],                         -- the models that failed it: another one shall try ...
     not_by_until timestamptz,              -- ... until then; afterwards anyone, so that it never waits in vain
     CHECK ((state = 'claimed') = (call_id IS NOT NULL)),
     CHECK ((state = 'claimed') = (worker IS NOT NULL)),

@@ -150,6 +150,34 @@ async def test_a_retry_goes_to_another_model_first_but_never_waits_in_vain(probe
     assert await probe.claim(model="m1") is not None, "the new prompt has not failed with anyone"
 
 
+async def test_every_model_that_failed_a_task_leaves_it_to_the_others(probe: Probe) -> None:
+    await probe.add()
+    for model in ["m1", "m2"]:  # two that would else take turns
+        await probe.settle(await probe.must_claim(model=model), "error")
+        await probe.run("UPDATE queue SET wake_at = clock_timestamp()")
+        await probe.run("SELECT promote_waiting()")
+    assert await probe.claim(model="m1") is None
+    assert await probe.claim(model="m2") is None
+    assert (await probe.must_claim(model="m3")).attempt == 3
+
+
+async def test_an_unusable_answer_sends_the_task_to_another_model_at_once(probe: Probe) -> None:
+    task_id = await probe.add()
+    assert await probe.settle(await probe.must_claim(model="m1"), "garbage") == "retry"
+    assert await probe.claim(model="m1") is None
+    assert (await probe.must_claim(model="m2")).task_id == task_id
+
+
+async def test_where_no_model_is_left_that_has_not_failed_it_anyone_may_try_again(probe: Probe) -> None:
+    await probe.add()
+    await probe.run("UPDATE roster SET state = 'paused' WHERE model NOT IN ('phi-4', 'gemma-2-27b')")
+    for model in ["phi-4", "gemma-2-27b"]:
+        await probe.settle(await probe.must_claim(model=model), "error")
+        await probe.run("UPDATE queue SET wake_at = clock_timestamp()")
+        await probe.run("SELECT promote_waiting()")
+    assert await probe.claim(model="phi-4") is not None
+
+
 async def test_promotion_is_bounded_and_takes_the_earliest(probe: Probe) -> None:
     for _ in range(5):
         await probe.add()
