@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from router.errors import RouterError
 
@@ -15,6 +15,7 @@ log = logging.getLogger("router.duties")
 CANCEL_AGAIN_SECONDS = 0.25
 
 Step = Callable[[], Awaitable[Any]]
+T = TypeVar("T")
 
 
 class Duties:
@@ -69,7 +70,7 @@ async def set_within(event: asyncio.Event, seconds: float) -> bool:
     return event.is_set()
 
 
-async def ended(*tasks: asyncio.Task[None]) -> None:
+async def ended(*tasks: asyncio.Task[Any]) -> None:
     """Cancel the tasks and wait until all are gone, however they end.
 
     Asked again and again: now and then a library in between swallows a cancellation.
@@ -80,3 +81,18 @@ async def ended(*tasks: asyncio.Task[None]) -> None:
             task.cancel()
         _, left = await asyncio.wait(left, timeout=CANCEL_AGAIN_SECONDS)
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def result_within(work: Awaitable[T], seconds: float, name: str) -> T | None:
+    """What `work` comes to, or None if it takes longer: then it is cancelled. Its errors come through."""
+    task = asyncio.ensure_future(work)
+    if isinstance(task, asyncio.Task):
+        task.set_name(name)
+    try:
+        await asyncio.wait({task}, timeout=seconds)
+        return task.result() if task.done() else None
+    finally:
+        if not task.done():
+            task.cancel()
+        elif not task.cancelled():
+            task.exception()  # looked at, if the caller was cancelled in the same moment

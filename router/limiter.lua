@@ -1,89 +1,75 @@
 -- The traffic limiter's one script: who may send to a model, and at which moment.
 --
--- Nouns. Time is in microseconds of Redis's clock, kept from going backwards (`offset`).
+-- Nouns. Time is in microseconds of the kept clock: Redis's own, corrected by `offset`.
 --   send      one granted permit; numbered from 0, and its number never changes
 --   moment    when a send may leave; moments only grow with the number
 --   period    a window and its slacks: two sends so many numbers apart must lie a period apart
 --   chunk     1,000 sends: a released bit each (125 bytes), then a moment each (8 bytes)
 --   hole      a send that was given back; it is not counted
 --   holder    a call in flight and the end after which it no longer can be
+--   tail      of a window of tokens: the first send still inside, the sum from there on, and that send's moment
+--   trip      how often in a row the breaker opened; 0 is closed
+--   probe     the one call that a tripped model may have in flight
 -- Keys, all of one hash tag:
---   <key>            hash: run, now (the counters below), spec (the target, packed), target, version, ...
+--   <key>            hash: run, now (the counters below), spec (the target, packed), target, probe, ...
 --   <key>:m:<chunk>  released bits and moments     <key>:t:<chunk>  tokens, 4 bytes a send
 --   <key>:holders    sorted set: send -> end       <key>:holes      sorted set: send -> send
 --
 -- Send n is allowed N requests a period P from the moment of send n-N plus P on: one read, whatever N is.
--- Tokens keep for each window the first send still inside (`tail`) and the sum from there on.
 -- The memory counts only in the run of Redis in which it was built: a restart may bring back an older one.
+-- A script is run from its top each time, and a function defined costs as much as a command: so what every
+-- decision needs comes first and is written flat, and the rest is not even defined then.
 
 local RUN = '@RUN@'
 local SENDS, BITMAP = 1000, 125       -- a chunk has 8,125 bytes: just inside the allocator's class of 8,192
 local KEPT_CHUNKS = 4                 -- kept whatever their age, so that a new, longer window knows its past
 local KEPT_AGE = 61e6                 -- kept whatever the target, for the same reason
 local SCAN_STEPS = 20000              -- the most sends that one decision looks at
-local MOST_TOKENS = 4294967295
-local CHANNEL = 'router:traffic'
+local HEADER, REPLY = '<dddddddddddddd', '<dddddddddd'
+local WINDOWS = 41                    -- window w (requests first) has limit and period at byte WINDOWS + 16 w
 
 local OK, LOST, NO_TARGET = 0, 1, 2
-local WINDOW, TOKENS, AT_ONCE, STOPPED, RESTING, TOO_LARGE = 1, 2, 3, 4, 5, 6
+local WINDOW, TOKENS, AT_ONCE, STOPPED, RESTING, TOO_LARGE, PROBING = 1, 2, 3, 4, 5, 6, 9
 local NEVER = -1
 
 local key, verb, ask = KEYS[1], ARGV[1], ARGV[2]
-local stored = redis.call('HMGET', key, 'run', 'now', 'spec')
-local wall = redis.call('TIME')
-local now = wall[1] * 1000000 + wall[2]
-
+local call, pack, unpack_struct = redis.call, struct.pack, struct.unpack
 local floor, min, max = math.floor, math.min, math.max
-local pack, unpack_struct = struct.pack, struct.unpack
-local HEADER = '<ddddddddddd'
-local s
-local spec = nil
-local live = stored[1] == RUN and stored[2] and true or false
+local stored = call('HMGET', key, 'run', 'now', 'spec')
+local spec = stored[3]
+local live = stored[2] and stored[1] == RUN
 
-local function read_spec(text)
-  local requests, tokens, at
-  local read = { requests = {}, tokens = {}, longest = 0 }
-  read.version, read.stopped, read.gap, read.slack, read.at_once, requests, tokens, at =
-    unpack_struct('<ddddddd', text)
-  for w = 1, requests + tokens do
-    local limit, period
-    limit, period, at = unpack_struct('<dd', text, at)
-    local list = w <= requests and read.requests or read.tokens
-    list[#list + 1] = { limit = limit, period = period }
-    read.longest = max(read.longest, period)
-  end
-  return read
-end
-
-if stored[3] then spec = read_spec(stored[3]) end
-
+local gen, clock, offset, head, oldest, sent, since, rest, asked, holes, held, blind, failures, trip, at =
+  0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, nil
+local tail = {}  -- three numbers for each window of tokens
 if stored[2] then
-  local gen, clock, offset, head, oldest, sent, since, rest, asked, holes, blind, at = unpack_struct(HEADER, stored[2])
-  now = now + offset
-  if now < clock then
-    offset = offset + clock - now
-    now = clock
+  gen, clock, offset, head, oldest, sent, since, rest, asked, holes, held, blind, failures, trip, at =
+    unpack_struct(HEADER, stored[2])
+  for k = 1, (#stored[2] - at + 1) / 8, 3 do
+    tail[k], tail[k + 1], tail[k + 2], at = unpack_struct('<ddd', stored[2], at)
   end
-  s = { gen = gen, clock = now, offset = offset, head = head, oldest = oldest, sent = sent, since = since,
-        rest = rest, asked = asked, holes = holes, blind = blind, tail = {}, sum = {} }
-  for w = 1, (#stored[2] - at + 1) / 16 do
-    s.tail[w], s.sum[w], at = unpack_struct('<dd', stored[2], at)
-  end
-else
-  s = { gen = 0, clock = now, offset = 0, head = 0, oldest = 0, sent = 0, since = 0,
-        rest = 0, asked = 0, holes = 0, blind = 0, tail = {}, sum = {} }
+end
+local version, stopped, gap, slack, at_once, requests, token_windows = 0, 0, 0, 0, NEVER, 0, 0
+if spec then version, stopped, gap, slack, at_once, requests, token_windows = unpack_struct('<ddddddd', spec) end
+
+-- The clock never goes backwards. Where the asker says how late it can be by its own clock (`claim`, good in the
+-- generation that it has `seen`), it advances no further than that, or than it was when it was last kept, and a
+-- send slack: whatever Redis's own clock was set to.
+local wall = redis.call('TIME')
+wall = wall[1] * 1000000 + wall[2]
+local now, seen, claim, place, changed = wall + offset, 0, 0, nil, false
+if verb == 'reserve' or verb == 'peek' or verb == 'heed' then seen, claim, place = unpack_struct('<dd', ask) end
+if now < clock then
+  offset, now, changed = offset + clock - now, clock, true
+elseif claim > 0 and seen == gen and now > max(claim, clock) + slack then
+  local latest = max(claim, clock) + slack
+  offset, now, changed = offset - (now - latest), latest, true
 end
 
-local function text_of(number) return string.format('%.0f', number) end
-local function moments_key(chunk) return key .. ':m:' .. chunk end
-local function tokens_key(chunk) return key .. ':t:' .. chunk end
-local function say(what) redis.call('PUBLISH', CHANNEL, key .. ' ' .. what) end
-
-local function save()
-  local parts = { pack(HEADER, s.gen, s.clock, s.offset, s.head, s.oldest, s.sent, s.since, s.rest, s.asked,
-                       s.holes, s.blind) }
-  for w = 1, #s.tail do parts[w + 1] = pack('<dd', s.tail[w], s.sum[w]) end
-  redis.call('HSET', key, 'now', table.concat(parts))
+local probe, probe_end, opened = NEVER, 0, 0
+if trip > 0 then
+  local text = call('HGET', key, 'probe')
+  if text then probe, probe_end, opened = unpack_struct('<ddd', text) end
 end
 
 -- Reading sends: `who` names the reader, since each walks through the numbers at a place of its own.
@@ -95,8 +81,8 @@ local function moment(i, who)
   local b = blocks[who]
   if not b or i < b.from or i >= b.to then
     local chunk, slot = floor(i / SENDS), i % SENDS
-    local at = BITMAP + slot * 8
-    local text = redis.call('GETRANGE', moments_key(chunk), at, at + min(ahead, SENDS - slot, s.head - i) * 8 - 1)
+    local first = BITMAP + slot * 8
+    local text = call('GETRANGE', key .. ':m:' .. chunk, first, first + min(ahead, SENDS - slot, head - i) * 8 - 1)
     if #text == 0 then broken = true return now end
     b = { from = i, to = i + #text / 8, text = text }
     blocks[who] = b
@@ -104,399 +90,492 @@ local function moment(i, who)
   return (unpack_struct('<d', b.text, (i - b.from) * 8 + 1))
 end
 
-local function tokens_of(i)
-  if granted_tokens[i] then return granted_tokens[i] end
-  local chunk, slot = floor(i / SENDS), i % SENDS
-  local b = blocks.tokens
-  if not b or b.chunk ~= chunk then
-    b = { chunk = chunk, text = redis.call('GET', tokens_key(chunk)) or '' }
-    blocks.tokens = b
-  end
-  if #b.text < slot * 4 + 4 then return 0 end
-  return (unpack_struct('<I4', b.text, slot * 4 + 1))
-end
+-- A decision: when the next send may leave (or NEVER), what it waits for, and whether that is only a moment to ask
+-- again at. A peek grants nothing; neither does a snapshot, which goes on further down.
+local t, why, only_again = NEVER, 0, true
+local reply
 
--- The number of the send that the next one must keep a period from: the limit-th latest that is no hole.
-local function partner(limit)
-  local i = s.head - limit
-  while s.holes > 0 do
-    local before = s.head - limit - redis.call('ZCOUNT', key .. ':holes', i, '+inf')
-    if before == i then break end
-    i = before
+if verb == 'reserve' or verb == 'peek' or (verb == 'snapshot' and live and spec) then
+  -- ask: generation seen, claim, head seen, look-ahead, the longest that a call can take, and for each permit the
+  -- tokens that it needs.
+  local commit, seen_head, look, holder, count = verb == 'reserve', 0, 0, 0, 1
+  if verb ~= 'snapshot' then
+    seen_head, look, holder, place = unpack_struct('<ddd', ask, place)
+    count = (#ask - place + 1) / 8
+    if not spec then return pack(REPLY, NO_TARGET, 0, 0, 0, NEVER, 0, 0, 0, 0, 0) end
+    if not live then return pack(REPLY, LOST, 0, 0, version, NEVER, 0, 0, 0, 0, 0) end
+    broken = seen > gen or (seen == gen and seen_head > head) or (seen > 0 and seen < gen and blind == 1)
   end
-  return i
-end
+  if verb == 'snapshot' then
+    if at_once >= 0 then held = call('ZCOUNT', key .. ':holders', '(' .. string.format('%.0f', now), '+inf') end
+  elseif at_once >= 0 and (held + count > at_once or held % 64 == 63) then
+    call('ZREMRANGEBYSCORE', key .. ':holders', '-inf', now)  -- the ended matter where places are scarce
+    held, changed = call('ZCARD', key .. ':holders'), true
+  end
+  if count > 1 or token_windows > 0 then ahead = max(count, 64) end
+  local from = head
+  local tried, after_tokens = {}, nil  -- `tried` is what `tail` becomes if the send under decision is granted
 
-local function after_requests(t)
-  for w = 1, #spec.requests do
-    local window = spec.requests[w]
-    local i = partner(window.limit)
-    if i >= s.oldest * SENDS then
-      t = max(t, moment(i, w) + window.period)
-    elseif s.since > 0 then
-      t = max(t, s.since + window.period)
+  for n = 1, broken and 0 or count + 1 do  -- the last time round, if all were granted, is a hint without tokens
+    local need = 0
+    if n <= count and place then need, place = unpack_struct('<d', ask, place) end
+    t, why, only_again = NEVER, STOPPED, true
+    if stopped == 1 then break end
+    for w = requests + 1, requests + token_windows do
+      if need > unpack_struct('<d', spec, WINDOWS + 16 * w) then why = TOO_LARGE end
     end
-  end
-  return t
-end
-
-local tail, sum = {}, {}  -- what the tails become if the send under decision is granted
-
-local function leave(w, period, t)
-  if s.sent + period <= t then
-    tail[w], sum[w] = s.head, 0
-    return
-  end
-  local steps = 0
-  while tail[w] < s.head and steps < SCAN_STEPS and moment(tail[w], -w) + period <= t do
-    sum[w] = sum[w] - tokens_of(tail[w])
-    tail[w] = tail[w] + 1
-    steps = steps + 1
-  end
-end
-
-local function after_tokens(t, need)
-  for w, window in ipairs(spec.tokens) do
-    if s.since > 0 then t = max(t, s.since + window.period) end
-    tail[w], sum[w] = s.tail[w], s.sum[w]
-    leave(w, window.period, t)
-    local steps = 0
-    while sum[w] + need > window.limit and tail[w] < s.head do
-      t = max(t, moment(tail[w], -w) + window.period)
-      sum[w] = sum[w] - tokens_of(tail[w])
-      tail[w] = tail[w] + 1
-      steps = steps + 1
-      if steps >= SCAN_STEPS then return max(t, now + 1e9) end
+    if why == TOO_LARGE then break end
+    if at_once >= 0 and held >= at_once then
+      local first = call('ZRANGE', key .. ':holders', 0, 0, 'WITHSCORES')
+      t, why = first[2] and tonumber(first[2]) or NEVER, AT_ONCE
+      break
     end
-  end
-  if #spec.tokens > 1 then
-    for w, window in ipairs(spec.tokens) do leave(w, window.period, t) end
-  end
-  return t
-end
+    if trip > 0 and probe_end > now then
+      t, why = probe_end, PROBING
+      break
+    end
 
-local in_use = 0
+    t, why, only_again = max(now, sent + gap), WINDOW, false
+    for w = 1, requests do
+      local limit, period = unpack_struct('<dd', spec, WINDOWS + 16 * w)
+      local i = head - limit
+      while holes > 0 do  -- a hole is not counted: the limit-th latest send lies so much further back
+        local before = head - limit - call('ZCOUNT', key .. ':holes', i, '+inf')
+        if before == i then break end
+        i = before
+      end
+      if i >= oldest * SENDS then
+        t = max(t, moment(i, w) + period)
+      elseif since > 0 then
+        t = max(t, since + period)
+      end
+    end
+    if rest > t then t, why = rest, RESTING end
+    if n > count then break end
 
--- The earliest moment for one more send of `need` tokens, or NEVER, and what it waits for.
-local function earliest(need)
-  if spec.stopped == 1 then return NEVER, STOPPED end
-  for _, window in ipairs(spec.tokens) do
-    if need > window.limit then return NEVER, TOO_LARGE end
-  end
-  if spec.at_once >= 0 and in_use >= spec.at_once then
-    local first = redis.call('ZRANGE', key .. ':holders', 0, 0, 'WITHSCORES')
-    return first[2] and tonumber(first[2]) or NEVER, AT_ONCE
-  end
-  local t, why = max(now, s.sent + spec.gap), WINDOW
-  t = after_requests(t)
-  if s.rest > t then t, why = s.rest, RESTING end
-  if #spec.tokens > 0 then
-    local before = t
-    t = after_tokens(t, need)
-    if t > before then why = TOKENS end
-  end
-  return t, why
-end
+    local easy = since == 0
+    for w = 1, token_windows do
+      local limit, period = unpack_struct('<dd', spec, WINDOWS + 16 * (requests + w))
+      local k = 3 * w - 2
+      tried[k], tried[k + 1], tried[k + 2] = tail[k], tail[k + 1], tail[k + 2]
+      easy = easy and tail[k + 1] + need <= limit and (tail[k] == head or tail[k + 2] + period > t)
+    end
+    if token_windows > 0 and not easy then
+      if not after_tokens then
+        local function tokens_of(i)
+          if granted_tokens[i] then return granted_tokens[i] end
+          local chunk, byte = floor(i / SENDS), i % SENDS * 4
+          local b = blocks.tokens
+          if not b or b.chunk ~= chunk then
+            b = { chunk = chunk, text = call('GET', key .. ':t:' .. chunk) or '' }
+            blocks.tokens = b
+          end
+          if #b.text < byte + 4 then return 0 end
+          return (unpack_struct('<I4', b.text, byte + 1))
+        end
 
--- As `earliest`, for a hint and not for a grant: it does not look at tokens.
-local function soonest()
-  if spec.at_once >= 0 and in_use >= spec.at_once then return NEVER, AT_ONCE end
-  local t = after_requests(max(now, s.sent + spec.gap))
-  if s.rest > t then return s.rest, RESTING end
-  return t, WINDOW
-end
+        -- Moves a tail behind its first send.
+        local function pass(tails, k)
+          local i = tails[k]
+          tails[k], tails[k + 1] = i + 1, tails[k + 1] - tokens_of(i)
+          tails[k + 2] = i + 1 < head and moment(i + 1, -k) or 0
+        end
 
-local function grant(t, need)
-  for w = 1, #spec.tokens do s.tail[w], s.sum[w] = tail[w], sum[w] + need end
-  granted[s.head], granted_tokens[s.head] = t, need
-  s.head, s.sent = s.head + 1, t
-  in_use = in_use + 1
-end
+        -- Moves a tail behind all that is a period old by then.
+        local function leave(tails, k, period, by)
+          if tails[k] < head and sent + period <= by then
+            tails[k], tails[k + 1], tails[k + 2] = head, 0, 0
+          end
+          local steps = 0
+          while tails[k] < head and tails[k + 2] + period <= by and steps < SCAN_STEPS do
+            pass(tails, k)
+            steps = steps + 1
+          end
+        end
 
-local function drop_old_chunks(current)
-  local keep, before = max(spec.longest, KEPT_AGE), s.oldest
-  while current - s.oldest > KEPT_CHUNKS and s.oldest < before + 8 do
-    local last = s.oldest * SENDS + SENDS - 1
-    local at = moment(last, 'old')
-    if broken or at + keep > now then break end
-    redis.call('DEL', moments_key(s.oldest), tokens_key(s.oldest))
-    s.oldest, s.since = s.oldest + 1, at
+        after_tokens = function(by, need_now)
+          for w = 1, token_windows do
+            local limit, period = unpack_struct('<dd', spec, WINDOWS + 16 * (requests + w))
+            local k, steps = 3 * w - 2, 0
+            leave(tail, k, period, now)
+            tried[k], tried[k + 1], tried[k + 2] = tail[k], tail[k + 1], tail[k + 2]
+            if since > 0 then by = max(by, since + period) end
+            leave(tried, k, period, by)
+            while tried[k + 1] + need_now > limit and tried[k] < head do
+              by = max(by, tried[k + 2] + period)
+              pass(tried, k)
+              steps = steps + 1
+              if steps >= SCAN_STEPS then return max(by, now + 1e6), true end  -- go on from here in a second
+            end
+          end
+          for w = 1, token_windows > 1 and token_windows or 0 do
+            local _, period = unpack_struct('<dd', spec, WINDOWS + 16 * (requests + w))
+            leave(tried, 3 * w - 2, period, by)
+          end
+          return by, false
+        end
+      end
+      local before = t
+      t, only_again = after_tokens(t, need)
+      if t > before then why = TOKENS end
+    end
+    if only_again or not commit or broken or t > now + look then break end
+
+    for k = 1, 3 * token_windows, 3 do
+      tail[k], tail[k + 1] = tried[k], tried[k + 1] + need
+      tail[k + 2] = tried[k] == head and t or tried[k + 2]
+    end
+    granted[head], granted_tokens[head] = t, need
+    head, sent = head + 1, t
+    if at_once >= 0 then held = held + 1 end
+    if trip > 0 then probe, probe_end = head - 1, t + holder end
   end
-  if s.holes > 0 and s.oldest > before then
-    redis.call('ZREMRANGEBYSCORE', key .. ':holes', '-inf', s.oldest * SENDS - 1)
-    s.holes = redis.call('ZCARD', key .. ':holes')
-  end
-end
 
-local function write(from, holder)
   local i = from
-  while i < s.head do
+  while i < head do
     local chunk, slot = floor(i / SENDS), i % SENDS
-    local upto = min(s.head, (chunk + 1) * SENDS)
+    local upto = min(head, (chunk + 1) * SENDS)
     if slot == 0 then
-      redis.call('SETRANGE', moments_key(chunk), BITMAP + SENDS * 8 - 1, '\0')  -- its whole size at once: no slack
-      drop_old_chunks(chunk)
+      call('SETRANGE', key .. ':m:' .. chunk, BITMAP + SENDS * 8 - 1, '\0')  -- its whole size at once: no slack
+      local keep, before = KEPT_AGE, oldest
+      for w = 1, requests + token_windows do
+        local _, period = unpack_struct('<dd', spec, WINDOWS + 16 * w)
+        keep = max(keep, period)
+      end
+      while chunk - oldest > KEPT_CHUNKS and oldest < before + 8 do
+        local last = moment(oldest * SENDS + SENDS - 1, 'old')
+        if broken or last + keep > now then break end
+        call('DEL', key .. ':m:' .. oldest, key .. ':t:' .. oldest)
+        oldest, since = oldest + 1, last
+      end
+      if holes > 0 and oldest > before then
+        call('ZREMRANGEBYSCORE', key .. ':holes', '-inf', oldest * SENDS - 1)
+        holes = call('ZCARD', key .. ':holes')
+      end
     end
-    local parts = {}
-    for n = i, upto - 1 do parts[#parts + 1] = pack('<d', granted[n]) end
-    redis.call('SETRANGE', moments_key(chunk), BITMAP + slot * 8, table.concat(parts))
+    local text = pack('<d', granted[i])
+    if upto > i + 1 then
+      local parts = { text }
+      for n = i + 1, upto - 1 do parts[#parts + 1] = pack('<d', granted[n]) end
+      text = table.concat(parts)
+    end
+    call('SETRANGE', key .. ':m:' .. chunk, BITMAP + slot * 8, text)
     i = upto
   end
-  for n = from, s.head - 1 do
+  for n = from, head - 1 do
     if granted_tokens[n] > 0 then
-      redis.call('SETRANGE', tokens_key(floor(n / SENDS)), n % SENDS * 4, pack('<I4', granted_tokens[n]))
+      call('SETRANGE', key .. ':t:' .. floor(n / SENDS), n % SENDS * 4, pack('<I4', granted_tokens[n]))
+    end
+    if at_once >= 0 then call('ZADD', key .. ':holders', granted[n] + holder, n) end
+  end
+  if head > from then
+    clock, changed = now, true
+    if trip > 0 then call('HSET', key, 'probe', pack('<ddd', probe, probe_end, opened)) end
+  end
+
+  if verb ~= 'snapshot' then
+    if broken then  -- the memory is not to be trusted: somebody must rebuild it before anything is granted
+      call('HDEL', key, 'run', 'lost')
+      call('HSET', key, 'known', '1')
+      return pack(REPLY, LOST, 0, 0, version, NEVER, 0, 0, 0, 0, 0)
+    end
+    local all = commit and head - from == count
+    if asked == 0 and not all and (why == TOKENS or why == AT_ONCE) then asked, changed = 1, true end
+    reply = pack(REPLY, OK, gen, head, version, t == NEVER and NEVER or max(0, t - now), why, slack, now, failures,
+                 trip)
+    if head == from + 1 then
+      reply = reply .. pack('<dd', from, granted[from] - now)
+    elseif head > from then
+      local parts = { reply }
+      for n = from, head - 1 do parts[#parts + 1] = pack('<dd', n, granted[n] - now) end
+      reply = table.concat(parts)
     end
   end
-  if spec.at_once >= 0 then
-    for n = from, s.head - 1 do
-      redis.call('ZADD', key .. ':holders', text_of(granted[n] + holder), text_of(n))
+end
+
+if not reply then
+  local CHANNEL = 'router:traffic'
+  local MOST_TOKENS = 4294967295
+  local REFUSALS_KEPT = 3600e6  -- a refusal that follows no other within so long begins a new count
+  local REST, GOOD, BAD, REFUSED, PUT_BACK = 0, 1, 2, 3, 4
+
+  local function say(what) call('PUBLISH', CHANNEL, key .. ' ' .. what) end
+  local function number_of(text) return text and tonumber(text) or 0 end
+
+  -- Sets the tokens of a send to what they were, in the windows that still hold it.
+  local function correct(i, used)
+    local chunk, byte = key .. ':t:' .. floor(i / SENDS), i % SENDS * 4
+    local reserved = call('GETRANGE', chunk, byte, byte + 3)
+    local delta = used - (#reserved == 4 and unpack_struct('<I4', reserved) or 0)
+    if delta == 0 then return false end
+    call('SETRANGE', chunk, byte, pack('<I4', used))
+    for k = 1, #tail, 3 do
+      if tail[k] <= i then tail[k + 1] = tail[k + 1] + delta end
     end
+    return delta < 0
   end
-end
 
-local function forget()  -- the memory is not to be trusted: somebody must rebuild it before anything is granted
-  redis.call('HDEL', key, 'run', 'lost')
-  redis.call('HSET', key, 'known', '1')
-  return pack('<ddddddd', LOST, 0, 0, spec and spec.version or 0, NEVER, 0, 0)
-end
-
-local function reserve(commit)
-  local seen, seen_head, look, holder, at = unpack_struct('<dddd', ask)
-  local count = (#ask - at + 1) / 8
-  if not spec then return pack('<ddddddd', NO_TARGET, 0, 0, 0, NEVER, 0, 0) end
-  if not live then return pack('<ddddddd', LOST, 0, 0, spec.version, NEVER, 0, 0) end
-  if seen > s.gen or (seen == s.gen and seen_head > s.head) or (seen > 0 and seen < s.gen and s.blind == 1) then
-    return forget()
-  end
-  if spec.at_once >= 0 then
-    in_use = redis.call('ZCARD', key .. ':holders')
-    if in_use + count > spec.at_once or in_use % 64 == 0 then  -- the ended matter only where places are scarce
-      redis.call('ZREMRANGEBYSCORE', key .. ':holders', '-inf', text_of(now))
-      in_use = redis.call('ZCARD', key .. ':holders')
-    end
-  end
-  ahead = max(count, #spec.tokens > 0 and 64 or 1)
-  local from, t, why = s.head, NEVER, 0
-  for n = 1, count do
-    local need = unpack_struct('<d', ask, at + (n - 1) * 8)
-    t, why = earliest(need)
-    if not commit or t == NEVER or why == AT_ONCE or t > now + look then break end
-    grant(t, need)
-  end
-  local all = commit and s.head - from == count
-  if all then t, why = soonest() end
-  local reply = { pack('<ddddddd', OK, s.gen, s.head, spec.version, t == NEVER and NEVER or max(0, t - now), why,
-                       spec.slack) }
-  for n = from, s.head - 1 do reply[#reply + 1] = pack('<dd', n, granted[n] - now) end
-  if s.head > from then write(from, holder) end
-  if broken then return forget() end
-  local starved = not all and (why == TOKENS or why == AT_ONCE)
-  if s.head > from or (starved and s.asked == 0) then
-    if starved then s.asked = 1 end
-    save()
-  end
-  return table.concat(reply)
-end
-
--- The rest is not even defined for those who ask for a permit: a script is run from its top every time.
-if verb == 'reserve' then return reserve(true) end
-if verb == 'peek' then return reserve(false) end
-
--- Sets the tokens of a send to what they were, in the windows that still hold it.
-local function correct(i, used)
-  local chunk, at = tokens_key(floor(i / SENDS)), i % SENDS * 4
-  local reserved = redis.call('GETRANGE', chunk, at, at + 3)
-  local delta = used - (#reserved == 4 and unpack_struct('<I4', reserved) or 0)
-  if delta == 0 then return false end
-  redis.call('SETRANGE', chunk, at, pack('<I4', used))
-  for w = 1, #s.tail do
-    if s.tail[w] <= i then s.sum[w] = s.sum[w] + delta end
-  end
-  return delta < 0
-end
-
-local function make_hole(i)
-  redis.call('ZADD', key .. ':holes', text_of(i), text_of(i))
-  s.holes = s.holes + 1
-  if i == s.head - 1 and i > s.oldest * SENDS then  -- nothing followed: the pace goes on from the send before it
-    blocks = {}
-    s.sent = moment(i - 1, 'hole')
-    redis.call('SETRANGE', moments_key(floor(i / SENDS)), BITMAP + i % SENDS * 8, pack('<d', s.sent))
-  end
-end
-
--- Each item: generation, send, tokens used (or NEVER), 1 if it was never used.
-local function give_back()
-  if not live then return pack('<d', LOST) end
-  local freed, at, gen, i, used, unused = false, 1, nil, nil, nil, nil
-  while at <= #ask do
-    gen, i, used, unused, at = unpack_struct('<dddd', ask, at)
-    if gen == s.gen then
-      freed = redis.call('ZREM', key .. ':holders', text_of(i)) == 1 or freed
-      if i >= s.oldest * SENDS and i < s.head
-          and redis.call('SETBIT', moments_key(floor(i / SENDS)), i % SENDS, 1) == 0 then
-        if unused == 1 then used = 0 end
-        if used >= 0 then freed = correct(i, min(used, MOST_TOKENS)) or freed end
-        if unused == 1 then
-          make_hole(i)
-          freed, s.asked = true, 1
-        end
+  local function make_hole(i)
+    call('ZADD', key .. ':holes', i, i)
+    holes = holes + 1
+    if i == head - 1 and i > oldest * SENDS then  -- nothing followed: the pace goes on from the send before it
+      local soonest = moment(i - 1, 'hole')
+      for w = 1, token_windows do  -- but not from before the tails' own time
+        local _, period = unpack_struct('<dd', spec, WINDOWS + 16 * (requests + w))
+        local left = tail[3 * w - 2] - 1
+        if left >= oldest * SENDS then soonest = max(soonest, moment(left, 'hole') + period) end
+      end
+      sent = min(sent, soonest)
+      call('SETRANGE', key .. ':m:' .. floor(i / SENDS), BITMAP + i % SENDS * 8, pack('<d', sent))
+      for k = 1, #tail, 3 do
+        if tail[k] == i then tail[k + 2] = sent end
       end
     end
   end
-  if freed and s.asked == 1 then
-    s.asked = 0
-    say(ARGV[3])
-  end
-  save()
-  return pack('<d', OK)
-end
 
--- Walks from the latest send back while `inside(moment, send)`; returns the first number still inside.
-local function walk_back(inside)
-  local i, chunk, text = s.head - 1, nil, nil
-  while i >= s.oldest * SENDS do
-    if chunk ~= floor(i / SENDS) then
-      chunk = floor(i / SENDS)
-      text = redis.call('GETRANGE', moments_key(chunk), BITMAP, -1)
+  local function free_probe()
+    probe, probe_end = NEVER, 0
+    call('HSET', key, 'probe', pack('<ddd', probe, probe_end, opened))
+  end
+
+  -- Each item: generation, send, tokens used (or NEVER), 1 if it was never used.
+  local function give_back()
+    if not live then return pack('<d', LOST) end
+    local freed, of, i, used, unused = false, nil, nil, nil, nil
+    place = 1
+    while place <= #ask do
+      of, i, used, unused, place = unpack_struct('<dddd', ask, place)
+      if of == gen then
+        if at_once >= 0 and call('ZREM', key .. ':holders', i) == 1 then
+          held, freed = held - 1, true
+        end
+        if trip > 0 and i == probe then
+          free_probe()
+          freed, asked = true, 1
+        end
+        if i >= oldest * SENDS and i < head
+            and call('SETBIT', key .. ':m:' .. floor(i / SENDS), i % SENDS, 1) == 0 then
+          if unused == 1 then used = 0 end
+          if used >= 0 then freed = correct(i, min(used, MOST_TOKENS)) or freed end
+          if unused == 1 then
+            make_hole(i)
+            freed, asked = true, 1
+          end
+        end
+      end
     end
-    local at = i % SENDS * 8
-    if #text < at + 8 or not inside((unpack_struct('<d', text, at + 1)), i) then break end
-    i = i - 1
+    if freed and asked == 1 then
+      asked = 0
+      say(ARGV[3])
+    end
+    changed = true
+    return pack('<d', OK)
   end
-  return i + 1
-end
 
-local function count_tokens()
-  s.tail, s.sum = {}, {}
-  for w, window in ipairs(spec.tokens) do
-    local total = 0
-    s.tail[w] = walk_back(function(at, i)
-      if at + window.period <= now then return false end
-      total = total + tokens_of(i)
+  -- Walks from the latest send back while `inside(moment, send)`; returns the first number still inside.
+  local function walk_back(inside)
+    local i, chunk, text = head - 1, nil, nil
+    while i >= oldest * SENDS do
+      if chunk ~= floor(i / SENDS) then
+        chunk = floor(i / SENDS)
+        text = call('GETRANGE', key .. ':m:' .. chunk, BITMAP, -1)
+      end
+      local byte = i % SENDS * 8
+      if #text < byte + 8 or not inside((unpack_struct('<d', text, byte + 1)), i) then break end
+      i = i - 1
+    end
+    return i + 1
+  end
+
+  -- Reads the tails from the sends themselves.
+  local function count_tokens(as_of)
+    tail = {}
+    for w = 1, token_windows do
+      local _, period = unpack_struct('<dd', spec, WINDOWS + 16 * (requests + w))
+      local total, first, chunk, text = 0, 0, nil, nil
+      local i = walk_back(function(sent_at, send)
+        if sent_at + period <= as_of then return false end
+        if chunk ~= floor(send / SENDS) then
+          chunk = floor(send / SENDS)
+          text = call('GET', key .. ':t:' .. chunk) or ''
+        end
+        local byte = send % SENDS * 4
+        if #text >= byte + 4 then total = total + unpack_struct('<I4', text, byte + 1) end
+        first = sent_at
+        return true
+      end)
+      tail[3 * w - 2], tail[3 * w - 1], tail[3 * w] = i, total, first
+    end
+  end
+
+  -- A target that begins to limit calls at once counts those that are in flight already.
+  local function find_holders(longest)
+    walk_back(function(sent_at, send)
+      if sent_at + longest <= clock then return false end
+      if call('GETBIT', key .. ':m:' .. floor(send / SENDS), send % SENDS) == 0 then
+        call('ZADD', key .. ':holders', 'NX', sent_at + longest, send)
+      end
       return true
     end)
-    s.sum[w] = total
+    held = call('ZCARD', key .. ':holders')
   end
-end
 
--- A target that begins to limit calls at once counts those that are in flight already.
-local function find_holders(longest)
-  walk_back(function(at, i)
-    if at + longest <= now then return false end
-    if redis.call('GETBIT', moments_key(floor(i / SENDS)), i % SENDS) == 0 then
-      redis.call('ZADD', key .. ':holders', 'NX', text_of(at + longest), text_of(i))
+  -- ask: version, or 0 for one that is newer than what is in force; the longest that a call can take; ARGV[3] the
+  -- target, packed, ARGV[4] as a line. Nobody's claim is at hand, so what counts is the clock as it was kept.
+  local function set_target()
+    local new_version, longest = unpack_struct('<dd', ask)
+    if new_version == 0 then new_version = max(wall, spec and version + 1 or 0) end
+    if spec and version > new_version then return pack('<dd', 0, version) end
+    local limited = spec and at_once >= 0
+    spec = pack('<d', new_version) .. string.sub(ARGV[3], 9)
+    version, stopped, gap, slack, at_once, requests, token_windows = unpack_struct('<ddddddd', spec)
+    call('HSET', key, 'spec', spec, 'target', ARGV[4])
+    if live and not (stored[3] and string.sub(stored[3], 9) == string.sub(spec, 9)) then
+      count_tokens(clock)
+      if at_once < 0 then
+        call('DEL', key .. ':holders')
+        held = 0
+      elseif not limited then
+        find_holders(longest)
+      end
+      changed = true
     end
-    return true
-  end)
-end
-
-local function set_target()
-  local version, longest = unpack_struct('<dd', ask)
-  local packed, line, old = ARGV[3], ARGV[4], spec
-  if version == 0 then version = max(wall[1] * 1000000 + wall[2], old and old.version + 1 or 0) end
-  if old and old.version > version then return pack('<dd', 0, old.version) end
-  packed = pack('<d', version) .. string.sub(packed, 9)
-  spec = read_spec(packed)
-  redis.call('HSET', key, 'spec', packed, 'target', line)
-  if live then
-    count_tokens()
-    if spec.at_once >= 0 and not (old and old.at_once >= 0) then find_holders(longest) end
-    save()
+    if spec ~= stored[3] then say(ARGV[5]) end
+    return pack('<dd', 1, version)
   end
-  if packed ~= stored[3] then say(ARGV[5]) end
-  return pack('<dd', 1, version)
-end
 
--- Says that the memory is gone, and since when; `knew` is 1 if the asker had seen it.
-local function mark_lost()
-  local knew, call_longest = unpack_struct('<dd', ask)
-  if live then return pack('<ddddd', 1, 0, now, 0, 0) end
-  if knew == 1 or stored[2] then redis.call('HSET', key, 'known', '1') end
-  redis.call('HSETNX', key, 'lost', text_of(now))
-  local since = tonumber(redis.call('HGET', key, 'lost'))
-  if since > now then  -- written by another clock
-    since = now
-    redis.call('HSET', key, 'lost', text_of(now))
-  end
-  local known = redis.call('HEXISTS', key, 'known')
-  local longest = spec and spec.longest or 0
-  if spec and spec.at_once >= 0 then longest = max(longest, call_longest) end
-  return pack('<ddddd', 0, now - since, now, longest, known)
-end
-
--- Builds the memory anew from past calls: ask = blind, since, holders' end; ARGV[3] moments, ARGV[4] tokens,
--- ARGV[5] a byte a call: 1 if it is still open. Moments ascend.
-local function rebuild()
-  local blind, since, longest, seen = unpack_struct('<dddd', ask)
-  if live or not spec then return pack('<d', live and 1 or 0) end
-  if blind == 1 and redis.call('HEXISTS', key, 'known') == 1 then return pack('<d', 0) end
-  for chunk = s.oldest, floor(s.head / SENDS) do redis.call('DEL', moments_key(chunk), tokens_key(chunk)) end
-  redis.call('DEL', key .. ':holders', key .. ':holes')
-  s.gen = max(now, s.gen + 1, seen + 1)
-  s.head, s.oldest, s.sent, s.since, s.asked, s.holes, s.blind = 0, 0, 0, since, 0, 0, blind
-  local moments, tokens, open = ARGV[3], ARGV[4], ARGV[5]
-  local count = #open
-  local bits = string.rep('\0', BITMAP)
-  for i = 0, count - 1, SENDS do
-    local last = min(i + SENDS, count)
-    redis.call('SET', moments_key(i / SENDS), bits .. string.sub(moments, i * 8 + 1, last * 8)
-               .. string.rep('\0', (i + SENDS - last) * 8))
-    redis.call('SET', tokens_key(i / SENDS), string.sub(tokens, i * 4 + 1, last * 4))
-  end
-  for i = 0, count - 1 do
-    if string.byte(open, i + 1) == 0 then
-      redis.call('SETBIT', moments_key(floor(i / SENDS)), i % SENDS, 1)
+  -- Says that the memory is gone, and since when. ask: 1 if the asker had seen it; the longest that a call takes.
+  local function mark_lost()
+    local knew, longest = unpack_struct('<dd', ask)
+    if live then return pack('<ddddd', 1, 0, now, 0, 0) end
+    if knew == 1 or stored[2] then call('HSET', key, 'known', '1') end
+    call('HSETNX', key, 'lost', now)
+    local lost_at = tonumber(call('HGET', key, 'lost'))
+    if lost_at > now then  -- written by another clock
+      lost_at = now
+      call('HSET', key, 'lost', now)
     end
-  end
-  s.head = count
-  if count > 0 then s.sent = moment(count - 1, 'rebuild') end
-  count_tokens()
-  if spec.at_once >= 0 then find_holders(longest) end
-  redis.call('HSET', key, 'run', RUN)
-  redis.call('HDEL', key, 'lost', 'known')
-  save()
-  say(ARGV[6])
-  return pack('<d', 1)
-end
-
-local function rest()
-  if not live then return pack('<d', LOST) end
-  local seconds = unpack_struct('<d', ask)
-  s.rest = seconds <= 0 and 0 or max(s.rest, now + seconds * 1000000)
-  redis.call('HSET', key, 'rest_reason', ARGV[3])
-  save()
-  say(ARGV[4])
-  return pack('<d', OK)
-end
-
-local function snapshot()
-  local line = redis.call('HMGET', key, 'target', 'rest_reason')
-  if not live or not spec then return { line[1] or '', line[2] or '', pack('<d', live and OK or LOST) } end
-  in_use = redis.call('ZCOUNT', key .. ':holders', '(' .. text_of(now), '+inf')
-  local t, why = earliest(0)
-  local parts = { pack('<ddddd', OK, t == NEVER and NEVER or max(0, t - now), why, in_use, max(0, s.rest - now)) }
-  for _, window in ipairs(spec.requests) do
-    local low, high = s.oldest * SENDS, s.head
-    while low < high do
-      local middle = floor((low + high) / 2)
-      if moment(middle, 'snapshot') + window.period <= now then low = middle + 1 else high = middle end
+    if at_once < 0 then longest = 0 end
+    for w = 1, requests + token_windows do
+      local _, period = unpack_struct('<dd', spec, WINDOWS + 16 * w)
+      longest = max(longest, period)
     end
-    local holes = s.holes > 0 and redis.call('ZCOUNT', key .. ':holes', low, '+inf') or 0
-    parts[#parts + 1] = pack('<d', s.head - low - holes)
+    changed = false
+    return pack('<ddddd', 0, now - lost_at, now, longest, call('HEXISTS', key, 'known'))
   end
-  for w, window in ipairs(spec.tokens) do
-    tail[w], sum[w] = s.tail[w], s.sum[w]
-    leave(w, window.period, now)
-    parts[#parts + 1] = pack('<d', sum[w])
+
+  -- Builds the memory anew from past calls. ask: blind, since, the longest that a call can take, generation seen,
+  -- rest, trip; ARGV[3] moments, ARGV[4] tokens, ARGV[5] a byte a call: 1 if it is still open. Moments ascend.
+  local function rebuild()
+    local is_blind, from, longest, seen_gen, rests, trips = unpack_struct('<dddddd', ask)
+    if live or not spec then return pack('<d', live and 1 or 0) end
+    if is_blind == 1 and call('HEXISTS', key, 'known') == 1 then return pack('<d', 0) end
+    for chunk = oldest, floor(head / SENDS) do call('DEL', key .. ':m:' .. chunk, key .. ':t:' .. chunk) end
+    call('DEL', key .. ':holders', key .. ':holes')
+    gen = max(now, gen + 1, seen_gen + 1)
+    clock, head, oldest, sent, since, asked, holes, held, blind = now, 0, 0, 0, from, 0, 0, 0, is_blind
+    rest, trip, failures = rests > 0 and now + rests or 0, trips, 0
+    local moments, tokens, open = ARGV[3], ARGV[4], ARGV[5]
+    local count = #open
+    local bits = string.rep('\0', BITMAP)
+    for i = 0, count - 1, SENDS do
+      local last = min(i + SENDS, count)
+      call('SET', key .. ':m:' .. i / SENDS, bits .. string.sub(moments, i * 8 + 1, last * 8)
+           .. string.rep('\0', (i + SENDS - last) * 8))
+      call('SET', key .. ':t:' .. i / SENDS, string.sub(tokens, i * 4 + 1, last * 4))
+    end
+    for i = 0, count - 1 do
+      if string.byte(open, i + 1) == 0 then call('SETBIT', key .. ':m:' .. floor(i / SENDS), i % SENDS, 1) end
+    end
+    head = count
+    if count > 0 then sent = moment(count - 1, 'rebuild') end
+    count_tokens(now)
+    if at_once >= 0 then find_holders(longest) end
+    call('HSET', key, 'run', RUN, 'rest_reason', ARGV[7])
+    call('HDEL', key, 'lost', 'known', 'probe')
+    changed = true
+    say(ARGV[6])
+    return pack('<d', 1)
   end
-  return { line[1], line[2] or '', table.concat(parts) }
+
+  local function count_refusal()
+    local told = call('HMGET', key, 'refused', 'refused_at')
+    if not told[1] or wall - number_of(told[2]) > REFUSALS_KEPT then
+      call('HSET', key, 'refused', 0, 'refused_since', wall)
+    end
+    call('HINCRBY', key, 'refused', 1)
+    call('HSET', key, 'refused_at', wall)
+  end
+
+  -- What a call came to. ask: generation seen, claim, sign, seconds to rest, generation and number of the send (or
+  -- NEVER), failures borne, first and longest rest of the breaker, trips that the asker knows of; ARGV[3] reason.
+  local function heed()
+    if not live then return pack('<dddd', LOST, 0, 0, 0) end
+    local sign, seconds, of, i, borne, first, longest, trips = unpack_struct('<dddddddd', ask, place)
+    if of ~= gen then i = NEVER end
+    local rest_was, trip_was, failures_were = rest, trip, failures
+    -- What was sent before the breaker opened says nothing about the time since.
+    local stale = trip > 0 and ((i >= 0 and i < opened) or (i < 0 and rest > now))
+    local freed = trip > 0 and i >= 0 and i == probe
+    if sign == REST and seconds <= 0 then
+      rest, trip, failures = 0, 0, 0
+    elseif sign == PUT_BACK then
+      trip = max(trip, trips)
+    elseif sign == REFUSED then
+      count_refusal()
+    elseif sign == GOOD and not stale then
+      trip, failures = 0, 0
+    elseif sign == BAD and not stale then
+      failures = failures + 1
+      if trip > 0 or failures >= borne then
+        trip, failures, opened, freed = trip + 1, 0, head, true
+        rest = max(rest, now + min(longest, first * 2 ^ (trip - 1)))
+      end
+    end
+    if seconds > 0 then rest = max(rest, now + seconds) end
+    if freed then free_probe() end
+    if rest > rest_was then call('HSET', key, 'rest_reason', ARGV[3]) end
+    if rest ~= rest_was or trip ~= trip_was or failures ~= failures_were then changed = true end
+    if freed or rest ~= rest_was or trip ~= trip_was then say(ARGV[4]) end
+    return pack('<dddd', OK, failures, trip, max(0, rest - now))
+  end
+
+  local function snapshot()
+    changed = false
+    local told = call('HMGET', key, 'target', 'rest_reason', 'refused', 'refused_since', 'refused_at')
+    if not live or not spec then return { told[1] or '', told[2] or '', pack('<d', live and OK or LOST) } end
+    local refused, refused_at = number_of(told[3]), wall - number_of(told[5])
+    if refused_at > REFUSALS_KEPT then refused = 0 end
+    local parts = { pack('<dddddddddd', OK, t == NEVER and NEVER or max(0, t - now), why, held, max(0, rest - now),
+                         trip, failures, refused, wall - number_of(told[4]), refused_at) }
+    for w = 1, requests do
+      local _, period = unpack_struct('<dd', spec, WINDOWS + 16 * w)
+      local low, high = oldest * SENDS, head
+      while low < high do
+        local middle = floor((low + high) / 2)
+        if moment(middle, 'snapshot') + period <= now then low = middle + 1 else high = middle end
+      end
+      local unused = holes > 0 and call('ZCOUNT', key .. ':holes', low, '+inf') or 0
+      parts[#parts + 1] = pack('<d', head - low - unused)
+    end
+    count_tokens(now)
+    for w = 1, token_windows do parts[#parts + 1] = pack('<d', tail[3 * w - 1]) end
+    return { told[1], told[2] or '', table.concat(parts) }
+  end
+
+  if verb == 'back' then reply = give_back()
+  elseif verb == 'heed' then reply = heed()
+  elseif verb == 'target' then reply = set_target()
+  elseif verb == 'lost' then reply = mark_lost()
+  elseif verb == 'rebuild' then reply = rebuild()
+  elseif verb == 'snapshot' then reply = snapshot()
+  else return redis.error_reply('no such verb') end
 end
 
-if verb == 'back' then return give_back() end
-if verb == 'target' then return set_target() end
-if verb == 'lost' then return mark_lost() end
-if verb == 'rebuild' then return rebuild() end
-if verb == 'rest' then return rest() end
-if verb == 'snapshot' then return snapshot() end
-return redis.error_reply('no such verb')
+if changed then
+  local text = pack(HEADER, gen, clock, offset, head, oldest, sent, since, rest, asked, holes, held, blind, failures,
+                    trip)
+  for k = 1, #tail, 3 do text = text .. pack('<ddd', tail[k], tail[k + 1], tail[k + 2]) end
+  call('HSET', key, 'now', text)
+end
+return reply

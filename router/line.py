@@ -19,6 +19,7 @@ from router.permits import LimiterSettings, Permit, Wait, WaitReason
 
 Item = TypeVar("Item")
 Ask = Callable[[list[int]], Awaitable[tuple[list[Permit], Wait]]]
+GiveBack = Callable[[Permit], "asyncio.Task[None]"]
 
 _TIMED = frozenset({WaitReason.WINDOW, WaitReason.RESTING})
 MOST_DEATHS = 100  # a process that misses so many moments in a row is not able to send at all
@@ -56,9 +57,10 @@ def _finish(future: asyncio.Future[None]) -> None:
 
 
 class _Waiter:
-    __slots__ = ("future", "tokens")
+    __slots__ = ("future", "ticket", "tokens")
 
-    def __init__(self, tokens: int) -> None:
+    def __init__(self, ticket: int, tokens: int) -> None:
+        self.ticket = ticket
         self.tokens = tokens
         self.future: asyncio.Future[Permit] = asyncio.get_running_loop().create_future()
 
@@ -67,7 +69,7 @@ class Line:
     """The waiters of one model in this process, first come first served."""
 
     def __init__(
-        self, model: str, ask: Ask, give_back: Callable[[Permit], None], settings: LimiterSettings
+        self, model: str, ask: Ask, give_back: GiveBack, settings: LimiterSettings
     ) -> None:
         self.bell = Bell()
         self.waiting_for = WaitReason.NOTHING
@@ -80,6 +82,7 @@ class Line:
         self._runner: asyncio.Task[None] | None = None
         self.pokes = 0
         self._ask_at = 0.0
+        self._tickets = 0
 
     @property
     def waiting(self) -> int:
@@ -88,19 +91,27 @@ class Line:
 
     async def stand(self, tokens: int) -> Permit:
         """Wait for a permit and its moment; a permit that died on the way goes back, and another is asked."""
+        ticket = self._tickets = self._tickets + 1
         for deaths in range(MOST_DEATHS):
-            waiter = _Waiter(tokens)
+            waiter = _Waiter(ticket, tokens)
             if deaths == 0:
                 self._waiters.append(waiter)
             else:
-                self._waiters.appendleft(waiter)
+                self._insert(waiter)
             permit = await self._permit_of(waiter)
             if not permit.dead:
                 return permit
-            self._give_back(permit)
+            # Asked for before it is back, the next would keep its distance from one that was never used.
+            await asyncio.shield(self._give_back(permit))
         raise PermitDead(
             f"{MOST_DEATHS} permits of {self._model} died unused: this process is too slow to send."
         )
+
+    def _insert(self, waiter: _Waiter) -> None:
+        before = 0
+        while before < len(self._waiters) and self._waiters[before].ticket < waiter.ticket:
+            before += 1
+        self._waiters.insert(before, waiter)
 
     async def close(self) -> None:
         """End the runner; whoever still waits gets LimiterUnavailable."""

@@ -7,10 +7,12 @@ import math
 import time
 from dataclasses import dataclass, field
 
+from router.breaker import BreakerSettings
 from router.errors import PermitDead
 from router.settings import RouterConfig
 from router.traffic import TrafficTarget
 
+MICRO = 1_000_000
 AFTER_TIMEOUT_SECONDS = 10.0  # the backend may work on for a little when the caller has given up
 
 
@@ -26,6 +28,7 @@ class WaitReason(enum.IntEnum):
     TOO_LARGE = 6
     LOST = 7
     NO_TARGET = 8
+    PROBING = 9
 
     @property
     def text(self) -> str:
@@ -42,7 +45,11 @@ _REASON_TEXTS = {
     WaitReason.TOO_LARGE: "the call needs more tokens than a whole window allows",
     WaitReason.LOST: "Redis lost its memory, and what was sent before is being found out",
     WaitReason.NO_TARGET: "it has no traffic target yet",
+    WaitReason.PROBING: "it failed again and again, and one call is trying it out",
 }
+
+
+FREED_BY_OTHERS = frozenset({WaitReason.AT_ONCE, WaitReason.PROBING})  # sooner than their moment says
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +78,7 @@ class LimiterSettings:
     retry_base_seconds: float = 0.05
     retry_cap_seconds: float = 1.0
     most_in_one_ask: int = 250
+    breaker: BreakerSettings = field(default_factory=BreakerSettings)
 
     @classmethod
     def of(cls, config: RouterConfig) -> LimiterSettings:
@@ -153,9 +161,52 @@ class PastCall:
     open: bool = False
 
 
+@dataclass(slots=True)
+class Seen:
+    """What this process has seen of a model: by it a limiter that lost its memory is found out.
+
+    `anchor` is Redis's kept clock minus this process's monotonic clock, as far as both are known to agree:
+    it says how late it can be at most in Redis, whatever Redis's own clock was set to. In microseconds.
+    """
+
+    generation: float = 0.0
+    head: float = 0.0
+    version: float = 0.0
+    target: TrafficTarget | None = None
+    anchor: float | None = None
+    failures: float = 0.0
+    trip: float = 0.0
+    rest_until: float = 0.0  # on the monotonic clock
+    rest_reason: str = ""
+    near_at: float | None = None  # when a send looks possible, on the monotonic clock; None: nobody knows
+    near_known_at: float = 0.0
+
+    def claim(self, left: float) -> float:
+        """What Redis's kept clock shows at the soonest when the question leaves at `left`; 0 if unknown."""
+        return 0.0 if self.anchor is None else self.anchor + left * MICRO
+
+    def heard(self, now: float, left: float, arrived: float) -> None:
+        """A reply says that Redis's kept clock showed `now` between these two moments."""
+        low, high = now - arrived * MICRO, now - left * MICRO
+        self.anchor = low if self.anchor is None else min(max(self.anchor, low), high)
+
+    def hint(self, again: float | None, reason: float, arrived: float, look_ahead: float) -> None:
+        """Keep when the next send looks possible, so that nobody need ask before."""
+        if again is None or reason in FREED_BY_OTHERS:
+            self.near_at, self.near_known_at = None, 0.0
+        else:
+            self.near_at, self.near_known_at = arrived + again - look_ahead, arrived
+        if reason == WaitReason.RESTING and again is not None:
+            self.rest_until = arrived + again
+
+
 @dataclass(frozen=True, slots=True)
 class ModelTraffic:
-    """What a model's limiter holds now; counts are by limit, e.g. `{"120/min": 96}`, slacks included."""
+    """What a model's limiter holds now; counts are by limit, e.g. `{"120/min": 96}`, slacks included.
+
+    `failures` are those in a row; `trip` is how often in a row the breaker opened, 0 if it is closed.
+    `refused` counts the 429s since `refused_since_seconds` ago, the last of them `refused_seconds` ago.
+    """
 
     model: str
     target: str | None
@@ -166,3 +217,34 @@ class ModelTraffic:
     waiting_for: WaitReason
     resting_seconds: float
     rest_reason: str | None
+    failures: int = 0
+    trip: int = 0
+    refused: int = 0
+    refused_since_seconds: float | None = None
+    refused_seconds: float | None = None
+
+    @property
+    def breaker(self) -> str:
+        """`closed`, `open`, or `half-open`: one call at a time is let through to try the model out."""
+        if not self.trip:
+            return "closed"
+        return "open" if self.resting_seconds > 0 else "half-open"
+
+    @property
+    def quota_warning(self) -> str | None:
+        """What the 429s of the last hour mean; None if there were none."""
+        if not self.refused or self.refused_since_seconds is None or self.refused_seconds is None:
+            return None
+        since, last = _span(self.refused_since_seconds), _span(self.refused_seconds)
+        return (
+            f"{self.refused:,} of its calls refused (429) in the last {since}, the latest {last} ago: its traffic "
+            "target is above what the provider allows; lower it, or have the quota raised."
+        )
+
+
+def _span(seconds: float) -> str:
+    """A time for people: `40 s`, `12 min`."""
+    return f"{seconds:.0f} s" if seconds < _MINUTES_FROM_SECONDS else f"{seconds / 60:.0f} min"
+
+
+_MINUTES_FROM_SECONDS = 120

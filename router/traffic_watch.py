@@ -6,14 +6,16 @@ clock, and the older read loses, in Redis and in Postgres alike.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 
 import asyncpg
 
-from router.errors import TrafficTargetError
+from router.errors import InputError, TrafficTargetError
 from router.limiter import TrafficLimiter
 from router.roster import (
+    Roster,
     hold_solving,
     keep_target,
     read_targets,
@@ -22,7 +24,10 @@ from router.roster import (
 )
 from router.traffic import TrafficTarget
 
+log = logging.getLogger("router.traffic")
+
 VARIABLE_PREFIX = "traffic."
+LONGEST_NAME = 100
 TELL_WATCHING_SECONDS = 2.5
 REASSERT_SECONDS = 5.0  # a Redis that lost its memory hears the target again
 
@@ -46,10 +51,20 @@ class TrafficWatch:
             self._good[model] = (TrafficTarget.parse(line), version)
             await self._tell(model)
 
+    async def begin(self, roster: Roster) -> None:
+        """Put in force what was in force last; for a model that never had a target, its default."""
+        await self.apply_last_good()
+        defaults: dict[str, str | None] = {
+            name: model.default_target for name, model in roster.models.items() if name not in self._good
+        }
+        await self.apply(defaults, version=1)  # any Variable that was ever read is newer
+
     async def apply(self, lines: Mapping[str, str | None], *, version: int) -> None:
         """Put `lines` (model -> the Variable's text, None if it is gone: then the last stays) into force.
 
-        A line that does not parse changes nothing and is reported. `version`: microseconds of the read.
+        A line that does not parse changes nothing and is reported, in Postgres and in the log; a Variable
+        whose name is no model's is left alone, so that it keeps no other from being read. A limit that can
+        never bind is logged. `version`: microseconds of the read.
         """
         for model, line in lines.items():
             if line is not None and line != self._lines.get(model):
@@ -72,18 +87,39 @@ class TrafficWatch:
     async def _take(self, model: str, line: str, version: int) -> None:
         try:
             target = TrafficTarget.parse(line)
+            await self._put_in_force(model, target, version)
         except TrafficTargetError as error:
-            self.troubles[model] = str(error)
-            await report_target_trouble(self._pool, model, line, str(error))
-            self._lines[model] = line
+            await report_target_trouble(self._pool, model, _storable(line), str(error))
+            self._refused(model, line, error)
             return
-        self._good[model] = (target, version)
-        await self._tell(model)
+        except InputError as error:
+            self._refused(model, line, error)
+            return
         await keep_target(self._pool, model, str(target), version)
         self._lines[model] = line  # last, so that a failure on the way is tried again
         self.troubles.pop(model, None)
+        for warning in target.warnings:
+            log.warning("%s%s: %s", VARIABLE_PREFIX, model, warning)
+
+    def _refused(self, model: str, line: str, error: Exception) -> None:
+        self._lines[model] = line
+        self.troubles[model] = str(error)
+        log.warning("%s%s: %s", VARIABLE_PREFIX, _shown(model), str(error).splitlines()[0])
 
     async def _tell(self, model: str) -> None:
-        target, version = self._good[model]
+        await self._put_in_force(model, *self._good[model])
+
+    async def _put_in_force(self, model: str, target: TrafficTarget, version: int) -> None:
         await self._limiter.set_target(model, target, version=version)
+        self._good[model] = (target, version)
         self._told_at[model] = time.monotonic()
+
+
+def _storable(line: str) -> str:
+    """The line as Postgres can keep it: without NUL and half characters, which nobody can see either."""
+    return line.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()
+
+
+def _shown(name: str) -> str:
+    """A name as it can stand in one line of a log."""
+    return name if name.isprintable() and len(name) <= LONGEST_NAME else repr(name[:LONGEST_NAME])

@@ -11,27 +11,21 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable
 from collections.abc import Set as AbstractSet
-from functools import partial
 
 from router.assignment import PullOrder
 from router.duties import ended
 from router.engine import ROSTER_CHANGED, Engine, HeldBack
-from router.errors import DatabaseError, LimiterError, PermitDead, RouterError
+from router.errors import DatabaseError, LimiterError, RouterError
 from router.limiter import Permit
 from router.roster import report_model_trouble
+from router.sending import CallOrder, send_permitted
 from router.task import CallResult, Claim, Outcome
 
 LONGEST_HOLD_SECONDS = 1.0  # a claimed task whose moment is farther off is given back
 MOST_AHEAD = 64
 TROUBLE_SECONDS = 0.5
 LOOK_SECONDS = 5.0
-DEAD_PERMITS_BORNE = 20
-FAILURES_BORNE = 5  # in a row, before the model is rested
-LONGEST_REST_SECONDS = 60.0
-UNKNOWN_MODEL_REST_SECONDS = 30.0
-DEFAULT_RETRY_AFTER_SECONDS = 1.0
 
 
 class Worker:
@@ -133,14 +127,15 @@ class Worker:
             self._ahead_size += 1
 
     def _sends_within_look_ahead(self) -> int:
-        """How many calls go out within the look-ahead: by the target, else as many as lately did.
+        """How many calls surely go out within the look-ahead: by the target, else as many as lately did.
 
-        More would be held by a model whose places are taken, while another has places free.
+        More would be held by a model that cannot send them, while another could; and held longer than a
+        claim may be, where sends are seconds apart.
         """
         seconds = self._engine.config.worker.look_ahead_seconds
         target = self._engine.targets.get(self.model)
-        if target is not None and target.requests and target.at_once is None and not target.tokens:
-            return math.ceil((target.requests_per_second() or 0.0) * seconds)
+        if target is not None and target.gap_seconds and target.at_once is None and not target.tokens:
+            return math.floor((target.requests_per_second() or 0.0) * seconds)
         since = time.monotonic() - seconds
         return sum(sent_at > since for sent_at in self._sent_at)
 
@@ -170,7 +165,14 @@ class Worker:
             self._not_before = time.monotonic() + TROUBLE_SECONDS  # no send paces this
             return
         try:
-            done = await self._call(claim, endpoint, timeout_seconds, going_out)
+            order = CallOrder(
+                claim.call_id, self.model, endpoint, claim.prompt, claim.max_tokens, claim.reserved_tokens,
+                timeout_seconds,
+            )  # fmt: skip
+            done = await send_permitted(
+                engine.limiter, engine.backend, order,
+                permit_seconds=LONGEST_HOLD_SECONDS, going_out=going_out,
+            )  # fmt: skip
         except (HeldBack, LimiterError, asyncio.TimeoutError):
             done = None
         except RouterError as error:  # will not heal: without a counted attempt it would come for ever
@@ -191,41 +193,14 @@ class Worker:
         target = self._engine.targets.get(self.model)
         return min((limit.count for limit in target.tokens), default=None) if target else None
 
-    async def _call(
-        self, claim: Claim, endpoint: str, timeout_seconds: float, going_out: Callable[[Permit], None]
-    ) -> CallResult:
-        limiter = self._engine.limiter
-        for _ in range(DEAD_PERMITS_BORNE):
-            permit = await limiter.acquire(
-                self.model, tokens=claim.reserved_tokens, timeout_seconds=LONGEST_HOLD_SECONDS
-            )
-            try:
-                result = await self._engine.backend.call(
-                    model_endpoint=endpoint, prompt=claim.prompt, max_tokens=claim.max_tokens,
-                    request_id=str(claim.call_id), tokens_reserved=claim.reserved_tokens,
-                    timeout_seconds=timeout_seconds, before_send=partial(going_out, permit),
-                )  # fmt: skip
-            except PermitDead:
-                await limiter.cancel(permit)
-                continue
-            except HeldBack:
-                await limiter.cancel(permit)
-                raise
-            with contextlib.suppress(LimiterError):  # the reservation ends by itself
-                if result.outcome is Outcome.UNSENT:
-                    await limiter.cancel(permit)
-                elif not result.may_go_on:
-                    await limiter.release(permit, tokens=result.used_tokens)
-            return result
-        raise PermitDead(f"{DEAD_PERMITS_BORNE} permits of {self.model} died before they could be used")
-
     async def _settle(self, claim: Claim, result: CallResult) -> None:
         queue = self._engine.queue
         if result.outcome is Outcome.UNSENT:
             self._hold_off()
             await queue.unclaim(claim.call_id)
             return
-        await self._heed(result)
+        self._failures = 0
+        await self._tell_trouble(result)
         try:
             await queue.settle(claim, result)
         except DatabaseError as error:
@@ -241,26 +216,6 @@ class Worker:
         # Nothing got out: the backend is away, which is no task's fault and no reason to ask faster.
         self._failures += 1
         self._not_before = time.monotonic() + min(5.0, 0.25 * 2 ** min(self._failures, 10))
-
-    async def _heed(self, result: CallResult) -> None:
-        """Rest the model for everyone as long as the provider says, or after failures in a row."""
-        seconds: float | None = None
-        if result.outcome in (Outcome.RATE_LIMITED, Outcome.OVERLOADED):
-            seconds = result.retry_after_seconds or DEFAULT_RETRY_AFTER_SECONDS
-        elif result.outcome is Outcome.UNKNOWN_MODEL:
-            seconds = UNKNOWN_MODEL_REST_SECONDS
-        elif result.outcome in (Outcome.ERROR, Outcome.TIMEOUT, Outcome.GARBAGE):
-            self._failures += 1
-            over = self._failures - FAILURES_BORNE
-            seconds = min(LONGEST_REST_SECONDS, 2.0**over) if over >= 0 else None
-        else:
-            self._failures = 0
-        if seconds is not None:
-            with contextlib.suppress(LimiterError):
-                await self._engine.limiter.rest(
-                    self.model, seconds, f"{result.outcome.value}: {result.error or ''}"
-                )
-        await self._tell_trouble(result)
 
     async def _tell_trouble(self, result: CallResult) -> None:
         trouble = (

@@ -20,15 +20,17 @@ from router.roster import sync_roster
 from router.settings import Addresses, ModelSettings, RouterConfig, WorkerSettings
 from router.worker import Worker
 
-BUSY, FREE = "busy", "free"
+BUSY, FREE, SLOW = "busy", "free", "slow"
 TASKS = 120
 LONG_POLL_SECONDS = 30.0
+CALLS = "SELECT call_id FROM model_calls"
+CAME_BACK = "SELECT count(*) FROM queue WHERE position < 0"
 OPEN_CALLS = "SELECT count(*) FROM model_calls WHERE model = $1 AND outcome IS NULL"
 
 
 @pytest.fixture
 def backend(tmp_path: Path) -> Iterator[BackendServer]:
-    arguments = ("--time-scale", "50", "--latency", "even:1:10", "--also", BUSY, "--also", FREE)
+    arguments = ("--time-scale", "50", "--latency", "even:1:10", "--also", BUSY, "--also", FREE, "--also", SLOW)
     server = start_backend(tmp_path, *arguments)
     yield server
     server.stop()
@@ -73,6 +75,17 @@ async def test_a_model_whose_places_are_taken_holds_no_more_than_it_soon_sends(a
             await asyncio.sleep(0.01)
     # 4 in flight, 9 for a quarter of a second at 36 a second, one more, and those being settled.
     assert max(held) <= 30, max(held)
+
+
+async def test_a_model_whose_sends_are_far_apart_claims_each_task_only_when_it_can_send_it(
+    addresses: Addresses,
+) -> None:
+    async with running(addresses, slow="30/min") as engine:
+        ends_at = time.monotonic() + 20
+        while len(await engine.pool.fetch(CALLS)) < 3:
+            assert time.monotonic() < ends_at
+            assert await engine.pool.fetchval(CAME_BACK) == 0, "a claim was given up before it could be sent"
+            await asyncio.sleep(0.02)
 
 
 async def test_a_task_that_is_given_back_wakes_a_worker_that_found_none(addresses: Addresses) -> None:

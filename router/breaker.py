@@ -1,0 +1,68 @@
+"""What a call's outcome says about its model: trust it, doubt it, or leave it alone for a while. No I/O.
+
+The counting itself is done in Redis, for all processes together (`limiter.lua`, verb `heed`).
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from router.task import Outcome
+
+
+class Sign(enum.IntEnum):
+    """What an outcome means for the breaker; the numbers are those of `limiter.lua`."""
+
+    REST = 0  # no failure, yet nothing may be sent for a while
+    GOOD = 1  # the model works: closes the breaker
+    BAD = 2  # one more failure in a row: opens it in the end
+    REFUSED = 3  # 429: counted, since it means that the target is above the provider's quota
+    PUT_BACK = 4  # what a process still knows of a rest that Redis forgot
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What to tell the breaker; nothing is sent for `rest_seconds`, whatever the sign."""
+
+    sign: Sign
+    rest_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerSettings:
+    """When a model is given a rest, and for how long. All times in seconds.
+
+    After `failures_borne` failures in a row the breaker opens for `first_rest_seconds`; each probe that fails
+    opens it for twice as long, up to `longest_rest_seconds`.
+    """
+
+    failures_borne: int = 5
+    first_rest_seconds: float = 1.0
+    longest_rest_seconds: float = 60.0
+    default_retry_after_seconds: float = 1.0  # where a 429 or 503 does not say how long
+    unknown_model_rest_seconds: float = 30.0
+
+    def verdict(self, outcome: Outcome, retry_after_seconds: float | None) -> Verdict | None:
+        """What this outcome says about the model; None if nothing.
+
+        A 503 that names a time is a planned pause, one that does not is a failure. A prompt that is refused
+        (`rejected`) shows a model that works.
+        """
+        told = retry_after_seconds is not None
+        pause = self.default_retry_after_seconds if retry_after_seconds is None else retry_after_seconds
+        if outcome in _GOOD:
+            return Verdict(Sign.GOOD)
+        if outcome in _BAD:
+            return Verdict(Sign.BAD)
+        if outcome is Outcome.RATE_LIMITED:
+            return Verdict(Sign.REFUSED, pause)
+        if outcome is Outcome.OVERLOADED:
+            return Verdict(Sign.REST if told else Sign.BAD, pause)
+        if outcome is Outcome.UNKNOWN_MODEL:
+            return Verdict(Sign.REST, self.unknown_model_rest_seconds)
+        return None
+
+
+_GOOD = frozenset({Outcome.ANSWERED, Outcome.REJECTED})
+_BAD = frozenset({Outcome.ERROR, Outcome.TIMEOUT, Outcome.GARBAGE})

@@ -1,0 +1,110 @@
+"""The real Redis as the limiter's client sees it, with its clock in our hands: no waiting, and every clock."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from redis.exceptions import NoScriptError, ResponseError
+
+from local.redis import RedisServer
+
+CLOCK = "redis.call('TIME')"
+OUR_CLOCK = "redis.call('HMGET', 'clock', 'seconds', 'micros')"
+Reply = Any
+
+
+def with_our_clock(script: str) -> str:
+    """The script with Redis's clock replaced; it must be read in exactly one place."""
+    assert script.count(CLOCK) == 1
+    return script.replace(CLOCK, OUR_CLOCK)
+
+
+class Connection:
+    """A blocking connection: a round trip in some 30 microseconds."""
+
+    def __init__(self, server: RedisServer) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._replies = self._socket.makefile("rb")
+
+    def close(self) -> None:
+        self._replies.close()
+        self._socket.close()
+
+    def ask(self, *commands: tuple[bytes | str | int, ...]) -> Reply:
+        """The reply to the last of the commands, all sent in one go."""
+        parts: list[bytes] = []
+        for command in commands:
+            parts.append(b"*%d\r\n" % len(command))
+            for word in command:
+                text = word if isinstance(word, bytes) else str(word).encode()
+                parts.append(b"$%d\r\n%b\r\n" % (len(text), text))
+        self._socket.sendall(b"".join(parts))
+        replies = [self._reply() for _ in commands]
+        for reply in replies:
+            if isinstance(reply, Exception):
+                raise reply
+        return replies[-1]
+
+    def _reply(self) -> Reply:
+        line = self._replies.readline()
+        kind, rest = line[:1], line[1:-2]
+        if kind == b"$":
+            size = int(rest)
+            return None if size < 0 else self._replies.read(size + 2)[:-2]
+        if kind == b"*":
+            return [self._reply() for _ in range(int(rest))]
+        if kind == b":":
+            return int(rest)
+        if kind == b"-":
+            text = rest.decode(errors="replace")
+            return NoScriptError(text) if text.startswith("NOSCRIPT") else ResponseError(text)
+        return rest
+
+
+@dataclass
+class Asked:
+    """One script call as it happened: at which true time, and what it was and became."""
+
+    at: int
+    verb: str
+    arguments: tuple[bytes | str, ...]
+    reply: Reply
+
+
+@dataclass
+class ScriptRedis:
+    """What `RedisScript` needs of a client. `wall` tells Redis's clock, `travel` lets time pass on the way."""
+
+    connection: Connection
+    wall: Callable[[], int]
+    now: Callable[[], int]
+    travel: Callable[[], None]
+    asked: list[Asked] = field(default_factory=list)
+    run: int = 1
+    _told: int = -1
+
+    async def execute_command(self, *command: Any, **_options: Any) -> Reply:
+        if command[0] == "INFO":
+            return {"run_id": f"run{self.run}"}
+        if command[0] != "EVALSHA":
+            return self.connection.ask((*command[0].split(), *command[1:]))
+        self.travel()
+        wall = self.wall()
+        commands = [command]
+        if wall != self._told:
+            seconds, rest = divmod(wall, 1_000_000)
+            commands.insert(0, ("HSET", "clock", "seconds", seconds, "micros", rest))
+        reply = self.connection.ask(*commands)
+        self._told = wall
+        self.asked.append(Asked(self.now(), command[4], command[5:], reply))
+        self.travel()
+        return reply
+
+    def do(self, *command: bytes | str | int) -> Reply:
+        """Any command, outside of the limiter."""
+        self._told = -1
+        return self.connection.ask(command)
