@@ -43,7 +43,8 @@ test-fast: setup
 	$(BIN)/pytest -q -m "not soak" -n 3 --dist loadfile $(FAST_TESTS)
 
 test-slow: setup
-	$(BIN)/pytest -q -m "not soak" $(addprefix --ignore=,$(FAST_TESTS)) tests
+	$(BIN)/pytest -q -m "not soak and not alone" -n 2 --dist loadfile $(addprefix --ignore=,$(FAST_TESTS)) tests
+	$(BIN)/pytest -q -m "alone and not soak" $(addprefix --ignore=,$(FAST_TESTS)) tests
 
 check: lint test-fast  ## style, types, floors, left-over marks, fast tests
 

@@ -38,7 +38,7 @@ LOG_FLUSH_SECONDS = 1.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The demo's own arguments."""
     add = parser.add_argument
-    add("--tasks", type=_count, default=480, metavar="N", help="how many prompts (default: %(default)s)")
+    add("--tasks", type=_count, default=1600, metavar="N", help="how many prompts (default: %(default)s)")
     add("--exit", action="store_true", help="stop everything when they are solved, instead of staying open")
     add("--json", type=Path, metavar="FILE", help="write the report there, as JSON")
     add("--timeout", type=float, default=7200, metavar="S", help="give up after so many seconds (7200)")

@@ -29,7 +29,7 @@ from tests.solving import (
     wait_until,
 )
 
-pytestmark = [pytest.mark.airflow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.airflow, pytest.mark.alone, pytest.mark.timeout(180)]
 
 LOW, HIGH = "2/s", "8/s"
 FAST = "20/s"  # to see the end of a backlog soon

@@ -13,7 +13,7 @@ import pytest
 from local.parts import Part
 from tests.solving import LEASE_SECONDS, Solving, say, wait_for, wait_until
 
-pytestmark = [pytest.mark.airflow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.airflow, pytest.mark.alone, pytest.mark.timeout(180)]
 
 RESUME_SECONDS = LEASE_SECONDS + 5.0
 SECOND = "triggerer-2"
