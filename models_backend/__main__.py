@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import resource
@@ -13,6 +14,7 @@ from pathlib import Path
 import uvicorn
 
 from models_backend.app import create_app
+from models_backend.check import check
 from models_backend.latency import SHAPES
 from models_backend.settings import StandInSettings, provider_from_environment, served_models
 from router.errors import ConfigError, RouterError
@@ -31,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RouterError, OSError) as error:
         print(f"models_backend: {error}", file=sys.stderr)  # noqa: T201 - for the person who started it
         return 2
+    if options.check:
+        return asyncio.run(check(settings.provider)) if settings.provider else _nothing_to_check()
     _allow_many_connections()
     config = uvicorn.Config(
         create_app(settings), host=options.host, port=options.port, access_log=False, log_level="warning",
@@ -39,6 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     uvicorn.Server(config).run()
     return 0
+
+
+def _nothing_to_check() -> int:
+    print("models_backend: no provider to check: LLAMA_API_BASE is not set", file=sys.stderr)  # noqa: T201 - as above
+    return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help='JSON lines {"prompt", "reference"} that good answers state',
     )
+    add("--check", action="store_true", help="ask each real model one small thing, say what came, and end")
     add("--arrival-log", type=Path, metavar="FILE", help="append each call that ended as a JSON line")
     return parser
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from models_backend.answers import compose_answer, token_count
+from models_backend.completion import ProviderRefusal
 from models_backend.faults import FaultOrder, Faults
 from models_backend.latency import latency_seconds
-from models_backend.provider import Provider, ProviderRefusal
+from models_backend.provider import Provider
 from models_backend.quota import Quotas
 from models_backend.settings import ServedModel, StandInSettings
 

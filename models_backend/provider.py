@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
 from typing_extensions import Self
 
+from models_backend.completion import (
+    Completion,
+    ProviderRefusal,
+    completion_of,
+    completion_of_events,
+    refusal_of,
+)
 from models_backend.settings import ProviderSettings
 
 LARGEST_ANSWER_BYTES = 16 * 1024 * 1024
+LARGEST_ERROR_BYTES = 64 * 1024
+LARGE_REPLY_BYTES = 256 * 1024  # above it, parsing would hold the loop for milliseconds
 CONNECT_SECONDS = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """What the provider answered; tokens are None where it did not count them."""
-
-    text: str
-    prompt_tokens: int | None
-    completion_tokens: int | None
-
-
-class ProviderRefusal(Exception):  # noqa: N818 - a refusal is an answer, too
-    """The provider gave no answer; carries the status and words for our own client, never the key."""
-
-    def __init__(self, status: int, message: str, retry_after: str | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.retry_after = retry_after
 
 
 class Provider:
@@ -47,7 +36,6 @@ class Provider:
             connector=aiohttp.TCPConnector(limit=0),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=aiohttp.ClientTimeout(total=self._settings.timeout_seconds, connect=CONNECT_SECONDS),
         )
         return self
 
@@ -60,64 +48,85 @@ class Provider:
         return model in self._settings.models
 
     async def complete(self, model: str, prompt: str, max_tokens: int) -> Completion:
-        """The provider's answer, or ProviderRefusal: 429 and 503 as they came, 504 if late, else 502."""
-        if self._session is None:
-            raise RuntimeError("Provider is not open: use it as `async with Provider(...)`")
-        request = {
+        """The provider's answer, or ProviderRefusal with one line that names no secret.
+
+        Its status is what it means to our own client: 429 and 503 as they came, 404 for a model that is not
+        there, 400, 413 and 422 for a prompt that is refused, 504 if it is late, else 502.
+        """
+        try:
+            return await self._ask(self._request(model, prompt, max_tokens))
+        except ProviderRefusal as refusal:
+            words = self._without_key(str(refusal))
+            raise ProviderRefusal(refusal.status, words, refusal.retry_after) from None
+
+    def _request(self, model: str, prompt: str, max_tokens: int) -> dict[str, Any]:
+        request: dict[str, Any] = {
             "model": self._settings.models[model],
             "messages": [{"role": "user", "content": prompt}],
             "max_tokens": max_tokens,
         }
-        url = f"{self._settings.base_url}/chat/completions"
+        if self._settings.stream:
+            request.update(stream=True, stream_options={"include_usage": True})
+        return request
+
+    async def _ask(self, request: dict[str, Any]) -> Completion:
+        if self._session is None:
+            raise RuntimeError("Provider is not open: use it as `async with Provider(...)`")
+        settings = self._settings
+        silence = settings.silence_seconds if settings.stream else None
+        timeout = aiohttp.ClientTimeout(
+            total=settings.timeout_seconds, connect=CONNECT_SECONDS, sock_read=silence
+        )
+        url = f"{settings.base_url}/chat/completions"
         try:
-            async with self._session.post(url, json=request, allow_redirects=False) as response:
-                content = await _read(response)
+            async with self._session.post(
+                url, json=request, timeout=timeout, allow_redirects=False
+            ) as response:
                 if response.status != 200:
-                    raise _refusal(response.status, response.headers.get("Retry-After"), content)
-        except asyncio.TimeoutError as error:
-            raise ProviderRefusal(504, "the provider did not answer in time") from error
-        except (aiohttp.ClientError, OSError) as error:
-            raise ProviderRefusal(
-                502, f"the connection to the provider failed: {type(error).__name__}"
-            ) from error
-        return _completion(content)
+                    content = await _read(response, LARGEST_ERROR_BYTES)
+                    raise refusal_of(response.status, response.headers.get("Retry-After"), content)
+                content = await _read(response, LARGEST_ANSWER_BYTES)
+                streamed = response.content_type == "text/event-stream"
+        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+            raise _broken(error) from None
+        if len(content) > LARGEST_ANSWER_BYTES:
+            raise ProviderRefusal(502, "the provider's answer is too large")
+        understand = completion_of_events if streamed else completion_of
+        if len(content) > LARGE_REPLY_BYTES:
+            return await asyncio.to_thread(understand, content)
+        return understand(content)
+
+    def _without_key(self, words: str) -> str:
+        key = self._settings.key
+        return words.replace(key, "***") if key else words
 
 
-async def _read(response: aiohttp.ClientResponse) -> bytes:
+async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    """At most a little more than `limit` bytes; longer says that there was more, which is not read."""
     content = bytearray()
     async for chunk in response.content.iter_any():
         content += chunk
-        if len(content) > LARGEST_ANSWER_BYTES:
-            raise ProviderRefusal(502, "the provider's answer is too large")
+        if len(content) > limit:
+            response.close()
+            break
     return bytes(content)
 
 
-def _refusal(status: int, retry_after: str | None, content: bytes) -> ProviderRefusal:
-    if status in {401, 403}:
-        return ProviderRefusal(502, f"the provider refuses our key ({status}): check LLAMA_API_KEY")
-    if status in {429, 503}:
-        return ProviderRefusal(status, f"the provider answered {status}", retry_after)
-    if status in {400, 404, 413, 422}:
-        return ProviderRefusal(status, f"the provider answered {status}: {_words(content)}")
-    return ProviderRefusal(502, f"the provider answered {status}")
+# The first that fits, from the particular to the general.
+_BROKEN: tuple[tuple[type[Exception], int, str], ...] = (
+    (aiohttp.ConnectionTimeoutError, 502, "no connection to the provider in time: check LLAMA_API_BASE"),
+    (asyncio.TimeoutError, 504, "the provider did not answer in time"),
+    (aiohttp.ClientConnectorDNSError, 502, "the provider's host is not known: check LLAMA_API_BASE"),
+    (aiohttp.ClientSSLError, 502, "no TLS connection to the provider: check LLAMA_API_BASE"),
+    (aiohttp.ClientConnectorError, 502, "the provider refuses connections: check LLAMA_API_BASE"),
+    (aiohttp.ClientPayloadError, 502, "the provider broke off in the middle of its answer"),
+    (aiohttp.ServerDisconnectedError, 502, "the provider broke off before it answered"),
+)
 
 
-def _words(content: bytes) -> str:
-    try:
-        found: Any = json.loads(content)["error"]
-        return str(found.get("message", "") if isinstance(found, dict) else found)[:200]
-    except (ValueError, KeyError, TypeError):
-        return "(no reason given)"
-
-
-def _completion(content: bytes) -> Completion:
-    try:
-        document = json.loads(content)
-        text = document["choices"][0]["message"]["content"]
-        usage = document.get("usage") or {}
-        counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ProviderRefusal(502, "the provider's answer is not a chat completion") from error
-    if not isinstance(text, str):
-        raise ProviderRefusal(502, "the provider's answer holds no text")
-    return Completion(text, *(count if isinstance(count, int) else None for count in counts))
+def _broken(error: Exception) -> ProviderRefusal:
+    """Why there is no whole reply, from what the HTTP client raised."""
+    for kind, status, words in _BROKEN:
+        if isinstance(error, kind):
+            return ProviderRefusal(status, words)
+    return ProviderRefusal(502, f"the connection to the provider failed: {type(error).__name__}")

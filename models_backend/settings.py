@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from models_backend.latency import parse_shape
 from router.errors import ConfigError
@@ -34,6 +35,8 @@ class ProviderSettings:
     key: str | None = field(repr=False)
     models: Mapping[str, str]
     timeout_seconds: float = 300.0
+    stream: bool = False  # ask for a stream: what stands before a provider may cut off a long silence
+    silence_seconds: float = 120.0  # the longest one within a stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,20 +80,42 @@ def served_models(config: RouterConfig, also: tuple[str, ...] = ()) -> dict[str,
 def provider_from_environment(
     environment: Mapping[str, str], served: Mapping[str, ServedModel]
 ) -> ProviderSettings | None:
-    """The provider that LLAMA_API_BASE names, or None.
+    """The provider that LLAMA_API_BASE names, or None. ConfigError names the variable that is wrong.
 
     LLAMA_MODELS=name=provider-model,... says which models are real; without it, those whose name starts with
-    `llama` are, under their own names.
+    `llama` are, under their own names. LLAMA_STREAM=1 asks the provider for streams.
     """
-    base_url = environment.get("LLAMA_API_BASE", "").strip().rstrip("/")
+    base_url = environment.get("LLAMA_API_BASE", "").strip()
     if not base_url:
         return None
-    if not base_url.startswith(("http://", "https://")):
-        raise ConfigError("LLAMA_API_BASE is no http(s) URL. Set it to the part before /chat/completions.")
+    stream = environment.get("LLAMA_STREAM", "").strip() or "0"
+    if stream not in {"0", "1"}:
+        raise ConfigError(f"LLAMA_STREAM={stream!r} must be 0 or 1")
     line = environment.get("LLAMA_MODELS", "").strip()
     pairs = [pair.strip().partition("=") for pair in line.split(",") if pair.strip()]
-    if any(not name for name, _, _ in pairs):
+    if any(not name.strip() for name, _, _ in pairs):
         raise ConfigError(f"LLAMA_MODELS={line!r} must read name=provider-model,name=provider-model")
-    names = {name.strip(): (target or name).strip() for name, _, target in pairs}
+    names = {name.strip(): (target.strip() or name.strip()) for name, _, target in pairs}
     names = names or {name: name for name in served if name.lower().startswith("llama")}
-    return ProviderSettings(base_url, environment.get("LLAMA_API_KEY", "").strip() or None, names)
+    key = _key(environment.get("LLAMA_API_KEY", "").strip())
+    return ProviderSettings(_base_url(base_url), key, names, stream=stream == "1")
+
+
+def _base_url(url: str) -> str:
+    problem = "LLAMA_API_BASE is no http(s) URL. Set it to the part before /chat/completions."
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 - raises for what is no port
+    except ValueError as error:
+        raise ConfigError(problem) from error
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise ConfigError(problem)
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ConfigError("LLAMA_API_BASE must hold neither password nor ? nor #. The key is LLAMA_API_KEY.")
+    return url.rstrip("/").removesuffix("/chat/completions")
+
+
+def _key(key: str) -> str | None:
+    if not key.isascii() or any(character.isspace() or not character.isprintable() for character in key):
+        raise ConfigError("LLAMA_API_KEY holds a blank or another character that no header can carry.")
+    return key or None

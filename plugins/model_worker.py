@@ -24,9 +24,15 @@ LINGER_SECONDS = 30.0  # the next run follows within seconds and finds the engin
 
 async def addresses_from_connections() -> Addresses:
     """What the environment holds elsewhere, from the Connections router_db, router_redis, models_backend."""
-    database = await Connection.async_get("router_db")
-    redis = await Connection.async_get("router_redis")
-    backend = await Connection.async_get("models_backend")
+    return addresses_of(
+        await Connection.async_get("router_db"),
+        await Connection.async_get("router_redis"),
+        await Connection.async_get("models_backend"),
+    )
+
+
+def addresses_of(database: Connection, redis: Connection, backend: Connection) -> Addresses:
+    """The addresses that three Connections hold."""
     return Addresses(
         database_url=database.get_uri().replace("postgres://", "postgresql://", 1),
         redis_url=redis.get_uri(),

@@ -5,9 +5,14 @@ from __future__ import annotations
 import typer
 
 from router import cli_terminal as terminal
+from router.cli_ask import ASK_HELP, ask
+from router.cli_knowledge import KNOWLEDGE_HELP, knowledge
+from router.cli_categories import CATEGORIES_HELP, categories
 from router.cli_load import HELP as LOAD_HELP
 from router.cli_load import load
+from router.cli_log import LOG_HELP, log
 from router.cli_models import MODELS_HELP, TRAFFIC_HELP, models, traffic
+from router.cli_serve import KEYS_HELP, SERVE_HELP, keys, serve
 from router.cli_status import STATUS_HELP, WATCH_HELP, status, watch
 from router.cli_tasks import EXPORT_HELP, RETRY_HELP, export, retry
 from router.database import connect
@@ -40,12 +45,18 @@ Examples:
 
 app = terminal.verbs(help=HELP, add_completion=True)
 app.command(help=LOAD_HELP)(load)
+app.command(help=ASK_HELP)(ask)
 app.command(help=STATUS_HELP)(status)
 app.command(help=WATCH_HELP)(watch)
 app.command(help=TRAFFIC_HELP)(traffic)
+app.command(help=LOG_HELP)(log)
 app.command(help=EXPORT_HELP)(export)
 app.command(help=RETRY_HELP)(retry)
+app.command(help=SERVE_HELP)(serve)
+app.add_typer(keys, name="keys", help=KEYS_HELP)
+app.add_typer(knowledge, name="knowledge", help=KNOWLEDGE_HELP)
 app.add_typer(models, name="models", help=MODELS_HELP)
+app.add_typer(categories, name="categories", help=CATEGORIES_HELP)
 
 
 @app.command(help=MIGRATE_HELP)

@@ -22,6 +22,7 @@ from router.traffic import GRAMMAR, TrafficTarget
 VARIABLE_PREFIX = "traffic."
 PATIENCE_SECONDS = 3.0
 AIRFLOW_SECONDS = 5.0
+MOST_SHOWN = 120  # characters of a name that somebody mistyped
 
 OptionalText = Optional[str]  # noqa: UP045 - typer evaluates it at run time, also on 3.10
 AirflowUrl = Annotated[
@@ -74,7 +75,7 @@ Models that the file does not name any more are paused.
 
 @dataclass(frozen=True, slots=True)
 class ModelTarget:
-    """One model's target, since when, what the Variable says (None: unknown or gone), and its trouble."""
+    """One model's target, since when, what the Variable says (None: unknown or gone), what is wrong."""
 
     model: str
     target: str | None
@@ -82,6 +83,7 @@ class ModelTarget:
     since: datetime | None
     variable: str | None
     trouble: str | None
+    warnings: tuple[str, ...]
 
 
 def traffic(
@@ -151,7 +153,7 @@ def _show(now: Status, model: str | None, api: AirflowApi | None, *, as_json: bo
     if as_json:
         terminal.print_json({entry.model: entry for entry in targets})
         return
-    for note in (*now.notes, *problem):
+    for note in (*now.notes, *problem, *_strangers(now, variables or {})):
         terminal.note(note)
     table = terminal.quiet_table("model", "target in force", "for", "Variable")
     for entry in targets:
@@ -160,6 +162,8 @@ def _show(now: Status, model: str | None, api: AirflowApi | None, *, as_json: bo
     for entry in targets:
         if entry.trouble:
             terminal.out().print(Text(f"\n{entry.model}: {entry.trouble}", style="red"))
+        for warning in entry.warnings:
+            terminal.out().print(Text(f"\n{entry.model}: {warning}", style="yellow"))
 
 
 def _variables(api: AirflowApi | None) -> tuple[dict[str, str] | None, list[str]]:
@@ -172,9 +176,21 @@ def _variables(api: AirflowApi | None) -> tuple[dict[str, str] | None, list[str]
         return None, [f"What the Variables say is not known. {first_line(str(error))}"]
 
 
+def _strangers(now: Status, variables: dict[str, str]) -> list[str]:
+    """A sentence for each Variable that is meant for a model which is not there."""
+    known = {VARIABLE_PREFIX + model.model for model in now.models}
+    return [
+        f"The Variable {key[:MOST_SHOWN]!r} names no model in use; it changes nothing."
+        for key in sorted(variables)
+        if key.startswith(VARIABLE_PREFIX) and key not in known
+    ]
+
+
 def _target(model: ModelStatus, variable: str | None) -> ModelTarget:
     in_force = model.target is not None and not model.target_kept
-    return ModelTarget(model.model, model.target, in_force, model.target_since, variable, model.trouble)
+    return ModelTarget(
+        model.model, model.target, in_force, model.target_since, variable, model.trouble, model.warnings
+    )
 
 
 def _in_force(entry: ModelTarget) -> Text:
@@ -239,6 +255,9 @@ def sync(
     config: terminal.Config = terminal.DEFAULT_CONFIG,
 ) -> None:
     settings = load_config(Path(config))
+    for name, model in settings.models.items():
+        for warning in TrafficTarget.parse(model.target).warnings:
+            terminal.note(f"{name}: {warning}")
     with terminal.database(database) as connection:
         before = {row["model"]: row for row in _roster(connection)}
         sync_roster(connection, settings)

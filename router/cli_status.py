@@ -24,6 +24,7 @@ WAITING = {
     "stopped": "stopped",
     "resting": "resting",
     "lost": "recounting",
+    "probing": "trying it out",
 }
 
 STATUS_HELP = """
@@ -229,4 +230,6 @@ def _troubles(now: Status) -> RenderableType:
                 f"{model.failed_calls:,} of {model.calls:,} calls failed lately; the last: {model.last_error}"
             )
             grid.add_row(name, Text(some, style="yellow"))
+        for warning in model.warnings:
+            grid.add_row(name, Text(warning, style="yellow"))
     return Group(Text(), grid) if grid.row_count else Text()

@@ -101,7 +101,12 @@ def note(message: str) -> None:
 
 def print_json(value: Any, *, indent: int | None = 2) -> None:
     """Print a value as JSON; dataclasses become objects and moments ISO 8601 with their offset."""
-    typer.echo(json.dumps(value, ensure_ascii=False, indent=indent, default=_plain))
+    typer.echo(as_json(value, indent=indent))
+
+
+def as_json(value: Any, *, indent: int | None = 2) -> str:
+    """What print_json prints."""
+    return json.dumps(value, ensure_ascii=False, indent=indent, default=_plain)
 
 
 def _plain(value: Any) -> Any:
@@ -140,7 +145,7 @@ def known(name: str, names: Iterable[str], what: str) -> str:
         return name
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names) or 'none'}."
-    raise InputError(f"There is no {what} {name!r}; {hint}")
+    raise InputError(f"There is no {what} {name[:120]!r}; {hint}")
 
 
 def quiet_table(*columns: str, right: Iterable[str] = ()) -> Table:

@@ -175,14 +175,16 @@ def _queue_existing_tasks(connection: Connection) -> int:
         after = step["next_after"]
 
 
-async def open_pool(url: str, *, connections: int) -> asyncpg.Pool:
+async def open_pool(url: str, *, connections: int, at_first: int = 1) -> asyncpg.Pool:
     """A pool of at most `connections`, for statements that each take milliseconds. Raises DatabaseError.
+
+    With `at_first` 0 it opens also while Postgres is away.
 
     Works through a session-mode pooler; through a transaction-mode one asyncpg's prepared statements do not.
     """
     try:
         return await asyncpg.create_pool(
-            url, min_size=1, max_size=connections, command_timeout=30, timeout=10,
+            url, min_size=at_first, max_size=connections, command_timeout=30, timeout=10,
             server_settings={"application_name": "router", "jit": "off"},
         )  # fmt: skip
     except (OSError, asyncpg.PostgresError) as error:

@@ -22,6 +22,7 @@ import redis.asyncio
 from router import roster as roster_of
 from router.assignment import Work, shares
 from router.backend import ModelsBackend
+from router.categorising import Categorising
 from router.database import open_pool
 from router.duties import Duties, ended, set_within
 from router.errors import RouterError
@@ -35,6 +36,7 @@ from router.traffic_watch import TrafficWatch
 log = logging.getLogger("router.engine")
 
 STATE_SECONDS = 1.0
+CATEGORISE_SECONDS = 0.5
 HOUSE_SECONDS = 0.5
 RECONCILE_SECONDS = 2.0
 PARTITION_SECONDS = 3600.0
@@ -72,6 +74,7 @@ class Engine:
         self._endings: set[asyncio.Task[None]] = set()
         self._woken = asyncio.Event()
         self._control = asyncio.Event()
+        self._tasks_came = asyncio.Event()
         self._empty_since: float | None = None
         self._alive_at = 0.0
         self._reconciled = -(2**62)
@@ -110,14 +113,19 @@ class Engine:
         await self.queue.start()
         self._alive_at = time.monotonic()
         self.roster: Roster = await roster_of.read_roster(self.pool)
-        await self._first_targets()
+        await self.watch.begin(self.roster)
         self.state = await self.queue.state([])
+        self._categorising = Categorising(self.queue, self.config.categorising)
+        await self._categorising.start(self._open)
 
     def _take_up_duties(self) -> None:
         worker = self.config.worker
         self._duties.take_up(self._listen_step, 1.0, "listen")
         self._duties.take_up(self._heartbeat_step, worker.heartbeat_seconds, "heartbeat")
         self._duties.take_up(self._state_step, STATE_SECONDS, "state", wake=self._control)
+        self._duties.take_up(
+            self._categorising.step, CATEGORISE_SECONDS, "categorise", wake=self._tasks_came
+        )
         self._duties.take_up(self.queue.keep_house, HOUSE_SECONDS, "house")
         self._duties.take_up(self._reconcile_step, RECONCILE_SECONDS, "reconcile")
         self._duties.take_up(self.queue.keep_partitions, PARTITION_SECONDS, "partitions")
@@ -257,6 +265,7 @@ class Engine:
             self._control.set()
         else:
             self._empty_since = None
+            self._tasks_came.set()
         self._wake_all()
 
     def _wake_all(self) -> None:
@@ -275,7 +284,7 @@ class Engine:
         state = await self.queue.state(list(self._runs))
         if state.roster_version != self.roster.version:
             self.roster = await roster_of.read_roster(self.pool)
-            await self._first_targets()
+            await self.watch.begin(self.roster)
         changed = self.state is None or (state.held, state.left_runs) != (
             self.state.held,
             self.state.left_runs,
@@ -315,15 +324,6 @@ class Engine:
         if work != self._work:
             self.shares = await asyncio.to_thread(shares, work)
             self._work = work
-
-    async def _first_targets(self) -> None:
-        await self.watch.apply_last_good()
-        known = await roster_of.read_targets(self.pool)
-        defaults = {
-            name: model.default_target for name, model in self.roster.models.items() if name not in known
-        }
-        # Version 1: any Variable that was ever read is newer.
-        await self.watch.apply(defaults, version=1)
 
     async def _variables_step(self) -> None:
         assert self._read_variables is not None

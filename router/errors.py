@@ -9,6 +9,8 @@ RouterError                     a fact, and the next step
 │   ├── LimiterUnavailable      Redis is away or broken: nothing may be sent
 │   └── PermitDead              a permit's moment has passed unused: ask for another
 ├── BackendUnavailable          the Models Backend cannot be reached at all
+├── NoRoom                      every permit of the model that was named is too far away; says when to ask again
+├── NoAnswer                    the model that was named did not answer; says why
 ├── AirflowError                Airflow's REST API refused or cannot be reached
 └── InputError                  a line, row or argument that a person gave; names it
 
@@ -52,6 +54,18 @@ class PermitDead(LimiterError):  # noqa: N818 - the glossary's word
 
 class BackendUnavailable(RouterError):  # noqa: N818 - a state of the world, read as one
     """The Models Backend cannot be reached or does not speak the configured protocol."""
+
+
+class NoRoom(RouterError):  # noqa: N818 - a state of the world, read as one
+    """There is no room for this prompt in time; `retry_after_seconds` says when there may be."""
+
+    def __init__(self, message: str, retry_after_seconds: float) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class NoAnswer(RouterError):  # noqa: N818 - a state of the world, read as one
+    """The one model that was asked by name failed, or did not answer within the deadline."""
 
 
 class AirflowError(RouterError):

@@ -8,39 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import asyncpg
-from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
-from router.database import AWAY_ERRORS
 from router.errors import DatabaseError
+from router.statements import LeaseLost, ValueRefused, fetch, fetch_one, patiently, settled_values
 from router.task import CallResult, Claim, Outcome, new_call_id
 
+__all__ = ["EngineState", "LeaseLost", "TaskQueue", "ValueRefused", "listening"]
+
 CHANNELS = ("router_tasks", "router_control")
-SETTLE_PATIENCE_SECONDS = 600.0  # an answer that was paid for is worth waiting for Postgres
-LEASE_GONE = "RT001"
-NEVER_HEALS = ("22", "23", "RT002")  # data exceptions, broken constraints, a call that cannot be put back
-LARGEST_INTEGER = 2**31 - 1
 OVERLOOKED_SECONDS = 60.0
 SETTLE = "SELECT settle_call($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13) AS settlement"
-
-T = TypeVar("T")
-
-
-class LeaseLost(DatabaseError):  # noqa: N818 - a state of the world, read as one
-    """The worker's lease was found gone: it must go on under a new name."""
-
-
-class ValueRefused(DatabaseError):  # noqa: N818 - a state of the world, read as one
-    """Postgres will never take these values; trying again is of no use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +38,15 @@ class EngineState:
     left_runs: dict[str, str]  # run -> reason
     roster_version: int
     unsolved: dict[str, int]  # category -> tasks in the queue, whatever their state
+
+
+@dataclass(frozen=True, slots=True)
+class Uncategorised:
+    """A task that is to be given a category; of a long prompt, its beginning and its end."""
+
+    task_id: int
+    prompt_version: int
+    prompt: str
 
 
 class TaskQueue:
@@ -106,7 +101,7 @@ class TaskQueue:
 
     async def unclaim(self, call_id: uuid.UUID) -> None:
         """Give a task back unsent; the attempt does not count. Retried while Postgres is away."""
-        await self._patiently(lambda: self._one("SELECT unclaim($1)", call_id))
+        await patiently(lambda: self._one("SELECT unclaim($1)", call_id))
 
     async def settle(self, claim: Claim, result: CallResult) -> str:
         """Close the call and its task in one transaction; returns what became of it (see settle_call).
@@ -114,17 +109,11 @@ class TaskQueue:
         Retried while Postgres is away: settling twice returns what came of the first time. What Postgres
         cannot hold (NUL, half a surrogate pair, a number out of range) is made to fit.
         """
-        row = await self._patiently(
+        row = await patiently(
             lambda: self._one(
                 SETTLE,
                 claim.call_id,
-                result.outcome.value,
-                _storable(result.answer),
-                _counted(result.prompt_tokens),
-                _counted(result.completion_tokens),
-                _finite(result.cost_usd),
-                _finite(result.latency_seconds),
-                _storable(result.error),
+                *settled_values(result),
                 result.outcome.counts_as_attempt,
                 claim.task_id,
                 claim.model,
@@ -154,8 +143,40 @@ class TaskQueue:
     async def keep_house(self) -> None:
         """One bounded step of everything that must go on while tasks are solved; any process may do it."""
         await self._one("SELECT promote_waiting()")
+        await self._one("SELECT default_uncategorised()")
         await self._one("SELECT release_lost_claims()")
         await self._one("SELECT fold_counts()")
+
+    async def wants_categories(self) -> bool:
+        """Whether tasks without a category are to be given one."""
+        return bool((await self._one("SELECT categorise FROM queue_settings"))["categorise"])
+
+    async def starts_categorising(self, seconds: float) -> None:
+        """Say that a categoriser will be there within `seconds`, so that the backlog does not take the default."""
+        await self._one("SELECT starts_categorising($1)", seconds)
+
+    async def take_uncategorised(self, limit: int) -> list[Uncategorised]:
+        """Tasks to be given a category now, at most `limit`; no one else gets the same."""
+        return [Uncategorised(**dict(row)) for row in
+                await self._many("SELECT * FROM take_uncategorised($1)", limit)]  # fmt: skip
+
+    async def keep_categories(
+        self,
+        tasks: Sequence[Uncategorised],
+        categories: Sequence[str],
+        confidences: Sequence[float],
+        reasons: Sequence[str],
+    ) -> int:
+        """Queue these tasks under their categories; returns how many still waited for one."""
+        row = await self._one(
+            "SELECT keep_categories($1, $2, $3, $4, $5) AS kept",
+            [task.task_id for task in tasks],
+            [task.prompt_version for task in tasks],
+            list(categories),
+            list(confidences),
+            list(reasons),
+        )
+        return int(row["kept"])
 
     async def keep_partitions(self) -> None:
         """See to it that the call log has its partitions a week ahead."""
@@ -193,52 +214,11 @@ class TaskQueue:
         row = await self._one("SELECT leave_run($1, $2) AS reason", run, reason)
         return str(row["reason"])
 
-    async def _patiently(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        waiting = AsyncRetrying(
-            retry=retry_if_exception(_may_heal),
-            wait=wait_random_exponential(multiplier=0.1, max=2),
-            stop=stop_after_delay(SETTLE_PATIENCE_SECONDS),
-            reraise=True,
-        )
-
-        async def once() -> T:
-            return await attempt()
-
-        return await waiting(once)
-
     async def _one(self, statement: str, *arguments: Any) -> Any:
-        found = await self._many(statement, *arguments)
-        return found[0] if found else None
+        return await fetch_one(self._pool, statement, *arguments)
 
     async def _many(self, statement: str, *arguments: Any) -> list[Any]:
-        try:
-            return list(await self._pool.fetch(statement, *arguments))
-        except asyncpg.PostgresError as error:
-            if error.sqlstate == LEASE_GONE:
-                raise LeaseLost(str(error)) from error
-            if isinstance(error, asyncpg.DataError) or (error.sqlstate or "").startswith(NEVER_HEALS):
-                raise ValueRefused(f"Postgres refused: {error}") from error
-            raise DatabaseError(f"Postgres refused: {error}") from error
-        except AWAY_ERRORS as error:
-            raise DatabaseError(f"Postgres is away: {error or type(error).__name__}") from error
-
-
-def _may_heal(error: BaseException) -> bool:
-    return isinstance(error, DatabaseError) and not isinstance(error, ValueRefused)
-
-
-def _storable(text: str | None) -> str | None:
-    if text is None:
-        return None
-    return text.replace("\x00", "\ufffd").encode("utf-8", "replace").decode("utf-8")
-
-
-def _counted(tokens: int | None) -> int | None:
-    return None if tokens is None else max(0, min(tokens, LARGEST_INTEGER))
-
-
-def _finite(number: float | None) -> float | None:
-    return number if number is not None and math.isfinite(number) else None
+        return await fetch(self._pool, statement, *arguments)
 
 
 @asynccontextmanager

@@ -6,6 +6,7 @@ Postgres is the truth. Synchronous where people wait for it, asynchronous where 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,11 @@ class Roster:
 
 def sync_roster(connection: Connection, config: RouterConfig) -> None:
     """Carry `config/models.yaml` over: categories, models, places, and the queue's settings."""
-    rows(connection, "SELECT sync_roster(%s::jsonb)", (config.model_dump_json(),))
+    whole = {**config.model_dump(mode="json"), "categorise": False}
+    if config.categorising is not None:
+        whole["categorise"] = config.categorising.categorise_tasks
+        whole["categorise_seconds"] = config.categorising.patience_seconds
+    rows(connection, "SELECT sync_roster(%s::jsonb)", (json.dumps(whole),))
 
 
 def active_models(connection: Connection) -> list[str]:
@@ -74,7 +79,7 @@ def run_report(connection: Any, run: str) -> dict[str, Any]:
 
 async def read_roster(pool: asyncpg.Pool) -> Roster:
     """The roster as it is now, for a worker."""
-    version = await _fetch(pool, "SELECT last_value FROM roster_version")
+    version = await roster_version(pool)
     places: dict[str, dict[str, int]] = {}
     for row in await _fetch(pool, "SELECT category, model, place FROM rankings"):
         places.setdefault(row["category"], {})[row["model"]] = row["place"]
@@ -84,8 +89,14 @@ async def read_roster(pool: asyncpg.Pool) -> Roster:
         models={row["model"]: RosterModel(**dict(row)) for row in models},
         places=places,
         categories=tuple(row["name"] for row in categories),
-        version=version[0]["last_value"],
+        version=version,
     )
+
+
+async def roster_version(pool: asyncpg.Pool) -> int:
+    """A number that moves with every change of roster or ranking."""
+    found = await _fetch(pool, "SELECT last_value FROM roster_version")
+    return int(found[0]["last_value"])
 
 
 async def read_targets(pool: asyncpg.Pool) -> dict[str, tuple[str, int]]:

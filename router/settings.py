@@ -8,9 +8,11 @@ refused with its file and path.
 from __future__ import annotations
 
 import os
+import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -22,6 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG_FOLDER = ROOT / "config"
 MODEL_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 CATEGORY_PATTERN = r"^[a-z][a-z0-9_-]{0,49}$"
+
+
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class _Frozen(BaseModel):
@@ -97,27 +102,122 @@ class WorkerSettings(_Frozen):
     max_in_flight: int = Field(default=5000, ge=1)
 
 
+class AskingSettings(_Frozen):
+    """Answering one prompt now. All times in seconds; a deadline counts from when the prompt came."""
+
+    deadline_seconds: dict[
+        str, float
+    ] = {}  # category -> its deadline; the others have default_deadline_seconds
+    default_deadline_seconds: float = Field(default=30.0, gt=0, le=3600)
+    permit_seconds: float = Field(default=2.0, gt=0, le=60)
+    late_seconds: float = Field(default=120.0, ge=0, le=3600)
+    most_models: int = Field(default=3, ge=1, le=20)
+    most_at_once: int = Field(default=500, ge=1, le=100_000)
+    max_prompt_bytes: int = Field(default=1_048_576, ge=1, le=16_777_216)
+
+    @field_validator("deadline_seconds")
+    @classmethod
+    def _deadlines_are_times(cls, deadlines: dict[str, float]) -> dict[str, float]:
+        for category, seconds in deadlines.items():
+            if not 0 < seconds <= 3600:  # noqa: PLR2004 - as default_deadline_seconds
+                raise ValueError(f"{category}: {seconds:g} is not above 0 and at most 3600")
+        return deadlines
+
+    def deadline_of(self, category: str) -> float:
+        """Seconds within which a prompt of this category is answered."""
+        return self.deadline_seconds.get(category, self.default_deadline_seconds)
+
+
+class FallbackSettings(_Frozen):
+    """Who answers beside the preferred model: knowledge, then one of `models` given what was found."""
+
+    models: tuple[str, ...] = ()
+    passages: int = Field(default=5, ge=1, le=50)
+    passage_bytes: int = Field(default=6000, ge=100, le=1_000_000)
+    max_tokens: int = Field(default=300, ge=1)
+    before_deadline_seconds: float = Field(default=10.0, ge=0, le=3600)
+
+
+class RuleSettings(_Frozen):
+    """One rule of `config/categories.yaml`: a regular expression, tried on the lower-case prompt."""
+
+    category: str
+    pattern: str = Field(min_length=1)
+    weight: float = Field(default=1.0, gt=0, le=10)
+
+    @field_validator("pattern")
+    @classmethod
+    def _pattern_compiles(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        return pattern
+
+
+class CategorySettings(_Frozen):
+    """`config/categories.yaml`, whole, and the folder that it stands in. Times in seconds."""
+
+    categories: dict[str, str]  # name -> what belongs there, in words
+    default_category: str
+    examples: tuple[str, ...] = Field(min_length=1)  # patterns of file names, from `folder`
+    rules: tuple[RuleSettings, ...] = ()
+    rules_decide_at: float = Field(default=3.0, gt=0)
+    threshold: float = Field(default=0.45, ge=0, le=1)
+    temperature: float = Field(default=1.0, gt=0, le=10)
+    categorise_tasks: bool = True
+    patience_seconds: float = Field(default=1.0, gt=0, le=60)
+    folder: Path = DEFAULT_CONFIG_FOLDER
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> CategorySettings:
+        for category in self.categories:
+            if not re.fullmatch(CATEGORY_PATTERN, category):
+                raise ValueError(f"categories: {category!r} is no category name ({CATEGORY_PATTERN})")
+        if self.default_category not in self.categories:
+            raise ValueError(f"default_category: {self.default_category!r} is not among the categories")
+        for place, rule in enumerate(self.rules):
+            if rule.category not in self.categories:
+                raise ValueError(f"rules.{place}.category: {rule.category!r} is not among the categories")
+        return self
+
+
 class RouterConfig(_Frozen):
-    """`config/models.yaml`, whole."""
+    """`config/models.yaml`, whole, with the names of the categories."""
 
     models: dict[str, ModelSettings]
-    default_category: str = "general"
+    default_category: str = "general"  # this and the next come from categories.yaml
     categories: tuple[str, ...] = ("technical", "creative", "general")
+    categorising: CategorySettings | None = Field(default=None, exclude=True, repr=False)
     backend: BackendSettings = BackendSettings()
     worker: WorkerSettings = WorkerSettings()
+    asking: AskingSettings = AskingSettings()
+    fallback: FallbackSettings = FallbackSettings()
+
+    @model_validator(mode="after")
+    def _asking_names_agree(self) -> RouterConfig:
+        for category in self.asking.deadline_seconds:
+            if category not in self.categories:
+                raise ValueError(
+                    f"asking.deadline_seconds.{category}: no such category; known: {self.categories}"
+                )
+        for model in self.fallback.models:
+            if model not in self.models:
+                raise ValueError(f"fallback.models: {model!r} is not among the models")
+        return self
 
     @model_validator(mode="after")
     def _names_agree(self) -> RouterConfig:
-        import re  # noqa: PLC0415 - only here
-
         for category in self.categories:
-            if not re.match(CATEGORY_PATTERN, category):
+            if not re.fullmatch(CATEGORY_PATTERN, category):
                 raise ValueError(f"categories: {category!r} is no category name ({CATEGORY_PATTERN})")
         if self.default_category not in self.categories:
             raise ValueError(f"default_category: {self.default_category!r} is not among the categories")
         for name, model in self.models.items():
-            if not re.match(MODEL_NAME_PATTERN, name):
-                raise ValueError(f"models.{name!r}: no model name ({MODEL_NAME_PATTERN})")
+            if not re.fullmatch(MODEL_NAME_PATTERN, name):
+                raise ValueError(
+                    f"models.{name[:120]!r} is no model name: letters, digits, '.', '_' and '-', at most 100"
+                )
             unknown = sorted(set(model.ranks) - set(self.categories))
             if unknown:
                 raise ValueError(
@@ -159,10 +259,50 @@ def config_folder(environment: Mapping[str, str] | None = None) -> Path:
     return Path(environment.get("ROUTER_CONFIG") or DEFAULT_CONFIG_FOLDER)
 
 
+def data_folder(environment: Mapping[str, str] | None = None) -> Path:
+    """Where this host keeps what can be made anew: `ROUTER_DATA`, or `router` in the user's cache."""
+    environment = os.environ if environment is None else environment
+    if environment.get("ROUTER_DATA"):
+        return Path(environment["ROUTER_DATA"])
+    cache = environment.get("XDG_CACHE_HOME") or Path(
+        environment.get("HOME") or tempfile.gettempdir(), ".cache"
+    )
+    return Path(cache) / "router"
+
+
 def load_config(folder: Path | None = None) -> RouterConfig:
-    """Read and check `models.yaml` in `folder`. ConfigError names file and key."""
-    path = (folder or config_folder()) / "models.yaml"
-    return _validated(RouterConfig, _read_yaml(path), path)
+    """Read and check `models.yaml` and `categories.yaml` in `folder`. ConfigError names file and key."""
+    folder = folder or config_folder()
+    path = folder / "models.yaml"
+    data = _read_yaml(path)
+    categorising = load_categories(folder)
+    names = {
+        "categories": tuple(categorising.categories),
+        "default_category": categorising.default_category,
+        "categorising": categorising,
+    }
+    if isinstance(data, dict):
+        for key in names.keys() & data.keys():
+            raise ConfigError(
+                f"{path}: {key}: the categories are named in categories.yaml; take it out here."
+            )
+        data = {**data, **names}
+    return _validated(RouterConfig, data, path)
+
+
+def load_categories(folder: Path | None = None) -> CategorySettings:
+    """Read and check `categories.yaml` in `folder`, or the shipped one where that has none."""
+    folder = folder or config_folder()
+    path = folder / "categories.yaml"
+    if not path.exists():
+        folder = DEFAULT_CONFIG_FOLDER
+        path = folder / "categories.yaml"
+    data = _read_yaml(path)
+    if isinstance(data, dict):
+        if "folder" in data:
+            raise ConfigError(f"{path}: folder: no such key; examples are looked for beside the file.")
+        data = {**data, "folder": folder}
+    return _validated(CategorySettings, data, path)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -197,7 +337,7 @@ def _read_yaml(path: Path) -> Any:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
 
 
-def _validated(kind: type[RouterConfig], data: Any, path: Path) -> RouterConfig:
+def _validated(kind: type[Settings], data: Any, path: Path) -> Settings:
     if not isinstance(data, dict):
         raise ConfigError(
             f"{path} must hold keys and values at its top; see the comments of the shipped file."

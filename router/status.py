@@ -75,9 +75,11 @@ class TaskCounts:
 class ModelStatus:
     """One model now. `sent` is by limit, e.g. `{"120/min": 96}`, and None where the limiter cannot say.
 
-    `target` is in force now, or was the last to be (`target_kept`); None if none ever was. `in_flight` counts
-    tasks that are claimed for the model, where its target does not limit calls at once. `waiting_for` is a
-    WaitReason's name in lower case. `calls` and `failed_calls` are of the last RECENT_MINUTES minutes.
+    `target` is in force now, or was the last to be (`target_kept`); None if none ever was. `warnings` name
+    its limits that can never bind, and those above the provider's own: `refused` counts the 429s lately, the
+    last of them `refused_seconds` ago. `breaker` is `closed`, `open` or `half-open`. `in_flight` counts tasks that are claimed for the model, where its target
+    does not limit calls at once. `waiting_for` is a WaitReason's name in lower case. `calls` and
+    `failed_calls` are of the last RECENT_MINUTES minutes.
     """
 
     model: str
@@ -96,6 +98,10 @@ class ModelStatus:
     failed_calls: int
     last_error: str | None
     trouble: str | None
+    warnings: tuple[str, ...] = ()
+    breaker: str | None = None
+    refused: int = 0
+    refused_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +184,8 @@ def _model_status(
 ) -> ModelStatus:
     in_force = traffic.target if traffic is not None else None
     target = in_force or row["kept_target"]
-    at_once = TrafficTarget.parse(target).at_once if target else None
+    parsed = TrafficTarget.parse(target) if target else None
+    at_once = parsed.at_once if parsed else None
     limited = traffic is not None and in_force is not None and at_once is not None
     return ModelStatus(
         model=row["model"],
@@ -197,7 +204,16 @@ def _model_status(
         failed_calls=calls["failed"],
         last_error=first_line(calls["last_error"] or "") or None,
         trouble=_trouble(row, traffic),
+        warnings=(*(parsed.warnings if parsed else ()), *_quota_warnings(traffic)),
+        breaker=traffic.breaker if traffic is not None else None,
+        refused=traffic.refused if traffic is not None else 0,
+        refused_seconds=traffic.refused_seconds if traffic is not None else None,
     )
+
+
+def _quota_warnings(traffic: ModelTraffic | None) -> tuple[str, ...]:
+    warning = traffic.quota_warning if traffic is not None else None
+    return (warning,) if warning else ()
 
 
 def _waiting_for(traffic: ModelTraffic | None) -> str | None:

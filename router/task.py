@@ -41,6 +41,7 @@ class Outcome(str, enum.Enum):
     REJECTED = "rejected"  # other 4xx: this prompt, by this model
     UNKNOWN_MODEL = "unknown_model"  # 404
     UNSENT = "unsent"  # nothing left this machine
+    ABANDONED = "abandoned"  # whoever asked gave it up on purpose; the backend may still work on it
     LOST = "lost"  # the worker's lease ran out; the only outcome that a real one replaces
 
     @property

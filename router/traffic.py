@@ -170,7 +170,8 @@ class _Reading:
         self.stop = self.stop or count == 0
         if not rest:
             if count != 0:
-                raise _refused(f"{_shown(part)} of what? Only 0 stands alone", self.line, column)
+                why = "Only 0 stands alone, and a comma only separates limits"
+                raise _refused(f"{_shown(part)} of what? {why}", self.line, column)
         elif _AT_ONCE.fullmatch(rest):
             if self.at_once is not None:
                 raise _refused("'at once' stands twice", self.line, column)
@@ -187,7 +188,8 @@ class _Reading:
             why = f"{_shown(suffix)} touches a number: only k (1,000) and M (1,000,000) do"
             raise _refused(why, self.line, column + found.start("suffix"))
         if end < len(part) and part[end] not in " \t/":
-            raise _refused(f"{_shown(part)} does not begin with a whole number", self.line, column)
+            why = _why_no_digits(part) or f"{_shown(part)} does not begin with a whole number"
+            raise _refused(why, self.line, column)
         scaled = int(found["whole"] + (found["fraction"] or "")) * _SUFFIXES[suffix]
         count, left = divmod(scaled, 10 ** len(found["fraction"] or ""))
         if left:
@@ -225,11 +227,8 @@ class _Reading:
         if unit not in _UNIT_SECONDS:
             place = column + found.start("unit") if unit else column + found.end()
             what = f"{_shown(unit)} is no unit of time" if unit else "A unit of time is missing"
-            raise _refused(
-                f"{what}{_nearest(unit, ['s', 'sec', 'second', 'min', 'minute', 'hour', 'day'])}",
-                self.line,
-                place,
-            )
+            what += _nearest(unit, ["s", "sec", "second", "min", "minute", "hour", "day"])
+            raise _refused(_why_no_digits(unit) or what, self.line, place)
         window = int(multiple or 1) * _UNIT_SECONDS[unit]
         if not 1 <= window <= LONGEST_WINDOW_SECONDS:
             raise _refused(
@@ -241,7 +240,7 @@ class _Reading:
 
     def _once(self, window: int, seen: Mapping[int, _Limit], what: str, column: int) -> None:
         if window in seen:
-            raise _refused(f"The window of {_window_text(window)} stands twice for {what}", self.line, column)
+            raise _refused(f"/{_window_text(window)} stands twice for {what}", self.line, column)
 
 
 def _parts(line: str) -> Iterator[tuple[int, str]]:
@@ -254,11 +253,17 @@ def _parts(line: str) -> Iterator[tuple[int, str]]:
 
 
 def _why_no_number(part: str) -> str:
-    if part[0] in "-\N{MINUS SIGN}":
-        return f"{_shown(part)} is negative"
-    if any(character.isnumeric() and not character.isascii() for character in part):
-        return f"{_shown(part)} holds digits other than 0 to 9"
-    return f"{_shown(part)} does not begin with a number{_nearest(part.lower(), ['burst'])}"
+    nothing = f"{_shown(part)} does not begin with a number{_nearest(part.lower(), ['burst'])}"
+    return _why_no_digits(part) or nothing
+
+
+def _why_no_digits(text: str) -> str | None:
+    """What is wrong where digits should stand, if it looks like a number at all."""
+    if text.startswith(("-", "\N{MINUS SIGN}")):
+        return f"{_shown(text)} is negative"
+    if any(character.isnumeric() and not character.isascii() for character in text):
+        return f"{_shown(text)} holds digits other than 0 to 9"
+    return None
 
 
 def _nearest(word: str, known: list[str]) -> str:

@@ -17,7 +17,7 @@ from local.redis import RedisServer, start_redis
 from router.database import connect, migrate
 from router.roster import sync_roster
 from router.settings import load_config
-from tests.queueing import Probe, probing
+from tests.queueing import Probe, probing, without_categorising
 
 pytest_plugins = ["tests.solving"]
 
@@ -67,12 +67,16 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def migrated_template(postgres: PostgresServer) -> str:
-    """The name of a database with the whole schema and the shipped config, to be copied and never used."""
+    """The name of a database with the whole schema and the shipped config, to be copied and never used.
+
+    But for one setting: a task without a category takes the default one at once, as most tests are about what
+    comes after. `tests/integration/test_categorising.py` turns it on.
+    """
     name = f"template_{os.getpid()}"
     url = postgres.create_database(name)
     migrate(url)
     with connect(url) as connection:
-        sync_roster(connection, load_config())
+        sync_roster(connection, without_categorising(load_config()))
     return name
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import asyncpg
 
+from router.settings import RouterConfig
 from router.task import new_call_id
 
 CATEGORIES = ("technical", "creative", "general")
@@ -25,6 +26,13 @@ SELECT category, sum(unsolved)::bigint AS unsolved, sum(solved)::bigint AS solve
                count(*) FILTER (WHERE status = 'failed') FROM tasks GROUP BY 1) AS parts
  GROUP BY category
 """
+
+
+def without_categorising(config: RouterConfig) -> RouterConfig:
+    """The config with `categorise_tasks: false`."""
+    assert config.categorising is not None
+    categorising = config.categorising.model_copy(update={"categorise_tasks": False})
+    return config.model_copy(update={"categorising": categorising})
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,21 @@ LANGUAGE sql STABLE AS $$
                     (SELECT name FROM categories WHERE is_default), 'general')
 $$;
 
+-- Why a task is not queued under the category that its producer named; NULL if it is, or if none was named.
+CREATE OR REPLACE FUNCTION unknown_category(p_category text) RETURNS text
+LANGUAGE sql STABLE AS $$
+    SELECT format('default: %L is not a category that the config names', left(p_category, 60))
+     WHERE p_category IS NOT NULL AND NOT EXISTS (SELECT FROM categories WHERE name = p_category)
+$$;
+
+-- Until when a task is kept from the lanes, to be given a category; NULL if its producer has named one, or if none are
+-- given. Then it takes the default one.
+CREATE OR REPLACE FUNCTION uncategorised_until(p_category text) RETURNS timestamptz
+LANGUAGE sql VOLATILE AS $$
+    SELECT clock_timestamp() + make_interval(secs => s.categorise_seconds)
+      FROM queue_settings s WHERE p_category IS NULL AND s.categorise
+$$;
+
 CREATE OR REPLACE FUNCTION queue_priority(p_priority bigint) RETURNS smallint
 LANGUAGE sql IMMUTABLE AS $$ SELECT greatest(-9, least(9, coalesce(p_priority, 0)))::smallint $$;
 

@@ -9,10 +9,14 @@ DECLARE
     queued bigint;
 BEGIN
     WITH fresh AS (
-        INSERT INTO queue (task_id, category, priority, position, state, prompt_version)
-        SELECT i.id, known.name, queue_priority(i.priority), nextval('queue_position'), 'ready', i.prompt_version
+        INSERT INTO queue (task_id, category, priority, position, state, wake_at, prompt_version, deadline_at,
+                           category_reason)
+        SELECT i.id, known.name, queue_priority(i.priority), nextval('queue_position'),
+               CASE WHEN i.category IS NULL AND s.until IS NOT NULL THEN 'uncategorised' ELSE 'ready' END,
+               CASE WHEN i.category IS NULL THEN s.until END, i.prompt_version, i.deadline_at,
+               CASE WHEN i.category <> known.name THEN unknown_category(i.category) END
           FROM inserted i
-          CROSS JOIN queue_settings s
+          CROSS JOIN (SELECT max_prompt_bytes, uncategorised_until(NULL) AS until FROM queue_settings OFFSET 0) AS s
           LEFT JOIN categories own ON own.name = i.category
           CROSS JOIN LATERAL (SELECT coalesce(own.name, (SELECT known_category(NULL))) AS name) AS known
          WHERE i.status = 'unsolved' AND octet_length(i.prompt) <= s.max_prompt_bytes AND i.prompt ~ '\S'
@@ -38,7 +42,7 @@ BEGIN
           FROM inserted i
          WHERE t.id = i.id AND i.status = 'unsolved' AND prompt_problem(i.prompt) IS NOT NULL;
     END IF;
-    IF queued > 0 THEN
+    IF queued > 0 AND current_setting('router.asking', true) IS DISTINCT FROM 'on' THEN
         PERFORM wake_workers();
     END IF;
     RETURN NULL;
@@ -56,6 +60,7 @@ DECLARE
     held queue;
     lane text;
     rank_in_lane smallint := queue_priority(NEW.priority);
+    kept_until timestamptz;  -- from the lanes, until it has a category
 BEGIN
     SELECT * INTO held FROM queue q WHERE q.task_id = OLD.id FOR UPDATE;
     IF reset OR edited THEN
@@ -81,21 +86,29 @@ BEGIN
         lane := CASE WHEN held.category IS NULL OR edited OR NEW.category IS DISTINCT FROM OLD.category
                      THEN known_category(NEW.category) ELSE held.category END;
         PERFORM open_lane(lane, rank_in_lane);
+        kept_until := uncategorised_until(NEW.category);
         IF held.task_id IS NULL THEN
-            INSERT INTO queue (task_id, category, priority, position, state, prompt_version)
-            VALUES (NEW.id, lane, rank_in_lane, nextval('queue_position'), 'ready', NEW.prompt_version);
-        ELSIF reset OR edited THEN
+            INSERT INTO queue (task_id, category, priority, position, state, wake_at, prompt_version, category_reason)
+            VALUES (NEW.id, lane, rank_in_lane, nextval('queue_position'),
+                    CASE WHEN kept_until IS NULL THEN 'ready' ELSE 'uncategorised' END, kept_until,
+                    NEW.prompt_version, unknown_category(NEW.category));
+        ELSIF reset OR edited OR (held.state IN ('ready', 'uncategorised') AND NEW.category IS DISTINCT FROM OLD.category) THEN
             UPDATE queue q
-               SET category = lane, priority = rank_in_lane, position = nextval('queue_position'), state = 'ready',
-                   prompt_version = NEW.prompt_version, attempt = 0,
-                   wake_at = NULL, call_id = NULL, worker = NULL, claimed_at = NULL,
+               SET category = lane, priority = rank_in_lane, position = nextval('queue_position'),
+                   state = CASE WHEN kept_until IS NULL THEN 'ready' ELSE 'uncategorised' END, wake_at = kept_until,
+                   confidence = NULL, category_reason = unknown_category(NEW.category),
+                   prompt_version = NEW.prompt_version, attempt = CASE WHEN reset OR edited THEN 0 ELSE held.attempt END,
+                   call_id = NULL, worker = NULL, claimed_at = NULL,
                    not_by = NULL, not_by_until = NULL
              WHERE q.task_id = NEW.id;
         ELSIF (held.category, held.priority) IS DISTINCT FROM (lane, rank_in_lane) THEN
             UPDATE queue q SET category = lane, priority = rank_in_lane, position = nextval('queue_position')
              WHERE q.task_id = NEW.id;
         END IF;
-        IF held.task_id IS NULL OR reset OR edited THEN
+        UPDATE queue q SET deadline_at = NEW.deadline_at
+         WHERE q.task_id = NEW.id AND q.deadline_at IS DISTINCT FROM NEW.deadline_at
+           AND (held.task_id IS NULL OR reset OR edited OR NEW.deadline_at IS DISTINCT FROM OLD.deadline_at);
+        IF held.task_id IS NULL OR reset OR edited OR held.state = 'uncategorised' THEN
             PERFORM wake_workers();
         END IF;
     ELSIF held.task_id IS NOT NULL THEN
@@ -142,11 +155,12 @@ $$;
 CREATE OR REPLACE TRIGGER router_inserted AFTER INSERT ON tasks
     REFERENCING NEW TABLE AS inserted FOR EACH STATEMENT EXECUTE FUNCTION tasks_inserted();
 -- settle_call always sets a new answer_call_id, and has done the queue's part itself; people clear it at most.
-CREATE OR REPLACE TRIGGER router_updated BEFORE UPDATE OF status, prompt, category, priority ON tasks
+CREATE OR REPLACE TRIGGER router_updated BEFORE UPDATE OF status, prompt, category, priority, deadline_at ON tasks
     FOR EACH ROW
     WHEN ((NEW.answer_call_id IS NULL OR NEW.answer_call_id IS NOT DISTINCT FROM OLD.answer_call_id)
           AND (NEW.status IS DISTINCT FROM OLD.status OR NEW.category IS DISTINCT FROM OLD.category
-               OR NEW.priority IS DISTINCT FROM OLD.priority OR NEW.prompt IS DISTINCT FROM OLD.prompt))
+               OR NEW.priority IS DISTINCT FROM OLD.priority OR NEW.prompt IS DISTINCT FROM OLD.prompt
+               OR NEW.deadline_at IS DISTINCT FROM OLD.deadline_at))
     EXECUTE FUNCTION task_updated();
 CREATE OR REPLACE TRIGGER router_deleted AFTER DELETE ON tasks
     REFERENCING OLD TABLE AS deleted FOR EACH STATEMENT EXECUTE FUNCTION tasks_deleted();

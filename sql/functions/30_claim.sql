@@ -143,8 +143,10 @@ BEGIN
                     UPDATE queue SET prompt_version = task.prompt_version WHERE task_id = taken.task_id;
                 END IF;
                 answer_tokens := coalesce(task.max_tokens, p_max_tokens, limits.default_max_tokens);
-                INSERT INTO model_calls (call_id, task_id, prompt_version, model, category, worker, attempt, reserved_tokens)
-                VALUES (p_call_id, taken.task_id, task.prompt_version, p_model, taken.category, p_worker, taken.attempt,
+                INSERT INTO model_calls (call_id, task_id, prompt_version, model, category, confidence, category_reason,
+                                         worker, attempt, reserved_tokens)
+                VALUES (p_call_id, taken.task_id, task.prompt_version, p_model, taken.category, taken.confidence,
+                        taken.category_reason, p_worker, taken.attempt,
                         reserved_tokens(task.prompt, answer_tokens));
                 IF random() < 0.015 AND lane.category IS NOT NULL THEN
                     PERFORM raise_floor(taken.category, taken.priority, lane.came_back);
@@ -159,6 +161,12 @@ BEGIN
             PERFORM raise_floor(lane.category, lane.priority, lane.came_back);
         END IF;
     END LOOP;
+
+    -- Nothing is ready: what has waited for a category in vain is, under the default one.
+    IF (p_categories IS NULL OR cardinality(p_categories) = 0 OR known_category(NULL) = ANY (p_categories))
+       AND default_uncategorised(50) > 0 THEN
+        RETURN QUERY SELECT * FROM claim_task(p_model, p_categories, p_worker, p_call_id, p_max_tokens);
+    END IF;
 END
 $$;
 

@@ -45,6 +45,7 @@ BEGIN
         IF FOUND THEN
             PERFORM settle_call(lost.call_id, 'lost', p_error => 'the worker''s lease ran out',
                                 p_task_id => lost.task_id, p_model => 'unknown', p_prompt_version => lost.prompt_version);
+            PERFORM close_lost_calls(lost.task_id, p_worker);
             released := released + 1;
         ELSIF NOT EXISTS (SELECT FROM tasks t WHERE t.id = lost.task_id) THEN
             PERFORM forget_queue_row(lost.task_id);
@@ -257,10 +258,12 @@ BEGIN
      WHERE t.id = ANY (p_ids) AND t.status = 'unsolved' AND prompt_problem(t.prompt) IS NOT NULL;
 
     WITH back AS (
-        INSERT INTO queue (task_id, category, priority, position, state, prompt_version)
-        SELECT t.id, known_category(t.category), queue_priority(t.priority), nextval('queue_position'), 'ready',
-               t.prompt_version
-          FROM tasks t WHERE t.id = ANY (p_ids) AND t.status = 'unsolved'
+        INSERT INTO queue (task_id, category, priority, position, state, wake_at, prompt_version, deadline_at,
+                           category_reason)
+        SELECT t.id, known_category(t.category), queue_priority(t.priority), nextval('queue_position'),
+               CASE WHEN kept.until IS NULL THEN 'ready' ELSE 'uncategorised' END, kept.until,
+               t.prompt_version, t.deadline_at, unknown_category(t.category)
+          FROM tasks t CROSS JOIN LATERAL (SELECT uncategorised_until(t.category) AS until) AS kept WHERE t.id = ANY (p_ids) AND t.status = 'unsolved'
          ORDER BY t.id
         ON CONFLICT (task_id) DO NOTHING
         RETURNING category, priority
@@ -345,11 +348,12 @@ BEGIN
 END
 $$;
 
--- tasks with the derived state: running while claimed, waiting for a retry.
+-- tasks with the derived state: running while claimed, waiting for a retry, uncategorised until it has a category.
 CREATE OR REPLACE VIEW task_states AS
     SELECT t.id, t.status,
            CASE q.state WHEN 'claimed' THEN 'running' WHEN 'waiting' THEN 'waiting' WHEN 'ready' THEN 'ready'
-                        ELSE t.status END AS state,
-           coalesce(q.category, t.category) AS category, q.attempt, q.wake_at, q.worker, q.claimed_at,
+                        WHEN 'uncategorised' THEN 'uncategorised' ELSE t.status END AS state,
+           coalesce(q.category, t.category) AS category, q.attempt, q.wake_at, q.worker,
+           CASE WHEN q.state = 'claimed' THEN q.claimed_at END AS claimed_at,
            t.answered_by, t.answer_rank, t.failure
       FROM tasks t LEFT JOIN queue q ON q.task_id = t.id;

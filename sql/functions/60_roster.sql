@@ -95,7 +95,9 @@ BEGIN
     UPDATE queue_settings
        SET max_attempts = s.max_attempts, retry_base_seconds = s.retry_base_seconds,
            retry_cap_seconds = s.retry_cap_seconds, lease_seconds = s.lease_seconds,
-           another_model_seconds = s.another_model_seconds
+           another_model_seconds = s.another_model_seconds,
+           categorise = coalesce((p_config ->> 'categorise')::boolean, true),
+           categorise_seconds = coalesce((p_config ->> 'categorise_seconds')::float8, 1)
       FROM jsonb_populate_record(NULL::queue_settings, p_config -> 'worker') AS s;
 
     INSERT INTO roster AS r (model, endpoint, state, source, context_tokens, max_tokens, timeout_seconds,

@@ -14,7 +14,9 @@ CREATE TABLE queue_settings (
     another_model_seconds double precision NOT NULL DEFAULT 15 CHECK (another_model_seconds >= 0),
     lease_seconds double precision NOT NULL DEFAULT 10 CHECK (lease_seconds > 0),
     max_prompt_bytes integer NOT NULL DEFAULT 1048576 CHECK (max_prompt_bytes > 0),
-    default_max_tokens integer NOT NULL DEFAULT 512 CHECK (default_max_tokens > 0)
+    default_max_tokens integer NOT NULL DEFAULT 512 CHECK (default_max_tokens > 0),
+    categorise boolean NOT NULL DEFAULT true,   -- false: a task without a category takes the default one at once
+    categorise_seconds double precision NOT NULL DEFAULT 1 CHECK (categorise_seconds > 0)  -- then the default
 );
 INSERT INTO queue_settings DEFAULT VALUES;
 
@@ -33,7 +35,7 @@ CREATE TABLE queue (
     category text NOT NULL,
     priority smallint NOT NULL CHECK (priority BETWEEN -9 AND 9),
     position bigint NOT NULL,              -- from queue_position; if it came back, less 2^62: < 0, and goes first
-    state text NOT NULL CHECK (state IN ('ready', 'waiting', 'claimed')),
+    state text NOT NULL CHECK (state IN ('uncategorised', 'ready', 'waiting', 'claimed')),
     prompt_version integer NOT NULL,
     attempt integer NOT NULL DEFAULT 0 CHECK (attempt >= 0),
     wake_at timestamptz,
@@ -44,7 +46,9 @@ CREATE TABLE queue (
     not_by_until timestamptz,              -- ... until then; afterwards anyone, so that it never waits in vain
     CHECK ((state = 'claimed') = (call_id IS NOT NULL)),
     CHECK ((state = 'claimed') = (worker IS NOT NULL)),
-    CHECK ((state = 'waiting') = (wake_at IS NOT NULL))
+    confidence real,                       -- the categoriser's, 0 to 1; NULL: the category came another way
+    category_reason text,                  -- why it is of this category; NULL: its producer said so
+    CHECK ((state IN ('waiting', 'uncategorised')) = (wake_at IS NOT NULL))
 ) WITH (fillfactor = 60, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
 
 -- Ready rows only: neither delayed retries nor claimed rows stand at its head.
@@ -53,6 +57,8 @@ CREATE INDEX queue_ready ON queue (category, priority, position) WHERE state = '
 CREATE INDEX queue_second_try ON queue (priority DESC, position) WHERE state = 'ready' AND not_by IS NOT NULL;
 -- A bounded promotion takes the earliest.
 CREATE INDEX queue_waiting ON queue (wake_at) WHERE state = 'waiting';
+-- What nobody has told the category of yet, under the default one; see 55_categorise.sql.
+CREATE INDEX queue_uncategorised ON queue (priority DESC, position) WHERE state = 'uncategorised';
 -- What a dead worker held, and what is running now.
 CREATE INDEX queue_claimed ON queue (worker) WHERE state = 'claimed';
 
@@ -95,3 +101,11 @@ CREATE TABLE task_count_folds (
     before xid8 NOT NULL
 );
 CREATE INDEX task_count_folds_newest ON task_count_folds (before DESC);
+
+-- A categoriser that is at work says until when it is sure to go on, one that starts until when it may take.
+CREATE TABLE categorising (
+    only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
+    works_until timestamptz NOT NULL DEFAULT 'epoch',
+    starts_until timestamptz NOT NULL DEFAULT 'epoch'
+);
+INSERT INTO categorising DEFAULT VALUES;

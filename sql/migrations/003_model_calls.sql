@@ -9,6 +9,8 @@ CREATE TABLE model_calls (
     prompt_version integer,
     model text NOT NULL,
     category text,
+    confidence real,                        -- see queue.confidence
+    category_reason text,                   -- see queue.category_reason
     role text NOT NULL DEFAULT 'batch',
     rank smallint NOT NULL DEFAULT 3 CHECK (rank BETWEEN 1 AND 3),
     preferred text,                         -- the model that was first for the category

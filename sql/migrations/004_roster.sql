@@ -1,7 +1,8 @@
 -- Which models are in use, what they may be sent, and who says so.
 
 CREATE TABLE roster (
-    model text PRIMARY KEY,
+    model text PRIMARY KEY                  -- stands in Redis keys and Variables' names, so it may hold little
+        CHECK (model ~ '^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$'),
     endpoint text NOT NULL,                 -- the name that the Models Backend knows
     state text NOT NULL CHECK (state IN ('active', 'probation', 'paused', 'retired')),
     source text NOT NULL CHECK (source IN ('people', 'search')),

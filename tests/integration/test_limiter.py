@@ -224,7 +224,7 @@ async def test_a_release_elsewhere_wakes_the_line(limiter: TrafficLimiter, anoth
 
 
 async def test_the_line_keeps_its_order(limiter: TrafficLimiter):
-    await put(limiter, "200/s")
+    await put(limiter, "12000/min")
     order: list[int] = []
 
     async def stand(number: int) -> None:

@@ -1,5 +1,7 @@
 """The line that people write: what it means, how it prints, and what it says when it is wrong."""
 
+# ruff: noqa: RUF001 - digits of other scripts are what some of these lines are about
+
 from __future__ import annotations
 
 import pytest
@@ -47,7 +49,14 @@ def test_many_ways_to_write_one_canonical_line(line: str, canonical: str):
         ("-1/min", 1, "negative"),
         ("120/min, -4/s", 10, "negative"),
         ("2000000000/min", 1, "1,000,000,000"),
+        ("−5/s", 1, "negative"),
+        ("120/-1s", 5, "negative"),
+        ("9" * 400 + "/min", 1, "1,000,000,000"),
+        ("90M tokens/min, 2000M tokens/h", 17, "1,000,000,000"),
+        ("1000000001 at once", 1, "1,000,000,000"),
         ("4/s, 1/0s", 8, "at least 1 second"),
+        ("4/s, 1/0min", 8, "at least 1 second"),
+        ("1/" + "9" * 300 + "s", 3, "31 days"),
         ("1/99999d", 3, "31 days"),
         ("1/s, 4/s", 6, "twice"),
         ("60/min, 1/60s", 9, "twice"),
@@ -55,10 +64,23 @@ def test_many_ways_to_write_one_canonical_line(line: str, canonical: str):
         ("1 at once, 2 at once", 12, "twice"),
         ("1/s, burst, burst", 13, "twice"),
         ("120/mni", 5, "did you mean 'min'"),
+        ("120/minn", 5, "did you mean 'min'"),
+        ("9 tokens/hoor", 10, "did you mean 'hour'"),
+        ("5 at ones", 3, "not a limit"),
+        ("1/s; 2/min", 2, "not a limit"),
+        ("1/s\n2/min", 2, "not a limit"),
+        ("1/s\0", 3, "no unit of time"),
         ("120/", 5, "missing"),
         ("1/s, brst", 6, "did you mean 'burst'"),
         ("9 tokns/min", 3, "did you mean 'tokens'"),
         ("٣/min", 1, "other than 0 to 9"),
+        ("１２０/min", 1, "other than 0 to 9"),
+        ("1２0/min", 1, "other than 0 to 9"),
+        ("4/s, 120/٣s", 10, "other than 0 to 9"),
+        ("²/s", 1, "other than 0 to 9"),
+        ("٣ at once", 1, "other than 0 to 9"),
+        ("1e9/s", 2, "only k"),
+        ("1,000/min", 1, "a comma only separates limits"),
         ("90m tokens/min", 3, "only k"),
         ("0.5/s", 1, "1/2s"),
         ("120", 1, "Only 0 stands alone"),
@@ -75,11 +97,21 @@ def test_a_wrong_line_says_what_and_where_and_shows_the_grammar(line: str, colum
     assert isinstance(caught.value, ConfigError)
 
 
-def test_a_very_long_line_is_not_echoed():
+@pytest.mark.parametrize("line", ["7" * 501, "7" * 100_000, "1/s, " * 20_000, "," * 100_000, "٣" * 100_000])
+def test_a_very_long_line_is_refused_without_reading_or_echoing_it(line: str):
     with pytest.raises(TrafficTargetError) as caught:
-        TrafficTarget.parse("7" * 501)
-    assert "501 characters" in str(caught.value)
-    assert "7" * 50 not in str(caught.value)
+        TrafficTarget.parse(line)
+    message = str(caught.value)
+    assert f"{len(line)} characters; at most 500" in message
+    assert line[:50] not in message
+    assert message.endswith(GRAMMAR)
+    assert len(message) < 1000
+
+
+def test_the_longest_line_that_is_read_is_refused_within_bounds():
+    with pytest.raises(TrafficTargetError) as caught:
+        TrafficTarget.parse("1/x" + "x" * 497)
+    assert len(str(caught.value)) < 1200
 
 
 def test_the_rate_is_that_of_the_tightest_request_limit():
@@ -107,6 +139,7 @@ def test_a_stopped_model_has_rate_zero():
     ("line", "loose"),
     [
         ("60/min, 1/s", "60/min"),
+        ("10000/min, 1/s", "10000/min"),
         ("10/s, 6000/min", "6000/min"),
         ("1k tokens/s, 1M tokens/min", "1M tokens/min"),
     ],

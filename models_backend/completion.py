@@ -1,0 +1,185 @@
+"""What a provider's reply means: a completion, or a refusal in words for people. No I/O.
+
+A reply is one JSON document, or a stream of events (`text/event-stream`) that ends with `[DONE]`. Providers
+say no in many ways: by a status, by an error in a reply of status 200, in the middle of a stream, or by a web
+page of something that stands before them. Each becomes one `ProviderRefusal`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+LONGEST_WORDS_CHARACTERS = 200
+LONGEST_HEADER_CHARACTERS = 60
+UNKNOWN_MODEL_CODES = frozenset({"model_not_found", "model_not_available", "model_not_supported"})
+_TITLE = re.compile(r"(?is)<title[^>]*>(.*?)</title>")
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What the provider answered; tokens are None where it did not count them."""
+
+    text: str
+    prompt_tokens: int | None
+    completion_tokens: int | None
+
+
+class ProviderRefusal(Exception):  # noqa: N818 - a refusal is an answer, too
+    """The provider gave no answer; carries the status and words for our own client."""
+
+    def __init__(self, status: int, message: str, retry_after: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after = retry_after
+
+
+def completion_of(content: bytes) -> Completion:
+    """The completion that the document holds, or ProviderRefusal."""
+    document = _json(content)
+    if not isinstance(document, dict):
+        raise ProviderRefusal(502, f"the provider's answer is not a chat completion: {_words(content)}")
+    if document.get("error"):
+        raise _refusal_within(document)
+    choice = _first(document.get("choices"))
+    message = choice.get("message")
+    if not isinstance(message, dict):
+        raise ProviderRefusal(502, "the provider's answer is not a chat completion: no message in it")
+    return _completed(_text(message.get("content")), message, choice, document.get("usage"))
+
+
+def completion_of_events(content: bytes) -> Completion:
+    """The completion that the stream's events make up, or ProviderRefusal; one that was cut off is none."""
+    pieces: list[str] = []
+    last: dict[str, Any] = {}
+    usage: Any = None
+    ended = False
+    for data in _events(content):
+        if data == b"[DONE]":
+            ended = True
+            break
+        event = _json(data)
+        if not isinstance(event, dict):
+            raise ProviderRefusal(502, f"a piece of the provider's stream is not JSON: {_words(data)}")
+        if event.get("error"):
+            raise _refusal_within(event)
+        usage = event.get("usage") or usage
+        choice = _first(event.get("choices"))
+        delta = choice.get("delta")
+        pieces.append(_text(delta.get("content") if isinstance(delta, dict) else None) or "")
+        last = choice if choice.get("finish_reason") else last
+    if not ended and not last:
+        raise ProviderRefusal(502, "the provider's stream ended before its answer did")
+    return _completed("".join(pieces), {}, last, usage)
+
+
+def refusal_of(status: int, retry_after: str | None, content: bytes) -> ProviderRefusal:
+    """What a reply with a status other than 200 means."""
+    words = _words(content)
+    if _is_unknown_model(status, _json(content)):
+        return ProviderRefusal(404, f"the provider does not serve this model: {words}. Check LLAMA_MODELS")
+    if status in {400, 413, 422, 429, 503}:
+        waits = status in {429, 503}
+        message = f"the provider answered {status}: {words}"
+        return ProviderRefusal(status, message, _header(retry_after) if waits else None)
+    if status in {408, 504}:
+        return ProviderRefusal(504, f"the provider itself ran out of time ({status}): {words}")
+    if status in {401, 403}:
+        message = f"the provider refuses our key ({status}): check LLAMA_API_KEY"
+    elif status in {404, 405} or status < 400:
+        message = f"no chat completions at the provider's address ({status}): check LLAMA_API_BASE"
+    else:
+        message = f"the provider answered {status}: {words}"
+    return ProviderRefusal(502, message)
+
+
+def _is_unknown_model(status: int, document: Any) -> bool:
+    """By the code where there is one, else by the words: 404 also says that the address is wrong."""
+    error = document.get("error") if isinstance(document, dict) else None
+    code = error.get("code") if isinstance(error, dict) else None
+    return code in UNKNOWN_MODEL_CODES or (status == 404 and "model" in str(error).lower())
+
+
+def _refusal_within(document: dict[str, Any]) -> ProviderRefusal:
+    """The error that a reply of status 200 holds; its own code counts as the status where it is one."""
+    error = document["error"]
+    content = json.dumps(document).encode()
+    code = error.get("code") if isinstance(error, dict) else None
+    if isinstance(code, int) and 400 <= code <= 599:
+        return refusal_of(code, None, content)
+    if code in UNKNOWN_MODEL_CODES:
+        return refusal_of(404, None, content)
+    return ProviderRefusal(502, f"the provider broke off with an error: {_words(content)}")
+
+
+def _completed(text: str | None, message: dict[str, Any], choice: dict[str, Any], usage: Any) -> Completion:
+    usage = usage if isinstance(usage, dict) else {}
+    counts = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
+    if not text:
+        raise _nothing_said(message, choice.get("finish_reason"))
+    return Completion(text, *(count if isinstance(count, int) else None for count in counts))
+
+
+def _nothing_said(message: dict[str, Any], reason: Any) -> ProviderRefusal:
+    if reason == "content_filter":
+        return ProviderRefusal(400, "the provider's filter withheld the answer")
+    if message.get("refusal"):
+        return ProviderRefusal(400, f"the model refused: {_one_line(str(message['refusal']))}")
+    if reason == "length":
+        return ProviderRefusal(502, "all of max_tokens was used before the answer began: raise max_tokens")
+    return ProviderRefusal(502, "the provider's answer holds no text")
+
+
+def _text(content: Any) -> str | None:
+    """The text of a message: as it is, or put together from the parts that some providers send."""
+    if isinstance(content, list):
+        parts = [part.get("text") for part in content if isinstance(part, dict)]
+        return "".join(part for part in parts if isinstance(part, str))
+    return content if isinstance(content, str) else None
+
+
+def _first(choices: Any) -> dict[str, Any]:
+    found = choices[0] if isinstance(choices, list) and choices else None
+    return found if isinstance(found, dict) else {}
+
+
+def _events(content: bytes) -> Iterator[bytes]:
+    for line in content.splitlines():
+        if line.startswith(b"data:"):
+            yield line[5:].strip()
+
+
+def _json(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _words(content: bytes) -> str:
+    """The reply's own words, out of the usual shapes, in one line."""
+    found: Any = _json(content)
+    for key in ("error", "message", "detail"):
+        if isinstance(found, dict) and found.get(key):
+            found = found[key]
+    if isinstance(found, str):
+        return _one_line(found) or "(no reason given)"
+    text = content[:4096].decode("utf-8", "replace")
+    if "<html" in text.lower():
+        title = _TITLE.search(text)
+        return f"a web page{f', {_one_line(title[1])!r}' if title else ''}"
+    return _one_line(text) or "(no reason given)"
+
+
+def _one_line(text: str) -> str:
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return line[:LONGEST_WORDS_CHARACTERS].rstrip(".")
+
+
+def _header(value: str | None) -> str | None:
+    """A header's value that may be passed on."""
+    good = value is not None and value.isascii() and value.isprintable()
+    return value if good and len(value or "") <= LONGEST_HEADER_CHARACTERS else None

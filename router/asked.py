@@ -1,0 +1,361 @@
+"""One prompt being answered: preferred model and fallback run at once, and the best in time is given.
+
+What to do next is decided in `race`; here the runners are started, listened to and, in the end, given up or
+kept until their answers come late.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from router import line_up, race
+from router.account import Account
+from router.answers import Answer, EventKind, Listener, Role
+from router.call_log import tell
+from router.categories import Categorised
+from router.duties import ended, result_within, set_within
+from router.errors import NoRoom, RouterError
+from router.fallback import Knowledge, prompt_with, sources
+from router.ledger import Ledger, Means
+from router.line_up import PASSAGES_GIVER, LineUp
+from router.race import AskNext, GiveChosen, GiveFallback, Leg, Standing, Wait
+from router.roster import Roster
+from router.runners import Runner
+from router.sending import CallOrder, outlook
+from router.settings import RouterConfig
+from router.task import AnswerRank, CallResult, Outcome
+
+log = logging.getLogger("router.asking")
+
+SEARCH_SECONDS = 1.0
+CATEGORISE_SHARE = 0.2  # of the deadline
+SETTLED_WITHIN_SECONDS = 0.25  # an answer is returned at most so much later for being kept first
+GIVEN_UP_SECONDS = 3.0  # for what was given up to be settled
+
+Categorise = Callable[[str, float], Awaitable[Categorised]]  # the prompt, and how many seconds it may take
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What was asked. `model`: only this one. `deadline_seconds` None: that of the category."""
+
+    prompt: str
+    model: str | None = None
+    deadline_seconds: float | None = None
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """What the askings of a process are answered with."""
+
+    means: Means
+    config: RouterConfig
+    roster: Roster
+    knowledge: Knowledge | None
+
+
+class AskedPrompt:
+    """`await answer()` once; afterwards `await better(rank)` for what comes late. All on one event loop."""
+
+    def __init__(self, desk: Desk, question: Question, on_event: Listener | None = None) -> None:
+        self.question = question
+        self.ended = asyncio.Event()
+        self._desk = desk
+        self._account = Account(on_event)
+        self._deadline = question.deadline_seconds or desk.config.asking.default_deadline_seconds
+        self._ledger = Ledger(desk.means, question.prompt, self._deadline)
+        self._racing = self._ledger.grow()
+        self._line_up = LineUp(Categorised(desk.config.default_category, 0.0, "not known yet"), (), ())
+        self._changed = asyncio.Event()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._search: asyncio.Task[None] | None = None
+        self._keeping: asyncio.Task[None] | None = None
+        self._fallback_leg: Leg | None = None
+        self._given: AnswerRank | None = None
+        self._is_over = False
+
+    # -- what Router uses ---------------------------------------------------------------------------------
+
+    async def answer(self, categorise: Categorise) -> Answer:
+        """The best answer in time. InputError, NoRoom or NoAnswer as `Router.answer` says.
+
+        Cancelled, it gives everything up that is under way.
+        """
+        try:
+            await self._start(categorise)
+            answer = await self._give(await self._race())
+        except asyncio.CancelledError:
+            self.give_up("whoever asked went away")
+            raise
+        finally:
+            self._leave_to_late()
+        tell(answer)
+        return answer
+
+    async def better(self, rank: AnswerRank) -> Answer | None:
+        """The next answer of a higher rank than `rank`; None once none can come any more."""
+        while True:
+            runner = self._account.best()
+            if runner is not None and runner.row.rank > rank:
+                await set_within(runner.settled, SETTLED_WITHIN_SECONDS)
+                answer = self._answer_of(runner, late=True)
+                tell(answer)
+                self._account.tell(EventKind.LATE, f"a better answer, from {runner.row.model}", runner)
+                return answer
+            under_way = {task for task in self._tasks if not task.done()}
+            if not under_way or not self._may_come(rank):
+                return None
+            await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
+
+    def give_up(self, why: str) -> None:
+        """Give up every call that has not ended; what has ended is still settled."""
+        self._is_over = True
+        for runner in self._account.runners:
+            runner.give_up(why)
+        for task in self._tasks:
+            if task is self._search or (task is self._keeping and self._ledger.task is None):
+                task.cancel()
+
+    async def stop(self) -> None:
+        """Cancel whatever is left, settling included: afterwards only the lease can tell of it."""
+        await ended(*self._tasks)
+
+    @property
+    def task_id(self) -> int | None:
+        """The task that the prompt became; None until it is one."""
+        return self._ledger.task.task_id if self._ledger.task else None
+
+    @property
+    def open_calls(self) -> set[uuid.UUID]:
+        """The calls that are not settled yet."""
+        return {runner.row.call_id for runner in self._account.runners if not runner.settled.is_set()}
+
+    # -- the start ----------------------------------------------------------------------------------------
+
+    async def _start(self, categorise: Categorise) -> None:
+        question, desk, account = self.question, self._desk, self._account
+        self._search = self._spawn(self._find(), "search")
+        about = await categorise(question.prompt, CATEGORISE_SHARE * self._deadline)
+        if question.deadline_seconds is None:
+            self._deadline = desk.config.asking.deadline_of(about.category)
+            self._ledger.deadline_seconds = self._deadline
+        account.tell(EventKind.CATEGORISED, f"{about.category} ({about.confidence:.2f}): {about.reason}")
+        self._line_up = LineUp.of(desk.roster, desk.config, about, question.model)
+        if question.model is not None:
+            ahead = await outlook(desk.means.limiter, question.model)
+            if ahead.seconds is None or ahead.seconds > self._left():
+                raise NoRoom(
+                    f"There is no room for {question.model}: {ahead.why}.", ahead.retry_after_seconds
+                )
+        if self._line_up.ranking:
+            self._ask_next()
+        if self._line_up.cheap:
+            self._fallback_leg = Leg.RUNNING
+            self._spawn(self._fall_back(self._search), "fallback")
+
+    async def _find(self) -> None:
+        knowledge = self._desk.knowledge
+        if knowledge is None or self.question.model is not None:
+            return
+        searching = knowledge.search(self.question.prompt, self._desk.config.fallback.passages)
+        try:
+            found = await result_within(searching, SEARCH_SECONDS, "router search")
+        except Exception:
+            log.exception("knowledge cannot be searched; going on without")
+            return
+        if found is not None:
+            self._account.found = found
+            names = ", ".join(sources(found)) or "nothing to the point"
+            self._account.tell(EventKind.FOUND, f"knowledge holds {names} ({found.confidence:.2f})")
+
+    def _ask_next(self) -> None:
+        asked = len(self._account.chosen)
+        role = Role.NEXT if asked else Role.ASKED
+        runner = self._runner(self._line_up.ranking[asked], role, self.question.prompt)
+        work = runner.run(self._patience(), self._account.began + self._deadline)
+        self._spawn(work, f"call {runner.row.call_id}")
+
+    async def _fall_back(self, search: asyncio.Task[None]) -> None:
+        """Search, then ask one cheap model after the other until one answers."""
+        fallback = self._desk.config.fallback
+        coming = self._ledger.grow()
+        try:
+            await asyncio.wait({search})
+            prompt = prompt_with(self.question.prompt, self._account.found, fallback)
+            for model in self._line_up.cheap:
+                if self._is_over or self._given is not None:
+                    return
+                runner = self._runner(model, Role.FALLBACK, prompt, fallback.max_tokens)
+                until = self._account.began + self._deadline
+                if model != self._line_up.cheap[-1]:  # the last one may use up the time
+                    until = min(until, time.monotonic() + self._patience())
+                await runner.run(self._patience(), until)
+                if runner.leg is Leg.ANSWERED:
+                    return
+        finally:
+            coming.end()
+            if self._fallback_leg is Leg.RUNNING:
+                self._fallback_leg = Leg.FAILED
+            self._changed.set()
+
+    def _runner(self, model: str, role: Role, prompt: str, most_tokens: int | None = None) -> Runner:
+        means = self._desk.means
+        call_id, attempt = means.new_call_id(), len(self._account.chosen) + 1
+        order = line_up.order(
+            self._desk.roster, call_id, model, prompt, most_tokens, self.question.max_tokens
+        )
+        row = self._line_up.row(order, role, worker=means.worker(), attempt=attempt)
+        runner = Runner(self._ledger, row, order, self._news)
+        self._account.asked(runner)
+        return runner
+
+    # -- the race -----------------------------------------------------------------------------------------
+
+    async def _race(self) -> race.Move:
+        while True:
+            self._changed.clear()
+            for runner in self._account.runners:
+                if runner.refusal is not None:
+                    raise runner.refusal
+            move = race.decide(self._standing())
+            if isinstance(move, AskNext):
+                self._ask_next()
+            elif isinstance(move, Wait):
+                await set_within(self._changed, move.seconds)
+            else:
+                return move
+
+    def _standing(self) -> Standing:
+        chosen = self._account.chosen
+        searching = self._search is not None and not self._search.done()
+        # What could not be logged a moment ago cannot be logged now.
+        next_in_rank = len(chosen) < len(self._line_up.ranking) and not any(r.unlogged for r in chosen)
+        return Standing(
+            chosen=tuple(runner.leg for runner in chosen), fallback=self._fallback_leg,
+            passages=Leg.RUNNING if searching else Leg.ANSWERED, next_in_rank=next_in_rank,
+            now=self._account.now(), deadline=self._deadline,
+        )  # fmt: skip
+
+    async def _give(self, move: race.Move) -> Answer:
+        runner: Runner | None = None
+        if isinstance(move, GiveChosen):
+            runner = self._account.chosen[move.index]
+        elif isinstance(move, GiveFallback):
+            runner = self._account.best()
+        elif self.question.model is not None:
+            ahead = await outlook(self._desk.means.limiter, self.question.model)
+            raise self._account.no_answer(self._account.chosen[0], self._deadline, ahead)
+        self._given = runner.row.rank if runner else AnswerRank.PASSAGES
+        self._racing.end()
+        settle_seconds = max(0.0, min(SETTLED_WITHIN_SECONDS, self._left()))
+        if runner is None:
+            self._keeping = self._spawn(self._keep_passages(), "keep passages")
+            await asyncio.wait({self._keeping}, timeout=settle_seconds)
+        else:
+            await set_within(runner.settled, settle_seconds)
+        answer = self._answer_of(runner)
+        who = answer.model or "nobody: passages from knowledge"
+        self._account.tell(EventKind.ANSWERED, f"answered by {who}", runner)
+        return answer
+
+    async def _keep_passages(self) -> None:
+        means = self._desk.means
+        attempt = len(self._account.chosen) + 1
+        no_order = CallOrder(means.new_call_id(), PASSAGES_GIVER, "", "", 0, 0, 0.0)
+        row = self._line_up.row(no_order, Role.PASSAGES, worker=means.worker(), attempt=attempt)
+        try:
+            row = await self._ledger.write(row)
+            said = CallResult(Outcome.ANSWERED, answer=self._account.found.says())
+            await self._ledger.settle(row, said, late=False)
+        except RouterError as error:
+            self._account.tell(EventKind.TROUBLE, f"this answer is not in the log: {error}")
+
+    # -- afterwards ---------------------------------------------------------------------------------------
+
+    def _leave_to_late(self) -> None:
+        """What still runs is late from now on, and held for `late_seconds` at most."""
+        self._racing.end()
+        for runner in self._account.runners:
+            runner.late = runner.under_way
+            if self._given is AnswerRank.CHOSEN_MODEL or runner.leg is Leg.STUCK:
+                runner.spare("the prompt was answered")
+        if self._given is None:
+            self.give_up("there is no answer to wait for")
+        late = self._desk.config.asking.late_seconds
+        why = f"no answer came within {late:g} s after the prompt was answered"
+        ending = asyncio.get_running_loop().call_later(late, self.give_up, why)
+        self._spawn(self._end(ending), "end of asking")
+
+    async def _end(self, timer: asyncio.TimerHandle) -> None:
+        me = asyncio.current_task()
+        try:
+            while others := {task for task in self._tasks if task is not me and not task.done()}:
+                await asyncio.wait(others)
+        except asyncio.CancelledError:  # the loop ends: the others were cancelled as well, and settle
+            if others := {task for task in self._tasks if task is not me}:
+                await asyncio.wait(others, timeout=GIVEN_UP_SECONDS)
+            raise
+        finally:
+            timer.cancel()
+            self.ended.set()
+
+    def _may_come(self, rank: AnswerRank) -> bool:
+        """Whether an answer of a higher rank may still come."""
+        running = any(runner.under_way and runner.row.rank > rank for runner in self._account.runners)
+        return running or (self._fallback_leg is Leg.RUNNING and rank < AnswerRank.FALLBACK_MODEL)
+
+    def _answer_of(self, runner: Runner | None, *, late: bool = False) -> Answer:
+        rank = runner.row.rank if runner else AnswerRank.PASSAGES
+        return self._account.answer(
+            runner, self._line_up, provisional=self._may_come(rank), task_id=self.task_id, late=late
+        )
+
+    def _news(self, runner: Runner, what: str) -> None:
+        """Told by a runner: its call went out, has no permit yet, or ended."""
+        account, model = self._account, runner.row.model
+        if what == "sent":
+            self._spare_others(runner)
+            # Told later: nothing may delay the write that follows.
+            asyncio.get_running_loop().call_soon(account.tell, EventKind.SENT, f"sent to {model}", runner)
+        elif what == "stuck":
+            account.tell(EventKind.TROUBLE, f"{model} has no permit yet", runner)
+        else:
+            if runner.leg is Leg.ANSWERED and runner.row.role is Role.FALLBACK:
+                self._fallback_leg = Leg.ANSWERED
+            account.ended(runner)
+            self._spawn(runner.close(), f"settle {runner.row.call_id}")
+        self._changed.set()
+
+    def _spare_others(self, sent: Runner) -> None:
+        """Of several models of the ranking that stand in line, only the first to have a permit is sent to."""
+        chosen = self._account.chosen
+        for runner in chosen if sent in chosen else ():
+            if runner is not sent:
+                runner.spare(f"{sent.row.model} had a permit sooner")
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work, name=f"router {name}")
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("%s: a fault of the program", task.get_name(), exc_info=task.exception())
+        self._changed.set()
+
+    def _patience(self) -> float:
+        if self.question.model is not None:
+            return self._deadline
+        return race.permit_patience(self._deadline, self._desk.config.asking.permit_seconds)
+
+    def _left(self) -> float:
+        return self._deadline - self._account.now()

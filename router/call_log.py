@@ -1,0 +1,118 @@
+"""The log of calls: rows of `model_calls` as people read them, and one JSON line for each answered prompt."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from router.answers import Answer
+from router.database import Connection, rows
+from router.task import AnswerRank
+
+LINES = logging.getLogger("router.answers")  # whoever hosts the router says where its lines go
+MOST_ROWS = 10_000
+
+_READ = """
+SELECT c.call_id, c.task_id, c.model, c.category, c.confidence, c.role, c.rank, c.preferred, c.fallback,
+       c.worker, c.attempt, c.started_at, c.sent_at, c.finished_at, c.outcome, c.settlement, c.late, c.error,
+       c.prompt_tokens, c.completion_tokens, c.cost, c.latency_seconds
+  FROM model_calls c
+ WHERE (%s::bigint IS NULL OR c.task_id = %s)
+   AND (%s::text IS NULL OR c.model = %s)
+   AND (%s::text IS NULL OR c.category = %s)
+   AND (%s::double precision IS NULL
+        OR c.call_id >= call_id_floor(clock_timestamp() - make_interval(secs => %s)))
+ ORDER BY c.call_id DESC LIMIT %s"""
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedCall:
+    """One row of the log. `outcome` is None while the call is under way; cost in USD."""
+
+    call_id: str
+    task_id: int | None
+    model: str
+    category: str | None
+    confidence: float | None
+    role: str
+    rank: int
+    preferred: str | None
+    fallback: str | None
+    worker: str | None
+    attempt: int | None
+    started_at: datetime
+    sent_at: datetime | None
+    finished_at: datetime | None
+    outcome: str | None
+    settlement: str | None
+    late: bool
+    error: str | None
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    cost_usd: float | None
+    latency_seconds: float | None
+
+
+def read_calls(
+    connection: Connection,
+    *,
+    task_id: int | None = None,
+    model: str | None = None,
+    category: str | None = None,
+    since_seconds: float | None = None,
+    limit: int = 100,
+) -> list[LoggedCall]:
+    """The newest calls that fit, the newest first; at most `limit` and MOST_ROWS."""
+    wanted = (task_id, task_id, model, model, category, category, since_seconds, since_seconds)
+    return list(map(_logged, rows(connection, _READ, (*wanted, min(limit, MOST_ROWS)))))
+
+
+def _logged(row: dict[str, Any]) -> LoggedCall:
+    cost = row.pop("cost")
+    call_id = str(row.pop("call_id"))
+    return LoggedCall(call_id=call_id, cost_usd=None if cost is None else float(cost), **row)
+
+
+def tell(answer: Answer) -> None:
+    """Write one JSON line about an answered prompt; never its text, which stands in `tasks`."""
+    _lines.info(
+        "late" if answer.late else "answered",
+        task_id=answer.task_id, category=answer.category, confidence=round(answer.confidence, 3),
+        preferred=answer.preferred, fallback=answer.fallback, answered_by=answer.model or "knowledge",
+        rank=int(answer.rank), is_fallback=answer.rank < AnswerRank.CHOSEN_MODEL,
+        provisional=answer.provisional, seconds=round(answer.seconds, 3), cost_usd=round(answer.cost_usd, 9),
+        calls=[
+            {"model": call.model, "role": call.role.value, "outcome": call.outcome and call.outcome.value}
+            for call in answer.calls
+        ],
+    )  # fmt: skip
+
+
+def lines_to(path: Path) -> Iterator[None]:
+    """Append the JSON lines to a file while this is in use."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    LINES.addHandler(handler)
+    before, LINES.level = LINES.level, logging.INFO
+    try:
+        yield
+    finally:
+        LINES.removeHandler(handler)
+        LINES.setLevel(before)
+        handler.close()
+
+
+_lines = structlog.wrap_logger(
+    LINES,
+    processors=[
+        structlog.stdlib.filter_by_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.JSONRenderer(),
+    ],
+    wrapper_class=structlog.stdlib.BoundLogger,
+)

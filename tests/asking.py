@@ -1,0 +1,95 @@
+"""Words for tests of asking: a router on real parts, the stand-in's faults, and what the log says."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from models_backend.process import BackendServer
+from router.answering import Router
+from router.database import connect, rows
+from router.roster import sync_roster
+from router.settings import (
+    Addresses,
+    AskingSettings,
+    FallbackSettings,
+    ModelSettings,
+    RouterConfig,
+    WorkerSettings,
+)
+
+PREFERRED, SECOND, THIRD, CHEAP = "deepseek-v3", "llama-3.3-70b", "qwen-2.5-72b", "llama-3.1-8b"
+
+
+def asking_config(
+    *, asking: dict[str, Any] | None = None, fallback: dict[str, Any] | None = None, **targets: str
+) -> RouterConfig:
+    """Three models in rank, and a cheap one that is nobody's first choice."""
+    places = {PREFERRED: 1, SECOND: 2, THIRD: 3, CHEAP: 9}
+    models = {
+        name: ModelSettings(
+            target=targets.get(name, "30000/min, burst"),
+            ranks=dict.fromkeys(("technical", "creative", "general"), place),
+            timeout_seconds=20,
+        )
+        for name, place in places.items()
+    }
+    return RouterConfig(
+        models=models,
+        worker=WorkerSettings(lease_seconds=2.0, heartbeat_seconds=0.5),
+        asking=AskingSettings(**{"default_deadline_seconds": 5, "late_seconds": 10, **(asking or {})}),
+        fallback=FallbackSettings(**{"models": (CHEAP,), **(fallback or {})}),
+    )
+
+
+@dataclass
+class Asking:
+    """A router, and what it left in Postgres and at the backend."""
+
+    router: Router
+    addresses: Addresses
+    backend: BackendServer
+    events: list[Any] = field(default_factory=list)
+
+    async def ask(self, prompt: str = "Why is the sky blue?", **options: Any) -> Any:
+        return await self.router.answer(prompt, **{"category": "general", "on_event": self.events.append, **options})
+
+    def fault(self, kind: str, *models: str, **more: Any) -> None:
+        for model in models:
+            order = {"kind": kind, "model": model, "share": 1, "seconds": 600, **more}
+            requests.post(f"{self.backend.url}/faults", json=order, timeout=5).raise_for_status()
+
+    def heal(self) -> None:
+        requests.delete(f"{self.backend.url}/faults", timeout=5).raise_for_status()
+
+    def rows(self, statement: str, *arguments: Any) -> list[dict[str, Any]]:
+        with connect(self.addresses.database_url) as connection:
+            return rows(connection, statement, arguments)
+
+    def task(self) -> dict[str, Any]:
+        """The one task that there is."""
+        (task,) = self.rows("SELECT * FROM tasks")
+        return task
+
+    def calls(self) -> list[dict[str, Any]]:
+        """The log, the oldest first."""
+        return self.rows("SELECT * FROM model_calls ORDER BY call_id")
+
+
+@asynccontextmanager
+async def asking_router(
+    addresses: Addresses, backend: BackendServer, config: RouterConfig, folder: Path
+) -> AsyncIterator[Asking]:
+    """A router that is open, and closed at the end."""
+    with connect(addresses.database_url) as connection:
+        sync_roster(connection, config)
+    async with Router(addresses, config, folder) as router:
+        limiter = router._asker.limiter
+        for model in config.models:  # a Redis that was just emptied finds out what was sent before
+            await limiter.cancel(await limiter.acquire(model, timeout_seconds=5))
+        yield Asking(router, addresses, backend)

@@ -1,0 +1,72 @@
+"""API keys: made, found, withdrawn, and never kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from router.api_keys import ApiKeys, add_key, read_keys, remove_key
+from router.errors import ConfigError, InputError
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "folder" / "api_keys"
+
+
+def test_a_key_names_its_client_and_is_not_kept(file: Path) -> None:
+    alice, bob = add_key(file, "alice"), add_key(file, "bob")
+    keys = ApiKeys(file)
+    assert (keys.client(alice), keys.client(bob), keys.count) == ("alice", "bob", 2)
+    assert [keys.client(wrong) for wrong in ("", alice[:-1], f"{alice} ", "\ud800")] == [None] * 4
+    assert alice not in file.read_text()
+    assert file.stat().st_mode & 0o077 == 0
+
+
+def test_a_withdrawn_key_is_not_let_in_any_more(file: Path) -> None:
+    key = add_key(file, "alice")
+    keys = ApiKeys(file)
+    remove_key(file, "alice")
+    assert keys.client(key) == "alice"
+    keys.reload()
+    assert keys.client(key) is None
+    with pytest.raises(InputError, match="'alice' has no key"):
+        remove_key(file, "alice")
+
+
+def test_a_file_that_breaks_leaves_the_keys_before_in_force(file: Path) -> None:
+    key = add_key(file, "alice")
+    keys = ApiKeys(file)
+    file.write_text("alice secret\n")
+    with pytest.raises(ConfigError, match=r"api_keys:1: must read NAME sha256:HEX"):
+        keys.reload()
+    assert keys.client(key) == "alice"
+
+
+def test_a_client_has_one_key_and_a_plain_name(file: Path) -> None:
+    add_key(file, "alice")
+    with pytest.raises(InputError, match="has a key"):
+        add_key(file, "alice")
+    for name in ("", "a b", "#a", "a\nb"):
+        with pytest.raises(InputError, match="no client's name"):
+            add_key(file, name)
+
+
+def test_lines_are_checked(file: Path) -> None:
+    add_key(file, "alice")
+    line = file.read_text()
+    file.write_text(f"# clients\n\n{line.strip()}  # since May\n")
+    assert list(read_keys(file)) == ["alice"]
+    file.write_text(line * 2)
+    with pytest.raises(ConfigError, match=r":2: 'alice' stands twice"):
+        read_keys(file)
+
+
+def test_one_key_may_come_from_the_environment() -> None:
+    keys = ApiKeys(None, "x" * 20)
+    assert (keys.client("x" * 20), keys.count) == ("ROUTER_API_KEY", 1)
+    for bad in ("short", "x" * 19, "x" * 20 + " y", "ü" * 20):
+        with pytest.raises(ConfigError, match="ROUTER_API_KEY") as caught:
+            ApiKeys(None, bad)
+        assert bad not in str(caught.value)

@@ -1,0 +1,173 @@
+"""The index: what is found, in which order, how surely, and how well on real collections."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from router.knowledge_index import IndexBroken, KnowledgeIndex
+from router.passages import Entry, task_entry
+from router.relevance import confidence, views
+from router.retrieval_trial import hold_trial, read_collection
+
+NOTES = {
+    "pause": "A model is paused by setting its traffic target to zero.",
+    "export": "Answers are exported as JSON lines, one object a task.",
+    "redis": "While Redis is away nothing is sent to any model.",
+    "solve": "Solving a task takes one call to one model.",
+    "german": "Das Modell wird angehalten, indem man das Ziel auf null setzt.",
+    "chinese": "将流量目标设为零即可暂停模型。",
+}
+
+
+def index_of(notes: dict[str, str], folder: Path | None = None) -> KnowledgeIndex:
+    index = KnowledgeIndex(folder)
+    with index.writing() as writer:
+        for key, text in notes.items():
+            writer.add(Entry(key, key, "", text))
+        writer.commit()
+    return index
+
+
+@pytest.fixture(scope="module")
+def index() -> KnowledgeIndex:
+    return index_of(NOTES)
+
+
+def first(index: KnowledgeIndex, question: str) -> str:
+    hits = index.search(question, 3).hits
+    return hits[0].source if hits else ""
+
+
+@pytest.mark.parametrize(
+    ("question", "source"),
+    [
+        ("How do I pause a model?", "pause"),
+        ("solved tasks", "solve"),  # by its stem
+        ("exporting an answer", "export"),
+        ("ANHALTEN DES MODELLS", "german"),  # by its beginning
+        ("暂停模型", "chinese"),
+    ],
+)
+def test_the_right_entry_comes_first(index: KnowledgeIndex, question: str, source: str):
+    assert first(index, question) == source
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "",
+        "   ",
+        "?!",
+        "the of and",
+        "\x00\x07",
+        "\ud800",
+        "zebra",
+        '") OR 1=1 --',
+        "AND OR NOT",
+        "a" * 100_000,
+    ],
+)
+def test_nothing_is_found_for_nothing(index: KnowledgeIndex, question: str):
+    found = index.search(question, 5)
+    assert found.hits == ()
+    assert confidence(found.evidence) == 0
+
+
+def test_unknown_words_do_not_crowd_out_known_ones(index: KnowledgeIndex):
+    unknown = " ".join(f"unknown{number}" for number in range(500))
+    assert first(index, f"{unknown} when redis is away") == "redis"
+
+
+def test_of_a_prompt_of_megabytes_the_beginning_is_asked(index: KnowledgeIndex):
+    began = time.perf_counter()
+    assert first(index, "redis is away " + "model call task " * 700_000) in {"redis", "solve"}
+    assert time.perf_counter() - began < 1
+
+
+def test_a_question_that_is_answered_is_surer_than_a_foreign_one(index: KnowledgeIndex):
+    sure = confidence(index.search("How is a model paused by its traffic target?", 3).evidence)
+    unsure = confidence(
+        index.search("What did the model wear in Paris on the runway last summer?", 3).evidence
+    )
+    assert sure > 0.8
+    assert unsure < 0.3
+
+
+def test_the_same_text_is_found_once():
+    index = index_of({"a": "Cats purr.", "b": "Cats purr.", "c": "Cats sleep."})
+    assert sorted(hit.text for hit in index.search("cats", 5).hits) == ["Cats purr.", "Cats sleep."]
+
+
+def test_entries_of_a_key_are_forgotten_together(tmp_path: Path):
+    index = index_of(NOTES, tmp_path)
+    with index.writing() as writer:
+        writer.forget("pause")
+        writer.commit()
+    assert len(index) == len(NOTES) - 1
+    assert first(index, "paused by traffic") != "pause"
+
+
+def test_what_was_not_committed_is_not_there(tmp_path: Path):
+    index = index_of(NOTES, tmp_path)
+    with index.writing() as writer:
+        writer.forget_all()
+    assert len(index) == len(NOTES)
+
+
+def test_others_see_a_commit_once_they_reload_and_only_one_may_write(tmp_path: Path):
+    index = index_of(NOTES, tmp_path)
+    other = KnowledgeIndex(tmp_path)
+    with index.writing() as writer:
+        with pytest.raises(IndexBroken), other.writing():
+            pass
+        writer.add(Entry("new", "new", "", "Zebras are striped."))
+        writer.commit()
+    assert first(other, "zebra") == ""
+    other.reload()
+    assert first(other, "zebra") == "new"
+
+
+def test_a_broken_index_is_named(tmp_path: Path):
+    index_of(NOTES, tmp_path)
+    (tmp_path / "meta.json").write_text("{")
+    with pytest.raises(IndexBroken, match="index of knowledge"):
+        KnowledgeIndex(tmp_path)
+
+
+def test_tasks_are_known_by_their_numbers():
+    index = KnowledgeIndex()
+    with index.writing() as writer:
+        for number in (3, 9, 7, -5):
+            writer.add(task_entry(number, f"question {number}", "an answer"))
+        writer.add(Entry("file:a", "a", "", "question of a file"))
+        writer.commit()
+    assert index.task_ids(3, 8) == {3, 7}
+    assert index.task_ids(100, 200) == set()
+    assert index.oldest_tasks(2) == [-5, 3]
+
+
+def test_it_is_searched_from_many_threads_at_once(index: KnowledgeIndex):
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda _: first(index, "How do I pause a model?"), range(400)))
+    assert set(found) == {"pause"}
+
+
+def test_three_views_of_a_text():
+    seen = views("The solving of Differential-equations")
+    assert seen.words == ("solving", "differential", "equations")
+    assert seen.heads == ["solvin", "differ", "equati"]
+    assert seen.pairs == ["solvin_differ", "differ_equati"]
+
+
+@pytest.mark.parametrize(("name", "at_1", "at_5"), [("xquad_en", 0.94, 0.985), ("cranfield", 0.75, 0.89)])
+def test_real_collections_are_answered_better_than_by_bm25(
+    shared_data: Path, name: str, at_1: float, at_5: float
+):
+    """BM25 on words alone has .927 and .702, fused with static embeddings .941 and .720."""
+    trial = hold_trial(read_collection(shared_data / "retrieval" / name))
+    assert trial.hit_at_1 >= at_1
+    assert trial.hit_at_5 >= at_5

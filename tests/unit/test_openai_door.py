@@ -1,0 +1,180 @@
+"""The door of `router serve`: who is let in, what is read, and how what goes wrong is said."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from router import openai_door
+from router.api_keys import ApiKeys
+from router.openai_door import Door, Limits, read_body, send_json
+from router.openai_reply import ApiError
+
+KEY = "k" * 20
+
+
+class Client:
+    """One request: what it sends, message by message, and what it got back."""
+
+    def __init__(self, *bodies: bytes, headers: Iterable[tuple[str, str]] = (), ends: bool = True) -> None:
+        self._messages = [
+            {"type": "http.request", "body": body, "more_body": not ends or number < len(bodies)}
+            for number, body in enumerate(bodies or (b"",), start=1)
+        ]
+        named = {"host": "127.0.0.1:8200", "authorization": f"Bearer {KEY}", **dict(headers)}
+        self.scope: Scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/chat/completions",
+            "headers": [(name.encode(), value.encode()) for name, value in named.items()],
+        }
+        self.taken = 0
+        self.got: list[Message] = []
+
+    async def receive(self) -> Message:
+        if self.taken < len(self._messages):
+            self.taken += 1
+            return self._messages[self.taken - 1]
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(self, message: Message) -> None:
+        self.got.append(message)
+
+    async def visit(self, app: ASGIApp, keys: ApiKeys | None = None) -> None:
+        await Door(app, keys)(self.scope, self.receive, self.send)
+
+    @property
+    def status(self) -> int:
+        return int(self.got[0]["status"])
+
+    @property
+    def error(self) -> Any:
+        return json.loads(self.got[1]["body"])["error"]
+
+
+async def welcome(scope: Scope, _receive: Receive, send: Send) -> None:
+    await send_json(send, 200, {"client": scope["visit"].client})
+
+
+async def reads(scope: Scope, receive: Receive, send: Send) -> None:
+    await send_json(send, 200, {"size": len(await read_body(scope, receive, Limits(max_body_bytes=10)))})
+
+
+async def test_a_key_says_who_is_there() -> None:
+    client = Client()
+    await client.visit(welcome, ApiKeys(None, KEY))
+    assert (client.status, json.loads(client.got[1]["body"])) == (200, {"client": "ROUTER_API_KEY"})
+    names = [name for name, _ in client.got[0]["headers"]]
+    assert b"x-request-id" in names
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"host": "localhost"}, 200),
+        ({"host": "[::1]:8200"}, 200),
+        ({"host": "evil.example:8200"}, 403),
+        ({"host": "127.0.0.1.evil.example"}, 403),
+        ({"host": ""}, 403),
+        ({"host": "[::1"}, 403),
+        ({"origin": "http://127.0.0.1:8200"}, 403),
+    ],
+)
+async def test_without_keys_only_programs_of_this_machine_come_in(
+    headers: dict[str, str], status: int
+) -> None:
+    client = Client(headers=headers.items())
+    await client.visit(welcome)
+    assert client.status == status
+
+
+async def test_nothing_is_read_before_the_key_was_seen_and_the_rest_is_thrown_away() -> None:
+    client = Client(b"a" * 8, b"b" * 8, headers={"authorization": "Bearer wrong"}.items())
+    taken_inside = []
+
+    async def inside(_scope: Scope, _receive: Receive, _send: Send) -> None:
+        taken_inside.append(client.taken)
+
+    await client.visit(inside, ApiKeys(None, KEY))
+    assert (client.status, taken_inside, client.taken) == (401, [], 2)
+
+
+async def test_a_body_is_read_up_to_its_limit() -> None:
+    whole = Client(b"12345", b"67890")
+    await whole.visit(reads)
+    assert json.loads(whole.got[1]["body"]) == {"size": 10}
+    for client in (Client(b"12345", b"678901"), Client(b"1", headers={"content-length": "11"}.items())):
+        await client.visit(reads)
+        assert (client.status, client.error["code"]) == (413, "too_large")
+
+
+async def test_a_request_that_does_not_come_in_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai_door, "BODY_SECONDS", 0.05)
+    monkeypatch.setattr(openai_door, "DISCARD_SECONDS", 0.05)
+    client = Client(b"1", ends=False)
+    await asyncio.wait_for(client.visit(reads), 5)
+    assert client.status == 408
+
+
+async def test_a_client_that_takes_nothing_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(openai_door, "SEND_SECONDS", 0.05)
+
+    async def stuck(_message: Message) -> None:
+        await asyncio.Event().wait()
+
+    client = Client()
+    await asyncio.wait_for(Door(welcome, None)(client.scope, client.receive, stuck), 5)
+    assert "given up after" in caplog.text
+    assert "the client took nothing of the reply" in caplog.text
+
+
+async def test_a_fault_of_the_program_is_a_500_that_tells_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    async def broken(_scope: Scope, _receive: Receive, _send: Send) -> None:
+        raise ZeroDivisionError("the password is hunter2")
+
+    client = Client()
+    await client.visit(broken)
+    assert (client.status, client.error["type"]) == (500, "server_error")
+    assert "hunter2" not in str(client.error)
+    assert client.error["message"].split()[-1].strip(".") in caplog.text
+    assert "ZeroDivisionError" in caplog.text
+
+
+async def test_what_has_begun_is_not_taken_back(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
+    async def late(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise ApiError(429, "too late", retry_after_seconds=1.2)
+
+    client = Client()
+    await client.visit(late)
+    assert [message["type"] for message in client.got] == ["http.response.start"]
+    assert "refused: 429 too late" in caplog.text
+
+
+async def test_when_to_come_again_is_said_in_seconds_and_milliseconds() -> None:
+    async def full(_scope: Scope, _receive: Receive, _send: Send) -> None:
+        raise ApiError(429, "later", retry_after_seconds=1.2)
+
+    client = Client()
+    await client.visit(full)
+    headers = dict(client.got[0]["headers"])
+    assert (headers[b"retry-after"], headers[b"retry-after-ms"]) == (b"2", b"1200")
+
+
+async def test_other_protocols_are_turned_away() -> None:
+    client = Client()
+    client.scope["type"] = "websocket"
+    await client.visit(welcome)
+    assert client.got == [{"type": "websocket.close", "code": 1008}]

@@ -1,0 +1,111 @@
+"""What a chat request asks, and what is refused by its name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from router.openai_reply import ApiError
+from router.openai_request import IGNORED, USUAL, Catalogue, read_chat
+
+CATALOGUE = Catalogue(models=("phi-4", "llama-3.3-70b"), categories=("general", "technical"))
+ASKS = {"model": "auto", "messages": [{"role": "user", "content": "Why?"}]}
+
+
+def refusal(**changes: Any) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        read_chat({**ASKS, **changes}, CATALOGUE)
+    return caught.value
+
+
+def test_the_least_is_a_model_and_a_message() -> None:
+    chat = read_chat(ASKS, CATALOGUE)
+    assert (chat.prompt, chat.model, chat.category, chat.max_tokens) == ("Why?", None, None, None)
+    assert (chat.stream, chat.include_usage, chat.stops) == (False, False, ())
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "category"),
+    [("auto", None, None), ("auto:technical", None, "technical"), ("phi-4", "phi-4", None)],
+)
+def test_a_model_is_named_or_left_to_the_router(name: str, model: str | None, category: str | None) -> None:
+    chat = read_chat({**ASKS, "model": name}, CATALOGUE)
+    assert (chat.asked_model, chat.model, chat.category) == (name, model, category)
+
+
+@pytest.mark.parametrize("name", ["gpt-5", "auto:", "auto:sport", "phi-4:technical", "AUTO"])
+def test_a_model_that_is_not_there_is_404(name: str) -> None:
+    error = refusal(model=name)
+    assert (error.status, error.code, error.param) == (404, "model_not_found", "model")
+    assert repr(name) in str(error)
+
+
+@pytest.mark.parametrize("name", ["", None, 7])
+def test_no_model_is_400(name: Any) -> None:
+    assert (refusal(model=name).status, refusal(model=name).param) == (400, "model")
+
+
+@pytest.mark.parametrize(
+    ("param", "value"),
+    [
+        ("n", 2),
+        ("tools", [{"type": "function"}]),
+        ("tool_choice", "required"),
+        ("functions", [{"name": "f"}]),
+        ("response_format", {"type": "json_object"}),
+        ("modalities", ["text", "audio"]),
+        ("audio", {"voice": "alloy"}),
+        ("logprobs", True),
+        ("logit_bias", {"7": 1}),
+        ("store", True),
+        ("prompt", "Why?"),
+        ("max_tokens", 0),
+        ("max_tokens", True),
+        ("max_tokens", "9"),
+        ("max_completion_tokens", 10**9),
+        ("stream", "yes"),
+        ("stream_options", {"include_usage": True}),
+        ("stop", [""]),
+        ("stop", ["a"] * 5),
+        ("stop", 7),
+        ("router", "general"),
+        ("router", {"speed": 1}),
+        ("messages", []),
+        ("messages", [{"role": "user", "content": [{"type": "image_url"}]}]),
+        ("messages", [{"role": "tool", "content": "x"}]),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_its_name(param: str, value: Any) -> None:
+    error = refusal(**{param: value})
+    assert (error.status, error.param) == (400, param)
+    assert param in str(error) or param == "messages"
+
+
+@pytest.mark.parametrize(
+    "wish", [{"category": "sport"}, {"deadline_seconds": -1}, {"deadline_seconds": True}]
+)
+def test_a_wish_to_the_router_is_checked(wish: dict[str, Any]) -> None:
+    assert refusal(router=wish).param == f"router.{next(iter(wish))}"
+
+
+def test_what_is_as_usual_or_only_tunes_is_taken() -> None:
+    usual = {name: values[0] for name, values in USUAL.items() if values}
+    nothing = dict.fromkeys(USUAL)
+    ignored = dict.fromkeys(IGNORED, 1)
+    for more in (usual, nothing, ignored):
+        assert read_chat({**ASKS, **more}, CATALOGUE).prompt == "Why?"
+
+
+def test_everything_that_is_read_arrives() -> None:
+    wishes = {"category": "general", "deadline_seconds": 0}
+    more = {"max_tokens": 7, "stream": True, "stream_options": {"include_usage": True}, "stop": "\n"}
+    chat = read_chat({**ASKS, **more, "router": wishes}, CATALOGUE)
+    assert (chat.max_tokens, chat.stream, chat.include_usage, chat.stops) == (7, True, True, ("\n",))
+    assert (chat.category, chat.deadline_seconds) == ("general", 0)
+
+
+@pytest.mark.parametrize("document", [None, [], "x", 7])
+def test_a_body_that_is_no_object_is_400(document: Any) -> None:
+    with pytest.raises(ApiError, match="must be a JSON object"):
+        read_chat(document, CATALOGUE)
