@@ -2,9 +2,9 @@
 
 First table: real collections (folders with corpus.jsonl, queries.jsonl and qrels.tsv), each engine asked the
 same questions. Second table: made-up entries, each engine in a process of its own: words drawn by Zipf's law
-(exponent 1.05) from a vocabulary of 300,000, log-normal lengths with a median of 55 words; questions hold six
-words of one entry, in its order, and two words drawn at random. One caller; the first questions are not
-counted: 50 of 350, or a tenth of those that were asked within two minutes.
+(exponent 1.05) from 300,000, the commonest of them English's own, log-normal lengths with a median of 55
+words; questions hold six words of one entry, in its order, and two words drawn at random. One caller; the
+first questions are not counted: 50 of 350, or a tenth of those that were asked within two minutes.
 
     pip install bm25s PyStemmer wordllama     # rivals; one that is not there is left out, and said to be
     python -m bench.knowledge COLLECTION... [--entries 100000 1000000] [--engines router ...] [--json FILE]
@@ -35,6 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.knowledge_rivals import ENGINES, Engine, NotThere
+from router.relevance import STOP_WORDS
 from router.retrieval_trial import Collection, read_collection
 
 VOCABULARY = 300_000
@@ -120,11 +121,11 @@ def made_up(entries: int) -> tuple[list[str], list[tuple[str, int]]]:
 
 
 def _vocabulary() -> list[str]:
-    """The commoner, the shorter, as in a language."""
-    words = []
-    for rank in range(VOCABULARY):
+    """The commonest are those that English leaves out; then the commoner, the shorter, as in a language."""
+    words = sorted(STOP_WORDS)
+    for rank in range(len(words), VOCABULARY):
         own = random.Random(rank)
-        length = 2 + min(3, len(str(rank)) - 2) if rank > 99 else 1 + (rank > 9)
+        length = 2 + max(0, len(str(rank)) - 3)
         words.append("".join(own.choice(SYLLABLES) for _ in range(length)) + own.choice(ENDINGS))
     return words
 

@@ -14,8 +14,9 @@ from airflow.sdk import BaseOperator, Connection, Variable
 from airflow.sdk.definitions.context import Context
 from airflow.triggers.base import BaseTrigger, TaskSuccessEvent, TriggerEvent
 
+from router.deadlines import Deadlines
 from router.engine import Engine
-from router.settings import Addresses, load_config
+from router.settings import Addresses, config_folder, data_folder, load_config
 from router.traffic_watch import VARIABLE_PREFIX
 from router.worker import Worker, wait_for_work
 
@@ -67,6 +68,7 @@ class SharedEngine:
             if self._engine is None:
                 engine = Engine(await addresses_from_connections(), load_config(), read_traffic_variables)
                 await engine.start()
+                Deadlines(engine, config_folder(), data_folder()).take_up()
                 self._engine = engine
             return self._engine
 

@@ -41,6 +41,7 @@ LONGEST_DEADLINE_SECONDS = 3600.0
 SHORTEST_DEADLINE_SECONDS = 0.05
 LARGEST_MAX_TOKENS = 1_000_000
 BUSY_RETRY_SECONDS = 1.0
+MOST_PROVISIONAL = 1000  # answers for which a better one can be asked for
 GIVEN_UP_SECONDS = 3.0  # after giving up, for the log to hear of it
 
 
@@ -61,7 +62,7 @@ class Router:
         self._asker: Asker | None = None
         self._lock = asyncio.Lock()
         self._asked: set[AskedPrompt] = set()
-        self._by_task: dict[int, AskedPrompt] = {}
+        self._provisional: dict[uuid.UUID, AskedPrompt] = {}  # by the first call; the latest ones
         self._answering = 0
         self._entered = False
         self._closing: asyncio.Task[None] | None = None
@@ -144,7 +145,7 @@ class Router:
         It takes at most `seconds`, and `asking.late_seconds`. What comes is kept for the task whether anybody
         waits or not.
         """
-        asked = None if answer.task_id is None else self._by_task.get(answer.task_id)
+        asked = self._provisional.get(answer.calls[0].call_id) if answer.calls else None
         if asked is None or not answer.provisional:
             return None
         if seconds is None:
@@ -170,15 +171,15 @@ class Router:
         self._asked.add(asked)
         asyncio.get_running_loop().create_task(self._forget(asked), name="router end of asking")
         answer = await asked.answer(categorise)
-        if answer.task_id is not None and not asked.ended.is_set():
-            self._by_task[answer.task_id] = asked
+        if answer.provisional:
+            self._provisional[answer.calls[0].call_id] = asked
+            while len(self._provisional) > MOST_PROVISIONAL:
+                del self._provisional[next(iter(self._provisional))]
         return answer
 
     async def _forget(self, asked: AskedPrompt) -> None:
         await asked.ended.wait()
         self._asked.discard(asked)
-        if asked.task_id is not None:
-            self._by_task.pop(asked.task_id, None)
 
     # -- opening and closing by itself --------------------------------------------------------------------
 

@@ -284,7 +284,7 @@ class AskedPrompt:
         self._racing.end()
         for runner in self._account.runners:
             runner.late = runner.under_way
-            if self._given is AnswerRank.CHOSEN_MODEL or runner.leg is Leg.STUCK:
+            if self._given is AnswerRank.CHOSEN_MODEL or runner.leg in (Leg.STUCK, Leg.RESTING):
                 runner.spare("the prompt was answered")
         if self._given is None:
             self.give_up("there is no answer to wait for")

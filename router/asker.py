@@ -151,6 +151,7 @@ class Asker:
         await self._duties.end()
         if hasattr(self, "queue"):
             with contextlib.suppress(RouterError):
+                await result_within(self._unconfirmed_step(), CLOSE_SECONDS, "router unconfirmed calls")
                 await result_within(self.queue.release(), CLOSE_SECONDS, "router release")
         await self._stack.aclose()
 

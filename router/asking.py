@@ -55,6 +55,7 @@ class DueTask:
     prompt: str
     prompt_version: int
     category: str
+    confidence: float | None
     max_tokens: int | None
     seconds_left: float
 

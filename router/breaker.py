@@ -46,11 +46,11 @@ class BreakerSettings:
     def verdict(self, outcome: Outcome, retry_after_seconds: float | None) -> Verdict | None:
         """What this outcome says about the model; None if nothing.
 
-        A 503 that names a time is a planned pause, one that does not is a failure. A prompt that is refused
-        (`rejected`) shows a model that works.
+        A 503 that names a time is a planned pause, one that does not is a failure; a time of 0 is none. A
+        prompt that is refused (`rejected`) shows a model that works.
         """
-        told = retry_after_seconds is not None
-        pause = self.default_retry_after_seconds if retry_after_seconds is None else retry_after_seconds
+        told = bool(retry_after_seconds)
+        pause = retry_after_seconds or self.default_retry_after_seconds
         if outcome in _GOOD:
             return Verdict(Sign.GOOD)
         if outcome in _BAD:

@@ -1,7 +1,8 @@
 """The categoriser in a process of its own, behind an async interface.
 
-scikit-learn and numpy would hold the interpreter's lock of whoever solves tasks. The child reads lines of JSON from
-its standard input, `{"id", "prompts"}`, and writes lines with `id` and what it found; it ends when its input does.
+scikit-learn and numpy would hold the interpreter's lock of whoever solves tasks. The child reads lines of
+JSON from its standard input, `{"id", "prompts"}`, and writes lines with `id` and what it found; it ends when
+its input does.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import logging
 import os
 import sys
 import time
+from asyncio.subprocess import PIPE
 from collections.abc import Sequence
 from itertools import count
 from typing import Any, BinaryIO
+
+from typing_extensions import Self
 
 from router.categories import Categorised, Categoriser
 from router.errors import RouterError
@@ -51,7 +55,7 @@ class CategoriserProcess:
         self._process: asyncio.subprocess.Process | None = None
         self._complained = False
 
-    async def __aenter__(self) -> CategoriserProcess:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_error: object) -> None:
@@ -101,7 +105,9 @@ class CategoriserProcess:
             return await asyncio.wait_for(self._exchange(number, prompts, answer), max(0.0, seconds))
         except asyncio.TimeoutError:
             why = "it is still starting" if not self.ready else "it did not answer"
-            return self._default(len(prompts), f"no category within {self.settings.patience_seconds:g} s: {why}")
+            return self._default(
+                len(prompts), f"no category within {self.settings.patience_seconds:g} s: {why}"
+            )
         finally:
             self._waiting.pop(number, None)
             self._waiting_prompts -= len(prompts)
@@ -151,12 +157,14 @@ class CategoriserProcess:
 
     async def _live(self) -> None:
         process = await asyncio.create_subprocess_exec(
-            *CHILD, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+            *CHILD, stdin=PIPE, stdout=PIPE, stderr=PIPE,
             limit=LONGEST_LINE_BYTES, env={**os.environ, **ONE_THREAD},
         )  # fmt: skip
         assert process.stdin is not None
         assert process.stderr is not None
-        said = asyncio.get_running_loop().create_task(_last_words(process.stderr), name="router categoriser's words")
+        said = asyncio.get_running_loop().create_task(
+            _last_words(process.stderr), name="router categoriser words"
+        )
         try:
             process.stdin.write(self.settings.model_dump_json().encode() + b"\n")
             hello = await asyncio.wait_for(_read(process), START_SECONDS)
@@ -217,7 +225,7 @@ async def _last_words(stream: asyncio.StreamReader) -> str:
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Answer until `requests` ends. The first line holds the settings, the first answer says that it has learned."""
+    """Answer until `requests` ends. Its first line holds the settings; the first answer says: learned."""
     started = time.monotonic()
     try:
         categoriser = Categoriser.build(CategorySettings.model_validate_json(requests.readline()))

@@ -17,7 +17,7 @@ START_SECONDS = 6.0  # so long a backlog waits for the categoriser when an engin
 
 
 class Categorising:
-    """Takes uncategorised tasks in bounded batches and brings their categories back, while a queue wants that."""
+    """Takes uncategorised tasks in bounded batches and brings their categories back, if that is wanted."""
 
     def __init__(self, queue: TaskQueue, settings: CategorySettings | None) -> None:
         self._queue = queue

@@ -28,8 +28,8 @@ EVALUATE_HELP = """
 Measure the categories on files of prompts whose category is known.
 
 Each line is a JSON object with source, prompt, category and, where the category is open to doubt,
-"ambiguous": true. Printed for each source: accuracy and macro-F1 with all rows and without the ambiguous ones, how
-far confidence is from being right (expected calibration error), and what was taken for what.
+"ambiguous": true. Printed for each source: accuracy and macro-F1 with all rows and without the ambiguous
+ones, how far confidence is from being right (expected calibration error), and what was taken for what.
 
 \b
 Examples:
@@ -60,7 +60,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How well the categories of some rows were told. `confusion` is by true category, then by the told one."""
+    """How well the categories of some rows were told. `confusion`: true category -> told one -> rows."""
 
     rows: int
     accuracy: float | None
@@ -126,10 +126,14 @@ def _row(line: str, where: str, names: Sequence[str]) -> Row:
         fields = json.loads(line)
     except ValueError as error:
         raise InputError(f"{where}: not a line of JSON: {error}") from error
-    if not isinstance(fields, dict) or not all(isinstance(fields.get(key), str) for key in ("prompt", "category")):
+    if not isinstance(fields, dict) or not all(
+        isinstance(fields.get(key), str) for key in ("prompt", "category")
+    ):
         raise InputError(f"{where}: must be an object with the texts prompt and category")
     if fields["category"] not in names:
-        raise InputError(f"{where}: category: {fields['category']!r} is unknown; known are {', '.join(names)}")
+        raise InputError(
+            f"{where}: category: {fields['category']!r} is unknown; known are {', '.join(names)}"
+        )
     source = str(fields.get("source") or "unnamed")
     return Row(source, fields["prompt"], fields["category"], bool(fields.get("ambiguous")))
 
@@ -141,7 +145,8 @@ def assess(rows: Sequence[Row], told: Sequence[Categorised]) -> dict[str, Any]:
     for source in dict.fromkeys(row.source for row in rows):
         by_source[source] = _both_ways([pair for pair in pairs if pair[0].source == source])
     mean = {
-        way: _mean([scores[way].accuracy for scores in by_source.values()]) for way in ("all", "without_ambiguous")
+        way: _mean([scores[way].accuracy for scores in by_source.values()])
+        for way in ("all", "without_ambiguous")
     }
     return {"sources": by_source, "together": _both_ways(pairs), "mean": mean}
 
@@ -158,7 +163,9 @@ def _score(pairs: Sequence[tuple[Row, Categorised]]) -> Score:
         return Score(0, None, None, None)
     counts = Counter((row.category, one.category) for row, one in pairs)
     true = dict.fromkeys(row.category for row, _ in pairs)
-    confusion = {name: {other: n for (own, other), n in sorted(counts.items()) if own == name} for name in true}
+    confusion = {
+        name: {other: n for (own, other), n in sorted(counts.items()) if own == name} for name in true
+    }
     right = [row.category == one.category for row, one in pairs]
     return Score(
         len(pairs),
@@ -193,16 +200,20 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def _print(report: Mapping[str, Any]) -> None:
     table = terminal.quiet_table(
         "source", "rows", "accuracy", "macro-F1", "clear rows", "accuracy", "macro-F1", "calibration error",
-        "taken for another (clear rows)", right=("rows", "accuracy", "macro-F1", "clear rows", "calibration error"),
+        "taken for another (clear rows)",
+        right=("rows", "accuracy", "macro-F1", "clear rows", "calibration error"),
     )  # fmt: skip
     for source, scores in {**report["sources"], "together": report["together"]}.items():
         every, clear = scores["all"], scores["without_ambiguous"]
         table.add_row(
             source, f"{every.rows:,}", _number(every.accuracy), _number(every.macro_f1), f"{clear.rows:,}",
-            _number(clear.accuracy), _number(clear.macro_f1), _number(clear.calibration_error), _mistaken(clear),
+            _number(clear.accuracy), _number(clear.macro_f1), _number(clear.calibration_error),
+            _mistaken(clear),
         )  # fmt: skip
     mean = report["mean"]
-    table.add_row("mean of sources", "", _number(mean["all"]), "", "", _number(mean["without_ambiguous"]), "", "", "")
+    table.add_row(
+        "mean of sources", "", _number(mean["all"]), "", "", _number(mean["without_ambiguous"]), "", "", ""
+    )
     terminal.out().print(table)
     typer.echo(f"{report['prompts_per_second']:,} prompts a second of processor time")
 
@@ -212,7 +223,9 @@ def _number(value: float | None) -> str:
 
 
 def _mistaken(score: Score) -> str:
-    wrong = [(n, own, other) for own, row in score.confusion.items() for other, n in row.items() if own != other]
+    wrong = [
+        (n, own, other) for own, row in score.confusion.items() for other, n in row.items() if own != other
+    ]
     return ", ".join(f"{own} as {other} {n:,}" for n, own, other in sorted(wrong, reverse=True)) or "none"
 
 

@@ -14,7 +14,8 @@ import socket
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
-from typing import Any
+from contextlib import AbstractAsyncContextManager
+from typing import Any, TypeVar
 
 import asyncpg
 import redis.asyncio
@@ -24,7 +25,7 @@ from router.assignment import Work, shares
 from router.backend import ModelsBackend
 from router.categorising import Categorising
 from router.database import open_pool
-from router.duties import Duties, ended, set_within
+from router.duties import Duties, Step, ended, set_within
 from router.errors import RouterError
 from router.limiter import LimiterSettings, PastCall, TrafficLimiter
 from router.queue import EngineState, TaskQueue, listening
@@ -49,6 +50,7 @@ ROSTER_CHANGED = "the roster changed"
 DRAINED = "the queue was empty"
 HANDOVER_SECONDS = 30.0  # workers come and go one by one; all of a run are there within seconds
 
+T = TypeVar("T")
 ReadVariables = Callable[[list[str]], Awaitable[Mapping[str, "str | None"]]]
 
 
@@ -123,9 +125,7 @@ class Engine:
         self._duties.take_up(self._listen_step, 1.0, "listen")
         self._duties.take_up(self._heartbeat_step, worker.heartbeat_seconds, "heartbeat")
         self._duties.take_up(self._state_step, STATE_SECONDS, "state", wake=self._control)
-        self._duties.take_up(
-            self._categorising.step, CATEGORISE_SECONDS, "categorise", wake=self._tasks_came
-        )
+        self._duties.take_up(self._categorising.step, CATEGORISE_SECONDS, "categorise", wake=self._tasks_came)
         self._duties.take_up(self.queue.keep_house, HOUSE_SECONDS, "house")
         self._duties.take_up(self._reconcile_step, RECONCILE_SECONDS, "reconcile")
         self._duties.take_up(self.queue.keep_partitions, PARTITION_SECONDS, "partitions")
@@ -133,6 +133,15 @@ class Engine:
         self._duties.take_up(self._summary_step, SUMMARY_SECONDS, "summary")
         if self._read_variables is not None:
             self._duties.take_up(self._variables_step, VARIABLE_SECONDS, "variables")
+
+    def take_up(self, step: Step, seconds: float, name: str, stop: Callable[[], Awaitable[None]]) -> None:
+        """Do one duty more, about every `seconds`; `stop` ends what it began, before the engine is gone."""
+        self._open.push_async_callback(stop)
+        self._duties.take_up(step, seconds, name)
+
+    async def enter(self, manager: AbstractAsyncContextManager[T]) -> T:
+        """Open something that is closed with the engine."""
+        return await self._open.enter_async_context(manager)
 
     async def stop(self, *, grace_seconds: float = 5.0) -> None:
         """End the duties, wait for calls in flight, give back what was not sent, close everything."""

@@ -76,7 +76,7 @@ class Found:
         parts = [
             f"[{place}] {passage.text}\n(from {passage.source})" for place, passage in enumerate(said, 1)
         ]
-        head = f"No model answered in time. From what is kept here (to the point with {self.confidence:.0%}):"
+        head = f"No model answered. From what is kept here (to the point with {self.confidence:.0%}):"
         return "\n\n".join([head, *parts])
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from router.errors import InputError
 from router.passages import TEXT_SUFFIXES, Entry, file_entries, text_of
 
-MOST_BYTES = 512 * 1024 * 1024
+MOST_BYTES = 128 * 1024 * 1024
 
 Stamp = tuple[tuple[str, int, int], ...]
 

@@ -33,6 +33,7 @@ from router.relevance import (
 FORMAT = "1"  # of the fields below; with the engine's own it names the folder
 ENGINE = version("tantivy")
 WRITER_BYTES = 64_000_000
+MOST_LOOKED_AT = 500_000  # entries that hold a word, summed over the words: bounds the time of a search
 SPARE_HITS = 2  # of each hit that is asked for, against entries that say the same
 
 Term = tuple[str, str]  # field, word
@@ -90,8 +91,8 @@ class KnowledgeIndex:
         """The best entries for the question, at most `limit`, no two of the same text."""
         searcher = self._searcher
         entries = int(searcher.num_docs)
-        asked = self._asked(searcher, views(question[:QUESTION_CHARACTERS]))
-        known = {term: holding for term, holding in asked.items() if holding}
+        asked = _affordable(self._asked(searcher, views(question[:QUESTION_CHARACTERS])))
+        known = [term for term, holding in asked.items() if holding]
         if not known or limit < 1:
             return NOTHING
         with _told():
@@ -219,6 +220,18 @@ def _analyzer() -> Any:
 def _hit(score: float, document: Any) -> Hit:
     text, source = json.loads(bytes(document.get_first("shown")))
     return Hit(text, source, float(score))
+
+
+def _affordable(asked: dict[Term, int]) -> dict[Term, int]:
+    """Without the commonest: what so many entries hold says little, and looking at all of them takes long."""
+    kept: dict[Term, int] = {}
+    left = MOST_LOOKED_AT
+    for term, holding in sorted(asked.items(), key=lambda item: item[1]):
+        if holding > left and left < MOST_LOOKED_AT:
+            break
+        kept[term] = holding
+        left -= holding
+    return kept
 
 
 def _evidence(asked: dict[Term, int], entries: int, hits: list[Hit]) -> Evidence:

@@ -40,12 +40,17 @@ class Means:
 class Ledger:
     """The task of one asking. Its first call begins it and holds it; the one that settles hands it on."""
 
-    def __init__(self, means: Means, prompt: str, deadline_seconds: float) -> None:
+    def __init__(
+        self, means: Means, prompt: str, deadline_seconds: float, task: AskedTask | None = None
+    ) -> None:
+        """`task`: there is one already, and somebody else holds it."""
         self.means = means
         self.deadline_seconds = deadline_seconds
         self._prompt = prompt
         self._begun: asyncio.Future[AskedTask] = asyncio.get_running_loop().create_future()
-        self._beginning = False
+        self._beginning = task is not None
+        if task is not None:
+            self._begun.set_result(task)
         self._settling = asyncio.Lock()
         self._open: list[LogRow] = []
         self._growing = 0  # calls that may still come

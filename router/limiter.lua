@@ -25,7 +25,7 @@ local SENDS, BITMAP = 1000, 125       -- a chunk has 8,125 bytes: just inside th
 local KEPT_CHUNKS = 4                 -- kept whatever their age, so that a new, longer window knows its past
 local KEPT_AGE = 61e6                 -- kept whatever the target, for the same reason
 local SCAN_STEPS = 20000              -- the most sends that one decision looks at
-local HEADER, REPLY = '<dddddddddddddd', '<dddddddddd'
+local HEADER, REPLY = '<ddddddddddddddddd', '<dddddddddd'
 local WINDOWS = 41                    -- window w (requests first) has limit and period at byte WINDOWS + 16 w
 
 local OK, LOST, NO_TARGET = 0, 1, 2
@@ -39,12 +39,13 @@ local stored = call('HMGET', key, 'run', 'now', 'spec')
 local spec = stored[3]
 local live = stored[2] and stored[1] == RUN
 
-local gen, clock, offset, head, oldest, sent, since, rest, asked, holes, held, blind, failures, trip, at =
-  0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, nil
+local gen, clock, offset, head, oldest, sent, since, rest, asked, holes, held, blind, failures, trip =
+  0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0
+local late, late_head, late_sent, at = 0, 0, 0, nil
 local tail = {}  -- three numbers for each window of tokens
 if stored[2] then
-  gen, clock, offset, head, oldest, sent, since, rest, asked, holes, held, blind, failures, trip, at =
-    unpack_struct(HEADER, stored[2])
+  gen, clock, offset, head, oldest, sent, since, rest, asked, holes, held, blind, failures, trip, late, late_head,
+    late_sent, at = unpack_struct(HEADER, stored[2])
   for k = 1, (#stored[2] - at + 1) / 8, 3 do
     tail[k], tail[k + 1], tail[k + 2], at = unpack_struct('<ddd', stored[2], at)
   end
@@ -52,9 +53,13 @@ end
 local version, stopped, gap, slack, at_once, requests, token_windows = 0, 0, 0, 0, NEVER, 0, 0
 if spec then version, stopped, gap, slack, at_once, requests, token_windows = unpack_struct('<ddddddd', spec) end
 
+-- A target with a shorter slack than the one before it does not make earlier permits die sooner: sends up to
+-- `late_head` may be late by `late`, and none that follows counts for a shorter time than the last of them.
+local extra = max(0, late - slack)
+
 -- The clock never goes backwards. Where the asker says how late it can be by its own clock (`claim`, good in the
--- generation that it has `seen`), it advances no further than that, or than it was when it was last kept, and a
--- send slack: whatever Redis's own clock was set to.
+-- generation that it has `seen`), a clock ahead of that by more than a send slack is not believed: then it shows
+-- the claim, or what it was when it was last kept.
 local wall = redis.call('TIME')
 wall = wall[1] * 1000000 + wall[2]
 local now, seen, claim, place, changed = wall + offset, 0, 0, nil, false
@@ -62,7 +67,7 @@ if verb == 'reserve' or verb == 'peek' or verb == 'heed' then seen, claim, place
 if now < clock then
   offset, now, changed = offset + clock - now, clock, true
 elseif claim > 0 and seen == gen and now > max(claim, clock) + slack then
-  local latest = max(claim, clock) + slack
+  local latest = max(floor(claim), clock)
   offset, now, changed = offset - (now - latest), latest, true
 end
 
@@ -87,7 +92,9 @@ local function moment(i, who)
     b = { from = i, to = i + #text / 8, text = text }
     blocks[who] = b
   end
-  return (unpack_struct('<d', b.text, (i - b.from) * 8 + 1))
+  local sent_at = unpack_struct('<d', b.text, (i - b.from) * 8 + 1)
+  if sent_at == 0 then broken = true return now end  -- a chunk that was lost, and made anew by what came later
+  return sent_at
 end
 
 -- A decision: when the next send may leave (or NEVER), what it waits for, and whether that is only a moment to ask
@@ -146,6 +153,7 @@ if verb == 'reserve' or verb == 'peek' or (verb == 'snapshot' and live and spec)
       end
       if i >= oldest * SENDS then
         t = max(t, moment(i, w) + period)
+        if extra > 0 then t = max(t, (i < late_head and moment(i, w) or late_sent) + period + extra) end
       elseif since > 0 then
         t = max(t, since + period)
       end
@@ -153,12 +161,13 @@ if verb == 'reserve' or verb == 'peek' or (verb == 'snapshot' and live and spec)
     if rest > t then t, why = rest, RESTING end
     if n > count then break end
 
-    local easy = since == 0
+    local easy = true
     for w = 1, token_windows do
       local limit, period = unpack_struct('<dd', spec, WINDOWS + 16 * (requests + w))
       local k = 3 * w - 2
       tried[k], tried[k + 1], tried[k + 2] = tail[k], tail[k + 1], tail[k + 2]
-      easy = easy and tail[k + 1] + need <= limit and (tail[k] == head or tail[k + 2] + period > t)
+      easy = easy and since + period <= t and tail[k + 1] + need <= limit
+        and (tail[k] == head or tail[k + 2] + period > t)
     end
     if token_windows > 0 and not easy then
       if not after_tokens then
@@ -183,11 +192,12 @@ if verb == 'reserve' or verb == 'peek' or (verb == 'snapshot' and live and spec)
 
         -- Moves a tail behind all that is a period old by then.
         local function leave(tails, k, period, by)
-          if tails[k] < head and sent + period <= by then
+          if tails[k] < head and sent + period <= by and (extra == 0 or late_sent + period + extra <= by) then
             tails[k], tails[k + 1], tails[k + 2] = head, 0, 0
           end
           local steps = 0
-          while tails[k] < head and tails[k + 2] + period <= by and steps < SCAN_STEPS do
+          while tails[k] < head and steps < SCAN_STEPS
+              and tails[k + 2] + period + (tails[k] < late_head and extra or 0) <= by do
             pass(tails, k)
             steps = steps + 1
           end
@@ -202,7 +212,7 @@ if verb == 'reserve' or verb == 'peek' or (verb == 'snapshot' and live and spec)
             if since > 0 then by = max(by, since + period) end
             leave(tried, k, period, by)
             while tried[k + 1] + need_now > limit and tried[k] < head do
-              by = max(by, tried[k + 2] + period)
+              by = max(by, tried[k + 2] + period + (tried[k] < late_head and extra or 0))
               pass(tried, k)
               steps = steps + 1
               if steps >= SCAN_STEPS then return max(by, now + 1e6), true end  -- go on from here in a second
@@ -236,6 +246,7 @@ if verb == 'reserve' or verb == 'peek' or (verb == 'snapshot' and live and spec)
     local chunk, slot = floor(i / SENDS), i % SENDS
     local upto = min(head, (chunk + 1) * SENDS)
     if slot == 0 then
+      call('DEL', key .. ':m:' .. chunk, key .. ':t:' .. chunk)  -- of a memory whose hash was lost
       call('SETRANGE', key .. ':m:' .. chunk, BITMAP + SENDS * 8 - 1, '\0')  -- its whole size at once: no slack
       local keep, before = KEPT_AGE, oldest
       for w = 1, requests + token_windows do
@@ -273,12 +284,9 @@ if verb == 'reserve' or verb == 'peek' or (verb == 'snapshot' and live and spec)
     if trip > 0 then call('HSET', key, 'probe', pack('<ddd', probe, probe_end, opened)) end
   end
 
-  if verb ~= 'snapshot' then
-    if broken then  -- the memory is not to be trusted: somebody must rebuild it before anything is granted
-      call('HDEL', key, 'run', 'lost')
-      call('HSET', key, 'known', '1')
-      return pack(REPLY, LOST, 0, 0, version, NEVER, 0, 0, 0, 0, 0)
-    end
+  if verb ~= 'snapshot' and broken then
+    reply = pack(REPLY, LOST, 0, 0, version, NEVER, 0, 0, 0, 0, 0)
+  elseif verb ~= 'snapshot' then
     local all = commit and head - from == count
     if asked == 0 and not all and (why == TOKENS or why == AT_ONCE) then asked, changed = 1, true end
     reply = pack(REPLY, OK, gen, head, version, t == NEVER and NEVER or max(0, t - now), why, slack, now, failures,
@@ -302,13 +310,23 @@ if not reply then
   local function say(what) call('PUBLISH', CHANNEL, key .. ' ' .. what) end
   local function number_of(text) return text and tonumber(text) or 0 end
 
+  -- When a send of this moment counts no longer.
+  local function ends(i, sent_at, period)
+    if extra == 0 then return sent_at + period end
+    return max(sent_at + period, (i < late_head and sent_at or late_sent) + period + extra)
+  end
+
+  local function tokens_of(i)
+    local byte = i % SENDS * 4
+    local text = call('GETRANGE', key .. ':t:' .. floor(i / SENDS), byte, byte + 3)
+    return #text == 4 and unpack_struct('<I4', text) or 0
+  end
+
   -- Sets the tokens of a send to what they were, in the windows that still hold it.
   local function correct(i, used)
-    local chunk, byte = key .. ':t:' .. floor(i / SENDS), i % SENDS * 4
-    local reserved = call('GETRANGE', chunk, byte, byte + 3)
-    local delta = used - (#reserved == 4 and unpack_struct('<I4', reserved) or 0)
+    local delta = used - tokens_of(i)
     if delta == 0 then return false end
-    call('SETRANGE', chunk, byte, pack('<I4', used))
+    call('SETRANGE', key .. ':t:' .. floor(i / SENDS), i % SENDS * 4, pack('<I4', used))
     for k = 1, #tail, 3 do
       if tail[k] <= i then tail[k + 1] = tail[k + 1] + delta end
     end
@@ -319,16 +337,17 @@ if not reply then
     call('ZADD', key .. ':holes', i, i)
     holes = holes + 1
     if i == head - 1 and i > oldest * SENDS then  -- nothing followed: the pace goes on from the send before it
-      local soonest = moment(i - 1, 'hole')
-      for w = 1, token_windows do  -- but not from before the tails' own time
-        local _, period = unpack_struct('<dd', spec, WINDOWS + 16 * (requests + w))
-        local left = tail[3 * w - 2] - 1
-        if left >= oldest * SENDS then soonest = max(soonest, moment(left, 'hole') + period) end
-      end
-      sent = min(sent, soonest)
+      sent = moment(i - 1, 'hole')
       call('SETRANGE', key .. ':m:' .. floor(i / SENDS), BITMAP + i % SENDS * 8, pack('<d', sent))
-      for k = 1, #tail, 3 do
+      for w = 1, token_windows do  -- the next one may leave sooner than this one: what that meets counts again
+        local _, period = unpack_struct('<dd', spec, WINDOWS + 16 * (requests + w))
+        local k = 3 * w - 2
         if tail[k] == i then tail[k + 2] = sent end
+        local n = tail[k] - 1
+        while n >= oldest * SENDS and ends(n, moment(n, 'hole'), period) > max(clock, sent) do
+          tail[k], tail[k + 1], tail[k + 2] = n, tail[k + 1] + tokens_of(n), moment(n, 'hole')
+          n = n - 1
+        end
       end
     end
   end
@@ -381,7 +400,9 @@ if not reply then
         text = call('GETRANGE', key .. ':m:' .. chunk, BITMAP, -1)
       end
       local byte = i % SENDS * 8
-      if #text < byte + 8 or not inside((unpack_struct('<d', text, byte + 1)), i) then break end
+      local sent_at = #text >= byte + 8 and unpack_struct('<d', text, byte + 1) or 0
+      if sent_at == 0 then broken = true end
+      if broken or not inside(sent_at, i) then break end
       i = i - 1
     end
     return i + 1
@@ -394,7 +415,7 @@ if not reply then
       local _, period = unpack_struct('<dd', spec, WINDOWS + 16 * (requests + w))
       local total, first, chunk, text = 0, 0, nil, nil
       local i = walk_back(function(sent_at, send)
-        if sent_at + period <= as_of then return false end
+        if ends(send, sent_at, period) <= as_of then return false end
         if chunk ~= floor(send / SENDS) then
           chunk = floor(send / SENDS)
           text = call('GET', key .. ':t:' .. chunk) or ''
@@ -426,11 +447,13 @@ if not reply then
     local new_version, longest = unpack_struct('<dd', ask)
     if new_version == 0 then new_version = max(wall, spec and version + 1 or 0) end
     if spec and version > new_version then return pack('<dd', 0, version) end
-    local limited = spec and at_once >= 0
+    local limited, slack_was = spec and at_once >= 0, slack
     spec = pack('<d', new_version) .. string.sub(ARGV[3], 9)
     version, stopped, gap, slack, at_once, requests, token_windows = unpack_struct('<ddddddd', spec)
     call('HSET', key, 'spec', spec, 'target', ARGV[4])
     if live and not (stored[3] and string.sub(stored[3], 9) == string.sub(spec, 9)) then
+      if slack_was > slack then late, late_head, late_sent = max(late, slack_was), head, sent end
+      extra = max(0, late - slack)
       count_tokens(clock)
       if at_once < 0 then
         call('DEL', key .. ':holders')
@@ -475,6 +498,7 @@ if not reply then
     gen = max(now, gen + 1, seen_gen + 1)
     clock, head, oldest, sent, since, asked, holes, held, blind = now, 0, 0, 0, from, 0, 0, 0, is_blind
     rest, trip, failures = rests > 0 and now + rests or 0, trips, 0
+    late, late_head, late_sent, extra = 0, 0, 0, 0
     local moments, tokens, open = ARGV[3], ARGV[4], ARGV[5]
     local count = #open
     local bits = string.rep('\0', BITMAP)
@@ -510,8 +534,9 @@ if not reply then
   -- What a call came to. ask: generation seen, claim, sign, seconds to rest, generation and number of the send (or
   -- NEVER), failures borne, first and longest rest of the breaker, trips that the asker knows of; ARGV[3] reason.
   local function heed()
-    if not live then return pack('<dddd', LOST, 0, 0, 0) end
     local sign, seconds, of, i, borne, first, longest, trips = unpack_struct('<dddddddd', ask, place)
+    if sign == REFUSED then count_refusal() end
+    if not live then return pack('<dddd', LOST, 0, 0, 0) end
     if of ~= gen then i = NEVER end
     local rest_was, trip_was, failures_were = rest, trip, failures
     -- What was sent before the breaker opened says nothing about the time since.
@@ -521,8 +546,6 @@ if not reply then
       rest, trip, failures = 0, 0, 0
     elseif sign == PUT_BACK then
       trip = max(trip, trips)
-    elseif sign == REFUSED then
-      count_refusal()
     elseif sign == GOOD and not stale then
       trip, failures = 0, 0
     elseif sign == BAD and not stale then
@@ -553,7 +576,7 @@ if not reply then
       local low, high = oldest * SENDS, head
       while low < high do
         local middle = floor((low + high) / 2)
-        if moment(middle, 'snapshot') + period <= now then low = middle + 1 else high = middle end
+        if ends(middle, moment(middle, 'snapshot'), period) <= now then low = middle + 1 else high = middle end
       end
       local unused = holes > 0 and call('ZCOUNT', key .. ':holes', low, '+inf') or 0
       parts[#parts + 1] = pack('<d', head - low - unused)
@@ -572,9 +595,12 @@ if not reply then
   else return redis.error_reply('no such verb') end
 end
 
-if changed then
+if broken and live and verb ~= 'snapshot' then  -- somebody must rebuild it before anything is granted
+  call('HDEL', key, 'run', 'lost')
+  call('HSET', key, 'known', '1')
+elseif changed then
   local text = pack(HEADER, gen, clock, offset, head, oldest, sent, since, rest, asked, holes, held, blind, failures,
-                    trip)
+                    trip, late, late_head, late_sent)
   for k = 1, #tail, 3 do text = text .. pack('<ddd', tail[k], tail[k + 1], tail[k + 2]) end
   call('HSET', key, 'now', text)
 end

@@ -319,9 +319,8 @@ class TrafficLimiter:
 
     def _remember(self, model: str, seen: Seen, generation: float, version: float) -> None:
         if generation > seen.generation:
-            rebuilt = seen.generation > 0
             seen.generation, seen.head, seen.anchor = generation, 0.0, None
-            if rebuilt and seen.rest_until > time.monotonic():
+            if seen.rest_until > time.monotonic():
                 self._aside(self._put_rest_back(model, seen), f"put back a rest of {model}")
         if version > seen.version:
             seen.version = version

@@ -22,6 +22,9 @@ Ask = Callable[[list[int]], Awaitable[tuple[list[Permit], Wait]]]
 GiveBack = Callable[[Permit], "asyncio.Task[None]"]
 
 _TIMED = frozenset({WaitReason.WINDOW, WaitReason.RESTING})
+SAME_MOMENT_SECONDS = 0.005  # replies of two questions differ by so much in what they call the same moment
+ONE_AFTER_ANOTHER_SECONDS = 1e-6
+FEWEST_IN_ONE_ASK = 8
 MOST_DEATHS = 100  # a process that misses so many moments in a row is not able to send at all
 
 
@@ -83,6 +86,11 @@ class Line:
         self.pokes = 0
         self._ask_at = 0.0
         self._tickets = 0
+        self._most_at_once = settings.most_in_one_ask
+        self._died = False
+        self._left_at = 0.0
+        self._asleep = 0
+        self._clock_ahead: float | None = None
 
     @property
     def waiting(self) -> int:
@@ -101,6 +109,7 @@ class Line:
             permit = await self._permit_of(waiter)
             if not permit.dead:
                 return permit
+            self._died = True
             # Asked for before it is back, the next would keep its distance from one that was never used.
             await asyncio.shield(self._give_back(permit))
         raise PermitDead(
@@ -129,14 +138,33 @@ class Line:
         self._run()
         try:
             permit = await waiter.future
-            wait = permit.wait_seconds
-            if wait > 0:
-                await asyncio.sleep(wait)
+            await self._until_moment(permit)
         except asyncio.CancelledError:
             if waiter.future.done() and not waiter.future.cancelled() and not waiter.future.exception():
                 self._give_back(waiter.future.result())
             raise
         return permit
+
+    async def _until_moment(self, permit: Permit) -> None:
+        """Sleep until the moment; those of (almost) the same moment leave in the order of the line."""
+        earlier, self._left_at = self._left_at, permit.moment_at
+        if 0 <= earlier - permit.moment_at < SAME_MOMENT_SECONDS:
+            self._left_at = earlier + ONE_AFTER_ANOTHER_SECONDS  # equal timers fire in any order
+        if self._asleep or self._left_at > time.monotonic():  # whoever sleeps may be due, and stands before
+            await self._sleep_until(self._left_at)
+
+    async def _sleep_until(self, at: float) -> None:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        if self._clock_ahead is None:  # once: two readings a timer would put timers out of order
+            self._clock_ahead = max(0.0, loop.time() - time.monotonic())
+        timer = loop.call_at(at + self._clock_ahead, _finish, future)
+        self._asleep += 1
+        try:
+            await future
+        finally:
+            self._asleep -= 1
+            timer.cancel()
 
     def _run(self) -> None:
         if self._runner is None or self._runner.done():
@@ -175,11 +203,19 @@ class Line:
     def _take(self) -> bool:
         """Move those who will be asked for out of the line; False if nobody is left."""
         self._asked = []
-        while self._waiters and len(self._asked) < self._settings.most_in_one_ask:
+        self._fit_to_pace()
+        while self._waiters and len(self._asked) < self._most_at_once:
             waiter = self._waiters.popleft()
             if not waiter.future.done():
                 self._asked.append(waiter)
         return bool(self._asked)
+
+    def _fit_to_pace(self) -> None:
+        """Ask for no more at a time than this process wakes before they die."""
+        if self._died:
+            self._most_at_once, self._died = max(FEWEST_IN_ONE_ASK, self._most_at_once // 2), False
+        else:
+            self._most_at_once = min(self._settings.most_in_one_ask, self._most_at_once + 1)
 
     def _hand_out(self, permits: list[Permit], wait: Wait) -> bool:
         """Give the permits out in order; True if somebody asked in vain."""

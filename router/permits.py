@@ -84,7 +84,17 @@ class LimiterSettings:
     def of(cls, config: RouterConfig) -> LimiterSettings:
         """The same for every process of one configuration: whoever sets a target packs them into it."""
         longest = max((model.timeout_seconds for model in config.models.values()), default=180.0)
-        return cls(call_longest_seconds=longest + AFTER_TIMEOUT_SECONDS)
+        traffic = config.traffic
+        return cls(
+            minute_slacks=Slacks(traffic.minute_send_slack, traffic.minute_transit_slack),
+            second_slacks=Slacks(traffic.second_send_slack, traffic.second_transit_slack),
+            call_longest_seconds=longest + AFTER_TIMEOUT_SECONDS,
+            breaker=BreakerSettings(
+                failures_borne=traffic.failures_borne,
+                first_rest_seconds=traffic.first_rest_seconds,
+                longest_rest_seconds=traffic.longest_rest_seconds,
+            ),
+        )
 
     def slacks(self, window_seconds: float) -> Slacks:
         """The slacks of a window of this length."""
@@ -237,8 +247,8 @@ class ModelTraffic:
             return None
         since, last = _span(self.refused_since_seconds), _span(self.refused_seconds)
         return (
-            f"{self.refused:,} of its calls refused (429) in the last {since}, the latest {last} ago: its traffic "
-            "target is above what the provider allows; lower it, or have the quota raised."
+            f"{self.refused:,} of its calls refused (429) in the last {since}, the latest {last} ago: its "
+            "traffic target is above what the provider allows; lower it, or have the quota raised."
         )
 
 

@@ -1,6 +1,6 @@
 """Prompts as sparse rows of numbers: hashed words and character n-grams, and what shape they have. Pure.
 
-Hashing keeps the size bounded whatever the examples are, and n-grams of a whole batch are taken at once by numpy.
+Hashing keeps the size bounded whatever the examples are; n-grams of a whole batch are taken at once by numpy.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +21,26 @@ GRAM_COLUMNS = 1 << 17
 WORD_COLUMNS = 1 << 16
 WORDS_LOOKED_AT = 300
 OPENING_WORDS = 3
+FEWEST_NUMBERS = 2  # that make a sum of a question of how many
 
 _WORD = re.compile(r"\w+|[^\w\s]")
+_PLAIN = re.compile(r"[^\W_]+")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufeff]")
 _DIGIT = re.compile(r"\d")
 _SPACES = re.compile(r"[^\S\n]+")
 _OPTION = re.compile(r"(?:^|\n)\s*\(?[a-e1-5][).:]\s")
+_NUMBER = re.compile(
+    r"\d+(?:[.,:/]\d+)*"
+    r"|\b(?:two|three|four|five|six|seven|eight|nine|ten|dozen|half|twice|third|quarter|double)\b"
+)
+_HOW_MANY = re.compile(
+    r"\bhow (?:many|much|long|far|old|tall|fast|big)\b|\bin total\b"
+    r"|\bwhat (?:is|was|will be) (?:the|his|her|their) (?:total|average|sum)\b"
+    r"|\bcu[aá]nt[oa]s?\b|\bcombien\b|\bwie ?viele?\b|\bquant[oaie]s?\b|\bile\b"
+    "|\\bсколько\\b|多少|几个|いくつ|何"  # noqa: RUF001 - these are Cyrillic letters
+)
+_SENTENCE_END = re.compile(r"[.!?。！？]")  # noqa: RUF001 - the ends of Chinese and Japanese sentences
+_QUESTION_MARKS = ("?", "？", "؟")  # noqa: RUF001 - the marks of Chinese and of Arabic
 _CODE = re.compile(r"[{}();=<>\[\]]")
 
 IntArray = NDArray[np.int64]
@@ -47,8 +62,13 @@ def words_of(text: str) -> list[str]:
     """The words and signs of a normal text, every digit as 0, and the ways in which it opens."""
     words = _WORD.findall(_DIGIT.sub("0", text))[:WORDS_LOOKED_AT]
     openings = ["^" + " ".join(words[:n]) for n in range(1, min(OPENING_WORDS, len(words)) + 1)]
-    pairs = [f"{first} {second}" for first, second in zip(words, words[1:])]
+    pairs = [f"{first} {second}" for first, second in pairwise(words)]
     return [*words, *pairs, *openings]
+
+
+def plain_words(text: str) -> set[str]:
+    """The different words of a normal text, for rules that look for words."""
+    return set(_PLAIN.findall(text))
 
 
 def word_column(word: str) -> int:
@@ -59,12 +79,12 @@ def word_column(word: str) -> int:
 def word_counts(texts: Sequence[str]) -> csr_matrix:
     """How often each word stands in each normal text."""
     columns: list[int] = []
-    lengths = np.zeros(len(texts) + 1, dtype=np.int64)
-    for row, text in enumerate(texts):
+    lengths: list[int] = []
+    for text in texts:
         words = words_of(text)
         columns.extend(map(word_column, words))
-        lengths[row + 1] = len(words)
-    rows = np.repeat(np.arange(len(texts), dtype=np.int64), np.diff(np.cumsum(lengths)))
+        lengths.append(len(words))
+    rows = np.repeat(np.arange(len(texts), dtype=np.int64), lengths)
     return _counts(rows, np.array(columns, dtype=np.int64), len(texts), WORD_COLUMNS)
 
 
@@ -92,27 +112,38 @@ def _counts(rows: IntArray, columns: IntArray, height: int, width: int) -> csr_m
 
 
 SHAPES = (
-    "short", "middling", "long", "very long", "many lines", "answer options", "signs of code", "ends in a question mark",
-    "begins in lower case", "many digits", "one sentence", "pasted text after the first line", "not latin letters",
+    "short", "middling", "long", "very long", "many lines", "answer options", "signs of code",
+    "ends in a question mark", "begins in lower case", "many digits", "one sentence",
+    "text after a first line", "not latin letters", "numbers and a question of how many", "many numbers and a question",
 )  # fmt: skip
+_SIZES = (0, 60, 200, 700, 1 << 40)  # characters, from which a text is short, middling, long, very long
+_LONGEST_FIRST_LINE = 150
+_OPTIONS = 3
 
 
 def shapes(prompts: Sequence[str], texts: Sequence[str]) -> NDArray[np.float64]:
     """Of each prompt and its normal text what SHAPES names, as 0 to 1."""
-    return np.array([_shape(prompt, text) for prompt, text in zip(prompts, texts)], dtype=np.float64)
+    both = zip(prompts, texts, strict=True)
+    return np.array([[float(min(1, value)) for value in _shape(*pair)] for pair in both])
 
 
 def _shape(prompt: str, text: str) -> tuple[float, ...]:
     size = len(text)
-    lines = text.count("\n")
     first_line = text.find("\n")
-    start = prompt.lstrip()[:1]
+    numbers = len(_NUMBER.findall(text))
+    asks = text.endswith(_QUESTION_MARKS)
+    foreign = sum(character > "\u036f" for character in text[:200])
     return (
-        float(size < 60), float(60 <= size < 200), float(200 <= size < 700), float(size >= 700),
-        min(1.0, lines / 10), float(len(_OPTION.findall(text)) >= 3),
-        min(1.0, 10 * len(_CODE.findall(text)) / (size + 50)),
-        float(text.endswith(("?", "？", "؟"))), float(start.islower()),
-        min(1.0, 8 * len(_DIGIT.findall(text)) / (size + 20)),
-        float(len(re.findall(r"[.!?。！？]", text)) <= 1), float(0 < first_line < 150 and size > first_line + 150),
-        float(sum(character > "\u036f" for character in text[:200]) > 0.3 * min(200, size or 1)),
-    )  # fmt: skip
+        *(start <= size < end for start, end in pairwise(_SIZES)),
+        text.count("\n") / 10,
+        len(_OPTION.findall(text)) >= _OPTIONS,
+        10 * len(_CODE.findall(text)) / (size + 50),
+        asks,
+        prompt.lstrip()[:1].islower(),
+        8 * len(_DIGIT.findall(text)) / (size + 20),
+        len(_SENTENCE_END.findall(text)) <= 1,
+        0 < first_line < _LONGEST_FIRST_LINE < size - first_line,
+        foreign > 0.3 * min(200, size or 1),
+        numbers >= FEWEST_NUMBERS and _HOW_MANY.search(text) is not None,
+        numbers > 2 * FEWEST_NUMBERS and asks,
+    )

@@ -152,7 +152,7 @@ class TaskQueue:
         return bool((await self._one("SELECT categorise FROM queue_settings"))["categorise"])
 
     async def starts_categorising(self, seconds: float) -> None:
-        """Say that a categoriser will be there within `seconds`, so that the backlog does not take the default."""
+        """Say that a categoriser will be there within `seconds`: the backlog may wait for it."""
         await self._one("SELECT starts_categorising($1)", seconds)
 
     async def take_uncategorised(self, limit: int) -> list[Uncategorised]:

@@ -22,8 +22,9 @@ class Leg(enum.Enum):
 
     RUNNING = "running"  # sent, or in line for a permit and still borne with
     STUCK = "stuck"  # in line for longer than is borne; it may still be sent
+    RESTING = "resting"  # in line for a model that rests after failures; it may still be sent
     ANSWERED = "answered"
-    FAILED = "failed"  # it was sent, and brought nothing
+    FAILED = "failed"  # it was sent and brought nothing, or its model rested
     UNSENT = "unsent"  # it never was sent
 
 
@@ -85,7 +86,7 @@ def decide(race: Standing) -> Move:
         return GivePassages()
     if _may_ask(race):
         return AskNext()
-    hopeful = {Leg.RUNNING, Leg.STUCK} & {*race.chosen, race.fallback}
+    hopeful = {Leg.RUNNING, Leg.STUCK, Leg.RESTING} & {*race.chosen, race.fallback}
     if not hopeful and race.passages is not Leg.RUNNING:
         return GivePassages()
     return Wait(left)
@@ -93,7 +94,8 @@ def decide(race: Standing) -> Move:
 
 def _chosen_is_out(race: Standing) -> bool:
     """Whether the fallback need not be held back any longer: the chosen model failed, or nobody runs."""
-    return not _may_ask(race) and (Leg.FAILED in race.chosen or Leg.RUNNING not in race.chosen)
+    failed = bool({Leg.FAILED, Leg.RESTING} & {*race.chosen})
+    return not _may_ask(race) and (failed or Leg.RUNNING not in race.chosen)
 
 
 def _may_ask(race: Standing) -> bool:

@@ -16,6 +16,7 @@ from router.permits import MICRO, LimiterSettings, PastCall, Seen, WaitReason
 log = logging.getLogger("router.limiter")
 
 History = Callable[[str, float], Awaitable[list[PastCall]]]
+KNOWN_SECONDS = 61.0  # a target with a minute's window, set after one with a second's, knows its past too
 PutTarget = Callable[[str, Seen], Awaitable[object]]
 
 
@@ -38,6 +39,7 @@ class Recovery:
         self._name = name
         self._rebuilding: dict[str, asyncio.Lock] = {}
         self._said: set[str] = set()
+        self._noticed: dict[str, tuple[int, float]] = {}  # a loss, named by Redis's clock, and when by our own
 
     async def recover(self, model: str, seen: Seen, reason: WaitReason) -> float | None:
         """Put back what Redis lost: 0 if done, else the seconds to wait; None if only a change can help."""
@@ -56,12 +58,14 @@ class Recovery:
         live, lost_for, clock, longest, known = struct.unpack("<5d", reply)
         if live:
             return 0.0
+        lost_for = min(lost_for, self._own_seconds(model, round(clock - lost_for), asked) * MICRO)
         if known and model not in self._said:
             self._said.add(model)
             log.warning("Redis lost what was sent to %s: nothing is sent until it is counted anew", model)
         out_seconds = self._settings.look_ahead_seconds + self._settings.minute_slacks.send
         calls: list[PastCall] = []
         if self._history is not None:
+            longest = max(longest, KNOWN_SECONDS * MICRO)
             calls = await self._past_calls(self._history, model, longest / MICRO)
         elif known:
             out_seconds += longest / MICRO
@@ -70,9 +74,17 @@ class Recovery:
             return still_out
         blind = self._history is None and not known
         clock += (time.monotonic() - asked) * MICRO
-        since = clock - longest if calls else 0.0
+        since = clock - longest if calls or known else 0.0
         await self._build(model, seen, calls, clock, since=since, blind=blind)
         return 0.0
+
+    def _own_seconds(self, model: str, loss: int, asked: float) -> float:
+        """How long we know of this loss: Redis's clock may be set while we wait."""
+        known, since = self._noticed.get(model, (0, 0.0))
+        if known != loss:
+            since = asked
+            self._noticed[model] = (loss, since)
+        return time.monotonic() - since
 
     async def _past_calls(self, history: History, model: str, seconds: float) -> list[PastCall]:
         try:

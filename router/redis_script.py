@@ -50,7 +50,7 @@ class RedisScript:
         """The script's reply, undecoded. One round trip, once the script is loaded."""
         for _ in range(MOST_TRIES):
             try:
-                node = self._node(key)
+                node = await self._node(key)
                 sha = self._shas.get(node) or await self._load(node)
                 command = ("EVALSHA", sha, 1, key, verb, *arguments)
                 reply = await self._redis.execute_command(*command, **{NEVER_DECODE: True})
@@ -120,8 +120,11 @@ class RedisScript:
         self._shas.clear()
         self._heads.clear()
 
-    def _node(self, key: str) -> str:
-        return str(self._redis.get_node_from_key(key).name) if self._cluster else ""
+    async def _node(self, key: str) -> str:
+        if not self._cluster:
+            return ""
+        await self._redis.initialize()
+        return str(self._redis.get_node_from_key(key).name)
 
     async def _load(self, node: str = "") -> str:
         async with self._loading:

@@ -27,7 +27,7 @@ _STOP_TEXT = """
     of on or our such that the their then there these they this to was we were what when where which who why
     will with you your
 """
-_STOP_WORDS = frozenset(_STOP_TEXT.split())
+STOP_WORDS = frozenset(_STOP_TEXT.split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Views:
 def views(text: str) -> Views:
     """The words that count: lower case, without those that stand in every English text."""
     words = _WORD.findall(text.lower())
-    return Views(tuple(word[:LONGEST_WORD] for word in words if word not in _STOP_WORDS))
+    return Views(tuple(word[:LONGEST_WORD] for word in words if word not in STOP_WORDS))
 
 
 def rarity(holding: int, entries: int) -> float:

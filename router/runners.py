@@ -41,16 +41,19 @@ class Runner:
         self._written = False
         self._no_more: str | None = None
         self._stuck = False
-        self._task: asyncio.Task[None] | None = None
+        self._rests = False
+        self._sending: asyncio.Task[CallResult] | None = None
 
     @property
     def leg(self) -> Leg:
         """How far it is."""
         if self.result is None:
-            return Leg.STUCK if self._stuck and self.sent_at is None else Leg.RUNNING
+            if self.sent_at is not None or not (self._stuck or self._rests):
+                return Leg.RUNNING
+            return Leg.RESTING if self._rests else Leg.STUCK
         if self.result.outcome is Outcome.ANSWERED:
             return Leg.ANSWERED
-        return Leg.UNSENT if self.result.outcome is Outcome.UNSENT else Leg.FAILED
+        return Leg.UNSENT if self.result.outcome is Outcome.UNSENT and not self._rests else Leg.FAILED
 
     @property
     def under_way(self) -> bool:
@@ -62,18 +65,17 @@ class Runner:
 
         It stands in line for a permit until `until`, and counts as stuck after `patience_seconds`.
         """
-        self._task = asyncio.current_task()
-        patience = asyncio.get_running_loop().call_later(patience_seconds, self._is_stuck)
         try:
-            result = await self._attempt(patience_seconds, until)
+            self._came(await self._attempt(patience_seconds, until))
         except asyncio.CancelledError:
-            result = self._given_up()
-        finally:
-            patience.cancel()
+            self._came(self._given_up())
+
+    def _came(self, result: CallResult) -> None:
+        if self.result is None:
             self._coming.end()
-        self.result = result
-        self.ended_at = time.monotonic()
-        self._on_news(self, "ended")
+            self.result = result
+            self.ended_at = time.monotonic()
+            self._on_news(self, "ended")
 
     async def close(self) -> None:
         """Settle the call."""
@@ -85,11 +87,14 @@ class Runner:
             self.settled.set()
 
     def give_up(self, why: str) -> None:
-        """End the call, if it has not ended; what was not sent is not sent any more."""
+        """End the call, if it has not ended; what was not sent is not sent any more.
+
+        While it is being written into the log nothing is cut off, so that what the log holds stays known.
+        """
         if self.under_way:
             self._no_more = why
-            if self._task is not None:
-                self._task.cancel()
+            if self._sending is not None:
+                self._sending.cancel()
 
     def spare(self, why: str) -> None:
         """Give the call up unless it was sent."""
@@ -103,10 +108,7 @@ class Runner:
 
     async def _attempt(self, patience_seconds: float, until: float) -> CallResult:
         try:
-            self.row = await self._ledger.write(self.row)
-            self._written = True
-            self._coming.end()
-            return await self._permitted(patience_seconds, until)
+            return await self._write_and_send(patience_seconds, until)
         except InputError as error:
             self.refusal = error
             return CallResult(Outcome.UNSENT, error=str(error))
@@ -121,19 +123,39 @@ class Runner:
             log.exception("call %s: a fault of the program", self.row.call_id)
             return CallResult(Outcome.ERROR, error=f"a fault of the program: {type(error).__name__}")
 
+    async def _write_and_send(self, patience_seconds: float, until: float) -> CallResult:
+        if self._no_more is None:
+            self.row = await self._ledger.write(self.row)
+            self._written = True
+            self._coming.end()
+        if self._no_more is not None:
+            return self._given_up()
+        sending = self._permitted(patience_seconds, until)
+        name = f"router send {self.row.call_id}"
+        self._sending = asyncio.get_running_loop().create_task(sending, name=name)
+        return await self._sending
+
     async def _permitted(self, patience_seconds: float, until: float) -> CallResult:
         means, model = self._ledger.means, self.row.model
         ahead = await outlook(means.limiter, model)
+        self._rests = ahead.rests
         left = until - time.monotonic()
         if ahead.seconds is None or ahead.seconds > left:
             when = "" if ahead.seconds is None else f" for {ahead.seconds:.1f} s"
             why = f"no permit for {model}{when}: {ahead.why}"
             return CallResult(Outcome.UNSENT, error=why, retry_after_seconds=ahead.retry_after_seconds)
-        if ahead.seconds > patience_seconds:
+        if ahead.rests or ahead.seconds > patience_seconds:
             self._is_stuck()
-        return await send_permitted(
-            means.limiter, means.backend, self.order, permit_seconds=left, going_out=self._going_out
-        )
+        loop = asyncio.get_running_loop()
+        patience = loop.call_later(patience_seconds, self._is_stuck)
+        sending = send_permitted(
+            means.limiter, means.backend, self.order,
+            permit_seconds=left, going_out=self._going_out, came=self._came,
+        )  # fmt: skip
+        try:
+            return await sending
+        finally:
+            patience.cancel()
 
     def _going_out(self, permit: Permit) -> None:
         permit.check()

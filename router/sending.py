@@ -23,6 +23,7 @@ LOOK_SECONDS = 0.25
 MAY_PASS_AT_ANY_MOMENT = frozenset(
     {WaitReason.NOTHING, WaitReason.AT_ONCE, WaitReason.LOST, WaitReason.PROBING}
 )
+RESTS = frozenset({WaitReason.RESTING, WaitReason.PROBING})
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,30 +46,33 @@ async def send_permitted(
     *,
     permit_seconds: float,
     going_out: Callable[[Permit], None],
+    came: Callable[[CallResult], None] | None = None,
 ) -> CallResult:
     """Send one call under a permit; what came of it. LimiterError if no permit is to be had in time.
 
     `going_out` is called immediately before the first byte is written. It checks the permit, and whatever
     else must hold; what it raises passes through, and the permit is given back. So it is when the caller is
     cancelled before that; afterwards the permit stays counted, since the backend may still be working.
+    `came` is told the result at once: giving the permit back may take as long as Redis does.
     """
     for _ in range(DEAD_PERMITS_BORNE):
         permit = await limiter.acquire(
             order.model, tokens=order.reserved_tokens, timeout_seconds=permit_seconds
         )
         try:
-            return await _send(limiter, backend, order, permit, going_out)
+            return await _send(limiter, backend, order, permit, going_out, came)
         except PermitDead:
             continue
     raise PermitDead(f"{DEAD_PERMITS_BORNE} permits of {order.model} died before they could be used")
 
 
-async def _send(
+async def _send(  # noqa: PLR0917 - private: send_permitted's own arguments
     limiter: TrafficLimiter,
     backend: ModelsBackend,
     order: CallOrder,
     permit: Permit,
     going_out: Callable[[Permit], None],
+    came: Callable[[CallResult], None] | None,
 ) -> CallResult:
     sent = False
 
@@ -88,6 +92,8 @@ async def _send(
             with contextlib.suppress(LimiterError):  # it stays counted, which is safe
                 await asyncio.shield(limiter.cancel(permit))
         raise
+    if came is not None:
+        came(result)
     with contextlib.suppress(LimiterError):  # a rest is said again by whoever knows of it
         await limiter.heed(
             order.model, result.outcome, result.retry_after_seconds, why=result.error or "", permit=permit
@@ -106,6 +112,7 @@ class Outlook:
 
     seconds: float | None
     why: str
+    rests: bool = False  # after failures, or a refusal
 
     @property
     def retry_after_seconds(self) -> float:
@@ -121,6 +128,8 @@ async def outlook(limiter: TrafficLimiter, model: str) -> Outlook:
         traffic = await result_within(limiter.snapshot([model]), LOOK_SECONDS, f"router look at {model}")
     except LimiterError:
         traffic = None
-    if traffic is None or traffic[model].waiting_for in MAY_PASS_AT_ANY_MOMENT:
+    if traffic is None:
         return Outlook(0.0, "")
-    return Outlook(traffic[model].next_seconds, traffic[model].waiting_for.text)
+    reason = traffic[model].waiting_for
+    at_any_moment = reason in MAY_PASS_AT_ANY_MOMENT
+    return Outlook(0.0 if at_any_moment else traffic[model].next_seconds, reason.text, reason in RESTS)

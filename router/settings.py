@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG_FOLDER = ROOT / "config"
 MODEL_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 CATEGORY_PATTERN = r"^[a-z][a-z0-9_-]{0,49}$"
+GRADE_SOURCES = ("check", "reference", "judge", "feedback")  # where the score of an answer comes from
 
 
 Settings = TypeVar("Settings", bound=BaseModel)
@@ -102,6 +103,18 @@ class WorkerSettings(_Frozen):
     max_in_flight: int = Field(default=5000, ge=1)
 
 
+class TrafficSettings(_Frozen):
+    """How late a send may be, and when a model is given a rest. All times in seconds; see docs/limiter.md."""
+
+    second_send_slack: float = Field(default=0.025, gt=0, le=0.5)
+    second_transit_slack: float = Field(default=0.035, ge=0, le=5)
+    minute_send_slack: float = Field(default=0.100, gt=0, le=5)
+    minute_transit_slack: float = Field(default=0.150, ge=0, le=30)
+    failures_borne: int = Field(default=5, ge=1, le=1000)
+    first_rest_seconds: float = Field(default=1.0, gt=0, le=3600)
+    longest_rest_seconds: float = Field(default=60.0, gt=0, le=86_400)
+
+
 class AskingSettings(_Frozen):
     """Answering one prompt now. All times in seconds; a deadline counts from when the prompt came."""
 
@@ -139,17 +152,24 @@ class FallbackSettings(_Frozen):
 
 
 class RuleSettings(_Frozen):
-    """One rule of `config/categories.yaml`: a regular expression, tried on the lower-case prompt."""
+    """One rule of `config/categories.yaml`: a pattern or words, looked for in the lower-case prompt."""
 
     category: str
-    pattern: str = Field(min_length=1)
+    pattern: str | None = Field(default=None, min_length=1)
+    words: str | None = Field(default=None, min_length=1)  # separated by spaces
     weight: float = Field(default=1.0, gt=0, le=10)
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> RuleSettings:
+        if (self.pattern is None) == (self.words is None):
+            raise ValueError("a rule has either a pattern or words")
+        return self
 
     @field_validator("pattern")
     @classmethod
-    def _pattern_compiles(cls, pattern: str) -> str:
+    def _pattern_compiles(cls, pattern: str | None) -> str | None:
         try:
-            re.compile(pattern)
+            re.compile(pattern or "")
         except re.error as error:
             raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
         return pattern
@@ -182,6 +202,99 @@ class CategorySettings(_Frozen):
         return self
 
 
+class UtilitySettings(_Frozen):
+    """The worth of a call: weights, the scales of seconds and USD at which half is left, and the floor."""
+
+    success: float = Field(default=0.25, ge=0)
+    score: float = Field(default=0.50, ge=0)
+    latency: float = Field(default=0.10, ge=0)
+    cost: float = Field(default=0.15, ge=0)
+    latency_seconds: float = Field(default=20.0, gt=0)
+    cost_usd: float = Field(default=0.002, gt=0)
+    floor: float = Field(default=0.4, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _weighs_something(self) -> UtilitySettings:
+        if self.success + self.score + self.latency + self.cost <= 0:
+            raise ValueError("the weights success, score, latency and cost are all 0; give one a weight")
+        return self
+
+
+class ExplorationSettings(_Frozen):
+    """How much traffic goes to models that have to prove themselves: a share, and calls a period for each."""
+
+    share: float = Field(default=0.05, ge=0, le=0.5)
+    calls: int = Field(default=150, ge=0)
+
+
+class OutageSettings(_Frozen):
+    """When failures are the backend's and no model's."""
+
+    seconds: int = Field(default=30, ge=1, le=3600)
+    share: float = Field(default=0.9, gt=0, le=1)
+    models: int = Field(default=3, ge=2)
+
+
+class GradingSettings(_Frozen):
+    """How many answers are graded, and what a grade weighs by its source."""
+
+    answers: int = Field(default=300, ge=0, le=100_000)
+    sources: dict[str, float] = {"check": 1, "reference": 2, "judge": 2, "feedback": 3}
+
+    @field_validator("sources")
+    @classmethod
+    def _weights_are_weights(cls, sources: dict[str, float]) -> dict[str, float]:
+        for source, weight in sources.items():
+            if source not in GRADE_SOURCES:
+                raise ValueError(f"{source!r} is none of {', '.join(GRADE_SOURCES)}")
+            if not 0 <= weight <= 1000:  # noqa: PLR2004 - a bound that catches a typing error
+                raise ValueError(f"{source}: {weight:g} is not between 0 and 1000")
+        return sources
+
+
+class LearningSettings(_Frozen):
+    """`config/learning.yaml`, whole."""
+
+    utility: UtilitySettings = UtilitySettings()
+    categories: dict[str, dict[str, float]] = {}
+    period_hours: float = Field(default=24.0, ge=0.001, le=24 * 31)
+    half_life_periods: float = Field(default=7.0, gt=0)
+    memory_periods: int = Field(default=42, ge=1, le=400)
+    change_errors: float = Field(default=4.0, ge=1)
+    bound_errors: float = Field(default=1.0, ge=0)
+    prior_calls: float = Field(default=15.0, gt=0)
+    enough_calls: int = Field(default=40, ge=1)
+    margin: float = Field(default=0.015, ge=0, lt=1)
+    margin_errors: float = Field(default=2.0, ge=0)
+    exploration: ExplorationSettings = ExplorationSettings()
+    outage: OutageSettings = OutageSettings()
+    grading: GradingSettings = GradingSettings()
+    undo_periods: int = Field(default=3, ge=0)
+
+    @model_validator(mode="after")
+    def _categories_are_utilities(self) -> LearningSettings:
+        category = ""
+        try:
+            for category in self.categories:
+                self.utility_of(category)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            raise ValueError(f"categories.{category}.{key}: {first['msg']}") from error
+        return self
+
+    def utility_of(self, category: str) -> UtilitySettings:
+        """The worth of a call of this category: the usual one, with what is different there."""
+        return UtilitySettings.model_validate(
+            {**self.utility.model_dump(), **self.categories.get(category, {})}
+        )
+
+    @property
+    def period_seconds(self) -> int:
+        """The length of a period in whole seconds."""
+        return max(1, round(self.period_hours * 3600))
+
+
 class RouterConfig(_Frozen):
     """`config/models.yaml`, whole, with the names of the categories."""
 
@@ -191,6 +304,7 @@ class RouterConfig(_Frozen):
     categorising: CategorySettings | None = Field(default=None, exclude=True, repr=False)
     backend: BackendSettings = BackendSettings()
     worker: WorkerSettings = WorkerSettings()
+    traffic: TrafficSettings = TrafficSettings()
     asking: AskingSettings = AskingSettings()
     fallback: FallbackSettings = FallbackSettings()
 
@@ -216,7 +330,7 @@ class RouterConfig(_Frozen):
         for name, model in self.models.items():
             if not re.fullmatch(MODEL_NAME_PATTERN, name):
                 raise ValueError(
-                    f"models.{name[:120]!r} is no model name: letters, digits, '.', '_' and '-', at most 100"
+                    f"models.{name[:120]!r}: no model name: letters, digits, '.', '_' and '-', at most 100"
                 )
             unknown = sorted(set(model.ranks) - set(self.categories))
             if unknown:
@@ -303,6 +417,21 @@ def load_categories(folder: Path | None = None) -> CategorySettings:
             raise ConfigError(f"{path}: folder: no such key; examples are looked for beside the file.")
         data = {**data, "folder": folder}
     return _validated(CategorySettings, data, path)
+
+
+def load_learning(folder: Path | None, categories: Collection[str]) -> LearningSettings:
+    """Read and check `learning.yaml` in `folder`, or the shipped one where that has none.
+
+    ConfigError if it speaks of a category that is not among `categories`.
+    """
+    path = (folder or config_folder()) / "learning.yaml"
+    shipped = DEFAULT_CONFIG_FOLDER / "learning.yaml"
+    own = path.exists()
+    learning = _validated(LearningSettings, _read_yaml(path if own else shipped), path if own else shipped)
+    for category in learning.categories:
+        if own and category not in categories:
+            raise ConfigError(f"{path}: categories.{category}: no such category; known: {sorted(categories)}")
+    return learning
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

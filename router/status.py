@@ -77,9 +77,9 @@ class ModelStatus:
 
     `target` is in force now, or was the last to be (`target_kept`); None if none ever was. `warnings` name
     its limits that can never bind, and those above the provider's own: `refused` counts the 429s lately, the
-    last of them `refused_seconds` ago. `breaker` is `closed`, `open` or `half-open`. `in_flight` counts tasks that are claimed for the model, where its target
-    does not limit calls at once. `waiting_for` is a WaitReason's name in lower case. `calls` and
-    `failed_calls` are of the last RECENT_MINUTES minutes.
+    last of them `refused_seconds` ago. `in_flight` counts tasks that are claimed for the model, where its
+    target does not limit calls at once. `waiting_for` is a WaitReason's name in lower case; `breaker` is
+    `closed`, `open` or `half-open`. `calls` and `failed_calls` are of the last RECENT_MINUTES minutes.
     """
 
     model: str

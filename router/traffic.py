@@ -193,11 +193,8 @@ class _Reading:
         scaled = int(found["whole"] + (found["fraction"] or "")) * _SUFFIXES[suffix]
         count, left = divmod(scaled, 10 ** len(found["fraction"] or ""))
         if left:
-            raise _refused(
-                f"{part[:end]} is no whole number; for less than one a second write, say, 1/2s",
-                self.line,
-                column,
-            )
+            why = f"{part[:end]} is no whole number; for less than one a second write, say, 1/2s"
+            raise _refused(why, self.line, column)
         if count > LARGEST_COUNT:
             raise _refused(f"{_shown(part[:end])} is more than {LARGEST_COUNT:,}", self.line, column)
         rest = part[end:].lstrip()
@@ -209,11 +206,8 @@ class _Reading:
             raise _refused(f"{_shown(rest)} is not a limit", self.line, rest_column)
         what = found["what"].lower()
         if what not in {"", "request", "requests", "token", "tokens"}:
-            raise _refused(
-                f"{_shown(what)} is not counted{_nearest(what, ['tokens', 'requests'])}",
-                self.line,
-                rest_column,
-            )
+            why = f"{_shown(what)} is not counted{_nearest(what, ['tokens', 'requests'])}"
+            raise _refused(why, self.line, rest_column)
         window = self._window(found, rest_column)
         if what.startswith("token"):
             self._once(window, self.tokens, "tokens", column)
@@ -231,11 +225,8 @@ class _Reading:
             raise _refused(_why_no_digits(unit) or what, self.line, place)
         window = int(multiple or 1) * _UNIT_SECONDS[unit]
         if not 1 <= window <= LONGEST_WINDOW_SECONDS:
-            raise _refused(
-                "A window has at least 1 second and at most 31 days",
-                self.line,
-                column + found.start("multiple"),
-            )
+            why = "A window has at least 1 second and at most 31 days"
+            raise _refused(why, self.line, column + found.start("multiple"))
         return window
 
     def _once(self, window: int, seen: Mapping[int, _Limit], what: str, column: int) -> None:
@@ -302,9 +293,7 @@ def _never_binding(limits: tuple[_Limit, ...]) -> Iterator[str]:
 
 
 def _always_tighter(tight: _Limit, loose: _Limit) -> bool:
-    windows = -(
-        -loose.window_seconds // tight.window_seconds
-    )  # so many of the tight ones cover the loose one
-    if windows * tight.count > loose.count:
+    covering = -(-loose.window_seconds // tight.window_seconds)  # so many tight windows cover a loose one
+    if covering * tight.count > loose.count:
         return False
     return (tight.count, tight.window_seconds) != (loose.count, loose.window_seconds)

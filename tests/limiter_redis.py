@@ -26,6 +26,7 @@ class Connection:
     """A blocking connection: a round trip in some 30 microseconds."""
 
     def __init__(self, server: RedisServer) -> None:
+        self.server = server
         self._socket = socket.create_connection(("127.0.0.1", server.port), timeout=30)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._replies = self._socket.makefile("rb")
@@ -33,6 +34,14 @@ class Connection:
     def close(self) -> None:
         self._replies.close()
         self._socket.close()
+
+    def hears(self, seconds: float) -> bool:
+        """Whether something more comes within so long."""
+        self._socket.settimeout(seconds)
+        try:
+            return bool(self._socket.recv(1, socket.MSG_PEEK))
+        except TimeoutError:
+            return False
 
     def ask(self, *commands: tuple[bytes | str | int, ...]) -> Reply:
         """The reply to the last of the commands, all sent in one go."""

@@ -21,8 +21,6 @@ from router.permits import LimiterSettings, WaitReason
 from router.traffic import TrafficTarget
 
 MICRO = 1_000_000
-import os
-OWN = not os.environ.get('NOOWN')
 TIMED = frozenset({WaitReason.WINDOW, WaitReason.TOKENS, WaitReason.RESTING})
 
 
@@ -39,7 +37,7 @@ class Send:
     moment: int
     tokens: int
     end: int
-    slack_seconds: float = 0.0
+    dead: int  # the latest moment at which it may have been sent
     cancelled: bool = False
     returned: bool = False
 
@@ -94,14 +92,23 @@ class LimiterSpec:
     sends: list[Send] = field(default_factory=list)
     head: int = 0
     rest_until: int = 0
-    breaker: Breaker = field(default_factory=lambda: Breaker())
+    late_seconds: float = 0.0  # the longest slack of targets before the one in force, and when the last
+    late_until: int = 0  # permit of theirs was dead
+    breaker: Breaker = field(default_factory=Breaker)
 
     # -- what operators and backends say -------------------------------------------------------------------
 
     def set_target(self, target: TrafficTarget, version: float) -> None:
         """From now on `target` judges all that was sent; an older version than the one in force loses."""
-        if version >= self.version:
-            self.target, self.version = target, version
+        if version < self.version:
+            return
+        before = self.settings.send_slack(self.target) if self.target is not None else 0.0
+        if before > self.settings.send_slack(target) and self.sends:
+            self.late_seconds = max(self.late_seconds, before)
+            for send in self.sends:
+                send.dead = send.moment + micros(self.late_seconds)
+            self.late_until = self.sends[-1].dead
+        self.target, self.version = target, version
 
     def rest(self, now: int, seconds: float) -> None:
         """Nothing is sent for so long; a shorter rest does not end a longer one."""
@@ -149,7 +156,7 @@ class LimiterSpec:
         """Record a send that was decided."""
         holder = micros(self.settings.call_longest_seconds)
         slack = 0.0 if self.target is None else self.settings.send_slack(self.target)
-        send = Send(self.head, moment, tokens, moment + holder, slack)
+        send = Send(self.head, moment, tokens, moment + holder, max(moment + micros(slack), self.late_until))
         self.sends.append(send)
         self.head += 1
         if self.breaker.trip:
@@ -182,18 +189,19 @@ class LimiterSpec:
 
     def counted(self, window_seconds: int, at: int) -> list[Send]:
         """The sends that count in a window at this moment."""
-        return [send for send in self.sends if not send.cancelled and at < send.moment + self.period(send, window_seconds)]  # fmt: skip
+        return [send for send in self.sends if not send.cancelled and at < self.leaves(send, window_seconds)]
 
-    def period(self, send: Send, window_seconds: int) -> int:
-        """How long a send counts in such a window: it may arrive late by its own slack, if that is longer."""
+    def leaves(self, send: Send, window_seconds: int) -> int:
+        """When a send counts no longer: it may have been late by today's slack, or by its own if that was longer."""
         assert self.target is not None
-        slack = max(send.slack_seconds if OWN else 0, self.settings.send_slack(self.target))
-        return micros(window_seconds + slack + self.settings.slacks(window_seconds).transit)
+        slack, transit = self.settings.send_slack(self.target), self.settings.slacks(window_seconds).transit
+        today = send.moment + micros(window_seconds + slack + transit)
+        return max(today, send.dead - micros(slack) + micros(window_seconds + slack + transit))
 
     def _first_that_fits(self, target: TrafficTarget, least: int, tokens: int) -> int:
         """Later is never worse: nothing is added, and what is there leaves. So the first change that fits."""
         windows = {limit.window_seconds for limit in (*target.requests, *target.tokens)}
-        changes = {send.moment + self.period(send, window) for send in self.sends for window in windows}
+        changes = {self.leaves(send, window) for send in self.sends for window in windows}
         moments = [least, *sorted(change for change in changes if change > least)]
         return moments[bisect.bisect_left(moments, True, key=lambda at: self._fits(target, at, tokens))]
 
@@ -218,6 +226,7 @@ class LimiterSpec:
         self.sends = list(sends)
         self.head = len(self.sends)
         self.rest_until, self.breaker = rest_until, Breaker(trip)
+        self.late_seconds, self.late_until = 0.0, 0
 
     def forget_before(self, at: int) -> None:
         """Drop sends that no window can hold any more, to stay quick; the latest stays for the pace."""

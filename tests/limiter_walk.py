@@ -199,15 +199,17 @@ class _Steps:
 
     async def _lose(self) -> str:
         world = self.world
-        kind = self.chance.choice(["flush", "key", "chunk", "kept", "empty", "old"])
+        kind = self.chance.choice(["flush", "key", "chunk", "kept", "empty", "old", "rolled back"])
         if kind == "flush":
             world.flush()
         elif kind == "key":
             world.lose_key()
         elif kind == "chunk":
             world.lose_chunk(self.chance.randrange(10))
-        else:
+        elif kind != "rolled back":
             world.restart(memory=kind)
+        elif world.roll_back():
+            await world.reserve(max(range(len(world.everyone)), key=world.seen), (0,))
         return kind
 
     async def _back(self) -> str:

@@ -84,6 +84,7 @@ class World:
         self.state = "gone"  # "sound": the script must know all; "doubtful": it may find out that it does not
         self.generation = 0.0
         self.clock_told = (0, 0.0)
+        self.noticed: dict[int, int] = {}  # who knows of a loss, and since when
         self.jumped = False  # since Redis was last asked
         self.disturbed_until = 0
         self.known_from = 0
@@ -142,6 +143,7 @@ class World:
 
     def restart_client(self, who: int) -> None:
         """A new process in the place of another one: it has seen nothing, and what the old one held dies."""
+        self.noticed.pop(who, None)
         self.everyone[who] = self._newcomer()
 
     def seen(self, who: int) -> tuple[float, float]:
@@ -173,7 +175,9 @@ class World:
         """Ask for permits; each is checked against the clock rules, and held."""
         self.current = who
         reply = await self._ask(self.everyone[who]._ask(MODEL, needs), needs)
-        permits: list[Permit] = reply[0] if reply else []
+        permits, wait = reply
+        if wait.reason is WaitReason.LOST:
+            self._agree_to_wait(self.now)
         made = [Held(permit, who, send.moment) for permit, send in zip(permits, self.spec.sends[-len(permits):], strict=False)]  # fmt: skip
         for held, slack in zip(made, [self.slack] * len(made), strict=True):
             offset = self.offsets[who]
@@ -324,13 +328,20 @@ class World:
             hint = (None if again < 0 else round(again), WaitReason(int(reason)))
             self._agree_on_the_rest(asked.at, needs[len(grants):], hint, fresh=not grants)  # fmt: skip
 
+    def _agree_to_wait(self, at: int) -> None:
+        """What is lost is back as soon as its permits are dead and, without a history, its windows over."""
+        noticed = self.noticed.setdefault(self.current, at)
+        longest = 0.35 if self.with_history else 0.35 + self.memory / MICRO
+        self._agree(at - noticed <= micros(4 * longest), f"the memory is lost for {at - noticed} us")
+
     def _follow_grant(self, at: int, number: int, wait: int, need: int, *, exact: bool) -> None:
         decision = self.spec.decide(at, need)
         what = f"send {number} is granted in {wait} us, where {decision.reason.name} says {self._in(decision, at)}"
         self._agree(number == self.spec.head, f"send {number} is number {self.spec.head}")
         self._agree(decision.moment is not None and decision.reason not in ONLY_AGAIN, what)
         soonest = decision.moment or 0
-        self._agree(at + wait >= soonest, what)
+        grain = 0 if exact else 1  # a clock that was set is corrected to the microsecond
+        self._agree(at + wait >= soonest - grain, what)
         self._agree(0 <= wait <= LOOK, what)
         self._agree(not exact or at + wait == soonest, what)
         self.spec.grant(at + wait, need)
@@ -392,7 +403,7 @@ class World:
         sends = []
         for number, (moment,) in enumerate(struct.iter_unpack("<d", moments)):  # type: ignore[arg-type]
             true = told_at + round(moment - clock)
-            sends.append(Send(number, true, 0, true + holder))
+            sends.append(Send(number, true, 0, true + holder, true))
         ordered = sorted(self.rows, key=lambda row: -row.age_seconds_latest)
         self._agree(len(ordered) == len(sends), "the history was not taken whole")
         for send, row in zip(sends, ordered, strict=True):
@@ -403,6 +414,7 @@ class World:
         self.spec.rebuild(sends, asked.at + round(rests) if rests > 0 else 0, int(trips))
         self.rows = []
         self.state = "sound"
+        self.noticed.clear()
         since = struct.unpack_from("<2d", asked.arguments[0])[1]  # type: ignore[arg-type]
         self.known_from = told_at + round(since - clock) if since > 0 else 0
 
@@ -436,6 +448,7 @@ class World:
         """What an RDB file would hold now."""
         keys = [key.decode() for key in self.redis.do("KEYS", f"{KEY}*")]
         self.saved = {key: self.redis.do("DUMP", key) for key in keys}
+        self.saved_seen = max(self.seen(who) for who in range(len(self.everyone)))
         self.saved_rest = (self.spec.target, self.spec.version, self.spec.rest_until)
 
     def _restore(self) -> None:
@@ -451,6 +464,16 @@ class World:
         self.redis.do("DEL", KEY)
         self._gone(target=False)
 
+    def roll_back(self) -> bool:
+        """An older memory in the same run; False if nobody could know that it is older."""
+        if getattr(self, "saved_seen", None) is None or self.state != "sound":
+            return False
+        if max(self.seen(who) for who in range(len(self.everyone))) <= self.saved_seen:
+            return False
+        self._restore()
+        self._gone(target=True)
+        return True
+
     def lose_chunk(self, which: int) -> bool:
         """One of the pieces of memory is gone; whoever needs it must find out. False if there is none."""
         chunks = sorted(self.redis.do("KEYS", f"{KEY}:m:*"))
@@ -462,6 +485,7 @@ class World:
 
     def _gone(self, *, target: bool) -> None:
         self.state = "gone"
+        self.noticed.clear()
         self.disturbed_until = max(self.disturbed_until, self.now)
         if not target:
             self.spec.target, self.spec.version, self.spec.rest_until = None, 0.0, 0

@@ -128,8 +128,8 @@ $$;
 -- Tasks whose deadline is at most p_ahead_seconds off and that no model has answered, the earliest first. They are
 -- taken for p_hold_seconds: if nothing is said until then, another process may take them.
 CREATE OR REPLACE FUNCTION take_deadlines(p_ahead_seconds double precision, p_hold_seconds double precision, p_limit integer)
-RETURNS TABLE (task_id bigint, prompt text, prompt_version integer, category text, max_tokens integer,
-               seconds_left double precision)
+RETURNS TABLE (task_id bigint, prompt text, prompt_version integer, category text, confidence real,
+               max_tokens integer, seconds_left double precision)
 LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 #variable_conflict use_column
 BEGIN
@@ -145,9 +145,9 @@ BEGIN
                                   THEN clock_timestamp() + make_interval(secs => p_ahead_seconds + p_hold_seconds) END
           FROM due LEFT JOIN tasks t ON t.id = due.task_id
          WHERE q.task_id = due.task_id
-        RETURNING q.task_id, q.category
+        RETURNING q.task_id, q.category, q.confidence
     )
-    SELECT t.id::bigint, t.prompt::text, t.prompt_version, taken.category, t.max_tokens::integer,
+    SELECT t.id::bigint, t.prompt::text, t.prompt_version, taken.category, taken.confidence, t.max_tokens::integer,
            extract(epoch FROM t.deadline_at - clock_timestamp())::float8
       FROM taken JOIN tasks t ON t.id = taken.task_id
      WHERE t.status = 'unsolved' AND t.deadline_at IS NOT NULL AND coalesce(t.answer_rank, 0) < 2;

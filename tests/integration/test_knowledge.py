@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -21,6 +24,7 @@ from router.knowledge_index import Hits, KnowledgeIndex
 from router.knowledge_sources import add_file, remove_path
 from router.settings import DEFAULT_CONFIG_FOLDER
 from tests.queueing import Probe
+from tests.waiting import until as until_true
 
 SHIPPED = DEFAULT_CONFIG_FOLDER / "knowledge"
 
@@ -354,6 +358,28 @@ async def test_a_broken_index_is_made_anew(broken: str, notes: Path, home: Path,
     (home / broken).write_text("{")
     assert (await _pass(home, notes, database)).entries == 3
     assert len(indexed(home, "marmot eagle")) == 1
+
+
+async def test_a_pass_that_was_killed_is_finished_by_the_next(
+    notes: Path, home: Path, database: str, probe: Probe
+):
+    await probe.run(
+        "INSERT INTO tasks (prompt, answer, status, solved_at)"
+        " SELECT 'q ' || n, repeat('word' || n || ' ', 99), 'solved', now() - interval '1 hour'"
+        "   FROM generate_series(1, 4000) n"
+    )
+    expected = {row["id"] for row in await probe.all("SELECT id FROM tasks")}
+    for after_seconds in (0.0, 0.1, 0.3):
+        child = subprocess.Popen(
+            [sys.executable, "-m", "router.catch_up", str(home), str(notes)],
+            env={**os.environ, "ROUTER_DATABASE_URL": database},
+        )
+        until_true((home / "index" / "meta.json").exists)
+        await asyncio.sleep(after_seconds)  # wherever it is by then
+        child.kill()
+        child.wait()
+    assert (await _pass(home, notes, database)).entries == len(expected) + 2
+    assert IndexFolder(home).read_index().task_ids(-(2**62), 2**62) == expected
 
 
 async def test_one_pass_at_a_time(notes: Path, home: Path, database: str):

@@ -235,6 +235,19 @@ async def test_the_line_keeps_its_order(limiter: TrafficLimiter):
     assert order == list(range(150))
 
 
+async def test_the_line_keeps_its_order_among_equal_moments(limiter: TrafficLimiter):
+    await put(limiter, "150/s, burst")
+    await asyncio.gather(*[limiter.acquire("llama") for _ in range(150)])
+    order: list[int] = []
+
+    async def stand(number: int) -> None:
+        await limiter.acquire("llama")
+        order.append(number)
+
+    await asyncio.gather(*[stand(number) for number in range(150)])  # all of the first become free together
+    assert order == list(range(150))
+
+
 async def test_a_waiter_that_leaves_gives_its_permit_back(limiter: TrafficLimiter):
     await put(limiter, "4/s")
     await limiter.acquire("llama")
@@ -309,7 +322,7 @@ async def test_old_chunks_are_dropped(limiter: TrafficLimiter, redis_client: red
         await limiter._ask("llama", (0,) * 250)
     for number in range(12):
         key = f"router:{{llama}}:m:{number}"
-        await redis_client.setrange(key, 125, b"\0" * 8000)  # sent at the epoch
+        await redis_client.setrange(key, 125, struct.pack("<1000d", *[1.0] * 1000))  # sent long ago
     for _ in range(8):
         await limiter._ask("llama", (0,) * 250)
     assert len(await redis_client.keys("router:*:m:*")) <= 7
@@ -525,4 +538,6 @@ async def test_a_client_that_decodes_replies_serves_as_well(redis_server: RedisS
         await limiter.release(await limiter.acquire("llama"))
         waiting = asyncio.create_task(limiter.until_near("llama"))
         await asyncio.wait_for(waiting, 1)
+        now = (await limiter.snapshot(["llama"]))["llama"]
+        assert (now.target, now.sent) == ("5/s", {"5/s": 1})
     await client.aclose()

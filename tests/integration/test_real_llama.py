@@ -22,6 +22,7 @@ from models_backend.completion import ProviderRefusal
 from models_backend.process import BackendServer, start_backend
 from models_backend.provider import Provider
 from models_backend.settings import ProviderSettings
+from router.answering import Router
 from router.backend import ModelsBackend
 from router.database import connect, rows
 from router.engine import Engine
@@ -122,8 +123,9 @@ async def test_the_marked_model_is_real_and_the_others_are_as_before(
     assert [(one["path"], one["model"]) for one in asked] == [("/groq/openai/v1/chat/completions", THEIRS)]
 
 
+@pytest.mark.usefixtures("redis_client")
 async def test_the_batch_is_solved_by_the_real_model(
-    provider: Llmock, backend: BackendServer, database: str, redis_server: RedisServer, redis_client: Any
+    provider: Llmock, backend: BackendServer, database: str, redis_server: RedisServer
 ) -> None:
     only = {OURS: ModelSettings(target="3000/min", ranks={"general": 1})}
     config = RouterConfig(models=only, worker=WorkerSettings(idle_leave_seconds=0.3))
@@ -139,6 +141,21 @@ async def test_the_batch_is_solved_by_the_real_model(
     with connect(database) as connection:
         (task,) = rows(connection, "SELECT status, answer, answered_by FROM tasks")
     assert task == {"status": "solved", "answer": "Hello! You said: Why?", "answered_by": OURS}
+
+
+@pytest.mark.usefixtures("redis_client")
+async def test_a_prompt_is_routed_to_the_real_model(
+    provider: Llmock, backend: BackendServer, database: str, redis_server: RedisServer, tmp_path: Path
+) -> None:
+    where = {"ROUTER_DATABASE_URL": database, "ROUTER_REDIS_URL": redis_server.url}
+    router = Router.from_config(
+        environment={**where, "MODELS_BACKEND_URL": backend.url, "ROUTER_DATA": str(tmp_path)}
+    )
+    await router.open(categorising=False)
+    answer = await router.answer("Why is the sky blue?", category="general")
+    await router.close()
+    assert answer.text == "Hello! You said: Why is the sky blue?"
+    assert (answer.model, answer.preferred, answer.provisional) == (OURS, OURS, False)
 
 
 FAULTS = [

@@ -161,7 +161,8 @@ async def test_all_workers_leave_when_the_roster_changes_and_no_model_idles(addr
         assert not any(task.done() for task in leaving)
         ask(addresses, "UPDATE roster SET state = 'paused' WHERE model = 'phi-4'")
         assert await asyncio.wait_for(asyncio.gather(*leaving), 3) == ["the roster changed"] * 2
-        await asyncio.sleep(0.5)  # a claim that was being made
+        await until(lambda: "phi-4" not in engine.roster.models)
+        await until(lambda: calls(addresses, "model = 'phi-4' AND outcome IS NULL") == 0)
         paused, going_on = (calls(addresses, f"model = '{model}'") for model in ("phi-4", "llama-3.1-8b"))
         await until(lambda: calls(addresses, "model = 'llama-3.1-8b'") > going_on + 3, 5)
         assert calls(addresses, "model = 'phi-4'") == paused

@@ -132,6 +132,7 @@ def test_a_launcher_that_was_killed_leaves_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-c", textwrap.dedent(code)]
     launcher = subprocess.Popen(command, cwd=tmp_path, env=environment)
     family = [*pids(tmp_path), *(child.pid for child in psutil.Process(launcher.pid).children())]
+    assert all(alive(pid) for pid in family)
     launcher.kill()
     launcher.wait()
     wait_until(lambda: not [pid for pid in family if alive(pid)])
@@ -140,6 +141,7 @@ def test_a_launcher_that_was_killed_leaves_nothing(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere only the launcher sees a guard die")
 def test_a_guard_that_was_killed_takes_its_part_along(tmp_path: Path) -> None:
     part, family = started(tmp_path)
+    assert all(alive(pid) for pid in family)
     part.guard.kill()
     wait_until(lambda: not alive(family[0]))
     part.wait_stopped()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from router.knowledge_index import IndexBroken, KnowledgeIndex
+from router.knowledge_index import MOST_LOOKED_AT, IndexBroken, KnowledgeIndex, _affordable
 from router.passages import Entry, task_entry
 from router.relevance import confidence, views
 from router.retrieval_trial import hold_trial, read_collection
@@ -80,6 +80,15 @@ def test_nothing_is_found_for_nothing(index: KnowledgeIndex, question: str):
 def test_unknown_words_do_not_crowd_out_known_ones(index: KnowledgeIndex):
     unknown = " ".join(f"unknown{number}" for number in range(500))
     assert first(index, f"{unknown} when redis is away") == "redis"
+
+
+def test_words_that_too_many_entries_hold_are_left_out_unless_there_are_no_others():
+    rare, common, commoner, unknown = (("stems", word) for word in ("rare", "common", "commoner", "unknown"))
+    some = MOST_LOOKED_AT - 1
+    asked = {commoner: 2 * some, common: some, unknown: 0, rare: 10}
+    assert _affordable(asked) == {unknown: 0, rare: 10}
+    assert _affordable({commoner: 2 * some, unknown: 0, common: some}) == {unknown: 0, common: some}
+    assert _affordable({commoner: 2 * some, unknown: 0}) == {unknown: 0, commoner: 2 * some}
 
 
 def test_of_a_prompt_of_megabytes_the_beginning_is_asked(index: KnowledgeIndex):

@@ -47,7 +47,7 @@ def test_the_shipped_file_loads_with_ten_models() -> None:
 def test_the_shipped_targets_use_the_whole_grammar_and_no_limit_is_idle() -> None:
     targets = [TrafficTarget.parse(model.target) for model in load_config().models.values()]
     rates = [target.requests_per_second() or 0 for target in targets]
-    assert sum(rates) * 60 == pytest.approx(150)
+    assert sum(rates) * 60 == pytest.approx(500)
     assert sum(any(limit.window_seconds == 1 for limit in target.requests) for target in targets) == 2
     assert sum(bool(target.tokens) for target in targets) == 1
     assert sum(target.at_once is not None for target in targets) == 2

@@ -1,0 +1,319 @@
+"""Asks many prompts at once while models are well, fail, hang or are slow, against what was possible.
+
+    python -m bench.answering [--asks 1000] [--at-once 50] [--deadline 2] [--only NAME] [--json FILE]
+
+Starts its own PostgreSQL, Redis and Models Backend. For each scene it prints how soon prompts were answered,
+how many of them, by whom, how many answers were replaced by better ones, what that cost beside asking the
+preferred model alone ("hedge" is that part of the cost), and that nothing is left over. Ends with 1 if a
+limit was missed:
+
+    hanging    the preferred model never answers:  p99 <= deadline + 100 ms
+    failing    it fails at once:                   p99 <= min(deadline, next in rank, fallback) + 100 ms
+    slow       it answers after the deadline:      every answer is replaced by its late one
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import requests
+from rich.console import Console
+from rich.table import Table
+
+from local.postgres import start_postgres
+from local.redis import start_redis
+from models_backend.latency import latency_seconds
+from models_backend.process import BackendServer, start_backend
+from router.answering import Answer, Router
+from router.database import connect, migrate, rows
+from router.errors import RouterError
+from router.limiter import TrafficLimiter
+from router.roster import sync_roster
+from router.settings import Addresses, AskingSettings, FallbackSettings, ModelSettings, RouterConfig
+from router.task import AnswerRank
+
+PREFERRED, NEXT, CHEAP = "deepseek-v3", "llama-3.3-70b", "llama-3.1-8b"
+SHAPE = "even:2:8"  # seconds; divided by TIME_SCALE: 0.4 to 1.6 s
+TIME_SCALE = 5.0
+SLOW_SECONDS = 0.3  # the deadline of the scene in which every model is slower
+SLOW_SHARE = 5  # and so much fewer at once, since each is done so much sooner
+MOST_OVER_SECONDS = 0.1
+CALL_SECONDS = 6.0  # a call that hangs is given up after so long
+LEFT_OVER_SECONDS = CALL_SECONDS + 14.0  # what may still be at the backend is counted for 10 s more
+SCENES = ("well", "failing", "hanging", "slow")
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What one scene came to. Times in seconds, cost in USD; `over_p99` is beyond what was possible."""
+
+    scene: str
+    asks: int
+    answered: int
+    p50: float
+    p99: float
+    possible_p99: float
+    over_p99: float
+    by: dict[str, int]
+    provisional: int
+    upgraded: int
+    cost: float
+    preferred_alone: float  # the part of the cost that is the first model's
+    tasks: dict[str, int]
+    open_calls: int
+    holders: int
+    asyncio_tasks: int
+    connections_busy: int
+
+    @property
+    def faults(self) -> list[str]:
+        """What is not as it must be."""
+        wrong = {
+            "not every prompt was answered": self.answered != self.asks,
+            f"p99 is {self.over_p99 * 1000:.0f} ms over what was possible": self.over_p99 > MOST_OVER_SECONDS,
+            "calls are open in the log": self.open_calls,
+            "places are held in the limiter": self.holders,
+            "asyncio tasks are left over": self.asyncio_tasks,
+            "connections are in use": self.connections_busy,
+            "tasks are still in the queue": self.tasks.get("unsolved", 0),
+            "late answers did not replace": self.scene == "slow" and self.upgraded != self.provisional,
+        }
+        return [fault for fault, is_so in wrong.items() if is_so]
+
+
+def main() -> int:
+    """Run the scenes; 0 if all limits hold."""
+    options = _arguments()
+    scenes = [options.only] if options.only else list(SCENES)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    seen = []
+    with started() as (addresses, backend):
+        for scene in scenes:
+            playing = play(
+                scene, addresses, backend,
+                asks=options.asks, at_once=options.at_once, deadline=options.deadline,
+            )  # fmt: skip
+            seen.append(asyncio.run(playing))
+            console.print(f"{scene}: {', '.join(seen[-1].faults) or 'well'}")
+    console.print(table(seen))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(one) for one in seen], indent=2))
+    return 1 if any(one.faults for one in seen) else 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--asks", type=int, default=1000)
+    parser.add_argument("--at-once", type=int, default=50)
+    parser.add_argument("--deadline", type=float, default=2.0, help="seconds")
+    parser.add_argument("--only", choices=SCENES)
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+@contextlib.contextmanager
+def started() -> Iterator[tuple[Addresses, BackendServer]]:
+    """The three servers, in a folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="router-answering-") as name, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        postgres = start_postgres(folder / "postgres", settings={"fsync": "off"})
+        stack.callback(postgres.stop)
+        redis = start_redis(folder / "redis")
+        stack.callback(redis.stop)
+        backend = start_backend(folder / "backend", "--time-scale", str(TIME_SCALE), "--latency", SHAPE)
+        stack.callback(backend.stop)
+        url = postgres.create_database("answering")
+        migrate(url)
+        yield Addresses(database_url=url, redis_url=redis.url, backend_url=backend.url), backend
+
+
+def config(deadline: float) -> RouterConfig:
+    """Two models in rank, a cheap one as fallback, and room for all."""
+    places = {PREFERRED: 1, NEXT: 2, CHEAP: 3}
+    return RouterConfig(
+        models={
+            name: ModelSettings(
+                target="600k/min, 5000 at once, burst",
+                ranks={"general": place},
+                timeout_seconds=CALL_SECONDS,
+                input_price=1.0,
+                output_price=2.0,
+            )
+            for name, place in places.items()
+        },
+        asking=AskingSettings(
+            default_deadline_seconds=deadline, late_seconds=CALL_SECONDS + 1, most_models=2
+        ),
+        fallback=FallbackSettings(models=(CHEAP,)),
+    )
+
+
+async def play(
+    scene: str, addresses: Addresses, backend: BackendServer, *, asks: int, at_once: int, deadline: float
+) -> Seen:
+    """Ask, wait until nothing is under way, and look at what is left."""
+    if scene == "slow":
+        deadline, at_once = SLOW_SECONDS, max(1, at_once // SLOW_SHARE)
+    _reset(addresses, backend, deadline)
+    before = len(asyncio.all_tasks())
+    settings = config(deadline)
+    with tempfile.TemporaryDirectory() as nothing:
+        router = Router(addresses, settings, Path(nothing))
+        await router.open(categorising=False)
+        assert router._asker is not None  # noqa: SLF001 - a bench looks inside
+        await _warm(router._asker.limiter, settings)  # noqa: SLF001 - as above
+        with _fault(backend, scene):
+            prompts = [f"{scene} {number}" for number in range(asks)]
+            given, upgraded = await _ask_all(router, prompts, at_once)
+        await asyncio.gather(*(asked.ended.wait() for asked in set(router._asked)))  # noqa: SLF001 - as above
+        holders = await _holders(router._asker.limiter, settings)  # noqa: SLF001 - as above
+        pool = router._asker.desk.means.pool  # noqa: SLF001 - as above
+        busy = pool.get_size() - pool.get_idle_size()
+        await router.close()
+    return _sum_up(
+        scene, deadline, prompts, given,
+        upgraded=upgraded, holders=holders, connections_busy=busy, addresses=addresses,
+        asyncio_tasks=len(asyncio.all_tasks()) - before,
+    )  # fmt: skip
+
+
+def _reset(addresses: Addresses, backend: BackendServer, deadline: float) -> None:
+    requests.delete(f"{backend.url}/faults", timeout=5).raise_for_status()
+    with connect(addresses.database_url) as connection:
+        rows(connection, "TRUNCATE tasks")
+        rows(connection, "DELETE FROM model_calls")
+        sync_roster(connection, config(deadline))
+
+
+async def _warm(limiter: TrafficLimiter, settings: RouterConfig) -> None:
+    for model in settings.models:
+        await limiter.cancel(await limiter.acquire(model, timeout_seconds=30))
+
+
+@contextlib.contextmanager
+def _fault(backend: BackendServer, scene: str) -> Iterator[None]:
+    kind = {"failing": "error", "hanging": "hang"}.get(scene)
+    if kind is not None:
+        order = {"kind": kind, "model": PREFERRED, "share": 1, "seconds": 3600}
+        requests.post(f"{backend.url}/faults", json=order, timeout=5).raise_for_status()
+    yield
+    requests.delete(f"{backend.url}/faults", timeout=5).raise_for_status()
+
+
+async def _ask_all(router: Router, prompts: Sequence[str], at_once: int) -> tuple[list[Answer | None], int]:
+    """The answers that were given, and how many of them one of the chosen model replaced."""
+    places = asyncio.Semaphore(at_once)
+
+    async def ask(prompt: str) -> tuple[Answer | None, bool]:
+        async with places:
+            try:
+                answer = await router.answer(prompt, category="general")
+            except RouterError:
+                return None, False
+        best = answer
+        while (better := await router.late(best)) is not None:
+            best = better
+        return answer, answer.provisional and best.rank is AnswerRank.CHOSEN_MODEL
+
+    found = await asyncio.gather(*map(ask, prompts))
+    return [answer for answer, _ in found], sum(replaced for _, replaced in found)
+
+
+async def _holders(limiter: TrafficLimiter, settings: RouterConfig) -> int:
+    """Calls that the limiter counts as in flight, once those that hung must be over."""
+    end = time.monotonic() + LEFT_OVER_SECONDS
+    while True:
+        traffic = await limiter.snapshot(settings.models)
+        held = sum(one.at_once for one in traffic.values())
+        if not held or time.monotonic() > end:
+            return held
+        await asyncio.sleep(0.2)
+
+
+def _possible(scene: str, prompt: str, deadline: float) -> float:
+    """When this prompt could have been answered, by the latencies that the stand-in draws for it."""
+    takes = {
+        model: latency_seconds(model, prompt, shape=SHAPE, time_scale=TIME_SCALE)
+        for model in (PREFERRED, NEXT, CHEAP)
+    }
+    if scene == "failing":
+        return min(deadline, takes[NEXT], takes[CHEAP])
+    return deadline if scene == "hanging" else min(deadline, takes[PREFERRED])
+
+
+def _sum_up(
+    scene: str, deadline: float, prompts: Sequence[str], given: Sequence[Answer | None], *,
+    addresses: Addresses, **left_over: int,
+) -> Seen:  # fmt: skip
+    answers = [(prompt, answer) for prompt, answer in zip(prompts, given, strict=True) if answer is not None]
+    seconds = [answer.seconds for _, answer in answers]
+    possible = [_possible(scene, prompt, deadline) for prompt, _ in answers]
+    over = [took - could for took, could in zip(seconds, possible, strict=True)]
+    with connect(addresses.database_url) as connection:
+        tasks = rows(connection, "SELECT status, count(*) AS n FROM tasks GROUP BY 1")
+        (calls,) = rows(
+            connection,
+            "SELECT coalesce(sum(cost), 0)::float8 AS cost,"
+            " coalesce(sum(cost) FILTER (WHERE role = 'asked'), 0)::float8 AS first,"
+            " count(*) FILTER (WHERE outcome IS NULL) AS open FROM model_calls",
+        )
+    return Seen(
+        scene=scene, asks=len(prompts), answered=len(answers),
+        p50=statistics.median(seconds), p99=p99(seconds), possible_p99=p99(possible), over_p99=p99(over),
+        by=dict(Counter(answer.model or "passages" for _, answer in answers)),
+        provisional=sum(answer.provisional for _, answer in answers), cost=calls["cost"],
+        preferred_alone=calls["first"], tasks={row["status"]: row["n"] for row in tasks},
+        open_calls=calls["open"], **left_over,
+    )  # fmt: skip
+
+
+def p99(values: Sequence[float]) -> float:
+    """The value that one in a hundred exceeds."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))]
+
+
+def table(seen: Sequence[Seen]) -> Table:
+    """The scenes side by side; `late` is answers replaced of answers that were provisional."""
+    shown = Table(box=None, pad_edge=False)
+    for name in (
+        "scene",
+        "answered",
+        "p50",
+        "p99",
+        "possible p99",
+        "over, p99",
+        "by",
+        "late",
+        "cost",
+        "hedge",
+        "left over",
+    ):
+        shown.add_column(name, justify="left" if name in ("scene", "by") else "right")
+    for one in seen:
+        by = ", ".join(f"{model} {count}" for model, count in sorted(one.by.items(), key=lambda x: -x[1]))
+        hedge = (one.cost - one.preferred_alone) / one.cost if one.cost else 0.0
+        left = one.open_calls + one.holders + one.asyncio_tasks + one.connections_busy
+        shown.add_row(
+            one.scene, f"{one.answered}/{one.asks}", f"{one.p50:.3f} s", f"{one.p99:.3f} s",
+            f"{one.possible_p99:.3f} s", f"{one.over_p99 * 1000:.0f} ms", by,
+            f"{one.upgraded}/{one.provisional}", f"${one.cost:.4f}", f"{hedge:.0%}", str(left),
+        )  # fmt: skip
+    return shown
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""Redis's clock is set back or ahead: no window ages faster than time, and nothing stands still for longer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+import redis.asyncio
+
+from router import limiter as limiter_module
+from router.limiter import Permit, TrafficLimiter, Wait, WaitReason
+from router.redis_script import RedisScript
+
+HOUR = 3600
+PERIOD = 1.06  # of a window of a second, slacks included
+SEND_SLACK = 0.025
+CLOCK = "redis.call('TIME')"
+SET_BY_US = (
+    "(function() local t = redis.call('TIME') t[1] = t[1] + (redis.call('GET', 'skew') or 0) return t end)()"
+)
+
+
+class Client:
+    """A process with a limiter of its own, on a Redis whose clock we can set."""
+
+    def __init__(self, connection: redis.asyncio.Redis) -> None:
+        self.redis = connection
+        self.limiter = TrafficLimiter(connection)
+        text = limiter_module._SCRIPT
+        assert text.count(CLOCK) == 1
+        self.limiter._script = RedisScript(connection, text.replace(CLOCK, SET_BY_US))
+
+    async def set_clock(self, skew_seconds: int) -> None:
+        await self.redis.set("skew", skew_seconds)
+
+    async def fill(self) -> float:
+        """Use up the window; when that was."""
+        while isinstance(await self.limiter.reserve("llama"), Permit):
+            pass
+        return time.monotonic()
+
+    async def refused(self) -> float:
+        """In how many seconds to ask again."""
+        answer = await self.limiter.reserve("llama")
+        assert isinstance(answer, Wait)
+        assert answer.again_seconds is not None
+        return answer.again_seconds
+
+
+@pytest.fixture
+async def client(redis_client: redis.asyncio.Redis) -> AsyncIterator[Client]:
+    one = Client(redis_client)
+    await one.limiter.set_target("llama", "5/s, burst")
+    yield one
+    await one.limiter.aclose()
+
+
+@pytest.fixture
+async def other(redis_client: redis.asyncio.Redis) -> AsyncIterator[Client]:
+    one = Client(redis_client)
+    yield one
+    await one.limiter.aclose()
+
+
+@pytest.mark.parametrize("skews", [[HOUR], [-HOUR], [-HOUR, HOUR], [HOUR, 0], [30 * HOUR, -HOUR, HOUR, 0]])
+async def test_a_window_ages_as_fast_as_time_whatever_the_clock_is_set_to(
+    client: Client, other: Client, skews: list[int]
+):
+    await other.limiter.reserve("llama")
+    full_at = await client.fill()
+    for skew in skews:
+        await client.set_clock(skew)
+        for who in (other, client):
+            assert await who.refused() >= full_at + PERIOD - time.monotonic() - SEND_SLACK - 0.01
+    await asyncio.wait_for(client.limiter.acquire("llama"), 2 * PERIOD)
+    assert full_at + PERIOD - SEND_SLACK - 0.01 <= time.monotonic() <= full_at + 2 * PERIOD
+
+
+async def test_a_clock_set_back_does_not_stand_still_for_those_who_are_only_refused(client: Client):
+    full_at = await client.fill()
+    await client.set_clock(-HOUR)
+    while isinstance(await client.limiter.reserve("llama"), Wait):
+        assert time.monotonic() < full_at + 2 * PERIOD
+        await asyncio.sleep(0.02)
+
+
+async def test_who_asks_again_after_a_while_is_believed(client: Client):
+    await client.limiter.set_target("llama", "5/s")
+    await client.fill()
+    await asyncio.sleep(PERIOD + 0.1)
+    assert isinstance(await client.limiter.reserve("llama"), Permit)
+
+
+async def test_a_rest_after_a_jump_is_not_an_hour_longer(client: Client):
+    await client.fill()
+    await client.set_clock(HOUR)
+    await client.limiter.rest("llama", 0.5, "429")
+    await client.set_clock(0)
+    assert await client.refused() <= max(0.5, PERIOD) + SEND_SLACK
+
+
+async def test_returns_and_targets_after_a_jump_age_nothing(client: Client):
+    await client.limiter.set_target("llama", "5/s, 100 tokens/s, 3 at once, burst")
+    permits = [await client.limiter.reserve("llama", 30) for _ in range(3)]
+    await client.set_clock(HOUR)
+    assert isinstance(permits[0], Permit)
+    await client.limiter.release(permits[0], 25)
+    await client.limiter.set_target("llama", "5/s, 90 tokens/s, 3 at once, burst")
+    answer = await client.limiter.reserve("llama", 6)
+    assert isinstance(answer, Wait)
+    assert answer.reason is WaitReason.TOKENS
+    assert (answer.again_seconds or 0) > 0.5
+    assert isinstance(await client.limiter.reserve("llama", 5), Permit)
+    assert (await client.limiter.reserve("llama")).reason is WaitReason.AT_ONCE
+
+
+async def test_a_slow_question_is_no_jump_for_those_who_ask_beside_it(client: Client, other: Client):
+    """A question that took long on its way looks like a jump; others' grants say that the time did pass."""
+    await client.limiter.set_target("llama", "20/s")
+    await client.limiter.reserve("llama")
+    seen = client.limiter._seen_of("llama")
+    assert seen.anchor is not None
+    for _ in range(10):
+        await other.limiter.acquire("llama")
+    seen.anchor -= 400_000  # what it would be if this question had been on its way for 0.4 s
+    before = await _offset(client)
+    assert isinstance(await client.limiter.reserve("llama"), Permit)
+    assert before - await _offset(client) < 100_000
+
+
+async def _offset(client: Client) -> float:
+    """By how much the kept clock is behind Redis's own, in microseconds; the less, the later."""
+    packed = await client.redis.hget("router:{llama}", "now")
+    return float(limiter_module.struct.unpack_from("<d", packed, 16)[0])

@@ -1,0 +1,159 @@
+"""What a random walk meets too rarely, each thing by itself and on purpose."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Awaitable, Callable
+
+from tests.limiter_redis import Connection
+from tests.limiter_world import KEY, MODEL, Difference, World
+
+Check = Callable[[World], Awaitable[None]]
+SMALL_MEMORY = "local KEPT_AGE = 61e6"
+
+
+def agree(so: object, otherwise: str) -> None:
+    if not so:
+        raise Difference(otherwise)
+
+
+async def an_older_generation(world: World) -> None:
+    await world.reserve(0, (0,))
+    world.save()
+    world.flush()
+    await world.set_target(0, world.lines[0])
+    await world.reserve(0, (0,))
+    world.pass_time(2_000_000)
+    await world.reserve(0, (0,))
+    world._restore()
+    world._gone(target=True)
+    await world.reserve(0, (0,))
+
+
+async def a_blind_start(world: World) -> None:
+    """A newcomer may start what nobody knows; whoever knew more finds it out, and then it is lost for all."""
+    await world.reserve(0, (0,))
+    world.flush()
+    world.restart_client(1)
+    await world.everyone[1].set_target(MODEL, world.lines[0])
+    agree((await world.everyone[1].reserve(MODEL)), "a newcomer starts what it cannot know to be lost")
+    agree(not await world.everyone[0].reserve(MODEL), "a blind start is believed by one who knew more")
+    agree(not await world.everyone[1].reserve(MODEL), "the blind one goes on")
+
+
+async def a_chunk_and_a_new_target(world: World) -> None:
+    await world.set_target(0, "40/s, burst")
+    await world.reserve(0, (1,) * 20)
+    world.lose_chunk(0)
+    await world.set_target(0, "30 tokens/s, burst")
+    await world.reserve(0, (20,))
+
+
+async def a_loss_and_a_clock_set_back(world: World) -> None:
+    await world.reserve(0, (0,))
+    world.flush()
+    await world.set_target(0, world.lines[0])
+    await world.reserve(0, (0,))
+    world.jump(-3_600_000_000)
+    for _ in range(12):
+        world.pass_time(300_000)
+        await world.reserve(0, (0,))
+    agree(world.state == "sound", "the loss lasts as long as the clock is behind")
+
+
+async def a_loss_that_others_know(world: World) -> None:
+    await world.reserve(0, (0,))
+    world.flush()
+    await world.set_target(0, world.lines[0])
+    agree(not await world.everyone[0].reserve(MODEL), "a lost memory grants")
+    world.restart_client(1)
+    agree(not await world.everyone[1].reserve(MODEL), "a newcomer starts what others know to be lost")
+
+
+async def two_rebuilds(world: World) -> None:
+    await world.reserve(0, (0,))
+    before = world.redis.do("HGET", KEY, "now")
+    script = world.everyone[0]._script
+    ask = struct.pack("<6d", 0, 0, 8e6, 0, 0, 0)
+    await script.call(KEY, "rebuild", ask, b"", b"", b"", "me", "")
+    agree(world.redis.do("HGET", KEY, "now") == before, "a second rebuild forgets what the first one knew")
+
+
+async def what_was_dropped(world: World) -> None:
+    """Far more sends than are kept, and then a window that is longer than what is known."""
+    await world.set_target(0, "100/s, burst")
+    for _ in range(6):
+        for _ in range(30):
+            await world.reserve(0, (0,) * 30)
+            world.pass_time(300_000)
+        world.pass_time(70_000_000)
+    await world.set_target(0, "5000/h, burst")
+    made = await world.reserve(0, (0,))
+    agree(made, "what is kept fills the window")
+    await world.set_target(0, "9000/h, burst")
+
+
+async def tokens_of_before_a_loss(world: World) -> None:
+    """Without a history nothing is known but that it is lost: a longer window waits for its own length."""
+    await world.set_target(0, "50 tokens/s, burst")
+    await world.reserve(0, (20, 20))
+    for held in world.held:
+        world.send(held, 0)
+    world.flush()
+    await world.set_target(0, "50 tokens/s, burst")
+    for _ in range(12):
+        await world.reserve(0, (0,))
+        world.pass_time(200_000)
+    agree(world.state == "sound", "the model is back")
+    await world.set_target(0, "30 tokens/60s, burst")
+    agree(not await world.reserve(0, (20,)), "what was sent before the loss is free")
+
+
+async def tokens_of_a_longer_slack(world: World) -> None:
+    await world.set_target(0, "40 tokens/10s, burst")
+    await world.reserve(0, (20, 20))
+    world.pass_time(50_000)
+    for held in world.held:
+        world.send(held, world.transit)  # as late as their own slack allows
+    await world.set_target(0, "40 tokens/s, burst")
+    world.pass_time(1_000_000)
+    for micro in (9_000, 1_000, 10_000, 60_000):
+        world.pass_time(micro)
+        await world.reserve(0, (20,))
+
+
+async def a_free_place(world: World) -> None:
+    await world.set_target(0, "1 at once")
+    (held,) = await world.reserve(0, (0,))
+    world.send(held, 0)
+    await world.reserve(1, (0,))
+    listener = Connection(world.connection.server)
+    listener.ask(("SUBSCRIBE", "router:traffic"))
+    await world.end(held, None)
+    agree(listener.hears(0.5), "nobody says that a place is free")
+    listener.close()
+
+
+CHECKS: dict[str, tuple[Check, bool]] = {  # with its own word on whether there is a history
+    "an older generation is found out": (an_older_generation, True),
+    "a blind start is found out": (a_blind_start, False),
+    "a chunk that is gone is found out by a new target": (a_chunk_and_a_new_target, True),
+    "a loss noticed before the clock was set back ends in time": (a_loss_and_a_clock_set_back, True),
+    "nobody starts blindly what others know to be lost": (a_loss_that_others_know, False),
+    "the second of two rebuilds changes nothing": (two_rebuilds, True),
+    "what was dropped counts as sent just before": (what_was_dropped, True),
+    "tokens of before a loss are not known": (tokens_of_before_a_loss, False),
+    "tokens sent before a target with a shorter slack count longer": (tokens_of_a_longer_slack, True),
+    "who was refused is told of a free place": (a_free_place, True),
+}
+
+
+async def check(name: str, connection: Connection, script: str) -> None:
+    """Difference if this script fails the check."""
+    steps, with_history = CHECKS[name]
+    lines = ["3/s, burst", "40/s, burst", "30 tokens/60s, burst", "1 at once"]
+    world = World(connection, script, lines, with_history=with_history)
+    with world.clocks():
+        await world.set_target(0, lines[0])
+        await steps(world)
+        world.judge_the_door()

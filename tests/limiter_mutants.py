@@ -1,0 +1,130 @@
+"""Each guard of the script taken out once: what is replaced, by what, and where a walk meets it.
+
+An `old` text must stand in the script exactly once, so that a change of the script is noticed here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+SMALL = {"small_chunks": True, "bulk": 30}
+LOSING = {"losses": True, "with_history": True}
+FAILING = {"failing": True}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`where` are settings of the walks that look for it, `palette` their targets; `check` names a directed one."""
+
+    name: str
+    old: str
+    new: str
+    palette: int | None = None
+    where: dict[str, Any] = field(default_factory=dict)
+    check: str = ""
+
+
+MUTANTS = [
+    # The clock
+    Mutant("a clock set back is believed", "if now < clock then\n  offset, now, changed = offset + clock - now, clock, true",
+           "if false then", where={"back": True}),
+    Mutant("a clock set ahead is believed", "elseif claim > 0 and seen == gen and now >", "elseif false and now >",
+           where={"forward": True}),
+    Mutant("a clock set ahead gains a slack", "local latest = max(floor(claim), clock)",
+           "local latest = max(floor(claim), clock) + slack", where={"forward": True}),
+    Mutant("the corrected clock is not kept", "offset, now, changed = offset - (now - latest), latest, true",
+           "now = latest", where={"forward": True}),
+    Mutant("the clock of a grant is not kept", "    clock, changed = now, true\n", "    changed = true\n", where={"back": True}),
+    # Memory
+    Mutant("another run's memory is taken", "local live = stored[2] and stored[1] == RUN",
+           "local live = stored[2] and stored[1] and true", where=LOSING),
+    Mutant("a lost memory grants", "if not live then return pack(REPLY, LOST", "if false then return pack(REPLY, LOST",
+           where=LOSING),
+    Mutant("an older generation is taken", "broken = seen > gen or (", "broken = (", check="an older generation is found out"),
+    Mutant("fewer sends than were seen are taken", "(seen == gen and seen_head > head)", "false", where=LOSING),
+    Mutant("a blind start stays", "(seen > 0 and seen < gen and blind == 1)", "false", check="a blind start is found out"),
+    Mutant("a missing chunk is empty", "if #text == 0 then broken = true return now end",
+           "if #text == 0 then return 0 end", 2, LOSING),
+    Mutant("zeros are moments", "  if sent_at == 0 then broken = true return now end  -- a chunk that was lost, and made anew by what came later\n",
+           "", 5, LOSING),
+    Mutant("zeros are moments to those who walk back", "      if sent_at == 0 then broken = true end\n      if broken or not",
+           "      if sent_at == 0 or not", check="a chunk that is gone is found out by a new target"),
+    Mutant("what is broken is not marked", "if broken and live and verb ~= 'snapshot' then", "if false then", where=LOSING),
+    Mutant("chunks of a lost hash stay", "      call('DEL', key .. ':m:' .. chunk, key .. ':t:' .. chunk)  -- of a memory whose hash was lost\n",
+           "", 6, {**LOSING, **SMALL}),
+    Mutant("a generation comes twice", "gen = max(now, gen + 1, seen_gen + 1)", "gen = max(gen, 1)", where=LOSING),
+    Mutant("what was known is not marked", "if knew == 1 or stored[2] then call('HSET', key, 'known', '1') end", "",
+           where=LOSING),
+    Mutant("a loss from another clock lasts", "if lost_at > now then  -- written by another clock", "if false then",
+           check="a loss noticed before the clock was set back ends in time"),
+    Mutant("a blind start beside a known loss", "if is_blind == 1 and call('HEXISTS', key, 'known') == 1 then", "if false then",
+           check="nobody starts blindly what others know to be lost"),
+    Mutant("it is rebuilt twice", "if live or not spec then return pack('<d', live and 1 or 0) end",
+           "if not spec then return pack('<d', 0) end", check="the second of two rebuilds changes nothing"),
+    Mutant("old chunks are dropped too soon", "if broken or last + keep > now then break end", "if broken then break end",
+           6, SMALL),
+    Mutant("a minute is not kept", "local KEPT_AGE = 61e6", "local KEPT_AGE = 0", 7, SMALL),
+    Mutant("what was dropped is forgotten", "oldest, since = oldest + 1, last", "oldest = oldest + 1", 7, SMALL,
+           "what was dropped counts as sent just before"),
+    Mutant("what is not known counts for nothing", "      elseif since > 0 then\n        t = max(t, since + period)",
+           "      elseif false then", 7, SMALL, "what was dropped counts as sent just before"),
+    # Limits
+    Mutant("a model without a target is sent to", "if not spec then return pack(REPLY, NO_TARGET",
+           "if false then return pack(REPLY, NO_TARGET", where=LOSING),
+    Mutant("0 does not stop", "    if stopped == 1 then break end\n", "", 0),
+    Mutant("a call larger than the window waits", "then why = TOO_LARGE end", "then why = STOPPED end", 2),
+    Mutant("one call at once too many", "if at_once >= 0 and held >= at_once then", "if at_once >= 0 and held > at_once then", 3),
+    Mutant("places end never", "elseif at_once >= 0 and (held + count > at_once or held % 64 == 63) then",
+           "elseif false then", 3),
+    Mutant("grants of one ask share a place", "    if at_once >= 0 then held = held + 1 end\n", "", 3, {"bulk": 4}),
+    Mutant("no place is taken", "if at_once >= 0 then call('ZADD', key .. ':holders', granted[n] + holder, n) end", "", 3),
+    Mutant("no gap between paced sends", "max(now, sent + gap), WINDOW", "max(now, sent), WINDOW", 0),
+    Mutant("moments go back", "max(now, sent + gap), WINDOW", "now, WINDOW", 0),
+    Mutant("holes are not looked behind", "        if before == i then break end\n", "        if true then break end\n", 0),
+    Mutant("a period one microsecond short", "t = max(t, moment(i, w) + period)\n", "t = max(t, moment(i, w) + period - 1)\n", 0),
+    Mutant("one request too many", "      local i = head - limit\n", "      local i = head - limit - 1\n", 0),
+    Mutant("permits far ahead", "or t > now + look then break end", "then break end", 0),
+    Mutant("a rest is not kept", "    if rest > t then t, why = rest, RESTING end\n", "", where=FAILING),
+    Mutant("tokens fit always", "and tail[k + 1] + need <= limit\n", "\n", 2),
+    Mutant("tokens go too far", "while tried[k + 1] + need_now > limit and", "while tried[k + 1] > limit and", 2),
+    Mutant("tokens leave with the request before them", "by = max(by, tried[k + 2] + period + (", "by = max(by, tried[k + 2] + (", 2),
+    Mutant("reserved tokens are not counted", "tail[k], tail[k + 1] = tried[k], tried[k + 1] + need", "tail[k], tail[k + 1] = tried[k], tried[k + 1]", 2),
+    Mutant("the pace has no memory", "    head, sent = head + 1, t\n", "    head = head + 1\n", 0),
+    Mutant("tokens of before a loss are free", "easy = easy and since + period <= t and", "easy = easy and", 2,
+           check="tokens of before a loss are not known"),
+    # What is given back
+    Mutant("it is given back twice", "i % SENDS, 1) == 0 then", "i % SENDS, 1) >= 0 then", 4),
+    Mutant("another generation's send is given back", "      if of == gen then\n", "      if true then\n", 4, LOSING),
+    Mutant("a correction is for all windows", "if tail[k] <= i then tail[k + 1] = tail[k + 1] + delta end",
+           "tail[k + 1] = tail[k + 1] + delta", 2),
+    Mutant("a correction is not counted", "if tail[k] <= i then tail[k + 1] = tail[k + 1] + delta end", "", 2),
+    Mutant("a place is not given back", "if at_once >= 0 and call('ZREM', key .. ':holders', i) == 1 then",
+           "if false then", 3),
+    Mutant("a hole is counted", "    holes = holes + 1\n", "", 0),
+    Mutant("a cancelled moment is lost", "      sent = moment(i - 1, 'hole')\n", "", 0),
+    Mutant("a cancelled permit forgets tokens", "while n >= oldest * SENDS and ends(n, moment(n, 'hole'), period) > max(clock, sent) do",
+           "while false do", 2),
+    Mutant("those refused are not told", "    if freed and asked == 1 then\n", "    if false then\n",
+           check="who was refused is told of a free place"),
+    # Changes of the target
+    Mutant("an older version wins", "if spec and version > new_version then", "if false then", 0),
+    Mutant("new windows of tokens are empty", "      count_tokens(clock)\n      if at_once < 0", "      if at_once < 0", 2),
+    Mutant("a new limit at once knows no call", "        find_holders(longest)\n      end\n      changed", "      end\n      changed", 3),
+    Mutant("ended calls take a new limit's places", "if call('GETBIT', key .. ':m:' .. floor(send / SENDS), send % SENDS) == 0 then",
+           "if true then", 3),
+    Mutant("old places come back", "        call('DEL', key .. ':holders')\n        held = 0\n", "", 3),
+    Mutant("earlier permits die with the new slack", "if slack_was > slack then late,", "if false then late,", 7),
+    Mutant("a later send overtakes a late one", "(i < late_head and moment(i, w) or late_sent) + period + extra) end",
+           "moment(i, w) + period + (i < late_head and extra or 0)) end", 7),
+    Mutant("late tokens leave in time", "(tails[k] < late_head and extra or 0) <= by", "0 <= by", 2,
+           {"bulk": 1}, "tokens sent before a target with a shorter slack count longer"),
+    # The breaker
+    Mutant("a tripped model is not probed singly", "    if trip > 0 and probe_end > now then\n", "    if false then\n", where=FAILING),
+    Mutant("several probes in one ask", "    if trip > 0 then probe, probe_end = head - 1, t + holder end\n", "",
+           where={**FAILING, "bulk": 4}),
+    Mutant("an ended probe keeps its place", "        if trip > 0 and i == probe then\n", "        if false then\n", where=FAILING),
+    Mutant("earlier calls speak for the probe", "    local stale = trip > 0 and ((i >= 0 and i < opened) or (i < 0 and rest > now))\n",
+           "    local stale = false\n", where=FAILING),
+    Mutant("calls of before a loss speak for new ones", "    if of ~= gen then i = NEVER end\n", "", where={**FAILING, **LOSING}),
+]  # fmt: skip
