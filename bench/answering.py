@@ -9,7 +9,7 @@ limit was missed:
 
     hanging    the preferred model never answers:  p99 <= deadline + 100 ms
     failing    it fails at once:                   p99 <= min(deadline, next in rank, fallback) + 100 ms
-    slow       it answers after the deadline:      every answer is replaced by its late one
+    slow       it answers after the deadline:      every late answer replaces the one that was given
 """
 
 from __future__ import annotations
@@ -51,6 +51,10 @@ SLOW_SHARE = 5  # and so much fewer at once, since each is done so much sooner
 MOST_OVER_SECONDS = 0.1
 CALL_SECONDS = 6.0  # a call that hangs is given up after so long
 LEFT_OVER_SECONDS = CALL_SECONDS + 14.0  # what may still be at the backend is counted for 10 s more
+NOT_REPLACED = """
+SELECT count(*) AS n FROM tasks t
+ WHERE coalesce(t.answer_rank, 0) < 3
+   AND EXISTS (SELECT FROM model_calls c WHERE c.task_id = t.id AND c.rank = 3 AND c.outcome = 'answered')"""
 SCENES = ("well", "failing", "hanging", "slow")
 
 
@@ -72,6 +76,7 @@ class Seen:
     preferred_alone: float  # the part of the cost that is the first model's
     tasks: dict[str, int]
     open_calls: int
+    not_replaced: int  # tasks that a chosen model answered, and that do not hold its answer
     holders: int
     asyncio_tasks: int
     connections_busy: int
@@ -87,7 +92,7 @@ class Seen:
             "asyncio tasks are left over": self.asyncio_tasks,
             "connections are in use": self.connections_busy,
             "tasks are still in the queue": self.tasks.get("unsolved", 0),
-            "late answers did not replace": self.scene == "slow" and self.upgraded != self.provisional,
+            "late answers did not replace": self.not_replaced,
         }
         return [fault for fault, is_so in wrong.items() if is_so]
 
@@ -263,6 +268,7 @@ def _sum_up(
     possible = [_possible(scene, prompt, deadline) for prompt, _ in answers]
     over = [took - could for took, could in zip(seconds, possible, strict=True)]
     with connect(addresses.database_url) as connection:
+        (kept,) = rows(connection, NOT_REPLACED)
         tasks = rows(connection, "SELECT status, count(*) AS n FROM tasks GROUP BY 1")
         (calls,) = rows(
             connection,
@@ -276,7 +282,7 @@ def _sum_up(
         by=dict(Counter(answer.model or "passages" for _, answer in answers)),
         provisional=sum(answer.provisional for _, answer in answers), cost=calls["cost"],
         preferred_alone=calls["first"], tasks={row["status"]: row["n"] for row in tasks},
-        open_calls=calls["open"], **left_over,
+        open_calls=calls["open"], not_replaced=kept["n"], **left_over,
     )  # fmt: skip
 
 

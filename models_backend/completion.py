@@ -15,6 +15,7 @@ from typing import Any
 
 LONGEST_WORDS_CHARACTERS = 200
 LONGEST_HEADER_CHARACTERS = 60
+SET_RIGHT_SECONDS = 30  # how soon it is looked again whether what was wrong has been set right
 UNKNOWN_MODEL_CODES = frozenset({"model_not_found", "model_not_available", "model_not_supported"})
 _TITLE = re.compile(r"(?is)<title[^>]*>(.*?)</title>")
 
@@ -88,12 +89,16 @@ def refusal_of(status: int, retry_after: str | None, content: bytes) -> Provider
     if status in {408, 504}:
         return ProviderRefusal(504, f"the provider itself ran out of time ({status}): {words}")
     if status in {401, 403}:
-        message = f"the provider refuses our key ({status}): check LLAMA_API_KEY"
-    elif status in {404, 405} or status < 400:
-        message = f"no chat completions at the provider's address ({status}): check LLAMA_API_BASE"
-    else:
-        message = f"the provider answered {status}: {words}"
-    return ProviderRefusal(502, message)
+        return not_to_be_had(f"the provider refuses our key ({status}): check LLAMA_API_KEY")
+    if status in {402, 404, 405} or status < 400:
+        where = f"no chat completions at the provider's address ({status}): check LLAMA_API_BASE"
+        return not_to_be_had(f"the provider wants to be paid ({status}): {words}" if status == 402 else where)
+    return ProviderRefusal(502, f"the provider answered {status}: {words}")
+
+
+def not_to_be_had(message: str) -> ProviderRefusal:
+    """What somebody has to set right first: no prompt's fault, so that it must not cost one an attempt."""
+    return ProviderRefusal(503, message, str(SET_RIGHT_SECONDS))
 
 
 def _is_unknown_model(status: int, document: Any) -> bool:

@@ -13,6 +13,7 @@ from models_backend.completion import (
     ProviderRefusal,
     completion_of,
     completion_of_events,
+    not_to_be_had,
     refusal_of,
 )
 from models_backend.settings import ProviderSettings
@@ -50,8 +51,9 @@ class Provider:
     async def complete(self, model: str, prompt: str, max_tokens: int) -> Completion:
         """The provider's answer, or ProviderRefusal with one line that names no secret.
 
-        Its status is what it means to our own client: 429 and 503 as they came, 404 for a model that is not
-        there, 400, 413 and 422 for a prompt that is refused, 504 if it is late, else 502.
+        Its status is what it means to our own client: 429 and 503 "later", 503 also for what somebody has to
+        set right (key, address), 404 for a model that is not there, 400, 413 and 422 for a prompt that is
+        refused, 504 if it is late, else 502.
         """
         try:
             return await self._ask(self._request(model, prompt, max_tokens))
@@ -113,20 +115,21 @@ async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
 
 
 # The first that fits, from the particular to the general.
-_BROKEN: tuple[tuple[type[Exception], int, str], ...] = (
-    (aiohttp.ConnectionTimeoutError, 502, "no connection to the provider in time: check LLAMA_API_BASE"),
-    (asyncio.TimeoutError, 504, "the provider did not answer in time"),
-    (aiohttp.ClientConnectorDNSError, 502, "the provider's host is not known: check LLAMA_API_BASE"),
-    (aiohttp.ClientSSLError, 502, "no TLS connection to the provider: check LLAMA_API_BASE"),
-    (aiohttp.ClientConnectorError, 502, "the provider refuses connections: check LLAMA_API_BASE"),
-    (aiohttp.ClientPayloadError, 502, "the provider broke off in the middle of its answer"),
-    (aiohttp.ServerDisconnectedError, 502, "the provider broke off before it answered"),
+_NOT_CONNECTED: tuple[tuple[type[Exception], str], ...] = (
+    (aiohttp.ConnectionTimeoutError, "no connection to the provider in time: check LLAMA_API_BASE"),
+    (aiohttp.ClientConnectorDNSError, "the provider's host is not known: check LLAMA_API_BASE"),
+    (aiohttp.ClientSSLError, "no TLS connection to the provider: check LLAMA_API_BASE"),
+    (aiohttp.ClientConnectorError, "the provider refuses connections: check LLAMA_API_BASE"),
 )
 
 
 def _broken(error: Exception) -> ProviderRefusal:
     """Why there is no whole reply, from what the HTTP client raised."""
-    for kind, status, words in _BROKEN:
+    for kind, words in _NOT_CONNECTED:
         if isinstance(error, kind):
-            return ProviderRefusal(status, words)
+            return not_to_be_had(words)
+    if isinstance(error, asyncio.TimeoutError):
+        return ProviderRefusal(504, "the provider did not answer in time")
+    if isinstance(error, aiohttp.ClientPayloadError):
+        return ProviderRefusal(502, "the provider broke off in the middle of its answer")
     return ProviderRefusal(502, f"the connection to the provider failed: {type(error).__name__}")

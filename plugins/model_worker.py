@@ -14,7 +14,6 @@ from airflow.sdk import BaseOperator, Connection, Variable
 from airflow.sdk.definitions.context import Context
 from airflow.triggers.base import BaseTrigger, TaskSuccessEvent, TriggerEvent
 
-from router.deadlines import Deadlines
 from router.engine import Engine
 from router.settings import Addresses, config_folder, data_folder, load_config
 from router.traffic_watch import VARIABLE_PREFIX
@@ -68,6 +67,9 @@ class SharedEngine:
             if self._engine is None:
                 engine = Engine(await addresses_from_connections(), load_config(), read_traffic_variables)
                 await engine.start()
+                # Not in processes that only load plugins: it brings the search engine with it.
+                from router.deadlines import Deadlines  # noqa: PLC0415
+
                 Deadlines(engine, config_folder(), data_folder()).take_up()
                 self._engine = engine
             return self._engine

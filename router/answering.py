@@ -20,11 +20,12 @@ from types import TracebackType
 from typing_extensions import Self
 
 from router.answers import Answer, AskedCall, Event, EventKind, Listener, Role
-from router.asked import AskedPrompt, Question
+from router.asked import AskedPrompt
 from router.asker import Asker
 from router.categories import Categorised
 from router.duties import result_within
 from router.errors import InputError, NoRoom
+from router.line_up import Question
 from router.roster import RosterModel
 from router.settings import (
     Addresses,

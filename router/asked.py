@@ -7,58 +7,26 @@ kept until their answers come late.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
-from typing import Any
 
 from router import line_up, race
 from router.account import Account
 from router.answers import Answer, EventKind, Listener, Role
 from router.call_log import tell
 from router.categories import Categorised
-from router.duties import ended, result_within, set_within
+from router.duties import Errands, set_within
 from router.errors import NoRoom, RouterError
-from router.fallback import Knowledge, prompt_with, sources
-from router.ledger import Ledger, Means
-from router.line_up import PASSAGES_GIVER, LineUp
+from router.fallback import prompt_with, search, sources
+from router.ledger import Ledger
+from router.line_up import PASSAGES_GIVER, Categorise, Desk, LineUp, Question
 from router.race import AskNext, GiveChosen, GiveFallback, Leg, Standing, Wait
-from router.roster import Roster
 from router.runners import Runner
 from router.sending import CallOrder, outlook
-from router.settings import RouterConfig
 from router.task import AnswerRank, CallResult, Outcome
 
-log = logging.getLogger("router.asking")
-
-SEARCH_SECONDS = 1.0
 CATEGORISE_SHARE = 0.2  # of the deadline
 SETTLED_WITHIN_SECONDS = 0.25  # an answer is returned at most so much later for being kept first
-GIVEN_UP_SECONDS = 3.0  # for what was given up to be settled
-
-Categorise = Callable[[str, float], Awaitable[Categorised]]  # the prompt, and how many seconds it may take
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """What was asked. `model`: only this one. `deadline_seconds` None: that of the category."""
-
-    prompt: str
-    model: str | None = None
-    deadline_seconds: float | None = None
-    max_tokens: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Desk:
-    """What the askings of a process are answered with."""
-
-    means: Means
-    config: RouterConfig
-    roster: Roster
-    knowledge: Knowledge | None
 
 
 class AskedPrompt:
@@ -66,7 +34,6 @@ class AskedPrompt:
 
     def __init__(self, desk: Desk, question: Question, on_event: Listener | None = None) -> None:
         self.question = question
-        self.ended = asyncio.Event()
         self._desk = desk
         self._account = Account(on_event)
         self._deadline = question.deadline_seconds or desk.config.asking.default_deadline_seconds
@@ -74,7 +41,7 @@ class AskedPrompt:
         self._racing = self._ledger.grow()
         self._line_up = LineUp(Categorised(desk.config.default_category, 0.0, "not known yet"), (), ())
         self._changed = asyncio.Event()
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._errands = Errands(self._changed.set)
         self._search: asyncio.Task[None] | None = None
         self._keeping: asyncio.Task[None] | None = None
         self._fallback_leg: Leg | None = None
@@ -109,7 +76,7 @@ class AskedPrompt:
                 tell(answer)
                 self._account.tell(EventKind.LATE, f"a better answer, from {runner.row.model}", runner)
                 return answer
-            under_way = {task for task in self._tasks if not task.done()}
+            under_way = set(self._errands.tasks)
             if not under_way or not self._may_come(rank):
                 return None
             await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
@@ -119,13 +86,19 @@ class AskedPrompt:
         self._is_over = True
         for runner in self._account.runners:
             runner.give_up(why)
-        for task in self._tasks:
-            if task is self._search or (task is self._keeping and self._ledger.task is None):
-                task.cancel()
+        if self._search is not None:
+            self._search.cancel()
+        if self._keeping is not None and self._ledger.task is None:
+            self._keeping.cancel()
 
     async def stop(self) -> None:
         """Cancel whatever is left, settling included: afterwards only the lease can tell of it."""
-        await ended(*self._tasks)
+        await self._errands.stop()
+
+    @property
+    def ended(self) -> asyncio.Event:
+        """Set when nothing of it is under way any more."""
+        return self._errands.over
 
     @property
     def task_id(self) -> int | None:
@@ -141,7 +114,7 @@ class AskedPrompt:
 
     async def _start(self, categorise: Categorise) -> None:
         question, desk, account = self.question, self._desk, self._account
-        self._search = self._spawn(self._find(), "search")
+        self._search = self._errands.begin(self._find(), "search")
         about = await categorise(question.prompt, CATEGORISE_SHARE * self._deadline)
         if question.deadline_seconds is None:
             self._deadline = desk.config.asking.deadline_of(about.category)
@@ -158,19 +131,12 @@ class AskedPrompt:
             self._ask_next()
         if self._line_up.cheap:
             self._fallback_leg = Leg.RUNNING
-            self._spawn(self._fall_back(self._search), "fallback")
+            self._errands.begin(self._fall_back(self._search), "fallback")
 
     async def _find(self) -> None:
         knowledge = self._desk.knowledge
-        if knowledge is None or self.question.model is not None:
-            return
-        searching = knowledge.search(self.question.prompt, self._desk.config.fallback.passages)
-        try:
-            found = await result_within(searching, SEARCH_SECONDS, "router search")
-        except Exception:
-            log.exception("knowledge cannot be searched; going on without")
-            return
-        if found is not None:
+        if knowledge is not None and self.question.model is None:
+            found = await search(knowledge, self.question.prompt, self._desk.config.fallback.passages)
             self._account.found = found
             names = ", ".join(sources(found)) or "nothing to the point"
             self._account.tell(EventKind.FOUND, f"knowledge holds {names} ({found.confidence:.2f})")
@@ -180,7 +146,7 @@ class AskedPrompt:
         role = Role.NEXT if asked else Role.ASKED
         runner = self._runner(self._line_up.ranking[asked], role, self.question.prompt)
         work = runner.run(self._patience(), self._account.began + self._deadline)
-        self._spawn(work, f"call {runner.row.call_id}")
+        self._errands.begin(work, f"call {runner.row.call_id}")
 
     async def _fall_back(self, search: asyncio.Task[None]) -> None:
         """Search, then ask one cheap model after the other until one answers."""
@@ -256,7 +222,7 @@ class AskedPrompt:
         self._racing.end()
         settle_seconds = max(0.0, min(SETTLED_WITHIN_SECONDS, self._left()))
         if runner is None:
-            self._keeping = self._spawn(self._keep_passages(), "keep passages")
+            self._keeping = self._errands.begin(self._keep_passages(), "keep passages")
             await asyncio.wait({self._keeping}, timeout=settle_seconds)
         else:
             await set_within(runner.settled, settle_seconds)
@@ -291,20 +257,7 @@ class AskedPrompt:
         late = self._desk.config.asking.late_seconds
         why = f"no answer came within {late:g} s after the prompt was answered"
         ending = asyncio.get_running_loop().call_later(late, self.give_up, why)
-        self._spawn(self._end(ending), "end of asking")
-
-    async def _end(self, timer: asyncio.TimerHandle) -> None:
-        me = asyncio.current_task()
-        try:
-            while others := {task for task in self._tasks if task is not me and not task.done()}:
-                await asyncio.wait(others)
-        except asyncio.CancelledError:  # the loop ends: the others were cancelled as well, and settle
-            if others := {task for task in self._tasks if task is not me}:
-                await asyncio.wait(others, timeout=GIVEN_UP_SECONDS)
-            raise
-        finally:
-            timer.cancel()
-            self.ended.set()
+        self._errands.close(ending.cancel)
 
     def _may_come(self, rank: AnswerRank) -> bool:
         """Whether an answer of a higher rank may still come."""
@@ -330,7 +283,7 @@ class AskedPrompt:
             if runner.leg is Leg.ANSWERED and runner.row.role is Role.FALLBACK:
                 self._fallback_leg = Leg.ANSWERED
             account.ended(runner)
-            self._spawn(runner.close(), f"settle {runner.row.call_id}")
+            self._errands.begin(runner.close(), f"settle {runner.row.call_id}")
         self._changed.set()
 
     def _spare_others(self, sent: Runner) -> None:
@@ -339,18 +292,6 @@ class AskedPrompt:
         for runner in chosen if sent in chosen else ():
             if runner is not sent:
                 runner.spare(f"{sent.row.model} had a permit sooner")
-
-    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(work, name=f"router {name}")
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-        return task
-
-    def _done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            log.error("%s: a fault of the program", task.get_name(), exc_info=task.exception())
-        self._changed.set()
 
     def _patience(self) -> float:
         if self.question.model is not None:

@@ -16,7 +16,6 @@ import redis.asyncio
 
 from router import asking
 from router import roster as roster_of
-from router.asked import Desk
 from router.backend import ModelsBackend
 from router.categories import Categorised
 from router.categoriser import CategoriserProcess
@@ -27,6 +26,7 @@ from router.fallback import Knowledge as Searched
 from router.knowledge import Knowledge
 from router.ledger import Means
 from router.limiter import LimiterSettings, PastCall, TrafficLimiter
+from router.line_up import Desk
 from router.queue import TaskQueue
 from router.roster import Roster
 from router.settings import Addresses, RouterConfig

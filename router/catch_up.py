@@ -219,6 +219,7 @@ def catch_up(
     with home.alone() as alone:
         if not alone:
             return Caught(busy=True)
+        home.drop_unused()
         with connect(database_url, autocommit=True) as connection:
             return CatchUp(home, connection, tasks=tasks, most=most).run(knowledge_folder)
 

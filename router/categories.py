@@ -34,9 +34,9 @@ from router.settings import CategorySettings
 CERTAIN = 0.99  # no rule is surer than this
 CLEARLY = 0.5
 SHAPE_SCALE = 0.3
-RULE_SCALE = 0.5
+RULE_SCALE = 0.35
 VOCABULARY_SCALE = 2.0
-REGULARISATION = 8.0
+REGULARISATION = 3.0
 LARGEST_BATCH = 512
 
 Numbers = NDArray[np.float64]
@@ -158,6 +158,7 @@ class Categoriser:
 
     def _learn(self, examples: Sequence[Example]) -> None:
         from sklearn.linear_model import LogisticRegression  # noqa: PLC0415 - it takes a second
+        from threadpoolctl import threadpool_limits  # noqa: PLC0415 - scikit-learn brings it
 
         prompts = [cut(example.prompt) for example in examples]
         texts = [normal(prompt) for prompt in prompts]
@@ -171,9 +172,10 @@ class Categoriser:
         if len(self._names) == 1:
             return
         used = np.flatnonzero(np.asarray(features.getnnz(axis=0)) > 1)
-        model = LogisticRegression(C=REGULARISATION, max_iter=60, tol=1e-3)
+        model = LogisticRegression(C=REGULARISATION, max_iter=80, tol=5e-4)
         labels = [self._names.index(example.category) for example in examples]
-        model.fit(features[:, used], labels, sample_weight=_weights(examples))
+        with threadpool_limits(1):  # more would be in each other's way on a busy machine
+            model.fit(features[:, used], labels, sample_weight=_weights(examples))
         self._coefficients[used] = _of_each_category(model.coef_)
         self._intercepts = _of_each_category(model.intercept_[:, None])[0]
 

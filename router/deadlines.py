@@ -15,10 +15,10 @@ from router import asking, line_up, race
 from router.answers import Role
 from router.asking import AskedTask, DueTask
 from router.categories import Categorised
-from router.duties import ended, result_within
+from router.duties import ended
 from router.engine import Engine
 from router.errors import RouterError
-from router.fallback import Found, Knowledge, NothingFound, prompt_with
+from router.fallback import Found, Knowledge, prompt_with, search
 from router.knowledge import Knowledge as KeptKnowledge
 from router.ledger import Ledger, Means
 from router.line_up import PASSAGES_GIVER, LineUp
@@ -32,7 +32,6 @@ log = logging.getLogger("router.deadlines")
 STEP_SECONDS = 1.0
 MOST_AT_ONCE = 50
 HOLD_SECONDS = 60.0  # if this process dies, another one serves the task after so long
-SEARCH_SECONDS = 2.0
 LEAST_SECONDS = 10.0  # a task whose deadline has passed is still worth asking for
 
 
@@ -113,8 +112,7 @@ class Deadlines:
                     data_folder=self._data,
                 )  # fmt: skip
                 self._knowledge = await self._engine.enter(opening)
-        searching = self._knowledge.search(prompt, self._engine.config.fallback.passages)
-        return await result_within(searching, SEARCH_SECONDS, "router search") or NothingFound()
+        return await search(self._knowledge, prompt, self._engine.config.fallback.passages)
 
     async def _ask(self, due: DueTask, ledger: Ledger, who: LineUp, prompt: str) -> bool:
         """Ask one cheap model after the other; whether one answered."""

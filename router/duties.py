@@ -1,11 +1,11 @@
-"""What must go on beside solving: named tasks that repeat a step and outlive its troubles."""
+"""Named tasks: duties that repeat a step and outlive its troubles, and errands that belong to one thing."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from router.errors import RouterError
@@ -13,6 +13,7 @@ from router.errors import RouterError
 log = logging.getLogger("router.duties")
 
 CANCEL_AGAIN_SECONDS = 0.25
+LAST_SECONDS = 3.0  # for what is cancelled with the whole loop
 
 Step = Callable[[], Awaitable[Any]]
 T = TypeVar("T")
@@ -32,6 +33,53 @@ class Duties:
     async def end(self) -> None:
         """Cancel all duties and wait until they are gone."""
         await ended(*self._tasks)
+
+
+class Errands:
+    """Named tasks that belong to one thing; `over` is set when all that were begun by `close` have ended."""
+
+    def __init__(self, on_end: Callable[[], None]) -> None:
+        self.over = asyncio.Event()
+        self.tasks: set[asyncio.Task[None]] = set()
+        self._on_end = on_end
+        self._closing: asyncio.Task[None] | None = None
+
+    def begin(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """Do `work` in a task of its own; a fault of the program in it is logged."""
+        task = asyncio.get_running_loop().create_task(work, name=f"router {name}")
+        self.tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def close(self, then: Callable[[], None]) -> None:
+        """Call `then`, and set `over`, when nothing is under way any more."""
+        if self._closing is None:
+            closing = self._end(then)
+            self._closing = asyncio.get_running_loop().create_task(closing, name="router end of errands")
+
+    async def stop(self) -> None:
+        """Cancel what is left."""
+        await ended(*self.tasks)
+
+    async def _end(self, then: Callable[[], None]) -> None:
+        try:
+            while self.tasks:
+                await asyncio.wait(set(self.tasks))
+        except (
+            asyncio.CancelledError
+        ):  # the loop ends: the others were cancelled as well, and put things right
+            if self.tasks:
+                await asyncio.wait(set(self.tasks), timeout=LAST_SECONDS)
+            raise
+        finally:
+            then()
+            self.over.set()
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self.tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("%s: a fault of the program", task.get_name(), exc_info=task.exception())
+        self._on_end()
 
 
 async def _repeat(step: Step, seconds: float, name: str, wake: asyncio.Event | None) -> None:

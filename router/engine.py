@@ -21,7 +21,7 @@ import asyncpg
 import redis.asyncio
 
 from router import roster as roster_of
-from router.assignment import Work, shares
+from router.assignment import Work, bounds, shares
 from router.backend import ModelsBackend
 from router.categorising import Categorising
 from router.database import open_pool
@@ -84,6 +84,8 @@ class Engine:
         self.state: EngineState | None = None
         self.targets: dict[str, TrafficTarget] = {}
         self.shares: dict[str, dict[str, float]] = {}
+        self.bounds: dict[str, dict[str, float]] = {}  # model -> category -> the most that it may have
+        self.solved_tasks: dict[str, int] = {}  # by category, looked at while there are bounds
         self.solved = 0
         self.failed_calls = 0
 
@@ -329,7 +331,10 @@ class Engine:
         lines = await roster_of.read_targets(self.pool)
         self.targets = {model: TrafficTarget.parse(line) for model, (line, _) in lines.items()}
         rates = {model: _rate(self.targets[model]) for model in self.roster.models if model in self.targets}
-        work = Work(backlog=self.state.unsolved, rates=rates, places=self.roster.places)
+        work = Work(self.state.unsolved, rates, self.roster.places, self.roster.learned)
+        self.bounds = bounds(work)
+        if self.bounds:
+            self.solved_tasks = await roster_of.read_solved(self.pool)
         if work != self._work:
             self.shares = await asyncio.to_thread(shares, work)
             self._work = work

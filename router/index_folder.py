@@ -11,6 +11,7 @@ import dataclasses
 import fcntl
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from pathlib import Path
 from router.knowledge_index import IndexBroken, KnowledgeIndex
 
 LARGEST = 2**62
+UNUSED_DAYS = 14
 
 
 @dataclass
@@ -72,6 +74,17 @@ class IndexFolder:
             return self._state.stat().st_mtime
         except OSError:
             return None
+
+    def drop_unused(self) -> None:
+        """Delete the indexes beside this one that no pass has kept for UNUSED_DAYS.
+
+        They were of another engine, address or config folder; one that is in use is kept at each pass.
+        """
+        for state in self.path.parent.glob(f"*/{self._state.name}"):
+            unused = time.time() - state.stat().st_mtime > UNUSED_DAYS * 86_400
+            is_index = (state.parent / self._index.name / "meta.json").exists()
+            if unused and is_index and state.parent != self.path:
+                shutil.rmtree(state.parent, ignore_errors=True)
 
     @contextmanager
     def alone(self) -> Iterator[bool]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import struct
 import time
 from collections.abc import Coroutine, Iterable
@@ -23,7 +22,7 @@ from router.breaker import Sign
 from router.changes import Changes
 from router.errors import InputError, LimiterError, LimiterUnavailable
 from router.line import Line
-from router.packing import packed_target, packed_verdict, traffic_of
+from router.packing import packed_target
 from router.permits import (
     FREED_BY_OTHERS,
     MICRO,
@@ -39,6 +38,7 @@ from router.permits import (
 from router.recovery import History, Recovery
 from router.redis_script import RedisScript
 from router.returns import Returns
+from router.sightings import Sightings
 from router.task import Outcome
 from router.traffic import LARGEST_COUNT, TrafficTarget
 
@@ -54,8 +54,6 @@ __all__ = [
     "WaitReason",
 ]
 
-MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
-LONGEST_REST_SECONDS = 86_400.0
 _SCRIPT = Path(__file__).with_name("limiter.lua").read_text(encoding="utf-8")
 _LOST = 1  # the script's status; 0 is a decision, 2 is no target
 _HEAD = struct.Struct("<10d")
@@ -86,8 +84,8 @@ class TrafficLimiter:
         self._name = f"{id(self):x}-{time.monotonic_ns():x}"
         self._changes = Changes(redis, self._name, self._heard, self.settings)
         self._recovery = Recovery(self._call, self._put_target_back, history, self.settings, self._name)
-        self._seen: dict[str, Seen] = {}
-        self._keys: dict[str, str] = {}
+        self._sightings = Sightings(self._call, self._name, self.settings.breaker, self._changed, self._aside)
+        self._seen_of = self._sightings.of
         self._lines: dict[str, Line] = {}
         self._returns = Returns(self._send_back)
         self._side_tasks: set[asyncio.Task[Any]] = set()
@@ -203,7 +201,7 @@ class TrafficLimiter:
 
     async def rest(self, model: str, seconds: float, reason: str) -> None:
         """Nobody may send to the model for `seconds`, at most a day; 0 ends a rest and closes the breaker."""
-        await self._heed(model, Sign.REST, seconds, reason)
+        await self._sightings.tell(model, Sign.REST, seconds, reason)
 
     async def heed(
         self,
@@ -224,21 +222,8 @@ class TrafficLimiter:
         if verdict is None or (verdict.sign is Sign.GOOD and not seen.failures and not seen.trip):
             return
         send = None if permit is None else (permit.generation, permit.number)
-        await self._heed(model, verdict.sign, verdict.rest_seconds, f"{outcome.value}: {why}", send)
-
-    async def _heed(
-        self, model: str, sign: Sign, seconds: float, reason: str, send: tuple[int, int] | None = None
-    ) -> None:
-        seen, left = self._seen_of(model), time.monotonic()
-        seconds = min(seconds, LONGEST_REST_SECONDS)
-        if seconds > 0:  # also if Redis is away: whoever knows of a rest says so when it is back
-            seen.rest_until, seen.rest_reason = max(seen.rest_until, left + seconds), reason[:200]
-        ask = packed_verdict(seen, left, sign, seconds, send=send, breaker=self.settings.breaker)
-        reply = await self._call(model, "heed", ask, reason[:200], self._name)
-        status, failures, trip, resting = struct.unpack("<4d", reply)
-        if not status:
-            seen.failures, seen.trip, seen.rest_until = failures, trip, time.monotonic() + resting / MICRO
-        self._changed(model)
+        reason = f"{outcome.value}: {why}"
+        await self._sightings.tell(model, verdict.sign, verdict.rest_seconds, reason, send)
 
     def waiting(self, model: str) -> int:
         """How many in this process stand in line for the model."""
@@ -269,7 +254,7 @@ class TrafficLimiter:
         self, model: str, verb: str, tokens: tuple[int, ...], holder_seconds: float | None
     ) -> tuple[list[Permit], float | None, float]:
         """The permits there are, and what the next one waits for: seconds, and the number of a WaitReason."""
-        seen = self._seen.get(model) or self._seen_of(model)
+        seen = self._seen_of(model)
         settings = self.settings
         holder = settings.call_longest_seconds if holder_seconds is None else holder_seconds
         left = 0.0
@@ -281,14 +266,14 @@ class TrafficLimiter:
             look = settings.look_ahead_seconds * MICRO
             return form.pack(seen.generation, seen.claim(left), seen.head, look, holder * MICRO, *tokens)
 
-        reply = await self._script.ask(self._keys[model], verb, question)
+        reply = await self._script.ask(self._sightings.key(model), verb, question)
         arrived = time.monotonic()
         status, generation, head, version, wait, reason, slack, now, failures, trip = _HEAD.unpack_from(reply)
         if status:
             seen.near_at = None
             return [], None, WaitReason.LOST if status == _LOST else WaitReason.NO_TARGET
         if generation != seen.generation or version > seen.version:
-            self._remember(model, seen, generation, version)
+            self._sightings.remember(model, seen, generation, version)
         if head > seen.head and generation == seen.generation:
             seen.head = head
         seen.heard(now, left, arrived)
@@ -317,26 +302,6 @@ class TrafficLimiter:
         seen.near_at = None if again is None else time.monotonic() + again
         seen.near_known_at = time.monotonic() if again is None or again > 0 else 0.0
 
-    def _remember(self, model: str, seen: Seen, generation: float, version: float) -> None:
-        if generation > seen.generation:
-            seen.generation, seen.head, seen.anchor = generation, 0.0, None
-            if seen.rest_until > time.monotonic():
-                self._aside(self._put_rest_back(model, seen), f"put back a rest of {model}")
-        if version > seen.version:
-            seen.version = version
-            self._aside(self._learn_target(model), f"learn the target of {model}")
-
-    async def _put_rest_back(self, model: str, seen: Seen) -> None:
-        with contextlib.suppress(LimiterUnavailable):
-            await self._heed(model, Sign.PUT_BACK, seen.rest_until - time.monotonic(), seen.rest_reason)
-
-    async def _learn_target(self, model: str) -> None:
-        """Keep the target in force at hand, so that it can be put back when Redis lost it."""
-        with contextlib.suppress(LimiterUnavailable):
-            traffic = await self._snapshot(model)
-            if traffic.target:
-                self._seen_of(model).target = TrafficTarget.parse(traffic.target)
-
     async def _send_back(self, model: str, items: bytes) -> None:
         await self._call(model, "back", items, self._name)
         line = self._lines.get(model)
@@ -358,27 +323,12 @@ class TrafficLimiter:
     # -- Redis --------------------------------------------------------------------------------------------
 
     async def _call(self, model: str, verb: str, *arguments: bytes | str) -> Any:
-        return await self._script.call(self._keys.get(model) or self._key(model), verb, *arguments)
-
-    def _key(self, model: str) -> str:
-        if not MODEL_NAME.fullmatch(model):
-            raise InputError(
-                f"{model[:120]!r} is no model name: letters, digits, '.', '_' and '-', at most 100."
-            )
-        key = self._keys[model] = f"router:{{{model}}}"
-        return key
-
-    def _seen_of(self, model: str) -> Seen:
-        seen = self._seen.get(model)
-        if seen is None:
-            self._key(model)
-            seen = self._seen[model] = Seen()
-        return seen
+        return await self._script.call(self._sightings.key(model), verb, *arguments)
 
     def _line(self, model: str) -> Line:
         line = self._lines.get(model)
         if line is None:
-            self._key(model)
+            self._sightings.key(model)
 
             async def ask(tokens: list[int]) -> tuple[list[Permit], Wait]:
                 await self._changes.hear()
@@ -394,8 +344,7 @@ class TrafficLimiter:
         return task
 
     async def _snapshot(self, model: str) -> ModelTraffic:
-        line, rest_reason, packed = await self._call(model, "snapshot", b"")
-        return traffic_of(model, line, rest_reason, packed)
+        return await self._sightings.look(model)
 
     def _changed(self, model: str) -> None:
         seen = self._seen_of(model)
@@ -406,7 +355,7 @@ class TrafficLimiter:
 
     def _heard(self, key: str | None) -> None:
         for model in list(self._lines):
-            if key is None or key == self._keys[model]:
+            if key is None or key == self._sightings.key(model):
                 self._changed(model)
 
 

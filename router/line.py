@@ -2,7 +2,6 @@
 
 `Line`   the waiters of one model; its runner asks for as many permits as the line can use, in order
 `Bell`   wakes whoever waits for a change
-`Batch`  one round trip under way; what comes meanwhile goes together in the next
 """
 
 from __future__ import annotations
@@ -12,12 +11,10 @@ import random
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import Generic, TypeVar
 
 from router.errors import LimiterError, LimiterUnavailable, PermitDead
 from router.permits import LimiterSettings, Permit, Wait, WaitReason
 
-Item = TypeVar("Item")
 Ask = Callable[[list[int]], Awaitable[tuple[list[Permit], Wait]]]
 GiveBack = Callable[[Permit], "asyncio.Task[None]"]
 
@@ -71,9 +68,7 @@ class _Waiter:
 class Line:
     """The waiters of one model in this process, first come first served."""
 
-    def __init__(
-        self, model: str, ask: Ask, give_back: GiveBack, settings: LimiterSettings
-    ) -> None:
+    def __init__(self, model: str, ask: Ask, give_back: GiveBack, settings: LimiterSettings) -> None:
         self.bell = Bell()
         self.waiting_for = WaitReason.NOTHING
         self._model = model
@@ -265,42 +260,3 @@ class Line:
         for waiter in waiting:
             if not waiter.future.done():
                 waiter.future.set_exception(error)
-
-
-class Batch(Generic[Item]):
-    """Sends items, one round trip at a time; those that come meanwhile go together in the next."""
-
-    def __init__(self, send: Callable[[list[Item]], Awaitable[None]], *, most: int, name: str) -> None:
-        self._send = send
-        self._most = most
-        self._name = name
-        self._items: deque[tuple[Item, asyncio.Future[None]]] = deque()
-        self._runner: asyncio.Task[None] | None = None
-
-    async def put(self, item: Item) -> None:
-        """Return once the item has arrived; raises what its round trip raised."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._items.append((item, future))
-        if self._runner is None or self._runner.done():
-            self._runner = asyncio.create_task(self._serve(), name=self._name)
-        await future
-
-    async def close(self) -> None:
-        """Wait until everything has arrived or failed."""
-        if self._runner is not None:
-            await asyncio.gather(self._runner, return_exceptions=True)
-
-    async def _serve(self) -> None:
-        while self._items:
-            under_way = [self._items.popleft() for _ in range(min(self._most, len(self._items)))]
-            error: Exception | None = None
-            try:
-                await self._send([item for item, _ in under_way])
-            except Exception as raised:  # noqa: BLE001 - it is handed to those who wait
-                error = raised
-            for _, future in under_way:
-                if not future.done():
-                    if error is None:
-                        future.set_result(None)
-                    else:
-                        future.set_exception(error)

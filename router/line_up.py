@@ -1,14 +1,17 @@
-"""Who is asked for one prompt, in which order, and with what. No I/O."""
+"""What was asked, who is asked for it, in which order, and with what. No I/O."""
 
 from __future__ import annotations
 
 import uuid
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from router import race
 from router.answers import Role
 from router.asking import LogRow
 from router.categories import Categorised
+from router.fallback import Knowledge
+from router.ledger import Means
 from router.roster import Roster
 from router.sending import CallOrder
 from router.settings import RouterConfig
@@ -21,6 +24,29 @@ RANKS = {
     Role.FALLBACK: AnswerRank.FALLBACK_MODEL,
     Role.PASSAGES: AnswerRank.PASSAGES,
 }
+
+
+Categorise = Callable[[str, float], Awaitable[Categorised]]  # the prompt, and how many seconds it may take
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What was asked. `model`: only this one. `deadline_seconds` None: that of the category."""
+
+    prompt: str
+    model: str | None = None
+    deadline_seconds: float | None = None
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """What a prompt that comes now is answered with."""
+
+    means: Means
+    config: RouterConfig
+    roster: Roster
+    knowledge: Knowledge | None
 
 
 @dataclass(frozen=True, slots=True)

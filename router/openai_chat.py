@@ -64,8 +64,9 @@ class Chats:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._place():
-            asked = read_chat(await self._document(scope, receive), await self._catalogue())
-            await self._answer(asked, scope["visit"], receive, send)
+            document = await self._document(scope, receive)
+            catalogue = await self._catalogue()
+            await self._answer(read_chat(document, catalogue), catalogue, scope["visit"], receive, send)
 
     def give_up(self) -> None:
         """Cancel what is still being asked; its clients are told to come again."""
@@ -96,20 +97,23 @@ class Chats:
         except (ValueError, RecursionError) as error:
             raise ApiError(400, f"We could not parse the JSON body of your request: {error}.") from error
 
-    async def _answer(self, asked: ChatRequest, visit: Visit, receive: Receive, send: Send) -> None:
+    async def _answer(
+        self, asked: ChatRequest, catalogue: Catalogue, visit: Visit, receive: Receive, send: Send
+    ) -> None:
         began = time.monotonic()
         loop = asyncio.get_running_loop()
         asking = loop.create_task(self._asked(asked), name=f"router chat {visit.request_id}")
         gone = loop.create_task(_until_gone(receive), name=f"router client of {visit.request_id}")
         self._asking.add(asking)
         try:
-            conversation = _Conversation(asked, asking, gone, send, self._limits.keep_alive_seconds)
+            alive = self._limits.keep_alive_seconds
+            conversation = _Conversation(asked, catalogue, asking, gone, send=send, keep_alive_seconds=alive)
             await (conversation.stream() if asked.stream else conversation.whole())
         finally:
             await ended(gone, asking)
             self._asking.discard(asking)
-        seconds = time.monotonic() - began
-        log.info("%s %s asked %s: %.2f s", visit.request_id, visit.client, asked.asked_model, seconds)
+        log.info("%s %s asked %s: %s in %.2f s", visit.request_id, visit.client, asked.asked_model,
+                 conversation.outcome, time.monotonic() - began)  # fmt: skip
 
     async def _asked(self, asked: ChatRequest) -> Answer:
         return await self._router.answer(
@@ -122,10 +126,12 @@ class _Conversation:
     """One request from the moment when it is asked: waits for the answer as long as the client does."""
 
     def __init__(
-        self, asked: ChatRequest, asking: asyncio.Task[Answer], gone: asyncio.Task[None], send: Send,
-        keep_alive_seconds: float,
+        self, asked: ChatRequest, catalogue: Catalogue, asking: asyncio.Task[Answer],
+        gone: asyncio.Task[None], *, send: Send, keep_alive_seconds: float,
     ) -> None:  # fmt: skip
+        self.outcome = "no answer"
         self._asked = asked
+        self._catalogue = catalogue
         self._asking = asking
         self._gone = gone
         self._send = send
@@ -162,6 +168,7 @@ class _Conversation:
         try:
             reply = self._reply()
         except ApiError as error:
+            self.outcome = f"{error.status} {error}"
             await self._piece(event(error.document))
             return
         except Exception:
@@ -188,7 +195,11 @@ class _Conversation:
         asked, answer = self._asked, self._asking.result()
         if answer.rank is AnswerRank.PASSAGES and not answer.sources:
             raise _nothing(answer)
-        return Reply(answer, self._id, self._created, asked.max_tokens, asked.stops)
+        most = self._catalogue.longest(answer.model, answer.rank, asked.max_tokens)
+        reply = Reply(answer, self._id, self._created, most, asked.stops)
+        later = ", for now" if answer.provisional else ""
+        self.outcome = f"answered by {reply.model}{later}, task {answer.task_id}"
+        return reply
 
     async def _piece(self, body: bytes, *, more: bool = True) -> None:
         await self._send({"type": "http.response.body", "body": body, "more_body": more})

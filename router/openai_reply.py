@@ -54,12 +54,15 @@ class ApiError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One answer on its way back, under the id and the moment (Unix seconds) of its request."""
+    """One answer on its way back, under the id and the moment (Unix seconds) of its request.
+
+    `longest` is how many tokens it could have: one that has so many was cut off.
+    """
 
     answer: Answer
     completion_id: str
     created: int
-    max_tokens: int | None = None
+    longest: int | None = None
     stops: tuple[str, ...] = ()
 
     @property
@@ -76,7 +79,7 @@ class Reply:
     @property
     def finish_reason(self) -> str:
         used = self.answer.completion_tokens
-        cut = self.max_tokens is not None and used is not None and used >= self.max_tokens
+        cut = self.longest is not None and used is not None and used >= self.longest
         return "length" if cut and self.text == self.answer.text else "stop"
 
     def completion(self) -> dict[str, Any]:
@@ -155,7 +158,8 @@ def role_event(completion_id: str, created: int, model: str, *, include_usage: b
 
 def event(document: Mapping[str, Any]) -> bytes:
     """One server-sent event."""
-    return b"data: " + json.dumps(document, ensure_ascii=False, default=str).encode() + b"\n\n"
+    text = json.dumps(document, ensure_ascii=False, default=str)
+    return b"data: " + text.encode("utf-8", "replace") + b"\n\n"
 
 
 def model_object(name: str) -> dict[str, Any]:

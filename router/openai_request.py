@@ -15,6 +15,7 @@ from typing import Any
 from router.conversation import prompt_of
 from router.errors import InputError
 from router.openai_reply import ApiError
+from router.task import AnswerRank
 
 AUTO = "auto"
 LARGEST_MAX_TOKENS = 1_000_000
@@ -53,13 +54,21 @@ READ = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Catalogue:
-    """What can be asked: models by name, and categories for `auto:<category>`."""
+    """What can be asked: models, with their longest answers in tokens, and categories."""
 
-    models: tuple[str, ...]
+    models: Mapping[str, int]
     categories: tuple[str, ...]
+    fallback_tokens: int = LARGEST_MAX_TOKENS
 
     def names(self) -> list[str]:
         return [AUTO, *(f"{AUTO}:{category}" for category in self.categories), *self.models]
+
+    def longest(self, model: str | None, rank: AnswerRank, asked: int | None) -> int | None:
+        """The tokens that an answer of this model and rank could have; None if no model gave it."""
+        if model is None:
+            return None
+        most = min(self.models.get(model, LARGEST_MAX_TOKENS), asked or LARGEST_MAX_TOKENS)
+        return min(most, self.fallback_tokens) if rank is AnswerRank.FALLBACK_MODEL else most
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,7 +114,8 @@ def _counts(rows: IntArray, columns: IntArray, height: int, width: int) -> csr_m
 SHAPES = (
     "short", "middling", "long", "very long", "many lines", "answer options", "signs of code",
     "ends in a question mark", "begins in lower case", "many digits", "one sentence",
-    "text after a first line", "not latin letters", "numbers and a question of how many", "many numbers and a question",
+    "text after a first line", "not latin letters", "numbers and a question of how many",
+    "many numbers and a question",
 )  # fmt: skip
 _SIZES = (0, 60, 200, 700, 1 << 40)  # characters, from which a text is short, middling, long, very long
 _LONGEST_FIRST_LINE = 150

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from collections import deque
 from collections.abc import Awaitable, Callable
+from typing import Generic, TypeVar
 
 from router.errors import LimiterUnavailable
-from router.line import Batch
 from router.permits import Permit
 
 MOST_IN_ONE_TRIP = 500
 MOST_KEPT = 10_000  # returns that wait for Redis to come back; what is more ends by itself
 AGAIN_SECONDS = 0.5
 
+Item = TypeVar("Item")
 SendBack = Callable[[str, bytes], Awaitable[None]]
 
 
@@ -75,3 +77,42 @@ class Returns:
                 del items[: len(some)]  # others may have joined meanwhile
                 if not items:
                     del self._kept[model]
+
+
+class Batch(Generic[Item]):
+    """Sends items, one round trip at a time; those that come meanwhile go together in the next."""
+
+    def __init__(self, send: Callable[[list[Item]], Awaitable[None]], *, most: int, name: str) -> None:
+        self._send = send
+        self._most = most
+        self._name = name
+        self._items: deque[tuple[Item, asyncio.Future[None]]] = deque()
+        self._runner: asyncio.Task[None] | None = None
+
+    async def put(self, item: Item) -> None:
+        """Return once the item has arrived; raises what its round trip raised."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._items.append((item, future))
+        if self._runner is None or self._runner.done():
+            self._runner = asyncio.create_task(self._serve(), name=self._name)
+        await future
+
+    async def close(self) -> None:
+        """Wait until everything has arrived or failed."""
+        if self._runner is not None:
+            await asyncio.gather(self._runner, return_exceptions=True)
+
+    async def _serve(self) -> None:
+        while self._items:
+            under_way = [self._items.popleft() for _ in range(min(self._most, len(self._items)))]
+            error: Exception | None = None
+            try:
+                await self._send([item for item, _ in under_way])
+            except Exception as raised:  # noqa: BLE001 - it is handed to those who wait
+                error = raised
+            for _, future in under_way:
+                if not future.done():
+                    if error is None:
+                        future.set_result(None)
+                    else:
+                        future.set_exception(error)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import asyncpg
 
+from router.assignment import Learned, Rankings
 from router.database import AWAY_ERRORS, Connection, rows
 from router.errors import ConfigError, DatabaseError
 from router.settings import RouterConfig
@@ -38,6 +39,7 @@ class Roster:
     places: Mapping[str, Mapping[str, int]]
     categories: tuple[str, ...]
     version: int
+    learned: Rankings = field(default_factory=dict)  # category -> model, where a review ranked it
 
 
 def sync_roster(connection: Connection, config: RouterConfig) -> None:
@@ -81,8 +83,12 @@ async def read_roster(pool: asyncpg.Pool) -> Roster:
     """The roster as it is now, for a worker."""
     version = await roster_version(pool)
     places: dict[str, dict[str, int]] = {}
-    for row in await _fetch(pool, "SELECT category, model, place FROM rankings"):
+    learned: dict[str, dict[str, Learned]] = {}
+    for row in await _fetch(pool, "SELECT * FROM rankings"):
         places.setdefault(row["category"], {})[row["model"]] = row["place"]
+        if row["quality"] is not None:
+            known = Learned(row["quality"], row["least_share"], row["most_share"])
+            learned.setdefault(row["category"], {})[row["model"]] = known
     models = await _fetch(pool, "SELECT * FROM roster_in_use ORDER BY model")
     categories = await _fetch(pool, "SELECT name FROM categories ORDER BY is_default, name")
     return Roster(
@@ -90,6 +96,7 @@ async def read_roster(pool: asyncpg.Pool) -> Roster:
         places=places,
         categories=tuple(row["name"] for row in categories),
         version=version,
+        learned=learned,
     )
 
 
@@ -97,6 +104,12 @@ async def roster_version(pool: asyncpg.Pool) -> int:
     """A number that moves with every change of roster or ranking."""
     found = await _fetch(pool, "SELECT last_value FROM roster_version")
     return int(found[0]["last_value"])
+
+
+async def read_solved(pool: asyncpg.Pool) -> dict[str, int]:
+    """category -> tasks solved up to now."""
+    found = await _fetch(pool, "SELECT category, solved FROM task_counts_now")
+    return {row["category"]: int(row["solved"]) for row in found}
 
 
 async def read_targets(pool: asyncpg.Pool) -> dict[str, tuple[str, int]]:

@@ -92,7 +92,7 @@ class Runner:
         While it is being written into the log nothing is cut off, so that what the log holds stays known.
         """
         if self.under_way:
-            self._no_more = why
+            self._no_more = self._no_more or why
             if self._sending is not None:
                 self._sending.cancel()
 

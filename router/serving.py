@@ -59,8 +59,9 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
 
 
 async def _catalogue(router: Router) -> Catalogue:
-    models = await router.models()
-    return Catalogue(tuple(model.model for model in models), tuple(sorted(router.config.categories)))
+    config = router.config
+    longest = {model.model: model.max_tokens for model in await router.models()}
+    return Catalogue(longest, tuple(sorted(config.categories)), config.fallback.max_tokens)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -114,6 +114,13 @@ class TrafficSettings(_Frozen):
     first_rest_seconds: float = Field(default=1.0, gt=0, le=3600)
     longest_rest_seconds: float = Field(default=60.0, gt=0, le=86_400)
 
+    @model_validator(mode="after")
+    def _slacks_grow(self) -> TrafficSettings:
+        for kind in ("send", "transit"):
+            if getattr(self, f"minute_{kind}_slack") < getattr(self, f"second_{kind}_slack"):
+                raise ValueError(f"minute_{kind}_slack must not be less than second_{kind}_slack")
+        return self
+
 
 class AskingSettings(_Frozen):
     """Answering one prompt now. All times in seconds; a deadline counts from when the prompt came."""
@@ -259,13 +266,13 @@ class LearningSettings(_Frozen):
     categories: dict[str, dict[str, float]] = {}
     period_hours: float = Field(default=24.0, ge=0.001, le=24 * 31)
     half_life_periods: float = Field(default=7.0, gt=0)
-    memory_periods: int = Field(default=42, ge=1, le=400)
+    memory_periods: int = Field(default=28, ge=1, le=400)
     change_errors: float = Field(default=4.0, ge=1)
     bound_errors: float = Field(default=1.0, ge=0)
     prior_calls: float = Field(default=15.0, gt=0)
     enough_calls: int = Field(default=40, ge=1)
     margin: float = Field(default=0.015, ge=0, lt=1)
-    margin_errors: float = Field(default=2.0, ge=0)
+    margin_errors: float = Field(default=2.5, ge=0)
     exploration: ExplorationSettings = ExplorationSettings()
     outage: OutageSettings = OutageSettings()
     grading: GradingSettings = GradingSettings()

@@ -102,11 +102,11 @@ class Worker:
             news = engine.news  # taken before the look, so that what comes during it is not missed
             if engine.may_send() and self.model in engine.roster.models:
                 self._aim()
-                claim = await engine.queue.claim(
-                    self.model,
-                    self._order.categories(engine.roster.categories),
-                    max_tokens=roster_model.max_tokens,
-                )
+                categories = self._order.categories(engine.roster.categories)
+                if categories:
+                    claim = await engine.queue.claim(
+                        self.model, categories, max_tokens=roster_model.max_tokens
+                    )
         finally:
             if claim is None:
                 self._one_less_ahead()
@@ -121,6 +121,7 @@ class Worker:
         engine = self._engine
         places = {c: p[self.model] for c, p in engine.roster.places.items() if self.model in p}
         self._order.aim(engine.shares.get(self.model, {}), places)
+        self._order.bound(engine.bounds.get(self.model, {}), engine.solved_tasks)
         self._ahead_wanted = min(1 + self._sends_within_look_ahead(), MOST_AHEAD)
         while self._ahead_size < self._ahead_wanted:
             self._ahead.release()

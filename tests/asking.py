@@ -57,7 +57,9 @@ class Asking:
     events: list[Any] = field(default_factory=list)
 
     async def ask(self, prompt: str = "Why is the sky blue?", **options: Any) -> Any:
-        return await self.router.answer(prompt, **{"category": "general", "on_event": self.events.append, **options})
+        return await self.router.answer(
+            prompt, **{"category": "general", "on_event": self.events.append, **options}
+        )
 
     def fault(self, kind: str, *models: str, **more: Any) -> None:
         for model in models:

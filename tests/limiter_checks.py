@@ -33,6 +33,7 @@ async def an_older_generation(world: World) -> None:
 async def a_blind_start(world: World) -> None:
     """A newcomer may start what nobody knows; whoever knew more finds it out, and then it is lost for all."""
     await world.reserve(0, (0,))
+    world.pass_time(1_000)
     world.flush()
     world.restart_client(1)
     await world.everyone[1].set_target(MODEL, world.lines[0])

@@ -20,6 +20,7 @@ from router import limiter as limiter_module
 from router import line as line_module
 from router import permits as permits_module
 from router import recovery as recovery_module
+from router import sightings as sightings_module
 from router.breaker import Sign
 from router.errors import LimiterUnavailable, PermitDead
 from router.limiter import LimiterSettings, PastCall, TrafficLimiter, Wait, WaitReason
@@ -116,7 +117,7 @@ class World:
     def clocks(self) -> Iterator[None]:
         """While this holds, the limiter's monotonic clock is ours."""
         ours = SimpleNamespace(monotonic=self.monotonic, monotonic_ns=time.monotonic_ns)
-        modules: list[Any] = [limiter_module, permits_module, line_module, recovery_module]
+        modules: list[Any] = [limiter_module, permits_module, line_module, recovery_module, sightings_module]
         for module in modules:
             module.time = ours
         try:

@@ -121,10 +121,15 @@ BEGIN
     UPDATE roster SET state = 'paused', changed_at = clock_timestamp()
      WHERE source = 'people' AND state <> 'paused' AND NOT p_config -> 'models' ? model;
 
-    INSERT INTO rankings AS r (category, model, place)
-    SELECT rank.key, m.key, rank.value::integer
+    -- Where a review has ranked, the file's places no longer count, until people change one there.
+    INSERT INTO rankings AS r (category, model, place, starting_place)
+    SELECT rank.key, m.key, rank.value::integer, rank.value::integer
       FROM jsonb_each(p_config -> 'models') AS m, jsonb_each_text(m.value -> 'ranks') AS rank
-    ON CONFLICT (category, model) DO UPDATE SET place = EXCLUDED.place WHERE r.place <> EXCLUDED.place;
+    ON CONFLICT (category, model) DO UPDATE
+       SET place = EXCLUDED.place, starting_place = EXCLUDED.place, review = NULL,
+           standing = 'ranked', least_share = 0, most_share = 1,
+           quality = (SELECT max(o.quality) FROM rankings o WHERE o.category = r.category AND o.place >= EXCLUDED.place)
+     WHERE r.starting_place IS DISTINCT FROM EXCLUDED.place OR (r.review IS NULL AND r.place <> EXCLUDED.place);
 END
 $$;
 

@@ -376,8 +376,10 @@ async def test_an_engine_categorises_what_comes_and_sends_it_soon(
             await solved(probe, len(backlog) + number + 1)
             call = await probe.row(
                 "SELECT c.*, extract(epoch FROM c.sent_at - t.created_at)::float8 AS waited"
-                " FROM model_calls c JOIN tasks t ON t.id = c.task_id WHERE t.id = $1 AND outcome = 'answered'", task_id
-            )  # fmt: skip
+                " FROM model_calls c JOIN tasks t ON t.id = c.task_id"
+                " WHERE t.id = $1 AND outcome = 'answered'",
+                task_id,
+            )
             assert call["category"] == {POEM: "creative", CODE: "technical", FACT: "general"}[prompt]
             assert call["confidence"] > 0.4
             assert call["category_reason"].startswith(("rules: ", "classifier: "))

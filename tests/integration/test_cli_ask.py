@@ -10,7 +10,6 @@ import pytest
 
 from local.redis import RedisServer
 from models_backend.process import BackendServer, start_backend
-from router.settings import DEFAULT_CONFIG_FOLDER, load_config
 from tests.command_line import CommandLine
 
 
@@ -40,7 +39,6 @@ def router(
 async def test_a_prompt_is_answered_and_shown(router: CommandLine, prompt: str) -> None:
     process = router.start("ask", "--category", "general", prompt)
     out, err = process.communicate(b"Why is the sky blue?", timeout=60)
-    print(out.decode(), err.decode())
     assert process.returncode == 0
     assert out.strip()
     assert "llama-3.3-70b is asked, as the first for this category" in err.decode()
@@ -49,7 +47,6 @@ async def test_a_prompt_is_answered_and_shown(router: CommandLine, prompt: str) 
 async def test_json_is_one_object(router: CommandLine) -> None:
     process = router.start("ask", "--json", "Write a haiku about the sea")
     out, err = process.communicate(timeout=60)
-    print(out.decode(), err.decode())
     found = json.loads(out)
     assert found["category"] == "creative"
     assert found["late"] is None

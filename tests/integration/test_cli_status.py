@@ -24,7 +24,7 @@ from router.airflow_api import AirflowApi
 from router.database import connect, open_pool, rows
 from router.limiter import TrafficLimiter
 from router.settings import DEFAULT_CONFIG_FOLDER
-from router.task import new_call_id
+from router.task import Outcome, new_call_id
 from router.traffic_watch import TrafficWatch
 from tests.command_line import CommandLine
 
@@ -102,6 +102,25 @@ def test_use_is_shown_limit_by_limit(router: CommandLine, clean_redis: str):
     said = router("status").out
     assert "2 of 10/min, 100 of 4k tokens/min" in said
     assert "2 of 3" in said
+
+
+def test_a_target_above_the_providers_quota_is_said(router: CommandLine, clean_redis: str):
+    async def refused() -> None:
+        client = redis.asyncio.Redis.from_url(clean_redis)
+        async with TrafficLimiter(client) as limiter:
+            for outcome in [Outcome.RATE_LIMITED] * 2 + [Outcome.ERROR] * 5:
+                await limiter.heed("phi-4", outcome, why="so")
+        await client.aclose()
+
+    send(clean_redis, "10/min, burst", 1)
+    asyncio.run(refused())
+    model = router("status", "--json").json["models"]["phi-4"]
+    assert (model["refused"], model["breaker"]) == (2, "open")
+    assert 0 <= model["refused_seconds"] < 30
+    assert any("above what the provider allows" in warning for warning in model["warnings"])
+    said = " ".join(router("status").out.split())
+    assert "2 of its calls refused (429)" in said
+    assert "rests" in said
 
 
 def test_without_redis_it_says_so_and_counts_from_the_log(router: CommandLine, ask: Ask):

@@ -382,6 +382,20 @@ async def test_a_pass_that_was_killed_is_finished_by_the_next(
     assert IndexFolder(home).read_index().task_ids(-(2**62), 2**62) == expected
 
 
+async def test_an_index_that_nobody_used_for_weeks_is_deleted(notes: Path, tmp_path: Path, database: str):
+    for name in ("mine", "recent", "unused"):
+        await _pass(tmp_path / "indexes" / name, notes, database)
+    long_ago = time.time() - 15 * 86_400
+    for name in ("mine", "unused"):
+        os.utime(tmp_path / "indexes" / name / "state.json", (long_ago, long_ago))
+    strange = tmp_path / "indexes" / "strange"
+    strange.mkdir()
+    (strange / "state.json").write_text("of another program")
+    os.utime(strange / "state.json", (long_ago, long_ago))
+    await _pass(tmp_path / "indexes" / "mine", notes, database)
+    assert {path.name for path in (tmp_path / "indexes").iterdir()} == {"mine", "recent", "strange"}
+
+
 async def test_one_pass_at_a_time(notes: Path, home: Path, database: str):
     with IndexFolder(home).alone() as alone:
         assert alone

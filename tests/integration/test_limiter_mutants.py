@@ -18,7 +18,7 @@ from tests.limiter_walk import PALETTES, Walk, walks
 from tests.limiter_world import Difference
 
 SCRIPT = Path(limiter_module.__file__).with_name("limiter.lua").read_text(encoding="utf-8")
-MOST_WALKS = 60
+MOST_WALKS = 16
 
 
 @pytest.fixture(scope="module")

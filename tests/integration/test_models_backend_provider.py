@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import models_backend.provider
 from local.redis import free_port
 from models_backend.completion import ProviderRefusal
 from models_backend.process import BackendServer, start_backend
@@ -114,12 +115,12 @@ async def test_a_real_model_needs_no_entry_in_the_config_and_the_others_stay_moc
     [
         (429, Outcome.RATE_LIMITED, "429"),
         (503, Outcome.OVERLOADED, "503"),
-        (401, Outcome.ERROR, "check LLAMA_API_KEY"),
-        (403, Outcome.ERROR, "check LLAMA_API_KEY"),
+        (401, Outcome.OVERLOADED, "check LLAMA_API_KEY"),
+        (403, Outcome.OVERLOADED, "check LLAMA_API_KEY"),
         (400, Outcome.REJECTED, "said why"),
         (404, Outcome.UNKNOWN_MODEL, "said why"),
         (500, Outcome.ERROR, "500"),
-        (302, Outcome.ERROR, "302"),
+        (302, Outcome.OVERLOADED, "302"),
     ],
 )
 async def test_a_providers_refusal_is_passed_on_as_what_it_means(
@@ -129,7 +130,8 @@ async def test_a_providers_refusal_is_passed_on_as_what_it_means(
     provider.body = json.dumps({"error": {"message": "the model said why"}}).encode()
     result = await ask(server)
     assert result.outcome is outcome
-    assert result.retry_after_seconds == (17.0 if status in {429, 503} else None)
+    again = {429: 17.0, 503: 17.0, 401: 30.0, 403: 30.0, 302: 30.0}
+    assert result.retry_after_seconds == again.get(status)
     assert result.error is not None
     assert words in result.error
     assert KEY not in result.error
@@ -166,10 +168,11 @@ async def test_half_a_body_is_a_bad_gateway(server: BackendServer, provider: Ope
     )
 
 
-async def test_a_provider_that_is_away_is_a_bad_gateway(server: BackendServer) -> None:
+async def test_a_provider_that_is_away_costs_no_attempt(server: BackendServer) -> None:
     result = await ask(server)
-    assert result.outcome is Outcome.ERROR
-    assert result.error == "502 the provider refuses connections: check LLAMA_API_BASE"
+    assert result.outcome is Outcome.OVERLOADED
+    assert not result.outcome.counts_as_attempt
+    assert result.error == "503 the provider refuses connections: check LLAMA_API_BASE"
 
 
 async def test_tokens_that_the_provider_did_not_count_are_estimated(
@@ -198,6 +201,17 @@ async def test_a_silent_provider_is_a_gateway_timeout() -> None:
     silent.close()
 
 
+async def test_an_answer_that_does_not_end_is_not_read_to_its_end(
+    provider: OpenAi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models_backend.provider, "LARGEST_ANSWER_BYTES", 1000)
+    provider.body = b" " * 100_000
+    url = f"http://127.0.0.1:{provider.port}"
+    async with Provider(ProviderSettings(url, KEY, {"m": "m"})) as client:
+        with pytest.raises(ProviderRefusal, match="too large"):
+            await client.complete("m", "p", 1)
+
+
 SERVED = {name: ServedModel(name) for name in ("llama-a", "Llama-b", "phi")}
 
 
@@ -213,8 +227,26 @@ def test_without_an_address_nothing_is_real() -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{"LLAMA_API_BASE": "host"}, {"LLAMA_API_BASE": "http://h", "LLAMA_MODELS": "=x"}]
+    "values",
+    [
+        {"LLAMA_API_BASE": "host"},
+        {"LLAMA_API_BASE": "http://"},
+        {"LLAMA_API_BASE": "http://h:port/v1"},
+        {"LLAMA_API_BASE": "http://user:hunter2@h/v1"},
+        {"LLAMA_API_BASE": "http://h/v1?key=hunter2"},
+        {"LLAMA_API_BASE": "http://h", "LLAMA_MODELS": "=x"},
+        {"LLAMA_API_BASE": "http://h", "LLAMA_API_KEY": "hunter2\nx"},
+        {"LLAMA_API_BASE": "http://h", "LLAMA_API_KEY": "hunter2 x"},
+        {"LLAMA_API_BASE": "http://h", "LLAMA_STREAM": "yes"},
+    ],
 )
 def test_a_wrong_environment_is_refused(values: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match="LLAMA_"):
+    with pytest.raises(ConfigError, match="LLAMA_") as caught:
         provider_from_environment(values, SERVED)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_the_address_may_be_that_of_the_completions() -> None:
+    settings = provider_from_environment({"LLAMA_API_BASE": "https://x/v1/chat/completions/"}, SERVED)
+    assert settings is not None
+    assert settings.base_url == "https://x/v1"

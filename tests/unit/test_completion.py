@@ -35,7 +35,7 @@ def test_a_text_in_parts_is_one_text() -> None:
         (b"[" * 100_000, 502, "not a chat completion"),
         (b'{"choices": [7]}', 502, "no message in it"),
         (b'{"error": {"code": 429, "message": "slow down"}}', 429, "answered 429: slow down"),
-        (b'{"error": {"code": 401}}', 502, "check LLAMA_API_KEY"),
+        (b'{"error": {"code": 401}}', 503, "check LLAMA_API_KEY"),
         (b'{"error": {"code": "model_not_found", "message": "no x"}}', 404, "this model: no x. Check LLAMA_"),
         (b'{"error": "the GPU fell off"}', 502, "broke off with an error: the GPU fell off"),
         (reply({"content": None}, "content_filter"), 400, "filter withheld"),
@@ -89,13 +89,18 @@ def test_a_stream_that_is_no_answer_says_why(content: bytes, status: int, words:
 @pytest.mark.parametrize(
     ("status", "content", "passed_on", "words"),
     [
-        (404, b'{"detail": "Not Found"}', 502, "at the provider's address (404): check LLAMA_API_BASE"),
+        (404, b'{"detail": "Not Found"}', 503, "at the provider's address (404): check LLAMA_API_BASE"),
         (404, b'{"error": "model \'x\' not found, pull it first"}', 404, "Check LLAMA_MODELS"),
-        (307, b"", 502, "at the provider's address (307): check LLAMA_API_BASE"),
+        (307, b"", 503, "at the provider's address (307): check LLAMA_API_BASE"),
         (400, b'{"error": {"code": "model_not_available", "message": "m"}}', 404, "Check LLAMA_MODELS"),
         (408, b"", 504, "ran out of time (408)"),
         (413, b'{"message": "too long"}', 413, "413: too long"),
-        (402, b'{"error": {"message": "Insufficient credits"}}', 502, "402: Insufficient credits"),
+        (
+            402,
+            b'{"error": {"message": "Insufficient credits"}}',
+            503,
+            "wants to be paid (402): Insufficient credits",
+        ),
         (502, b"<html><head><title>Bad Gateway</title>", 502, "502: a web page, 'Bad Gateway'"),
         (500, "naïve \x00\x1b[31m words".encode(), 502, "500: naïve [31m words"),
     ],
@@ -104,7 +109,7 @@ def test_a_refusal_says_what_to_do(status: int, content: bytes, passed_on: int, 
     refusal = refusal_of(status, "7", content)
     assert refusal.status == passed_on
     assert words in str(refusal)
-    assert refusal.retry_after is None
+    assert refusal.retry_after == ("30" if passed_on == 503 else None)
 
 
 @pytest.mark.parametrize(

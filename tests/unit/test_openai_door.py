@@ -178,3 +178,10 @@ async def test_other_protocols_are_turned_away() -> None:
     client.scope["type"] = "websocket"
     await client.visit(welcome)
     assert client.got == [{"type": "websocket.close", "code": 1008}]
+
+
+async def test_what_is_thrown_away_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai_door, "MOST_UNREAD_BYTES", 100)
+    client = Client(*[b"x" * 10] * 50, headers={"authorization": "Bearer wrong"}.items())
+    await client.visit(welcome, ApiKeys(None, KEY))
+    assert (client.status, client.taken) == (401, 10)

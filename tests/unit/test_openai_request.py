@@ -8,8 +8,9 @@ import pytest
 
 from router.openai_reply import ApiError
 from router.openai_request import IGNORED, USUAL, Catalogue, read_chat
+from router.task import AnswerRank
 
-CATALOGUE = Catalogue(models=("phi-4", "llama-3.3-70b"), categories=("general", "technical"))
+CATALOGUE = Catalogue({"phi-4": 512, "llama-3.3-70b": 1024}, ("general", "technical"), fallback_tokens=300)
 ASKS = {"model": "auto", "messages": [{"role": "user", "content": "Why?"}]}
 
 
@@ -103,6 +104,23 @@ def test_everything_that_is_read_arrives() -> None:
     chat = read_chat({**ASKS, **more, "router": wishes}, CATALOGUE)
     assert (chat.max_tokens, chat.stream, chat.include_usage, chat.stops) == (7, True, True, ("\n",))
     assert (chat.category, chat.deadline_seconds) == ("general", 0)
+
+
+@pytest.mark.parametrize(
+    ("model", "rank", "asked", "longest"),
+    [
+        ("phi-4", AnswerRank.CHOSEN_MODEL, None, 512),
+        ("phi-4", AnswerRank.CHOSEN_MODEL, 100, 100),
+        ("phi-4", AnswerRank.CHOSEN_MODEL, 4096, 512),
+        ("phi-4", AnswerRank.FALLBACK_MODEL, None, 300),
+        ("gone", AnswerRank.CHOSEN_MODEL, 7, 7),
+        (None, AnswerRank.PASSAGES, 7, None),
+    ],
+)
+def test_how_long_an_answer_could_be(
+    model: str | None, rank: AnswerRank, asked: int | None, longest: int | None
+) -> None:
+    assert CATALOGUE.longest(model, rank, asked) == longest
 
 
 @pytest.mark.parametrize("document", [None, [], "x", 7])

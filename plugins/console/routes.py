@@ -1,0 +1,155 @@
+"""The routes of the API. Reads answer what `router ... --json` prints, in the same words."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import APIRouter, HTTPException, Query, Request
+from fastapi.responses import Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from router.traffic import GRAMMAR, LONGEST_LINE_CHARACTERS, TrafficTarget
+
+from . import board, guard, work
+from .asks import Asked
+from .live import as_line
+
+if TYPE_CHECKING:
+    from .app import Console
+
+MOST_BYTES = 4_096
+MOST_ASK_BYTES = 4_200_000  # a prompt of a million characters, in UTF-8 or escaped
+MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+EVENTS = "text/event-stream"  # of all types the one that nothing on the way collects or compresses
+STREAM_HEADERS = {"x-accel-buffering": "no"}
+LONGEST_NAME = 100
+
+api = APIRouter()
+Name = Annotated[str | None, Query(max_length=LONGEST_NAME)]
+
+
+class NewTarget(BaseModel):
+    """A target as people write it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    target: str = Field(min_length=1, max_length=LONGEST_LINE_CHARACTERS)
+
+
+class Retry(BaseModel):
+    """Which failed tasks: some by number, or all of a category, or all."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    task_ids: list[int] | None = Field(default=None, max_length=1000)
+    category: str | None = Field(default=None, max_length=LONGEST_NAME)
+
+
+def _console(request: Request) -> Console:
+    console: Console = request.app.state.console
+    return console
+
+
+def _json(value: Any) -> Response:
+    return Response(as_line(value), media_type="application/json")
+
+
+@api.get("/me")
+async def me(user: guard.Reader) -> Response:
+    """Who is there, what they may do, and the grammar of targets."""
+    rights = await asyncio.to_thread(
+        lambda: {
+            "traffic": guard.may_edit(user, "any"),
+            "ask": guard.may_trigger(user, guard.ASK_DAG),
+            "retry": guard.may_trigger(user, guard.SOLVE_DAG),
+        }
+    )
+    return _json({"user": user.get_name(), "may": rights, "grammar": GRAMMAR})
+
+
+@api.get("/status")
+async def status(request: Request, _user: guard.Reader) -> Response:
+    """The board once: `router status --json`, and pace, oldest task, sends and Variables."""
+    return Response(await _console(request).live.newest(), media_type="application/json")
+
+
+@api.get("/live")
+async def live(request: Request, _user: guard.Reader) -> StreamingResponse:
+    """The board each second, one JSON line each, for some seconds; then ask again."""
+    return StreamingResponse(_console(request).live.stream(), media_type=EVENTS, headers=STREAM_HEADERS)
+
+
+@api.get("/history")
+async def history(request: Request, _user: guard.Reader) -> Response:
+    """Calls and targets of the last minutes, for the plots."""
+    return _json(await _console(request).reads.run(board.history))
+
+
+@api.put("/traffic/{model}")
+async def set_target(model: str, request: Request, user: guard.Editor) -> Response:
+    """Set the Airflow Variable of the model; it holds within a second."""
+    if not MODEL.fullmatch(model):
+        raise HTTPException(404, "There is no such model.")
+    body = await guard.read_body(request, NewTarget, MOST_BYTES)
+    target = TrafficTarget.parse(body.target)
+    console = _console(request)
+    await console.reads.run(lambda connection: work.require_model(connection, model))
+    await asyncio.to_thread(console.variables.set, model, body.target.strip(), user.get_name())
+    return _json({"model": model, "target": str(target), "warnings": target.warnings})
+
+
+@api.get("/calls")
+async def calls(
+    request: Request,
+    _user: guard.Reader,
+    model: Name = None,
+    category: Name = None,
+    outcome: Name = None,
+    before: Annotated[str | None, Query(max_length=36, pattern="^[0-9a-f-]{36}$")] = None,
+    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+) -> Response:
+    """The newest calls that fit, in the words of `router log --json`."""
+    wanted = work.Wanted(model or None, category or None, outcome or None, before, limit)
+    return _json(await _console(request).reads.run(lambda connection: work.calls(connection, wanted)))
+
+
+@api.get("/tasks/{task_id}")
+async def task(task_id: int, request: Request, _user: guard.Reader) -> Response:
+    """One task's whole story: the task, its place in the queue, and all its calls."""
+    story = await _console(request).reads.run(lambda connection: work.story(connection, task_id))
+    if story is None:
+        raise HTTPException(404, f"There is no task {task_id}.")
+    return _json(story)
+
+
+@api.get("/failures")
+async def failures(
+    request: Request, _user: guard.Reader, category: Name = None, before: Name = None,
+    limit: Annotated[int, Query(ge=1, le=200)] = 20,
+) -> Response:  # fmt: skip
+    """The tasks that failed last, with their reasons. `before`: a `failed_at`."""
+    reads = _console(request).reads
+    return _json(await reads.run(lambda c: work.failures(c, category or None, before, limit)))
+
+
+@api.post("/failures/retry")
+async def retry(request: Request, _user: guard.Retrier) -> Response:
+    """Set failed tasks back to unsolved, at most 10,000 a time; `router retry`."""
+    body = await guard.read_body(request, Retry, 4 * MOST_BYTES)
+    return _json(await _console(request).retry(body.category, body.task_ids))
+
+
+@api.get("/priorities")
+async def priorities(request: Request, _user: guard.Reader) -> Response:
+    """For each category the models in order, with the evidence for it."""
+    return _json(await _console(request).reads.run(work.priorities))
+
+
+@api.post("/ask")
+async def ask(request: Request, _user: guard.Asking) -> StreamingResponse:
+    """Answer a prompt, and tell what happens as it happens, one JSON line each."""
+    body = await guard.read_body(request, Asked, MOST_ASK_BYTES)
+    lines = await _console(request).asks.stream(body)
+    return StreamingResponse(lines, media_type=EVENTS, headers=STREAM_HEADERS)

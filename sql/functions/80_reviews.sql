@@ -1,0 +1,212 @@
+-- What the nightly review asks of the log: answers to grade, evidence summed up, an order put in force or set back.
+
+CREATE OR REPLACE FUNCTION period_of(p_at timestamptz, p_period_seconds integer) RETURNS bigint
+LANGUAGE sql IMMUTABLE AS $$ SELECT floor(extract(epoch FROM p_at) / p_period_seconds)::bigint $$;
+
+CREATE OR REPLACE FUNCTION period_floor(p_period bigint, p_period_seconds integer) RETURNS uuid
+LANGUAGE sql IMMUTABLE AS $$ SELECT call_id_floor(to_timestamp(p_period::float8 * p_period_seconds)) $$;
+
+-- The periods whose evidence is missing or out of date, the oldest first: within p_memory periods, not closed yet, or
+-- with a score that came after it was summed. A period ahead of now, from before a clock went back, is one of them.
+CREATE OR REPLACE FUNCTION periods_to_sum(p_period_seconds integer, p_memory integer) RETURNS SETOF bigint
+LANGUAGE sql STABLE AS $$
+    WITH now_period AS (
+        SELECT period_of(clock_timestamp(), p_period_seconds) AS newest
+    ), bounds AS (
+        SELECT greatest(n.newest - p_memory + 1,
+                        period_of(call_time((SELECT min(c.call_id) FROM model_calls c
+                            WHERE c.call_id >= period_floor(n.newest - p_memory + 1, p_period_seconds))), p_period_seconds)) AS first,
+               greatest(n.newest, period_of(call_time((SELECT max(c.call_id) FROM model_calls c
+                            WHERE c.call_id >= period_floor(n.newest, p_period_seconds))), p_period_seconds)) AS last
+          FROM now_period n
+    ), late AS (
+        SELECT DISTINCT period_of(call_time(s.call_id), p_period_seconds) AS period
+          FROM call_scores s
+         WHERE s.scored_at >= (SELECT min(e.summed_at) FROM evidence_periods e
+                                WHERE e.period_seconds = p_period_seconds AND e.closed)
+           AND s.scored_at >= (SELECT e.summed_at FROM evidence_periods e
+                                WHERE e.period_seconds = p_period_seconds
+                                  AND e.period = period_of(call_time(s.call_id), p_period_seconds))
+    )
+    SELECT p.period
+      FROM bounds b, LATERAL (SELECT generate_series(b.first, least(b.last, b.first + 2 * p_memory))
+                              UNION SELECT b.last) AS p (period)
+      LEFT JOIN evidence_periods e ON e.period_seconds = p_period_seconds AND e.period = p.period
+     WHERE e.closed IS NOT TRUE OR p.period IN (SELECT late.period FROM late)
+     ORDER BY 1
+$$;
+
+-- Calls that a model is judged by: those of its own rank, for a category.
+-- Sum one period anew, in one pass over its calls. Returns how many calls it read.
+--
+-- Not counted against a model: 429 (the target is over the quota), calls that were never sent, given up by whoever asked
+-- or lost with their worker, and failures within a stretch in which nearly all calls of several models failed.
+CREATE OR REPLACE FUNCTION sum_evidence(
+    p_period_seconds integer, p_period bigint, p_outage_seconds integer, p_outage_share float8, p_outage_models integer)
+RETURNS bigint
+LANGUAGE plpgsql SET enable_nestloop = off AS $$
+DECLARE
+    first_id uuid := period_floor(p_period, p_period_seconds);
+    end_id uuid := period_floor(p_period + 1, p_period_seconds);
+    seen bigint;
+    began timestamptz := clock_timestamp();
+    open_calls boolean;
+BEGIN
+    DELETE FROM evidence e WHERE e.period_seconds = p_period_seconds AND e.period = p_period;
+    WITH stretches AS MATERIALIZED (
+        SELECT floor(extract(epoch FROM coalesce(c.sent_at, c.started_at)) / p_outage_seconds)::bigint AS stretch,
+               c.category, c.model, count(*) AS calls,
+               count(*) FILTER (WHERE c.outcome = 'answered') AS answered,
+               count(*) FILTER (WHERE c.outcome IN ('error', 'timeout', 'garbage', 'overloaded')) AS failed,
+               count(*) FILTER (WHERE c.outcome IN ('rejected', 'unknown_model')) AS refused,
+               coalesce(sum(ln(greatest(c.latency_seconds, 0.001))) FILTER (WHERE c.outcome = 'answered'), 0) AS log_seconds,
+               coalesce(sum(ln(greatest(c.latency_seconds, 0.001)) ^ 2) FILTER (WHERE c.outcome = 'answered'), 0) AS log_squares,
+               count(c.latency_seconds) FILTER (WHERE c.outcome = 'answered') AS timed,
+               coalesce(sum(c.cost::float8) FILTER (WHERE c.outcome = 'answered'), 0) AS cost,
+               coalesce(sum(c.cost::float8 ^ 2) FILTER (WHERE c.outcome = 'answered'), 0) AS cost_squares,
+               count(c.cost) FILTER (WHERE c.outcome = 'answered') AS priced
+          FROM model_calls c
+         WHERE c.call_id >= first_id AND c.call_id < end_id
+           AND c.outcome IS NOT NULL AND c.category IS NOT NULL AND c.rank = 3
+         GROUP BY 1, 2, 3
+    ), outages AS (
+        SELECT stretch FROM stretches GROUP BY stretch
+        HAVING count(DISTINCT model) FILTER (WHERE failed > 0) >= p_outage_models
+           AND sum(failed) >= p_outage_share * nullif(sum(answered + failed), 0)
+    ), scores AS (
+        SELECT category, model, jsonb_object_agg(source, jsonb_build_array(n, total, squares)) AS scores
+          FROM (SELECT c.category, c.model, s.source, count(*) AS n, sum(s.score::float8) AS total,
+                       sum(s.score::float8 ^ 2) AS squares
+                  FROM call_scores s JOIN model_calls c ON c.call_id = s.call_id
+                 WHERE s.call_id >= first_id AND s.call_id < end_id AND c.call_id >= first_id AND c.call_id < end_id
+                   AND c.outcome = 'answered' AND c.category IS NOT NULL AND c.rank = 3
+                 GROUP BY 1, 2, 3) AS by_source
+         GROUP BY 1, 2
+    ), summed AS (
+        INSERT INTO evidence (period_seconds, period, category, model, calls, answered, excused, log_seconds,
+                              log_seconds_squares, timed, cost, cost_squares, priced, scores)
+        SELECT p_period_seconds, p_period, s.category, s.model,
+               sum(s.answered + s.refused + CASE WHEN o.stretch IS NULL THEN s.failed ELSE 0 END),
+               sum(s.answered),
+               sum(s.calls - s.answered - s.refused - CASE WHEN o.stretch IS NULL THEN s.failed ELSE 0 END),
+               sum(s.log_seconds), sum(s.log_squares), sum(s.timed), sum(s.cost), sum(s.cost_squares), sum(s.priced),
+               coalesce((SELECT g.scores FROM scores g WHERE g.category = s.category AND g.model = s.model), '{}')
+          FROM stretches s LEFT JOIN outages o ON o.stretch = s.stretch
+         GROUP BY s.category, s.model
+    )
+    SELECT coalesce(sum(calls), 0) INTO seen FROM stretches;
+
+    SELECT EXISTS (SELECT FROM model_calls c WHERE c.call_id >= first_id AND c.call_id < end_id AND c.outcome IS NULL)
+      INTO open_calls;
+    INSERT INTO evidence_periods AS e (period_seconds, period, summed_at, closed)
+    VALUES (p_period_seconds, p_period, began,
+            NOT open_calls AND p_period < period_of(began, p_period_seconds) - 1)  -- lost calls are closed late
+    ON CONFLICT (period_seconds, period) DO UPDATE SET summed_at = EXCLUDED.summed_at, closed = EXCLUDED.closed;
+    RETURN seen;
+END
+$$;
+
+-- Answers of one period that are kept in tasks and have no score from the checks yet: about p_answers of each model and
+-- category, always the same ones, drawn by the random end of their call_id. Long texts come as their two ends.
+CREATE OR REPLACE FUNCTION answers_to_check(p_period_seconds integer, p_period bigint, p_answers integer)
+RETURNS TABLE (call_id uuid, prompt text, answer text, completion_tokens integer, max_tokens integer)
+LANGUAGE plpgsql STABLE AS $$
+#variable_conflict use_column
+DECLARE
+    first_id uuid := period_floor(p_period, p_period_seconds);
+    end_id uuid := period_floor(p_period + 1, p_period_seconds);
+BEGIN
+    RETURN QUERY
+    WITH cells AS MATERIALIZED (
+        SELECT c.category, c.model, p_answers * 4294967296.0 / count(*) AS threshold
+          FROM model_calls c
+         WHERE c.call_id >= first_id AND c.call_id < end_id AND c.outcome = 'answered' AND c.rank = 3
+           AND c.category IS NOT NULL
+         GROUP BY 1, 2
+    ), drawn AS MATERIALIZED (
+        SELECT c.call_id, c.task_id, c.prompt_version, c.completion_tokens, c.reserved_tokens
+          FROM model_calls c JOIN cells USING (category, model)
+         WHERE c.call_id >= first_id AND c.call_id < end_id AND c.outcome = 'answered' AND c.rank = 3
+           AND ('x' || right(c.call_id::text, 8))::bit(32)::bigint < threshold
+    )
+    SELECT d.call_id, left(t.prompt, 4000),
+           CASE WHEN length(t.answer) > 16000 THEN left(t.answer, 8000) || ' ' || right(t.answer, 8000) ELSE t.answer END,
+           d.completion_tokens, nullif(greatest(d.reserved_tokens - octet_length(t.prompt), 0), 0)
+      FROM drawn d JOIN tasks t ON t.id = d.task_id AND t.answer_call_id = d.call_id
+     WHERE t.answer IS NOT NULL AND t.prompt_version = d.prompt_version
+       AND NOT EXISTS (SELECT FROM call_scores s WHERE s.call_id = d.call_id AND s.source = 'check');
+END
+$$;
+
+-- Keep a person's word on a task's answer. Returns the model that gave it; NULL if no model did.
+CREATE OR REPLACE FUNCTION give_feedback(p_task_id bigint, p_score real, p_by text) RETURNS text
+LANGUAGE sql AS $$
+    WITH answered AS (
+        SELECT t.answer_call_id, t.answered_by FROM tasks t
+         WHERE t.id = p_task_id AND t.answer_call_id IS NOT NULL AND t.answer_rank >= 2
+    ), kept AS (
+        INSERT INTO call_scores (call_id, source, score, scored_by)
+        SELECT answer_call_id, 'feedback', p_score, p_by FROM answered
+        ON CONFLICT (call_id, source) DO UPDATE
+           SET score = EXCLUDED.score, scored_by = EXCLUDED.scored_by, scored_at = clock_timestamp()
+    )
+    SELECT answered_by FROM answered
+$$;
+
+-- Put an order in force and keep it with what it stands on, in one statement each; the caller's transaction is all or
+-- nothing. p_places: an array of the rows of review_places, without review and before.
+CREATE OR REPLACE FUNCTION keep_review(
+    p_by text, p_period_seconds integer, p_period bigint, p_settings jsonb, p_notes text[], p_places jsonb) RETURNS bigint
+LANGUAGE plpgsql AS $$
+DECLARE
+    id bigint;
+BEGIN
+    INSERT INTO reviews (kind, by, period_seconds, period, moved, settings, notes)
+    SELECT 'review', p_by, p_period_seconds, p_period, count(*) FILTER (WHERE p.place <> p.place_before), p_settings, p_notes
+      FROM jsonb_populate_recordset(NULL::review_places, p_places) AS p
+    RETURNING review INTO id;
+    INSERT INTO review_places
+    SELECT id, p.category, p.topic, p.model, p.place_before, p.place, p.standing, to_jsonb(r), p.quality, p.least_share,
+           p.most_share, p.reason, p.evidence
+      FROM jsonb_populate_recordset(NULL::review_places, p_places) AS p
+      JOIN rankings r ON r.category = p.category AND r.model = p.model;
+    IF EXISTS (SELECT FROM review_places p JOIN rankings r ON r.category = p.category AND r.model = p.model
+                WHERE p.review = id AND (r.place, r.standing, r.quality, r.least_share, r.most_share)
+                      IS DISTINCT FROM (p.place, p.standing, p.quality, p.least_share, p.most_share)) THEN
+        UPDATE rankings r
+           SET place = p.place, standing = p.standing, quality = p.quality, least_share = p.least_share,
+               most_share = p.most_share, review = id
+          FROM review_places p
+         WHERE p.review = id AND p.category = r.category AND p.model = r.model;
+    END IF;
+    RETURN id;
+END
+$$;
+
+-- Set the last review back that was not yet. Returns the undo's own review, or no row if there is none to set back.
+CREATE OR REPLACE FUNCTION undo_review(p_by text, OUT review bigint, OUT undone bigint)
+LANGUAGE plpgsql AS $$
+BEGIN
+    SELECT r.review INTO undone FROM reviews r
+     WHERE r.kind = 'review' AND r.undone_by IS NULL AND r.moved > 0 ORDER BY r.review DESC LIMIT 1;
+    IF undone IS NULL THEN
+        RETURN;
+    END IF;
+    INSERT INTO reviews (kind, by, period_seconds, period, moved, settings, undoes)
+    SELECT 'undo', p_by, r.period_seconds, period_of(clock_timestamp(), r.period_seconds), r.moved, r.settings, undone
+      FROM reviews r WHERE r.review = undone
+    RETURNING reviews.review INTO review;
+    UPDATE reviews r SET undone_by = undo_review.review WHERE r.review = undone;
+    INSERT INTO review_places
+    SELECT undo_review.review, p.category, p.topic, p.model, r.place, was.place, was.standing, to_jsonb(r), was.quality,
+           was.least_share, was.most_share, format('review %s was undone', undone), p.evidence
+      FROM review_places p JOIN rankings r ON r.category = p.category AND r.model = p.model
+      CROSS JOIN LATERAL jsonb_populate_record(NULL::rankings, p.before) AS was
+     WHERE p.review = undone;
+    UPDATE rankings r
+       SET place = p.place, standing = p.standing, quality = p.quality, least_share = p.least_share,
+           most_share = p.most_share, review = undo_review.review
+      FROM review_places p
+     WHERE p.review = undo_review.review AND p.category = r.category AND p.model = r.model;
+END
+$$;

@@ -1,0 +1,99 @@
+-- What the console reads. Everything is bounded in rows: a page that is open must cost next to nothing, whatever the
+-- tables hold.
+
+CREATE OR REPLACE FUNCTION note_failure() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
+BEGIN
+    IF TG_OP <> 'INSERT' AND OLD.status = 'failed' THEN
+        DELETE FROM task_failures WHERE task_id = OLD.id;
+    END IF;
+    IF TG_OP <> 'DELETE' AND NEW.status = 'failed' THEN
+        INSERT INTO task_failures (task_id) VALUES (NEW.id) ON CONFLICT DO NOTHING;
+    END IF;
+    RETURN NULL;
+END
+$$;
+CREATE OR REPLACE FUNCTION forget_failures() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
+BEGIN
+    TRUNCATE task_failures;
+    RETURN NULL;
+END
+$$;
+CREATE OR REPLACE TRIGGER router_failure_inserted AFTER INSERT ON tasks
+    FOR EACH ROW WHEN (NEW.status = 'failed') EXECUTE FUNCTION note_failure();
+CREATE OR REPLACE TRIGGER router_failure_updated AFTER UPDATE OF status ON tasks
+    FOR EACH ROW WHEN (NEW.status IS DISTINCT FROM OLD.status AND (NEW.status = 'failed' OR OLD.status = 'failed'))
+    EXECUTE FUNCTION note_failure();
+CREATE OR REPLACE TRIGGER router_failure_deleted AFTER DELETE ON tasks
+    FOR EACH ROW WHEN (OLD.status = 'failed') EXECUTE FUNCTION note_failure();
+CREATE OR REPLACE TRIGGER router_failures_truncated AFTER TRUNCATE ON tasks
+    FOR EACH STATEMENT EXECUTE FUNCTION forget_failures();
+
+-- Calls by model, in stretches of p_seconds since 1970, by the moment of their claim. Of the newest p_most calls.
+CREATE OR REPLACE FUNCTION console_sends(p_from timestamptz, p_seconds integer, p_most integer)
+RETURNS TABLE (model text, stretch bigint, calls bigint)
+LANGUAGE sql STABLE AS $$
+    SELECT recent.model, floor(extract(epoch FROM recent.started_at) / p_seconds)::bigint, count(*)
+      FROM (SELECT c.model, c.started_at FROM model_calls c
+             WHERE c.call_id >= call_id_floor(p_from) AND c.outcome IS DISTINCT FROM 'unsent'
+             ORDER BY c.call_id DESC LIMIT p_most) AS recent
+     GROUP BY 1, 2
+$$;
+
+-- The newest calls that fit, among the newest p_among before p_before.
+CREATE OR REPLACE FUNCTION console_calls(
+    p_model text, p_category text, p_outcome text, p_before uuid, p_among integer, p_limit integer)
+RETURNS SETOF model_calls
+LANGUAGE sql STABLE AS $$
+    SELECT (recent.c).*
+      FROM (SELECT c FROM model_calls c WHERE p_before IS NULL OR c.call_id < p_before
+             ORDER BY c.call_id DESC LIMIT p_among) AS recent
+     WHERE (p_model IS NULL OR (recent.c).model = p_model)
+       AND (p_category IS NULL OR (recent.c).category = p_category)
+       AND (p_outcome IS NULL OR coalesce((recent.c).outcome, 'under way') = p_outcome
+            OR (p_outcome = 'wrong' AND (recent.c).outcome NOT IN ('answered', 'unsent')))
+     ORDER BY (recent.c).call_id DESC LIMIT p_limit
+$$;
+
+-- The tasks that failed last, before the one that failed then.
+CREATE OR REPLACE FUNCTION console_failures(p_category text, p_before timestamptz, p_limit integer)
+RETURNS TABLE (task_id bigint, category text, failure text, prompt text, failed_at timestamptz)
+LANGUAGE sql STABLE AS $$
+    SELECT t.id, known_category(t.category), left(t.failure, 1000), left(t.prompt, 200), f.failed_at
+      FROM task_failures f JOIN tasks t ON t.id = f.task_id AND t.status = 'failed'
+     WHERE (p_before IS NULL OR f.failed_at < p_before) AND (p_category IS NULL OR known_category(t.category) = p_category)
+     ORDER BY f.failed_at DESC, f.task_id DESC LIMIT p_limit
+$$;
+
+-- The unsolved task with the lowest number; no row if there is none.
+CREATE OR REPLACE FUNCTION console_oldest()
+RETURNS TABLE (task_id bigint, category text, state text, created_at timestamptz, attempt integer)
+LANGUAGE sql STABLE AS $$
+    SELECT q.task_id, q.category, q.state, t.created_at, q.attempt
+      FROM (SELECT * FROM queue ORDER BY task_id LIMIT 1) AS q JOIN tasks t ON t.id = q.task_id
+$$;
+
+-- Tasks that ended within the last p_seconds, by category; seen in the newest p_among calls.
+CREATE OR REPLACE FUNCTION console_ended(p_seconds integer, p_among integer)
+RETURNS TABLE (category text, ended bigint)
+LANGUAGE sql STABLE AS $$
+    SELECT recent.category, count(*)
+      FROM (SELECT c.category, c.settlement, c.finished_at FROM model_calls c ORDER BY c.call_id DESC LIMIT p_among) AS recent
+     WHERE recent.settlement IN ('solved', 'failed')
+       AND recent.finished_at > clock_timestamp() - make_interval(secs => p_seconds)
+     GROUP BY 1
+$$;
+
+-- What the newest p_among calls say about each model in each category. Seconds, and USD a call.
+CREATE OR REPLACE FUNCTION console_evidence(p_among integer)
+RETURNS TABLE (category text, model text, calls bigint, answered bigint, seconds double precision, cost double precision)
+LANGUAGE sql STABLE AS $$
+    SELECT recent.category, recent.model, count(*), count(*) FILTER (WHERE recent.outcome = 'answered'),
+           percentile_cont(0.5) WITHIN GROUP (ORDER BY recent.latency_seconds)
+               FILTER (WHERE recent.outcome = 'answered'),
+           avg(recent.cost)::float8
+      FROM (SELECT * FROM model_calls c ORDER BY c.call_id DESC LIMIT p_among) AS recent
+     WHERE recent.outcome IS NOT NULL AND recent.outcome <> 'unsent' AND recent.category IS NOT NULL
+     GROUP BY 1, 2
+$$;

@@ -1,0 +1,145 @@
+"""Whatever hangs or is away, whoever asks has an answer by the deadline: at the least the passages."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from local.postgres import PostgresServer
+from local.redis import RedisServer
+from models_backend.process import BackendServer, start_backend
+from router.answering import Router
+from router.database import connect
+from router.roster import sync_roster
+from router.settings import Addresses
+from router.task import AnswerRank
+from tests.asking import CHEAP, PREFERRED, Asking, asking_config
+from tests.stalling import Stall, stalling
+
+DEADLINE_SECONDS = 1.0
+MOST_OVER_SECONDS = 0.1
+KNOWN = "The router pauses a model whose traffic target is 0."
+
+
+@pytest.fixture(scope="module")
+def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BackendServer]:
+    folder = tmp_path_factory.mktemp("backend")
+    server = start_backend(folder, "--time-scale", "20", "--latency", "even:2:4")
+    yield server
+    server.stop()
+
+
+class Fragile(Asking):
+    """An asking whose servers can hang, each by its name."""
+
+    stalls: dict[str, Stall]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A config folder that holds one fact."""
+    (tmp_path / "knowledge").mkdir()
+    (tmp_path / "knowledge" / "facts.md").write_text(f"# Pausing a model\n\n{KNOWN}\n")
+    return tmp_path
+
+
+@pytest.fixture
+def redis_port(redis_server: RedisServer, redis_client: Any) -> int:
+    """Of a Redis that is empty."""
+    return int(urlsplit(redis_server.url).port or 0)
+
+
+@pytest.fixture
+async def fragile(
+    database: str, postgres: PostgresServer, redis_port: int, backend: BackendServer, folder: Path
+) -> AsyncIterator[Fragile]:
+    socket = f"{postgres.socket_folder}/.s.PGSQL.{postgres.port}"
+    backend_port = urlsplit(backend.url).port
+    async with AsyncExitStack() as stack:
+        stalls = {
+            "postgres": await stack.enter_async_context(
+                stalling(lambda: asyncio.open_unix_connection(socket))
+            ),
+            "redis": await stack.enter_async_context(
+                stalling(lambda: asyncio.open_connection("127.0.0.1", redis_port))
+            ),
+            "backend": await stack.enter_async_context(
+                stalling(lambda: asyncio.open_connection("127.0.0.1", backend_port))
+            ),
+        }
+        name = urlsplit(database).path.strip("/")
+        through = Addresses(
+            database_url=f"postgresql://postgres@127.0.0.1:{stalls['postgres'].port}/{name}",
+            redis_url=f"redis://127.0.0.1:{stalls['redis'].port}/0",
+            backend_url=f"http://127.0.0.1:{stalls['backend'].port}",
+        )
+        config = asking_config()
+        with connect(database) as connection:
+            sync_roster(connection, config)
+        router = Router(through, config, folder)
+        await router.open(categorising=False)
+        for model in config.models:
+            limiter = router._asker.limiter
+            await limiter.cancel(await limiter.acquire(model, timeout_seconds=10))
+        asking = Fragile(router, through.model_copy(update={"database_url": database}), backend)
+        asking.stalls = stalls
+        yield asking
+        for stall in stalls.values():
+            stall.go_on()
+        await router.close()
+
+
+@pytest.mark.parametrize(
+    "hanging", [("postgres",), ("redis",), ("backend",), ("postgres", "redis", "backend")]
+)
+async def test_what_hangs_costs_no_more_than_the_deadline(fragile: Fragile, hanging: tuple[str, ...]) -> None:
+    for name in hanging:
+        fragile.stalls[name].stall()
+    answers = await asyncio.gather(
+        *(fragile.ask("How is a model paused?", deadline_seconds=DEADLINE_SECONDS) for _ in range(5))
+    )
+    for answer in answers:
+        assert answer.rank is AnswerRank.PASSAGES
+        assert KNOWN in answer.text
+        assert answer.seconds <= DEADLINE_SECONDS + MOST_OVER_SECONDS
+    assert all((answer.task_id is None) == ("postgres" in hanging) for answer in answers)
+
+
+async def test_once_it_is_back_models_answer_again(fragile: Fragile) -> None:
+    for stall in fragile.stalls.values():
+        stall.stall()
+    answer = await fragile.ask(deadline_seconds=0.5)
+    assert answer.rank is AnswerRank.PASSAGES
+    for stall in fragile.stalls.values():
+        stall.go_on()
+    for _ in range(100):
+        answer = await fragile.ask()
+        if answer.model == PREFERRED:
+            break
+    assert answer.model == PREFERRED
+    assert fragile.rows("SELECT FROM queue WHERE state = 'claimed'") == []
+
+
+async def test_a_router_opens_while_everything_is_away(folder: Path) -> None:
+    nowhere = Addresses(
+        database_url="postgresql://nobody@127.0.0.1:1/none", redis_url="redis://127.0.0.1:1/0",
+        backend_url="http://127.0.0.1:1",
+    )  # fmt: skip
+    async with Router(nowhere, asking_config(), folder) as router:
+        answer = await router.answer("How is a model paused?", category="general")
+    assert KNOWN in answer.text
+    assert (answer.task_id, answer.provisional, answer.calls) == (None, False, ())
+
+
+async def test_a_database_that_goes_away_in_the_middle_says_that_nothing_was_logged(fragile: Fragile) -> None:
+    fragile.stalls["postgres"].stall()
+    fragile.fault("error", CHEAP)
+    answer = await fragile.ask(deadline_seconds=0.5)
+    assert answer.task_id is None
+    fragile.heal()

@@ -1,0 +1,91 @@
+"""What goes back: the shapes of completions and streams."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from router.answers import Answer
+from router.openai_reply import PIECE_CHARACTERS, Reply
+from router.task import AnswerRank
+
+ANSWER = Answer(
+    text="Because of Rayleigh.",
+    model="phi-4",
+    rank=AnswerRank.CHOSEN_MODEL,
+    category="general",
+    confidence=0.9,
+    reason="classifier",
+    preferred="phi-4",
+    fallback="llama-3.1-8b",
+    provisional=False,
+    seconds=1.5,
+    cost_usd=0.001,
+    prompt_tokens=11,
+    completion_tokens=5,
+    sources=(),
+    task_id=17,
+    calls=(),
+)
+PASSAGES = dataclasses.replace(
+    ANSWER, model=None, rank=AnswerRank.PASSAGES, sources=("sky.md",), task_id=None, completion_tokens=None
+)
+
+
+def reply(answer: Answer = ANSWER, **more: Any) -> Reply:
+    return Reply(answer, "chatcmpl-1", 1_800_000_000, **more)
+
+
+def events(of: Reply, *, include_usage: bool = False) -> list[Any]:
+    lines = b"".join(of.events(include_usage=include_usage)).decode().strip().split("\n\n")
+    assert lines.pop() == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+def test_passages_are_told_from_a_models_answer() -> None:
+    completion = reply(PASSAGES).completion()
+    assert completion["model"] == "passages"
+    assert completion["router"]["sources"] == ["sky.md"]
+    assert completion["router"]["rank"] == 1
+    assert completion["usage"] == {"prompt_tokens": 11, "completion_tokens": 0, "total_tokens": 11}
+    assert reply(PASSAGES).headers()["x-router-model"] == "passages"
+    assert "x-router-task" not in reply(PASSAGES).headers()
+
+
+@pytest.mark.parametrize(
+    ("stops", "longest", "text", "reason"),
+    [
+        ((), None, "Because of Rayleigh.", "stop"),
+        ((), 5, "Because of Rayleigh.", "length"),
+        ((), 6, "Because of Rayleigh.", "stop"),
+        (("Ray", " of"), 5, "Because", "stop"),
+        (("Mie",), 5, "Because of Rayleigh.", "length"),
+        (("Because",), None, "", "stop"),
+    ],
+)
+def test_an_answer_ends_where_it_should(
+    stops: tuple[str, ...], longest: int | None, text: str, reason: str
+) -> None:
+    (choice,) = reply(stops=stops, longest=longest).completion()["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (text, reason)
+
+
+def test_a_long_answer_comes_in_pieces_and_whole() -> None:
+    text = "Lorem ipsum — dolor. " * 40
+    answer = dataclasses.replace(ANSWER, text=text)
+    *pieces, last = events(reply(answer))
+    contents = [piece["choices"][0]["delta"]["content"] for piece in pieces]
+    assert "".join(contents) == text
+    assert max(map(len, contents)) == PIECE_CHARACTERS
+    assert last["choices"][0] == {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}
+    assert last["router"]["task_id"] == 17
+    assert all("usage" not in event for event in (*pieces, last))
+
+
+def test_the_usage_comes_last_and_only_if_asked_for() -> None:
+    *before, usage = events(reply(), include_usage=True)
+    assert (usage["choices"], usage["usage"]["total_tokens"]) == ([], 16)
+    assert [event["usage"] for event in before] == [None] * len(before)
