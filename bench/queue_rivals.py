@@ -65,6 +65,8 @@ def new_router_database(server: PostgresServer, name: str) -> str:
     with connect(url) as connection:
         for category in CATEGORIES:
             rows(connection, "INSERT INTO categories VALUES (%s, %s)", (category, category == "general"))
+        # No engine runs here that would find categories: all tasks are ready at once.
+        rows(connection, "UPDATE queue_settings SET categorise = false")
     return url
 
 

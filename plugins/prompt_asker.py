@@ -36,7 +36,6 @@ class AskPrompt(BaseOperator):
         options = {name: params.get(name) or None for name in OPTIONS}
         late_seconds = float(params.get("late_seconds") or 0)
         try:
-            await router.open(categorising=options["category"] is None and options["model"] is None)
             answer = await router.answer(str(params.get("prompt") or ""), on_event=self._say, **options)
             self._show(answer)
             end = time.monotonic() + late_seconds

@@ -24,7 +24,7 @@ from router.asked import AskedPrompt
 from router.asker import Asker
 from router.categories import Categorised
 from router.duties import result_within
-from router.errors import InputError, NoRoom
+from router.errors import InputError, NoAnswer, NoRoom
 from router.line_up import Question
 from router.roster import RosterModel
 from router.settings import (
@@ -133,6 +133,8 @@ class Router:
         try:
             asker = await self._opened(categorising=category is None and model is None)
             if model is not None:
+                if not asker.knows_the_roster:
+                    raise NoAnswer(f"{model} cannot be asked: Postgres is away. Try again later.")
                 _known(model, asker.roster.models, "model in use")
             question = Question(prompt, model, deadline_seconds, max_tokens)
             return await self._ask(asker, question, category, on_event)

@@ -75,6 +75,11 @@ class Asker:
             raise
         self._take_up_duties()
 
+    @property
+    def knows_the_roster(self) -> bool:
+        """False until Postgres has told it."""
+        return self.roster.version >= 0
+
     async def start_categoriser(self) -> None:
         """Have the categoriser ready; bounded, and only the first time it takes long."""
         if self._categoriser is None and self._config.categorising is not None:

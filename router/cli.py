@@ -12,6 +12,7 @@ from router.cli_load import HELP as LOAD_HELP
 from router.cli_load import load
 from router.cli_log import LOG_HELP, log
 from router.cli_models import MODELS_HELP, TRAFFIC_HELP, models, traffic
+from router.cli_ranking import FEEDBACK_HELP, RANKING_HELP, REVIEW_HELP, feedback, ranking, review
 from router.cli_serve import KEYS_HELP, SERVE_HELP, keys, serve
 from router.cli_status import STATUS_HELP, WATCH_HELP, status, watch
 from router.cli_tasks import EXPORT_HELP, RETRY_HELP, export, retry
@@ -54,6 +55,9 @@ app.command(help=EXPORT_HELP)(export)
 app.command(help=RETRY_HELP)(retry)
 app.command(help=SERVE_HELP)(serve)
 app.add_typer(keys, name="keys", help=KEYS_HELP)
+app.command(help=REVIEW_HELP)(review)
+app.command(help=FEEDBACK_HELP)(feedback)
+app.add_typer(ranking, name="ranking", help=RANKING_HELP)
 app.add_typer(knowledge, name="knowledge", help=KNOWLEDGE_HELP)
 app.add_typer(models, name="models", help=MODELS_HELP)
 app.add_typer(categories, name="categories", help=CATEGORIES_HELP)

@@ -93,10 +93,8 @@ def ask(
 async def _ask(asked: _Asked) -> None:
     router = Router.from_config(asked.config)
     prompt = _standard_input(router.config.asking.max_prompt_bytes) if asked.prompt == "-" else asked.prompt
-    options = asked.options
     try:
-        await router.open(categorising=options["category"] is None and options["model"] is None)
-        answer = await router.answer(prompt, on_event=None if asked.as_json else _tell, **options)
+        answer = await router.answer(prompt, on_event=None if asked.as_json else _tell, **asked.options)
         if not asked.as_json:
             _show(answer)
         better = await _late(router, answer, asked)

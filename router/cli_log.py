@@ -28,6 +28,7 @@ Examples:
 _UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86_400}
 _SINCE = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h|d)")
 LONGEST_ERROR = 60
+MODEL_COLUMN = 2
 
 
 def log(
@@ -82,6 +83,7 @@ def _show(calls: list[LoggedCall]) -> None:
         "error",
         right=("task", "sure", "seconds", "USD"),
     )  # fmt: skip
+    table.columns[MODEL_COLUMN].no_wrap = True
     for call in calls:
         outcome = call.outcome or "under way"
         table.add_row(

@@ -39,9 +39,7 @@ class Recovery:
         self._name = name
         self._rebuilding: dict[str, asyncio.Lock] = {}
         self._said: set[str] = set()
-        self._noticed: dict[
-            str, tuple[int, float]
-        ] = {}  # a loss by Redis's clock, and when it was by ours
+        self._noticed: dict[str, tuple[int, float]] = {}  # a loss by Redis's clock, and by ours
 
     async def recover(self, model: str, seen: Seen, reason: WaitReason) -> float | None:
         """Put back what Redis lost: 0 if done, else the seconds to wait; None if only a change can help."""

@@ -24,7 +24,7 @@ Aside = Callable[[Coroutine[Any, Any, None], str], object]
 
 
 class Sightings:
-    """A `Seen` a model. `changed(model)` is called when a verdict was told; `aside` runs what goes on alone."""
+    """A `Seen` a model. `changed(model)` is called after a verdict; `aside` runs what goes on alone."""
 
     def __init__(
         self, call: Call, name: str, breaker: BreakerSettings, changed: Callable[[str], None], aside: Aside

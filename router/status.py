@@ -30,6 +30,7 @@ _COUNTS = "SELECT category, unsolved, solved, failed FROM task_counts_now ORDER 
 _STATES = """
 SELECT (SELECT count(*) FROM queue WHERE state = 'claimed') AS running,
        (SELECT count(*) FROM queue WHERE state = 'waiting') AS waiting,
+       (SELECT count(*) FROM queue WHERE state = 'uncategorised') AS uncategorised,
        (SELECT count(*) FROM workers
          WHERE released_at IS NULL AND lease_until > clock_timestamp()) AS workers,
        (SELECT held FROM solving) AS held"""
@@ -61,9 +62,10 @@ _NO_CALLS: Mapping[str, Any] = {"calls": 0, "failed": 0, "last_error": None}
 
 @dataclass(frozen=True, slots=True)
 class TaskCounts:
-    """Tasks by state. unsolved = ready + waiting for a retry + running."""
+    """Tasks by state. unsolved = uncategorised + ready + waiting for a retry + running."""
 
     unsolved: int
+    uncategorised: int
     ready: int
     waiting: int
     running: int
@@ -137,8 +139,11 @@ def _task_counts(counts: Mapping[str, Mapping[str, int]], states: Mapping[str, A
     unsolved, solved, failed = (
         sum(count[state] for count in counts.values()) for state in ("unsolved", "solved", "failed")
     )
-    ready = max(0, unsolved - states["running"] - states["waiting"])
-    return TaskCounts(unsolved, ready, states["waiting"], states["running"], solved, failed)
+    elsewhere = states["running"] + states["waiting"] + states["uncategorised"]
+    ready = max(0, unsolved - elsewhere)
+    return TaskCounts(
+        unsolved, states["uncategorised"], ready, states["waiting"], states["running"], solved, failed
+    )
 
 
 def _notes(states: Mapping[str, Any], models: Sequence[Mapping[str, Any]], problem: str | None) -> list[str]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Awaitable, Callable
 
+from router.task import Outcome
 from tests.limiter_redis import Connection
 from tests.limiter_world import KEY, MODEL, Difference, World
 
 Check = Callable[[World], Awaitable[None]]
-SMALL_MEMORY = "local KEPT_AGE = 61e6"
 
 
 def agree(so: object, otherwise: str) -> None:
@@ -66,9 +66,64 @@ async def a_loss_that_others_know(world: World) -> None:
     await world.reserve(0, (0,))
     world.flush()
     await world.set_target(0, world.lines[0])
-    agree(not await world.everyone[0].reserve(MODEL), "a lost memory grants")
-    world.restart_client(1)
-    agree(not await world.everyone[1].reserve(MODEL), "a newcomer starts what others know to be lost")
+    await world.reserve(0, (0,))
+    script = world.everyone[1]._script
+    reply = await script.call(KEY, "rebuild", struct.pack("<6d", 1, 0, 8e6, 0, 0, 0), b"", b"", b"", "me", "")
+    agree(reply == struct.pack("<d", 0), "a newcomer starts what others know to be lost")
+
+
+async def a_chunk_that_is_gone(world: World) -> None:
+    await world.reserve(0, (0, 0, 0))
+    world.lose_chunk(0)
+    world.pass_time(2_000_000)
+    agree(not await world.everyone[0].reserve(MODEL), "a lost chunk is taken for an empty one")
+    world.pass_time(400_000)
+    agree(await world.everyone[0].reserve(MODEL), "a lost chunk is never made good")
+
+
+async def a_chunk_made_anew(world: World) -> None:
+    await world.set_target(0, "4/s, burst")
+    await world.reserve(0, (0, 0))
+    world.lose_chunk(0)
+    await world.reserve(0, (0,))
+    await world.everyone[0].reserve(MODEL)
+    agree(not await world.everyone[0].reserve(MODEL), "what a lost chunk held is taken for long ago")
+
+
+async def an_older_memory(world: World) -> None:
+    await world.reserve(0, (0,))
+    world.save()
+    await world.reserve(0, (0,))
+    agree(world.roll_back(), "there is an older memory")
+    await world.reserve(0, (0,))
+
+
+async def chunks_without_their_hash(world: World) -> None:
+    """Tokens of sends that nobody knows any more are not those of new sends with the same numbers."""
+    limiter, line = world.everyone[0], "20k tokens/s, burst"
+    await limiter.set_target(MODEL, line)
+    await limiter._ask(MODEL, (10,) * 1400)
+    world.lose_key()
+    world.pass_time(70_000_000)
+    await limiter.set_target(MODEL, line)
+    await limiter._ask(MODEL, (0,))
+    world.pass_time(400_000)
+    await limiter._ask(MODEL, (0,) * 1010)
+    world.pass_time(600_000)
+    await limiter._ask(MODEL, (0,) * 10)
+    world.pass_time(600_000)
+    permits, _ = await limiter._ask(MODEL, (19_990, 60))
+    agree(len(permits) == 1, "tokens of lost sends are taken off")
+
+
+async def a_clock_set_back(world: World) -> None:
+    for _ in range(30):
+        await world.reserve(0, (0,))
+        world.pass_time(1_000_000)
+    world.jump(-3_600_000_000)
+    await world.reserve(0, (0,))
+    world.pass_time(1_060_000)
+    agree(await world.reserve(0, (0,)), "a clock set back stops the model for longer than a window")
 
 
 async def two_rebuilds(world: World) -> None:
@@ -82,16 +137,13 @@ async def two_rebuilds(world: World) -> None:
 
 async def what_was_dropped(world: World) -> None:
     """Far more sends than are kept, and then a window that is longer than what is known."""
-    await world.set_target(0, "100/s, burst")
+    limiter = world.everyone[0]
+    await limiter.set_target(MODEL, "1000/s, burst")
     for _ in range(6):
-        for _ in range(30):
-            await world.reserve(0, (0,) * 30)
-            world.pass_time(300_000)
+        await limiter._ask(MODEL, (0,) * 900)
         world.pass_time(70_000_000)
-    await world.set_target(0, "5000/h, burst")
-    made = await world.reserve(0, (0,))
-    agree(made, "what is kept fills the window")
-    await world.set_target(0, "9000/h, burst")
+    await limiter.set_target(MODEL, "5000/h, burst")
+    agree(not await limiter.reserve(MODEL), "what is no longer kept is free")
 
 
 async def tokens_of_before_a_loss(world: World) -> None:
@@ -110,17 +162,61 @@ async def tokens_of_before_a_loss(world: World) -> None:
     agree(not await world.reserve(0, (20,)), "what was sent before the loss is free")
 
 
-async def tokens_of_a_longer_slack(world: World) -> None:
+async def tokens_of_a_longer_slack(world: World, ask_after: int = 1_070_000) -> None:
     await world.set_target(0, "40 tokens/10s, burst")
     await world.reserve(0, (20, 20))
     world.pass_time(50_000)
     for held in world.held:
         world.send(held, world.transit)  # as late as their own slack allows
     await world.set_target(0, "40 tokens/s, burst")
+    world.pass_time(ask_after - 50_000)
+    await world.reserve(0, (20,))
+
+
+async def tokens_of_a_longer_slack_ahead(world: World) -> None:
+    await tokens_of_a_longer_slack(world, 1_000_000)
+
+
+async def requests_of_a_longer_slack(world: World) -> None:
+    await world.set_target(0, "9/10s, burst")
+    await world.reserve(0, (0, 0))
+    await world.set_target(0, "5/s, burst")
+    world.pass_time(1_000)
+    await world.reserve(0, (0, 0))
+    await world.set_target(0, "2/s, burst")
     world.pass_time(1_000_000)
-    for micro in (9_000, 1_000, 10_000, 60_000):
-        world.pass_time(micro)
-        await world.reserve(0, (20,))
+    await world.reserve(0, (0,))
+
+
+async def a_call_too_large(world: World) -> None:
+    await world.set_target(0, "20 tokens/s")
+    await world.reserve(0, (50,))
+
+
+async def places_of_an_earlier_limit(world: World) -> None:
+    await world.set_target(0, "2 at once")
+    first, _ = await world.reserve(0, (0, 0))
+    world.send(first, 0)
+    await world.set_target(0, "3/s, burst")
+    await world.end(first, None)
+    await world.set_target(0, "2 at once")
+    await world.reserve(0, (0,))
+
+
+async def a_call_of_before_a_loss(world: World) -> None:
+    _, old = await world.reserve(0, (0, 0))
+    world.flush()
+    await world.set_target(0, world.lines[0])
+    await world.reserve(0, (0,))
+    world.pass_time(400_000)
+    await world.reserve(0, (0,))
+    for _ in range(5):
+        await world.heed(0, Outcome.ERROR, None, None)
+    world.pass_time(1_200_000)
+    await world.reserve(0, (0,))  # the probe, which has the old call's number
+    await world.heed(0, Outcome.RATE_LIMITED, 0.1, old)
+    world.pass_time(1_200_000)
+    await world.reserve(0, (0,))
 
 
 async def a_free_place(world: World) -> None:
@@ -140,11 +236,21 @@ CHECKS: dict[str, tuple[Check, bool]] = {  # with its own word on whether there 
     "a blind start is found out": (a_blind_start, False),
     "a chunk that is gone is found out by a new target": (a_chunk_and_a_new_target, True),
     "a loss noticed before the clock was set back ends in time": (a_loss_and_a_clock_set_back, True),
+    "a chunk that is gone is found out": (a_chunk_that_is_gone, True),
+    "a chunk that is gone and made anew is found out": (a_chunk_made_anew, True),
+    "a clock set back costs no more than a window": (a_clock_set_back, True),
+    "an older memory in the same run is found out": (an_older_memory, True),
+    "chunks without their hash are made anew": (chunks_without_their_hash, True),
     "nobody starts blindly what others know to be lost": (a_loss_that_others_know, False),
     "the second of two rebuilds changes nothing": (two_rebuilds, True),
     "what was dropped counts as sent just before": (what_was_dropped, True),
     "tokens of before a loss are not known": (tokens_of_before_a_loss, False),
     "tokens sent before a target with a shorter slack count longer": (tokens_of_a_longer_slack, True),
+    "tokens sent before a target with a shorter slack are waited for": (tokens_of_a_longer_slack_ahead, True),
+    "requests sent before a target with a shorter slack count longer": (requests_of_a_longer_slack, True),
+    "a call larger than the window is said to be": (a_call_too_large, True),
+    "places of an earlier limit do not come back": (places_of_an_earlier_limit, True),
+    "a call of before a loss says nothing about a probe": (a_call_of_before_a_loss, True),
     "who was refused is told of a free place": (a_free_place, True),
 }
 

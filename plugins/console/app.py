@@ -13,15 +13,17 @@ from typing import Any
 from airflow.models.connection import Connection
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from model_worker import addresses_of
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from router.database import connect
 from router.errors import ConfigError, DatabaseError, InputError, NoRoom, RouterError
 from router.settings import Addresses
+from router.task_table import Retried
 
-from . import board, guard, routes
+from . import board, guard, routes, work
 from .asks import Asks
 from .live import Live
 from .reads import Reads
@@ -78,6 +80,15 @@ class Console:
         await self.live.close()
         await self.asks.close()
         await asyncio.to_thread(self.reads.close)
+
+    async def retry(self, category: str | None, task_ids: list[int] | None) -> Retried:
+        """Set failed tasks back to unsolved."""
+
+        def write() -> Retried:
+            with connect(addresses().database_url) as connection:
+                return work.retry(connection, category, task_ids)
+
+        return await asyncio.to_thread(write)
 
     async def _read_board(self) -> dict[str, Any]:
         redis_url = await asyncio.to_thread(lambda: addresses().redis_url)
@@ -153,5 +164,3 @@ def addresses() -> Addresses:
     names = ("router_db", "router_redis", "models_backend")
     return addresses_of(*(Connection.get_connection_from_secrets(name) for name in names))
 
-
-__all__ = ["Console", "StreamingResponse"]

@@ -35,7 +35,7 @@ SELECT model, target, in_force_at FROM traffic_targets WHERE in_force_at > %s
  UNION ALL
 SELECT DISTINCT ON (model) model, target, in_force_at FROM traffic_targets
  WHERE in_force_at <= %s ORDER BY model, in_force_at"""
-_UNCATEGORISED = "SELECT count(*) AS tasks FROM (SELECT FROM queue WHERE state = 'uncategorised' LIMIT 10001) AS some"
+_UNCATEGORISED = "SELECT count(*) AS tasks FROM (SELECT FROM queue WHERE state = 'uncategorised' LIMIT 10001) AS few"
 
 
 @dataclass
@@ -62,8 +62,10 @@ class Board:
         seldom = self._read_seldom(connection)
         now = datetime.now(timezone.utc)
         since = now - timedelta(seconds=STRETCH_SECONDS * NEWEST_STRETCHES)
+        models = {m.model: {**asdict(m), "per_minute": per_minute(m.target)} for m in status.models}
         return {
             **as_object(status),
+            "models": models,
             "at": now,
             "uncategorised": seldom.uncategorised,
             "oldest": seldom.oldest,

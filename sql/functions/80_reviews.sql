@@ -13,11 +13,12 @@ LANGUAGE sql STABLE AS $$
     WITH now_period AS (
         SELECT period_of(clock_timestamp(), p_period_seconds) AS newest
     ), bounds AS (
-        SELECT greatest(n.newest - p_memory + 1,
-                        period_of(call_time((SELECT min(c.call_id) FROM model_calls c
-                            WHERE c.call_id >= period_floor(n.newest - p_memory + 1, p_period_seconds))), p_period_seconds)) AS first,
-               greatest(n.newest, period_of(call_time((SELECT max(c.call_id) FROM model_calls c
-                            WHERE c.call_id >= period_floor(n.newest, p_period_seconds))), p_period_seconds)) AS last
+        SELECT coalesce(period_of(call_time((SELECT c.call_id FROM model_calls c
+                                              WHERE c.call_id >= period_floor(n.newest - p_memory + 1, p_period_seconds)
+                                              ORDER BY c.call_id LIMIT 1)), p_period_seconds), n.newest) AS first,
+               greatest(n.newest, period_of(call_time((SELECT c.call_id FROM model_calls c
+                                                        WHERE c.call_id >= period_floor(n.newest, p_period_seconds)
+                                                        ORDER BY c.call_id DESC LIMIT 1)), p_period_seconds)) AS last
           FROM now_period n
     ), late AS (
         SELECT DISTINCT period_of(call_time(s.call_id), p_period_seconds) AS period
@@ -36,8 +37,7 @@ LANGUAGE sql STABLE AS $$
      ORDER BY 1
 $$;
 
--- Calls that a model is judged by: those of its own rank, for a category.
--- Sum one period anew, in one pass over its calls. Returns how many calls it read.
+-- Sum one period anew, in one pass over its calls; of those that a chosen model made, not a fallback. Returns how many.
 --
 -- Not counted against a model: 429 (the target is over the quota), calls that were never sent, given up by whoever asked
 -- or lost with their worker, and failures within a stretch in which nearly all calls of several models failed.

@@ -16,6 +16,7 @@ from local.redis import RedisServer
 from models_backend.process import BackendServer, start_backend
 from router.answering import Router
 from router.database import connect
+from router.errors import NoAnswer
 from router.roster import sync_roster
 from router.settings import Addresses
 from router.task import AnswerRank
@@ -109,6 +110,8 @@ async def test_what_hangs_costs_no_more_than_the_deadline(fragile: Fragile, hang
         assert KNOWN in answer.text
         assert answer.seconds <= DEADLINE_SECONDS + MOST_OVER_SECONDS
     assert all((answer.task_id is None) == ("postgres" in hanging) for answer in answers)
+    if "backend" not in hanging:  # what cannot be logged, or has no permit, is not sent
+        assert all(call.sent_seconds is None for answer in answers for call in answer.calls)
 
 
 async def test_once_it_is_back_models_answer_again(fragile: Fragile) -> None:
@@ -133,6 +136,8 @@ async def test_a_router_opens_while_everything_is_away(folder: Path) -> None:
     )  # fmt: skip
     async with Router(nowhere, asking_config(), folder) as router:
         answer = await router.answer("How is a model paused?", category="general")
+        with pytest.raises(NoAnswer, match="Postgres is away"):
+            await router.answer("How is a model paused?", model=PREFERRED)
     assert KNOWN in answer.text
     assert (answer.task_id, answer.provisional, answer.calls) == (None, False, ())
 

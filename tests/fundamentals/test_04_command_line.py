@@ -89,7 +89,7 @@ def test_failed_tasks_can_be_tried_again(router: CommandLine, database: str, tmp
     assert router("status", "--json").json["tasks"]["failed"] == 1
     assert router("retry", "--all", "--yes").code == 0
     assert router("status", "--json").json["tasks"] == {
-        "unsolved": 1, "ready": 1, "waiting": 0, "running": 0, "solved": 0, "failed": 0
+        "unsolved": 1, "uncategorised": 0, "ready": 1, "waiting": 0, "running": 0, "solved": 0, "failed": 0
     }  # fmt: skip
 
 

@@ -129,6 +129,52 @@ async def test_a_model_without_a_permit_in_time_is_passed_over(asking: Asking) -
     assert "target is 0" in first.error
 
 
+async def test_of_models_in_line_only_the_first_with_a_permit_is_sent_to(asking: Asking) -> None:
+    limiter = asking.router._asker.limiter
+    await limiter.set_target(PREFERRED, "1/10s, burst")
+    await limiter.acquire(
+        PREFERRED
+    )  # the next permit is 10 s off: later than is borne, sooner than the deadline
+    answer = await asking.ask(deadline_seconds=30)
+    assert answer.model == SECOND
+    assert answer.seconds < 2
+    await settled(asking)
+    (first,) = [row for row in asking.calls() if row["role"] == "asked"]
+    assert (first["outcome"], first["settlement"]) == ("unsent", "passed")
+    assert f"{SECOND} had a permit sooner" in first["error"]
+
+
+async def test_a_fallback_that_holds_the_task_is_still_no_chosen_model(
+    addresses: Addresses, shared_backend: BackendServer, tmp_path: Path
+) -> None:
+    config = asking_config(asking={"most_models": 1})
+    async with asking_router(addresses, shared_backend, config, tmp_path) as asking:
+        asking.fault("error", PREFERRED)
+        answer = await asking.ask()
+        assert (answer.model, answer.rank, answer.provisional) == (CHEAP, AnswerRank.FALLBACK_MODEL, False)
+        await settled(asking)
+    asking.heal()
+    # The preferred model's call failed first and handed the task on: with nobody else to come it ends.
+    assert (asking.task()["status"], asking.task()["answer_rank"]) == ("solved", 2)
+    assert [row["settlement"] for row in asking.calls() if row["role"] == "asked"] == ["passed"]
+
+
+async def test_more_at_once_than_the_config_allows_are_told_to_come_again(
+    addresses: Addresses, shared_backend: BackendServer, tmp_path: Path
+) -> None:
+    config = asking_config(asking={"most_at_once": 2})
+    async with asking_router(addresses, shared_backend, config, tmp_path) as asking:
+        found = await asyncio.gather(*(asking.ask() for _ in range(3)), return_exceptions=True)
+    assert [isinstance(one, NoRoom) for one in found] == [False, False, True]
+
+
+async def test_a_listener_that_raises_harms_nobody(asking: Asking) -> None:
+    def raises(_event: object) -> None:
+        raise ValueError("not my day")
+
+    assert (await asking.ask(on_event=raises)).model == PREFERRED
+
+
 async def test_a_model_that_is_named_is_asked_alone(asking: Asking) -> None:
     answer = await asking.ask(model=SECOND)
     assert (answer.model, answer.fallback) == (SECOND, None)

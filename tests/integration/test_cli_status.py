@@ -79,6 +79,7 @@ def test_tasks_are_shown_by_state(router: CommandLine, ask: Ask):
     status = router("status", "--json").json
     assert status["tasks"] == {
         "unsolved": 5,
+        "uncategorised": 0,
         "ready": 3,
         "waiting": 1,
         "running": 1,

@@ -1,4 +1,4 @@
-"""Redis is away, or came back without its memory: nothing is lost that was given back, and one line says it."""
+"""Redis is away, or comes back without its memory: nothing given back is lost, and one line says it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The limiter on a real Redis in cluster mode: each model's keys lie in one slot, and everything works as alone."""
+"""The limiter on a real Redis in cluster mode: a model's keys lie in one slot, and all works as alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ async def cluster(tmp_path: Path) -> AsyncIterator[redis.asyncio.RedisCluster]:
     server = start_redis(tmp_path, arguments=arguments)
     alone = redis.asyncio.Redis.from_url(server.url)
     await alone.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
-    while b"cluster_state:ok" not in await alone.execute_command("CLUSTER", "INFO", **{"NEVER_DECODE": True}):
+    while b"cluster_state:ok" not in await alone.execute_command("CLUSTER", "INFO", NEVER_DECODE=True):
         await asyncio.sleep(0.02)
     await alone.aclose()
     client = redis.asyncio.RedisCluster(startup_nodes=[ClusterNode("127.0.0.1", server.port)])

@@ -233,6 +233,26 @@ async def test_a_429_rests_the_model_and_costs_no_attempt(
         assert trouble.startswith("rate_limited")
 
 
+async def test_a_model_that_keeps_failing_is_rested_and_trusted_again(
+    addresses: Addresses, backend: BackendServer
+) -> None:
+    fault = {"model": "phi-4", "kind": "error", "share": 1, "seconds": 4}
+    requests.post(f"{backend.url}/faults", json=fault, timeout=5).raise_for_status()
+    insert(addresses, 200)
+    async with running(addresses, config()) as engine, working(engine, "phi-4"):
+
+        async def breaker() -> str:
+            return (await engine.limiter.snapshot(["phi-4"]))["phi-4"].breaker
+
+        opened_by = time.monotonic() + 15
+        while await breaker() == "closed":
+            assert time.monotonic() < opened_by
+            await asyncio.sleep(0.02)
+        await until(lambda: solved(addresses) > 10, 30)
+        assert await breaker() == "closed"
+        assert calls(addresses, "outcome = 'error'") < 100
+
+
 async def test_a_model_that_the_backend_does_not_know_is_said_to_be(addresses: Addresses) -> None:
     settings = config()
     unknown = {**settings.models, "no-such-model": ModelSettings(target="3000/min", ranks={"general": 1})}

@@ -1,0 +1,157 @@
+"""Checks of answers, references, and what a judge said."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from models_backend.answers import compose_answer
+from router.grading import (
+    Flaw,
+    Grade,
+    Judgement,
+    Result,
+    Verdict,
+    against_reference,
+    check,
+    judge_prompts,
+    parse_verdict,
+)
+
+PROMPT = "Explain how photosynthesis turns sunlight into chemical energy in plants."
+GOOD = (
+    "Photosynthesis takes place in the chloroplasts. Chlorophyll absorbs sunlight, water is split, and the energy"
+    " is kept in ATP and NADPH, which the Calvin cycle uses to build sugar from carbon dioxide."
+)
+
+
+def test_a_good_answer_has_no_flaw() -> None:
+    assert check(PROMPT, GOOD) == Grade(1.0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "flaw"),
+    [
+        ("", Flaw.EMPTY),
+        ("  \n ... \t", Flaw.EMPTY),
+        ("I'm sorry, but I can't help with that request.", Flaw.REFUSED),
+        ("I\u2019m afraid I cannot assist with photosynthesis.", Flaw.REFUSED),
+        ("As an AI language model, I can not explain this.", Flaw.REFUSED),
+        (GOOD[: len(GOOD) // 2], Flaw.CUT_OFF),
+        (f"{GOOD}\n```python\nprint(1)", Flaw.CUT_OFF),
+        (f"{GOOD} " + "The plant needs light for photosynthesis to work. " * 20, Flaw.REPEATS),
+        (
+            "The offside rule looks at the moment when a ball is played, not when it arrives anywhere.",
+            Flaw.OFF_TOPIC,
+        ),
+    ],
+)
+def test_each_flaw_is_found_and_costs(answer: str, flaw: Flaw) -> None:
+    grade = check(PROMPT, answer)
+    assert grade.flaws == (flaw,)
+    assert grade.score <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer"),
+    [
+        ("What is 6 times 7?", "42"),
+        ("Write a haiku about autumn rain.", "Grey drops on the roof\nthe last maple leaf lets go\nsilence, then again"),
+        ("Write a function that adds two numbers.", "```python\ndef add(a, b):\n    return a + b\n```"),
+        ("Why do people apologise?", "Often people begin with “I'm sorry” although they mean it only half: " * 1 + "it costs little."),
+        ("今天天气怎么样,适合出门散步吗?", "今天晴朗,微风,气温在二十度左右,很适合出门散步。"),
+        ("List three fruits.", "- apple\n- pear\n- plum"),
+    ],
+)  # fmt: skip
+def test_good_answers_of_odd_shapes_are_left_alone(prompt: str, answer: str) -> None:
+    assert check(prompt, answer).flaws == ()
+
+
+def test_an_answer_that_used_up_its_tokens_is_cut_off_however_it_ends() -> None:
+    assert check(PROMPT, GOOD, completion_tokens=512, max_tokens=512).flaws == (Flaw.CUT_OFF,)
+    assert check(PROMPT, GOOD, completion_tokens=511, max_tokens=512).flaws == ()
+
+
+def test_of_the_stand_ins_flaws_nearly_all_are_found_and_no_good_answer_is_blamed() -> None:
+    subjects = (
+        "tides of the sea",
+        "roman aqueducts",
+        "linear regression",
+        "sourdough bread",
+        "violin makers",
+    )
+    seen = found = 0
+    for number in range(400):
+        prompt = f"Give a detailed account of {subjects[number % 5]}, chapter {number}, for curious beginners"
+        answer = compose_answer("phi-4", prompt, max_tokens=512, category="creative")
+        flaws = check(prompt, answer.text).flaws
+        if answer.flaw is None:
+            assert flaws == (), answer.text
+        else:
+            seen += 1
+            found += bool(flaws)
+    assert seen > 100
+    assert found >= 0.9 * seen
+
+
+def test_a_check_takes_well_under_a_millisecond() -> None:
+    began, rounds = time.process_time(), 200
+    for _ in range(rounds):
+        check(PROMPT, GOOD * 4)
+    assert (time.process_time() - began) / rounds < 0.001
+
+
+@pytest.mark.parametrize("size", [1_000_000, 0])
+def test_texts_of_any_size_are_borne(size: int) -> None:
+    began = time.process_time()
+    check("x " * size, "word, " * size)
+    check("(" * size, ")" * size)
+    assert time.process_time() - began < 1.0
+
+
+def test_reference_answers() -> None:
+    assert against_reference("So she pays 3 x 14 = 42 dollars.", "42").score == 1
+    assert against_reference("42 of them, no: 41", "42").score == 0
+    assert against_reference("It cost $1,200.00.", "1200").score == 1
+    assert against_reference("The capital is Paris.", "the Paris").score == 1
+    assert against_reference("Lyon", "Paris").score == 0
+    assert 0 < against_reference("a red car", "red bicycle").score < 1
+    assert against_reference("", "").score == 1
+
+
+def test_a_judge_is_asked_in_both_orders() -> None:
+    straight, swapped = judge_prompts(PROMPT, "answer one", "answer two")
+    assert straight.index("answer one") < straight.index("answer two")
+    assert swapped.index("answer two") < swapped.index("answer one")
+
+
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [
+        ("The first is complete.\nverdict: 1", Verdict.FIRST),
+        ("**Verdict:** 2", Verdict.SECOND),
+        ("verdict: 1? No.\nVERDICT: tie", Verdict.TIE),
+        ("2", Verdict.SECOND),
+        ("verdict: 12", None),
+        ("I cannot decide.", None),
+        ("", None),
+    ],
+)
+def test_what_a_judge_says_is_read(reply: str, verdict: Verdict | None) -> None:
+    assert parse_verdict(reply) is verdict
+
+
+def test_only_a_verdict_that_survives_the_swap_counts() -> None:
+    first, second = Verdict.FIRST, Verdict.SECOND
+    assert Judgement(first, second).result is Result.WIN
+    assert Judgement(second, first).result is Result.LOSS
+    assert Judgement(first, first).result is Result.TIE  # it likes whatever stands first
+    assert Judgement(first, None).result is Result.TIE
+    assert Judgement(None, None).result is None
+    assert Judgement(None, None).scores is None
+    win = Judgement(first, second).scores
+    loss = Judgement(second, first).scores
+    assert win is not None
+    assert loss == win[::-1]
+    assert win[0] > win[1] > 0
