@@ -58,10 +58,10 @@ class Door:
             selector.register(one, selectors.EVENT_READ, number)
         while True:
             for key, _ in selector.select():
-                one: Any = key.fileobj
+                ready: Any = key.fileobj
                 while True:
                     try:
-                        data, told, _, _ = one.recvmsg(RECORD.size, 64)
+                        data, told, _, _ = ready.recvmsg(RECORD.size, 64)
                     except BlockingIOError:
                         break
                     if data == _GOODBYE:
@@ -85,7 +85,7 @@ def _at(told: list[tuple[int, int, bytes]]) -> int:
     for level, kind, data in told:
         if level == socket.SOL_SOCKET and kind == _SO_TIMESTAMPNS:
             seconds, nanoseconds = _STAMP.unpack(data)
-            return now - (time.time_ns() - seconds * NANOSECONDS - nanoseconds)
+            return now - (time.time_ns() - int(seconds) * NANOSECONDS - int(nanoseconds))
     return now
 
 

@@ -37,7 +37,7 @@ class Crew:
     seed: int
 
 
-def run_crew(crew: Crew) -> dict[str, dict[str, int] | int]:
+def run_crew(crew: Crew) -> tuple[int, dict[str, int]]:
     """Send until the time is over: how many were sent, and how many permits died."""
     wrong = 3600 * WRONG_BY_HOURS[crew.number % len(WRONG_BY_HOURS)]
     true_monotonic, true_time = time.monotonic, time.time
@@ -56,7 +56,7 @@ class _Senders:
         self._door = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._door.connect(("127.0.0.1", crew.port))
 
-    async def run(self, start: float) -> dict[str, dict[str, int] | int]:
+    async def run(self, start: float) -> tuple[int, dict[str, int]]:
         client = redis.asyncio.Redis.from_url(self._crew.url)
         await asyncio.sleep(max(0.0, start - time.monotonic()))
         async with TrafficLimiter(client) as limiter:
@@ -71,7 +71,7 @@ class _Senders:
             await asyncio.gather(*tasks, return_exceptions=True)
         await client.aclose()
         self._door.close()
-        return {"sent": self._sent, "died": self._died}
+        return self._sent, self._died
 
     async def _send_on(self, limiter: TrafficLimiter, model: str, index: int) -> None:
         while True:

@@ -1,4 +1,4 @@
-"""Many processes, a million sends, targets changed every few seconds: does any window break, and what is used?
+"""Many processes, a million sends, targets changed every few seconds: does a window break, what is used?
 
 Each process has a limiter of its own and clocks that are wrong by hours. What is sent is a datagram to a door
 that takes the kernel's stamp of its arrival; `bench/judge.py` judges all of them, against the history of
@@ -107,8 +107,10 @@ def run(soak: Soak, folder: Path) -> Outcome:
     started = time.monotonic() + 2.0 + soak.processes * 0.5  # interpreters start slowly
     try:
         with context.Pool(soak.processes) as pool:
-            crews = [Crew(server.url, door.ports[number], number, started, soak.seconds, soak.late, soak.seed)
-                     for number in range(soak.processes)]  # fmt: skip
+            crews = [
+                Crew(server.url, door.ports[number], number, started, soak.seconds, soak.late, soak.seed)
+                for number in range(soak.processes)
+            ]
             told = pool.map_async(run_crew, crews, chunksize=1)
             changes = asyncio.run(keep_changing(server.url, soak, started + soak.seconds))
             counts = told.get(timeout=60)
@@ -122,14 +124,29 @@ def run(soak: Soak, folder: Path) -> Outcome:
     log = read_log(folder / "arrivals.bin")
     arrivals = arrivals_of(log, MODELS)
     times = [arrival.at for arrival in arrivals]
-    verdict = judge(arrivals, changes, backlog_from=started + 1.0, backlog_until=started + soak.seconds - 1.0,
-                    tokens="reserved")  # fmt: skip
+    verdict = judge(
+        arrivals,
+        changes,
+        backlog_from=started + 1.0,
+        backlog_until=started + soak.seconds - 1.0,
+        tokens="reserved",
+    )
     begun = log[log["kind"] == 0]
     transit = (begun["at"] - begun["checked_at"]) / 1e6
-    percentiles = {str(p): float(np.percentile(transit, p)) for p in (50, 99, 99.9, 100)} if len(transit) else {}
-    died = {model: sum(count["died"][model] for count in counts) for model in MODELS}
-    return Outcome(soak, sum(count["sent"] for count in counts), len(arrivals), died, percentiles,
-                   max(times, default=0.0) - min(times, default=0.0), len(changes), verdict)  # fmt: skip
+    percentiles = (
+        {str(p): float(np.percentile(transit, p)) for p in (50, 99, 99.9, 100)} if len(transit) else {}
+    )
+    died = {model: sum(died[model] for _, died in counts) for model in MODELS}
+    return Outcome(
+        soak,
+        sum(sent for sent, _ in counts),
+        len(arrivals),
+        died,
+        percentiles,
+        max(times, default=0.0) - min(times, default=0.0),
+        len(changes),
+        verdict,
+    )
 
 
 def print_outcome(outcome: Outcome) -> None:
@@ -137,14 +154,18 @@ def print_outcome(outcome: Outcome) -> None:
     console = Console()
     print_verdict(outcome.verdict, console)
     transit = ", ".join(f"p{p} {ms:.2f} ms" for p, ms in outcome.transit_ms.items())
-    console.print(f"{outcome.sent:,} sent, {outcome.arrived:,} arrived in {outcome.seconds:.0f} s; "
-                  f"{sum(outcome.died.values()):,} permits died; {outcome.target_changes} changes of targets")  # fmt: skip
+    console.print(
+        f"{outcome.sent:,} sent, {outcome.arrived:,} arrived in {outcome.seconds:.0f} s; "
+        f"{sum(outcome.died.values()):,} permits died; {outcome.target_changes} changes of targets"
+    )
     console.print(f"from the check of the permit to the door: {transit}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 1 if a window broke or a datagram was lost."""
-    parser = argparse.ArgumentParser(prog="python -m bench.limiter_soak", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.limiter_soak", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--seconds", type=float, default=Soak.seconds)
     parser.add_argument("--rate", type=float, default=Soak.rate, help="sends a second, all models together")
     parser.add_argument("--processes", type=int, default=Soak.processes)

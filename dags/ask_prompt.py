@@ -11,8 +11,8 @@ Answers one prompt now. **Trigger** shows the form; the answer stands in the log
 and in the table `tasks`.
 
 The model that is best for the prompt's category and a fallback are asked at once. If the answer in time is
-not the best model's, the Airflow task waits `late_seconds` for a better one and gives up what is then still under
-way; the call log (`router log`) says so.
+not the best model's, the Airflow task waits `late_seconds` for a better one and gives up what is then still
+under way; the call log (`router log`) says so.
 
 Works without scheduler and triggerer:
 

@@ -10,7 +10,8 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-from airflow.sdk import BaseOperator, Connection, Variable
+from airflow.configuration import conf
+from airflow.sdk import BaseOperator, BaseOperatorLink, Connection, Variable
 from airflow.sdk.definitions.context import Context
 from airflow.triggers.base import BaseTrigger, TaskSuccessEvent, TriggerEvent
 
@@ -118,10 +119,21 @@ class WorkerTrigger(BaseTrigger):
         yield TaskSuccessEvent(xcoms={"return_value": {"model": self.model, "left": reason}})
 
 
+class ModelLink(BaseOperatorLink):
+    """From a worker's Airflow task to its model's row in the console."""
+
+    name = "Model in the console"
+
+    def get_link(self, operator: Any, *, ti_key: Any) -> str:  # noqa: ARG002 - Airflow's signature
+        base = conf.get("api", "base_url", fallback="").rstrip("/")
+        return f"{base}/router/page#traffic/{operator.assigned['model']}"
+
+
 class ModelWorker(BaseOperator):
     """Defers at once to the model's worker; `assigned` is {"model", "run", "models"}."""
 
     template_fields = ("assigned",)
+    operator_extra_links = (ModelLink(),)
 
     def __init__(self, *, assigned: dict[str, Any], **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -123,7 +123,7 @@ class AskedPrompt:
         self._line_up = LineUp.of(desk.roster, desk.config, about, question.model)
         if question.model is not None:
             ahead = await outlook(desk.means.limiter, question.model)
-            if ahead.seconds is None or ahead.seconds > self._left():
+            if ahead.seconds is None or ahead.seconds > self._deadline - account.now():
                 raise NoRoom(
                     f"There is no room for {question.model}: {ahead.why}.", ahead.retry_after_seconds
                 )
@@ -202,7 +202,8 @@ class AskedPrompt:
         chosen = self._account.chosen
         searching = self._search is not None and not self._search.done()
         # What could not be logged a moment ago cannot be logged now.
-        next_in_rank = len(chosen) < len(self._line_up.ranking) and not any(r.unlogged for r in chosen)
+        no_more = self._is_over or any(runner.unlogged for runner in chosen)
+        next_in_rank = not no_more and len(chosen) < len(self._line_up.ranking)
         return Standing(
             chosen=tuple(runner.leg for runner in chosen), fallback=self._fallback_leg,
             passages=Leg.RUNNING if searching else Leg.ANSWERED, next_in_rank=next_in_rank,
@@ -220,15 +221,14 @@ class AskedPrompt:
             raise self._account.no_answer(self._account.chosen[0], self._deadline, ahead)
         self._given = runner.row.rank if runner else AnswerRank.PASSAGES
         self._racing.end()
-        settle_seconds = max(0.0, min(SETTLED_WITHIN_SECONDS, self._left()))
+        settle_seconds = max(0.0, min(SETTLED_WITHIN_SECONDS, self._deadline - self._account.now()))
         if runner is None:
             self._keeping = self._errands.begin(self._keep_passages(), "keep passages")
             await asyncio.wait({self._keeping}, timeout=settle_seconds)
         else:
             await set_within(runner.settled, settle_seconds)
         answer = self._answer_of(runner)
-        who = answer.model or "nobody: passages from knowledge"
-        self._account.tell(EventKind.ANSWERED, f"answered by {who}", runner)
+        self._account.tell(EventKind.ANSWERED, f"answered by {answer.model or 'knowledge: passages'}", runner)
         return answer
 
     async def _keep_passages(self) -> None:
@@ -290,13 +290,9 @@ class AskedPrompt:
         """Of several models of the ranking that stand in line, only the first to have a permit is sent to."""
         chosen = self._account.chosen
         for runner in chosen if sent in chosen else ():
-            if runner is not sent:
-                runner.spare(f"{sent.row.model} had a permit sooner")
+            runner.spare(f"{sent.row.model} had a permit sooner")  # the sent one is not touched
 
     def _patience(self) -> float:
         if self.question.model is not None:
             return self._deadline
         return race.permit_patience(self._deadline, self._desk.config.asking.permit_seconds)
-
-    def _left(self) -> float:
-        return self._deadline - self._account.now()

@@ -30,7 +30,7 @@ log = logging.getLogger("router.categoriser")
 
 MOST_WAITING = 4096  # prompts; further callers take the default at once
 PROMPTS_A_MESSAGE = 128
-START_SECONDS = 20.0
+START_SECONDS = 60.0  # on a machine that is busy; two or three as a rule
 HANG_SECONDS = 10.0
 SHORTEST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.2, 30.0
 LONGEST_LINE_BYTES = 64 * 1024 * 1024
@@ -49,6 +49,7 @@ class CategoriserProcess:
         self._numbers = count()
         self._waiting: dict[int, asyncio.Future[list[Categorised]]] = {}
         self._waiting_prompts = 0
+        self._unanswered: dict[int, float] = {}  # when each was sent, also if nobody waits any more
         self._keeper: asyncio.Task[None] | None = None
         self._wanted = asyncio.Event()
         self._ready = asyncio.Event()
@@ -119,6 +120,7 @@ class CategoriserProcess:
         process = self._process
         if process is not None and process.stdin is not None:
             process.stdin.write(_line({"id": number, "prompts": [cut(prompt) for prompt in prompts]}))
+            self._unanswered[number] = time.monotonic()
             with contextlib.suppress(OSError):  # it died: the answer will be given up
                 await process.stdin.drain()
         return await answer
@@ -146,10 +148,11 @@ class CategoriserProcess:
                 await self._live()
             except (OSError, RouterError, ValueError, asyncio.TimeoutError) as error:
                 log.warning("categoriser: %s; tasks without a category take %r until it is back",
-                            error or type(error).__name__, self.settings.default_category)  # fmt: skip
+                            str(error) or type(error).__name__, self.settings.default_category)  # fmt: skip
             finally:
                 self._ready.clear()
                 self._process = None
+                self._unanswered.clear()
                 self._give_up("it ended")
             lived = time.monotonic() - started > LONGEST_PAUSE_SECONDS
             pause = SHORTEST_PAUSE_SECONDS if lived else min(2 * pause, LONGEST_PAUSE_SECONDS)
@@ -187,7 +190,7 @@ class CategoriserProcess:
         while True:
             reading = asyncio.ensure_future(_read(process))
             try:
-                while not (await asyncio.wait({reading}, timeout=HANG_SECONDS))[0]:
+                while not (await asyncio.wait({reading}, timeout=HANG_SECONDS / 4))[0]:
                     if self._overdue():
                         raise RouterError(f"the process has not answered for {HANG_SECONDS:g} s")
             finally:
@@ -196,12 +199,14 @@ class CategoriserProcess:
             if found is None:
                 return
             self._complained = False
+            self._unanswered.pop(found["id"], None)
             answer = self._waiting.get(found["id"])
             if answer is not None and not answer.done():
                 answer.set_result([Categorised(*row) for row in found["found"]])
 
     def _overdue(self) -> bool:
-        return bool(self._waiting)
+        oldest = min(self._unanswered.values(), default=time.monotonic())
+        return time.monotonic() - oldest > HANG_SECONDS
 
 
 def _line(value: Any) -> bytes:

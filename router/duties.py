@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -65,11 +66,11 @@ class Errands:
         try:
             while self.tasks:
                 await asyncio.wait(set(self.tasks))
-        except (
-            asyncio.CancelledError
-        ):  # the loop ends: the others were cancelled as well, and put things right
-            if self.tasks:
-                await asyncio.wait(set(self.tasks), timeout=LAST_SECONDS)
+        except asyncio.CancelledError:
+            # The loop ends: the others were cancelled as well, and put things right.
+            last = time.monotonic() + LAST_SECONDS
+            while self.tasks and (left := last - time.monotonic()) > 0:
+                await asyncio.wait(set(self.tasks), timeout=left)
             raise
         finally:
             then()

@@ -93,6 +93,7 @@ class Evidence:
     since: int | None = None
     forgot_before: int | None = None  # older evidence was forgotten, for it is no longer true
     newest_calls: float = 0.0  # calls in the newest period that has any
+    seen: float = 0.0  # calls, however old, that it is made of
 
     @property
     def calls(self) -> float:
@@ -113,7 +114,8 @@ def faded(
         age = max(0, now_period - sums.period)
         evidence = _joined(evidence, sums, 0.5 ** (age / half_life))
     calls = next((sums.calls for sums in newest_first if sums.calls), 0.0)
-    return replace(evidence, forgot_before=forgot_before, newest_calls=calls)
+    seen = sum(sums.calls for sums in kept)
+    return replace(evidence, forgot_before=forgot_before, newest_calls=calls, seen=seen)
 
 
 def _joined(evidence: Evidence, sums: Sums, weight: float) -> Evidence:
@@ -145,6 +147,8 @@ def _true_still(newest_first: Sequence[Sums], change_errors: float) -> tuple[Seq
 
 def _last_change(newest_first: Sequence[Evidence], change_errors: float) -> int | None:
     """How many of the newest belong together, if they differ from all that is older."""
+    if sum(evidence.success.count for evidence in newest_first) < 2 * LEAST_CALLS_OF_A_PART:
+        return None
     older = [Evidence()]
     for evidence in reversed(newest_first):
         older.append(_both(older[-1], evidence))

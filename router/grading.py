@@ -19,16 +19,17 @@ REFUSED_WITHIN = 240  # characters of the beginning in which a refusal is looked
 REFUSAL_IS_ALL = 700  # a longer answer that begins so goes on with something of use
 LEAST_WORDS_TO_REPEAT = 24
 REPEATED_SHARE = 0.4  # of runs of four words that were there before
-LEAST_TOPIC_WORDS = 3
+LEAST_TOPIC_WORDS = 5
 MANY_TOPIC_WORDS = 12  # of which one may be met by chance
-LEAST_WORDS_ON_TOPIC = 12
+LEAST_WORDS_ON_TOPIC = 16
 PROSE_LINE = 60  # characters of a last line that ought to end in a sentence's end
 JUDGED_CHARACTERS = 8_000
 
 _WORD = re.compile(r"\w+")
 _FENCE = re.compile(r"^\s*```", re.MULTILINE)
 _REFUSAL = re.compile(
-    r"\b(?:i(?:['\u2019]m| am) (?:sorry|afraid|unable|not able)"
+    r"(?:\A|[.!?\]\n])[\s*]*(?:(?:but|unfortunately),? )?"
+    r"(?:i(?:['\u2019]m| am) (?:sorry|afraid|unable|not able)"
     r"|i (?:can(?:no|['\u2019])t|cannot|won['\u2019]t|will not)"
     r" (?:help|assist|answer|provide|comply|do that|fulfil|create|write|discuss)"
     r"|i must (?:decline|refuse)|as an ai(?: language model)?,? i (?:can|am|do)"

@@ -3,8 +3,8 @@
 Models are ordered by a lower bound of their worth there (see `worth.py`): the mean less `bound_errors`
 standard errors. An order changes only where the margin is passed, so that it does not flap.
 
-A model below the floor, one on probation and one with too few calls are given a bounded share of the
-category's tasks to prove themselves by; the first two get nothing beyond it.
+A bounded share of a category's tasks goes to models that have to prove themselves: those below the floor and
+on probation, which get nothing beyond it, and those that may be better than the first for all that is known.
 
 A `Key` is a category, or a topic beneath it: a topic's evidence is drawn towards its category's
 (`beneath`), so that it may be thin.
@@ -94,7 +94,7 @@ def rank(
     low = [c for c in before if standings[c.model] is Standing.LOW]
     order = _ordered([c for c in before if c not in low], worths, learning)
     order += sorted(low, key=lambda c: -worths[c.model].lower)
-    shares = _shares(order, standings, learning)
+    shares = _shares(order, worths, standings, learning)
     qualities = _falling([worths[c.model].lower for c in order])
     return [
         Placed(
@@ -110,13 +110,13 @@ def _standings(
 ) -> dict[str, Standing]:
     standings = {}
     for c in candidates:
-        judged = c.evidence.calls >= enough or worths[c.model].success.mean < floor
+        judged = c.evidence.seen >= enough or worths[c.model].success.mean < floor
         if judged and worths[c.model].good < floor:
             standings[c.model] = Standing.LOW
         elif c.on_probation:
             standings[c.model] = Standing.TRIAL
         else:
-            standings[c.model] = Standing.RANKED if c.evidence.calls >= enough else Standing.YOUNG
+            standings[c.model] = Standing.RANKED if c.evidence.seen >= enough else Standing.YOUNG
     regular = [m for m, standing in standings.items() if standing in (Standing.RANKED, Standing.YOUNG)]
     if candidates and not regular:  # somebody must do the work
         standings[max(standings, key=lambda model: worths[model].lower)] = Standing.RANKED
@@ -130,7 +130,7 @@ def _ordered(
     left, order = list(before), []
     while left:
         first = left[0]
-        rivals = [c for c in left[1:] if c.evidence.calls >= learning.enough_calls]
+        rivals = [c for c in left[1:] if c.evidence.seen >= learning.enough_calls]
         best = max(rivals, key=lambda c: worths[c.model].lower, default=first)
         if _overtakes(worths[best.model], worths[first.model], first.evidence, learning):
             first = best
@@ -140,7 +140,7 @@ def _ordered(
 
 
 def _overtakes(best: Worth, first: Worth, known: Evidence, learning: LearningSettings) -> bool:
-    if known.calls < learning.enough_calls:  # only if it is surely worse
+    if known.seen < learning.enough_calls:  # only if it is surely worse
         return best.lower > first.mean + learning.bound_errors * first.error + learning.margin
     error = math.hypot(best.error, first.error)
     return (
@@ -149,18 +149,35 @@ def _overtakes(best: Worth, first: Worth, known: Evidence, learning: LearningSet
 
 
 def _shares(
-    order: Sequence[Candidate], standings: Mapping[str, Standing], learning: LearningSettings
+    order: Sequence[Candidate],
+    worths: Mapping[str, Worth],
+    standings: Mapping[str, Standing],
+    learning: LearningSettings,
 ) -> dict[str, tuple[float, float]]:
-    """model -> (least, most) share of the category's tasks."""
-    proving = [c for c in order if standings[c.model] is not Standing.RANKED]
+    """model -> (least, most) share of the category's tasks.
+
+    One half of what exploration takes goes to those who get nothing else, in equal parts; the other, most of
+    it to one at a time, to those with too few calls, then to those who may be better than the first for all
+    that is known.
+    """
+    shut = [c.model for c in order if standings[c.model] in (Standing.LOW, Standing.TRIAL)]
+    first = worths[order[0].model] if order else None
+    young = [c for c in order if standings[c.model] is Standing.YOUNG]
+    others = [c for c in order[1:] if standings[c.model] is Standing.RANKED]
+    promising = [c.model for c in sorted(young, key=lambda c: -c.evidence.seen)]
+    promising += sorted(
+        (c.model for c in others if first and worths[c.model].upper > first.lower),
+        key=lambda model: -worths[model].upper,
+    )
     calls = sum(c.evidence.newest_calls for c in order)
-    shares = {c.model: (0.0, ALL) for c in order}
-    for c in proving:
-        share = learning.exploration.share / len(proving)
-        if calls > 0:
-            share = min(share, learning.exploration.calls / calls)
-        shares[c.model] = (share, ALL if standings[c.model] is Standing.YOUNG else share)
-    return shares
+    cap = learning.exploration.calls / calls if calls > 0 else ALL
+    half = learning.exploration.share / (2 if shut and promising else 1)
+    given = {model: min(cap, half / len(shut)) for model in shut}
+    left = half
+    for model in promising:
+        given[model] = min(cap, left / 2)
+        left -= given[model]
+    return {c.model: (given.get(c.model, 0.0), given[c.model] if c.model in shut else ALL) for c in order}
 
 
 def _falling(lowers: Sequence[float]) -> list[float]:
@@ -183,7 +200,7 @@ def _reason(
     if standing is Standing.LOW:
         return f"{own.good:.0%} of its calls bring a good answer, below the floor of {floor:.0%}"
     if standing is Standing.YOUNG:
-        return f"as much as {candidate.evidence.calls:.0f} fresh calls, too few to judge it by"
+        return f"{candidate.evidence.seen:.0f} calls, too few to judge it by"
     passed = [c.model for c in order[place:] if c.place < candidate.place]
     passed_by = [c.model for c in order[: place - 1] if c.place > candidate.place]
     if passed:

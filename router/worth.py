@@ -37,6 +37,7 @@ class Worth:
     mean: float
     error: float
     lower: float
+    upper: float
     success: Estimate
     score: Estimate
     seconds: float
@@ -103,7 +104,7 @@ def beneath(evidence: Evidence, general: Usual, calls: float) -> Usual:
 def worth(
     evidence: Evidence, prior: Usual, utility: UtilitySettings, sources: Mapping[str, float], errors: float
 ) -> Worth:
-    """The worth of a model's call by its evidence, drawn towards `prior`; `lower` is `errors` below it."""
+    """The worth of a model's call by its evidence, drawn towards `prior`; bounds are `errors` errors off."""
     success = _share(evidence.success, prior.success, prior.calls)
     score = _score(evidence.scores, prior, sources)
     log_seconds = _estimate(evidence.latencies, prior.log_seconds, prior.calls, SPREAD_OF_LOG_SECONDS)
@@ -122,7 +123,14 @@ def worth(
     )
     mean, error = success.mean * of_answer, math.sqrt(sum(part**2 for part in parts))
     return Worth(
-        mean, error, mean - errors * error, success, score, math.exp(log_seconds.mean), max(0.0, cost.mean)
+        mean,
+        error,
+        mean - errors * error,
+        mean + errors * error,
+        success,
+        score,
+        math.exp(log_seconds.mean),
+        max(0.0, cost.mean),
     )
 
 

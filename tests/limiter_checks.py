@@ -225,10 +225,12 @@ async def a_free_place(world: World) -> None:
     world.send(held, 0)
     await world.reserve(1, (0,))
     listener = Connection(world.connection.server)
-    listener.ask(("SUBSCRIBE", "router:traffic"))
-    await world.end(held, None)
-    agree(listener.hears(0.5), "nobody says that a place is free")
-    listener.close()
+    try:
+        listener.ask(("SUBSCRIBE", "router:traffic"))
+        await world.end(held, None)
+        agree(listener.hears(0.5), "nobody says that a place is free")
+    finally:
+        listener.close()
 
 
 CHECKS: dict[str, tuple[Check, bool]] = {  # with its own word on whether there is a history

@@ -3,6 +3,8 @@
 An `old` text must stand in the script exactly once, so that a change of the script is noticed here.
 """
 
+# ruff: noqa: E501 - the script's own lines, whole
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""The real Redis as the limiter's client sees it, with its clock in our hands: no waiting, and every clock."""
+"""The real Redis as the limiter's client sees it, with its clock in our hands: no waiting, any clock."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Asked:
 
 @dataclass
 class ScriptRedis:
-    """What `RedisScript` needs of a client. `wall` tells Redis's clock, `travel` lets time pass on the way."""
+    """What `RedisScript` needs of a client. `wall` is Redis's clock, `travel` lets time pass on the way."""
 
     connection: Connection
     wall: Callable[[], int]

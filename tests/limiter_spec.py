@@ -3,8 +3,9 @@
 All times are whole microseconds of true time: of a clock that neither jumps nor stops. The specification says
 at which moment a call may be sent at the soonest; the script must say the same, number by number.
 
-- A send counts from its moment on for a period: its window, the send slack of the target in force when it was
-  decided, and the window's transit slack. A period later it counts no longer: windows are half-open.
+- A send counts from its moment on for a period: its window, the send slack of the target in force now or when
+  it was decided, whichever is longer, and the window's transit slack. Then it counts no longer: windows are
+  half-open. When a target with a shorter slack comes, what was sent before counts with the longest so far.
 - Tokens count as they were reserved, and as used once the call is released; a cancelled send counts nowhere.
 - A call runs from its decision until it is released or cancelled, at the longest until its `end`.
 - Moments never decrease, and paced ones keep a gap; after the latest was cancelled, from the one before it.
@@ -52,7 +53,7 @@ class Decision:
 
 @dataclass
 class Breaker:
-    """Doubt about a model: opened by failures in a row, each time for twice as long, and probed call by call."""
+    """Doubt about a model: opened by failures in a row, each time for longer, and probed call by call."""
 
     trip: int = 0
     failures: int = 0
@@ -96,7 +97,7 @@ class LimiterSpec:
     late_until: int = 0  # permit of theirs was dead
     breaker: Breaker = field(default_factory=Breaker)
 
-    # -- what operators and backends say -------------------------------------------------------------------
+    # -- what operators and backends say ----
 
     def set_target(self, target: TrafficTarget, version: float) -> None:
         """From now on `target` judges all that was sent; an older version than the one in force loses."""
@@ -128,9 +129,9 @@ class LimiterSpec:
             self.rest(now, seconds)
         self.breaker.ended(number)
 
-    # -- sends -----------------------------------------------------------------------------------------------
+    # -- sends ----
 
-    def decide(self, now: int, tokens: int) -> Decision:
+    def decide(self, now: int, tokens: int) -> Decision:  # noqa: PLR0911 - one return a reason
         """When one more send of so many tokens may leave."""
         target = self.target
         if target is None:
@@ -181,7 +182,7 @@ class LimiterSpec:
         if send is self.sends[-1] and len(self.sends) > 1:
             send.moment = self.sends[-2].moment
 
-    # -- what is there -----------------------------------------------------------------------------------------
+    # -- what is there ----
 
     def running(self, now: int) -> int:
         """Calls that may be at work."""
@@ -192,7 +193,7 @@ class LimiterSpec:
         return [send for send in self.sends if not send.cancelled and at < self.leaves(send, window_seconds)]
 
     def leaves(self, send: Send, window_seconds: int) -> int:
-        """When a send counts no longer: it may have been late by today's slack, or by its own if that was longer."""
+        """When a send counts no longer: late by today's slack, or by its own if that was longer."""
         assert self.target is not None
         slack, transit = self.settings.send_slack(self.target), self.settings.slacks(window_seconds).transit
         today = send.moment + micros(window_seconds + slack + transit)
@@ -219,7 +220,7 @@ class LimiterSpec:
             return None
         return self.sends[number - self.sends[0].number]
 
-    # -- memory ----------------------------------------------------------------------------------------------
+    # -- memory ----
 
     def rebuild(self, sends: Iterable[Send], rest_until: int, trip: int) -> None:
         """Begin anew with these sends, oldest first: numbers start again, and what was out is dead."""

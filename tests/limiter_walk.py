@@ -13,7 +13,12 @@ from tests.limiter_world import Difference, Held, World
 PALETTES = [
     ["3/s, burst", "5/s", "2/s, burst", "0"],
     ["3/2s, 2/s, burst", "7/3s", "4/2s, burst", "9/3s, 4/s, burst"],
-    ["20 tokens/s, burst", "30 tokens/2s, 5/s, burst", "50 tokens/3s, 20 tokens/s", "40 tokens/2s, 3 at once"],
+    [
+        "20 tokens/s, burst",
+        "30 tokens/2s, 5/s, burst",
+        "50 tokens/3s, 20 tokens/s",
+        "40 tokens/2s, 3 at once",
+    ],
     ["2 at once", "3 at once, 5/s, burst", "1 at once, 20 tokens/s", "6/s, burst", "0"],
     ["6/3s, 90 tokens/3s, 3 at once", "4/2s, 30 tokens/2s, 2 at once, burst", "9/s, burst"],
     ["8/min, burst", "3/s", "5/10s, burst", "6/min, 60 tokens/min"],
@@ -45,8 +50,12 @@ class Walk:
     def drawn(cls, seed: int, *, forward: bool = True) -> Walk:
         """The walk of this seed; about half of them in a world where nothing goes wrong."""
         chance = random.Random(seed)
-        walk = cls(seed, tuple(PALETTES[seed % len(PALETTES)]), bulk=chance.choice([1, 4, 30]),
-                   small_chunks=chance.random() < 0.5)  # fmt: skip
+        walk = cls(
+            seed,
+            tuple(PALETTES[seed % len(PALETTES)]),
+            bulk=chance.choice([1, 4, 30]),
+            small_chunks=chance.random() < 0.5,
+        )
         if chance.random() < 0.5:
             return walk
         return replace(
@@ -84,11 +93,24 @@ class _Steps:
         self.walk, self.world = walk, world
         self.chance = random.Random(walk.seed * 7 + 1)
         self.told: list[str] = []
-        self.versions = 0
-        kinds = {"reserve": 30, "pass": 20, "send": 22, "end": 14, "cancel": 5, "again": 2, "target": 2,
-                 "rest": 0.4, "heed": 1.0 + 4 * walk.failing, "look": 1.5, "forget_scripts": 0.2, "save": 0.5 * walk.losses,
-                 "lose": 0.7 * walk.losses, "back": 0.7 * walk.back, "forward": 0.7 * walk.forward,
-                 "newcomer": 0.3 * walk.with_history}  # fmt: skip
+        kinds = {
+            "reserve": 30,
+            "pass": 20,
+            "send": 22,
+            "end": 14,
+            "cancel": 5,
+            "again": 2,
+            "target": 2,
+            "rest": 0.4,
+            "heed": 1.0 + 4 * walk.failing,
+            "look": 1.5,
+            "forget_scripts": 0.2,
+            "save": 0.5 * walk.losses,
+            "lose": 0.7 * walk.losses,
+            "back": 0.7 * walk.back,
+            "forward": 0.7 * walk.forward,
+            "newcomer": 0.3 * walk.with_history,
+        }
         self.kinds, self.weights = list(kinds), list(kinds.values())
 
     async def one(self) -> None:
@@ -117,7 +139,7 @@ class _Steps:
         who = self._who()
         if self.walk.with_history or self.world.state == "sound":
             return who
-        return max(range(len(self.world.everyone)), key=lambda one: self.world.seen(one))
+        return max(range(len(self.world.everyone)), key=self.world.seen)
 
     async def _pass(self) -> str:
         world = self.world
@@ -162,7 +184,9 @@ class _Steps:
     async def _again(self) -> str:
         held = self._open()
         if held is not None:
-            await self.world.end_again(held, self.chance.choice([None, 0, 30]), unused=self.chance.random() < 0.5)
+            await self.world.end_again(
+                held, self.chance.choice([None, 0, 30]), unused=self.chance.random() < 0.5
+            )
         return f"{held and held.moment}"
 
     async def _target(self) -> str:
@@ -180,7 +204,12 @@ class _Steps:
 
     async def _heed(self) -> str:
         outcome = self.chance.choice(
-            [Outcome.ANSWERED, *[Outcome.ERROR] * (6 * self.walk.failing), Outcome.RATE_LIMITED, Outcome.OVERLOADED]
+            [
+                Outcome.ANSWERED,
+                *[Outcome.ERROR] * (6 * self.walk.failing),
+                Outcome.RATE_LIMITED,
+                Outcome.OVERLOADED,
+            ]
         )
         seconds = self.chance.choice([None, 0.4])
         held = self.chance.choice([None, self._open()])

@@ -75,7 +75,7 @@ class Log:
                     "model": model,
                     "calls": calls,
                     "since": since,
-                    "seconds": seconds,
+                    "seconds": float(seconds),
                     "category": category,
                     "outcome": outcome,
                     "bad_answers": bad_answers,

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class SlowLink:
-    """Relays connections to `port`. `delay_seconds` holds for each direction and whatever comes from then on."""
+    """Relays connections to `port`; `delay_seconds` holds for each direction, from now on."""
 
     def __init__(self, port: int) -> None:
         self.delay_seconds = 0.0

@@ -1,4 +1,4 @@
-"""The console's API and its static files, as one small FastAPI application. `docs/console.md` describes it."""
+"""The console's API and its static files, as one small FastAPI application; see `docs/console.md`."""
 
 from __future__ import annotations
 
@@ -58,6 +58,7 @@ class Console:
         self.reads = Reads(lambda: addresses().database_url)
         self.variables = TrafficVariables()
         self._board = board.Board()
+        self.history = board.History()
         self.live = Live(self._read_board)
         self.asks = Asks(addresses)
         self.app = FastAPI(title="Router console", openapi_url=None, docs_url=None, redoc_url=None)
@@ -147,7 +148,8 @@ async def _refuse(_request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, StarletteHTTPException):
         return JSONResponse({"error": str(error.detail)}, error.status_code, headers=error.headers)
     if isinstance(error, NoRoom):
-        return JSONResponse({"error": str(error)}, 503, headers={"retry-after": str(error.retry_after_seconds)})
+        wait = {"retry-after": f"{error.retry_after_seconds:.0f}"}
+        return JSONResponse({"error": str(error)}, 503, headers=wait)
     if isinstance(error, RequestValidationError):
         fault = error.errors()[0]
         return JSONResponse({"error": f"{fault['loc'][-1]}: {fault['msg']}"}, 422)
@@ -163,4 +165,3 @@ def addresses() -> Addresses:
     """What the three Connections hold; they are asked each time, as they may be edited."""
     names = ("router_db", "router_redis", "models_backend")
     return addresses_of(*(Connection.get_connection_from_secrets(name) for name in names))
-

@@ -1,4 +1,4 @@
-"""Asking from the console: one router for all who ask here, opened when the first does and closed when idle."""
+"""Asking from the console: one router for all who ask, opened by the first and closed when idle."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Asks:
         self._closer: asyncio.Task[None] | None = None
 
     async def stream(self, asked: Asked) -> AsyncIterator[bytes]:
-        """What happens, one JSON line each: `event`s, the `answer`, a `late` one, an `error`, at last `end`."""
+        """What happens, a JSON line each: `event`s, the `answer`, a `late` one, an `error`; last `end`."""
         if len(self._running) >= MOST_AT_ONCE:
             raise NoRoom(f"{len(self._running)} prompts are being answered here, the most at once.", 1.0)
         lines: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
@@ -108,7 +108,7 @@ class Asks:
             return self._router
 
     async def _close_when_idle(self) -> None:
-        while self._running or time.monotonic() - self._used_at < IDLE_SECONDS:
+        while self._running or time.monotonic() - self._used_at < IDLE_SECONDS:  # noqa: ASYNC110 - it ages
             await asyncio.sleep(LOOK_SECONDS)
         await self._close_router()
 
@@ -140,7 +140,8 @@ def _event_object(event: Event) -> dict[str, Any]:
 def _answer_object(answer: Answer) -> dict[str, Any]:
     text = answer.text
     if len(text) > LONGEST_ANSWER:
-        text = f"{text[:LONGEST_ANSWER]}\n(The rest, {len(answer.text) - LONGEST_ANSWER:,} characters, is in tasks.)"
+        more = len(text) - LONGEST_ANSWER
+        text = f"{text[:LONGEST_ANSWER]}\n(The rest, {more:,} characters, is in tasks.)"
     rank = answer.rank.name.lower().replace("_", " ")
     calls = [_call_object(call) for call in answer.calls]
     return {**asdict(answer), "text": text, "rank": rank, "calls": calls}
@@ -149,6 +150,8 @@ def _answer_object(answer: Answer) -> dict[str, Any]:
 def _call_object(call: Any) -> dict[str, Any] | None:
     if call is None:
         return None
-    rank = call.rank.name.lower().replace("_", " ")
-    outcome = call.outcome.value if call.outcome else None
-    return {**asdict(call), "call_id": str(call.call_id), "role": call.role.value, "rank": rank, "outcome": outcome}
+    return {
+        **asdict(call), "call_id": str(call.call_id), "role": call.role.value,
+        "rank": call.rank.name.lower().replace("_", " "),
+        "outcome": call.outcome.value if call.outcome else None,
+    }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,9 +26,7 @@ PACE_SECONDS = 60
 PACE_CALLS = 3000
 
 _SENDS = "SELECT * FROM console_sends(%s, %s, %s)"
-_PLACES = (
-    "SELECT category, array_agg(model ORDER BY place, model) AS models FROM rankings GROUP BY category"
-)
+_PLACES = "SELECT category, array_agg(model ORDER BY place, model) AS models FROM rankings GROUP BY category"
 _OLDEST = "SELECT * FROM console_oldest()"
 _ENDED = "SELECT * FROM console_ended(%s, %s)"
 _TARGETS = """
@@ -35,7 +34,8 @@ SELECT model, target, in_force_at FROM traffic_targets WHERE in_force_at > %s
  UNION ALL
 SELECT DISTINCT ON (model) model, target, in_force_at FROM traffic_targets
  WHERE in_force_at <= %s ORDER BY model, in_force_at"""
-_UNCATEGORISED = "SELECT count(*) AS tasks FROM (SELECT FROM queue WHERE state = 'uncategorised' LIMIT 10001) AS few"
+_UNCATEGORISED = """
+SELECT count(*) AS tasks FROM (SELECT FROM queue WHERE state = 'uncategorised' LIMIT 10001) AS few"""
 
 
 @dataclass
@@ -57,12 +57,12 @@ class Board:
         self._seldom: _Seldom | None = None
 
     def read(self, connection: Connection, redis_url: str) -> dict[str, Any]:
-        """The board of this moment, as JSON can say it. The first words are those of `router status --json`."""
+        """The board of this moment; its first words are those of `router status --json`."""
         status = read_status(connection, redis_url)
         seldom = self._read_seldom(connection)
         now = datetime.now(timezone.utc)
         since = now - timedelta(seconds=STRETCH_SECONDS * NEWEST_STRETCHES)
-        models = {m.model: {**asdict(m), "per_minute": per_minute(m.target)} for m in status.models}
+        models = {m.model: {**asdict(m), **requests_of(m.target)} for m in status.models}
         return {
             **as_object(status),
             "models": models,
@@ -113,7 +113,7 @@ def _pace_object(whole: Pace, paces: Mapping[str, Pace], held_up: Bottleneck | N
 def sends(connection: Connection, since: datetime, most: int) -> dict[str, Any]:
     """Calls by model and stretch: `{"seconds", "first", "last", "models": {name: [calls]}}`.
 
-    A stretch is a number: seconds since 1970 divided by `seconds`. The first is whole, the last still filling.
+    A stretch is a number: seconds since 1970 divided by `seconds`. The first is whole, the last still fills.
     """
     first = int(since.timestamp()) // STRETCH_SECONDS + 1
     begin = datetime.fromtimestamp(first * STRETCH_SECONDS, timezone.utc)
@@ -127,19 +127,58 @@ def sends(connection: Connection, since: datetime, most: int) -> dict[str, Any]:
     return {"seconds": STRETCH_SECONDS, "first": first, "last": last, "models": models}
 
 
-def history(connection: Connection) -> dict[str, Any]:
-    """The last minutes: `sends`, and every target in force meanwhile as `[{"at", "target", "per_minute"}]`."""
-    since = datetime.now(timezone.utc) - timedelta(seconds=HISTORY_SECONDS)
+class History:
+    """The last minutes of sends and targets. Reads them whole once, and then what is new."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: dict[str, Any] | None = None
+
+    def read(self, connection: Connection) -> dict[str, Any]:
+        """`sends` as above, and every target that was in force meanwhile, with what `requests_of` says."""
+        since = datetime.now(timezone.utc) - timedelta(seconds=HISTORY_SECONDS)
+        with self._lock:
+            self._known = self._sends(connection, since)
+            return {"sends": self._known, "targets": _targets(connection, since)}
+
+    def _sends(self, connection: Connection, since: datetime) -> dict[str, Any]:
+        first = int(since.timestamp()) // STRETCH_SECONDS + 1
+        known = self._known
+        if known is None or known["last"] - NEWEST_STRETCHES < first:
+            return sends(connection, since, HISTORY_CALLS)
+        overlap = datetime.fromtimestamp(
+            (known["last"] - NEWEST_STRETCHES) * STRETCH_SECONDS - 1, timezone.utc
+        )
+        return joined(known, sends(connection, overlap, HISTORY_CALLS), first)
+
+
+def joined(known: Mapping[str, Any], newer: Mapping[str, Any], first: int) -> dict[str, Any]:
+    """Both sends in one, from the stretch `first` on; where both know a stretch, `newer` is right."""
+    models = {}
+    for name in known["models"].keys() | newer["models"].keys():
+        old = known["models"].get(name, [0] * (known["last"] - known["first"] + 1))
+        new = newer["models"].get(name, [0] * (newer["last"] - newer["first"] + 1))
+        line = (old[: newer["first"] - known["first"]] + new)[max(0, first - known["first"]) :]
+        if any(line):
+            models[name] = line
+    return {**newer, "first": max(first, known["first"]), "models": models}
+
+
+def _targets(connection: Connection, since: datetime) -> dict[str, list[dict[str, Any]]]:
     targets: dict[str, list[dict[str, Any]]] = {}
     for row in rows(connection, _TARGETS, (since, since)):
-        entry = {"at": row["in_force_at"], "target": row["target"], "per_minute": per_minute(row["target"])}
+        entry = {"at": row["in_force_at"], "target": row["target"], **requests_of(row["target"])}
         targets.setdefault(row["model"], []).append(entry)
     for entries in targets.values():
         entries.sort(key=lambda entry: entry["at"])
-    return {"sends": sends(connection, since, HISTORY_CALLS), "targets": targets}
+    return targets
 
 
-def per_minute(target: str | None) -> float | None:
-    """Requests that a target allows a minute; None if it does not limit them."""
-    rate = TrafficTarget.parse(target).requests_per_second() if target else None
-    return None if rate is None else rate * 60
+def requests_of(target: str | None) -> dict[str, float | None]:
+    """Requests that a target allows a minute, and their tightest window; None if it does not limit them."""
+    parsed = TrafficTarget.parse(target) if target else None
+    if parsed is None or not parsed.requests:
+        return {"per_minute": 0.0 if parsed and parsed.stopped else None, "window_seconds": None}
+    tightest = min(parsed.requests, key=lambda limit: limit.per_second)
+    rate = parsed.requests_per_second()
+    return {"per_minute": None if rate is None else rate * 60, "window_seconds": tightest.window_seconds}

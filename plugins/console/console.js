@@ -58,6 +58,16 @@ function show() {
 }
 addEventListener("hashchange", show);
 
+// Airflow's frame may not navigate the page around it; a link of that page may.
+document.addEventListener("click", (event) => {
+  const link = event.target.closest?.("a[target=_top]");
+  if (!link || window.top === window) return;
+  event.preventDefault();
+  const outer = window.parent.document.createElement("a");
+  outer.href = link.href;
+  outer.click();
+});
+
 // -- the live board
 
 async function listen() {

@@ -6,7 +6,7 @@ const SVG = "http://www.w3.org/2000/svg";
 export function el(name, attributes = {}, ...children) {
   const [tag, ...classes] = name.split(".");
   const made = fill(document.createElement(tag || "div"), attributes, classes);
-  made.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  made.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
   return made;
 }
 
@@ -33,7 +33,7 @@ export function say(node, text) {
 }
 
 export function replace(node, ...children) {
-  node.replaceChildren(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  node.replaceChildren(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
 }
 
 const whole = new Intl.NumberFormat("en");

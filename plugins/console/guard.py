@@ -95,7 +95,7 @@ def _same_origin(request: Request) -> None:
 
 
 async def read_body(request: Request, kind: type[Body], most_bytes: int) -> Body:
-    """The request's JSON body as a `kind`; 413 if it is longer, 415 if it is no JSON, 422 says what is wrong."""
+    """The request's JSON body as a `kind`; 413 if it is longer, 415 if it is no JSON, 422 if it is wrong."""
     if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
         raise HTTPException(415, "Send application/json.")
     whole = bytearray()

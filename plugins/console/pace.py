@@ -10,7 +10,6 @@ from router.status import ModelStatus
 
 OVER_SECONDS = 30.0
 ENOUGH_SECONDS = 5.0
-USED_UP = 0.9  # of a limit: what is left is pacing
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,23 +92,16 @@ def held_up_by(model: ModelStatus) -> str:
         return "it has no target yet"
     if model.target == "0":
         return "its target is 0"
-    if model.breaker == "open":
-        return "its breaker is open"
     if model.resting_seconds > 0:
         return f"it rests {model.resting_seconds:.0f} s more"
-    if model.at_once and model.in_flight >= model.at_once:
-        return f"all its {model.at_once} places are taken"
-    for limit, used in {**(model.tokens or {}), **(model.sent or {})}.items():
-        count = _count_of(limit)
-        if count and used >= USED_UP * count:
-            return f"its {limit} are used up"
-    return "its calls take their time"
+    return _WAITS.get(model.waiting_for or "", "its calls take their time").format(model.target)
 
 
-def _count_of(limit: str) -> float:
-    number = limit.split("/")[0].split(" ")[0]
-    suffix = {"k": 1_000, "M": 1_000_000}.get(number[-1:], 1)
-    try:
-        return float(number[:-1] if suffix > 1 else number) * suffix
-    except ValueError:
-        return 0.0
+_WAITS = {
+    "window": "it is held to {}",
+    "tokens": "the tokens of {} are used up",
+    "at_once": "all places of {} are taken",
+    "probing": "its breaker lets single calls through to try it out",
+    "lost": "what it was sent is being recounted",
+    "no_target": "it has no target yet",
+}

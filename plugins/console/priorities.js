@@ -4,6 +4,7 @@ import { api, clock, el, number, replace, seconds, svg, usd } from "./draw.js";
 
 const AGAIN_SECONDS = 15;
 const COLOURS = 8;
+const STANDINGS = { young: "too few calls to judge", trial: "on trial", low: "below the floor" };
 
 export class Priorities {
   constructor() {
@@ -33,7 +34,7 @@ function category(name, models, found) {
   const reviews = found.reviews.filter((review) => review.category === name);
   const head = ["Place", "Model", "State", "Calls", "Answered", "Median time", "Cost a call"];
   const judged = models.some((m) => m.reason);
-  if (judged) head.push("Why here");
+  if (judged) head.push("Quality", "Why here");
   return el("section.card", { "aria-label": name },
     el("h2", {}, name, name === found.default ? el("span.quiet", {}, " (the default)") : null),
     el("table", {}, el("thead", {}, el("tr", {}, head.map((text) => el("th", { scope: "col" }, text)))),
@@ -41,8 +42,14 @@ function category(name, models, found) {
         el("td", {}, String(m.place)), el("th", { scope: "row" }, el("a", { href: `#traffic/${m.model}` }, m.model)),
         el("td", {}, m.state === "active" ? m.state : el("span.badge", {}, m.state), m.trouble && el("div.trouble", {}, m.trouble)),
         el("td", {}, m.calls === null ? "–" : number(m.calls)), el("td", {}, share(m)), el("td", {}, seconds(m.seconds)), el("td", {}, usd(m.cost)),
-        judged && el("td", {}, m.reason ?? "–"))))),
+        judged && [el("td", {}, m.quality === null ? "–" : m.quality.toFixed(3)), el("td", {}, m.reason ?? "–", el("div.quiet", {}, standing(m)))])))),
     reviews.length ? [el("h3", {}, "History"), plot(reviews), moves(reviews.at(-1))] : el("p.quiet", {}, "No review has moved this order yet."));
+}
+
+function standing(model) {
+  const said = STANDINGS[model.standing] ?? "";
+  const shares = model.most_share < 1 ? `gets at most ${(model.most_share * 100).toFixed(1)} % of the tasks` : "";
+  return [said, shares, model.starting_place !== model.place && model.starting_place ? `began in place ${model.starting_place}` : ""].filter(Boolean).join("; ");
 }
 
 function share(model) {
@@ -75,7 +82,7 @@ function plot(reviews) {
 
 function moves(review) {
   const said = (review.moves ?? []).map((move) => el("li", {}, `${move.model}: from place ${move.before} to ${move.after}${move.reason ? `, ${move.reason}` : ""}`));
-  return [el("p.quiet", {}, `Last review: ${clock(review.at)}`), said.length ? el("ul", {}, said) : el("p", {}, "It moved nothing.")];
+  return [el("p.quiet", {}, `Last ${review.kind}: ${clock(review.at)}, by ${review.by}`), said.length ? el("ul", {}, said) : el("p", {}, "It moved nothing.")];
 }
 
 function others(models) {

@@ -7,7 +7,7 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import psycopg2
 
@@ -36,7 +36,7 @@ class Reads:
         self._connections: set[Connection] = set()
 
     async def run(self, read: Callable[[Connection], T]) -> T:
-        """What `read` makes of a connection. DatabaseError, without Postgres's words, if it cannot be read."""
+        """What `read` makes of a connection. DatabaseError, without Postgres's words, if it cannot."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._run, read)
 
     def close(self) -> None:

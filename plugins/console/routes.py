@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import uuid
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, HTTPException, Query, Request
@@ -12,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from router.traffic import GRAMMAR, LONGEST_LINE_CHARACTERS, TrafficTarget
 
-from . import board, guard, work
+from . import airflow_links, guard, work
 from .asks import Asked
 from .live import as_line
 
@@ -56,6 +57,16 @@ def _json(value: Any) -> Response:
     return Response(as_line(value), media_type="application/json")
 
 
+@api.get("")
+async def index(request: Request, _user: guard.Reader) -> Response:
+    """All routes of the console, with what each is for."""
+    found = [
+        {"path": route.path, "methods": sorted(route.methods), "about": route.description}
+        for route in request.app.routes
+    ]
+    return _json({"routes": found})
+
+
 @api.get("/me")
 async def me(user: guard.Reader) -> Response:
     """Who is there, what they may do, and the grammar of targets."""
@@ -84,7 +95,7 @@ async def live(request: Request, _user: guard.Reader) -> StreamingResponse:
 @api.get("/history")
 async def history(request: Request, _user: guard.Reader) -> Response:
     """Calls and targets of the last minutes, for the plots."""
-    return _json(await _console(request).reads.run(board.history))
+    return _json(await _console(request).reads.run(_console(request).history.read))
 
 
 @api.put("/traffic/{model}")
@@ -100,18 +111,23 @@ async def set_target(model: str, request: Request, user: guard.Editor) -> Respon
     return _json({"model": model, "target": str(target), "warnings": target.warnings})
 
 
+class Wanted(BaseModel):
+    """Which calls. `outcome` may also be `wrong` or `under way`; `before` is a call_id."""
+
+    model: str | None = Field(default=None, max_length=LONGEST_NAME)
+    category: str | None = Field(default=None, max_length=LONGEST_NAME)
+    outcome: str | None = Field(default=None, max_length=LONGEST_NAME)
+    before: uuid.UUID | None = None
+    limit: int = Field(default=50, ge=1, le=200)
+
+
 @api.get("/calls")
-async def calls(
-    request: Request,
-    _user: guard.Reader,
-    model: Name = None,
-    category: Name = None,
-    outcome: Name = None,
-    before: Annotated[str | None, Query(max_length=36, pattern="^[0-9a-f-]{36}$")] = None,
-    limit: Annotated[int, Query(ge=1, le=200)] = 50,
-) -> Response:
+async def calls(request: Request, _user: guard.Reader, asked: Annotated[Wanted, Query()]) -> Response:
     """The newest calls that fit, in the words of `router log --json`."""
-    wanted = work.Wanted(model or None, category or None, outcome or None, before, limit)
+    before = None if asked.before is None else str(asked.before)
+    wanted = work.Wanted(
+        asked.model or None, asked.category or None, asked.outcome or None, before, asked.limit
+    )
     return _json(await _console(request).reads.run(lambda connection: work.calls(connection, wanted)))
 
 
@@ -121,7 +137,8 @@ async def task(task_id: int, request: Request, _user: guard.Reader) -> Response:
     story = await _console(request).reads.run(lambda connection: work.story(connection, task_id))
     if story is None:
         raise HTTPException(404, f"There is no task {task_id}.")
-    return _json(story)
+    logs = await asyncio.to_thread(airflow_links.logs, story["calls"], story.pop("runs"))
+    return _json({**story, "logs": logs})
 
 
 @api.get("/failures")

@@ -2,10 +2,11 @@
 
 import { api, ago, el, number, replace, say, seconds, Spark } from "./draw.js";
 
-const RATE_STRETCHES = 3; // a rate is taken over so many: two calls a minute would else be a comb
+const SHORTEST_SECONDS = 15; // a rate is taken over the target's window, between these: then it says what the limiter says
+const LONGEST_SECONDS = 60;
 const WAITING = {
-  window: "its next moment", gap: "its next moment", tokens: "tokens used up", at_once: "all places taken", stopped: "stopped", resting: "resting",
-  lost: "recounting", probing: "trying it out", no_target: "no target",
+  window: "its next moment", tokens: "tokens used up", at_once: "all places taken", stopped: "stopped", resting: "resting",
+  lost: "recounting", probing: "trying it out", no_target: "no target", too_large: "too large",
 };
 const COLUMNS = ["Model", "Sent of its target", "Sends a minute", "In flight", "Waiting for", "429s", "Breaker"];
 
@@ -171,9 +172,12 @@ class Row {
     const step = history.seconds;
     const until = (history.last + 1) * step;
     const from = until - 600;
-    const points = calls.slice(0, -1).map((_, index) => {
-      const some = calls.slice(Math.max(0, index - RATE_STRETCHES + 1), index + 1);
-      return [(history.first + index + 0.5) * step, (some.reduce((a, b) => a + b, 0) * 60) / (some.length * step)];
+    const over = Math.min(LONGEST_SECONDS, Math.max(SHORTEST_SECONDS, this.model.window_seconds ?? LONGEST_SECONDS));
+    const width = Math.round(over / step);
+    let sum = 0;
+    const points = calls.slice(0, -1).map((count, index) => {
+      sum += count - (calls[index - width] ?? 0);
+      return [(history.first + index + 1) * step, (sum * 60) / over];
     });
     const target = (history.targets[this.name] ?? []).map((entry) => [Date.parse(entry.at) / 1000, entry.per_minute]);
     this.follow(history, target);

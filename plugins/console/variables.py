@@ -58,7 +58,7 @@ class TrafficVariables:
         with create_session() as session:
             variable = session.scalar(select(Variable).where(Variable.key == key))
             if variable is None:
-                session.add(Variable(key=key, val=line))
+                session.add(Variable(key=key, val=line))  # type: ignore[no-untyped-call]  # Airflow's
             else:
                 variable.set_val(line)
             said = json.dumps({"key": key, "value": "***", "from": "router console"})
@@ -78,7 +78,7 @@ class TrafficVariables:
             found = session.scalars(
                 select(Variable).where(Variable.key.startswith(VARIABLE_PREFIX, autoescape=True))
             )
-            self._lines = {v.key.removeprefix(VARIABLE_PREFIX): str(v.get_val() or "") for v in found}
+            self._lines = {v.key.removeprefix(VARIABLE_PREFIX): str(v.val or "") for v in found}
             newest = (
                 select(Log.id, Log.dttm, Log.owner, Log.extra)
                 .where(Log.event.in_(EVENTS), Log.id > self._seen_event)
@@ -97,9 +97,7 @@ def _models_in(extra: str | None) -> set[str]:
         said = json.loads(extra or "null")
     except ValueError:
         return set()
-    return {
-        text.removeprefix(VARIABLE_PREFIX) for text in _strings(said) if text.startswith(VARIABLE_PREFIX)
-    }
+    return {text.removeprefix(VARIABLE_PREFIX) for text in _strings(said) if text.startswith(VARIABLE_PREFIX)}
 
 
 def _strings(value: Any) -> Iterator[str]:

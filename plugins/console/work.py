@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from router.call_log import read_calls
+from router.answers import Role
+from router.call_log import LoggedCall, read_calls
 from router.database import Connection, rows
 from router.errors import InputError
 from router.task_table import Retried, retry_failed
@@ -14,6 +15,7 @@ from router.task_table import Retried, retry_failed
 AMONG_CALLS = 20_000  # the newest, to be looked through for those that fit
 EVIDENCE_CALLS = 10_000
 STORY_CALLS = 200
+MOST_REVIEWS = 60
 MOST_SHOWN = 20_000  # characters of a prompt or an answer
 MOST_RETRIED = 10_000
 LARGEST_ID = 2**63
@@ -24,8 +26,9 @@ SELECT call_id, task_id, model, category, confidence, role, rank, preferred, fal
        cost::float8 AS cost_usd, latency_seconds
   FROM console_calls(%s, %s, %s, %s::uuid, %s, %s)"""
 _TASK = """
-SELECT t.id AS task_id, t.status, s.state, s.category, s.attempt, s.wake_at, s.claimed_at, t.priority, t.external_id,
-       t.deadline_at, t.created_at, t.solved_at, t.answered_by, t.answer_rank, t.answer_call_id, t.failure,
+SELECT t.id AS task_id, t.status, s.state, s.category, s.attempt, s.wake_at, s.claimed_at, t.priority,
+       t.external_id, t.deadline_at, t.created_at, t.solved_at, t.answered_by, t.answer_rank,
+       t.answer_call_id, t.failure,
        left(t.prompt, %s) AS prompt, length(t.prompt) AS prompt_characters,
        left(t.answer, %s) AS answer, length(t.answer) AS answer_characters,
        q.confidence, q.category_reason
@@ -33,13 +36,23 @@ SELECT t.id AS task_id, t.status, s.state, s.category, s.attempt, s.wake_at, s.c
  WHERE t.id = %s"""
 _REASON = """
 SELECT confidence, category_reason FROM model_calls WHERE task_id = %s ORDER BY call_id DESC LIMIT 1"""
-_RUN = """
-SELECT run FROM runs WHERE started_at <= %s AND (left_at IS NULL OR left_at + interval '5 minutes' >= %s)
- ORDER BY started_at DESC LIMIT 1"""
+_RUN = "SELECT run FROM runs WHERE started_at <= %s ORDER BY started_at DESC LIMIT 1"
 _FAILURES = "SELECT * FROM console_failures(%s, %s::timestamptz, %s)"
 _RANKINGS = """
-SELECT k.category, k.place, r.model, r.state, r.source, r.trouble
-  FROM rankings k JOIN roster r USING (model) ORDER BY k.category, k.place, r.model"""
+SELECT k.category, k.place, r.model, r.state, r.source, r.trouble, k.starting_place, k.standing, k.quality,
+       k.least_share, k.most_share, p.reason
+  FROM rankings k JOIN roster r USING (model)
+  LEFT JOIN review_places p
+    ON p.review = k.review AND p.category = k.category AND p.topic = '' AND p.model = k.model
+ ORDER BY k.category, k.place, r.model"""
+_REVIEWS = """
+SELECT p.category, v.review, v.kind, v.at, v.by, array_agg(p.model ORDER BY p.place, p.model) AS order,
+       coalesce(jsonb_agg(jsonb_build_object('model', p.model, 'before', p.place_before, 'after', p.place,
+                                             'reason', p.reason) ORDER BY p.place)
+                FILTER (WHERE p.place <> p.place_before), '[]') AS moves
+  FROM (SELECT * FROM reviews ORDER BY review DESC LIMIT %s) AS v JOIN review_places p ON p.review = v.review
+ WHERE p.topic = ''
+ GROUP BY p.category, v.review, v.kind, v.at, v.by ORDER BY v.review"""
 _EVIDENCE = "SELECT * FROM console_evidence(%s)"
 _DEFAULT = "SELECT name FROM categories WHERE is_default"
 _ROSTER = """
@@ -71,7 +84,7 @@ def calls(connection: Connection, wanted: Wanted) -> dict[str, Any]:
 
 
 def story(connection: Connection, task_id: int) -> dict[str, Any] | None:
-    """A task with all its calls, the oldest first; None if there is no such task."""
+    """A task, its calls from the oldest, and the runs they belong to; None if there is no such task."""
     if abs(task_id) >= LARGEST_ID:
         return None
     found = rows(connection, _TASK, (MOST_SHOWN, MOST_SHOWN, task_id))
@@ -81,11 +94,14 @@ def story(connection: Connection, task_id: int) -> dict[str, Any] | None:
     if task["category_reason"] is None:
         task |= next(iter(rows(connection, _REASON, (task_id,))), {})
     made = read_calls(connection, task_id=task_id, limit=STORY_CALLS)[::-1]
-    run = None
-    if made:
-        newest = made[-1].started_at
-        run = next((row["run"] for row in rows(connection, _RUN, (newest, newest))), None)
-    return {"task": task, "calls": made, "run": run}
+    return {"task": task, "calls": made, "runs": {call.call_id: _run_of(connection, call) for call in made}}
+
+
+def _run_of(connection: Connection, call: LoggedCall) -> str | None:
+    """The run of solve_tasks whose worker made this call."""
+    if call.role != Role.BATCH.value:
+        return None
+    return next((row["run"] for row in rows(connection, _RUN, (call.started_at,))), None)
 
 
 def failures(connection: Connection, category: str | None, before: str | None, limit: int) -> dict[str, Any]:
@@ -125,5 +141,5 @@ def priorities(connection: Connection) -> dict[str, Any]:
     default = next((row["name"] for row in rows(connection, _DEFAULT)), None)
     return {
         "categories": categories, "default": default, "others": rows(connection, _ROSTER),
-        "among": EVIDENCE_CALLS, "reviews": [],
+        "among": EVIDENCE_CALLS, "reviews": rows(connection, _REVIEWS, (MOST_REVIEWS,)),
     }  # fmt: skip

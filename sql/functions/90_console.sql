@@ -46,14 +46,15 @@ CREATE OR REPLACE FUNCTION console_calls(
     p_model text, p_category text, p_outcome text, p_before uuid, p_among integer, p_limit integer)
 RETURNS SETOF model_calls
 LANGUAGE sql STABLE AS $$
-    SELECT (recent.c).*
-      FROM (SELECT c FROM model_calls c WHERE p_before IS NULL OR c.call_id < p_before
+    SELECT recent.*
+      FROM (SELECT * FROM model_calls c
+             WHERE c.call_id < coalesce(p_before, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
              ORDER BY c.call_id DESC LIMIT p_among) AS recent
-     WHERE (p_model IS NULL OR (recent.c).model = p_model)
-       AND (p_category IS NULL OR (recent.c).category = p_category)
-       AND (p_outcome IS NULL OR coalesce((recent.c).outcome, 'under way') = p_outcome
-            OR (p_outcome = 'wrong' AND (recent.c).outcome NOT IN ('answered', 'unsent')))
-     ORDER BY (recent.c).call_id DESC LIMIT p_limit
+     WHERE (p_model IS NULL OR recent.model = p_model)
+       AND (p_category IS NULL OR recent.category = p_category)
+       AND (p_outcome IS NULL OR coalesce(recent.outcome, 'under way') = p_outcome
+            OR (p_outcome = 'wrong' AND recent.outcome NOT IN ('answered', 'unsent')))
+     ORDER BY recent.call_id DESC LIMIT p_limit
 $$;
 
 -- The tasks that failed last, before the one that failed then.

@@ -14,7 +14,7 @@ import pytest
 from local.postgres import PostgresServer
 from local.redis import RedisServer
 from models_backend.process import BackendServer, start_backend
-from router.answering import Router
+from router.answering import Event, EventKind, Router
 from router.database import connect
 from router.errors import NoAnswer
 from router.roster import sync_roster
@@ -112,6 +112,16 @@ async def test_what_hangs_costs_no_more_than_the_deadline(fragile: Fragile, hang
     assert all((answer.task_id is None) == ("postgres" in hanging) for answer in answers)
     if "backend" not in hanging:  # what cannot be logged, or has no permit, is not sent
         assert all(call.sent_seconds is None for answer in answers for call in answer.calls)
+
+
+async def test_an_answer_does_not_wait_for_its_permits_return(fragile: Fragile) -> None:
+    def redis_hangs_once_sent(event: Event) -> None:
+        if event.kind is EventKind.SENT and event.call is not None and event.call.model == PREFERRED:
+            fragile.stalls["redis"].stall()
+
+    answer = await fragile.ask(on_event=redis_hangs_once_sent)
+    assert answer.model == PREFERRED
+    assert answer.seconds < 1.5, "the client of Redis waits for 2 s"
 
 
 async def test_once_it_is_back_models_answer_again(fragile: Fragile) -> None:

@@ -1,4 +1,4 @@
-"""Whatever happens to Redis, to its clock or to a process: no window at the door is broken, and sending resumes.
+"""Whatever happens to Redis, its clock or a process: no window at the door is broken, and sending resumes.
 
 Two limiters with a backlog each send to a real HTTP door, which stamps what arrives; the judge reads its log.
 """
@@ -33,7 +33,9 @@ SETTINGS = LimiterSettings(second_slacks=WIDE, minute_slacks=WIDE, call_longest_
 RESUMES_SECONDS = 2.0
 SENDERS = 8
 CLOCK = "redis.call('TIME')"
-SKEWED = "(function() local t = redis.call('TIME') t[1] = t[1] + (redis.call('GET', 'skew') or 0) return t end)()"
+SKEWED = (
+    "(function() local t = redis.call('TIME') t[1] = t[1] + (redis.call('GET', 'skew') or 0) return t end)()"
+)
 
 
 class Drain:
@@ -81,7 +83,7 @@ class Drain:
                 self.dead += 1
                 await limiter.cancel(permit)
                 continue
-            body = {"model": self.model, "prompt": "hello", "max_tokens": 50, "tokens_reserved": 75, "request_id": str(number)}  # fmt: skip
+            body = {"model": self.model, "prompt": "hello", "tokens_reserved": 75, "request_id": str(number)}
             async with session.post(f"{self.door.url}/single", json=body) as reply:
                 await reply.read()
             self.calls[number] = (self.calls[number][0], time.monotonic())
@@ -111,17 +113,24 @@ class Drain:
                 if page["next"] == since or not page["arrivals"]:
                     break
                 since = page["next"]
-        arrivals = [Arrival(row["at"], row["ended_at"], row["model"], str(row["request_id"]), row["tokens_reserved"])
-                    for row in rows if row["model"] == self.model]  # fmt: skip
+        arrivals = [
+            Arrival(row["at"], row["ended_at"], row["model"], str(row["request_id"]), row["tokens_reserved"])
+            for row in rows
+            if row["model"] == self.model
+        ]
         change = TargetChange(0.0, self.model, TrafficTarget.parse(TARGET))
-        return judge(arrivals, [change], backlog_from=None, backlog_until=None, tokens="reserved").models[self.model]
+        return judge(arrivals, [change], backlog_from=None, backlog_until=None, tokens="reserved").models[
+            self.model
+        ]
 
 
 @asynccontextmanager
 async def draining(drain: Drain) -> AsyncIterator[list[TrafficLimiter]]:
     """Senders on two limiters, at full traffic."""
     url = f"redis://127.0.0.1:{await drain.link.start()}/0"
-    clients = [redis.asyncio.Redis.from_url(url, socket_timeout=2, socket_connect_timeout=2) for _ in range(2)]
+    clients = [
+        redis.asyncio.Redis.from_url(url, socket_timeout=2, socket_connect_timeout=2) for _ in range(2)
+    ]
     limiters = [TrafficLimiter(client, drain.history, settings=SETTINGS) for client in clients]
     text = limiter_module._SCRIPT
     assert text.count(CLOCK) == 1
@@ -219,8 +228,21 @@ async def clock_to_and_fro(drain: Drain) -> None:
         await asyncio.sleep(0.15)
 
 
-FAULTS: list[Fault] = [flushed, killed, an_old_copy, failed_over, away, read_only, out_of_memory, scripts_flushed,
-                       a_slow_link, a_stalled_loop, clock_back, clock_ahead, clock_to_and_fro]  # fmt: skip
+FAULTS: list[Fault] = [
+    flushed,
+    killed,
+    an_old_copy,
+    failed_over,
+    away,
+    read_only,
+    out_of_memory,
+    scripts_flushed,
+    a_slow_link,
+    a_stalled_loop,
+    clock_back,
+    clock_ahead,
+    clock_to_and_fro,
+]
 
 
 @pytest.fixture(scope="module")
@@ -272,4 +294,3 @@ async def test_a_loop_that_stalls_between_permit_and_send(door: BackendServer, t
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 async def test_each_fault_five_times(fault: Fault, turn: int, door: BackendServer, tmp_path: Path) -> None:
     await go_through(fault, turn, door, tmp_path)
-

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,20 +53,21 @@ class Parts:
 
 @pytest.fixture
 def parts() -> Iterator[Parts]:
-    folder = Path(tempfile.mkdtemp(prefix="router-away-"))
-    postgres = start_postgres(folder / "pg", settings={"fsync": "off"})
-    redis = start_redis(folder / "redis")
-    backend = start_backend(folder / "backend", "--time-scale", "20", "--latency", "even:1:10")
-    url = postgres.create_database("router")
-    migrate(url)
-    parts = Parts(folder, postgres, redis, backend, Addresses(
-        database_url=url, redis_url=redis.url, backend_url=backend.url
-    ))  # fmt: skip
-    yield parts
-    backend.stop()
-    parts.redis.stop()
-    postgres.stop()
-    shutil.rmtree(folder, ignore_errors=True)
+    with ExitStack() as stopping:  # whatever was started ends, also when the next one does not start
+        folder = Path(tempfile.mkdtemp(prefix="router-away-"))
+        stopping.callback(shutil.rmtree, folder, ignore_errors=True)
+        postgres = start_postgres(folder / "pg", settings={"fsync": "off"})
+        stopping.callback(postgres.stop)
+        redis = start_redis(folder / "redis")
+        backend = start_backend(folder / "backend", "--time-scale", "20", "--latency", "even:1:10")
+        url = postgres.create_database("router")
+        parts = Parts(folder, postgres, redis, backend, Addresses(
+            database_url=url, redis_url=redis.url, backend_url=backend.url
+        ))  # fmt: skip
+        stopping.callback(lambda: parts.redis.stop())
+        stopping.callback(backend.stop)
+        migrate(url)
+        yield parts
 
 
 @asynccontextmanager

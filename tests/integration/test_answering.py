@@ -296,9 +296,11 @@ async def test_calls_that_are_late_for_too_long_are_given_up(
     config = asking_config(asking={"late_seconds": 0.5})
     async with asking_router(addresses, shared_backend, config, tmp_path) as asking:
         asking.fault("hang", PREFERRED)
+        began = time.monotonic()
         answer = await asking.ask(deadline_seconds=1)
         assert await asking.router.late(answer) is None
         await settled(asking)
+        assert time.monotonic() - began < 5
     asking.heal()
     (error,) = [row["error"] for row in asking.calls() if row["role"] == "asked"]
     assert "no answer came within 0.5 s" in error
@@ -329,6 +331,40 @@ async def test_one_call_is_enough_without_opening_and_closing(
     while asyncio.all_tasks() != before:  # it closes by itself
         await asyncio.sleep(0.02)
     assert router._asker is None
+
+
+def test_a_program_that_ends_gives_up_and_says_so(
+    addresses: Addresses, shared_backend: BackendServer, tmp_path: Path
+) -> None:
+    async def program() -> None:
+        async with asking_router(addresses, shared_backend, asking_config(), tmp_path) as asking:
+            asking.fault("hang", PREFERRED)
+        answer = await Router(addresses, asking_config(), tmp_path).answer(
+            "Why?", category="general", deadline_seconds=1
+        )
+        assert answer.provisional
+
+    asyncio.run(program())  # and its event loop, with the call still under way
+    found = Asking(Router(addresses, asking_config(), tmp_path), addresses, shared_backend)
+    found.heal()
+    outcomes = {row["role"]: row["outcome"] for row in found.calls()}
+    assert outcomes == {"asked": "abandoned", "fallback": "answered"}
+    assert found.task()["status"] == "solved"
+    assert found.rows("SELECT FROM workers WHERE released_at IS NULL") == []
+
+
+async def test_a_router_that_closes_while_it_answers_gives_what_it_has(
+    addresses: Addresses, shared_backend: BackendServer, tmp_path: Path
+) -> None:
+    async with asking_router(addresses, shared_backend, asking_config(), tmp_path) as asking:
+        asking.fault("hang", "*")
+        asked = asyncio.create_task(asking.ask())
+        while sum(event.kind is EventKind.SENT for event in asking.events) < 2:
+            await asyncio.sleep(0.01)
+    answer = await asked
+    asking.heal()
+    assert answer.rank is AnswerRank.PASSAGES
+    assert [call.model for call in answer.calls] == [PREFERRED, CHEAP], "nobody else is asked then"
 
 
 async def test_nothing_is_left_over(asking: Asking) -> None:

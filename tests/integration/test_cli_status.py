@@ -394,7 +394,7 @@ def test_the_roster_is_shown_and_carried_over(router: CommandLine, ask: Ask, tmp
     assert models["phi-4"]["places"].keys() == {"technical", "creative", "general"}
     assert "phi-4" in router("models").out
     text = (DEFAULT_CONFIG_FOLDER / "models.yaml").read_text()
-    (tmp_path / "models.yaml").write_text(text.replace("  phi-4:", "  phi-5:"))
+    (tmp_path / "models.yaml").write_text(text.replace("phi-4", "phi-5"))
     said = router("models", "sync", "--config", tmp_path, "--json").json
     assert (said["added"], said["changed"]) == (["phi-5"], ["phi-4"])
     assert router("models", "--json").json["phi-4"]["state"] == "paused"

@@ -1,6 +1,6 @@
-"""The real script in the real Redis against the specification of `tests/limiter_spec.py`, at any order of steps.
+"""The real script in the real Redis against the specification of `tests/limiter_spec.py`, in any order.
 
-A difference shows the walk's seed: `take` it again with `Walk.drawn(seed)`. Hypothesis keeps its own examples.
+A difference shows the walk's seed: `take` it again with `Walk.drawn(seed)`. Hypothesis keeps its examples.
 """
 
 from __future__ import annotations
@@ -106,7 +106,9 @@ class Machine(RuleBasedStateMachine):
     def rest(self, who: int, seconds: float) -> None:
         self.run(self.world.rest(who, seconds))
 
-    @rule(who=WHO, back=RECENT, outcome=st.sampled_from([Outcome.ANSWERED, Outcome.ERROR, Outcome.RATE_LIMITED]))
+    @rule(
+        who=WHO, back=RECENT, outcome=st.sampled_from([Outcome.ANSWERED, Outcome.ERROR, Outcome.RATE_LIMITED])
+    )
     def heed(self, who: int, back: int, outcome: Outcome) -> None:
         self.run(self.world.heed(who, outcome, None, self.recent(back)))
 

@@ -35,7 +35,9 @@ def looking_for(mutant: Mutant, seed: int) -> Walk:
 
 def difference(mutant: Mutant, connection: Connection) -> str:
     """How this script was found out; empty if it was not."""
-    assert SCRIPT.count(mutant.old) == 1, f"{mutant.old!r} stands {SCRIPT.count(mutant.old)} times in the script"
+    assert SCRIPT.count(mutant.old) == 1, (
+        f"{mutant.old!r} stands {SCRIPT.count(mutant.old)} times in the script"
+    )
     script = SCRIPT.replace(mutant.old, mutant.new)
     try:
         if mutant.check:
@@ -52,7 +54,9 @@ def difference(mutant: Mutant, connection: Connection) -> str:
 def test_a_guard_that_is_missing_is_noticed(mutant: Mutant, connection: Connection) -> None:
     found = difference(mutant, connection)
     assert found
-    assert "the script failed" not in found  # a guard is missed for what it does, not for a script that breaks
+    assert (
+        "the script failed" not in found
+    )  # a guard is missed for what it does, not for a script that breaks
 
 
 @pytest.mark.parametrize("name", CHECKS)

@@ -21,8 +21,8 @@ from router.grading import (
 
 PROMPT = "Explain how photosynthesis turns sunlight into chemical energy in plants."
 GOOD = (
-    "Photosynthesis takes place in the chloroplasts. Chlorophyll absorbs sunlight, water is split, and the energy"
-    " is kept in ATP and NADPH, which the Calvin cycle uses to build sugar from carbon dioxide."
+    "Photosynthesis takes place in the chloroplasts. Chlorophyll absorbs sunlight, water is split, and the"
+    " energy is kept in ATP and NADPH, which the Calvin cycle uses to build sugar from carbon dioxide."
 )
 
 
@@ -42,7 +42,7 @@ def test_a_good_answer_has_no_flaw() -> None:
         (f"{GOOD}\n```python\nprint(1)", Flaw.CUT_OFF),
         (f"{GOOD} " + "The plant needs light for photosynthesis to work. " * 20, Flaw.REPEATS),
         (
-            "The offside rule looks at the moment when a ball is played, not when it arrives anywhere.",
+            "The offside rule looks at the moment when a ball is played, not at the one when it arrives.",
             Flaw.OFF_TOPIC,
         ),
     ],
@@ -57,13 +57,19 @@ def test_each_flaw_is_found_and_costs(answer: str, flaw: Flaw) -> None:
     ("prompt", "answer"),
     [
         ("What is 6 times 7?", "42"),
-        ("Write a haiku about autumn rain.", "Grey drops on the roof\nthe last maple leaf lets go\nsilence, then again"),
+        (
+            "Write a haiku about autumn rain.",
+            "Grey drops on the roof\nthe last maple leaf lets go\nsilence, then again",
+        ),
         ("Write a function that adds two numbers.", "```python\ndef add(a, b):\n    return a + b\n```"),
-        ("Why do people apologise?", "Often people begin with “I'm sorry” although they mean it only half: " * 1 + "it costs little."),
+        (
+            "Why do people apologise?",
+            'Often people begin with "I am sorry, I cannot help it" although they mean it only half.',
+        ),
         ("今天天气怎么样,适合出门散步吗?", "今天晴朗,微风,气温在二十度左右,很适合出门散步。"),
         ("List three fruits.", "- apple\n- pear\n- plum"),
     ],
-)  # fmt: skip
+)
 def test_good_answers_of_odd_shapes_are_left_alone(prompt: str, answer: str) -> None:
     assert check(prompt, answer).flaws == ()
 
@@ -75,10 +81,10 @@ def test_an_answer_that_used_up_its_tokens_is_cut_off_however_it_ends() -> None:
 
 def test_of_the_stand_ins_flaws_nearly_all_are_found_and_no_good_answer_is_blamed() -> None:
     subjects = (
-        "tides of the sea",
+        "glass blowing",
         "roman aqueducts",
         "linear regression",
-        "sourdough bread",
+        "rail signals",
         "violin makers",
     )
     seen = found = 0

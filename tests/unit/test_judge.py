@@ -196,6 +196,14 @@ def test_models_do_not_share_their_windows():
     assert {name: model.sent for name, model in verdict.models.items()} == {"m": 1, "other": 1}
 
 
+@pytest.mark.parametrize("line", ["60/min", "600 tokens/min", "60 at once"])
+def test_one_too_many_in_sixty_thousand_is_the_only_breach(line: str):
+    full = [call(burst * 62 + i / 100, 30, 10) for burst in range(1000) for i in range(60)]
+    assert who_broke(verdict_on(full, target(line))) == []
+    one_more = call(700 * 62 + 0.6, 30, 10, name="one more")
+    assert who_broke(verdict_on([*full, one_more], target(line))) == ["one more"]
+
+
 def test_breaches_are_counted_past_those_that_are_listed():
     verdict = verdict_on([call(i / 1000) for i in range(1500)], target("1/min"))
     assert (verdict.breach_count, len(verdict.breaches)) == (1499, 1000)

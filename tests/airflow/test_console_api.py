@@ -1,0 +1,255 @@
+"""The console's API in Airflow's api-server: who may what, what is refused, and what it answers."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import requests
+
+from bench.judge import TargetChange
+from router.traffic import TrafficTarget
+from tests.command_line import CommandLine
+from tests.solving import Solving, wait_for, wait_until
+
+pytestmark = [pytest.mark.airflow, pytest.mark.timeout(180)]
+
+FILLED = {"model": "phi-4", "task_id": "1", "anything:path": "nothing-here"}
+WRITE = {"X-Router-Console": "1"}
+LOOKING_SECONDS = 3.0
+KEY = "traffic.phi-4"
+
+
+class Visitor:
+    """A person's browser: the login cookie, and whatever headers it is made to send."""
+
+    def __init__(self, solving: Solving, user: str | None) -> None:
+        self.base = f"{solving.stack.airflow_url}/router"
+        self.session = requests.Session()
+        self.session.trust_env = False
+        if user is not None:
+            body = {"username": user, "password": solving.stack.passwords[user]}
+            token = self.session.post(f"{solving.stack.airflow_url}/auth/token", json=body, timeout=10).json()
+            self.session.cookies.set("_token", token["access_token"])
+
+    def __call__(self, method: str, path: str, **more: Any) -> requests.Response:
+        return self.session.request(method, f"{self.base}{path}", timeout=20, **more)
+
+    def routes(self) -> list[tuple[str, str]]:
+        """Every method of every route, its parameters filled in."""
+        found = []
+        for route in self("GET", "/api").json()["routes"]:
+            path = route["path"]
+            for name, value in FILLED.items():
+                path = path.replace("{" + name + "}", value)
+            found += [(method, path) for method in route["methods"]]
+        return found
+
+
+@pytest.fixture(scope="module")
+def admin(solving_stack: Solving) -> Iterator[Visitor]:
+    visitor = Visitor(solving_stack, "admin")
+    yield visitor
+    visitor.session.close()
+
+
+@pytest.fixture(scope="module")
+def viewer(solving_stack: Solving) -> Iterator[Visitor]:
+    visitor = Visitor(solving_stack, "viewer")
+    yield visitor
+    visitor.session.close()
+
+
+def test_nobody_gets_anything_without_logging_in(solving_stack: Solving, admin: Visitor) -> None:
+    routes = admin.routes()
+    assert len(routes) > 20
+    assert {"/page", "/console.js", "/console.css"} <= {path for _, path in routes}
+    anonymous, forged = Visitor(solving_stack, None), Visitor(solving_stack, None)
+    forged.session.cookies.set("_token", "eyJhbGciOiJub25lIn0.eyJzdWIiOiJhZG1pbiJ9.")
+    for method, path in routes:
+        answer = anonymous(method, path, headers=WRITE, json={"target": "1/s"} if method != "GET" else None)
+        assert answer.status_code == 401, (method, path)
+        assert forged(method, path, headers=WRITE).status_code in {401, 403}, (method, path)
+
+
+def test_a_viewer_may_look_and_change_nothing(viewer: Visitor, admin: Visitor) -> None:
+    writes = [(m, p) for m, p in admin.routes() if m not in {"GET", "HEAD"} and "nothing-here" not in p]
+    assert {path for _, path in writes} == {"/api/traffic/phi-4", "/api/failures/retry", "/api/ask"}
+    for method, path in writes:
+        assert viewer(method, path, headers=WRITE, json={"target": "1/s"}).status_code == 403, (method, path)
+    for path in ("/page", "/console.js", "/api/me", "/api/status", "/api/history", "/api/calls"):
+        assert viewer("GET", path).status_code == 200, path
+    assert viewer("GET", "/api/me").json()["may"] == {"traffic": False, "ask": False, "retry": False}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {**WRITE, "Origin": "https://elsewhere.example"},
+        {**WRITE, "Sec-Fetch-Site": "cross-site"},
+        {**WRITE, "Sec-Fetch-Site": "same-site"},
+        {"Sec-Fetch-Site": "same-origin"},
+    ],
+)
+def test_a_write_that_another_page_could_send_is_refused(admin: Visitor, headers: dict[str, str]) -> None:
+    for method, path, body in (
+        ("PUT", "/api/traffic/phi-4", {"target": "1/s"}),
+        ("POST", "/api/failures/retry", {}),
+        ("POST", "/api/ask", {"prompt": "?"}),
+    ):
+        assert admin(method, path, headers=headers, json=body).status_code == 403, path
+
+
+def test_every_answer_says_what_a_browser_may_do_with_it(admin: Visitor) -> None:
+    for path in ("/page", "/console.js", "/api/me", "/api/calls", "/nothing-here"):
+        headers = admin("GET", path).headers
+        policy = headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        assert "frame-ancestors 'self'" in policy
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["cache-control"] in {"no-store", "private, no-cache"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "more", "status", "words"),
+    [
+        ("PUT /api/traffic/phi-4", {"json": {"target": "12/parsec"}}, 422, "parsec"),
+        ("PUT /api/traffic/phi-4", {"json": {"target": ""}}, 422, "target"),
+        ("PUT /api/traffic/phi-4", {"json": {"target": "1/s", "sudo": 1}}, 422, "sudo"),
+        ("PUT /api/traffic/phi-4", {"json": {"target": "1/s" + " " * 5000}}, 413, "bytes"),
+        ("PUT /api/traffic/phi-4", {"data": "target=1/s"}, 415, "json"),
+        ("PUT /api/traffic/gpt-17", {"json": {"target": "1/s"}}, 422, "gpt-17"),
+        ("PUT /api/traffic/..%2f..", {"json": {"target": "1/s"}}, 404, "There is"),
+        ("POST /api/ask", {"json": {"prompt": "?", "model": "gpt-17"}}, 200, "gpt-17"),
+        ("POST /api/ask", {"json": {"prompt": ""}}, 422, "prompt"),
+        ("POST /api/ask", {"data": b"{" * 5_000_000}, 413, "bytes"),
+        ("POST /api/failures/retry", {"json": {"task_ids": [2**70]}}, 422, "number"),
+        ("GET /api/tasks/999999999", {}, 404, "999999999"),
+        ("GET /api/tasks/99999999999999999999999", {}, 404, "no task"),
+        ("GET /api/tasks/x", {}, 422, "task_id"),
+        ("GET /api/calls?limit=100000", {}, 422, "limit"),
+        ("GET /api/calls?before='", {}, 422, "before"),
+        ("GET /api/failures?before=now", {}, 422, "now"),
+    ],
+)
+def test_what_is_wrong_is_said_in_words_and_without_internals(
+    admin: Visitor, asked: str, more: dict[str, Any], status: int, words: str
+) -> None:
+    method, path = asked.split(" ")
+    headers = dict(WRITE)
+    if isinstance(more.get("data"), bytes):
+        headers["Content-Type"] = "application/json"
+    answer = admin(method, path, headers=headers, **more)
+    assert answer.status_code == status, answer.text
+    assert words in answer.text
+    for inside in ("Traceback", ".py", "psycopg2", "postgresql://"):
+        assert inside not in answer.text
+
+
+def test_the_status_speaks_the_words_of_the_command_line(solving: Solving, admin: Visitor) -> None:
+    router = CommandLine(solving.stack.addresses)
+    said = router("status", "--json").json
+    shown = admin("GET", "/api/status").json()
+    assert said.keys() <= shown.keys()
+    assert said["models"]["phi-4"].keys() <= shown["models"]["phi-4"].keys()
+    assert shown["models"]["phi-4"]["target"] == said["models"]["phi-4"]["target"]
+
+
+def test_a_target_set_here_is_the_variable_and_says_who_did_it(solving: Solving, admin: Visitor) -> None:
+    before = solving.api.call("GET", f"/variables/{KEY}")
+    began = time.monotonic()
+    answer = admin("PUT", "/api/traffic/phi-4", headers=WRITE, json={"target": " 2/s,  5 at once "})
+    assert answer.json() == {"model": "phi-4", "target": "2/s, 5 at once", "warnings": []}
+    solving.changes.append(TargetChange(began, "phi-4", TrafficTarget.parse("2/s, 5 at once")))
+    in_force = "SELECT target FROM newest_targets WHERE model = 'phi-4'"
+    wait_until(lambda: solving.value(in_force) == "2/s, 5 at once", 3, "the target is in force")
+    after = solving.api.call("GET", f"/variables/{KEY}")
+    assert after["value"] == "2/s,  5 at once"
+    assert after["description"] == before["description"]
+    known = wait_for(lambda: admin("GET", "/api/status").json()["variables"].get("phi-4"), 8, "the Variable")
+    assert known["edited_by"] == "admin"
+    assert known["line"] == "2/s,  5 at once"
+
+
+def test_a_failed_task_is_retried_and_its_story_told(solving: Solving, admin: Visitor) -> None:
+    solving.rows("INSERT INTO tasks (prompt, status, failure) VALUES ('Why?', 'failed', 'the test said so')")
+    (failure,) = admin("GET", "/api/failures").json()["failures"]
+    assert failure["failure"] == "the test said so"
+    task = failure["task_id"]
+    asked = {"task_ids": [task]}
+    assert admin("POST", "/api/failures/retry", headers=WRITE, json=asked).json()["unsolved"] == 1
+    wait_until(lambda: solving.unsolved() == 0, 30, "solved after all")
+    assert admin("GET", "/api/failures").json()["failures"] == []
+    story = wait_for(lambda: _with_log(admin, task), 10, "the story with its Airflow log")
+    assert story["task"]["state"] == "solved"
+    assert story["calls"][-1]["settlement"] == "solved"
+    log = story["logs"][story["calls"][-1]["call_id"]]
+    assert log.startswith("/dags/solve_tasks/runs/")
+    assert solving.stack.api("admin").call("GET", "/dags/solve_tasks")["dag_id"] == "solve_tasks"
+
+
+def _with_log(admin: Visitor, task: int) -> Any:
+    story = admin("GET", f"/api/tasks/{task}").json()
+    return story if story["logs"] else None
+
+
+def test_a_worker_links_to_its_models_row(solving: Solving) -> None:
+    solving.insert(2)
+    solving.until_drained(30)
+    run = solving.run()["dag_run_id"]
+    path = f"/dags/solve_tasks/dagRuns/{run}/taskInstances/work/links"
+
+    def linked() -> Any:
+        return solving.api.call("GET", path, params={"map_index": 0}).get("extra_links")
+
+    links = wait_for(lambda: (found := linked()) and any(found.values()) and found, 15, "the link")
+    (link,) = links.values()
+    assert link.endswith(f"/router/page#traffic/{solving.models[0]}")
+
+
+def test_all_who_look_share_one_reading(solving: Solving) -> None:
+    seen: dict[int, set[str]] = {}
+
+    def look(number: int) -> None:
+        viewer = Visitor(solving, "viewer")
+        until = time.monotonic() + LOOKING_SECONDS
+        with viewer("GET", "/api/live", stream=True) as answer:
+            for line in answer.iter_lines():
+                seen.setdefault(number, set()).add(json.loads(line)["at"])
+                if time.monotonic() > until:
+                    return
+
+    looking = [threading.Thread(target=look, args=(n,)) for n in range(6)]
+    for thread in looking:
+        thread.start()
+    for thread in looking:
+        thread.join()
+    assert all(len(moments) >= 2 for moments in seen.values()), "it is told again while it changes"
+    everything = set().union(*seen.values())
+    assert len(everything) <= LOOKING_SECONDS + 4, "each looked for itself"
+
+
+def test_asking_tells_what_happens_as_it_happens(solving: Solving, admin: Visitor) -> None:
+    lines, arrived = [], []
+    body = {"prompt": "Why is <b>the sky</b> blue?", "category": "general"}
+    with admin("POST", "/api/ask", headers=WRITE, json=body, stream=True) as answer:
+        for line in answer.iter_lines():
+            lines.append(json.loads(line))
+            arrived.append(time.monotonic())
+    kinds = [line["event"]["kind"] for line in lines if "event" in line]
+    assert kinds[0] == "categorised"
+    assert {"asked", "ended"} <= set(kinds)
+    assert lines[-1] == {"end": True}
+    given = next(line["answer"] for line in lines if "answer" in line)
+    assert given["text"]
+    assert given["category"] == "general"
+    assert arrived[-1] - arrived[0] > 0.02, "it came all at once"
+    story = admin("GET", f"/api/tasks/{given['task_id']}").json()
+    assert story["task"]["prompt"] == body["prompt"]
+    assert len(story["calls"]) == len(given["calls"])
