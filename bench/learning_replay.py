@@ -101,8 +101,9 @@ class RouterReplay:
         self.draw = np.random.default_rng(seed)
         start = self.draw.permutation(len(table.models))
         self.keys = [key if topics else Key(key.category) for key in table.keys]
-        self.orders: dict[Key, list[Placed] | None] = dict.fromkeys(self.keys)
-        self.places = {key: {int(m): n for n, m in enumerate(start, 1)} for key in self.keys}
+        self.every = sorted({*self.keys, *(Key(key.category) for key in self.keys)})
+        self.orders: dict[Key, list[Placed] | None] = dict.fromkeys(self.every)
+        self.places = {key: {int(m): n for n, m in enumerate(start, 1)} for key in self.every}
         self.history: dict[tuple[Key, int], list[Sums]] = {}
         self.replay = Replay()
 
@@ -165,12 +166,13 @@ class RouterReplay:
     def _review(self, night: int) -> None:
         known = {
             (key, model): self._evidence(key, model, night)
-            for key in {*self.keys, *(Key(key.category) for key in self.keys)}
+            for key in self.every
             for model in range(len(self.table.models))
         }
-        for key in set(self.keys):
+        for key in self.every:  # a category before its topics, which begin from its order
+            above = self.places[Key(key.category)]
             candidates = [
-                Candidate(name, self.places[key][model], known[key, model])
+                Candidate(name, above[model], known[key, model])
                 for model, name in enumerate(self.table.models)
             ]
             order = rank(key, candidates, self.learning, self._priors(key, known))
@@ -182,7 +184,8 @@ class RouterReplay:
             for p in order or ()
             if p.standing is Standing.LOW
         })  # fmt: skip
-        self.replay.first.append({key: min(p, key=lambda m, p=p: p[m]) for key, p in self.places.items()})  # type: ignore[misc]
+        firsts = {key: self.table.models.index(order[0].model) for key, order in self.orders.items() if order}
+        self.replay.first.append({key: firsts[key] for key in self.keys})
 
     def _evidence(self, key: Key, model: int, night: int) -> Evidence:
         known = self.learning

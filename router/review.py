@@ -7,12 +7,14 @@ order through the roster's version, within a second.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import psycopg2
 import psycopg2.extras
 
 from router.database import Connection, connect, rows
@@ -80,8 +82,6 @@ def run_review(url: str, learning: LearningSettings, *, by: str, dry_run: bool =
         graded = _grade(connection, learning)
         summed = _sum(connection, learning)
         review = _rank(connection, learning, by, dry_run=dry_run)
-        if dry_run:
-            connection.rollback()
         return Review(review.review, summed, graded, review.moves, review.notes)
 
 
@@ -108,7 +108,12 @@ def _alone(url: str, *, autocommit: bool) -> Iterator[Connection]:
     with connect(url, autocommit=autocommit) as connection:
         if not rows(connection, "SELECT pg_try_advisory_lock(%s) AS mine", (REVIEW_LOCK,))[0]["mine"]:
             raise ReviewBusy("Another review is running on this database. Wait for it to end, and try again.")
-        yield connection  # the lock ends with the connection
+        try:
+            yield connection
+        finally:  # at the connection's end it would be free too, but a moment after
+            with contextlib.suppress(psycopg2.Error):
+                connection.rollback()
+                rows(connection, "SELECT pg_advisory_unlock(%s)", (REVIEW_LOCK,))
 
 
 def _periods(connection: Connection, learning: LearningSettings) -> list[int]:

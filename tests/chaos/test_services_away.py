@@ -64,7 +64,7 @@ def parts() -> Iterator[Parts]:
         parts = Parts(folder, postgres, redis, backend, Addresses(
             database_url=url, redis_url=redis.url, backend_url=backend.url
         ))  # fmt: skip
-        stopping.callback(lambda: parts.redis.stop())
+        stopping.callback(lambda: parts.redis.stop())  # noqa: PLW0108 - tests put another in its place
         stopping.callback(backend.stop)
         migrate(url)
         yield parts

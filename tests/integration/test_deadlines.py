@@ -32,7 +32,7 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BackendServer]
 async def engine(
     database: str, redis_server: RedisServer, redis_client: Any, backend: BackendServer, tmp_path: Path
 ) -> AsyncIterator[Engine]:
-    config = asking_config(fallback={"before_deadline_seconds": 1.0})
+    config = asking_config(fallback={"before_deadline_seconds": 4.0})
     with connect(database) as connection:
         sync_roster(connection, config)
     addresses = Addresses(database_url=database, redis_url=redis_server.url, backend_url=backend.url)
@@ -66,7 +66,7 @@ async def until(engine: Engine, condition: str, seconds: float = 20.0) -> dict[s
 
 
 async def test_a_task_without_an_answer_gets_the_fallbacks_by_its_deadline(engine: Engine) -> None:
-    insert(engine, 2.0)
+    insert(engine, 5.0)
     task = await until(engine, "answer_rank = 2")
     assert task["now"] <= task["deadline_at"]
     assert (task["status"], task["answered_by"]) == ("unsolved", CHEAP)
