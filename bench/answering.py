@@ -44,7 +44,7 @@ from router.errors import RouterError
 from router.limiter import TrafficLimiter
 from router.roster import sync_roster
 from router.settings import Addresses, AskingSettings, FallbackSettings, ModelSettings, RouterConfig
-from router.task import AnswerRank
+from router.task import AnswerRank, Outcome
 
 PREFERRED, NEXT, CHEAP = "deepseek-v3", "llama-3.3-70b", "llama-3.1-8b"
 SHAPE = "even:2:8"  # seconds; divided by TIME_SCALE: 0.4 to 1.6 s
@@ -153,6 +153,9 @@ async def play(
         await router.open(categorising=False)
         assert router._asker is not None  # noqa: SLF001 - a bench looks inside
         await _warm(router._asker.limiter, settings)  # noqa: SLF001 - as above
+        await _ask_all(router, [f"warm {number}" for number in range(at_once)], at_once)
+        await asyncio.gather(*(asked.ended.wait() for asked in set(router._asked)))  # noqa: SLF001 - as above
+        _clear(addresses)
         with _fault(backend, scene), machine_lateness() as late:
             prompts = [f"{scene} {number}" for number in range(asks)]
             given, upgraded = await _ask_all(router, prompts, at_once)
@@ -171,10 +174,15 @@ async def play(
 
 def _reset(addresses: Addresses, backend: BackendServer, deadline: float) -> None:
     requests.delete(f"{backend.url}/faults", timeout=5).raise_for_status()
+    _clear(addresses)
+    with connect(addresses.database_url) as connection:
+        sync_roster(connection, config(deadline))
+
+
+def _clear(addresses: Addresses) -> None:
     with connect(addresses.database_url) as connection:
         rows(connection, "TRUNCATE tasks")
         rows(connection, "DELETE FROM model_calls")
-        sync_roster(connection, config(deadline))
 
 
 async def _warm(limiter: TrafficLimiter, settings: RouterConfig) -> None:
@@ -234,12 +242,18 @@ async def _holders(limiter: TrafficLimiter, settings: RouterConfig) -> int:
         await asyncio.sleep(0.2)
 
 
-def _possible(scene: str, prompt: str, deadline: float) -> float:
-    """When this prompt could have been answered, by the latencies that the stand-in draws for it."""
+def _possible(scene: str, prompt: str, deadline: float, answer: Answer) -> float:
+    """When this prompt could have been answered, by the latencies that the stand-in draws for it.
+
+    Now and then it answers with nothing, on purpose: then only the others can have answered.
+    """
     takes = {
         model: latency_seconds(model, prompt, shape=SHAPE, time_scale=TIME_SCALE)
         for model in (PREFERRED, NEXT, CHEAP)
     }
+    for call in answer.calls:
+        if call.outcome is Outcome.GARBAGE:
+            takes[call.model] = deadline
     if scene == "failing":
         return min(deadline, takes[NEXT], takes[CHEAP])
     return deadline if scene == "hanging" else min(deadline, takes[PREFERRED])
@@ -251,7 +265,7 @@ def _sum_up(
 ) -> Seen:  # fmt: skip
     answers = [(prompt, answer) for prompt, answer in zip(prompts, given, strict=True) if answer is not None]
     seconds = [answer.seconds for _, answer in answers]
-    possible = [_possible(scene, prompt, deadline) for prompt, _ in answers]
+    possible = [_possible(scene, prompt, deadline, answer) for prompt, answer in answers]
     over = [took - could for took, could in zip(seconds, possible, strict=True)]
     with connect(addresses.database_url) as connection:
         (kept,) = rows(connection, NOT_REPLACED)

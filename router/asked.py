@@ -224,7 +224,8 @@ class AskedPrompt:
         settle_seconds = max(0.0, min(SETTLED_WITHIN_SECONDS, self._deadline - self._account.now()))
         if runner is None:
             self._keeping = self._errands.begin(self._keep_passages(), "keep passages")
-            await asyncio.wait({self._keeping}, timeout=settle_seconds)
+            if settle_seconds > 0:
+                await asyncio.wait({self._keeping}, timeout=settle_seconds)
         else:
             await set_within(runner.settled, settle_seconds)
         answer = self._answer_of(runner)

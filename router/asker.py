@@ -5,6 +5,7 @@ It opens also while Postgres or Redis is away: then only knowledge answers, unti
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import socket
@@ -12,6 +13,7 @@ import uuid
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import asyncpg
 import redis.asyncio
 
 from router import asking
@@ -19,7 +21,7 @@ from router import roster as roster_of
 from router.backend import ModelsBackend
 from router.categories import Categorised
 from router.categoriser import CategoriserProcess
-from router.database import open_pool
+from router.database import AWAY_ERRORS, open_pool
 from router.duties import Duties, result_within
 from router.errors import RouterError
 from router.fallback import Knowledge as Searched
@@ -40,6 +42,7 @@ ROSTER_SECONDS = 1.0
 UNCONFIRMED_SECONDS = 1.0
 OVERLOOKED_SECONDS = 30.0
 START_SECONDS = 15.0
+WARM_CONNECTIONS = 4
 REDIS_SECONDS = 2.0
 CLOSE_SECONDS = 3.0
 NO_ROSTER = Roster(models={}, places={}, categories=(), version=-1)
@@ -134,7 +137,7 @@ class Asker:
     async def _first_contact(self) -> None:
         try:
             done = await result_within(self._contact(), FIRST_CONTACT_SECONDS, "router first contact")
-        except RouterError as error:
+        except (RouterError, asyncpg.PostgresError, *AWAY_ERRORS) as error:
             log.warning("nothing can be asked yet: %s (tried again until it works)", error)
         else:
             if done is None:
@@ -142,6 +145,8 @@ class Asker:
 
     async def _contact(self) -> bool:
         await self.queue.start()
+        # The first prompts shall not wait for connections to be made.
+        await asyncio.gather(*(self._pool.fetchval("SELECT 1") for _ in range(WARM_CONNECTIONS)))
         await self._roster_step()
         return True
 

@@ -111,6 +111,8 @@ async def set_within(event: asyncio.Event, seconds: float) -> bool:
 
     Before Python 3.12 `asyncio.wait_for` swallows one that comes in the moment in which the event is set.
     """
+    if seconds <= 0:
+        return event.is_set()
     waiting = asyncio.get_running_loop().create_task(event.wait(), name="router wait")
     try:
         await asyncio.wait({waiting}, timeout=seconds)

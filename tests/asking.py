@@ -22,6 +22,7 @@ from router.settings import (
     RouterConfig,
     WorkerSettings,
 )
+from router.task import AnswerRank
 
 PREFERRED, SECOND, THIRD, CHEAP = "deepseek-v3", "llama-3.3-70b", "qwen-2.5-72b", "llama-3.1-8b"
 
@@ -60,6 +61,14 @@ class Asking:
         return await self.router.answer(
             prompt, **{"category": "general", "on_event": self.events.append, **options}
         )
+
+    async def ask_too_late(self) -> Any:
+        """The answer to a prompt whose preferred model was sent it, and could not answer by the deadline."""
+        for _ in range(50):  # on a crowded machine it is not even sent in time, now and then
+            answer = await self.ask(deadline_seconds=0.07)
+            if answer.rank is AnswerRank.PASSAGES and answer.calls[0].sent_seconds is not None:
+                return answer
+        raise AssertionError("the preferred model was never sent a prompt in time")
 
     def fault(self, kind: str, *models: str, **more: Any) -> None:
         for model in models:

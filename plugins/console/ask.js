@@ -1,6 +1,6 @@
 // Ask: one prompt, and live what becomes of it.
 
-import { api, el, lines, replace, say, seconds, usd } from "./draw.js";
+import { api, el, kindOf, lines, replace, say, seconds, usd } from "./draw.js";
 
 const ROLES = { asked: "preferred", next: "next in rank", fallback: "fallback", passages: "knowledge" };
 const TICK_MS = 200;
@@ -120,10 +120,10 @@ export class Ask {
       const until = call.ended_seconds ?? now;
       place(bars[0], call.started_seconds, sent, end);
       place(bars[1], sent, until, end);
-      bars[1].className = call.outcome === "answered" ? "done" : call.outcome ? "failed" : "";
+      bars[1].className = kindOf(call.outcome);
       const word = call.outcome ?? (call.sent_seconds === null ? "waits for a permit" : "under way");
       say(state, `${word}, ${seconds(until - call.started_seconds)}${call.cost_usd === null ? "" : `, ${usd(call.cost_usd)}`}`);
-      state.className = call.outcome === "answered" ? "good" : call.outcome ? "wrong" : "quiet";
+      state.className = { done: "good", failed: "wrong" }[kindOf(call.outcome)] ?? "quiet";
       if (call.error) state.title = call.error;
     });
   }

@@ -1,6 +1,6 @@
 // The frame: which view is shown, the live board, whether it is stale, light or dark.
 
-import { api, el, lines, replace, say } from "./draw.js";
+import { ago, api, el, lines, replace, say } from "./draw.js";
 import { Ask } from "./ask.js";
 import { Priorities } from "./priorities.js";
 import { Traffic } from "./traffic.js";
@@ -115,6 +115,7 @@ function tick() {
   pulse.dataset.state = stale ? "stale" : "live";
   document.body.classList.toggle("stale", stale && heardAt > 0);
   say(pulse, age === null ? "connecting" : stale ? `stale: ${Math.round(age)} s old` : "live");
+  for (const time of view.querySelectorAll("time[datetime]")) say(time, ago(time.dateTime));
   const said = [...(board?.notes ?? [])];
   if (trouble && (stale || !board)) said.unshift(trouble);
   if (notes.dataset.said !== said.join("\n")) {

@@ -61,6 +61,12 @@ export function clock(moment) {
   return at.toDateString() === new Date().toDateString() ? time : `${at.toLocaleDateString("en-CA")} ${time}`;
 }
 
+// How a call's bar is coloured, by what it came to.
+export function kindOf(outcome) {
+  if (!outcome) return "";
+  return { answered: "done", unsent: "unsent" }[outcome] ?? "failed";
+}
+
 export function usd(value) {
   if (value === null || value === undefined) return "–";
   return value === 0 ? "$0" : `$${value.toFixed(value < 0.01 ? 6 : 4)}`;

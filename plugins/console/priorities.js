@@ -42,8 +42,8 @@ function category(name, models, found) {
         el("td", {}, String(m.place)), el("th", { scope: "row" }, el("a", { href: `#traffic/${m.model}` }, m.model)),
         el("td", {}, m.state === "active" ? m.state : el("span.badge", {}, m.state), m.trouble && el("div.trouble", {}, m.trouble)),
         el("td", {}, m.calls === null ? "–" : number(m.calls)), el("td", {}, share(m)), el("td", {}, seconds(m.seconds)), el("td", {}, usd(m.cost)),
-        judged && [el("td", {}, m.quality === null ? "–" : m.quality.toFixed(3)), el("td", {}, m.reason ?? "–", el("div.quiet", {}, standing(m)))])))),
-    reviews.length ? [el("h3", {}, "History"), plot(reviews), moves(reviews.at(-1))] : el("p.quiet", {}, "No review has moved this order yet."));
+        judged && [el("td", {}, m.quality === null ? "–" : m.quality.toFixed(3)), el("td.wide", {}, m.reason ?? "–", el("div.quiet", {}, standing(m)))])))),
+    reviews.length ? [el("h3", {}, "History"), plot(name, reviews), moves(reviews.at(-1))] : el("p.quiet", {}, "No review has moved this order yet."));
 }
 
 function standing(model) {
@@ -61,7 +61,7 @@ function share(model) {
 }
 
 // Place over reviews: a line a model, the first place on top.
-function plot(reviews) {
+function plot(category, reviews) {
   const [width, height, right] = [640, 180, 150];
   const names = [...new Set(reviews.flatMap((r) => r.order))];
   const deepest = Math.max(2, ...reviews.map((r) => r.order.length));
@@ -77,7 +77,7 @@ function plot(reviews) {
     const [last, place] = points.at(-1);
     drawn.append(svg("text", { x: x(last) + 8, y: y(place) + 4 }, name));
   });
-  return el("div.scroll", { tabindex: "0", role: "region", "aria-label": "History of the order" }, drawn);
+  return el("div.scroll", { tabindex: "0", role: "region", "aria-label": `History of ${category}` }, drawn);
 }
 
 function moves(review) {
@@ -87,7 +87,7 @@ function moves(review) {
 
 function others(models) {
   if (!models.length) return null;
-  return el("section.card", { "aria-label": "Not in full use" }, el("h2", {}, "Not in full use"),
+  return el("section.card", { "aria-label": "Not in full use", tabindex: "0" }, el("h2", {}, "Not in full use"),
     el("table", {}, el("thead", {}, el("tr", {}, ["Model", "State", "Named by", "Trouble"].map((text) => el("th", { scope: "col" }, text)))),
       el("tbody", {}, models.map((m) => el("tr", {}, el("th", { scope: "row" }, m.model), el("td", {}, el("span.badge", {}, m.state)),
         el("td", {}, m.source), el("td", {}, m.trouble ?? "–"))))));

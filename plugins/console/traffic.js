@@ -17,13 +17,12 @@ export class Traffic {
     this.history = null;
     this.loading = false;
     this.wanted = null;
-    this.body = el("tbody", { role: "rowgroup" });
+    this.table = el("table.models", { role: "table", "aria-label": "Models" },
+      el("thead", { role: "rowgroup" }, el("tr", { role: "row" },
+        COLUMNS.map((name) => el("th", { scope: "col", role: "columnheader" }, name)))));
     this.summary = el("p.summary");
-    const head = COLUMNS.map((name) => el("th", { scope: "col", role: "columnheader" }, name));
     this.node = el("section", { "aria-label": "Traffic" },
-      this.summary,
-      el("table.models", { role: "table", "aria-label": "Models" },
-        el("thead", { role: "rowgroup" }, el("tr", { role: "row" }, head)), this.body),
+      this.summary, this.table,
       el("p.quiet", {}, "The dashed line is the target; the area is what was sent, over the last ten minutes."));
   }
 
@@ -41,9 +40,9 @@ export class Traffic {
       if (!row) {
         row = new Row(name, this.me);
         this.rows.set(name, row);
-        this.body.insertBefore(row.node, this.body.children[index] ?? null);
+        this.table.insertBefore(row.node, this.table.tBodies[index] ?? null);
       }
-      row.update(board.models[name], board.variables?.[name], this.history);
+      row.update(board.models[name], board.variables?.[name], this.history, board.tasks.unsolved > 0);
     });
     if (this.wanted && this.rows.has(this.wanted)) {
       const { node } = this.rows.get(this.wanted);
@@ -106,22 +105,23 @@ class Row {
     this.about = el("div.quiet");
     this.edit = me.may.traffic &&
       el("button.small", { type: "button", "aria-label": `Edit the target of ${name}`, onclick: () => this.open() }, "Edit");
-    this.formPlace = el("div");
+    this.formPlace = el("td", { role: "cell", colspan: COLUMNS.length });
+    this.formRow = el("tr.form", { role: "row", hidden: true }, this.formPlace);
     this.spark = new Spark(name);
     this.now = el("span.rate");
     this.cells = Object.fromEntries(["flying", "waiting", "refused", "breaker"].map((key) => [key, el("span")]));
     this.trouble = el("div.trouble");
     this.targetKnown = [];
     const cell = (label, ...inside) => el("td", { role: "cell", "data-label": label }, inside);
-    this.node = el("tr", { role: "row", id: `model-${name}` },
+    this.node = el("tbody", { role: "rowgroup", id: `model-${name}` }, el("tr", { role: "row" },
       el("th", { scope: "row", role: "rowheader" }, el("span.name", {}, name), this.state, this.trouble),
-      cell(COLUMNS[1], el("div.target-line", {}, this.used, this.edit), this.about, this.formPlace),
+      cell(COLUMNS[1], el("div.target-line", {}, this.used, this.edit), this.about),
       cell(COLUMNS[2], el("div.plot", {}, this.spark.node, this.now)),
       cell(COLUMNS[3], this.cells.flying), cell(COLUMNS[4], this.cells.waiting),
-      cell(COLUMNS[5], this.cells.refused), cell(COLUMNS[6], this.cells.breaker));
+      cell(COLUMNS[5], this.cells.refused), cell(COLUMNS[6], this.cells.breaker)), this.formRow);
   }
 
-  update(model, variable, history) {
+  update(model, variable, history, work) {
     this.model = model;
     this.variable = variable;
     say(this.state, model.state === "active" ? "" : model.state);
@@ -132,7 +132,8 @@ class Row {
     say(this.about, [kept, edited].filter(Boolean).join(" · "));
     say(this.cells.flying, model.at_once ? `${number(model.in_flight)} of ${number(model.at_once)}` : number(model.in_flight));
     const rests = model.resting_seconds > 0 ? `rests ${seconds(model.resting_seconds)}` : "";
-    say(this.cells.waiting, rests || (model.waiting_for ? WAITING[model.waiting_for] ?? model.waiting_for : "–"));
+    const idle = !work && (model.waiting_for ?? "window") === "window";
+    say(this.cells.waiting, rests || (idle ? "work" : model.waiting_for ? WAITING[model.waiting_for] ?? model.waiting_for : "–"));
     say(this.cells.refused, model.refused ? `${number(model.refused)}, last ${seconds(model.refused_seconds)} ago` : "0");
     this.cells.refused.className = model.refused ? "warn" : "";
     say(this.cells.breaker, model.breaker ?? "–");
@@ -154,7 +155,8 @@ class Row {
       const most = parseFloat(limit) * ({ k: 1e3, M: 1e6 }[limit.match(/^[\d.]+([kM])/)?.[1]] ?? 1);
       const bar = el("span.bar", { "aria-hidden": "true" }, el("span"));
       bar.firstChild.style.width = `${Math.min(100, (100 * count) / (most || 1))}%`;
-      return el("div.limit", {}, el("b", {}, number(count)), ` of ${limit}`, bar);
+      // The limiter counts over the window and its slacks, a little longer than what the target speaks of.
+      return el("div.limit", {}, el("b", {}, number(Math.min(count, most))), ` of ${limit}`, bar);
     }));
   }
 
@@ -211,6 +213,7 @@ class Row {
         el("button", { type: "button", onclick: () => this.close() }, "Cancel")),
       this.error, el("pre.help", { id: `${id}-help` }, this.me.grammar));
     replace(this.formPlace, this.form);
+    this.formRow.hidden = false;
     this.edit.setAttribute("aria-expanded", "true");
     this.input.focus();
     this.input.select();
@@ -219,6 +222,7 @@ class Row {
   close() {
     this.form = null;
     replace(this.formPlace);
+    this.formRow.hidden = true;
     this.edit.removeAttribute("aria-expanded");
     this.edit.focus();
   }

@@ -1,6 +1,6 @@
 // Work: how much is left and when it is done, what failed, which calls were made, and one task's whole story.
 
-import { ago, api, clock, el, moment, number, replace, say, seconds, usd } from "./draw.js";
+import { ago, api, clock, el, kindOf, moment, number, replace, say, seconds, usd } from "./draw.js";
 
 const CALLS_SECONDS = 3;
 const RANKS = { 1: "passages", 2: "fallback model", 3: "chosen model" };
@@ -19,7 +19,7 @@ export class Work {
     this.story = el("div", { "aria-live": "polite" });
     this.overview = el("div", {},
       this.tiles, this.end, this.oldest,
-      el("section.card", { "aria-label": "By category" }, el("h2", {}, "By category"),
+      el("section.card", { "aria-label": "By category", tabindex: "0" }, el("h2", {}, "By category"),
         el("table", {}, el("thead", {}, el("tr", {},
           ["Category", "Unsolved", "Solved", "Failed", "Ends a minute", "Done in"].map((name, i) =>
             el(i ? "th.right" : "th", { scope: "col" }, name)))), this.categories)),
@@ -118,8 +118,8 @@ class Failures {
     this.mayRetry = me.may.retry;
     this.node = el("section.card", { "aria-label": "Failures", hidden: true },
       el("div.row", {}, el("h2", {}, "Failures"), this.all, this.said),
-      el("table", {}, el("thead", {}, el("tr", {}, ["Task", "Category", "Failed", "Why", ""].map((name) =>
-        name ? el("th", { scope: "col" }, name) : el("td")))), this.list));
+      el("table", {}, el("thead", {}, el("tr", {}, ["Task", "Category", "Failed", "Why", me.may.retry ? "Again" : "–"].map((name) =>
+        el("th", { scope: "col" }, name)))), this.list));
   }
 
   update(failed) {
@@ -134,8 +134,8 @@ class Failures {
       const { failures } = await (await api("failures?limit=20")).json();
       replace(this.list, failures.map((task) => el("tr", {},
         el("td", {}, link(task.task_id)), el("td", {}, task.category), el("td", {}, moment(task.failed_at)),
-        el("td", {}, task.failure ?? "no reason was kept", el("div.quiet", {}, task.prompt)),
-        el("td.right", {}, this.mayRetry && el("button.small", { type: "button", "aria-label": `Retry task ${task.task_id}`,
+        el("td.wide", {}, task.failure ?? "no reason was kept", el("div.quiet", {}, task.prompt)),
+        el("td", {}, this.mayRetry && el("button.small", { type: "button", "aria-label": `Retry task ${task.task_id}`,
           onclick: (event) => this.retry(event, { task_ids: [task.task_id] }) }, "Retry")))));
     } catch (error) {
       say(this.said, error.message);
@@ -237,7 +237,7 @@ function storyOf({ task, calls, logs }, me, again) {
     el("div.row", {}, el("h2", {}, `Task ${task.task_id}`), el("span.badge", {}, task.state), retry),
     facts([
       ["Category", `${task.category ?? "none yet"}${task.confidence === null || task.confidence === undefined ? "" : ` (sure to ${Math.round(task.confidence * 100)} %)`}`],
-      ["Why", task.category_reason ?? (task.category ? "its producer said so" : null)],
+      ["Why", task.category_reason ?? (task.category && task.confidence === null ? "its producer said so" : null)],
       ["Came", clock(task.created_at)], ["Solved", task.solved_at && `${clock(task.solved_at)}, after ${seconds((Date.parse(task.solved_at) - Date.parse(started)) / 1000)}`],
       ["Answered by", task.answered_by && `${task.answered_by}${task.answer_rank ? ` (${RANKS[task.answer_rank]})` : ""}`],
       ["Failure", task.failure], ["Deadline", task.deadline_at && clock(task.deadline_at)], ["Next try", task.wake_at && clock(task.wake_at)],
@@ -257,7 +257,7 @@ function lanes(calls, started, logs) {
   return calls.map((call) => {
     const from = Date.parse(call.started_at);
     const until = call.finished_at ? Date.parse(call.finished_at) : end;
-    const bar = el("span", { class: call.outcome === "answered" ? "done" : call.outcome ? "failed" : "" });
+    const bar = el("span", { class: kindOf(call.outcome) });
     bar.style.left = `${(100 * (from - begin)) / (end - begin)}%`;
     bar.style.width = `${Math.max(0.5, (100 * (until - from)) / (end - begin))}%`;
     const after = Math.max(0, (from - Date.parse(started ?? call.started_at)) / 1000);

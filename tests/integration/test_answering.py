@@ -92,8 +92,8 @@ async def test_a_preferred_model_that_hangs_costs_no_more_than_the_deadline(aski
 
 
 async def test_a_late_answer_replaces_what_was_given(asking: Asking) -> None:
-    answer = await asking.ask(deadline_seconds=0.05)
-    assert (answer.model, answer.rank, answer.provisional) == (None, AnswerRank.PASSAGES, True)
+    answer = await asking.ask_too_late()
+    assert (answer.model, answer.provisional) == (None, True)
     better = answer
     while (late := await asking.router.late(better)) is not None:
         assert late.rank > better.rank
@@ -101,8 +101,9 @@ async def test_a_late_answer_replaces_what_was_given(asking: Asking) -> None:
         better = late
     assert better.model == PREFERRED
     await settled(asking)
-    assert (asking.task()["status"], asking.task()["answered_by"]) == ("solved", PREFERRED)
-    by_role = {row["role"]: row for row in asking.calls()}
+    (task,) = asking.rows("SELECT * FROM tasks WHERE id = %s", answer.task_id)
+    assert (task["status"], task["answered_by"]) == ("solved", PREFERRED)
+    by_role = {row["role"]: row for row in asking.calls() if row["task_id"] == answer.task_id}
     assert by_role["asked"]["late"]
     assert by_role["passages"]["settlement"] in ("kept", "superseded")
 
@@ -285,9 +286,10 @@ async def test_a_router_that_closes_with_grace_lets_late_calls_end(
     addresses: Addresses, shared_backend: BackendServer, tmp_path: Path
 ) -> None:
     async with asking_router(addresses, shared_backend, asking_config(), tmp_path) as asking:
-        assert (await asking.ask(deadline_seconds=0.05)).provisional
+        answer = await asking.ask_too_late()
         await asking.router.close(grace_seconds=5)
-    assert asking.task()["answered_by"] == PREFERRED
+    (task,) = asking.rows("SELECT * FROM tasks WHERE id = %s", answer.task_id)
+    assert task["answered_by"] == PREFERRED
 
 
 async def test_calls_that_are_late_for_too_long_are_given_up(

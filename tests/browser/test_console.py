@@ -1,0 +1,193 @@
+"""The console in a browser, as an operator uses it: looks, edits a target, asks, retries."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from selenium.webdriver.common.keys import Keys
+
+from bench.judge import TargetChange
+from router.traffic import TrafficTarget
+from tests.browsing import Browser, axe_core, browsing
+from tests.solving import Solving, say, wait_until
+
+pytestmark = [pytest.mark.airflow, pytest.mark.alone, pytest.mark.timeout(180)]
+
+MOST_BYTES = 300_000
+MOST_SECONDS = 1.0
+VIEWS = ("traffic", "work", "priorities", "ask")
+EVIL = "<img src=x onerror='window.pwned=1'><script>window.pwned=1</script>"
+WORST = {"serious", "critical"}
+
+
+@pytest.fixture(scope="module")
+def admin(solving_stack: Solving, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with browsing(solving_stack.stack.airflow_url, tmp_path_factory.mktemp("admin")) as browser:
+        browser.log_in("admin", solving_stack.stack.passwords["admin"])
+        yield browser
+
+
+@pytest.fixture
+def stalling(solving: Solving) -> Iterator[Any]:
+    """Makes calls of a model hang."""
+
+    def hang(model: str) -> None:
+        order = {"kind": "hang", "model": model, "share": 1, "seconds": 60}
+        requests.post(f"{solving.stack.backend_url}/faults", json=order, timeout=5).raise_for_status()
+
+    yield hang
+    requests.delete(f"{solving.stack.backend_url}/faults", timeout=5).raise_for_status()
+
+
+def console(browser: Browser, view: str) -> None:
+    browser.open(f"/router/page#{view}")
+    browser.until(lambda: browser.text("#pulse") == "live", "live")
+
+
+def cell(browser: Browser, model: str, label: str) -> str:
+    return browser.text(f'[id="model-{model}"] [data-label="{label}"]')
+
+
+def test_the_console_stands_in_airflows_navigation_and_shows_what_is_sent(
+    solving: Solving, admin: Browser
+) -> None:
+    admin.open("/plugin/router")
+    frame = admin.find("iframe")
+    admin.driver.switch_to.frame(frame)
+    admin.until_text("models active")
+    solving.insert(300)
+    model = solving.models[0]
+    before = cell(admin, model, "Sent of its target")
+    admin.until(lambda: cell(admin, model, "Sent of its target") != before, "the count of sends moves")
+    admin.until_text("tasks/min", ".summary")
+    unsolved = admin.text(".summary")
+    admin.until(lambda: admin.text(".summary") != unsolved, "the summary moves")
+    admin.show("traffic")
+    admin.driver.switch_to.default_content()
+
+
+def test_the_page_is_small_and_quick(solving: Solving, admin: Browser) -> None:
+    console(admin, "traffic")
+    load, size = admin.run(
+        "const page = performance.getEntriesByType('navigation');"
+        "const parts = performance.getEntriesByType('resource').filter((e) => !e.name.includes('/api/'));"
+        "return [page[0].loadEventEnd / 1000,"
+        " [...page, ...parts].reduce((sum, e) => sum + e.decodedBodySize, 0)];"
+    )
+    say(f"the page: {load:.2f} s, {size:,} bytes")
+    assert size < MOST_BYTES
+    assert load < MOST_SECONDS * 3, "even on a busy machine"
+
+
+def test_a_target_edited_here_changes_what_arrives(solving: Solving, admin: Browser) -> None:
+    model = solving.models[0]
+    solving.insert(600)
+    solving.until_all_send(time.monotonic())
+    console(admin, f"traffic/{model}")
+    admin.find(f'[id="model-{model}"] button').click()
+    field = admin.find(f'[id="target-{model}"]')
+    field.send_keys(Keys.CONTROL, "a")
+    field.send_keys("1/parsec", Keys.ENTER)
+    admin.until_text("'parsec' is no unit of time", "p.error")
+    assert field.get_attribute("aria-invalid") == "true"
+    field.send_keys(Keys.CONTROL, "a")
+    field.send_keys("30/min", Keys.ENTER)
+    saved = time.monotonic()
+    solving.changes.append(TargetChange(saved, model, TrafficTarget.parse("30/min")))
+    admin.until_text("of 30/min", f'[id="model-{model}"]', 5)
+    say(f"saved -> shown: {time.monotonic() - saved:.2f} s")
+    admin.until_text("set by admin", f'[id="model-{model}"]')
+    assert solving.api.call("GET", f"/variables/traffic.{model}")["value"] == "30/min"
+    wait_until(lambda: time.monotonic() > saved + 4, 6, "some seconds of the new target")
+    assert len(solving.arrived(saved + 1.5, model)) <= 2, "it was sent as before"
+    admin.show("target")
+
+
+def test_a_prompt_is_asked_while_the_preferred_model_hangs(
+    solving: Solving, admin: Browser, stalling: Any
+) -> None:
+    preferred = solving.value("SELECT model FROM rankings WHERE category = 'general' ORDER BY place LIMIT 1")
+    stalling(preferred)
+    console(admin, "ask")
+    admin.find("#prompt").send_keys(f"What is this? {EVIL}")
+    admin.find("#category").send_keys("general")
+    admin.find("#deadline").send_keys("3")
+    admin.find("#prompt").send_keys(Keys.CONTROL, Keys.ENTER)
+    admin.until_text(preferred, ".lanes")
+    admin.until_text("preferred", ".lanes")
+    admin.until_text("under way", ".lanes")
+    admin.until(lambda: admin.all(".answer"), "an answer")
+    assert "Answer for now" in admin.text(".answer h2")
+    assert EVIL in admin.text(".answer .text"), "shown as it is"
+    assert admin.run("return window.pwned ?? null") is None
+    admin.show("ask")
+    task = admin.find(".answer a").text
+    admin.find(".answer a").click()
+    admin.until_text("What happened")
+    assert task.capitalize() in admin.text("h2")
+    assert EVIL in admin.text(".text")
+    assert admin.run("return window.pwned ?? null") is None
+    assert admin.all("main img, main script") == []
+
+
+def test_a_failure_is_retried(solving: Solving, admin: Browser) -> None:
+    solving.rows(f"INSERT INTO tasks (prompt, status, failure) VALUES ('Why?', 'failed', $${EVIL}$$)")
+    console(admin, "work")
+    admin.until_text(EVIL, "[aria-label=Failures]")
+    assert admin.run("return window.pwned ?? null") is None
+    admin.find("[aria-label=Failures] td button").click()
+    admin.until_text("1 unsolved again", "[aria-label=Failures]")
+    wait_until(lambda: solving.unsolved() == 0, 30, "solved after all")
+    admin.until_text("answered", "[aria-label='Recent calls']")
+
+
+def test_a_viewer_sees_everything_and_can_change_nothing(solving: Solving, tmp_path: Path) -> None:
+    with browsing(solving.stack.airflow_url, tmp_path) as viewer:
+        viewer.log_in("viewer", solving.stack.passwords["viewer"])
+        console(viewer, "traffic")
+        viewer.until_text(solving.models[0])
+        assert "Edit" not in viewer.text("main")
+        console(viewer, "ask")
+        viewer.until_text("You may look, but not ask")
+        status = viewer.run_async(
+            "const done = arguments[0];"
+            "fetch('api/traffic/phi-4', {method: 'PUT', body: JSON.stringify({target: '1/s'}),"
+            " headers: {'Content-Type': 'application/json', 'X-Router-Console': '1'}})"
+            ".then((r) => done(r.status));"
+        )
+        assert status == 403
+
+
+def test_it_says_when_what_it_shows_is_stale(solving: Solving, admin: Browser) -> None:
+    console(admin, "traffic")
+    admin.driver.set_network_conditions(offline=True, latency=0, throughput=0)
+    try:
+        admin.until_text("stale", "#pulse")
+    finally:
+        admin.driver.delete_network_conditions()
+    admin.until_text("live", "#pulse")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_no_serious_fault(solving: Solving, admin: Browser, axe: str, theme: str) -> None:
+    task = solving.value("SELECT max(id) FROM tasks")
+    for view in (*VIEWS, f"work/task/{task}"):
+        admin.run("localStorage.setItem('theme', arguments[0])", theme)
+        console(admin, view)
+        admin.until(lambda: admin.all("main tr, main form, main dl"), "its content")
+        if view == "traffic":
+            admin.find("main button").click()
+        admin.run(axe)
+        found = admin.run_async("const done = arguments[0]; axe.run().then((r) => done(r.violations));")
+        faults = [(f["id"], f["nodes"][0]["html"]) for f in found if f["impact"] in WORST]
+        assert faults == [], view
+
+
+@pytest.fixture(scope="module")
+def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return axe_core(tmp_path_factory.mktemp("axe"))
