@@ -218,8 +218,8 @@ def _judged(job: Job, seen: dict[str, Any], arrivals: Sequence[Arrival]) -> dict
         "use": verdict.use,
         "unused_grants": seen["unused"],
         "round_trips_per_send": seen["round_trips"] / max(1, len(arrivals)),
-        "transit_p999_ms": float(np.quantile(transit, 0.999)) * 1000,
-        "transit_longest_ms": max(transit) * 1000,
+        "transit_p999_ms": float(np.quantile(transit, 0.999)) * 1000 if transit else 0.0,
+        "transit_longest_ms": max(transit, default=0.0) * 1000,
         "transit_slack_ms": _transit_slack(job) * 1000,
     }
 

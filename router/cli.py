@@ -6,13 +6,14 @@ import typer
 
 from router import cli_terminal as terminal
 from router.cli_ask import ASK_HELP, ask
-from router.cli_knowledge import KNOWLEDGE_HELP, knowledge
 from router.cli_categories import CATEGORIES_HELP, categories
+from router.cli_knowledge import KNOWLEDGE_HELP, knowledge
 from router.cli_load import HELP as LOAD_HELP
 from router.cli_load import load
 from router.cli_log import LOG_HELP, log
 from router.cli_models import MODELS_HELP, TRAFFIC_HELP, models, traffic
-from router.cli_ranking import FEEDBACK_HELP, RANKING_HELP, REVIEW_HELP, feedback, ranking, review
+from router.cli_ranking import RANKING_HELP, ranking
+from router.cli_review import FEEDBACK_HELP, REVIEW_HELP, feedback, review
 from router.cli_serve import KEYS_HELP, SERVE_HELP, keys, serve
 from router.cli_status import STATUS_HELP, WATCH_HELP, status, watch
 from router.cli_tasks import EXPORT_HELP, RETRY_HELP, export, retry

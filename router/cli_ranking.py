@@ -1,8 +1,7 @@
-"""The verbs `router ranking`, `router review`, `router feedback`: which model is first for what, and why."""
+"""The verb `router ranking`: which model is first for what, why, and since when."""
 
 from __future__ import annotations
 
-import getpass
 from datetime import timedelta
 from typing import Annotated, Any, Optional
 
@@ -11,16 +10,12 @@ from rich.text import Text
 
 from router import cli_terminal as terminal
 from router.database import Connection, rows
-from router.errors import InputError, RouterError
-from router.review import Move, run_review
-from router.settings import load_config, load_learning
+from router.errors import RouterError
+from router.review import Move
 
 OptionalText = Optional[str]  # noqa: UP045 - typer evaluates it at run time, also on 3.10
-By = Annotated[
-    OptionalText, typer.Option("--by", help="Who does it, for the history. Default: your user name.")
-]
 Category = Annotated[OptionalText, typer.Option("--category", "-c", help="Only this category.")]
-WORDS = {"good": 1.0, "bad": 0.0}
+
 
 RANKING_HELP = """
 Show which model is first for each category, and what the last reviews moved.
@@ -48,27 +43,6 @@ Set the places back to what they were before the last review that moved any.
 
 The nightly review then keeps this order for some periods (undo_periods in config/learning.yaml).
 """
-REVIEW_HELP = """
-Review the log now: grade a sample of the answers, sum the evidence up, order the models anew.
-
-Run again, it changes nothing more. One review runs at a time.
-
-\b
-Examples:
-  router review --dry-run      what would move; nothing is kept
-  router review
-"""
-FEEDBACK_HELP = """
-Say how good a task's answer is: good, bad, or a number from 0 (bad) to 1.
-
-It counts at the next review, for the model that gave the answer. Said again it replaces what was said before.
-
-\b
-Examples:
-  router feedback 4711 good
-  router feedback 4711 0.3
-"""
-
 ranking = terminal.verbs(help=RANKING_HELP, invoke_without_command=True)
 
 
@@ -179,16 +153,11 @@ def _show_history(reviews: list[dict[str, Any]], *, as_json: bool) -> None:
         head = f"{review['review']}  {review['at']:%Y-%m-%d %H:%M}  {what} by {review['by']}{undone}"
         terminal.out().print(Text(f"\n{head}", style="bold"))
         for move in review["moves"]:
-            typer.echo(f"  {_line(_move(move))}")
+            typer.echo(f"  {_move(move)}")
         for note in review["notes"]:
             typer.echo(f"  {note}")
         if not review["moves"]:
             typer.echo("  nothing moved")
-
-
-def _line(move: Move) -> str:
-    standing = "" if move.standing == move.standing_before else f", {move.standing_before} -> {move.standing}"
-    return f"{move.category}: {move.model} {move.place_before} -> {move.place}{standing}: {move.reason}"
 
 
 @ranking.command(help=EXPLAIN_HELP)
@@ -253,9 +222,11 @@ def _since(evidence: dict[str, Any], review: dict[str, Any]) -> str:
 
 
 @ranking.command(help=UNDO_HELP)
-def undo(*, by: By = None, as_json: terminal.Json = False, database: terminal.Database = None) -> None:
+def undo(
+    *, by: terminal.By = None, as_json: terminal.Json = False, database: terminal.Database = None
+) -> None:
     with terminal.database(database) as connection:
-        done = rows(connection, "SELECT review, undone FROM undo_review(%s)", (_who(by),))[0]
+        done = rows(connection, "SELECT review, undone FROM undo_review(%s)", (terminal.who(by),))[0]
     if done["undone"] is None:
         raise RouterError("There is no review to set back: none has moved a model, or all were undone.")
     if as_json:
@@ -264,73 +235,3 @@ def undo(*, by: By = None, as_json: terminal.Json = False, database: terminal.Da
         typer.echo(
             f"Review {done['undone']} is undone by {done['review']}; workers hear of it within a second."
         )
-
-
-def review(
-    *,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would move; keep nothing.")] = False,
-    by: By = None,
-    as_json: terminal.Json = False,
-    database: terminal.Database = None,
-    config: terminal.Config = terminal.DEFAULT_CONFIG,
-) -> None:
-    learning = load_learning(config, load_config(config).categories)
-    with terminal.database(database):
-        pass  # says so if the schema is not there
-    done = run_review(terminal.database_url(database), learning, by=_who(by), dry_run=dry_run)
-    if as_json:
-        terminal.print_json({
-            "review": done.review, "calls_summed": done.calls_summed, "answers_graded": done.answers_graded,
-            "moves": done.news, "notes": done.notes,
-        })  # fmt: skip
-        return
-    name = "Dry run" if done.review is None else f"Review {done.review}"
-    typer.echo(f"{name}: {done.calls_summed:,} calls summed, {done.answers_graded:,} answers graded.")
-    for move in done.news:
-        typer.echo(f"  {_line(move)}")
-    for note in done.notes:
-        typer.echo(f"  {note}")
-    if not done.news:
-        typer.echo("  nothing moved")
-
-
-def feedback(
-    task: Annotated[int, typer.Argument(metavar="TASK", help="The task's id.")],
-    verdict: Annotated[str, typer.Argument(metavar="good|bad|0..1")],
-    *,
-    by: By = None,
-    as_json: terminal.Json = False,
-    database: terminal.Database = None,
-) -> None:
-    score = _score(verdict)
-    with terminal.database(database) as connection:
-        model = rows(connection, "SELECT give_feedback(%s, %s::real, %s) AS model", (task, score, _who(by)))[
-            0
-        ]["model"]
-    if model is None:
-        raise InputError(f"Task {task} has no answer of a model. See `router status`, or name another task.")
-    if as_json:
-        terminal.print_json({"task": task, "score": score, "model": model})
-    else:
-        typer.echo(f"Kept: {score:g} for {model}'s answer to task {task}.")
-
-
-def _score(verdict: str) -> float:
-    if verdict.lower() in WORDS:
-        return WORDS[verdict.lower()]
-    try:
-        score = float(verdict)
-    except ValueError:
-        score = -1.0
-    if not 0 <= score <= 1:
-        raise InputError(f"{verdict!r} is no verdict; say good, bad, or a number from 0 to 1.")
-    return score
-
-
-def _who(by: str | None) -> str:
-    if by:
-        return by
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
-        return "somebody"

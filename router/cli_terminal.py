@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import getpass
 import json
 import os
 import sys
@@ -47,6 +48,10 @@ Config = Annotated[
     typer.Option("--config", metavar="FOLDER", envvar="ROUTER_CONFIG", help="The folder of models.yaml."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
+By = Annotated[
+    Optional[str],  # noqa: UP045 - as above
+    typer.Option("--by", help="Who does it, for the history. Default: your user name."),
+]
 DEFAULT_CONFIG = DEFAULT_CONFIG_FOLDER
 
 
@@ -165,3 +170,13 @@ def ago(moment: datetime | None) -> str:
         if seconds >= size:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds:.0f} s"
+
+
+def who(by: str | None) -> str:
+    """`by`, or the name of whoever calls."""
+    if by:
+        return by
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return "somebody"

@@ -9,7 +9,7 @@ RouterError                     a fact, and the next step
 │   ├── LimiterUnavailable      Redis is away or broken: nothing may be sent
 │   └── PermitDead              a permit's moment has passed unused: ask for another
 ├── BackendUnavailable          the Models Backend cannot be reached at all
-├── NoRoom                      every permit of the model that was named is too far away; says when to ask again
+├── NoRoom                      the named model has no permit in time; says when to ask again
 ├── NoAnswer                    the model that was named did not answer; says why
 ├── AirflowError                Airflow's REST API refused or cannot be reached
 └── InputError                  a line, row or argument that a person gave; names it

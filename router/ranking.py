@@ -89,7 +89,7 @@ def rank(
         )
         for c in candidates
     }  # fmt: skip
-    standings = _standings(candidates, worths, utility.floor, learning.enough_calls)
+    standings = _standings(candidates, worths, utility.floor, learning)
     before = sorted(candidates, key=lambda c: (c.place, c.model))
     low = [c for c in before if standings[c.model] is Standing.LOW]
     order = _ordered([c for c in before if c not in low], worths, learning)
@@ -106,17 +106,18 @@ def rank(
 
 
 def _standings(
-    candidates: Sequence[Candidate], worths: Mapping[str, Worth], floor: float, enough: int
+    candidates: Sequence[Candidate], worths: Mapping[str, Worth], floor: float, learning: LearningSettings
 ) -> dict[str, Standing]:
     standings = {}
     for c in candidates:
-        judged = c.evidence.seen >= enough or worths[c.model].success.mean < floor
-        if judged and worths[c.model].good < floor:
+        own, judged = worths[c.model], c.evidence.seen >= learning.enough_calls
+        surely = own.good + learning.bound_errors * own.good_error < floor
+        if surely and (judged or own.success.mean < floor):
             standings[c.model] = Standing.LOW
         elif c.on_probation:
             standings[c.model] = Standing.TRIAL
         else:
-            standings[c.model] = Standing.RANKED if c.evidence.seen >= enough else Standing.YOUNG
+            standings[c.model] = Standing.RANKED if judged else Standing.YOUNG
     regular = [m for m, standing in standings.items() if standing in (Standing.RANKED, Standing.YOUNG)]
     if candidates and not regular:  # somebody must do the work
         standings[max(standings, key=lambda model: worths[model].lower)] = Standing.RANKED

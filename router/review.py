@@ -51,6 +51,12 @@ class Move:
         bounded = (self.standing_before in BOUNDED, self.standing in BOUNDED)
         return self.place_before != self.place or (self.standing_before != self.standing and any(bounded))
 
+    def __str__(self) -> str:
+        standing = (
+            f", {self.standing_before} -> {self.standing}" if self.standing != self.standing_before else ""
+        )
+        return f"{self.category}: {self.model} {self.place_before} -> {self.place}{standing}: {self.reason}"
+
 
 @dataclass(frozen=True, slots=True)
 class Review:

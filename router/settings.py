@@ -272,7 +272,7 @@ class LearningSettings(_Frozen):
     prior_calls: float = Field(default=15.0, gt=0)
     enough_calls: int = Field(default=40, ge=1)
     margin: float = Field(default=0.015, ge=0, lt=1)
-    margin_errors: float = Field(default=2.5, ge=0)
+    margin_errors: float = Field(default=2.0, ge=0)
     exploration: ExplorationSettings = ExplorationSettings()
     outage: OutageSettings = OutageSettings()
     grading: GradingSettings = GradingSettings()

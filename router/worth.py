@@ -48,6 +48,11 @@ class Worth:
         """The share of calls that bring a good answer."""
         return self.success.mean * self.score.mean
 
+    @property
+    def good_error(self) -> float:
+        """The standard error of `good`."""
+        return math.hypot(self.score.mean * self.success.error, self.success.mean * self.score.error)
+
 
 @dataclass(frozen=True, slots=True)
 class Usual:

@@ -18,6 +18,7 @@ def servers() -> Iterator[tuple[Addresses, BackendServer]]:
         yield running
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("scene", SCENES)
 async def test_every_prompt_is_answered_in_time_and_nothing_is_left_over(
     servers: tuple[Addresses, BackendServer], scene: str

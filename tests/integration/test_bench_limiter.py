@@ -12,6 +12,8 @@ from bench.limiter import Size, run
 from bench.limiter_clients import BURST, ONE, PACED, THREE, TOLD
 from bench.limiter_rivals import RIVALS, Limits, missing
 
+pytestmark = pytest.mark.alone
+
 pytest.importorskip("matplotlib", reason="bench/ draws with matplotlib: pip install -e '.[bench]'")
 
 TINY = Size(

@@ -295,6 +295,7 @@ async def test_who_cannot_wait_takes_the_default_and_a_dead_child_comes_back() -
         assert (await process.categorise([POEM]))[0].category == "creative"
 
 
+@pytest.mark.soak
 async def test_a_child_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("router.categoriser.HANG_SECONDS", 1.0)
     settings = load_categories().model_copy(update={"patience_seconds": 0.4})  # over long before
@@ -310,6 +311,7 @@ async def test_a_child_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -
         assert (await process.categorise([POEM]))[0].category == "creative"
 
 
+@pytest.mark.soak
 async def test_a_child_that_nobody_asked_for_a_while_is_not_taken_to_hang(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -17,6 +17,8 @@ from router.errors import PermitDead
 from router.limiter import LimiterSettings, TrafficLimiter
 from router.traffic import TrafficTarget
 
+pytestmark = pytest.mark.alone
+
 SETTINGS = LimiterSettings()
 
 

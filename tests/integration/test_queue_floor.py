@@ -216,6 +216,7 @@ async def test_claims_stay_cheap_while_a_snapshot_is_held(probe: Probe, database
         assert await probe.value("SELECT pg_relation_size('task_count_deltas') / 8192") > 100
 
 
+@pytest.mark.soak
 async def test_without_a_floor_they_would_not(probe: Probe, database: str) -> None:
     await probe.run("INSERT INTO tasks (prompt) SELECT 'p' FROM generate_series(1, 6000)")
     fresh = await _pages_of_a_claim(probe)

@@ -53,8 +53,8 @@ async def test_a_bounded_model_pulls_its_share_and_no_more(
             await asyncio.sleep(0.05)
         ask("UPDATE rankings SET quality = 0.8, place = 1")
         ask(
-            "UPDATE rankings SET quality = 0.2, place = 2, standing = 'low', least_share = %s, most_share = %s"
-            " WHERE model = %s", SHARE, SHARE, LOW,
+            "UPDATE rankings SET quality = 0.2, place = 2, standing = 'low',"
+            " least_share = %s, most_share = %s WHERE model = %s", SHARE, SHARE, LOW,
         )  # fmt: skip
         changed_at = time.monotonic()
         while LOW not in engine.bounds:

@@ -33,7 +33,9 @@ def _run(url: str, *statements: str) -> None:
             rows(connection, statement)
 
 
-@pytest.mark.parametrize(("key", "prompt"), [("serial", "varchar"), ("bigserial", "text")])
+@pytest.mark.parametrize(
+    ("key", "prompt"), [("serial", "varchar"), pytest.param("bigserial", "text", marks=pytest.mark.soak)]
+)
 def test_a_hundred_thousand_rows_are_kept_where_they_are(empty_database: str, key: str, prompt: str) -> None:
     url = empty_database
     _run(

@@ -30,7 +30,18 @@ OPEN_CALLS = "SELECT count(*) FROM model_calls WHERE model = $1 AND outcome IS N
 
 @pytest.fixture
 def backend(tmp_path: Path) -> Iterator[BackendServer]:
-    arguments = ("--time-scale", "50", "--latency", "even:1:10", "--also", BUSY, "--also", FREE, "--also", SLOW)
+    arguments = (
+        "--time-scale",
+        "50",
+        "--latency",
+        "even:1:10",
+        "--also",
+        BUSY,
+        "--also",
+        FREE,
+        "--also",
+        SLOW,
+    )
     server = start_backend(tmp_path, *arguments)
     yield server
     server.stop()

@@ -273,7 +273,7 @@ ALIKE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("calls", [200, 800])
+@pytest.mark.parametrize("calls", [200, pytest.param(800, marks=pytest.mark.soak)])
 def test_no_flapping_over_a_hundred_nights_of_noise(calls: int) -> None:
     nights = Nights(ALIKE, calls).run(100)
     firsts = ["a", *nights.firsts]
