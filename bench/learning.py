@@ -275,7 +275,9 @@ def _shared() -> list[Path]:
     folder = Path(os.environ.get("ROUTER_SHARED_DATA", ""), "outcomes")
     found = sorted(folder.glob("*.csv.gz")) if os.environ.get("ROUTER_SHARED_DATA") else []
     if not found:
-        raise ConfigError("No outcomes to replay: give --outcomes FILE.csv.gz, or set ROUTER_SHARED_DATA.")
+        print(
+            "No outcomes to replay: give --outcomes FILE.csv.gz, or set ROUTER_SHARED_DATA.", file=sys.stderr
+        )
     return found
 
 

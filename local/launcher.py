@@ -82,6 +82,7 @@ def say_where(stack: Stack, console: Console | None = None) -> None:
     lines = [
         "",
         f"  Airflow          {stack.airflow_url}",
+        f"  the console      {stack.airflow_url}/plugin/router",
         f"  log in as        admin   {stack.passwords['admin']}",
         f"  or (read only)   viewer  {stack.passwords['viewer']}",
         f"  Models Backend   {stack.backend_url}",

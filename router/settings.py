@@ -265,8 +265,8 @@ class LearningSettings(_Frozen):
     utility: UtilitySettings = UtilitySettings()
     categories: dict[str, dict[str, float]] = {}
     period_hours: float = Field(default=24.0, ge=0.001, le=24 * 31)
-    half_life_periods: float = Field(default=7.0, gt=0)
-    memory_periods: int = Field(default=28, ge=1, le=400)
+    half_life_periods: float = Field(default=14.0, gt=0)
+    memory_periods: int = Field(default=56, ge=1, le=400)
     change_errors: float = Field(default=4.0, ge=1)
     bound_errors: float = Field(default=1.0, ge=0)
     prior_calls: float = Field(default=15.0, gt=0)

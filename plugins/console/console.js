@@ -7,7 +7,7 @@ import { Traffic } from "./traffic.js";
 import { Work } from "./work.js";
 
 const STALE_SECONDS = 4;
-const LONGEST_PAUSE_SECONDS = 8;
+const LONGEST_PAUSE_SECONDS = 3;
 const VIEWS = { traffic: Traffic, work: Work, priorities: Priorities, ask: Ask };
 
 const view = document.getElementById("view");

@@ -36,7 +36,9 @@ SELECT t.id AS task_id, t.status, s.state, s.category, s.attempt, s.wake_at, s.c
  WHERE t.id = %s"""
 _REASON = """
 SELECT confidence, category_reason FROM model_calls WHERE task_id = %s ORDER BY call_id DESC LIMIT 1"""
-_RUN = "SELECT run FROM runs WHERE started_at <= %s ORDER BY started_at DESC LIMIT 1"
+_RUN = """
+SELECT run FROM runs WHERE started_at < %s + interval '2 minutes' AND (left_at IS NULL OR left_at >= %s)
+ ORDER BY started_at LIMIT 1"""
 _FAILURES = "SELECT * FROM console_failures(%s, %s::timestamptz, %s)"
 _RANKINGS = """
 SELECT k.category, k.place, r.model, r.state, r.source, r.trouble, k.starting_place, k.standing, k.quality,
@@ -98,10 +100,11 @@ def story(connection: Connection, task_id: int) -> dict[str, Any] | None:
 
 
 def _run_of(connection: Connection, call: LoggedCall) -> str | None:
-    """The run of solve_tasks whose worker made this call."""
+    """The run of solve_tasks whose worker made this call, perhaps while the run was being begun."""
     if call.role != Role.BATCH.value:
         return None
-    return next((row["run"] for row in rows(connection, _RUN, (call.started_at,))), None)
+    at = (call.started_at, call.started_at)
+    return next((row["run"] for row in rows(connection, _RUN, at)), None)
 
 
 def failures(connection: Connection, category: str | None, before: str | None, limit: int) -> dict[str, Any]:

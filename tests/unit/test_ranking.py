@@ -88,13 +88,16 @@ def test_every_part_of_the_worth_counts(worse: Nature) -> None:
 
 
 def test_a_lower_bound_orders_and_not_a_mean() -> None:
-    few = evidence(45, Nature(success=1.0, score=0.95))
-    many = evidence(2000, Nature(score=0.93))
-    found = {p.model: p for p in rank(
-        GENERAL, [Candidate("many", 1, many), Candidate("few", 2, few)], LEARNING
-    )}  # fmt: skip
-    assert found["few"].worth.error > found["many"].worth.error
-    assert found["many"].place == 1
+    def scored(calls: int, score: float) -> Evidence:
+        scores = {"check": Moments.of(calls, calls * score, calls * (score**2 + 0.06))}
+        sums = Sums(0, calls, calls * 0.98, Moments(), Moments(), scores)
+        return faded([sums], 0, half_life=7, memory=28, change_errors=4)
+
+    bare = LEARNING.model_copy(update={"margin": 0.0, "margin_errors": 0.0})
+    candidates = [Candidate("many", 1, scored(2000, 0.92)), Candidate("few", 2, scored(45, 0.94))]
+    many, few = rank(GENERAL, candidates, bare)
+    assert (many.model, few.model) == ("many", "few")
+    assert few.worth.mean > many.worth.mean
 
 
 def test_too_few_calls_move_nobody_up() -> None:
@@ -285,8 +288,8 @@ def test_no_flapping_over_a_hundred_nights_of_noise(calls: int) -> None:
 
 
 def test_without_margins_it_would_flap() -> None:
-    bare = LEARNING.model_copy(update={"margin": 0.0, "margin_errors": 0.0})
-    firsts = Nights(ALIKE, 200, learning=bare).run(40).firsts
+    bare = LEARNING.model_copy(update={"margin": 0.0, "margin_errors": 0.0, "half_life_periods": 7.0})
+    firsts = Nights(ALIKE, 200, learning=bare).run(50).firsts
     assert sum(now != before for before, now in pairwise(firsts)) > 3
 
 
