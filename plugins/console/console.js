@@ -83,12 +83,19 @@ async function listen() {
     } catch (error) {
       if (!stop.signal.aborted) {
         trouble = error.status === 401 ? "You are logged out of Airflow. Log in there, then reload this page." : error.message;
-        await new Promise((done) => setTimeout(done, pause * 1000));
+        await rest(pause);
         pause = Math.min(pause * 2, LONGEST_PAUSE_SECONDS);
       }
     }
     tick();
   }
+}
+
+function rest(seconds) {
+  return new Promise((done) => {
+    setTimeout(done, seconds * 1000);
+    addEventListener("online", done, { once: true });
+  });
 }
 
 function visible() {

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 
+import pytest
 import redis.asyncio
 
 from router.limiter import TrafficLimiter
 
 
+@pytest.mark.alone
 async def test_a_line_asks_for_no_more_than_its_process_can_use(redis_client: redis.asyncio.Redis):
     async with TrafficLimiter(redis_client) as limiter:
         await limiter.set_target("llama", "100000/s, burst")  # a permit lives for 25 ms

@@ -157,7 +157,16 @@ def server(
 ) -> Iterator[Serving]:
     options = ("--max-body", "1", "--at-once", "20", "--keep-alive", "0.3")
     with serving(tmp_path_factory.mktemp("server"), behind, backend, *options) as server:
+        until(lambda: categorises(server), 60)
         yield server
+
+
+def categorises(server: Serving) -> bool:
+    """Whether the server's categoriser is at work; until then prompts have the default category."""
+    asked = server.client.chat.completions.create(
+        model="auto", messages=[{"role": "user", "content": CODE}], max_tokens=1
+    )
+    return "starting" not in asked.router["reason"]  # type: ignore[attr-defined]
 
 
 @pytest.fixture(autouse=True)
