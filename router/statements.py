@@ -54,6 +54,11 @@ async def fetch_one(pool: asyncpg.Pool, statement: str, *arguments: Any) -> Any:
 
 async def patiently(attempt: Callable[[], Awaitable[T]]) -> T:
     """Try again while Postgres is away, for at most SETTLE_PATIENCE_SECONDS."""
+    try:
+        return await attempt()  # nearly always; what tries again costs as much as the statement's own code
+    except DatabaseError as error:
+        if not _may_heal(error):
+            raise
     waiting = AsyncRetrying(
         retry=retry_if_exception(_may_heal),
         wait=wait_random_exponential(multiplier=0.1, max=2),

@@ -162,6 +162,8 @@ def test_the_status_speaks_the_words_of_the_command_line(solving: Solving, admin
 
 
 def test_a_target_set_here_is_the_variable_and_says_who_did_it(solving: Solving, admin: Visitor) -> None:
+    with solving.stack.api("router") as somebody_else:
+        somebody_else.set_variable(KEY, "4/s")
     before = solving.api.call("GET", f"/variables/{KEY}")
     began = time.monotonic()
     answer = admin("PUT", "/api/traffic/phi-4", headers=WRITE, json={"target": " 2/s,  5 at once "})
@@ -178,6 +180,10 @@ def test_a_target_set_here_is_the_variable_and_says_who_did_it(solving: Solving,
 
     wait_until(lambda: known()["line"] == "2/s,  5 at once", 3, "the board knows")
     assert known()["edited_by"] == "admin"
+    audit = {"event": "patch_variable", "order_by": "-event_log_id", "limit": 1}
+    (newest,) = solving.api.call("GET", "/eventLogs", params=audit)["event_logs"]
+    assert newest["owner"] == "admin"
+    assert "2/s" not in newest["extra"], "Airflow keeps values out of its audit log"
 
 
 def test_a_failed_task_is_retried_and_its_story_told(solving: Solving, admin: Visitor) -> None:
