@@ -36,7 +36,17 @@ STATIC = {
     "page": ("page.html", "text/html; charset=utf-8"),
     **{
         name: (name, "text/javascript; charset=utf-8")
-        for name in ("console.js", "draw.js", "traffic.js", "work.js", "priorities.js", "ask.js")
+        for name in (
+            "console.js",
+            "draw.js",
+            "traffic.js",
+            "model_row.js",
+            "work.js",
+            "lists.js",
+            "story.js",
+            "priorities.js",
+            "ask.js",
+        )
     },
     "console.css": ("console.css", "text/css; charset=utf-8"),
 }

@@ -1,6 +1,6 @@
 // Ask: one prompt, and live what becomes of it.
 
-import { api, el, kindOf, lines, replace, say, seconds, usd } from "./draw.js";
+import { api, el, kindOf, lines, replace, say, seconds, sure, usd } from "./draw.js";
 
 const ROLES = { asked: "preferred", next: "next in rank", fallback: "fallback", passages: "knowledge" };
 const TICK_MS = 200;
@@ -8,31 +8,71 @@ const TICK_MS = 200;
 export class Ask {
   constructor(me) {
     this.me = me;
-    this.prompt = el("textarea", { id: "prompt", required: true, maxlength: 1000000, placeholder: "Why is the sky blue?",
-      onkeydown: (event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && this.form.requestSubmit() });
+    this.prompt = el("textarea", {
+      id: "prompt",
+      required: true,
+      maxlength: 1000000,
+      placeholder: "Why is the sky blue?",
+      onkeydown: (event) =>
+        event.key === "Enter" && (event.ctrlKey || event.metaKey) && this.form.requestSubmit(),
+    });
     this.category = el("select", { id: "category" }, el("option", { value: "" }, "the router finds it"));
     this.model = el("select", { id: "model" }, el("option", { value: "" }, "the best"));
-    this.deadline = el("input", { id: "deadline", type: "number", min: 0.1, max: 3600, step: "any", placeholder: "category's" });
+    this.deadline = el("input", {
+      id: "deadline",
+      type: "number",
+      min: 0.1,
+      max: 3600,
+      step: "any",
+      placeholder: "category's",
+    });
     this.button = el("button.primary", { type: "submit" }, "Ask");
     const field = (id, name, input) => el("div", {}, el("label", { for: id }, name), input);
-    this.form = el("form.card", { onsubmit: (event) => { event.preventDefault(); this.ask(); } },
-      el("label", { for: "prompt" }, "Prompt"), this.prompt,
-      el("div.row", {}, field("category", "Category", this.category), field("model", "Model", this.model),
-        field("deadline", "Deadline in seconds", this.deadline), this.button,
-        el("span.quiet", {}, "Ctrl+Enter asks")));
-    if (!me.may.ask) replace(this.form, el("p.quiet", {}, "You may look, but not ask: that needs the right to trigger the DAG ask_prompt."));
+    this.form = el(
+      "form.card",
+      {
+        onsubmit: (event) => {
+          event.preventDefault();
+          this.ask();
+        },
+      },
+      el("label", { for: "prompt" }, "Prompt"),
+      this.prompt,
+      el(
+        "div.row",
+        {},
+        field("category", "Category", this.category),
+        field("model", "Model", this.model),
+        field("deadline", "Deadline in seconds", this.deadline),
+        this.button,
+        el("span.quiet", {}, "Ctrl+Enter asks"),
+      ),
+    );
+    if (!me.may.ask)
+      replace(
+        this.form,
+        el("p.quiet", {}, "You may look, but not ask: that needs the right to trigger the DAG ask_prompt."),
+      );
     this.said = el("p.summary", { role: "status" });
     this.answers = el("div", { "aria-live": "polite" });
     this.lanes = el("ol.lanes");
     this.events = el("ol.events");
-    this.result = el("div", { hidden: true }, this.said, this.answers,
+    this.result = el(
+      "div",
+      { hidden: true },
+      this.said,
+      this.answers,
       el("section.card", { "aria-label": "Models called" }, el("h2", {}, "Models called"), this.lanes),
-      el("details.card", {}, el("summary", {}, "All that happened"), this.events));
+      el("details.card", {}, el("summary", {}, "All that happened"), this.events),
+    );
     this.node = el("section", { "aria-label": "Ask" }, this.form, this.result);
   }
 
   update(board) {
-    for (const [select, names] of [[this.category, Object.keys(board.categories)], [this.model, Object.keys(board.models)]]) {
+    for (const [select, names] of [
+      [this.category, Object.keys(board.categories)],
+      [this.model, Object.keys(board.models)],
+    ]) {
       const known = new Set([...select.options].map((option) => option.value));
       for (const name of names) if (!known.has(name)) select.append(el("option", { value: name }, name));
     }
@@ -85,7 +125,8 @@ export class Ask {
   }
 
   event(event) {
-    if (!this.calls.size && event.kind === "categorised") this.began = performance.now() - event.seconds * 1000;
+    if (!this.calls.size && event.kind === "categorised")
+      this.began = performance.now() - event.seconds * 1000;
     this.events.append(el("li", {}, el("b", {}, `${event.seconds.toFixed(2)} s`), ` ${event.text}`));
     if (event.kind === "categorised") say(this.said, event.text);
     if (event.call) this.calls.set(event.call.call_id, event.call);
@@ -94,15 +135,31 @@ export class Ask {
 
   show(answer) {
     for (const call of answer.calls) this.calls.set(call.call_id, call);
-    const kind = answer.late ? "The late answer, which replaced it" : answer.provisional ? "Answer for now: a better one may come" : "Answer";
+    const kind = answer.late
+      ? "The late answer, which replaced it"
+      : answer.provisional
+        ? "Answer for now: a better one may come"
+        : "Answer";
     const by = answer.model ?? "knowledge";
     for (const old of this.answers.children) old.classList.add("replaced");
-    this.answers.prepend(el("article", { class: answer.provisional ? "card answer provisional" : "card answer" },
-      el("h2", {}, kind), el("p.quiet", {}, `${by} (${answer.rank}) · ${seconds(answer.seconds)} · ${usd(answer.cost_usd)}`,
-        answer.task_id === null ? null : [" · ", el("a", { href: `#work/task/${answer.task_id}` }, `task ${answer.task_id}`)]),
-      el("div.text", { tabindex: "0", role: "region", "aria-label": kind }, answer.text),
-      answer.sources.length ? el("p.quiet", {}, `Sources: ${answer.sources.join(", ")}`) : null));
-    say(this.said, `${answer.category}${answer.confidence ? ` (sure to ${Math.round(answer.confidence * 100)} %)` : ""}: ${answer.reason}`);
+    this.answers.prepend(
+      el(
+        "article",
+        { class: answer.provisional ? "card answer provisional" : "card answer" },
+        el("h2", {}, kind),
+        el(
+          "p.quiet",
+          {},
+          `${by} (${answer.rank}) · ${seconds(answer.seconds)} · ${usd(answer.cost_usd)}`,
+          answer.task_id === null
+            ? null
+            : [" · ", el("a", { href: `#work/task/${answer.task_id}` }, `task ${answer.task_id}`)],
+        ),
+        el("div.text", { tabindex: "0", role: "region", "aria-label": kind }, answer.text),
+        answer.sources.length ? el("p.quiet", {}, `Sources: ${answer.sources.join(", ")}`) : null,
+      ),
+    );
+    say(this.said, `${answer.category}${sure(answer.confidence)}: ${answer.reason}`);
     this.button.disabled = false;
     this.draw();
   }
@@ -122,7 +179,11 @@ export class Ask {
       place(bars[1], sent, until, end);
       bars[1].className = kindOf(call.outcome);
       const word = call.outcome ?? (call.sent_seconds === null ? "waits for a permit" : "under way");
-      say(state, `${word}, ${seconds(until - call.started_seconds)}${call.cost_usd === null ? "" : `, ${usd(call.cost_usd)}`}`);
+      say(
+        state,
+        `${word}, ${seconds(until - call.started_seconds)}` +
+          (call.cost_usd === null ? "" : `, ${usd(call.cost_usd)}`),
+      );
       state.className = { done: "good", failed: "wrong" }[kindOf(call.outcome)] ?? "quiet";
       if (call.error) state.title = call.error;
     });
@@ -134,7 +195,13 @@ function lane() {
   const about = el("div.quiet");
   const bars = [el("span.waits"), el("span")];
   const state = el("span");
-  const made = el("li", {}, el("div", {}, who, about), el("div.lane", { "aria-hidden": "true" }, bars), el("div", {}, state));
+  const made = el(
+    "li",
+    {},
+    el("div", {}, who, about),
+    el("div.lane", { "aria-hidden": "true" }, bars),
+    el("div", {}, state),
+  );
   made.parts = [who, about, bars, state];
   return made;
 }

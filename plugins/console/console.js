@@ -82,7 +82,10 @@ async function listen() {
       }
     } catch (error) {
       if (!stop.signal.aborted) {
-        trouble = error.status === 401 ? "You are logged out of Airflow. Log in there, then reload this page." : error.message;
+        trouble =
+          error.status === 401
+            ? "You are logged out of Airflow. Log in there, then reload this page."
+            : error.message;
         await rest(pause);
         pause = Math.min(pause * 2, LONGEST_PAUSE_SECONDS);
       }
@@ -127,7 +130,10 @@ function tick() {
   if (trouble && (stale || !board)) said.unshift(trouble);
   if (notes.dataset.said !== said.join("\n")) {
     notes.dataset.said = said.join("\n");
-    replace(notes, said.map((text) => el("p.note.bad", {}, text)));
+    replace(
+      notes,
+      said.map((text) => el("p.note.bad", {}, text)),
+    );
   }
 }
 

@@ -6,7 +6,9 @@ const SVG = "http://www.w3.org/2000/svg";
 export function el(name, attributes = {}, ...children) {
   const [tag, ...classes] = name.split(".");
   const made = fill(document.createElement(tag || "div"), attributes, classes);
-  made.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  made.append(
+    ...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false),
+  );
   return made;
 }
 
@@ -33,7 +35,9 @@ export function say(node, text) {
 }
 
 export function replace(node, ...children) {
-  node.replaceChildren(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  node.replaceChildren(
+    ...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false),
+  );
 }
 
 const whole = new Intl.NumberFormat("en");
@@ -61,6 +65,9 @@ export function clock(moment) {
   return at.toDateString() === new Date().toDateString() ? time : `${at.toLocaleDateString("en-CA")} ${time}`;
 }
 
+// How sure the categoriser was, in brackets; nothing if the category came another way.
+export const sure = (confidence) => (confidence ? ` (sure to ${Math.round(confidence * 100)} %)` : "");
+
 // How a call's bar is coloured, by what it came to.
 export function kindOf(outcome) {
   if (!outcome) return "";
@@ -73,7 +80,11 @@ export function usd(value) {
 }
 
 export function moment(at, className = "") {
-  return el("time", { datetime: at ?? false, title: at ?? false, class: className || false }, at ? ago(at) : "–");
+  return el(
+    "time",
+    { datetime: at ?? false, title: at ?? false, class: className || false },
+    at ? ago(at) : "–",
+  );
 }
 
 // A call for the API; a refusal becomes an Error with its words and its status.
@@ -119,8 +130,14 @@ export class Spark {
     this.line = svg("path", { class: "line" });
     this.target = svg("path", { class: "target" });
     this.title = svg("title", {}, label);
-    this.node = svg("svg", { class: "spark", viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none", role: "img" },
-      this.title, this.area, this.target, this.line);
+    this.node = svg(
+      "svg",
+      { class: "spark", viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none", role: "img" },
+      this.title,
+      this.area,
+      this.target,
+      this.line,
+    );
   }
 
   draw(points, target, from, until, words) {
@@ -129,7 +146,10 @@ export class Spark {
     const y = (value) => (this.height - 1 - (value / top) * (this.height - 3)).toFixed(1);
     const shape = points.map((p) => `${x(p[0])},${y(p[1])}`).join("L");
     this.line.setAttribute("d", shape ? `M${shape}` : "");
-    this.area.setAttribute("d", shape ? `M${x(points[0][0])},${this.height}L${shape}L${x(points.at(-1)[0])},${this.height}Z` : "");
+    this.area.setAttribute(
+      "d",
+      shape ? `M${x(points[0][0])},${this.height}L${shape}L${x(points.at(-1)[0])},${this.height}Z` : "",
+    );
     let steps = "";
     target.forEach(([at, value], index) => {
       if (value === null) return;

@@ -21,9 +21,16 @@ export class Priorities {
     this.loadedAt = Date.now();
     try {
       const found = await (await api("priorities")).json();
-      replace(this.body,
-        el("p.summary", {}, `Calls, answers, time and cost are those of the newest ${number(found.among)} calls.`),
-        Object.entries(found.categories).map(([name, models]) => category(name, models, found)), others(found.others));
+      replace(
+        this.body,
+        el(
+          "p.summary",
+          {},
+          `Calls, answers, time and cost are those of the newest ${number(found.among)} calls.`,
+        ),
+        Object.entries(found.categories).map(([name, models]) => category(name, models, found)),
+        others(found.others),
+      );
     } catch (error) {
       replace(this.body, el("p.error", {}, error.message));
     }
@@ -35,21 +42,68 @@ function category(name, models, found) {
   const head = ["Place", "Model", "State", "Calls", "Answered", "Median time", "Cost a call"];
   const judged = models.some((m) => m.reason);
   if (judged) head.push("Quality", "Why here");
-  return el("section.card", { "aria-label": name },
+  return el(
+    "section.card",
+    { "aria-label": name },
     el("h2", {}, name, name === found.default ? el("span.quiet", {}, " (the default)") : null),
-    el("table", {}, el("thead", {}, el("tr", {}, head.map((text) => el("th", { scope: "col" }, text)))),
-      el("tbody", {}, models.map((m) => el("tr", {},
-        el("td", {}, String(m.place)), el("th", { scope: "row" }, el("a", { href: `#traffic/${m.model}` }, m.model)),
-        el("td", {}, m.state === "active" ? m.state : el("span.badge", {}, m.state), m.trouble && el("div.trouble", {}, m.trouble)),
-        el("td", {}, m.calls === null ? "–" : number(m.calls)), el("td", {}, share(m)), el("td", {}, seconds(m.seconds)), el("td", {}, usd(m.cost)),
-        judged && [el("td", {}, m.quality === null ? "–" : m.quality.toFixed(3)), el("td.wide", {}, m.reason ?? "–", el("div.quiet", {}, standing(m)))])))),
-    reviews.length ? [el("h3", {}, "History"), plot(name, reviews), moves(reviews.at(-1))] : el("p.quiet", {}, "No review has moved this order yet."));
+    el(
+      "table",
+      {},
+      el(
+        "thead",
+        {},
+        el(
+          "tr",
+          {},
+          head.map((text) => el("th", { scope: "col" }, text)),
+        ),
+      ),
+      el(
+        "tbody",
+        {},
+        models.map((m) =>
+          el(
+            "tr",
+            {},
+            el("td", {}, String(m.place)),
+            el("th", { scope: "row" }, el("a", { href: `#traffic/${m.model}` }, m.model)),
+            el(
+              "td",
+              {},
+              m.state === "active" ? m.state : el("span.badge", {}, m.state),
+              m.trouble && el("div.trouble", {}, m.trouble),
+            ),
+            el("td", {}, m.calls === null ? "–" : number(m.calls)),
+            el("td", {}, share(m)),
+            el("td", {}, seconds(m.seconds)),
+            el("td", {}, usd(m.cost)),
+            judged && [
+              el("td", {}, m.quality === null ? "–" : m.quality.toFixed(3)),
+              el("td.wide", {}, m.reason ?? "–", el("div.quiet", {}, standing(m))),
+            ],
+          ),
+        ),
+      ),
+    ),
+    reviews.length
+      ? [el("h3", {}, "History"), plot(name, reviews), moves(reviews.at(-1))]
+      : el("p.quiet", {}, "No review has moved this order yet."),
+  );
 }
 
 function standing(model) {
   const said = STANDINGS[model.standing] ?? "";
-  const shares = model.most_share < 1 ? `gets at most ${(model.most_share * 100).toFixed(1)} % of the tasks` : "";
-  return [said, shares, model.starting_place !== model.place && model.starting_place ? `began in place ${model.starting_place}` : ""].filter(Boolean).join("; ");
+  const shares =
+    model.most_share < 1 ? `gets at most ${(model.most_share * 100).toFixed(1)} % of the tasks` : "";
+  return [
+    said,
+    shares,
+    model.starting_place !== model.place && model.starting_place
+      ? `began in place ${model.starting_place}`
+      : "",
+  ]
+    .filter(Boolean)
+    .join("; ");
 }
 
 function share(model) {
@@ -67,13 +121,20 @@ function plot(category, reviews) {
   const deepest = Math.max(2, ...reviews.map((r) => r.order.length));
   const x = (i) => 12 + (reviews.length < 2 ? 0 : (i / (reviews.length - 1)) * (width - right - 24));
   const y = (place) => 12 + ((place - 1) / (deepest - 1)) * (height - 24);
-  const drawn = svg("svg", { class: "history", viewBox: `0 0 ${width} ${height}`, role: "img",
-    "aria-label": `Places over ${reviews.length} reviews, from ${clock(reviews[0].at)} to ${clock(reviews.at(-1).at)}` });
+  const drawn = svg("svg", {
+    class: "history",
+    viewBox: `0 0 ${width} ${height}`,
+    role: "img",
+    "aria-label":
+      `Places in ${category} over ${reviews.length} reviews, ` +
+      `from ${clock(reviews[0].at)} to ${clock(reviews.at(-1).at)}`,
+  });
   names.forEach((name, index) => {
     const points = reviews.map((r, i) => [i, r.order.indexOf(name) + 1]).filter(([, place]) => place);
     const line = points.map(([i, place]) => `${x(i).toFixed(1)},${y(place).toFixed(1)}`).join("L");
     drawn.append(svg("path", { d: `M${line}`, class: `series s${index % COLOURS}` }));
-    for (const [i, place] of points) drawn.append(svg("circle", { cx: x(i), cy: y(place), r: 2.5, class: `dot s${index % COLOURS}` }));
+    for (const [i, place] of points)
+      drawn.append(svg("circle", { cx: x(i), cy: y(place), r: 2.5, class: `dot s${index % COLOURS}` }));
     const [last, place] = points.at(-1);
     drawn.append(svg("text", { x: x(last) + 8, y: y(place) + 4 }, name));
   });
@@ -81,14 +142,51 @@ function plot(category, reviews) {
 }
 
 function moves(review) {
-  const said = (review.moves ?? []).map((move) => el("li", {}, `${move.model}: from place ${move.before} to ${move.after}${move.reason ? `, ${move.reason}` : ""}`));
-  return [el("p.quiet", {}, `Last ${review.kind}: ${clock(review.at)}, by ${review.by}`), said.length ? el("ul", {}, said) : el("p", {}, "It moved nothing.")];
+  const said = (review.moves ?? []).map((move) =>
+    el(
+      "li",
+      {},
+      `${move.model}: from place ${move.before} to ${move.after}${move.reason ? `, ${move.reason}` : ""}`,
+    ),
+  );
+  return [
+    el("p.quiet", {}, `Last ${review.kind}: ${clock(review.at)}, by ${review.by}`),
+    said.length ? el("ul", {}, said) : el("p", {}, "It moved nothing."),
+  ];
 }
 
 function others(models) {
   if (!models.length) return null;
-  return el("section.card", { "aria-label": "Not in full use", tabindex: "0" }, el("h2", {}, "Not in full use"),
-    el("table", {}, el("thead", {}, el("tr", {}, ["Model", "State", "Named by", "Trouble"].map((text) => el("th", { scope: "col" }, text)))),
-      el("tbody", {}, models.map((m) => el("tr", {}, el("th", { scope: "row" }, m.model), el("td", {}, el("span.badge", {}, m.state)),
-        el("td", {}, m.source), el("td", {}, m.trouble ?? "–"))))));
+  return el(
+    "section.card",
+    { "aria-label": "Not in full use", tabindex: "0" },
+    el("h2", {}, "Not in full use"),
+    el(
+      "table",
+      {},
+      el(
+        "thead",
+        {},
+        el(
+          "tr",
+          {},
+          ["Model", "State", "Named by", "Trouble"].map((text) => el("th", { scope: "col" }, text)),
+        ),
+      ),
+      el(
+        "tbody",
+        {},
+        models.map((m) =>
+          el(
+            "tr",
+            {},
+            el("th", { scope: "row" }, m.model),
+            el("td", {}, el("span.badge", {}, m.state)),
+            el("td", {}, m.source),
+            el("td", {}, m.trouble ?? "–"),
+          ),
+        ),
+      ),
+    ),
+  );
 }

@@ -1,14 +1,7 @@
-// Traffic: for each model its target, what it was sent, and what keeps it from more. The target is edited in place.
+// Traffic: all models, live, and the past of their sends for the plots.
 
-import { api, ago, el, number, replace, say, seconds, Spark } from "./draw.js";
-
-const SHORTEST_SECONDS = 15; // a rate is taken over the target's window, between these: then it says what the limiter says
-const LONGEST_SECONDS = 60;
-const WAITING = {
-  window: "its next moment", tokens: "tokens used up", at_once: "all places taken", stopped: "stopped", resting: "resting",
-  lost: "recounting", probing: "trying it out", no_target: "no target", too_large: "too large",
-};
-const COLUMNS = ["Model", "Sent of its target", "Sends a minute", "In flight", "Waiting for", "429s", "Breaker"];
+import { api, el, number, say, seconds } from "./draw.js";
+import { COLUMNS, ModelRow } from "./model_row.js";
 
 export class Traffic {
   constructor(me) {
@@ -17,13 +10,31 @@ export class Traffic {
     this.history = null;
     this.loading = false;
     this.wanted = null;
-    this.table = el("table.models", { role: "table", "aria-label": "Models" },
-      el("thead", { role: "rowgroup" }, el("tr", { role: "row" },
-        COLUMNS.map((name) => el("th", { scope: "col", role: "columnheader" }, name)))));
+    this.table = el(
+      "table.models",
+      { role: "table", "aria-label": "Models" },
+      el(
+        "thead",
+        { role: "rowgroup" },
+        el(
+          "tr",
+          { role: "row" },
+          COLUMNS.map((name) => el("th", { scope: "col", role: "columnheader" }, name)),
+        ),
+      ),
+    );
     this.summary = el("p.summary");
-    this.node = el("section", { "aria-label": "Traffic" },
-      this.summary, this.table,
-      el("p.quiet", {}, "The dashed line is the target; the area is what was sent, over the last ten minutes."));
+    this.node = el(
+      "section",
+      { "aria-label": "Traffic" },
+      this.summary,
+      this.table,
+      el(
+        "p.quiet",
+        {},
+        "The dashed line is the target; the area is what was sent, over the last ten minutes.",
+      ),
+    );
   }
 
   go([model]) {
@@ -34,11 +45,15 @@ export class Traffic {
     this.keep(board.sends);
     this.summarise(board);
     const names = Object.keys(board.models);
-    for (const [name, row] of this.rows) if (!(name in board.models)) { row.node.remove(); this.rows.delete(name); }
+    for (const [name, row] of this.rows)
+      if (!(name in board.models)) {
+        row.node.remove();
+        this.rows.delete(name);
+      }
     names.forEach((name, index) => {
       let row = this.rows.get(name);
       if (!row) {
-        row = new Row(name, this.me);
+        row = new ModelRow(name, this.me);
         this.rows.set(name, row);
         this.table.insertBefore(row.node, this.table.tBodies[index] ?? null);
       }
@@ -57,10 +72,14 @@ export class Traffic {
     const active = models.filter((m) => m.state === "active").length;
     const flying = models.reduce((sum, m) => sum + m.in_flight, 0);
     const left = board.pace.seconds_left;
-    const pace = board.pace.per_minute === null ? "" : ` · ${number(Math.round(board.pace.per_minute))} tasks/min`;
+    const pace =
+      board.pace.per_minute === null ? "" : ` · ${number(Math.round(board.pace.per_minute))} tasks/min`;
     const end = board.tasks.unsolved && left !== null ? ` · done in ${seconds(left)}` : "";
-    say(this.summary, `${active} models active · ${number(flying)} calls in flight · ` +
-      `${number(board.tasks.unsolved)} tasks unsolved${pace}${end}`);
+    say(
+      this.summary,
+      `${active} models active · ${number(flying)} calls in flight · ` +
+        `${number(board.tasks.unsolved)} tasks unsolved${pace}${end}`,
+    );
   }
 
   // The plots' past is fetched once, and again after a gap; the board brings what is new.
@@ -74,7 +93,9 @@ export class Traffic {
     for (const name of new Set([...Object.keys(past.models), ...Object.keys(sends.models)])) {
       const line = (past.models[name] ??= []);
       while (line.length < width) line.push(0);
-      (sends.models[name] ?? []).forEach((calls, index) => { line[sends.first - past.first + index] = calls; });
+      (sends.models[name] ?? []).forEach((calls, index) => {
+        line[sends.first - past.first + index] = calls;
+      });
     }
     past.last = sends.last;
     const tooOld = past.last - past.first + 1 - past.width;
@@ -93,150 +114,5 @@ export class Traffic {
       // The next board asks again; that it is stale is said elsewhere.
     }
     this.loading = false;
-  }
-}
-
-class Row {
-  constructor(name, me) {
-    this.name = name;
-    this.me = me;
-    this.state = el("span.badge");
-    this.used = el("div.used");
-    this.about = el("div.quiet");
-    this.edit = me.may.traffic &&
-      el("button.small", { type: "button", "aria-label": `Edit the target of ${name}`, onclick: () => this.open() }, "Edit");
-    this.formPlace = el("td", { role: "cell", colspan: COLUMNS.length });
-    this.formRow = el("tr.form", { role: "row", hidden: true }, this.formPlace);
-    this.spark = new Spark(name);
-    this.now = el("span.rate");
-    this.cells = Object.fromEntries(["flying", "waiting", "refused", "breaker"].map((key) => [key, el("span")]));
-    this.trouble = el("div.trouble");
-    this.targetKnown = [];
-    const cell = (label, ...inside) => el("td", { role: "cell", "data-label": label }, inside);
-    this.node = el("tbody", { role: "rowgroup", id: `model-${name}` }, el("tr", { role: "row" },
-      el("th", { scope: "row", role: "rowheader" }, el("span.name", {}, name), this.state, this.trouble),
-      cell(COLUMNS[1], el("div.target-line", {}, this.used, this.edit), this.about),
-      cell(COLUMNS[2], el("div.plot", {}, this.spark.node, this.now)),
-      cell(COLUMNS[3], this.cells.flying), cell(COLUMNS[4], this.cells.waiting),
-      cell(COLUMNS[5], this.cells.refused), cell(COLUMNS[6], this.cells.breaker)), this.formRow);
-  }
-
-  update(model, variable, history, work) {
-    this.model = model;
-    this.variable = variable;
-    say(this.state, model.state === "active" ? "" : model.state);
-    this.state.hidden = model.state === "active";
-    this.showUsed(model);
-    const edited = variable?.edited_by ? `set by ${variable.edited_by} ${ago(variable.edited_at)}` : "";
-    const kept = model.target_kept ? "kept from before, not in force now" : "";
-    say(this.about, [kept, edited].filter(Boolean).join(" · "));
-    say(this.cells.flying, model.at_once ? `${number(model.in_flight)} of ${number(model.at_once)}` : number(model.in_flight));
-    const rests = model.resting_seconds > 0 ? `rests ${seconds(model.resting_seconds)}` : "";
-    const idle = !work && (model.waiting_for ?? "window") === "window";
-    say(this.cells.waiting, rests || (idle ? "work" : model.waiting_for ? WAITING[model.waiting_for] ?? model.waiting_for : "–"));
-    say(this.cells.refused, model.refused ? `${number(model.refused)}, last ${seconds(model.refused_seconds)} ago` : "0");
-    this.cells.refused.className = model.refused ? "warn" : "";
-    say(this.cells.breaker, model.breaker ?? "–");
-    this.cells.breaker.className = model.breaker && model.breaker !== "closed" ? "warn" : "";
-    this.showTroubles(model);
-    if (history) this.plot(history);
-  }
-
-  showUsed(model) {
-    const limits = Object.entries({ ...model.sent, ...model.tokens });
-    const key = limits.map((pair) => pair.join(" ")).join() + model.target;
-    if (key === this.usedKey) return;
-    this.usedKey = key;
-    if (!limits.length) {
-      replace(this.used, model.target === "0" ? "stopped (0)" : model.target ?? "no target yet");
-      return;
-    }
-    replace(this.used, limits.map(([limit, count]) => {
-      const most = parseFloat(limit) * ({ k: 1e3, M: 1e6 }[limit.match(/^[\d.]+([kM])/)?.[1]] ?? 1);
-      const bar = el("span.bar", { "aria-hidden": "true" }, el("span"));
-      bar.firstChild.style.width = `${Math.min(100, (100 * count) / (most || 1))}%`;
-      // The limiter counts over the window and its slacks, a little longer than what the target speaks of.
-      return el("div.limit", {}, el("b", {}, number(Math.min(count, most))), ` of ${limit}`, bar);
-    }));
-  }
-
-  showTroubles(model) {
-    const said = model.warnings.map((text) => [text, ""]);
-    if (model.trouble) said.unshift([model.trouble, "wrong"]);
-    else if (model.failed_calls) said.unshift([`${number(model.failed_calls)} of ${number(model.calls)} calls failed lately; the last: ${model.last_error}`, ""]);
-    if (said.join() === this.said) return;
-    this.said = said.join();
-    replace(this.trouble, said.map(([text, kind]) => el("p", { class: kind || false }, text)));
-  }
-
-  plot(history) {
-    const calls = history.models[this.name] ?? [];
-    const step = history.seconds;
-    const until = (history.last + 1) * step;
-    const from = until - 600;
-    const over = Math.min(LONGEST_SECONDS, Math.max(SHORTEST_SECONDS, this.model.window_seconds ?? LONGEST_SECONDS));
-    const width = Math.round(over / step);
-    let sum = 0;
-    const points = calls.slice(0, -1).map((count, index) => {
-      sum += count - (calls[index - width] ?? 0);
-      return [(history.first + index + 1) * step, (sum * 60) / over];
-    });
-    const target = (history.targets[this.name] ?? []).map((entry) => [Date.parse(entry.at) / 1000, entry.per_minute]);
-    this.follow(history, target);
-    const now = points.length ? points.at(-1)[1] : 0;
-    const aim = target.at(-1)?.[1];
-    const words = `${this.name}: ${Math.round(now)} a minute now` + (aim ? `, target ${Math.round(aim * 10) / 10}` : "");
-    this.spark.draw(points, target, from, until, words);
-    say(this.now, aim ? `${Math.round(now)} / ${number(Math.round(aim * 10) / 10)}` : `${Math.round(now)}`);
-  }
-
-  // A target that changed while the page is open: its step begins now.
-  follow(history, target) {
-    const known = (history.targets[this.name] ??= []);
-    const last = known.at(-1);
-    if (!this.model.target || this.model.target_kept || last?.target === this.model.target) return;
-    const perMinute = this.model.per_minute;
-    known.push({ at: this.model.target_since ?? new Date().toISOString(), target: this.model.target, per_minute: perMinute });
-    target.push([Date.parse(known.at(-1).at) / 1000, perMinute]);
-  }
-
-  open() {
-    if (this.form) return;
-    const id = `target-${this.name}`;
-    this.input = el("input", { id, type: "text", maxlength: 500, autocomplete: "off", spellcheck: "false",
-      value: this.variable?.line ?? this.model.target ?? "", "aria-describedby": `${id}-help ${id}-error` });
-    this.error = el("p.error", { id: `${id}-error`, role: "alert" });
-    this.form = el("form.edit", { onsubmit: (event) => { event.preventDefault(); this.save(); },
-      onkeydown: (event) => event.key === "Escape" && this.close() },
-      el("label", { for: id }, `Target of ${this.name} (Variable traffic.${this.name})`),
-      el("div.row", {}, this.input, el("button.primary", { type: "submit" }, "Save"),
-        el("button", { type: "button", onclick: () => this.close() }, "Cancel")),
-      this.error, el("pre.help", { id: `${id}-help` }, this.me.grammar));
-    replace(this.formPlace, this.form);
-    this.formRow.hidden = false;
-    this.edit.setAttribute("aria-expanded", "true");
-    this.input.focus();
-    this.input.select();
-  }
-
-  close() {
-    this.form = null;
-    replace(this.formPlace);
-    this.formRow.hidden = true;
-    this.edit.removeAttribute("aria-expanded");
-    this.edit.focus();
-  }
-
-  async save() {
-    say(this.error, "");
-    this.input.removeAttribute("aria-invalid");
-    try {
-      await api(`traffic/${encodeURIComponent(this.name)}`, { method: "PUT", body: { target: this.input.value } });
-      this.close();
-    } catch (error) {
-      this.input.setAttribute("aria-invalid", "true");
-      say(this.error, error.message.split("\n\n")[0].split("\nOne line of limits")[0]);
-      this.input.focus();
-    }
   }
 }
