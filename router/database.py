@@ -194,7 +194,7 @@ async def open_pool(url: str, *, connections: int, at_first: int = 1) -> asyncpg
 
 
 async def _nothing_to_reset(_connection: Any) -> None:
-    """Each statement is its own transaction and sets nothing beyond it; asyncpg's reset is one more round trip."""
+    """Each statement is its own transaction and sets nothing beyond it; a reset is one more round trip."""
 
 
 def _first_line(error: BaseException) -> str:
