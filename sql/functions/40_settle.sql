@@ -29,6 +29,7 @@ BEGIN
     IF current_setting('synchronous_commit') = 'off' THEN
         PERFORM set_config('synchronous_commit', 'on', true);
     END IF;
+    LOCK TABLE tasks IN ROW EXCLUSIVE MODE;  -- before the queue: see "Lock order"
     -- Whoever holds the task is open, and of the chosen model's rank: the log need not be read for it.
     SELECT q.task_id, q.prompt_version, q.category INTO call.task_id, call.prompt_version, call.category
       FROM queue q WHERE q.task_id = p_task_id AND q.call_id = p_call_id;

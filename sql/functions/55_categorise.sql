@@ -95,6 +95,7 @@ BEGIN
     IF wanted AND categoriser.works_until > clock_timestamp() THEN
         RETURN 0;
     END IF;
+    LOCK TABLE tasks IN ACCESS SHARE MODE;  -- before the queue: see "Lock order"
     SELECT array_agg(late.task_id) AS ids, array_agg(late.prompt_version) AS versions,
            array_agg(NULL::text) AS categories, array_agg(NULL::real) AS confidences,
            array_agg('default: no category was found in time'::text) AS reasons

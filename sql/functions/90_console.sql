@@ -72,7 +72,7 @@ CREATE OR REPLACE FUNCTION console_oldest()
 RETURNS TABLE (task_id bigint, category text, state text, created_at timestamptz, attempt integer)
 LANGUAGE sql STABLE AS $$
     SELECT q.task_id, q.category, q.state, t.created_at, q.attempt
-      FROM (SELECT * FROM queue ORDER BY task_id LIMIT 1) AS q JOIN tasks t ON t.id = q.task_id
+      FROM tasks t JOIN (SELECT * FROM queue ORDER BY task_id LIMIT 1) AS q ON q.task_id = t.id
 $$;
 
 -- Tasks that ended within the last p_seconds, by category; seen in the newest p_among calls.

@@ -79,6 +79,7 @@ def test_dags_test_answers_a_prompt(airflow_home: Path, environment: dict[str, s
     assert '"event": "answered"' in said  # the JSON line
 
 
+@pytest.mark.soak
 def test_tasks_test_answers_the_forms_own_prompt(airflow_home: Path, environment: dict[str, str]) -> None:
     done = run_airflow(airflow_home, environment, "tasks", "test", "ask_prompt", "ask", "2024-01-01")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -16,7 +16,7 @@ from router.traffic import TrafficTarget
 from tests.command_line import CommandLine
 from tests.solving import Solving, wait_for, wait_until
 
-pytestmark = [pytest.mark.airflow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.airflow, pytest.mark.alone, pytest.mark.timeout(180)]
 
 FILLED = {"model": "phi-4", "task_id": "1", "anything:path": "nothing-here"}
 WRITE = {"X-Router-Console": "1"}
@@ -187,6 +187,9 @@ def test_a_target_set_here_is_the_variable_and_says_who_did_it(solving: Solving,
 
 
 def test_a_failed_task_is_retried_and_its_story_told(solving: Solving, admin: Visitor) -> None:
+    solving.insert(200)  # what is pulled before the workers are there has no Airflow task
+    wait_until(lambda: workers_are_there(solving), 40, "all workers at work")
+    solving.rows("DELETE FROM tasks WHERE status = 'unsolved'")
     solving.rows("INSERT INTO tasks (prompt, status, failure) VALUES ('Why?', 'failed', 'the test said so')")
     (failure,) = admin("GET", "/api/failures").json()["failures"]
     assert failure["failure"] == "the test said so"
@@ -201,6 +204,11 @@ def test_a_failed_task_is_retried_and_its_story_told(solving: Solving, admin: Vi
     log = story["logs"][story["calls"][-1]["call_id"]]
     assert log.startswith("/dags/solve_tasks/runs/")
     assert solving.stack.api("admin").call("GET", "/dags/solve_tasks")["dag_id"] == "solve_tasks"
+
+
+def workers_are_there(solving: Solving) -> bool:
+    states = {entry["state"] for entry in solving.airflow_tasks(solving.run()["dag_run_id"])}
+    return states == {"deferred"}
 
 
 def _with_log(admin: Visitor, task: int) -> Any:

@@ -210,6 +210,7 @@ def test_a_folder_serves_one_stack_at_a_time(launcher: Launcher) -> None:
     assert launcher.process.poll() is None
 
 
+@pytest.mark.soak
 def test_two_stacks_live_side_by_side_and_each_ends_whole(launcher: Launcher, tmp_path: Path) -> None:
     """The first is stopped, started again and killed; the second loses a part. Neither minds the other."""
     with launcher.api("router") as api:

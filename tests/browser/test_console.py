@@ -173,6 +173,7 @@ def test_a_viewer_sees_everything_and_can_change_nothing(solving: Solving, tmp_p
         assert status == 403
 
 
+@pytest.mark.soak
 def test_it_says_when_what_it_shows_is_stale(solving: Solving, admin: Browser) -> None:
     console(admin, "traffic")
     admin.driver.set_network_conditions(offline=True, latency=0, throughput=0)

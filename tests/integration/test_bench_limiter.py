@@ -12,7 +12,7 @@ from bench.limiter import Size, run
 from bench.limiter_clients import BURST, ONE, PACED, THREE, TOLD
 from bench.limiter_rivals import RIVALS, Limits, missing
 
-pytestmark = pytest.mark.alone
+pytestmark = [pytest.mark.alone, pytest.mark.soak]
 
 pytest.importorskip("matplotlib", reason="bench/ draws with matplotlib: pip install -e '.[bench]'")
 

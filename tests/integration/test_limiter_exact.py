@@ -148,6 +148,7 @@ async def test_three_processes_never_pass_fifty_a_second_and_come_close(
     assert len([a for a in arrivals if since <= a.at <= since + 2]) > 100 * 0.85  # some are late on purpose
 
 
+@pytest.mark.soak
 async def test_two_windows_hold_together(redis_client: redis.asyncio.Redis, redis_server: RedisServer):
     async with TrafficLimiter(redis_client) as limiter:
         await limiter.set_target("llama", TrafficTarget.parse("60/3s, 30/s, burst"))

@@ -50,6 +50,7 @@ def test_the_old_flow_takes_as_long_as_computed_and_neither_beats_what_no_order_
     assert result.gain == pytest.approx(result.share * result.ideal_gain)
 
 
+@pytest.mark.soak
 def test_the_picture_is_drawn(result: Result, tmp_path: Path):
     draw([result], SMALL.old.at_once, tmp_path / "small.png")
     assert (tmp_path / "small.png").read_bytes().startswith(b"\x89PNG")
