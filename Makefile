@@ -40,7 +40,7 @@ demo: setup  ## the stack, a backlog, and a live view of its solving (ARGS="--ta
 test: test-fast test-slow  ## all tests but the long ones
 
 test-fast: setup
-	$(BIN)/pytest -q -m "not soak and not alone" -n 4 --dist worksteal $(FAST_TESTS)
+	$(BIN)/pytest -q -m "not soak and not alone" -n 3 --dist loadfile $(FAST_TESTS)
 
 test-slow: setup
 	$(BIN)/pytest -q -m "not soak and not alone" -n 2 --dist loadfile $(addprefix --ignore=,$(FAST_TESTS)) tests

@@ -81,6 +81,7 @@ def test_the_console_stands_in_airflows_navigation_and_shows_what_is_sent(
     admin.driver.switch_to.default_content()
 
 
+@pytest.mark.soak
 def test_the_page_is_small_and_quick(solving: Solving, admin: Browser) -> None:
     console(admin, "traffic")
     load, size = admin.run(
@@ -118,6 +119,7 @@ def test_a_target_edited_here_changes_what_arrives(solving: Solving, admin: Brow
     admin.show("target")
 
 
+@pytest.mark.soak
 def test_a_prompt_is_asked_while_the_preferred_model_hangs(
     solving: Solving, admin: Browser, stalling: Any
 ) -> None:
@@ -185,6 +187,7 @@ def test_it_says_when_what_it_shows_is_stale(solving: Solving, admin: Browser) -
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.soak
 def test_axe_finds_no_serious_fault(solving: Solving, admin: Browser, axe: str, theme: str) -> None:
     task = solving.value("SELECT max(id) FROM tasks")
     for view in VIEWS[theme]:

@@ -19,10 +19,8 @@ def servers() -> Iterator[tuple[Addresses, BackendServer]]:
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize(
-    "scene",
-    [scene if scene == "hanging" else pytest.param(scene, marks=pytest.mark.soak) for scene in SCENES],
-)
+@pytest.mark.parametrize("scene", SCENES)
+@pytest.mark.soak
 async def test_every_prompt_is_answered_in_time_and_nothing_is_left_over(
     servers: tuple[Addresses, BackendServer], scene: str
 ) -> None:

@@ -264,6 +264,7 @@ async def test_many_hands_at_once_lose_and_double_nothing(probe: Probe, database
 # The child process.
 
 
+@pytest.mark.soak
 async def test_the_process_tells_categories_and_ends_with_its_owner() -> None:
     async with CategoriserProcess(load_categories()) as process:
         assert await process.until_ready(75)

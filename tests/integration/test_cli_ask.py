@@ -96,6 +96,7 @@ def test_json_is_one_object_and_the_log_has_every_call(router: CommandLine, data
     assert found["model"] in table or CHEAP in table
 
 
+@pytest.mark.soak
 def test_a_better_answer_is_waited_for_no_longer_than_wanted(
     router: CommandLine, backend: BackendServer
 ) -> None:

@@ -186,6 +186,7 @@ def test_watch_ends_cleanly_when_interrupted(router: CommandLine):
         assert program.wait(30) == 0
 
 
+@pytest.mark.soak
 def test_watch_outlives_a_postgres_that_goes_away(router: CommandLine, database: str):
     name = psycopg2.extensions.parse_dsn(database)["dbname"]
     admin = psycopg2.extensions.make_dsn(database, dbname="postgres")

@@ -159,6 +159,7 @@ async def test_two_windows_hold_together(redis_client: redis.asyncio.Redis, redi
     assert len(arrivals) >= 75
 
 
+@pytest.mark.soak
 async def test_a_target_that_changes_holds_from_the_next_decision_and_forgets_nothing(
     redis_client: redis.asyncio.Redis, redis_server: RedisServer
 ):
@@ -193,6 +194,7 @@ async def test_tokens_reserved_never_pass_their_window(
     assert sum(a.tokens for a in arrivals) > 20_000
 
 
+@pytest.mark.soak
 async def test_calls_at_once_never_pass_their_number(
     redis_client: redis.asyncio.Redis, redis_server: RedisServer
 ):

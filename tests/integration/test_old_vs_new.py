@@ -28,6 +28,7 @@ def result(
     return measure("even", SMALL, Parts(postgres, redis_server, tmp_path_factory.mktemp("bench")))
 
 
+@pytest.mark.soak
 def test_both_flows_solve_every_task_with_one_call_each(result: Result, postgres: PostgresServer):
     for database in ("old_even", "new_even"):
         with connect(postgres.url(database)) as connection:

@@ -59,7 +59,7 @@ async def test_a_call_lands_in_the_partition_of_its_day_to_the_millisecond(probe
         assert await _home(probe, taken.call_id) == name
 
 
-@pytest.mark.parametrize("zone", ["America/New_York", "Asia/Kolkata", "Pacific/Apia"])
+@pytest.mark.parametrize("zone", ["America/New_York", "Pacific/Apia"])
 async def test_days_are_utc_days_whatever_the_sessions_time_zone(probe: Probe, zone: str) -> None:
     before = await _partitions(probe)
     await probe.run(f"SET TimeZone = '{zone}'")
