@@ -67,6 +67,8 @@ class Router:
         self._answering = 0
         self._entered = False
         self._closing: asyncio.Task[None] | None = None
+        self._all_closed = asyncio.Event()
+        self._all_closed.set()
 
     @classmethod
     def from_config(cls, folder: Path | None = None, environment: Mapping[str, str] | None = None) -> Self:
@@ -107,8 +109,14 @@ class Router:
             await asked.stop()
         self._entered = False
         asker, self._asker = self._asker, None
-        if asker is not None:
+        if asker is None:
+            await self._all_closed.wait()  # perhaps it closes by itself at this moment
+            return
+        self._all_closed.clear()
+        try:
             await asker.close()
+        finally:
+            self._all_closed.set()
 
     async def answer(
         self, prompt: str, *, category: str | None = None, model: str | None = None,

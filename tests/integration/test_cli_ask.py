@@ -72,6 +72,7 @@ def test_what_happens_is_told_and_the_answer_is_on_standard_output(router: Comma
         "task 1",
     ):
         assert told in err
+    assert "Unclosed" not in err, "what was opened is closed before the program ends"
 
 
 def test_json_is_one_object_and_the_log_has_every_call(router: CommandLine, database: str) -> None:
