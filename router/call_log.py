@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import structlog
@@ -92,19 +90,6 @@ def tell(answer: Answer) -> None:
             for call in answer.calls
         ],
     )  # fmt: skip
-
-
-def lines_to(path: Path) -> Iterator[None]:
-    """Append the JSON lines to a file while this is in use."""
-    handler = logging.FileHandler(path, encoding="utf-8")
-    LINES.addHandler(handler)
-    before, LINES.level = LINES.level, logging.INFO
-    try:
-        yield
-    finally:
-        LINES.removeHandler(handler)
-        LINES.setLevel(before)
-        handler.close()
 
 
 _lines = structlog.wrap_logger(

@@ -30,7 +30,6 @@ from router.task_table import require_schema
 
 EXIT_FAILED = 1
 EXIT_SOME_BAD = 3
-EXIT_INTERRUPTED = 130
 PIPED_COLUMNS = 120  # a table that is not read in a terminal is not folded to 80
 
 Database = Annotated[

@@ -220,7 +220,8 @@ def test_a_worker_links_to_its_models_row(solving: Solving) -> None:
     solving.insert(2)
     solving.until_drained(30)
     run = solving.run()["dag_run_id"]
-    path = f"/dags/solve_tasks/dagRuns/{run}/taskInstances/work/links"
+    worker = "work"
+    path = f"/dags/solve_tasks/dagRuns/{run}/taskInstances/{worker}/links"
 
     def linked() -> Any:
         return solving.api.call("GET", path, params={"map_index": 0}).get("extra_links")
