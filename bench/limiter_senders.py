@@ -15,7 +15,6 @@ from router.errors import PermitDead
 from router.limiter import TrafficLimiter
 
 MODELS = ("minute", "second", "mixed")
-WAITERS = 12  # for each model in each process
 WRONG_BY_HOURS = (0.0, 5.0, -3.0, 26.0, 0.5, -2.0, 1000.0, 0.0)
 LATE_SHARE, LATE_SECONDS = 0.01, 2.0
 CALL_SECONDS = (0.01, 0.06)  # where calls at once are limited
@@ -26,7 +25,7 @@ _monotonic_ns = time.monotonic_ns
 
 @dataclass(frozen=True)
 class Crew:
-    """What one process does; times are of the machine's true monotonic clock."""
+    """What one process does; times are of the machine's true monotonic clock. `waiters`: of each model."""
 
     url: str
     port: int
@@ -35,6 +34,7 @@ class Crew:
     seconds: float
     late: bool
     seed: int
+    waiters: int
 
 
 def run_crew(crew: Crew) -> tuple[int, dict[str, int]]:
@@ -63,7 +63,7 @@ class _Senders:
             tasks = [
                 asyncio.create_task(self._send_on(limiter, model, index), name=f"sender of {model}")
                 for index, model in enumerate(MODELS)
-                for _ in range(WAITERS)
+                for _ in range(self._crew.waiters)
             ]
             await asyncio.sleep(self._crew.seconds)
             for task in tasks:

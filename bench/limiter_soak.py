@@ -35,6 +35,7 @@ from router.limiter import TrafficLimiter
 from router.traffic import TrafficTarget
 
 GRACE_SECONDS = 0.5  # what was sent has arrived by then
+LARGEST_SHARE = 0.52  # of the rate: what one model may be sent
 LEAST_USE = {"minute": 0.995, "second": 0.94}
 
 
@@ -48,6 +49,11 @@ class Soak:
     late: bool = False
     change_seconds: tuple[float, float] = (3.0, 6.0)
     seed: int = 1
+
+    @property
+    def waiters(self) -> int:
+        """Of each model in each process: what it may send in a second, so that there always is a backlog."""
+        return max(12, round(self.rate * LARGEST_SHARE / self.processes))
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,16 @@ def run(soak: Soak, folder: Path) -> Outcome:
     try:
         with context.Pool(soak.processes) as pool:
             crews = [
-                Crew(server.url, door.ports[number], number, started, soak.seconds, soak.late, soak.seed)
+                Crew(
+                    server.url,
+                    door.ports[number],
+                    number,
+                    started,
+                    soak.seconds,
+                    soak.late,
+                    soak.seed,
+                    soak.waiters,
+                )
                 for number in range(soak.processes)
             ]
             told = pool.map_async(run_crew, crews, chunksize=1)

@@ -14,22 +14,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.optimize import linprog
 
+from router.learned import Learned, Rankings
+
 WORST_PLACE = 1_000
 MOST_EXPLORED = 0.5  # of a model's calls, and of a category's tasks, where the least shares ask for more
 MOST_CREDIT = 2.0  # calls: what a model did not explore in time it does not explore all at once
 MOST_OWED = 3.0  # calls: a backlog that came late is not made up for at the cost of all others
-
-
-@dataclass(frozen=True, slots=True)
-class Learned:
-    """What the log taught of a model in a category: its quality, and which share of the tasks it may have."""
-
-    quality: float
-    least_share: float = 0.0
-    most_share: float = 1.0
-
-
-Rankings = Mapping[str, Mapping[str, Learned]]  # category -> model
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,15 +7,18 @@ import dataclasses
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 from rich.text import Text
 
 from router import cli_terminal as terminal
-from router.answering import Answer, Event, EventKind, Router
+from router.answers import Answer, Event, EventKind
 from router.errors import InputError
 from router.task import AnswerRank
+
+if TYPE_CHECKING:
+    from router.answering import Router
 
 GRACE_SECONDS = 1.0  # for calls that can bring no better answer, so that their cost is known
 ASK_HELP = """
@@ -91,6 +94,9 @@ def ask(
 
 
 async def _ask(asked: _Asked) -> None:
+    # Not at the top: it takes a second, and every other verb would wait for it.
+    from router.answering import Router  # noqa: PLC0415
+
     router = Router.from_config(asked.config)
     prompt = _standard_input(router.config.asking.max_prompt_bytes) if asked.prompt == "-" else asked.prompt
     try:

@@ -8,14 +8,16 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from router import cli_terminal as terminal
-from router.categories import Categorised, Categoriser, Explanation
 from router.errors import InputError
-from router.settings import load_categories
+from router.settings import CategorySettings, load_categories
+
+if TYPE_CHECKING:
+    from router.categories import Categorised, Categoriser, Explanation
 
 BINS = 10
 
@@ -80,7 +82,7 @@ def evaluate(
     rows = [row for file in files for row in read_rows(file, tuple(settings.categories))]
     if not rows:
         raise InputError("The files hold no rows.")
-    categoriser = Categoriser.build(settings)
+    categoriser = _built(settings)
     started = time.process_time()
     told = categoriser.categorise_many([row.prompt for row in rows])
     seconds = time.process_time() - started
@@ -101,7 +103,7 @@ def explain(
 ) -> None:
     if prompt == "-":
         prompt = typer.get_binary_stream("stdin").read().decode("utf-8", "replace")
-    explained = Categoriser.build(load_categories(config)).explain(prompt)
+    explained = _built(load_categories(config)).explain(prompt)
     if as_json:
         terminal.print_json(explained)
     else:
@@ -136,6 +138,13 @@ def _row(line: str, where: str, names: Sequence[str]) -> Row:
         )
     source = str(fields.get("source") or "unnamed")
     return Row(source, fields["prompt"], fields["category"], bool(fields.get("ambiguous")))
+
+
+def _built(settings: CategorySettings) -> Categoriser:
+    # Not at the top: it brings numpy and scipy, and every other verb would wait for them.
+    from router.categories import Categoriser  # noqa: PLC0415
+
+    return Categoriser.build(settings)
 
 
 def assess(rows: Sequence[Row], told: Sequence[Categorised]) -> dict[str, Any]:

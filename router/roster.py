@@ -13,9 +13,9 @@ from typing import Any
 
 import asyncpg
 
-from router.assignment import Learned, Rankings
 from router.database import AWAY_ERRORS, Connection, rows
 from router.errors import ConfigError, DatabaseError
+from router.learned import Learned, Rankings
 from router.settings import RouterConfig
 
 

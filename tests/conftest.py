@@ -51,9 +51,11 @@ async def redis_client(redis_server: RedisServer) -> AsyncIterator[redis.asyncio
 
 
 @pytest.fixture
-def empty_database(postgres: PostgresServer) -> str:
+def empty_database(postgres: PostgresServer) -> Iterator[str]:
     """The URL of a database that holds nothing."""
-    return postgres.create_database(f"test_{os.getpid()}_{next(_numbers)}")
+    name = f"test_{os.getpid()}_{next(_numbers)}"
+    yield postgres.create_database(name)
+    _drop(postgres, name)
 
 
 @pytest.fixture
@@ -81,11 +83,17 @@ def migrated_template(postgres: PostgresServer) -> str:
 
 
 @pytest.fixture
-def database(postgres: PostgresServer, migrated_template: str) -> str:
+def database(postgres: PostgresServer, migrated_template: str) -> Iterator[str]:
     """The URL of a database of its own with the whole schema and the shipped config, and no task."""
     name = f"test_{os.getpid()}_{next(_numbers)}"
     postgres.run("createdb", "--template", migrated_template, name)
-    return postgres.url(name)
+    yield postgres.url(name)
+    _drop(postgres, name)
+
+
+def _drop(postgres: PostgresServer, name: str) -> None:
+    # Hundreds of them would each have an autovacuum worker every minute, and take long to remove at the end.
+    postgres.run("dropdb", "--force", "--if-exists", name)
 
 
 @pytest.fixture

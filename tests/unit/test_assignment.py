@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from router.assignment import Learned, PullOrder, Work, bounds, quality, quality_in, shares
+from router.assignment import PullOrder, Work, bounds, quality, quality_in, shares
+from router.learned import Learned
 
 PLACES = {"technical": {"a": 1, "b": 2}, "creative": {"a": 2, "b": 1}}
 
