@@ -83,6 +83,12 @@ class Part:
         if self.running:
             self.guard.terminate()
 
+    def stop_within(self, seconds: float) -> None:
+        """Ask it to stop, and wait so long at most; it may still be stopping afterwards."""
+        self.ask_to_stop()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.guard.wait(seconds)
+
     def wait_stopped(self) -> None:
         """Wait for the guard's own bound, then end its process group by force."""
         try:

@@ -44,6 +44,7 @@ from local.traffic import create_traffic_variables
 HEALTH_NAMES = {"scheduler": "scheduler", "dag-processor": "dag_processor", "triggerer": "triggerer"}
 START_SECONDS = 180.0
 FORMER_STACK_SECONDS = 45.0  # how long the guards of a killed launcher may take to end its parts
+SCHEDULER_FIRST_SECONDS = 10.0
 LOOK_SECONDS = 0.1
 Report = Callable[[str, str], None]
 
@@ -106,11 +107,15 @@ class Stack:
         return self
 
     def stop(self) -> None:
-        """Stop everything and wait: Airflow and backend first, the stores last. Twice is the same as once."""
+        """Stop everything and wait: the scheduler first, the stores last. Twice is the same as once."""
         stores = [self._parts.pop(name) for name in ("redis", "postgres") if name in self._parts]
         others, self._parts = list(self._parts.values()), {}
         if others or stores:
             self._report("stack", "stopping")
+        # An Airflow task that is at work asks the api-server, and waits half a minute for one that is gone.
+        for part in others:
+            if part.name == "scheduler":
+                part.stop_within(SCHEDULER_FIRST_SECONDS)
         stop_parts(others)
         stop_parts(stores)
         if self._server is not None:
