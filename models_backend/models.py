@@ -35,6 +35,13 @@ PROFILES: Mapping[str, Profile] = {
     "phi-4": _profile(0.8, 0.82, 0.58, 0.72),
     "command-r-plus": _profile(3.2, 0.66, 0.84, 0.89),
     "gpt-4o-mini": _profile(0.7, 0.80, 0.83, 0.88),
+    # Of config/llama_catalog.yaml, served where `--also` names them: three that are better, and two that are
+    # only said to be.
+    "llama-4-maverick": _profile(0.9, 0.80, 0.98, 0.88),
+    "llama-3.3-nemotron-super-49b": _profile(1.5, 0.99, 0.72, 0.84),
+    "hermes-4-70b": _profile(1.1, 0.78, 0.96, 0.85),
+    "llama-3.1-70b-paragon": _profile(1.6, 0.45, 0.40, 0.50),
+    "llama-3.3-70b-atelier": _profile(1.4, 0.60, 0.55, 0.65),
 }
 
 

@@ -11,6 +11,7 @@ RouterError                     a fact, and the next step
 ├── BackendUnavailable          the Models Backend cannot be reached at all
 ├── NoRoom                      the named model has no permit in time; says when to ask again
 ├── NoAnswer                    the model that was named did not answer; says why
+├── CatalogueError              a catalogue of models cannot be read at all; names it and what to do
 ├── AirflowError                Airflow's REST API refused or cannot be reached
 └── InputError                  a line, row or argument that a person gave; names it
 
@@ -66,6 +67,10 @@ class NoRoom(RouterError):  # noqa: N818 - a state of the world, read as one
 
 class NoAnswer(RouterError):  # noqa: N818 - a state of the world, read as one
     """The one model that was asked by name failed, or did not answer within the deadline."""
+
+
+class CatalogueError(RouterError):
+    """A catalogue of models cannot be read at all; the message names it, and what to do."""
 
 
 class AirflowError(RouterError):

@@ -11,12 +11,13 @@ import os
 import re
 import tempfile
 from collections.abc import Collection, Mapping
+from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from router.config_file import Frozen, read_yaml, validated
 from router.errors import ConfigError
 from router.traffic import TrafficTarget
 
@@ -24,19 +25,11 @@ ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG_FOLDER = ROOT / "config"
 MODEL_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 CATEGORY_PATTERN = r"^[a-z][a-z0-9_-]{0,49}$"
+DISCOVERED = "discovered.yaml"
 GRADE_SOURCES = ("check", "reference", "judge", "feedback")  # where the score of an answer comes from
 
 
-Settings = TypeVar("Settings", bound=BaseModel)
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ModelSettings(_Frozen):
-    """One model of `config/models.yaml`. Prices in USD a million tokens, times in seconds."""
-
+class _AnyModel(Frozen):
     endpoint: str | None = None  # the name the Models Backend knows; default: the model's own
     target: str  # the default of the Variable `traffic.<model>`
     ranks: dict[str, int]  # category -> starting rank, 1 is best
@@ -45,7 +38,6 @@ class ModelSettings(_Frozen):
     timeout_seconds: float = Field(default=180.0, gt=0)
     input_price: float = Field(default=0.0, ge=0)
     output_price: float = Field(default=0.0, ge=0)
-    state: Literal["active", "paused"] = "active"
 
     @field_validator("target")
     @classmethod
@@ -54,7 +46,33 @@ class ModelSettings(_Frozen):
         return line
 
 
-class BackendPaths(_Frozen):
+class ModelSettings(_AnyModel):
+    """One model of `config/models.yaml`. Prices in USD a million tokens, times in seconds."""
+
+    state: Literal["active", "paused"] = "active"
+
+
+class RosterChange(Frozen):
+    """What became of a model that the search found: when, whose doing, and why."""
+
+    what: Literal["taken", "promoted", "retired"]
+    at: datetime
+    by: str
+    why: str
+
+
+class DiscoveredModel(_AnyModel):
+    """One model of `config/discovered.yaml`, which the search writes."""
+
+    state: Literal["probation", "active", "retired"]
+    history: tuple[RosterChange, ...] = Field(min_length=1)
+
+
+class _Discovered(Frozen):
+    models: dict[Annotated[str, Field(pattern=MODEL_NAME_PATTERN)], DiscoveredModel]
+
+
+class BackendPaths(Frozen):
     """Where the existing Models Backend serves what."""
 
     single: str = "/single"
@@ -63,7 +81,7 @@ class BackendPaths(_Frozen):
     health: str = "/health"
 
 
-class BackendFields(_Frozen):
+class BackendFields(Frozen):
     """What the existing Models Backend calls things, as dotted paths into its JSON."""
 
     model: str = "model"
@@ -77,7 +95,7 @@ class BackendFields(_Frozen):
     cost_usd: str = "cost_usd"
 
 
-class BackendSettings(_Frozen):
+class BackendSettings(Frozen):
     """How to speak to the Models Backend. Its address comes from the environment."""
 
     paths: BackendPaths = BackendPaths()
@@ -87,7 +105,7 @@ class BackendSettings(_Frozen):
     max_answer_bytes: int = Field(default=16 * 1024 * 1024, ge=1024)
 
 
-class WorkerSettings(_Frozen):
+class WorkerSettings(Frozen):
     """The pull loop and its engine. All times in seconds."""
 
     lease_seconds: float = Field(default=10.0, ge=1)
@@ -103,7 +121,7 @@ class WorkerSettings(_Frozen):
     max_in_flight: int = Field(default=5000, ge=1)
 
 
-class TrafficSettings(_Frozen):
+class TrafficSettings(Frozen):
     """How late a send may be, and when a model is given a rest. All times in seconds; see docs/limiter.md."""
 
     second_send_slack: float = Field(default=0.025, gt=0, le=0.5)
@@ -122,12 +140,11 @@ class TrafficSettings(_Frozen):
         return self
 
 
-class AskingSettings(_Frozen):
+class AskingSettings(Frozen):
     """Answering one prompt now. All times in seconds; a deadline counts from when the prompt came."""
 
-    deadline_seconds: dict[
-        str, float
-    ] = {}  # category -> its deadline; the others have default_deadline_seconds
+    # category -> its deadline; the others have default_deadline_seconds
+    deadline_seconds: dict[str, float] = Field(default={})
     default_deadline_seconds: float = Field(default=30.0, gt=0, le=3600)
     permit_seconds: float = Field(default=2.0, gt=0, le=60)
     late_seconds: float = Field(default=120.0, ge=0, le=3600)
@@ -148,7 +165,7 @@ class AskingSettings(_Frozen):
         return self.deadline_seconds.get(category, self.default_deadline_seconds)
 
 
-class FallbackSettings(_Frozen):
+class FallbackSettings(Frozen):
     """Who answers beside the preferred model: knowledge, then one of `models` given what was found."""
 
     models: tuple[str, ...] = ()
@@ -158,7 +175,7 @@ class FallbackSettings(_Frozen):
     before_deadline_seconds: float = Field(default=10.0, ge=0, le=3600)
 
 
-class RuleSettings(_Frozen):
+class RuleSettings(Frozen):
     """One rule of `config/categories.yaml`: a pattern or words, looked for in the lower-case prompt."""
 
     category: str
@@ -182,7 +199,7 @@ class RuleSettings(_Frozen):
         return pattern
 
 
-class CategorySettings(_Frozen):
+class CategorySettings(Frozen):
     """`config/categories.yaml`, whole, and the folder that it stands in. Times in seconds."""
 
     categories: dict[str, str]  # name -> what belongs there, in words
@@ -209,7 +226,7 @@ class CategorySettings(_Frozen):
         return self
 
 
-class UtilitySettings(_Frozen):
+class UtilitySettings(Frozen):
     """The worth of a call: weights, the scales of seconds and USD at which half is left, and the floor."""
 
     success: float = Field(default=0.25, ge=0)
@@ -227,14 +244,14 @@ class UtilitySettings(_Frozen):
         return self
 
 
-class ExplorationSettings(_Frozen):
+class ExplorationSettings(Frozen):
     """How much traffic goes to models that have to prove themselves: a share, and calls a period for each."""
 
     share: float = Field(default=0.05, ge=0, le=0.5)
     calls: int = Field(default=150, ge=0)
 
 
-class OutageSettings(_Frozen):
+class OutageSettings(Frozen):
     """When failures are the backend's and no model's."""
 
     seconds: int = Field(default=30, ge=1, le=3600)
@@ -242,11 +259,11 @@ class OutageSettings(_Frozen):
     models: int = Field(default=3, ge=2)
 
 
-class GradingSettings(_Frozen):
+class GradingSettings(Frozen):
     """How many answers are graded, and what a grade weighs by its source."""
 
     answers: int = Field(default=300, ge=0, le=100_000)
-    sources: dict[str, float] = {"check": 1, "reference": 2, "judge": 2, "feedback": 3}
+    sources: dict[str, float] = Field(default={"check": 1, "reference": 2, "judge": 2, "feedback": 3})
 
     @field_validator("sources")
     @classmethod
@@ -259,11 +276,20 @@ class GradingSettings(_Frozen):
         return sources
 
 
-class LearningSettings(_Frozen):
+class JudgingSettings(Frozen):
+    """How many answers other models judge, who they are, and what that may cost a night (a period)."""
+
+    models: tuple[str, ...] = ()
+    answers: int = Field(default=8, ge=0, le=1000)
+    calls: int = Field(default=300, ge=0, le=100_000)
+    cost_usd: float = Field(default=0.5, ge=0, le=1e6)
+
+
+class LearningSettings(Frozen):
     """`config/learning.yaml`, whole."""
 
     utility: UtilitySettings = UtilitySettings()
-    categories: dict[str, dict[str, float]] = {}
+    categories: dict[str, dict[str, float]] = Field(default={})
     period_hours: float = Field(default=24.0, ge=0.001, le=24 * 31)
     half_life_periods: float = Field(default=14.0, gt=0)
     memory_periods: int = Field(default=56, ge=1, le=400)
@@ -276,7 +302,9 @@ class LearningSettings(_Frozen):
     exploration: ExplorationSettings = ExplorationSettings()
     outage: OutageSettings = OutageSettings()
     grading: GradingSettings = GradingSettings()
+    judging: JudgingSettings = JudgingSettings()
     undo_periods: int = Field(default=3, ge=0)
+    retention_days: int = Field(default=30, ge=3, le=36_500)
 
     @model_validator(mode="after")
     def _categories_are_utilities(self) -> LearningSettings:
@@ -302,7 +330,7 @@ class LearningSettings(_Frozen):
         return max(1, round(self.period_hours * 3600))
 
 
-class RouterConfig(_Frozen):
+class RouterConfig(Frozen):
     """`config/models.yaml`, whole, with the names of the categories."""
 
     models: dict[str, ModelSettings]
@@ -314,6 +342,8 @@ class RouterConfig(_Frozen):
     traffic: TrafficSettings = TrafficSettings()
     asking: AskingSettings = AskingSettings()
     fallback: FallbackSettings = FallbackSettings()
+    discovered: dict[str, DiscoveredModel] = Field(default={})  # of discovered.yaml, less those of models
+    discovered_problem: str | None = Field(default=None, exclude=True)  # why that could not be read
 
     @model_validator(mode="after")
     def _asking_names_agree(self) -> RouterConfig:
@@ -347,7 +377,7 @@ class RouterConfig(_Frozen):
         return self
 
 
-class Addresses(_Frozen):
+class Addresses(Frozen):
     """Where Postgres, Redis and the Models Backend are. Never logged: they may hold passwords."""
 
     database_url: str = Field(repr=False)
@@ -392,10 +422,14 @@ def data_folder(environment: Mapping[str, str] | None = None) -> Path:
 
 
 def load_config(folder: Path | None = None) -> RouterConfig:
-    """Read and check `models.yaml` and `categories.yaml` in `folder`. ConfigError names file and key."""
+    """Read and check `models.yaml` and `categories.yaml` in `folder`. ConfigError names file and key.
+
+    After them `discovered.yaml`, where people's models win. If that is wrong nothing of it counts, and
+    `discovered_problem` says why: what the search wrote must not keep the router from starting.
+    """
     folder = folder or config_folder()
     path = folder / "models.yaml"
-    data = _read_yaml(path)
+    data = read_yaml(path)
     categorising = load_categories(folder)
     names = {
         "categories": tuple(categorising.categories),
@@ -407,8 +441,24 @@ def load_config(folder: Path | None = None) -> RouterConfig:
             raise ConfigError(
                 f"{path}: {key}: the categories are named in categories.yaml; take it out here."
             )
-        data = {**data, **names}
-    return _validated(RouterConfig, data, path)
+        if "discovered" in data or "discovered_problem" in data:
+            raise ConfigError(f"{path}: discovered: what a search found stands in discovered.yaml.")
+        found, problem = read_discovered(folder)
+        ours = data["models"] if isinstance(data.get("models"), dict) else {}
+        discovered = {name: model for name, model in found.items() if name not in ours}
+        data = {**data, **names, "discovered": discovered, "discovered_problem": problem}
+    return validated(RouterConfig, data, path)
+
+
+def read_discovered(folder: Path) -> tuple[dict[str, DiscoveredModel], str | None]:
+    """The models of `discovered.yaml`, if there is one; else, or if it is wrong, none and what is wrong."""
+    path = folder / DISCOVERED
+    if not path.exists():
+        return {}, None
+    try:
+        return validated(_Discovered, read_yaml(path), path).models, None
+    except ConfigError as error:
+        return {}, f"{error} None of its models is read; mend it, or delete it: the search writes it anew."
 
 
 def load_categories(folder: Path | None = None) -> CategorySettings:
@@ -418,12 +468,12 @@ def load_categories(folder: Path | None = None) -> CategorySettings:
     if not path.exists():
         folder = DEFAULT_CONFIG_FOLDER
         path = folder / "categories.yaml"
-    data = _read_yaml(path)
+    data = read_yaml(path)
     if isinstance(data, dict):
         if "folder" in data:
             raise ConfigError(f"{path}: folder: no such key; examples are looked for beside the file.")
         data = {**data, "folder": folder}
-    return _validated(CategorySettings, data, path)
+    return validated(CategorySettings, data, path)
 
 
 def load_learning(folder: Path | None, categories: Collection[str]) -> LearningSettings:
@@ -434,54 +484,8 @@ def load_learning(folder: Path | None, categories: Collection[str]) -> LearningS
     path = (folder or config_folder()) / "learning.yaml"
     shipped = DEFAULT_CONFIG_FOLDER / "learning.yaml"
     own = path.exists()
-    learning = _validated(LearningSettings, _read_yaml(path if own else shipped), path if own else shipped)
+    learning = validated(LearningSettings, read_yaml(path if own else shipped), path if own else shipped)
     for category in learning.categories:
         if own and category not in categories:
             raise ConfigError(f"{path}: categories.{category}: no such category; known: {sorted(categories)}")
     return learning
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """A safe loader that refuses a key written twice, which YAML would silently let win."""
-
-
-def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
-        if key in seen:
-            raise yaml.MarkedYAMLError(
-                problem=f"the key {key!r} stands twice", problem_mark=key_node.start_mark
-            )
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
-
-
-_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
-
-
-def _read_yaml(path: Path) -> Any:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path} does not exist. Set ROUTER_CONFIG to the folder that holds it.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}") from error
-    try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-
-
-def _validated(kind: type[Settings], data: Any, path: Path) -> Settings:
-    if not isinstance(data, dict):
-        raise ConfigError(
-            f"{path} must hold keys and values at its top; see the comments of the shipped file."
-        )
-    try:
-        return kind.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "(top)"
-        message = str(first["msg"]).removeprefix("Value error, ")
-        raise ConfigError(f"{path}: {where}: {message}") from error

@@ -1,0 +1,164 @@
+"""Which models of a catalogue are tried for a category, in which order, and why the others are not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import date
+from typing import Any
+
+import pytest
+
+from router.catalogue import CatalogueModel, open_catalogues
+from router.criteria import passing
+from router.model_names import same_model
+from router.search_settings import SearchSettings, load_search
+from router.settings import DEFAULT_CONFIG_FOLDER, load_config
+
+TODAY = date(2026, 11, 15)
+FITTING = CatalogueModel(
+    name="llama-x-70b",
+    endpoint="llama-x-70b",
+    licence="llama-3.3",
+    parameters=70.0,
+    context_tokens=131_072,
+    input_price=0.5,
+    output_price=0.8,
+    scores={"gpqa": 0.6, "math": 0.8},
+    released=date(2025, 6, 1),
+    is_merge=False,
+    catalogue="mine",
+)
+CRITERIA = {
+    "licences": ["llama-3.3", "mit"],
+    "parameters_min": 3,
+    "parameters_max": 100,
+    "context_min": 8000,
+    "input_price_max": 1,
+    "output_price_max": 2,
+    "benchmarks": {"gpqa": 3, "math": 1},
+    "score_min": 0.5,
+    "age_days_max": 700,
+}
+
+
+def settings(**different: Any) -> SearchSettings:
+    return SearchSettings.model_validate(
+        {"criteria": {**CRITERIA, **different}, "categories": {"creative": {"score_min": 0.9}}}
+    )
+
+
+def reasons(model: CatalogueModel, **different: Any) -> str:
+    found, refusals = passing([model], "technical", settings(**different), TODAY)
+    assert len(found) + len(refusals) == 1
+    return refusals[0].reason if refusals else ""
+
+
+def test_what_fits_passes() -> None:
+    assert reasons(FITTING) == ""
+
+
+@pytest.mark.parametrize(
+    ("different", "words"),
+    [
+        ({"licence": "cc-by-nc-4.0"}, "the licence cc-by-nc-4.0 is not among those allowed"),
+        ({"licence": None}, "no catalogue says its licence"),
+        ({"parameters": 1.0}, "1 thousand million parameters are fewer than 3"),
+        ({"parameters": 405.0}, "405 thousand million parameters are more than 100"),
+        ({"parameters": None}, "no catalogue says how many parameters"),
+        ({"context_tokens": 4096}, "a context of 4096 tokens is less than 8000"),
+        ({"context_tokens": None}, "no catalogue says its context"),
+        ({"input_price": 1.5}, "its input price of 1.5 USD a million tokens is above 1"),
+        ({"output_price": 2.5}, "its output price of 2.5"),
+        ({"output_price": None}, "no catalogue says its output price"),
+        ({"scores": {"gpqa": 0.4, "math": 0.5}}, "its score of 0.425 is below 0.5"),
+        ({"scores": {"math": 0.9}}, "too few of the benchmarks that count are known"),
+        ({"scores": {}}, "too few of the benchmarks"),
+        ({"released": date(2024, 6, 1)}, "older than 700 days"),
+        ({"released": date(2087, 1, 1)}, "yet to come"),
+        ({"released": None}, "no catalogue says when it was released"),
+        ({"is_merge": True}, "it is a merge"),
+    ],
+)
+def test_each_criterion_refuses_with_its_own_words(different: dict[str, Any], words: str) -> None:
+    assert words in reasons(replace(FITTING, **different))
+
+
+def test_all_reasons_are_said_at_once() -> None:
+    assert reasons(replace(FITTING, licence=None, is_merge=True)).count(";") == 1
+
+
+@pytest.mark.parametrize(
+    ("fact", "unknown"),
+    [
+        ("licence", {"licence": None}),
+        ("parameters", {"parameters": None}),
+        ("context", {"context_tokens": None}),
+        ("price", {"input_price": None, "output_price": None}),
+        ("score", {"scores": {}}),
+        ("age", {"released": None}),
+    ],
+)
+def test_what_need_not_be_known(fact: str, unknown: dict[str, Any]) -> None:
+    assert reasons(replace(FITTING, **unknown)) != ""
+    assert reasons(replace(FITTING, **unknown), may_be_unknown=[fact]) == ""
+
+
+def test_bounds_that_are_not_set_ask_for_nothing() -> None:
+    bare = replace(
+        FITTING, licence=None, parameters=None, context_tokens=None, input_price=None, output_price=None,
+        scores={}, released=None,
+    )  # fmt: skip
+    found, _ = passing([bare], "technical", SearchSettings(), TODAY)
+    assert found == [bare]
+
+
+def test_merges_pass_where_they_are_allowed() -> None:
+    assert reasons(replace(FITTING, is_merge=True), merges=True) == ""
+
+
+def test_the_best_by_the_category_s_benchmarks_is_first_then_the_cheaper_then_the_younger() -> None:
+    models = [
+        replace(FITTING, name="old", released=date(2025, 1, 1)),
+        replace(FITTING, name="good", scores={"gpqa": 0.7, "math": 0.6}),
+        replace(FITTING, name="half-known", scores={"gpqa": 0.66}),
+        replace(FITTING, name="cheap", input_price=0.4, released=date(2025, 3, 1)),
+        FITTING,
+    ]
+    found, _ = passing(models, "technical", settings(), TODAY)
+    assert [model.name for model in found] == ["good", "half-known", "cheap", "llama-x-70b", "old"]
+
+
+def test_a_category_may_ask_for_more() -> None:
+    assert passing([FITTING], "creative", settings(), TODAY)[0] == []
+
+
+def test_one_model_is_tried_once() -> None:
+    twice = [
+        replace(FITTING, name="llama-x-70b-instruct", scores={"gpqa": 0.7, "math": 0.7}),
+        FITTING,
+        replace(FITTING, name="meta-llama-x-70b-instruct-fp8", endpoint="other", catalogue="second"),
+    ]
+    found, refusals = passing(twice, "technical", settings(), TODAY)
+    assert [model.name for model in found] == ["llama-x-70b-instruct"]
+    assert {refusal.name: refusal.reason for refusal in refusals} == {
+        "other": "the same model as llama-x-70b-instruct of catalogue mine",
+        "llama-x-70b": "llama-x-70b-instruct is the same model, and better by its scores",
+    }
+
+
+@pytest.mark.parametrize(
+    ("category", "better"), [("technical", "llama-3.3-nemotron-super-49b"), ("creative", "llama-4-maverick")]
+)
+def test_the_shipped_catalogue_has_better_ones_and_a_bad_one_of_each_kind(category: str, better: str) -> None:
+    config = load_config()
+    search = load_search(None, config.categories)
+    (file,) = open_catalogues(search, DEFAULT_CONFIG_FOLDER, {})
+    found, refusals = passing(file.read().models, category, search, TODAY)
+    new = [model.name for model in found if not any(same_model(model.name, name) for name in config.models)]
+    assert better in new[: search.criteria_of(category).candidates]
+    said = " ".join(refusal.reason for refusal in refusals)
+    for words in (
+        "the same model as", "no catalogue says its licence", "is not among those allowed", "fewer than",
+        "more than", "a context of", "is above", "yet to come", "older than", "is a merge", "too few",
+    ):  # fmt: skip
+        assert words in said, words

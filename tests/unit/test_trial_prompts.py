@@ -1,0 +1,104 @@
+"""The held-back prompts: the shipped ones, and files that are refused."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from router.errors import ConfigError
+from router.examples import read_examples
+from router.grading import against_reference
+from router.settings import DEFAULT_CONFIG_FOLDER, load_categories, load_config
+from router.trial_prompts import TrialPrompt, read_trial_prompts
+
+CATEGORIES = load_config().categories
+RUN = 6  # words in a row that two prompts would not share by chance
+
+
+def words_of(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def runs_of(text: str) -> set[tuple[str, ...]]:
+    said = words_of(text)
+    return {tuple(said[at : at + RUN]) for at in range(len(said) - RUN + 1)}
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_there_are_enough_and_none_stands_in_the_examples(category: str) -> None:
+    prompts = read_trial_prompts(DEFAULT_CONFIG_FOLDER, category)
+    assert 24 <= len(prompts) <= 40
+    examples = read_examples(load_categories())
+    whole = {tuple(words_of(example.prompt)) for example in examples}
+    runs = set().union(*(runs_of(example.prompt) for example in examples))
+    for prompt in prompts:
+        assert tuple(words_of(prompt.prompt)) not in whole
+        shared = runs_of(prompt.prompt) & runs
+        assert len(shared) <= len(runs_of(prompt.prompt)) // 4, (prompt.prompt, shared)
+
+
+def test_the_categories_share_no_prompt() -> None:
+    prompts = [
+        prompt for category in CATEGORIES for prompt in read_trial_prompts(DEFAULT_CONFIG_FOLDER, category)
+    ]
+    assert len({" ".join(words_of(prompt.prompt)) for prompt in prompts}) == len(prompts)
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_a_reference_is_met_by_itself_and_not_by_the_prompt(category: str) -> None:
+    for prompt in read_trial_prompts(DEFAULT_CONFIG_FOLDER, category):
+        if prompt.reference is not None:
+            assert against_reference(f"It is {prompt.reference}", prompt.reference).score == 1
+            assert against_reference("Nobody knows that for sure", prompt.reference).score < 0.5
+
+
+def test_technical_and_general_have_references_and_creative_has_none() -> None:
+    share = {
+        category: sum(prompt.reference is not None for prompt in prompts) / len(prompts)
+        for category in CATEGORIES
+        for prompts in [read_trial_prompts(DEFAULT_CONFIG_FOLDER, category)]
+    }
+    assert share["technical"] > 0.6
+    assert share["general"] > 0.5
+    assert share["creative"] == 0
+
+
+def written(folder: Path, text: str) -> Path:
+    (folder / "trials").mkdir()
+    (folder / "trials" / "general.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_a_folder_of_its_own_comes_first(tmp_path: Path) -> None:
+    shipped = read_trial_prompts(tmp_path, "general")
+    assert shipped == read_trial_prompts(DEFAULT_CONFIG_FOLDER, "general")
+    written(tmp_path, '{"prompt": "Why?"}\n\n{"prompt": "2 + 2?", "reference": "4"}\n')
+    assert read_trial_prompts(tmp_path, "general") == (TrialPrompt("Why?", None), TrialPrompt("2 + 2?", "4"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "holds no prompt"),
+        ('{"prompt": "a"}\n{"prompt": ', "line 2: not a line of JSON"),
+        ('{"prompt": ""}', "line 1: prompt"),
+        ('{"prompt": 5}', "line 1: prompt"),
+        ('{"prompt": "a", "answer": "b"}', "line 1: must be an object"),
+        ('["a"]', "line 1: must be an object"),
+        ('{"prompt": "a", "reference": ""}', "line 1: reference"),
+        ('{"prompt": "a", "reference": 4}', "line 1: reference"),
+        ('{"prompt": "a"}\n{"prompt": "a"}', "stands twice"),
+        ("[" * 100_000, "line 1: not a line of JSON"),
+    ],
+)
+def test_what_is_wrong_is_refused_with_its_place(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=r"trials/general\.jsonl") as refused:
+        read_trial_prompts(written(tmp_path, text), "general")
+    assert words in str(refused.value)
+
+
+def test_a_category_without_prompts_is_told_where_to_write_them(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"trials/poetry\.jsonl does not exist. Write prompts"):
+        read_trial_prompts(tmp_path, "poetry")
