@@ -10,7 +10,7 @@ import contextlib
 import logging
 import socket
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import asyncpg
@@ -22,7 +22,7 @@ from router.backend import ModelsBackend
 from router.categories import Categorised
 from router.categoriser import CategoriserProcess
 from router.database import AWAY_ERRORS, open_pool
-from router.duties import Duties, result_within
+from router.duties import Duties, closed_within, result_within
 from router.errors import RouterError
 from router.fallback import Knowledge as Searched
 from router.knowledge import Knowledge
@@ -110,7 +110,7 @@ class Asker:
     async def _connect(self) -> None:
         worker = self._config.worker
         pool = await open_pool(self._addresses.database_url, connections=worker.pool_connections, at_first=0)
-        self._stack.push_async_callback(_closed, pool.close, pool.terminate)
+        self._stack.push_async_callback(closed_within, CLOSE_SECONDS, pool.close, pool.terminate)
         client = redis.asyncio.Redis.from_url(
             self._addresses.redis_url, socket_timeout=REDIS_SECONDS, socket_connect_timeout=REDIS_SECONDS,
             max_connections=64,
@@ -118,7 +118,7 @@ class Asker:
         self._stack.push_async_callback(client.aclose)
         self._pool = pool
         self.limiter = TrafficLimiter(client, self._past_calls, settings=LimiterSettings.of(self._config))
-        self._stack.push_async_callback(_closed, self.limiter.aclose)
+        self._stack.push_async_callback(closed_within, CLOSE_SECONDS, self.limiter.aclose)
         backend = ModelsBackend(self._addresses.backend_url, self._config.backend)
         await self._stack.enter_async_context(backend)
         self._watch = TrafficWatch(pool, self.limiter)
@@ -191,14 +191,3 @@ class Asker:
     async def _past_calls(self, model: str, seconds: float) -> list[PastCall]:
         return [PastCall(age, tokens, is_open) for age, tokens, is_open in
                 await roster_of.past_calls(self._pool, model, seconds)]  # fmt: skip
-
-
-async def _closed(close: Callable[[], Awaitable[None]], otherwise: Callable[[], None] | None = None) -> None:
-    """Close, or give it up after CLOSE_SECONDS."""
-
-    async def closing() -> bool:
-        await close()
-        return True
-
-    if await result_within(closing(), CLOSE_SECONDS, "router close") is None and otherwise is not None:
-        otherwise()

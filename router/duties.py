@@ -147,3 +147,16 @@ async def result_within(work: Awaitable[T], seconds: float, name: str) -> T | No
             task.cancel()
         elif not task.cancelled():
             task.exception()  # looked at, if the caller was cancelled in the same moment
+
+
+async def closed_within(
+    seconds: float, close: Callable[[], Awaitable[None]], otherwise: Callable[[], None] | None = None
+) -> None:
+    """Close, or give it up after `seconds`, and then do `otherwise`."""
+
+    async def closing() -> bool:
+        await close()
+        return True
+
+    if await result_within(closing(), seconds, "router close") is None and otherwise is not None:
+        otherwise()
