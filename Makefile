@@ -17,7 +17,7 @@ FAST_TESTS := tests/unit tests/fundamentals tests/integration
 export ROUTER_DEMO_STARTED_AT := $(shell date +%s)
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-8s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-13s %s\n", $$1, $$2 }'
 
 setup: $(STAMP)  ## a virtual environment in .venv with the locked packages (needs Python 3.10 to 3.13)
 
@@ -36,6 +36,9 @@ up: setup  ## start the embedded stack and leave it open (DATA=.stack TIME_SCALE
 
 demo: setup  ## the stack, a backlog, and a live view of its solving (ARGS="--tasks N --exit --json FILE")
 	@exec $(BIN)/python -m local demo --data "$(DATA)" --time-scale $(TIME_SCALE) $(ARGS)
+
+demo-learning: setup  ## days of traffic, with a review every night and without (ARGS="--days N --json FILE --plot FILE")
+	@exec $(BIN)/python -m local demo-learning $(ARGS)
 
 test: test-fast test-slow  ## all tests but the long ones
 
@@ -74,4 +77,4 @@ clean:  ## remove what make made: the virtual environment, caches and $(DATA)
 	rm -rf $(VENV) "$(DATA)" .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup up demo test test-fast test-slow check lint soak bench lock clean
+.PHONY: help setup up demo demo-learning test test-fast test-slow check lint soak bench lock clean

@@ -1,4 +1,7 @@
-"""`python -m local up` and `demo`: the embedded stack, until Ctrl-C, SIGTERM or the death of a part."""
+"""`python -m local up` and `demo`: the embedded stack, until Ctrl-C, SIGTERM or the death of a part.
+
+`python -m local demo-learning`: days of traffic on a fast clock, on parts of its own that go with it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from local import demo
+from local import demo, learning_demo
 from local.launcher import ShowProgress, say_where, stop_on_signals
 from local.plan import StackOptions
 from local.stack import Stack, StopRequested
@@ -28,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     asked = stop_on_signals()
     console = Console(highlight=False)
+    if options.command == "demo-learning":
+        return _show_learning(options, asked, console)
     with ShowProgress(console) as progress:
         stack = Stack(
             options.data,
@@ -46,6 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stack.stop()
         progress.done("Everything is stopped.")
     return 0 if well else 1
+
+
+def _show_learning(options: argparse.Namespace, asked: threading.Event, console: Console) -> int:
+    try:
+        learning_demo.run(options, asked, console)
+    except (RuntimeError, RouterError, OSError) as error:
+        console.print(str(error), style="red", markup=False, soft_wrap=True)
+        return 1
+    return 0
 
 
 def _serve(
@@ -81,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("up", parents=[common], help="start the stack and leave it open")
     demo.add_arguments(commands.add_parser("demo", parents=[common], help=demo.__doc__))
+    learning = (learning_demo.__doc__ or "").partition("\n")[0]
+    learning_demo.add_arguments(commands.add_parser("demo-learning", help=learning))
     return parser
 
 

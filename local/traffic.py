@@ -1,4 +1,4 @@
-"""The Variables by which the operator sets each model's traffic, made from `config/models.yaml`."""
+"""The Variables by which the operator sets each model's traffic, made from the config's models."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ class TrafficVariable:
 
 
 def traffic_variables(config_folder: Path | None = None) -> list[TrafficVariable]:
-    """`traffic.<model>` for each model of the config; the description shows what can be written."""
+    """`traffic.<model>` for each model in use, people's and the search's; the description is the grammar."""
+    config = load_config(config_folder)
+    found = {name: model for name, model in config.discovered.items() if model.state != "retired"}
     return [
         TrafficVariable(PREFIX + name, model.target, f"What {name} may be sent. {GRAMMAR}")
-        for name, model in load_config(config_folder).models.items()
+        for name, model in {**config.models, **found}.items()
     ]
 
 

@@ -60,8 +60,8 @@ def _parser() -> argparse.ArgumentParser:
         "--also",
         action="append",
         default=[],
-        metavar="NAME",
-        help="serve one more model, free of charge; repeatable",
+        metavar="NAME[=IN/OUT]",
+        help="serve one more model, at these USD a million tokens or free of charge; repeatable",
     )
     add("--time-scale", type=float, default=1.0, metavar="S", help="divide latencies, and nothing else, by S")
     add("--latency", default="profile", metavar="SHAPE", help=f"one shape for all models: {SHAPES}")
@@ -77,7 +77,8 @@ def _parser() -> argparse.ArgumentParser:
         "--references",
         type=Path,
         metavar="FILE",
-        help='JSON lines {"prompt", "reference"} that good answers state',
+        help='JSON lines {"prompt", "reference", "category"}, one of the last two or both: what good answers'
+        " state, and what is not to be guessed",
     )
     add("--check", action="store_true", help="ask each real model one small thing, say what came, and end")
     add("--arrival-log", type=Path, metavar="FILE", help="append each call that ended as a JSON line")
@@ -91,13 +92,15 @@ def _settings(options: argparse.Namespace, environment: Mapping[str, str]) -> St
     provider = provider_from_environment(environment, served)
     if provider is not None:
         served = served_models(load_config(options.models.parent), (*options.also, *provider.models))
+    references, categories = _references(options.references)
     return StandInSettings(
         models=served,
         time_scale=options.time_scale,
         seed=options.seed,
         latency=options.latency,
         quotas=dict(_quota(line) for line in options.quota),
-        references=_references(options.references),
+        references=references,
+        categories=categories,
         arrival_log=options.arrival_log,
         provider=provider,
     )
@@ -110,16 +113,21 @@ def _quota(line: str) -> tuple[str, TrafficTarget]:
     return model.strip(), TrafficTarget.parse(target.strip())
 
 
-def _references(path: Path | None) -> dict[str, str]:
-    if path is None:
-        return {}
+def _references(path: Path | None) -> tuple[dict[str, str], dict[str, str]]:
+    """What is known of prompts: their references, and their categories."""
+    references: dict[str, str] = {}
+    categories: dict[str, str] = {}
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        return {str(row["prompt"]): str(row["reference"]) for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f'{path}: each line must read {{"prompt": ..., "reference": ...}}: {error}'
-        ) from error
+        text = "" if path is None else path.read_text(encoding="utf-8")
+        for row in (json.loads(line) for line in text.splitlines() if line.strip()):
+            if row.get("category") is not None:
+                categories[str(row["prompt"])] = str(row["category"])
+            if row.get("reference") is not None or row.get("category") is None:
+                references[str(row["prompt"])] = str(row["reference"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        example = '{"prompt": ..., "reference": ..., "category": ...}'
+        raise ConfigError(f"{path}: each line must read {example}: {error}") from error
+    return references, categories
 
 
 def _allow_many_connections() -> None:

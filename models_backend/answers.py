@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from models_backend.chance import chance
 from models_backend.models import profile_of
+from models_backend.verdicts import verdict_on
 
 CHARACTERS_A_TOKEN = 4
 QUOTED_WORDS = 24
@@ -85,17 +86,23 @@ def compose_answer(
     category: str | None = None,
     seed: int = 0,
     references: Mapping[str, str] | None = None,
+    quality: float | None = None,
 ) -> Answer:
     """The model's answer to the prompt, never longer than `max_tokens`; the same for the same arguments.
 
-    Where `references` holds the prompt, a good answer states the reference and a bad one does not.
+    Where `references` holds the prompt, a good answer states the reference and a bad one does not. `quality`
+    is the chance of a good one; by default that of the model's profile.
     """
     category = category or guess_category(prompt)
     flaw = None
-    if chance(seed, "quality", model, prompt) >= profile_of(model).quality_for(category):
+    if quality is None:
+        quality = profile_of(model).quality_for(category)
+    if chance(seed, "quality", model, prompt) >= quality:
         flaw = _flaw(chance(seed, "flaw", model, prompt))
     variety = chance(seed, "style", model, prompt)
-    body = _body(prompt, category, flaw, (references or {}).get(prompt), variety=variety)
+    body = verdict_on(prompt, looks_well=flaw is None)
+    if body is None:
+        body = _body(prompt, category, flaw, (references or {}).get(prompt), variety=variety)
     text = body if flaw == "empty" else f"[{model} {prompt_digest(prompt)}] {body}"
     text = text[: max_tokens * CHARACTERS_A_TOKEN]
     return Answer(text, token_count(prompt), token_count(text), flaw)

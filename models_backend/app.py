@@ -19,6 +19,7 @@ from models_backend.calls import BadCall, Call, Desk, Manner, Reply, read_call, 
 from models_backend.faults import FaultOrder, Faults
 from models_backend.provider import Provider
 from models_backend.settings import StandInSettings
+from models_backend.weather import Weather, WeatherOrder
 
 CLIENT_GONE = 499  # nobody waited for the answer any more
 DRIP_SECONDS = 0.1  # between two bytes
@@ -29,7 +30,8 @@ def create_app(settings: StandInSettings) -> FastAPI:
     arrivals = Arrivals(settings.arrival_log)
     faults = Faults(settings.seed)
     provider = Provider(settings.provider) if settings.provider else None
-    desk = Desk(settings, faults, provider)
+    weather = Weather(settings.seed)
+    desk = Desk(settings, faults, weather, provider)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -43,13 +45,14 @@ def create_app(settings: StandInSettings) -> FastAPI:
     single, batch = _SingleDoor(settings, desk, arrivals), _BatchDoor(settings, desk, arrivals)
     app.router.routes.insert(0, Route("/single", single, methods=["POST"]))
     app.router.routes.insert(1, Route("/batch", batch, methods=["POST"]))
-    _add_reading_paths(app, settings, arrivals)
+    _add_reading_paths(app, settings, arrivals, weather)
     _add_fault_paths(app, faults)
+    _add_weather_paths(app, settings, weather, desk)
     app.add_middleware(_ArrivalClock)
     return app
 
 
-def _add_reading_paths(app: FastAPI, settings: StandInSettings, arrivals: Arrivals) -> None:
+def _add_reading_paths(app: FastAPI, settings: StandInSettings, arrivals: Arrivals, weather: Weather) -> None:
     real = settings.provider.models if settings.provider else {}
 
     @app.get("/models")
@@ -59,6 +62,7 @@ def _add_reading_paths(app: FastAPI, settings: StandInSettings, arrivals: Arriva
             {"name": model.name, "input_price": model.input_price, "output_price": model.output_price,
              "context_tokens": model.context_tokens, "real": model.name in real}
             for model in settings.models.values()
+            if weather.serves(model.name)
         ]  # fmt: skip
         return {"models": rows}
 
@@ -103,6 +107,33 @@ def _add_fault_paths(app: FastAPI, faults: Faults) -> None:
         """End all faults."""
         faults.clear()
         return []
+
+
+def _add_weather_paths(app: FastAPI, settings: StandInSettings, weather: Weather, desk: Desk) -> None:
+    @app.get("/weather")
+    async def current() -> list[WeatherOrder]:
+        """What differs from the models' table now."""
+        return weather.in_force()
+
+    @app.put("/weather")
+    async def changed(orders: list[WeatherOrder]) -> list[WeatherOrder]:
+        """Let models fail, be slow, dear, better, worse or away: these from now on, and no others."""
+        unknown = sorted({order.model for order in orders} - set(settings.models))
+        if unknown:
+            raise HTTPException(409, f"no model {unknown[0]!r} is served")
+        try:
+            weather.set(orders)
+        except ValueError as error:
+            raise HTTPException(409, str(error)) from error
+        return weather.in_force()
+
+    @app.get("/flaws")
+    async def known(
+        since: Annotated[int, Query(ge=0)] = 0, limit: Annotated[int, Query(ge=0, le=10_000)] = 1000
+    ) -> dict[str, Any]:
+        """Answers from the `since`-th on, each with its flaw or null; `next` to go on from."""
+        upto, answers = desk.book.since(since, limit)
+        return {"next": upto, "answers": answers}
 
 
 class _ArrivalClock:

@@ -6,16 +6,18 @@ import asyncio
 import enum
 import itertools
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from models_backend.answers import compose_answer, token_count
+from models_backend.answers import compose_answer, guess_category, token_count
 from models_backend.completion import ProviderRefusal
 from models_backend.faults import FaultOrder, Faults
+from models_backend.flaws import FlawBook, KnownAnswer
 from models_backend.latency import latency_seconds
 from models_backend.provider import Provider
 from models_backend.quota import Quotas
 from models_backend.settings import ServedModel, StandInSettings
+from models_backend.weather import Weather, WeatherOrder
 
 DEFAULT_MAX_TOKENS = 512
 LARGEST_MAX_TOKENS = 1_000_000
@@ -112,11 +114,15 @@ def _missing(key: str) -> str:
 class Desk:
     """Answers calls; knows nothing of HTTP beyond status and headers."""
 
-    def __init__(self, settings: StandInSettings, faults: Faults, provider: Provider | None) -> None:
+    def __init__(
+        self, settings: StandInSettings, faults: Faults, weather: Weather, provider: Provider | None
+    ) -> None:
         self._settings = settings
         self._quotas = Quotas(settings.quotas)
         self._faults = faults
+        self._weather = weather
         self._provider = provider
+        self.book = FlawBook()
         self._garbage = itertools.cycle(
             (b"<html><body>It works!</body></html>", b'{"model": "x", "usage": {}}', b'{"answer": "cut o')
         )
@@ -124,7 +130,7 @@ class Desk:
     async def solve(self, call: Call, arrived_at: float) -> Reply:
         """The reply to a call, after as long as the model takes; never raises for what the call holds."""
         model = self._settings.models.get(call.model)
-        if model is None:
+        if model is None or not self._weather.serves(call.model):
             return refusal(
                 404, "unknown_model", f"no model {call.model!r}; GET /models names those that are served"
             )
@@ -147,12 +153,21 @@ class Desk:
             return refusal(
                 400, "too_long", f"{needed} tokens do not fit {call.model}'s {model.context_tokens}"
             )
-        return await self._answer(model, call, fault)
+        category = call.category or self._settings.categories.get(call.prompt) or guess_category(call.prompt)
+        weather = self._weather.of(call.model, category)
+        if self._weather.strikes(weather):
+            return refusal(
+                500, "internal_error", f"{call.model} fails for {category} prompts in this weather"
+            )
+        return await self._answer(model, replace(call, category=category), fault, weather)
 
-    async def _answer(self, model: ServedModel, call: Call, fault: FaultOrder | None) -> Reply:
+    async def _answer(
+        self, model: ServedModel, call: Call, fault: FaultOrder | None, weather: WeatherOrder
+    ) -> Reply:
         settings = self._settings
         await asyncio.sleep(
-            latency_seconds(
+            weather.latency_factor
+            * latency_seconds(
                 call.model,
                 call.prompt,
                 seed=settings.seed,
@@ -164,11 +179,14 @@ class Desk:
             return Reply(200, next(self._garbage))
         answer = compose_answer(
             call.model, call.prompt, max_tokens=call.max_tokens, category=call.category, seed=settings.seed,
-            references=settings.references,
+            references=settings.references, quality=weather.quality,
         )  # fmt: skip
         text = "" if fault is not None and fault.kind == "empty" else answer.text
         manner = Manner.DRIP if fault is not None and fault.kind == "slow_drip" else Manner.PLAIN
-        return _answered(model, text, answer.prompt_tokens, answer.completion_tokens, manner)
+        flaw = answer.flaw if text == answer.text else "empty"
+        self.book.note(KnownAnswer(call.request_id, call.model, call.category or "", flaw))
+        tokens = (answer.prompt_tokens, answer.completion_tokens)
+        return _answered(model, text, *tokens, manner=manner, price_factor=weather.price_factor)
 
     async def _forward(self, provider: Provider, model: ServedModel, call: Call) -> Reply:
         try:
@@ -196,13 +214,19 @@ def _struck(fault: FaultOrder) -> Reply:
 
 
 def _answered(
-    model: ServedModel, text: str, prompt_tokens: int, completion_tokens: int, manner: Manner = Manner.PLAIN
+    model: ServedModel,
+    text: str,
+    prompt_tokens: int,
+    completion_tokens: int,
+    *,
+    manner: Manner = Manner.PLAIN,
+    price_factor: float = 1.0,
 ) -> Reply:
     document = {
         "model": model.name,
         "answer": text,
         "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens},
-        "cost_usd": model.cost_usd(prompt_tokens, completion_tokens),
+        "cost_usd": round(price_factor * model.cost_usd(prompt_tokens, completion_tokens), 9),
     }
     body = json.dumps(document).encode()
     return Reply(200, body, tokens_used=prompt_tokens + completion_tokens, manner=manner)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,7 +49,8 @@ class StandInSettings:
     seed: int = 0
     latency: str = "profile"
     quotas: Mapping[str, TrafficTarget] = field(default_factory=dict)
-    references: Mapping[str, str] = field(default_factory=dict)
+    references: Mapping[str, str] = field(default_factory=dict)  # by prompt, as the next
+    categories: Mapping[str, str] = field(default_factory=dict)  # where they are known; others are guessed
     arrival_log: Path | None = None
     max_body_bytes: int = 8 * 1024 * 1024
     max_batch: int = 1000
@@ -69,12 +71,26 @@ class StandInSettings:
 
 
 def served_models(config: RouterConfig, also: tuple[str, ...] = ()) -> dict[str, ServedModel]:
-    """The models of the router's config by their endpoint, and free ones for the names in `also`."""
-    served = {name: ServedModel(name) for name in also}
+    """The models of the router's config by their endpoint, and those of `also`: NAME (free of charge) or
+    NAME=INPUT/OUTPUT, with prices in USD a million tokens. ConfigError shows a line that does not parse."""
+    served = {model.name: model for model in map(_also_served, also)}
     for name, model in config.models.items():
         endpoint = model.endpoint or name
         served[endpoint] = ServedModel(endpoint, model.input_price, model.output_price, model.context_tokens)
     return served
+
+
+def _also_served(line: str) -> ServedModel:
+    name, equals, prices = line.partition("=")
+    if not equals:
+        return ServedModel(name)
+    try:
+        input_price, output_price = (float(price) for price in prices.split("/"))
+    except ValueError:
+        input_price, output_price = -1.0, -1.0
+    if not (0 <= input_price < math.inf and 0 <= output_price < math.inf):
+        raise ConfigError(f"also: {line!r} must read NAME or NAME=INPUT/OUTPUT, e.g. llama-5-8b=0.05/0.08")
+    return ServedModel(name, input_price, output_price)
 
 
 def provider_from_environment(

@@ -14,6 +14,7 @@ from router.cli_log import LOG_HELP, log
 from router.cli_models import MODELS_HELP, TRAFFIC_HELP, models, traffic
 from router.cli_ranking import RANKING_HELP, ranking
 from router.cli_review import FEEDBACK_HELP, REVIEW_HELP, feedback, review
+from router.cli_search import PROMOTE_HELP, RETIRE_HELP, SEARCH_HELP, UNDO_HELP, promote, retire, search, undo
 from router.cli_serve import KEYS_HELP, SERVE_HELP, keys, serve
 from router.cli_status import STATUS_HELP, WATCH_HELP, status, watch
 from router.cli_tasks import EXPORT_HELP, RETRY_HELP, export, retry
@@ -60,6 +61,10 @@ app.command(help=REVIEW_HELP)(review)
 app.command(help=FEEDBACK_HELP)(feedback)
 app.add_typer(ranking, name="ranking", help=RANKING_HELP)
 app.add_typer(knowledge, name="knowledge", help=KNOWLEDGE_HELP)
+models.command(help=SEARCH_HELP)(search)
+models.command(help=PROMOTE_HELP)(promote)
+models.command(help=RETIRE_HELP)(retire)
+models.command(help=UNDO_HELP)(undo)
 app.add_typer(models, name="models", help=MODELS_HELP)
 app.add_typer(categories, name="categories", help=CATEGORIES_HELP)
 

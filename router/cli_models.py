@@ -15,29 +15,15 @@ from router.airflow_api import AirflowApi
 from router.database import Connection, rows
 from router.errors import AirflowError, ConfigError, RouterError
 from router.roster import sync_roster
-from router.settings import load_config
+from router.settings import load_config, read_discovered
 from router.status import ModelStatus, Status, first_line, read_status, seconds_until_in_force
 from router.traffic import GRAMMAR, TrafficTarget
 
 VARIABLE_PREFIX = "traffic."
 PATIENCE_SECONDS = 3.0
-AIRFLOW_SECONDS = 5.0
 MOST_SHOWN = 120  # characters of a name that somebody mistyped
 
 OptionalText = Optional[str]  # noqa: UP045 - typer evaluates it at run time, also on 3.10
-AirflowUrl = Annotated[
-    OptionalText,
-    typer.Option("--airflow", metavar="URL", envvar="ROUTER_AIRFLOW_URL", help="Where Airflow's page is."),
-]
-AirflowUser = Annotated[
-    OptionalText, typer.Option("--airflow-user", envvar="ROUTER_AIRFLOW_USER", help="Who may edit Variables.")
-]
-AirflowPassword = Annotated[
-    OptionalText,
-    typer.Option(
-        "--airflow-password", envvar="ROUTER_AIRFLOW_PASSWORD", help="Better given by the environment."
-    ),
-]
 
 TRAFFIC_HELP = f"""
 Show what each model may be sent, or set it.
@@ -56,15 +42,18 @@ Examples:
   router traffic llama-3.3-70b 0
 """
 MODELS_HELP = """
-Show the roster of models, or carry it over from the config.
+Show the roster of models; carry it over from the config; search for better ones.
 
-Each model has its state, its place in each category (1 is asked first), and its trouble if there is one.
+Each model has its state, its place in each category (1 is asked first), and its trouble if there is one. Of
+models that a search found the last change is told, too, and what the last search made of its candidates.
 
 \b
 Examples:
   router models
   router models --json
   router models sync
+  router models search --dry-run
+  router models undo
 """
 SYNC_HELP = """
 Carry config/models.yaml over to the roster, which workers read at once.
@@ -96,9 +85,9 @@ def traffic(
     as_json: terminal.Json = False,
     database: terminal.Database = None,
     redis: terminal.Redis = None,
-    airflow: AirflowUrl = None,
-    airflow_user: AirflowUser = None,
-    airflow_password: AirflowPassword = None,
+    airflow: terminal.AirflowUrl = None,
+    airflow_user: terminal.AirflowUser = None,
+    airflow_password: terminal.AirflowPassword = None,
 ) -> None:
     line = " ".join(target or []).strip()
     wanted = TrafficTarget.parse(line) if target else None
@@ -106,9 +95,7 @@ def traffic(
         now = read_status(connection, redis)
     if model is not None:
         terminal.known(model, [known.model for known in now.models], "model")
-    api = None
-    if airflow:
-        api = AirflowApi(airflow, airflow_user or "", airflow_password or "", timeout_seconds=AIRFLOW_SECONDS)
+    api = terminal.airflow(airflow, airflow_user, airflow_password)
     if wanted is None or model is None:
         _show(now, model, api, as_json=as_json)
         return
@@ -217,12 +204,20 @@ models = terminal.verbs(help=MODELS_HELP, invoke_without_command=True)
 
 @models.callback(help=MODELS_HELP)
 def _models(
-    context: typer.Context, *, as_json: terminal.Json = False, database: terminal.Database = None
+    context: typer.Context,
+    *,
+    as_json: terminal.Json = False,
+    database: terminal.Database = None,
+    config: terminal.Config = terminal.DEFAULT_CONFIG,
 ) -> None:
     if context.invoked_subcommand is not None:
         return
     with terminal.database(database) as connection:
         found = _roster(connection)
+        tried = [] if as_json else _last_tried(connection)
+    _, problem = read_discovered(config)
+    if problem is not None:
+        terminal.note(problem)
     if as_json:
         terminal.print_json({row["model"]: row for row in found})
         return
@@ -236,6 +231,22 @@ def _models(
         trouble = Text(row["trouble"] or "", style="red")
         table.add_row(row["model"], state, *places, f"{row['max_tokens']:,}", trouble)
     terminal.out().print(table)
+    for row in found:
+        if row["why"]:
+            terminal.out().print(Text(f"\n{row['model']}: {row['why']}", style="dim"))
+    for row in tried:
+        said = f"\n{row['model']} for {row['category']}: {row['verdict']}, {row['reason']}"
+        terminal.out().print(Text(said, style="dim"))
+
+
+def _last_tried(connection: Connection) -> list[dict[str, Any]]:
+    """What the last search made of those candidates that are not on the roster."""
+    return rows(
+        connection,
+        "SELECT model, category, verdict, reason FROM candidates WHERE verdict IN ('lost', 'unreachable')"
+        " AND search = (SELECT max(search) FROM searches) AND model NOT IN (SELECT model FROM roster)"
+        " ORDER BY category, verdict, model LIMIT 20",
+    )
 
 
 def _roster(connection: Connection) -> list[dict[str, Any]]:
@@ -243,7 +254,9 @@ def _roster(connection: Connection) -> list[dict[str, Any]]:
         connection,
         "SELECT r.model, r.state, r.source, r.endpoint, r.context_tokens, r.max_tokens, r.timeout_seconds,"
         " r.default_target, r.trouble, coalesce((SELECT jsonb_object_agg(k.category, k.place) FROM rankings k"
-        " WHERE k.model = r.model), '{}') AS places FROM roster r ORDER BY r.state, r.model",
+        " WHERE k.model = r.model), '{}') AS places, (SELECT format('%%s %%s by %%s: %%s', e.what,"
+        " to_char(e.at, 'YYYY-MM-DD'), e.by, e.why) FROM roster_events e WHERE r.source = 'search'"
+        " AND e.event = last_roster_event(r.model)) AS why FROM roster r ORDER BY r.state, r.model",
     )
 
 
@@ -255,6 +268,8 @@ def sync(
     config: terminal.Config = terminal.DEFAULT_CONFIG,
 ) -> None:
     settings = load_config(Path(config))
+    if settings.discovered_problem is not None:
+        terminal.note(settings.discovered_problem)
     for name, model in settings.models.items():
         for warning in TrafficTarget.parse(model.target).warnings:
             terminal.note(f"{name}: {warning}")

@@ -23,6 +23,7 @@ import typer.core
 from rich.console import Console
 from rich.table import Table
 
+from router.airflow_api import AirflowApi
 from router.database import Connection, connect
 from router.errors import ConfigError, InputError, RouterError
 from router.settings import DEFAULT_CONFIG_FOLDER
@@ -51,7 +52,22 @@ By = Annotated[
     Optional[str],  # noqa: UP045 - as above
     typer.Option("--by", help="Who does it, for the history. Default: your user name."),
 ]
+AirflowUrl = Annotated[
+    Optional[str],  # noqa: UP045 - as above
+    typer.Option("--airflow", metavar="URL", envvar="ROUTER_AIRFLOW_URL", help="Where Airflow's page is."),
+]
+AirflowUser = Annotated[
+    Optional[str],  # noqa: UP045 - as above
+    typer.Option("--airflow-user", envvar="ROUTER_AIRFLOW_USER", help="Who may edit Variables."),
+]
+AirflowPassword = Annotated[
+    Optional[str],  # noqa: UP045 - as above
+    typer.Option(
+        "--airflow-password", envvar="ROUTER_AIRFLOW_PASSWORD", help="Better given by the environment."
+    ),
+]
 DEFAULT_CONFIG = DEFAULT_CONFIG_FOLDER
+AIRFLOW_SECONDS = 5.0
 
 
 class RouterGroup(typer.core.TyperGroup):
@@ -136,6 +152,11 @@ def database(url: str | None) -> Iterator[Connection]:
     with connect(database_url(url)) as connection:
         require_schema(connection)
         yield connection
+
+
+def airflow(url: str | None, user: str | None, password: str | None) -> AirflowApi | None:
+    """Airflow's REST API, if it is said where that is."""
+    return AirflowApi(url, user or "", password or "", timeout_seconds=AIRFLOW_SECONDS) if url else None
 
 
 def database_url(url: str | None) -> str:

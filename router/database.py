@@ -77,6 +77,18 @@ def rows(connection: Connection, statement: str, arguments: tuple[Any, ...] = ()
         return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 
 
+@contextmanager
+def transaction(connection: Connection) -> Iterator[None]:
+    """All or nothing, on a connection that commits each statement otherwise."""
+    rows(connection, "BEGIN")
+    try:
+        yield
+    except BaseException:
+        rows(connection, "ROLLBACK")
+        raise
+    rows(connection, "COMMIT")
+
+
 def migrate(url: str, folder: Path = SQL_FOLDER) -> MigrationReport:
     """Bring the schema up to date: new migrations in order, the functions, and tasks that have no queue row.
 

@@ -94,7 +94,7 @@ def rank(
     low = [c for c in before if standings[c.model] is Standing.LOW]
     order = _ordered([c for c in before if c not in low], worths, learning)
     order += sorted(low, key=lambda c: -worths[c.model].lower)
-    shares = _shares(order, worths, standings, learning)
+    shares = _shares(order, worths, standings, utility.floor, learning)
     qualities = _falling([worths[c.model].lower for c in order])
     return [
         Placed(
@@ -153,13 +153,15 @@ def _shares(
     order: Sequence[Candidate],
     worths: Mapping[str, Worth],
     standings: Mapping[str, Standing],
+    floor: float,
     learning: LearningSettings,
 ) -> dict[str, tuple[float, float]]:
     """model -> (least, most) share of the category's tasks.
 
     One half of what exploration takes goes to those who get nothing else, in equal parts; the other, most of
     it to one at a time, to those with too few calls, then to those who may be better than the first for all
-    that is known.
+    that is known. One that may be below the floor still, for all that is known, counts with the former: after
+    so many bad calls it is last, nobody would ask it again, and that it is well now would never be known.
     """
     shut = [c.model for c in order if standings[c.model] in (Standing.LOW, Standing.TRIAL)]
     first = worths[order[0].model] if order else None
@@ -170,10 +172,16 @@ def _shares(
         (c.model for c in others if first and worths[c.model].upper > first.lower),
         key=lambda model: -worths[model].upper,
     )
+    doubted = [
+        c.model
+        for c in others
+        if c.model not in promising
+        and worths[c.model].good - learning.bound_errors * worths[c.model].good_error < floor
+    ]
     calls = sum(c.evidence.newest_calls for c in order)
     cap = learning.exploration.calls / calls if calls > 0 else ALL
-    half = learning.exploration.share / (2 if shut and promising else 1)
-    given = {model: min(cap, half / len(shut)) for model in shut}
+    half = learning.exploration.share / (2 if (shut or doubted) and promising else 1)
+    given = {model: min(cap, half / len(shut + doubted)) for model in shut + doubted}
     left = half
     for model in promising:
         given[model] = min(cap, left / 2)

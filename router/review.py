@@ -84,7 +84,7 @@ class _Plan:
 
 def run_review(url: str, learning: LearningSettings, *, by: str, dry_run: bool = False) -> Review:
     """The whole review. With `dry_run` nothing is kept. ReviewBusy if another one runs."""
-    with _alone(url, autocommit=not dry_run) as connection:
+    with alone(url, autocommit=not dry_run) as connection:
         graded = _grade(connection, learning)
         summed = _sum(connection, learning)
         review = _rank(connection, learning, by, dry_run=dry_run)
@@ -93,24 +93,30 @@ def run_review(url: str, learning: LearningSettings, *, by: str, dry_run: bool =
 
 def grade_answers(url: str, learning: LearningSettings) -> int:
     """The first step: cheap checks of a bounded sample. Returns how many answers were graded."""
-    with _alone(url, autocommit=True) as connection:
+    with alone(url, autocommit=True) as connection:
         return _grade(connection, learning)
 
 
 def sum_evidence(url: str, learning: LearningSettings) -> int:
     """The second step: sum up the periods that are not closed. Returns how many calls were read."""
-    with _alone(url, autocommit=True) as connection:
+    with alone(url, autocommit=True) as connection:
         return _sum(connection, learning)
 
 
 def rank_models(url: str, learning: LearningSettings, *, by: str) -> Review:
     """The last step: from the evidence to an order in force."""
-    with _alone(url, autocommit=True) as connection:
+    with alone(url, autocommit=True) as connection:
         return _rank(connection, learning, by, dry_run=False)
 
 
+def order_by_evidence(connection: Connection, learning: LearningSettings) -> Mapping[Key, list[Placed]]:
+    """Each ranking as the evidence that is summed up would have it now; nothing is kept."""
+    return _plan(connection, learning).placed
+
+
 @contextmanager
-def _alone(url: str, *, autocommit: bool) -> Iterator[Connection]:
+def alone(url: str, *, autocommit: bool) -> Iterator[Connection]:
+    """A connection while no other review works on this database. ReviewBusy if one does."""
     with connect(url, autocommit=autocommit) as connection:
         if not rows(connection, "SELECT pg_try_advisory_lock(%s) AS mine", (REVIEW_LOCK,))[0]["mine"]:
             raise ReviewBusy("Another review is running on this database. Wait for it to end, and try again.")

@@ -18,6 +18,8 @@ from router.errors import ConfigError, DatabaseError
 from router.learned import Learned, Rankings
 from router.settings import RouterConfig
 
+NOTHING_THERE = Learned(quality=1.0, most_share=0.0)  # of no weight beside what was learned of others
+
 
 @dataclass(frozen=True, slots=True)
 class RosterModel:
@@ -90,11 +92,16 @@ async def read_roster(pool: asyncpg.Pool) -> Roster:
             known = Learned(row["quality"], row["least_share"], row["most_share"])
             learned.setdefault(row["category"], {})[row["model"]] = known
     models = await _fetch(pool, "SELECT * FROM roster_in_use ORDER BY model")
-    categories = await _fetch(pool, "SELECT name FROM categories ORDER BY is_default, name")
+    found = await _fetch(pool, "SELECT name FROM categories ORDER BY is_default, name")
+    categories = tuple(row["name"] for row in found)
+    for row in models:
+        for category in categories if row["state"] == "probation" else ():
+            if row["model"] not in places.get(category, {}):  # it proves itself where it was taken on
+                learned.setdefault(category, {})[row["model"]] = NOTHING_THERE
     return Roster(
         models={row["model"]: RosterModel(**dict(row)) for row in models},
         places=places,
-        categories=tuple(row["name"] for row in categories),
+        categories=categories,
         version=version,
         learned=learned,
     )

@@ -139,6 +139,15 @@ def worth(
     )
 
 
+def worth_of_call(utility: UtilitySettings, *, score: float, seconds: float, cost_usd: float) -> float:
+    """The worth of one call that was answered, by what it was itself; of one that failed it is 0."""
+    fast = 1 / (1 + seconds / utility.latency_seconds)
+    cheap = 1 / (1 + max(0.0, cost_usd) / utility.cost_usd)
+    weights = utility.success + utility.score + utility.latency + utility.cost
+    parts = (utility.success, utility.score * score, utility.latency * fast, utility.cost * cheap)
+    return sum(parts) / weights
+
+
 def _share(moments: Moments, prior: float, prior_calls: float) -> Estimate:
     mean = _drawn_mean(moments, prior, prior_calls)
     spread = max(mean * (1 - mean), 1 / (4 * (moments.effective + prior_calls)))  # never quite certain

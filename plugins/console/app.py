@@ -20,10 +20,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from router.database import connect
 from router.errors import ConfigError, DatabaseError, InputError, NoRoom, RouterError
-from router.settings import Addresses
+from router.settings import Addresses, config_folder
 from router.task_table import Retried
 
-from . import board, guard, routes, work
+from . import board, found, guard, routes, work
 from .asks import Asks
 from .live import Live
 from .reads import Reads
@@ -45,6 +45,7 @@ STATIC = {
             "lists.js",
             "story.js",
             "priorities.js",
+            "search.js",
             "ask.js",
         )
     },
@@ -69,6 +70,7 @@ class Console:
         self.variables = TrafficVariables()
         self._board = board.Board()
         self.history = board.History()
+        self.criteria = found.Criteria(config_folder())
         self.live = Live(self._read_board)
         self.asks = Asks(addresses)
         self.app = FastAPI(title="Router console", openapi_url=None, docs_url=None, redoc_url=None)

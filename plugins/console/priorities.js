@@ -1,6 +1,7 @@
 // Priorities: which model is first for a category and why; what reviews moved; who is on probation.
 
 import { api, clock, el, number, replace, seconds, svg, usd } from "./draw.js";
+import { Search } from "./search.js";
 
 const AGAIN_SECONDS = 15;
 const COLOURS = 8;
@@ -9,7 +10,8 @@ const STANDINGS = { young: "too few calls to judge", trial: "on trial", low: "be
 export class Priorities {
   constructor() {
     this.body = el("div", {}, el("p.quiet", {}, "Reading the priorities."));
-    this.node = el("section", { "aria-label": "Priorities" }, this.body);
+    this.search = new Search();
+    this.node = el("section", { "aria-label": "Priorities" }, this.body, this.search.node);
     this.loadedAt = 0;
   }
 
@@ -19,6 +21,7 @@ export class Priorities {
 
   async load() {
     this.loadedAt = Date.now();
+    this.search.load();
     try {
       const found = await (await api("priorities")).json();
       replace(

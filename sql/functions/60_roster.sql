@@ -80,11 +80,13 @@ CREATE OR REPLACE TRIGGER router_rankings_changed AFTER INSERT OR DELETE OR UPDA
     FOR EACH STATEMENT EXECUTE FUNCTION roster_changed();
 
 -- Carry config/models.yaml over. What people wrote wins over what a search wrote; a model that people had
--- written and the file does not name any more is paused; a search's models are left alone.
+-- written and the file does not name any more is paused; a search's models are left alone. Those of discovered.yaml
+-- that this database has never heard of are taken over as they stand there.
 CREATE OR REPLACE FUNCTION sync_roster(p_config jsonb) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
     fallback_category text := p_config ->> 'default_category';
+    taken_over text[] := ARRAY(SELECT model FROM roster WHERE source = 'search' AND p_config -> 'models' ? model);
 BEGIN
     UPDATE categories SET is_default = false WHERE is_default AND name <> fallback_category;
     INSERT INTO categories AS c (name, is_default)
@@ -121,6 +123,8 @@ BEGIN
     UPDATE roster SET state = 'paused', changed_at = clock_timestamp()
      WHERE source = 'people' AND state <> 'paused' AND NOT p_config -> 'models' ? model;
 
+    -- A search's model that people name now: only the places that they give it count.
+    DELETE FROM rankings WHERE model = ANY (taken_over);
     -- Where a review has ranked, the file's places no longer count, until people change one there.
     INSERT INTO rankings AS r (category, model, place, starting_place)
     SELECT rank.key, m.key, rank.value::integer, rank.value::integer
@@ -130,6 +134,8 @@ BEGIN
            standing = 'ranked', least_share = 0, most_share = 1,
            quality = (SELECT max(o.quality) FROM rankings o WHERE o.category = r.category AND o.place >= EXCLUDED.place)
      WHERE r.starting_place IS DISTINCT FROM EXCLUDED.place OR (r.review IS NULL AND r.place <> EXCLUDED.place);
+
+    PERFORM import_discovered(p_config -> 'discovered');
 END
 $$;
 

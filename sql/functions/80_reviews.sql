@@ -33,77 +33,117 @@ LANGUAGE sql STABLE AS $$
       FROM bounds b, LATERAL (SELECT generate_series(b.first, least(b.last, b.first + 2 * p_memory))
                               UNION SELECT b.last) AS p (period)
       LEFT JOIN evidence_periods e ON e.period_seconds = p_period_seconds AND e.period = p.period
-     WHERE e.closed IS NOT TRUE OR p.period IN (SELECT late.period FROM late)
+     WHERE (e.closed IS NOT TRUE OR p.period IN (SELECT late.period FROM late)) AND e.calls_dropped IS NOT TRUE
      ORDER BY 1
 $$;
 
--- Sum one period anew, in one pass over its calls; of those that a chosen model made, not a fallback. Returns how many.
+-- Sum one period anew, of the calls that a chosen model made, not a fallback. Returns how many.
 --
 -- Not counted against a model: 429 (the target is over the quota), calls that were never sent, given up by whoever asked
 -- or lost with their worker, and failures within a stretch in which nearly all calls of several models failed.
+--
+-- Of calls without a task, those to a judge are no evidence, and trials are that only of models that have no place yet:
+-- those of the others would double their sample.
+--
+-- Failures are few. Only where several models failed within a stretch is it looked at what was answered there: so one
+-- pass over the period adds up into as many rows as there are models and categories.
 CREATE OR REPLACE FUNCTION sum_evidence(
     p_period_seconds integer, p_period bigint, p_outage_seconds integer, p_outage_share float8, p_outage_models integer)
 RETURNS bigint
-LANGUAGE plpgsql SET enable_nestloop = off AS $$
+LANGUAGE plpgsql SET enable_nestloop = off SET work_mem = '32MB' AS $$
 DECLARE
     first_id uuid := period_floor(p_period, p_period_seconds);
     end_id uuid := period_floor(p_period + 1, p_period_seconds);
+    failing text[] := ARRAY['error', 'timeout', 'garbage', 'overloaded'];
+    placed text[] := coalesce((SELECT array_agg(r.model) FROM roster r WHERE r.state <> 'probation'), '{}');
+    suspected bigint[];
+    outages bigint[];
     seen bigint;
     began timestamptz := clock_timestamp();
     open_calls boolean;
 BEGIN
+    IF EXISTS (SELECT FROM evidence_periods e WHERE e.period_seconds = p_period_seconds AND e.period = p_period
+                AND e.calls_dropped) THEN
+        RETURN 0;
+    END IF;
+    PERFORM lose_calls(first_id, end_id, 3600);
+    -- Before they are summed: a call that ends meanwhile is not in the sums.
+    SELECT EXISTS (SELECT FROM model_calls c WHERE c.call_id >= first_id AND c.call_id < end_id AND c.outcome IS NULL)
+      INTO open_calls;
+
+    SELECT array_agg(f.stretch) INTO suspected
+      FROM (SELECT outage_stretch(c.sent_at, c.started_at, p_outage_seconds) AS stretch
+              FROM model_calls c
+             WHERE c.call_id >= first_id AND c.call_id < end_id AND c.outcome = ANY (failing)
+               AND c.category IS NOT NULL AND c.rank = 3
+               AND (c.purpose IS NULL OR (c.purpose = 'trial' AND c.model <> ALL (placed)))
+             GROUP BY 1 HAVING count(DISTINCT c.model) >= p_outage_models) AS f;
+    IF suspected IS NOT NULL THEN
+        SELECT array_agg(s.stretch) INTO outages
+          FROM (SELECT outage_stretch(c.sent_at, c.started_at, p_outage_seconds) AS stretch
+                  FROM model_calls c
+                 WHERE c.call_id >= first_id AND c.call_id < end_id AND c.category IS NOT NULL AND c.rank = 3
+                   AND (c.outcome = 'answered' OR c.outcome = ANY (failing))
+                   AND (c.purpose IS NULL OR (c.purpose = 'trial' AND c.model <> ALL (placed)))
+                   AND outage_stretch(c.sent_at, c.started_at, p_outage_seconds) = ANY (suspected)
+                 GROUP BY 1 HAVING count(*) FILTER (WHERE c.outcome <> 'answered') >= p_outage_share * count(*)) AS s;
+    END IF;
+
     DELETE FROM evidence e WHERE e.period_seconds = p_period_seconds AND e.period = p_period;
-    WITH stretches AS MATERIALIZED (
-        SELECT floor(extract(epoch FROM coalesce(c.sent_at, c.started_at)) / p_outage_seconds)::bigint AS stretch,
-               c.category, c.model, count(*) AS calls,
-               count(*) FILTER (WHERE c.outcome = 'answered') AS answered,
-               count(*) FILTER (WHERE c.outcome IN ('error', 'timeout', 'garbage', 'overloaded')) AS failed,
-               count(*) FILTER (WHERE c.outcome IN ('rejected', 'unknown_model')) AS refused,
-               coalesce(sum(ln(greatest(c.latency_seconds, 0.001))) FILTER (WHERE c.outcome = 'answered'), 0) AS log_seconds,
-               coalesce(sum(ln(greatest(c.latency_seconds, 0.001)) ^ 2) FILTER (WHERE c.outcome = 'answered'), 0) AS log_squares,
-               count(c.latency_seconds) FILTER (WHERE c.outcome = 'answered') AS timed,
-               coalesce(sum(c.cost::float8) FILTER (WHERE c.outcome = 'answered'), 0) AS cost,
-               coalesce(sum(c.cost::float8 ^ 2) FILTER (WHERE c.outcome = 'answered'), 0) AS cost_squares,
-               count(c.cost) FILTER (WHERE c.outcome = 'answered') AS priced
-          FROM model_calls c
-         WHERE c.call_id >= first_id AND c.call_id < end_id
-           AND c.outcome IS NOT NULL AND c.category IS NOT NULL AND c.rank = 3
-         GROUP BY 1, 2, 3
-    ), outages AS (
-        SELECT stretch FROM stretches GROUP BY stretch
-        HAVING count(DISTINCT model) FILTER (WHERE failed > 0) >= p_outage_models
-           AND sum(failed) >= p_outage_share * nullif(sum(answered + failed), 0)
-    ), scores AS (
+    WITH scores AS (
         SELECT category, model, jsonb_object_agg(source, jsonb_build_array(n, total, squares)) AS scores
           FROM (SELECT c.category, c.model, s.source, count(*) AS n, sum(s.score::float8) AS total,
                        sum(s.score::float8 ^ 2) AS squares
                   FROM call_scores s JOIN model_calls c ON c.call_id = s.call_id
                  WHERE s.call_id >= first_id AND s.call_id < end_id AND c.call_id >= first_id AND c.call_id < end_id
                    AND c.outcome = 'answered' AND c.category IS NOT NULL AND c.rank = 3
+                   AND (c.purpose IS NULL OR (c.purpose = 'trial' AND c.model <> ALL (placed)))
                  GROUP BY 1, 2, 3) AS by_source
          GROUP BY 1, 2
-    ), summed AS (
+    ), sums AS (
+        SELECT c.category, c.model, count(*) AS calls,
+               count(*) FILTER (WHERE c.outcome = 'answered') AS answered,
+               count(*) FILTER (WHERE c.outcome IN ('rejected', 'unknown_model')) AS refused,
+               count(*) FILTER (WHERE c.outcome = ANY (failing)
+                   AND (outages IS NULL
+                        OR outage_stretch(c.sent_at, c.started_at, p_outage_seconds) <> ALL (outages))) AS failed,
+               coalesce(sum(c.log_seconds) FILTER (WHERE c.outcome = 'answered'), 0) AS log_seconds,
+               coalesce(sum(c.log_seconds * c.log_seconds) FILTER (WHERE c.outcome = 'answered'), 0) AS log_squares,
+               count(c.log_seconds) FILTER (WHERE c.outcome = 'answered') AS timed,
+               coalesce(sum(c.usd) FILTER (WHERE c.outcome = 'answered'), 0) AS cost,
+               coalesce(sum(c.usd * c.usd) FILTER (WHERE c.outcome = 'answered'), 0) AS cost_squares,
+               count(c.usd) FILTER (WHERE c.outcome = 'answered') AS priced
+          FROM (SELECT category, model, outcome, sent_at, started_at, cost::float8 AS usd,
+                       CASE WHEN latency_seconds IS NOT NULL THEN ln(greatest(latency_seconds, 0.001)) END AS log_seconds
+                  FROM model_calls
+                 WHERE call_id >= first_id AND call_id < end_id
+                   AND outcome IS NOT NULL AND category IS NOT NULL AND rank = 3
+                   AND (purpose IS NULL OR (purpose = 'trial' AND model <> ALL (placed)))
+                OFFSET 0) AS c  -- each number is made once
+         GROUP BY 1, 2
+    ), kept AS (
         INSERT INTO evidence (period_seconds, period, category, model, calls, answered, excused, log_seconds,
                               log_seconds_squares, timed, cost, cost_squares, priced, scores)
-        SELECT p_period_seconds, p_period, s.category, s.model,
-               sum(s.answered + s.refused + CASE WHEN o.stretch IS NULL THEN s.failed ELSE 0 END),
-               sum(s.answered),
-               sum(s.calls - s.answered - s.refused - CASE WHEN o.stretch IS NULL THEN s.failed ELSE 0 END),
-               sum(s.log_seconds), sum(s.log_squares), sum(s.timed), sum(s.cost), sum(s.cost_squares), sum(s.priced),
-               coalesce((SELECT g.scores FROM scores g WHERE g.category = s.category AND g.model = s.model), '{}')
-          FROM stretches s LEFT JOIN outages o ON o.stretch = s.stretch
-         GROUP BY s.category, s.model
+        SELECT p_period_seconds, p_period, s.category, s.model, s.answered + s.refused + s.failed, s.answered,
+               s.calls - s.answered - s.refused - s.failed, s.log_seconds, s.log_squares, s.timed, s.cost,
+               s.cost_squares, s.priced, coalesce(g.scores, '{}')
+          FROM sums s LEFT JOIN scores g ON g.category = s.category AND g.model = s.model
     )
-    SELECT coalesce(sum(calls), 0) INTO seen FROM stretches;
+    SELECT coalesce(sum(calls), 0) INTO seen FROM sums;
 
-    SELECT EXISTS (SELECT FROM model_calls c WHERE c.call_id >= first_id AND c.call_id < end_id AND c.outcome IS NULL)
-      INTO open_calls;
     INSERT INTO evidence_periods AS e (period_seconds, period, summed_at, closed)
     VALUES (p_period_seconds, p_period, began,
             NOT open_calls AND p_period < period_of(began, p_period_seconds) - 1)  -- lost calls are closed late
     ON CONFLICT (period_seconds, period) DO UPDATE SET summed_at = EXCLUDED.summed_at, closed = EXCLUDED.closed;
     RETURN seen;
 END
+$$;
+
+-- The stretch of p_seconds in which a call was made, numbered from 1970. STABLE, as extract is: else PostgreSQL would not
+-- put it in line, and call it for each row.
+CREATE OR REPLACE FUNCTION outage_stretch(p_sent_at timestamptz, p_started_at timestamptz, p_seconds integer) RETURNS bigint
+LANGUAGE sql STABLE AS $$
+    SELECT floor(extract(epoch FROM coalesce(p_sent_at, p_started_at))::float8 / p_seconds)::bigint
 $$;
 
 -- Answers of one period that are kept in tasks and have no score from the checks yet: about p_answers of each model and
@@ -121,12 +161,13 @@ BEGIN
         SELECT c.category, c.model, p_answers * 4294967296.0 / count(*) AS threshold
           FROM model_calls c
          WHERE c.call_id >= first_id AND c.call_id < end_id AND c.outcome = 'answered' AND c.rank = 3
-           AND c.category IS NOT NULL
+           AND c.category IS NOT NULL AND c.purpose IS NULL
          GROUP BY 1, 2
     ), drawn AS MATERIALIZED (
         SELECT c.call_id, c.task_id, c.prompt_version, c.completion_tokens, c.reserved_tokens
           FROM model_calls c JOIN cells USING (category, model)
          WHERE c.call_id >= first_id AND c.call_id < end_id AND c.outcome = 'answered' AND c.rank = 3
+           AND c.purpose IS NULL
            AND ('x' || right(c.call_id::text, 8))::bit(32)::bigint < threshold
     )
     SELECT d.call_id, left(t.prompt, 4000),
@@ -136,6 +177,59 @@ BEGIN
      WHERE t.answer IS NOT NULL AND t.prompt_version = d.prompt_version
        AND NOT EXISTS (SELECT FROM call_scores s WHERE s.call_id = d.call_id AND s.source = 'check');
 END
+$$;
+
+-- Answers of one period to be judged by another model: of those that were graded, p_answers of each model and category,
+-- always the same ones, and of these what was not judged yet and whose prompt is not longer than p_longest. By turns, so
+-- that a budget that ends early was spent on all alike.
+CREATE OR REPLACE FUNCTION answers_to_judge(p_period_seconds integer, p_period bigint, p_answers integer, p_longest integer)
+RETURNS TABLE (call_id uuid, category text, model text, prompt text, answer text)
+LANGUAGE sql STABLE AS $$
+    WITH drawn AS MATERIALIZED (
+        SELECT c.call_id, c.category, c.model, c.task_id, c.prompt_version, right(c.call_id::text, 8) AS draw,
+               row_number() OVER (PARTITION BY c.category, c.model ORDER BY right(c.call_id::text, 8), c.call_id) AS turn
+          FROM call_scores s JOIN model_calls c ON c.call_id = s.call_id
+         WHERE s.source = 'check' AND c.purpose IS NULL AND c.category IS NOT NULL
+           AND s.call_id >= period_floor(p_period, p_period_seconds)
+           AND s.call_id < period_floor(p_period + 1, p_period_seconds)
+           AND c.call_id >= period_floor(p_period, p_period_seconds)
+           AND c.call_id < period_floor(p_period + 1, p_period_seconds)
+    )
+    SELECT d.call_id, d.category, d.model, t.prompt, t.answer
+      FROM drawn d JOIN tasks t ON t.id = d.task_id AND t.answer_call_id = d.call_id
+     WHERE d.turn <= p_answers AND t.prompt_version = d.prompt_version
+       AND t.answer IS NOT NULL AND length(t.prompt) <= p_longest
+       AND NOT EXISTS (SELECT FROM judgements j WHERE j.call_id = d.call_id)
+     ORDER BY d.turn, d.draw, d.call_id
+$$;
+
+-- The period whose answers are judged: the last whole one, if any of its answers was graded, else the one that goes on.
+CREATE OR REPLACE FUNCTION period_to_judge(p_period_seconds integer) RETURNS bigint
+LANGUAGE sql STABLE AS $$
+    SELECT CASE WHEN EXISTS (SELECT FROM call_scores s
+                              WHERE s.source = 'check' AND s.call_id >= period_floor(n.newest - 1, p_period_seconds)
+                                AND s.call_id < period_floor(n.newest, p_period_seconds))
+                THEN n.newest - 1 ELSE n.newest END
+      FROM (SELECT period_of(clock_timestamp(), p_period_seconds) AS newest) AS n
+$$;
+
+-- What judging has cost since a moment: calls that were sent, or may have been, and USD.
+CREATE OR REPLACE FUNCTION judging_spent(p_from uuid) RETURNS TABLE (calls bigint, usd double precision)
+LANGUAGE sql STABLE AS $$
+    SELECT count(*), coalesce(sum(c.cost), 0)::float8 FROM model_calls c
+     WHERE c.call_id >= p_from AND c.purpose = 'judge' AND c.outcome IS DISTINCT FROM 'unsent'
+$$;
+
+-- Keep what came of a judgement, with the score of the judged answer if the judge said anything.
+CREATE OR REPLACE FUNCTION keep_judgement(
+    p_call_id uuid, p_straight text, p_swapped text, p_result text, p_score real, p_note text) RETURNS void
+LANGUAGE sql AS $$
+    INSERT INTO call_scores (call_id, source, score, reasons, scored_by)
+    SELECT j.call_id, 'judge', p_score, ARRAY[format('%s against %s', p_result, j.opponent)], j.judge
+      FROM judgements j WHERE j.call_id = p_call_id AND p_score IS NOT NULL
+    ON CONFLICT DO NOTHING;
+    UPDATE judgements SET straight = p_straight, swapped = p_swapped, result = p_result, note = p_note
+     WHERE call_id = p_call_id
 $$;
 
 -- Keep a person's word on a task's answer. Returns the model that gave it; NULL if no model did.

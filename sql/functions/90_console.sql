@@ -98,3 +98,44 @@ LANGUAGE sql STABLE AS $$
      WHERE recent.outcome IS NOT NULL AND recent.outcome <> 'unsent' AND recent.category IS NOT NULL
      GROUP BY 1, 2
 $$;
+
+-- The newest finding of each model in each category (NULL: whatever the category), among the newest p_among findings of
+-- all searches: at most p_each of a verdict, and how many there are.
+CREATE OR REPLACE FUNCTION console_candidates(p_among integer, p_each integer)
+RETURNS TABLE (category text, verdict text, model text, catalogue text, reason text, trial jsonb, search bigint,
+               at timestamptz, alike bigint)
+LANGUAGE sql STABLE AS $$
+    SELECT found.category, found.verdict, found.model, found.catalogue, found.reason, found.trial, found.search, found.at,
+           found.alike
+      FROM (SELECT f.*, count(*) OVER same AS alike, row_number() OVER (same ORDER BY f.at DESC, f.model) AS number
+              FROM (SELECT DISTINCT ON (c.model, c.category) c.*
+                      FROM (SELECT * FROM candidates ORDER BY search DESC LIMIT p_among) AS c
+                     ORDER BY c.model, c.category, c.at DESC) AS f
+            WINDOW same AS (PARTITION BY f.category, f.verdict)) AS found
+     WHERE found.number <= p_each
+     ORDER BY found.category, array_position('{taken,lost,unreachable,refused,known}'::text[], found.verdict), found.number
+$$;
+
+-- The models on probation that a search took on, one row for each category in which they stand: by whom and why, with
+-- the trial that they won there, and the calls that the reviews have summed up since.
+CREATE OR REPLACE FUNCTION console_probation(p_most integer)
+RETURNS TABLE (model text, target text, since timestamptz, by text, why text, search bigint, category text, place integer,
+               most_share double precision, bound double precision, reason text, calls bigint, trial jsonb)
+LANGUAGE sql STABLE AS $$
+    SELECT r.model, r.default_target, e.at, e.by, e.why, e.search, k.category, k.place, k.most_share,
+           (p.evidence ->> 'bound')::float8, p.reason, coalesce(s.calls, 0), t.trial
+      FROM (SELECT * FROM roster WHERE source = 'search' AND state = 'probation' ORDER BY roster.model LIMIT p_most) AS r
+      LEFT JOIN LATERAL (SELECT * FROM roster_events x WHERE x.model = r.model AND x.what = 'taken' AND x.undone_by IS NULL
+                          ORDER BY x.event LIMIT 1) AS e ON true
+      LEFT JOIN rankings k ON k.model = r.model
+      LEFT JOIN review_places p
+        ON p.review = k.review AND p.category = k.category AND p.topic = '' AND p.model = k.model
+      LEFT JOIN LATERAL (SELECT sum(v.calls)::bigint AS calls FROM evidence v
+                          WHERE v.model = r.model AND v.category = k.category AND v.topic = ''
+                            AND v.period_seconds = (SELECT n.period_seconds FROM evidence_periods n
+                                                     ORDER BY n.summed_at DESC LIMIT 1)) AS s ON true
+      LEFT JOIN LATERAL (SELECT c.trial FROM candidates c
+                          WHERE c.model = r.model AND c.category = k.category AND c.trial IS NOT NULL
+                          ORDER BY c.at DESC LIMIT 1) AS t ON true
+     ORDER BY e.at, r.model, k.category
+$$;

@@ -271,3 +271,30 @@ def test_asking_tells_what_happens_as_it_happens(solving: Solving, admin: Visito
     story = admin("GET", f"/api/tasks/{given['task_id']}").json()
     assert story["task"]["prompt"] == body["prompt"]
     assert len(story["calls"]) == len(given["calls"])
+
+
+@pytest.fixture
+def slow_first(solving: Solving) -> Iterator[str]:
+    """The first model for `general`, whose answers take 0.4 to 8 s meanwhile."""
+    first = solving.value("SELECT model FROM rankings WHERE category = 'general' ORDER BY place LIMIT 1")
+    weather = f"{solving.stack.backend_url}/weather"
+    requests.put(weather, json=[{"model": first, "latency_factor": 8}], timeout=5).raise_for_status()
+    yield first
+    requests.put(weather, json=[], timeout=5).raise_for_status()
+
+
+def test_a_late_answer_is_told_and_replaces_the_one_for_now(
+    solving: Solving, admin: Visitor, slow_first: str
+) -> None:
+    body = {"prompt": "Why is the sea salty?", "category": "general", "deadline_seconds": 0.3}
+    with admin("POST", "/api/ask", headers=WRITE, json=body, stream=True) as answer:
+        lines = [json.loads(line) for line in answer.iter_lines()]
+    (given,) = [line["answer"] for line in lines if "answer" in line]
+    assert given["provisional"]
+    assert given["rank"] != "chosen model"
+    late = [line["late"] for line in lines if "late" in line][-1]
+    assert (late["late"], late["provisional"], late["model"]) == (True, False, slow_first)
+    assert late["rank"] == "chosen model"
+    assert lines.index({"late": late}) > lines.index({"answer": given})
+    kept = admin("GET", f"/api/tasks/{given['task_id']}").json()["task"]
+    assert (kept["status"], kept["answered_by"], kept["answer"]) == ("solved", slow_first, late["text"])

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from plugins.console import board, work
+from plugins.console import board, found, work
 from router.database import connect, rows
 from router.errors import InputError
 from tests.queueing import Probe
 
 EVERYTHING = work.Wanted(None, None, None, None, 50)
+SIDE = {"calls": 30, "answered": 30, "worth": 0.8, "score": 0.9, "seconds": 1.5, "cost_usd": 0.0001}
+TRIAL = {
+    "pairs": 30, "candidate": SIDE, "incumbent": {**SIDE, "worth": 0.7}, "difference": 0.1, "error": 0.02,
+    "lower": 0.068,
+}  # fmt: skip
+ROW = {
+    "model": "bright-9b", "endpoint": "bright-9b", "max_tokens": 512, "context_tokens": 8192,
+    "timeout_seconds": 30, "default_target": "6/min", "input_price": 0.1, "output_price": 0.1,
+}  # fmt: skip
 
 
 def failed(database: str) -> list[int]:
@@ -140,3 +152,109 @@ async def test_odd_questions_are_refused_or_answered_with_nothing(database: str)
         unknown = work.Wanted(None, None, None, str(uuid.UUID(int=0)), 5)
         assert work.calls(connection, unknown)["calls"] == []
         assert rows(connection, "SELECT 1 AS one") == [{"one": 1}]
+
+
+@pytest.fixture
+def criteria(tmp_path: Path) -> found.Criteria:
+    (tmp_path / "search.yaml").write_text("probation: {least_calls: 40, most_nights: 7, margin: 0.02}")
+    return found.Criteria(tmp_path)
+
+
+def searched(database: str, criteria: found.Criteria) -> dict[str, Any]:
+    with connect(database) as connection:
+        return found.found(connection, criteria)
+
+
+async def find(
+    probe: Probe, search: int, model: str, category: str | None, verdict: str, **more: Any
+) -> None:
+    trial = json.dumps(more["trial"]) if "trial" in more else None
+    reason = more.get("reason", "because")
+    await probe.run(
+        "SELECT keep_candidate($1, $2, $3, 'mock', $4, $5, $6::jsonb)",
+        search, model, category, verdict, reason, trial,
+    )  # fmt: skip
+
+
+async def test_before_any_search_there_is_nothing_to_see_of_it(
+    probe: Probe, database: str, criteria: found.Criteria
+) -> None:
+    seen = searched(database, criteria)
+    assert seen["search"] is None
+    assert seen["probation"] == seen["events"] == []
+    assert all(here == {"counts": {}, "findings": []} for here in seen["candidates"].values())
+    assert set(seen["candidates"]) == {"technical", "creative", "general"}
+    assert seen["needs"] == {"least_calls": 40, "most_nights": 7, "margin": 0.02}
+
+
+async def test_of_each_candidate_the_newest_finding_is_shown(
+    probe: Probe, database: str, criteria: found.Criteria, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = await probe.value("INSERT INTO searches (by, ended_at) VALUES ('night', now()) RETURNING search")
+    await find(probe, first, "dull-9b", "general", "refused", reason="too small")
+    await find(probe, first, "odd-9b", None, "refused", reason="no licence")
+    second = await probe.value("INSERT INTO searches (by, notes) VALUES ('night', '{slow}') RETURNING search")
+    await find(probe, second, "dull-9b", "general", "lost", reason="not surely better", trial=TRIAL)
+    for number in range(5):
+        await find(probe, second, f"small-{number}", "general", "refused")
+    monkeypatch.setattr(found, "EACH_VERDICT", 3)
+    seen = searched(database, criteria)
+    assert seen["search"]["search"] == second
+    assert seen["search"]["ended_at"] is None
+    assert seen["search"]["notes"] == ["slow"]
+    general = seen["candidates"]["general"]
+    assert general["counts"] == {"lost": 1, "refused": 5}
+    assert [one["model"] for one in general["findings"]] == ["dull-9b", "small-4", "small-3", "small-2"]
+    assert general["findings"][0]["trial"]["candidate"]["worth"] == 0.8
+    assert seen["candidates"][""]["findings"][0]["reason"] == "no licence"
+    assert seen["candidates"]["technical"]["findings"] == []
+
+
+async def test_a_model_on_probation_is_shown_with_its_trial_its_calls_and_what_it_needs(
+    probe: Probe, database: str, criteria: found.Criteria
+) -> None:
+    search = await probe.value("INSERT INTO searches (by) VALUES ('night') RETURNING search")
+    await find(probe, search, "bright-9b", "general", "taken", trial=TRIAL)
+    await probe.run(
+        "SELECT take_candidate($1, 'night', $2::jsonb, 'general', 0.01, 'better', '{}')",
+        search, json.dumps(ROW),
+    )  # fmt: skip
+    await find(probe, search, "bright-9b", "general", "known", reason="it is of the roster")
+    await probe.run("INSERT INTO evidence_periods VALUES (60, 1, 'epoch', true), (86400, 1, now(), true)")
+    for period, seconds, calls in ((1, 86400, 12), (2, 86400, 5), (1, 60, 99)):
+        await probe.run(
+            "INSERT INTO evidence (period, period_seconds, category, model, calls, answered, excused,"
+            " log_seconds, log_seconds_squares, timed, cost, cost_squares, priced)"
+            " VALUES ($1, $2, 'general', 'bright-9b', $3, $3, 0, 0, 0, 0, 0, 0, 0)",
+            period, seconds, calls,
+        )  # fmt: skip
+    seen = searched(database, criteria)
+    (model,) = seen["probation"]
+    assert (model["model"], model["by"], model["why"]) == ("bright-9b", "night", "better")
+    assert (model["search"], model["target"]) == (search, "6/min")
+    (here,) = model["categories"].values()
+    assert here["calls"] == 17, "by the length of period that is summed now"
+    assert here["trial"]["difference"] == 0.1, "also when a later search finds that it is known"
+    active = rows_of(database, "SELECT model FROM rankings JOIN roster USING (model)"
+                     " WHERE category = 'general' AND state = 'active' ORDER BY place, model")  # fmt: skip
+    assert here["middle"] == {"model": active[(len(active) - 1) // 2]["model"], "bound": None}
+    assert [event["what"] for event in seen["events"]] == ["taken"]
+    await probe.run("SELECT promote_model('bright-9b', 'night', 'proved', '{}', '{}')")
+    seen = searched(database, criteria)
+    assert seen["probation"] == []
+    assert [event["what"] for event in seen["events"]] == ["promoted", "taken"]
+
+
+async def test_what_probation_needs_is_read_again_when_it_was_edited(
+    probe: Probe, database: str, criteria: found.Criteria, tmp_path: Path
+) -> None:
+    assert searched(database, criteria)["needs"]["least_calls"] == 40
+    (tmp_path / "search.yaml").write_text("probation: {least_calls: no number}")
+    assert searched(database, criteria)["needs"] is None
+    (tmp_path / "search.yaml").unlink()
+    assert searched(database, criteria)["needs"]["least_calls"] > 0, "the shipped one"
+
+
+def rows_of(database: str, statement: str) -> list[dict[str, Any]]:
+    with connect(database) as connection:
+        return rows(connection, statement)

@@ -143,6 +143,15 @@ def test_all_who_explore_share_what_there_is() -> None:
     assert sum(p.most_share for p in found if p.standing is Standing.LOW) <= LEARNING.exploration.share + 1e-9
 
 
+def test_one_that_may_be_below_the_floor_still_is_given_calls() -> None:
+    """It is no longer surely below it, and far from the first: by its place alone it would get none."""
+    doubted = evidence(120, Nature(success=0.45, score=1.0))
+    found = rank(GENERAL, [Candidate("a", 1, evidence(500)), Candidate("b", 2, doubted)], LEARNING)
+    assert found[1].standing is Standing.RANKED
+    assert found[1].worth.upper < found[0].worth.lower
+    assert (found[1].least_share, found[1].most_share) == (LEARNING.exploration.share, 1.0)
+
+
 def test_a_source_of_grades_that_knows_only_one_model_is_no_advantage_to_the_other() -> None:
     plain = evidence(300)
     judged = replace(plain, scores={**plain.scores, "judge": Moments.of(50, 40.0, 33.0)})

@@ -1,0 +1,136 @@
+"""People who look at the console, for bench/console.py: they ask what its page asks, when it asks it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+
+VIEWS = ("traffic", "work", "priorities", "traffic", "work", "story", "traffic", "work", "priorities", "ask")
+PARTS = (
+    "page", "console.css", "console.js", "draw.js", "traffic.js", "model_row.js", "work.js", "lists.js",
+    "story.js", "priorities.js", "search.js", "ask.js",
+)  # fmt: skip
+# view -> what it asks again and again, and after how many seconds.
+AGAIN: dict[str, tuple[tuple[str, float], ...]] = {
+    "work": (("calls?limit=30", 3.0),),
+    "priorities": (("priorities", 15.0), ("search", 15.0)),
+    "story": (("tasks/{task}", 2.0),),
+}
+PROBED = (
+    "me", "status", "history", "calls?limit=30", "calls?limit=30&outcome=wrong&model=llm-07",
+    "failures?limit=20", "failures?limit=20&category=general", "tasks/{task}", "priorities", "search",
+)  # fmt: skip
+PROBE_PAUSE_SECONDS = 0.05
+
+
+@dataclass
+class Seen:
+    """What all of them saw: route -> seconds of each answer, and when each looker heard of which failure."""
+
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    failures: list[dict[int, float]] = field(default_factory=list)
+    bytes: int = 0
+    lines: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+    def note(self, route: str, began: float) -> None:
+        """An answer has come whole."""
+        self.seconds.setdefault(route, []).append(time.monotonic() - began)
+
+
+class Looker:
+    """One person with one page open."""
+
+    def __init__(self, session: aiohttp.ClientSession, base: str, view: str, task: int, seen: Seen) -> None:
+        self._session = session
+        self._base = base
+        self._view = view
+        self._task = task
+        self._seen = seen
+        self._heard: dict[int, float] = {}
+        seen.failures.append(self._heard)
+
+    async def look(self) -> None:
+        """Open the page, and look until cancelled."""
+        for part in PARTS:
+            await self._get(part)
+        await self.api("me")
+        if self._view == "traffic":
+            await self.api("history")
+        again = [self._again(path, seconds) for path, seconds in AGAIN.get(self._view, ())]
+        await asyncio.gather(self._listen(), *again)
+
+    async def api(self, path: str) -> None:
+        """Ask one route, named in `seen` without its values."""
+        await self._get(f"api/{path.format(task=self._task)}", f"GET {path}")
+
+    async def _get(self, path: str, name: str | None = None) -> None:
+        began = time.monotonic()
+        async with self._session.get(f"{self._base}/{path}") as answer:
+            body = await answer.read()
+        self._seen.bytes += len(body)
+        if answer.status != 200:
+            self._seen.wrong.append(f"{path}: {answer.status}")
+        if name is not None:
+            self._seen.note(name, began)
+
+    async def _again(self, path: str, seconds: float) -> None:
+        while True:
+            await self.api(path)
+            await asyncio.sleep(seconds)
+
+    async def _listen(self) -> None:
+        failed: int | None = None
+        while True:
+            began: float | None = time.monotonic()
+            async with self._session.get(f"{self._base}/api/live") as answer:
+                async for line in answer.content:
+                    if began is not None:
+                        self._seen.note("GET live (first line)", began)
+                        began = None
+                    self._seen.lines += 1
+                    self._seen.bytes += len(line)
+                    now = json.loads(line)["tasks"]["failed"]
+                    self._heard.setdefault(now, time.monotonic())
+                    if self._view == "work" and now != failed:
+                        failed = now
+                        await self.api("failures?limit=20")
+
+    async def probe(self, times: int) -> None:
+        """Ask every route so many times, one after the other."""
+        for _ in range(times):
+            for path in PROBED:
+                await self.api(path)
+                await asyncio.sleep(PROBE_PAUSE_SECONDS)
+
+
+def updates(changes: dict[int, float], heard: Sequence[dict[int, float]]) -> list[float]:
+    """Seconds from each change to each looker's hearing of it, or of a later one."""
+    found = []
+    for one in heard:
+        if one:
+            first, last = min(one), max(one)
+            for failed, at in changes.items():
+                if first < failed <= last:
+                    found.append(min(when for count, when in one.items() if count >= failed) - at)
+    return found
+
+
+async def while_looking(
+    people: Sequence[Looker], doing: Callable[[], Awaitable[Any]], wrong: list[str]
+) -> None:
+    """Do something while all of them look; what any of them breaks at is added to `wrong`."""
+    looking = [asyncio.create_task(one.look(), name="console bench looker") for one in people]
+    try:
+        await doing()
+    finally:
+        for task in looking:
+            task.cancel()
+        ended = await asyncio.gather(*looking, return_exceptions=True)
+        wrong += [repr(one) for one in ended if isinstance(one, Exception)]

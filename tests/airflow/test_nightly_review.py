@@ -1,0 +1,188 @@
+"""nightly_review in real Airflow: what a night on a log moves and why, and what one that dies leaves."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import psycopg2
+import pytest
+
+from tests.reviewing import Log
+from tests.solving import Solving, crowding, say, wait_for, wait_until
+
+pytestmark = [pytest.mark.airflow, pytest.mark.alone, pytest.mark.timeout(240)]
+
+DAG = "nightly_review"
+STEPS = ("grade", "judge", "sum_up", "rank", "search", "probation", "retention", "report")
+CATEGORIES = ("technical", "creative", "general")
+FIRST, SECOND = "llama-3.3-70b", "deepseek-v3"  # for general, as shipped
+JUDGING_CALLS = 12
+
+
+class Nights:
+    """The night's DAG on the stack that all share, and the log that it reviews."""
+
+    def __init__(self, solving: Solving) -> None:
+        self.solving = solving
+        self.api = solving.api
+        self.log = Log(solving.stack.database_url)
+
+    def fill(self, calls: int) -> None:
+        """Yesterday's log: all models alike everywhere, but for one that fails where it is the first."""
+        models = self.solving.models
+        each = calls // (len(models) * len(CATEGORIES))
+        for model in models:
+            for category in CATEGORIES:
+                self.log.add(model, each, category=category, days_ago=1, seconds=80_000)
+        self.log.add(FIRST, 4 * each, days_ago=1, seconds=80_000, outcome="error")
+        self.log.query("ANALYZE model_calls")
+
+    def begin(self, **params: Any) -> str:
+        return self.api.trigger(DAG, params)
+
+    def until_over(self, run: str, seconds: float = 120.0) -> tuple[str, float]:
+        """The state in which the run ended, and how many seconds it took, as Airflow has it."""
+        path = f"/dags/{DAG}/dagRuns/{run}"
+        ended = ("success", "failed")
+        over = wait_for(
+            lambda: found if (found := self.api.call("GET", path))["state"] in ended else None,
+            seconds, f"the end of {run}",
+        )  # fmt: skip
+        return over["state"], over["duration"]
+
+    def states(self, run: str) -> dict[str, str]:
+        return {entry["task_id"]: entry["state"] for entry in self.api.task_instances(DAG, run)}
+
+    def seconds(self, run: str) -> str:
+        """What each step took, for people."""
+        told = {entry["task_id"]: entry["duration"] for entry in self.api.task_instances(DAG, run)}
+        return ", ".join(f"{step} {told[step] or 0:.1f} s" for step in STEPS)
+
+    def report(self, run: str) -> dict[str, list[str]]:
+        path = f"/dags/{DAG}/dagRuns/{run}/taskInstances/report/xcomEntries/return_value"
+        value = self.api.call("GET", path)["value"]
+        found: dict[str, list[str]] = json.loads(value) if isinstance(value, str) else value
+        return found
+
+    def clear(self, run: str, *tasks: str) -> None:
+        """Clear these Airflow tasks and all after them, as a person does in the UI."""
+        body = {
+            "dry_run": False, "only_failed": False, "dag_run_id": run, "task_ids": list(tasks),
+            "include_downstream": True, "reset_dag_runs": True,
+        }  # fmt: skip
+        self.api.call("POST", f"/dags/{DAG}/clearTaskInstances", json=body)
+
+
+@pytest.fixture
+def nights(solving: Solving) -> Iterator[Nights]:
+    """The DAG unpaused and a small budget for judging; afterwards all is as it was."""
+    learning = solving.config_folder / "learning.yaml"
+    shipped = learning.read_text()
+    learning.write_text(shipped.replace("  calls: 300\n", f"  calls: {JUDGING_CALLS}\n"))
+    nights = Nights(solving)
+    nights.api.pause(DAG, paused=False)
+    yield nights
+    nights.api.pause(DAG)
+    learning.write_text(shipped)
+    for statement in (
+        (
+            "UPDATE rankings SET place = starting_place, standing = 'ranked', quality = NULL,"
+            " least_share = 0, most_share = 1, review = NULL"
+        ),
+        "DELETE FROM review_places", "DELETE FROM reviews", "DELETE FROM evidence",
+        "DELETE FROM evidence_periods", "DELETE FROM call_scores", "DELETE FROM judgements",
+        "DELETE FROM model_calls WHERE task_id IN (SELECT id FROM tasks WHERE prompt LIKE 'Who painted%%')",
+        "DELETE FROM model_calls WHERE task_id IS NULL AND purpose IS NULL",
+        "DELETE FROM tasks WHERE prompt LIKE 'Who painted%%'",
+    ):  # fmt: skip
+        nights.log.query(statement)
+
+
+def test_a_night_that_dies_leaves_the_old_order_and_one_that_ends_moves_what_it_should(
+    nights: Nights,
+) -> None:
+    nights.fill(20_000)
+    before, version = nights.log.rankings(), nights.log.version()
+    with closing(psycopg2.connect(nights.log.url)) as blocker:
+        blocker.cursor().execute("LOCK TABLE rankings IN SHARE ROW EXCLUSIVE MODE")
+        run = nights.begin(search=False)
+        cut = (
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE query LIKE 'LOCK TABLE rankings%%' AND wait_event_type = 'Lock'"
+        )
+        wait_until(lambda: bool(nights.log.query(cut)), 90, "the ranking is cut off in its transaction")
+        wait_until(lambda: nights.states(run)["rank"] == "up_for_retry", 30, "it is to be tried again")
+        nights.api.set_task_state(DAG, run, "rank", "failed")  # nobody waits for that
+    state, _ = nights.until_over(run)
+    assert state == "failed"
+    states = nights.states(run)
+    assert [states[step] for step in STEPS] == [
+        "success", "success", "success", "failed", "upstream_failed", "success", "success", "failed",
+    ]  # fmt: skip
+    assert nights.log.rankings() == before
+    assert nights.log.version() == version
+    told = nights.report(run)
+    assert set(told) == set(STEPS) - {"rank", "search", "report"}
+    assert "did not end well: rank, search" in nights.api.task_log(DAG, run, "report")
+
+    began = time.monotonic()
+    nights.clear(run, "rank")
+    state, _ = nights.until_over(run)
+    say(f"cleared and over after {time.monotonic() - began:.1f} s")
+    assert state == "success"
+    places = nights.log.places()
+    assert places[SECOND] == 1
+    assert places[FIRST] == len(places)
+    assert nights.log.version() > version  # by which workers hear of it
+    told = nights.report(run)
+    (moved,) = [line for line in told["rank"] if line.startswith(f"general: {FIRST} ")]
+    assert "below the floor" in moved
+    assert f"general: {FIRST} 1 -> {len(places)}" in nights.api.task_log(DAG, run, "report", attempt=2)
+    assert sum(told["judge"][0].count(word) for word in ("wins", "ties", "losses")) == 3
+    judged = nights.log.value(
+        "SELECT count(*) FROM model_calls WHERE purpose = 'judge' AND outcome = 'answered'"
+    )
+    assert 0 < judged <= JUDGING_CALLS
+
+    rankings = nights.log.rankings()
+    run = nights.begin(search=False)
+    state, seconds = nights.until_over(run)
+    say(f"again, with 20,000 calls: {seconds:.1f} s; {nights.seconds(run)}")
+    assert state == "success"
+    assert "0 moved" in nights.report(run)["rank"][0]
+    assert [{**row, "review": None} for row in nights.log.rankings()] == [
+        {**row, "review": None} for row in rankings
+    ]
+    assert_no_secrets(nights, run)
+
+
+def assert_no_secrets(nights: Nights, run: str) -> None:
+    """Neither what is passed on between Airflow tasks nor their logs hold an address."""
+    texts = [json.dumps(nights.report(run))]
+    texts += [nights.api.task_log(DAG, run, step) for step in STEPS]
+    for text in texts:
+        assert "postgresql://" not in text
+        assert "redis://" not in text
+    assert len(texts[0]) < 20_000
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_a_night_on_a_million_calls_takes_a_minute_at_most(nights: Nights) -> None:
+    nights.fill(1_000_000)
+    run = nights.begin(search=False)
+    state, seconds = nights.until_over(run, 600)
+    say(f"a million calls: {seconds:.1f} s; {nights.seconds(run)}")
+    assert state == "success"
+    assert nights.log.places()[FIRST] == len(nights.log.places())
+    assert seconds <= 60 * crowding()
+    rankings = nights.log.rankings()
+    run = nights.begin(search=False)
+    state, seconds = nights.until_over(run, 600)
+    say(f"again: {seconds:.1f} s; {nights.seconds(run)}")
+    assert "0 moved" in nights.report(run)["rank"][0]
+    assert [row["place"] for row in nights.log.rankings()] == [row["place"] for row in rankings]

@@ -1,0 +1,149 @@
+"""config/discovered.yaml: whole or not at all, by one at a time, the same for the same roster."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from router import discovered
+from router.discovered import rendered, write_discovered, writing
+from router.errors import ConfigError
+from router.settings import DISCOVERED, load_config, read_discovered
+
+PEOPLE = {"models": {"phi-4": {"target": "1/min", "ranks": {"general": 1}}}}
+
+
+def row(model: str = "llama-9", at: str = "2026-01-02T03:04:05.000006+00:00", **more: Any) -> dict[str, Any]:
+    return {
+        "model": model,
+        "endpoint": model,
+        "state": "probation",
+        "default_target": "6/min",
+        "ranks": {"general": 3},
+        "context_tokens": 8192,
+        "max_tokens": 512,
+        "timeout_seconds": 180.0,
+        "input_price": 0.1,
+        "output_price": 0.2,
+        "history": [{"what": "taken", "at": at, "by": "ann", "why": "it won: \u00e4 # 'x'\nline"}],
+        **more,
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "models.yaml").write_text(yaml.safe_dump(PEOPLE))
+    return tmp_path
+
+
+def test_what_is_written_is_read(folder: Path) -> None:
+    assert write_discovered(folder, [row()])
+    models, problem = read_discovered(folder)
+    assert problem is None
+    found = models["llama-9"]
+    assert (found.state, found.target, found.ranks) == ("probation", "6/min", {"general": 3})
+    assert found.history[0].why == "it won: \u00e4 # 'x'\nline"
+    assert load_config(folder).discovered == models
+    assert (folder / DISCOVERED).read_text().startswith("# The models that the search found")
+
+
+def test_the_same_rows_give_the_same_bytes_in_the_order_of_their_taking() -> None:
+    one, two = row("b"), row("a", at="2026-01-03T00:00:00.000000+00:00")
+    assert rendered([one, two]) == rendered([two, one])
+    assert list(yaml.safe_load(rendered([two, one]))["models"]) == ["b", "a"]
+
+
+def test_nothing_is_written_where_nothing_changed(folder: Path) -> None:
+    write_discovered(folder, [row()])
+    inode = (folder / DISCOVERED).stat().st_ino
+    assert not write_discovered(folder, [row()])
+    assert (folder / DISCOVERED).stat().st_ino == inode
+    assert write_discovered(folder, [])
+    assert not (folder / DISCOVERED).exists()
+    assert not write_discovered(folder, [])
+
+
+def test_a_death_while_writing_leaves_the_old_file_whole(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_discovered(folder, [row()])
+    before = (folder / DISCOVERED).read_bytes()
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(discovered.os, "fsync", die)
+    with pytest.raises(KeyboardInterrupt):
+        write_discovered(folder, [row(), row("other")])
+    assert (folder / DISCOVERED).read_bytes() == before
+    assert {path.name for path in folder.iterdir()} == {
+        DISCOVERED,
+        "models.yaml",
+    }  # nothing is left lying about
+
+
+def test_it_is_written_by_one_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, first_may_end = threading.Event(), threading.Event()
+    order = []
+
+    def write(name: str) -> None:
+        with writing(folder):
+            order.append(f"{name} begins")
+            entered.set()
+            first_may_end.wait(10)
+            order.append(f"{name} ends")
+
+    first = threading.Thread(target=write, args=("first",))
+    first.start()
+    entered.wait(10)
+    monkeypatch.setattr(discovered, "LOCK_SECONDS", 0.1)
+    with pytest.raises(ConfigError, match="Somebody else is writing"), writing(folder):
+        pass
+    monkeypatch.setattr(discovered, "LOCK_SECONDS", 10.0)
+    second = threading.Thread(target=write, args=("second",))
+    second.start()
+    first_may_end.set()
+    first.join()
+    second.join()
+    assert order == ["first begins", "first ends", "second begins", "second ends"]
+
+
+def test_others_may_read_it(folder: Path) -> None:
+    write_discovered(folder, [row()])
+    assert (folder / DISCOVERED).stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("models: [", "is not valid YAML"),
+        ("models:\n  a: {}\n  a: {}\n", "the key 'a' stands twice"),
+        ("", "must hold keys and values"),
+        ("models:\n  ../x: {}\n", "String should match pattern"),
+        (rendered([row(state="fine")]), "models.llama-9.state"),
+        (rendered([row(default_target="quickly")]), "models.llama-9.target"),
+        (rendered([row(history=[])]), "models.llama-9.history"),
+        ("\udc80", "cannot be read as UTF-8"),
+    ],
+)
+def test_what_is_broken_by_hand_is_named_and_keeps_nobody_from_starting(
+    folder: Path, text: str, words: str
+) -> None:
+    (folder / DISCOVERED).write_bytes(text.encode("utf-8", "surrogateescape"))
+    config = load_config(folder)
+    assert (set(config.models), config.discovered) == ({"phi-4"}, {})
+    assert str(folder / DISCOVERED) in (config.discovered_problem or "")
+    assert words in (config.discovered_problem or "")
+    with pytest.raises(ConfigError, match=DISCOVERED):
+        discovered.require_writable(folder)
+
+
+def test_where_both_name_a_model_people_win(folder: Path) -> None:
+    write_discovered(folder, [row(), row("phi-4")])
+    config = load_config(folder)
+    assert set(config.models) == {"phi-4"}
+    assert set(config.discovered) == {"llama-9"}

@@ -1,0 +1,130 @@
+"""What a trial says: paired, bounded by how few prompts there are, and silent where it says nothing."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from router.search_settings import TrialSettings
+from router.settings import UtilitySettings
+from router.task import Outcome
+from router.trial_result import TrialCall, TrialResult, TrialVerdict, is_enough, judge_trial
+
+SOURCES = {"check": 1.0, "reference": 2.0, "judge": 2.0}
+
+
+def answered(score: float = 1.0, seconds: float = 5.0, cost_usd: float = 0.001) -> TrialCall:
+    return TrialCall(Outcome.ANSWERED, {"check": score}, seconds, cost_usd)
+
+
+def failed(outcome: Outcome = Outcome.ERROR) -> TrialCall:
+    return TrialCall(outcome, error="it broke")
+
+
+def judged(candidate: list[TrialCall], incumbent: list[TrialCall], **settings: float) -> TrialResult:
+    trials = TrialSettings.model_validate(settings)
+    return judge_trial(candidate, incumbent, UtilitySettings(), SOURCES, trials)
+
+
+def test_one_that_is_surely_better_wins() -> None:
+    result = judged([answered()] * 30, [answered(0.4)] * 30)
+    assert (result.verdict, result.pairs) == (TrialVerdict.WON, 30)
+    assert result.difference == pytest.approx(0.5 * 0.6)  # the weight of the score
+    assert result.lower > 0.2
+    assert "+0.300 +-" in result.reason
+
+
+@pytest.mark.parametrize(
+    "candidate",
+    [
+        [answered()] * 30,  # as good
+        [answered(0.9)] * 30,  # worse
+        [answered(1.0, seconds=60.0)] * 30,  # as good, and slow
+        [answered(1.0, cost_usd=0.05)] * 30,  # as good, and dear
+        [answered()] * 24 + [failed()] * 6,  # as good, where it answers
+    ],
+)
+def test_one_that_is_not_better_loses(candidate: list[TrialCall]) -> None:
+    assert judged(candidate, [answered()] * 30).verdict is TrialVerdict.LOST
+
+
+def test_the_same_difference_says_less_with_fewer_prompts() -> None:
+    many = judged([answered()] * 30, [answered(0.7)] * 30)
+    few = judged([answered()] * 4, [answered(0.7)] * 4, least_answers=1)
+    assert (many.verdict, few.verdict) == (TrialVerdict.WON, TrialVerdict.LOST)
+    assert few.difference == pytest.approx(many.difference)
+    assert few.error > 3 * many.error > 0  # also where all prompts agree
+
+
+def test_what_is_hard_for_both_cancels_out() -> None:
+    hard = [0.1 * (n % 10) for n in range(30)]
+    paired = judged([answered(score + 0.1) for score in hard], [answered(score) for score in hard])
+    crossed = judged([answered(score + 0.1) for score in hard], [answered(score) for score in hard[::-1]])
+    assert paired.difference == pytest.approx(crossed.difference)
+    assert paired.error < crossed.error / 2
+
+
+def test_what_is_nobodys_fault_is_left_out_of_the_comparison() -> None:
+    limited = [failed(Outcome.RATE_LIMITED)] * 10 + [TrialCall(error="no permit in time")] * 5
+    result = judged([answered()] * 15 + limited, [answered(0.4)] * 30)
+    assert (result.verdict, result.pairs) == (TrialVerdict.WON, 15)
+    assert judged([answered()] * 30, [answered(0.4)] * 15 + limited).pairs == 15
+
+
+def test_too_few_calls_say_nothing() -> None:
+    few = [answered()] * 5 + [failed(Outcome.RATE_LIMITED)] * 25
+    assert judged(few, [answered(0.4)] * 30).verdict is TrialVerdict.UNREACHABLE
+    assert judged([answered()] * 30, few).verdict is TrialVerdict.VOID
+
+
+def test_a_backend_that_is_down_for_both_says_nothing() -> None:
+    result = judged([failed()] * 5 + [TrialCall()] * 25, [failed()] * 30)
+    assert result.verdict is TrialVerdict.VOID
+    assert "the incumbent itself answered 0 of 30 calls: it broke" in result.reason
+
+
+def test_a_model_that_the_backend_does_not_know_is_unreachable() -> None:
+    calls = [failed(Outcome.UNKNOWN_MODEL)] + [TrialCall()] * 29
+    assert judged(calls, [answered()] * 30).verdict is TrialVerdict.UNREACHABLE
+
+
+def test_one_that_only_says_later_is_unreachable_and_one_that_fails_loses() -> None:
+    for outcome, verdict in (
+        (Outcome.OVERLOADED, TrialVerdict.UNREACHABLE),
+        (Outcome.ERROR, TrialVerdict.LOST),
+    ):
+        calls = [failed(outcome)] * 5 + [TrialCall()] * 25
+        assert judged(calls, [answered()] * 30).verdict is verdict
+
+
+def test_one_below_the_floor_loses_even_against_nothing() -> None:
+    result = judged([answered(0.3)] * 30, [answered(0.0)] * 30)
+    assert result.verdict is TrialVerdict.LOST
+    assert "below the floor" in result.reason
+
+
+def test_enough_is_seen_when_nothing_comes() -> None:
+    assert is_enough([failed(Outcome.UNKNOWN_MODEL)])
+    assert is_enough([failed()] * 5 + [TrialCall()] * 25)
+    assert is_enough([TrialCall(error="no permit in time")] * 5)
+    assert not is_enough([failed()] * 4 + [TrialCall()] * 26)
+    assert not is_enough([failed()] * 20 + [answered()])
+
+
+def drawn(dice: random.Random, quality: float) -> list[TrialCall]:
+    return [answered(1.0 if dice.random() < quality else 0.2) for _ in range(30)]
+
+
+def wins(candidate: float, incumbent: float) -> float:
+    dice = random.Random(7)
+    trials = [judged(drawn(dice, candidate), drawn(dice, incumbent)) for _ in range(400)]
+    return sum(trial.verdict is TrialVerdict.WON for trial in trials) / len(trials)
+
+
+def test_how_often_chance_decides() -> None:
+    """With the shipped numbers one that is no better hardly ever wins, and one that is much better mostly."""
+    assert max(wins(quality, quality) for quality in (0.5, 0.8, 0.95)) <= 0.06
+    assert wins(0.7, 0.8) <= 0.01
+    assert wins(0.95, 0.7) >= 0.7
+    assert wins(0.95, 0.5) >= 0.99

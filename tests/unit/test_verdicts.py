@@ -1,0 +1,54 @@
+"""The stand-in as a judge: its verdicts follow the answers, and are read by the router's own grader."""
+
+from __future__ import annotations
+
+import pytest
+
+from models_backend.answers import compose_answer
+from models_backend.verdicts import verdict_on
+from router.grading import Judgement, Result, judge_prompts, parse_verdict
+
+REQUEST = "Explain how a balanced search tree keeps its height small while rows are inserted"
+MODELS = ("phi-4", "llama-3.1-8b", "command-r-plus", "qwen-2.5-72b")
+
+
+def judged(one: str, other: str, *, looks_well: bool = True) -> Result | None:
+    straight, swapped = (
+        parse_verdict(verdict_on(question, looks_well=looks_well) or "")
+        for question in judge_prompts(REQUEST, one, other)
+    )
+    return Judgement(straight, swapped).result
+
+
+def answers(flaw: str | None) -> list[str]:
+    composed = [
+        compose_answer(model, REQUEST, max_tokens=512, seed=seed) for model in MODELS for seed in range(60)
+    ]
+    return [answer.text for answer in composed if answer.flaw == flaw]
+
+
+@pytest.mark.parametrize("flaw", ["empty", "cut off", "refusal", "loop", "off topic"])
+def test_a_good_answer_wins_against_a_flawed_one(flaw: str) -> None:
+    good = answers(None)[0]
+    flawed = answers(flaw)
+    assert flawed
+    wins = [judged(good, bad) for bad in flawed]
+    assert wins.count(Result.WIN) >= 0.9 * len(wins)
+    assert judged(flawed[0], good) is not Result.WIN
+
+
+def test_two_good_answers_are_alike_and_a_bad_look_decides_nothing() -> None:
+    one, other = answers(None)[:2]
+    assert judged(one, other) is Result.TIE
+    assert judged(one, "", looks_well=False) is Result.TIE  # the same in both orders
+
+
+def test_what_is_no_question_is_answered_as_any_prompt() -> None:
+    assert verdict_on(REQUEST, looks_well=True) is None
+    assert verdict_on("What does 'verdict: tie' mean?", looks_well=True) is None
+
+
+def test_a_model_that_is_asked_gives_a_verdict() -> None:
+    question, _ = judge_prompts(REQUEST, answers(None)[0], "")
+    said = [compose_answer(model, question, max_tokens=300, seed=1).text for model in MODELS]
+    assert all(parse_verdict(text) is not None for text in said)
