@@ -37,7 +37,7 @@ from rich.table import Table
 
 from bench.answering_report import p99
 from bench.console_fill import Mover, fill, write_models
-from bench.console_lookers import PARTS, VIEWS, Looker, Seen, updates, while_looking
+from bench.console_lookers import OPEN_SECONDS, VIEWS, Looker, Seen, updates, while_looking
 from local.plan import StackOptions
 from local.stack import Stack
 from router.settings import DEFAULT_CONFIG_FOLDER
@@ -164,9 +164,7 @@ async def _looked_at(stack: Stack, options: argparse.Namespace, mover: Mover, ou
         probed.seconds.clear()
 
         async def measure() -> None:
-            await asyncio.sleep(5)  # their pages are open
-            for part in PARTS:
-                seen.seconds.pop(part, None)
+            await asyncio.sleep((len(people) + 4) * OPEN_SECONDS)  # their pages are open
             during.update(await _busy(stack, options.seconds))
             out.print(f"{options.people} people look: measured")
             await Looker(session, base, "probe", 1, probed).probe(options.probes)

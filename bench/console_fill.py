@@ -68,8 +68,10 @@ _MOVE = """
 INSERT INTO model_calls (call_id, task_id, prompt_version, model, category, attempt, sent_at, finished_at,
                          outcome, settlement, cost, latency_seconds)
 SELECT (left(call_id_floor(clock_timestamp())::text, 14) || '7' || substr(h, 1, 3) || '-8' || substr(h, 4, 3)
-        || '-' || substr(h, 7, 12))::uuid, n, 1, 'llm-' || lpad(n::text, 2, '0'), 'general', 1,
-       clock_timestamp(), clock_timestamp(), 'answered', 'solved', 0.001, 1.5
+        || '-' || substr(h, 7, 12))::uuid,
+       n * 1000 + extract(second FROM clock_timestamp())::integer, 1,
+       'llm-' || lpad(n::text, 2, '0'), 'general', 1, clock_timestamp(), clock_timestamp(),
+       'answered', 'solved', 0.001, 1.5
   FROM (SELECT n, md5(n || clock_timestamp()::text) AS h FROM generate_series(1, %s) AS n) AS fresh"""
 _CHANGE = (
     "INSERT INTO tasks (prompt, category, status, failure) VALUES ('?', 'general', 'failed', 'just now')"

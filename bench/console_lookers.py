@@ -27,6 +27,8 @@ PROBED = (
     "failures?limit=20", "failures?limit=20&category=general", "tasks/{task}", "priorities", "search",
 )  # fmt: skip
 PROBE_PAUSE_SECONDS = 0.05
+OPEN_SECONDS = 0.5  # between one who comes and the next
+FAILURES_SECONDS = 3.0  # between two looks at the failures, however many come
 
 
 @dataclass
@@ -53,11 +55,13 @@ class Looker:
         self._view = view
         self._task = task
         self._seen = seen
+        self._aside: asyncio.Task[None] | None = None
         self._heard: dict[int, float] = {}
         seen.failures.append(self._heard)
 
-    async def look(self) -> None:
-        """Open the page, and look until cancelled."""
+    async def look(self, after_seconds: float) -> None:
+        """Open the page then, and look until cancelled."""
+        await asyncio.sleep(after_seconds)
         for part in PARTS:
             await self._get(part)
         await self.api("me")
@@ -86,7 +90,7 @@ class Looker:
             await asyncio.sleep(seconds)
 
     async def _listen(self) -> None:
-        failed: int | None = None
+        failed, asked_at = -1, 0.0
         while True:
             began: float | None = time.monotonic()
             async with self._session.get(f"{self._base}/api/live") as answer:
@@ -98,9 +102,11 @@ class Looker:
                     self._seen.bytes += len(line)
                     now = json.loads(line)["tasks"]["failed"]
                     self._heard.setdefault(now, time.monotonic())
-                    if self._view == "work" and now != failed:
-                        failed = now
-                        await self.api("failures?limit=20")
+                    at = time.monotonic()
+                    if self._view == "work" and now != failed and at - asked_at > FAILURES_SECONDS:
+                        failed, asked_at = now, at
+                        asking = self.api("failures?limit=20")
+                        self._aside = asyncio.create_task(asking, name="console bench failures")
 
     async def probe(self, times: int) -> None:
         """Ask every route so many times, one after the other."""
@@ -126,7 +132,10 @@ async def while_looking(
     people: Sequence[Looker], doing: Callable[[], Awaitable[Any]], wrong: list[str]
 ) -> None:
     """Do something while all of them look; what any of them breaks at is added to `wrong`."""
-    looking = [asyncio.create_task(one.look(), name="console bench looker") for one in people]
+    looking = [
+        asyncio.create_task(one.look(number * OPEN_SECONDS), name="console bench looker")
+        for number, one in enumerate(people)
+    ]
     try:
         await doing()
     finally:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from local.learning_script import CATEGORIES, FAILING, Script
+from local.learning_cast import CATEGORIES, FAILING
+from local.learning_script import Script
 from local.learning_story import NAMES, SIDES, WITH, WITHOUT, Story
 
 COLOURS = ("#2f6f9f", "#b5533c", "#3f8f5f", "#8a6bb0", "#c28b2c", "#4aa3a3", "#8c564b", "#c05a94", "#7f7f7f")
@@ -54,7 +55,7 @@ def _places(axis: Any, story: Story, category: str, colours: dict[str, str]) -> 
     axis.set_xlim(0, last * (1 + LABEL_ROOM))
     axis.set_yticks(range(1, len(lines) + 1))
     axis.set_xticks(range(0, last + 1, 2))
-    axis.set_title(f"{category}: place after each night", fontsize=10)
+    axis.set_title(f"{category}: places after each night", fontsize=10)
     axis.set_xlabel("night")
 
 

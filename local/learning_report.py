@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 
 from rich.console import Console
@@ -9,13 +10,15 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from local.learning_cast import CATEGORIES, DEAR, FAILING, SLOW
 from local.learning_night import Night, Stands
-from local.learning_script import CATEGORIES, DEAR, FAILING, SLOW, Script
+from local.learning_script import Script
 from local.learning_side import SideDay, share_good
 from local.learning_story import NAMES, SIDES, Day, Story
 from router.review import BOUNDED, Move
 
 MOST_REASONS = 6
+VERDICT = re.compile(r" (lost|taken|promoted|retired): ")
 WORDS = {"low": "low", "trial": "trial", "young": "young"}
 
 
@@ -162,7 +165,7 @@ def summary_lines(story: Story) -> list[str]:
         _overtaken(story, SLOW, story.script.slow_from, "became slow"),
         _overtaken(story, DEAR, story.script.dear_from, "became dear"),
     ]
-    lines += [f"Night {night}: {line}" for night, line in story.searched]
+    lines += [f"Night {night}: {line}" for night, line in story.searched if VERDICT.search(line)]
     return [line for line in lines if line]
 
 

@@ -17,6 +17,17 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from local.learning_cast import (
+    CATEGORIES,
+    CLIMATE,
+    DEAR,
+    FAILING,
+    MODELS,
+    NEWCOMERS,
+    OF_TEN,
+    SLOW,
+    Newcomer,
+)
 from router.search_settings import SearchSettings, load_search
 from router.settings import (
     DEFAULT_CONFIG_FOLDER,
@@ -33,24 +44,6 @@ from router.settings import (
 from router.trial_prompts import read_trial_prompts
 
 PROMPTS = Path(__file__).with_name("demo_prompts.jsonl")
-CATEGORIES = ("technical", "creative", "general")
-OF_TEN = (*("technical",) * 4, *("creative",) * 3, *("general",) * 3)  # prompts
-MODELS = (
-    "deepseek-v3", "qwen-2.5-72b", "mixtral-8x22b", "mistral-small-24b", "llama-3.3-70b", "gpt-4o-mini",
-)  # fmt: skip
-# Where the stand-in's table is not followed: one model is the best by far for technical, and creative is the
-# roster's weak spot, in which a newcomer can be better.
-CLIMATE = {
-    "technical": {
-        "qwen-2.5-72b": 0.74, "mixtral-8x22b": 0.66, "mistral-small-24b": 0.64, "llama-3.3-70b": 0.70,
-        "gpt-4o-mini": 0.70,
-    },
-    "creative": {
-        "deepseek-v3": 0.70, "qwen-2.5-72b": 0.68, "mixtral-8x22b": 0.80, "mistral-small-24b": 0.70,
-        "llama-3.3-70b": 0.74, "gpt-4o-mini": 0.72,
-    },
-}  # fmt: skip
-FAILING, SLOW, DEAR = "deepseek-v3", "mixtral-8x22b", "llama-3.3-70b"
 TODAY = date(2026, 1, 1)  # so that the catalogue's models do not grow old
 TIME_SCALE = 60.0  # a model's minute is a second
 SHORTEST_DAYS = 3
@@ -73,27 +66,6 @@ class Event:
 
 
 @dataclass(frozen=True)
-class Newcomer:
-    """A model that config/llama_catalog.yaml names; prices in USD a million tokens.
-
-    `quality` is what it is really like, `from_day` (of twelve) since when it can be called.
-    """
-
-    model: str
-    input_price: float
-    output_price: float
-    quality: Mapping[str, float]
-    from_day: int
-
-
-NEWCOMERS = (
-    Newcomer("llama-4-maverick", 0.20, 0.60, {"technical": 0.62, "creative": 0.97, "general": 0.80}, 5),
-    # Better by the catalogue's scores only.
-    Newcomer("llama-3.3-70b-atelier", 0.35, 0.60, {"technical": 0.60, "creative": 0.55, "general": 0.65}, 1),
-)
-
-
-@dataclass(frozen=True)
 class Task:
     """One prompt of a day. What is asked for is waited for; the others are a backlog."""
 
@@ -113,7 +85,7 @@ class Script:
     tasks: int = 600
     asked: int = 90
     rate: int = 20
-
+    trial_prompts: int = 36
     today: date = TODAY
 
     @property
@@ -138,8 +110,8 @@ class Script:
         failing = self.failing_days
         return (
             Event(
-                FAILING, "technical", failing.start, failing.stop, {"failing": 0.6, "quality": 0.2},
-                f"{FAILING} begins to fail for technical: most of its calls, and of its answers",
+                FAILING, "technical", failing.start, failing.stop, {"failing": 0.4, "quality": 0.1},
+                f"{FAILING} begins to fail for technical: 4 of 10 calls, and 9 of 10 of its answers",
                 f"{FAILING} is well again",
             ),
             Event(
@@ -218,14 +190,20 @@ class Script:
             default_category=shipped.default_category,
             categories=shipped.categories,
             worker=worker,
-            traffic=TrafficSettings(first_rest_seconds=0.1, longest_rest_seconds=1.0),
+            # A busy machine sends late: that is not what is shown here.
+            traffic=TrafficSettings(
+                first_rest_seconds=0.1,
+                longest_rest_seconds=1.0,
+                minute_send_slack=2.0,
+                minute_transit_slack=2.0,
+            ),
             asking=AskingSettings(default_deadline_seconds=8.0, late_seconds=1.0),
             fallback=FallbackSettings(),
         )
 
     @property
     def target(self) -> str:
-        """What each model of the file may be sent; a minute's windows bear a machine that is busy."""
+        """What each model of the file may be sent."""
         return f"{60 * self.rate}/min"
 
     def _on_the_fast_clock(self, model: ModelSettings) -> ModelSettings:
@@ -235,15 +213,15 @@ class Script:
     def learning(self) -> LearningSettings:
         """The shipped settings; a period is a day, seconds are those of the fast clock.
 
-        A day has a few hundred calls a category instead of thousands: so 10 % of them explore instead of 5,
+        A day has a few hundred calls a category instead of thousands: so 12 % of them explore instead of 5,
         and fewer are enough to judge a model by.
         """
         shipped = load_learning(None, CATEGORIES)
         whole = shipped.model_dump()
         whole["period_hours"] = self.day_seconds / 3600
-        whole["enough_calls"] = 20
+        whole["enough_calls"] = 15
         whole["prior_calls"] = 8
-        whole["exploration"]["share"] = 0.10
+        whole["exploration"]["share"] = 0.12
         whole["utility"]["latency_seconds"] = shipped.utility.latency_seconds / TIME_SCALE
         whole["outage"]["seconds"] = 1
         return LearningSettings.model_validate(whole)
@@ -253,9 +231,9 @@ class Script:
         whole = load_search(None, CATEGORIES).model_dump()
         whole["catalogues"] = [one for one in whole["catalogues"] if one["kind"] == "file"]
         whole["trials"].update(
-            prompts=36, patience_seconds=5.0, at_once=16, judged=0
+            prompts=self.trial_prompts, patience_seconds=5.0, at_once=16, judged=0
         )  # the stand-in is no judge
-        whole["probation"].update(target=f"{30 * self.rate}/min", least_calls=25, timeout_seconds=4.0)
+        whole["probation"].update(target=f"{30 * self.rate}/min", least_calls=20, timeout_seconds=4.0)
         return SearchSettings.model_validate(whole)
 
     def make_folder(self, folder: Path) -> Path:

@@ -7,8 +7,9 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
+from local.learning_cast import FAILING
 from local.learning_night import Night
-from local.learning_script import FAILING, Script
+from local.learning_script import Script
 from local.learning_side import SideDay, share_good
 
 WITH, WITHOUT = "with_learning", "without_learning"

@@ -104,6 +104,7 @@ def search(
         if not dry_run:
             about.publish()  # what a death left undone
             about.number = kept.begin_search(connection, by)
+            kept.keep_findings(connection, about.number, refusals)
         day = today or kept.today(connection)
         about.findings += refusals
         plans = []
@@ -113,21 +114,18 @@ def search(
                 settings=search_settings, folder=folder, today=day, search=about.number,
             )  # fmt: skip
             about.note(*plan.notes)
-            plans.append(plan)
             if dry_run:
                 about.findings += plan.findings
             else:
-                _carry_out(about, plan)
-        return _ended(about, plans, refusals, dry_run=dry_run)
+                plan = _carry_out(about, plan)
+            plans.append(plan)
+        return _ended(about, plans, dry_run=dry_run)
 
 
-def _ended(
-    about: _Search, plans: Sequence[CategoryPlan], refusals: Sequence[Finding], *, dry_run: bool
-) -> SearchReport:
+def _ended(about: _Search, plans: Sequence[CategoryPlan], *, dry_run: bool) -> SearchReport:
     if about.purse.is_empty:
         about.note(f"the budget of {about.settings.trials.budget_usd:g} USD for trials is used up")
     if not dry_run:
-        kept.keep_findings(about.connection, about.number, refusals)
         kept.end_search(about.connection, about.number, about.notes)
     number = None if dry_run else about.number
     return SearchReport(number, tuple(plans), tuple(about.findings), tuple(about.notes))
@@ -154,9 +152,12 @@ def _wanted(config: RouterConfig, categories: Collection[str] | None) -> list[st
     return [category for category in config.categories if not categories or category in categories]
 
 
-def _carry_out(about: _Search, plan: CategoryPlan) -> None:
-    """Try the category's candidates, keep what was found, and take on the one that won by most."""
-    trials = asyncio.run(_trials(about, plan)) if plan.candidates else {}
+def _carry_out(about: _Search, plan: CategoryPlan) -> CategoryPlan:
+    """Try the category's candidates, keep what was found, and take on the one that won by most.
+
+    Returns the plan with those who were tried.
+    """
+    trials, unreachable = asyncio.run(_trials(about, plan)) if plan.candidates else ({}, [])
     results = {
         name: judge_trial(
             trial.candidate, trial.incumbent, about.learning.utility_of(plan.category),
@@ -165,28 +166,40 @@ def _carry_out(about: _Search, plan: CategoryPlan) -> None:
         for name, trial in trials.items()
     }  # fmt: skip
     lines = {name: _line_of(about.variables, name) for name in results}
+    listed = {model.name: model for model in (*plan.candidates, *plan.next_ones)}
+    plan = replace(plan, candidates=tuple(listed[name] for name in trials))
     with transaction(about.connection):
-        findings = [*plan.findings, *_decided(about, plan, trials, results, lines)]
+        findings = [
+            *plan.findings,
+            *(_finding(plan, model, "unreachable", NOT_NAMED) for model in unreachable),
+            *_decided(about, plan, trials, results, lines),
+        ]
         kept.keep_findings(about.connection, about.number, findings)
         for trial in trials.values():
             kept.keep_grades(about.connection, trial.grades)
     about.findings += findings
     about.publish()
+    return plan
 
 
-async def _trials(about: _Search, plan: CategoryPlan) -> Mapping[str, CandidateTrial]:
-    """The trial of each candidate that the backend can call."""
+async def _trials(
+    about: _Search, plan: CategoryPlan
+) -> tuple[Mapping[str, CandidateTrial], list[CatalogueModel]]:
+    """The trials of as many candidates as there were to be, and those that the backend cannot call."""
     assert plan.incumbent is not None
     settings = about.settings
     bench = Bench(plan.category, plan.incumbent, plan.judge, plan.prompts, settings.trials, about.purse)
+    contenders: list[Contender] = []
+    unreachable = []
     async with Caller(about.addresses, about.config) as caller:
         served = await caller.known_models()
-        contenders = [
-            kept.as_contender(model, endpoint, settings.probation, about.config)
-            for model in plan.candidates
-            if (endpoint := _served_as(model, served)) is not None
-        ]
-        return await hold_trial(caller, bench, contenders) if contenders else {}
+        for model in (*plan.candidates, *plan.next_ones):
+            endpoint = _served_as(model, served)
+            if endpoint is None:
+                unreachable.append(model)
+            elif len(contenders) < len(plan.candidates):
+                contenders.append(kept.as_contender(model, endpoint, settings.probation, about.config))
+        return (await hold_trial(caller, bench, contenders) if contenders else {}), unreachable
 
 
 def _served_as(model: CatalogueModel, served: Collection[str]) -> str | None:
@@ -210,8 +223,6 @@ def _decided(
 ) -> Iterator[Finding]:
     """A finding for each candidate that was tried; the best winner is taken on, within the transaction."""
     models = {model.name: model for model in plan.candidates}
-    for name in sorted(models.keys() - results.keys()):
-        yield _finding(plan, models[name], "unreachable", NOT_NAMED)
     taken: str | None = None
     for name, result in sorted(results.items(), key=lambda item: -item[1].lower):
         model = models[name]

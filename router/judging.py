@@ -104,9 +104,7 @@ async def judge_answers(caller: Caller, learning: LearningSettings) -> Judged:
         pool, "SELECT * FROM answers_to_judge($1, period_to_judge($1), $2, $3)",
         seconds, settings.answers, JUDGED_CHARACTERS,
     )  # fmt: skip
-    spent = await fetch_one(
-        pool, "SELECT * FROM judging_spent(period_floor(period_of(clock_timestamp(), $1), $1))", seconds
-    )
+    spent = await fetch_one(pool, "SELECT * FROM judging_spent($1)", seconds)
     prices = await fetch(pool, "SELECT model, input_price::float8, output_price::float8 FROM roster")
     judging = _Judging(
         caller,
@@ -185,19 +183,21 @@ class _Judging:
             return
         calls: list[tuple[Called, str]] = []
         try:
-            if await self._take(answer, opponent, judge):
+            if await self._take(answer, opponent, judge, aside):
                 await self._ask(answer, opponent, judge, calls)
+                spent = self._spent(calls)
+                keep = "UPDATE judgements SET calls = $2, cost = $3 WHERE call_id = $1"
+                await fetch(self._caller.pool, keep, answer.call_id, *spent)
         finally:
-            sent = [(called, model) for called, model in calls if _was_sent(called)]
-            self._budget.account(aside, len(sent), sum(self._usd(called, model) for called, model in sent))
+            self._budget.account(aside, *self._spent(calls))
 
-    async def _take(self, answer: _Drawn, opponent: str, judge: str) -> bool:
-        """Write down that it is judged; False if somebody else does."""
+    async def _take(self, answer: _Drawn, opponent: str, judge: str, most: tuple[int, float]) -> bool:
+        """Write down that it is judged, and what that costs at most; False if somebody else does."""
         taken = await fetch_one(
             self._caller.pool,
-            "INSERT INTO judgements (call_id, category, model, opponent, judge, note)"
-            " VALUES ($1, $2, $3, $4, $5, 'begun') ON CONFLICT DO NOTHING RETURNING 1",
-            answer.call_id, answer.category, answer.model, opponent, judge,
+            "INSERT INTO judgements (call_id, category, model, opponent, judge, note, calls, cost)"
+            " VALUES ($1, $2, $3, $4, $5, 'begun', $6, $7) ON CONFLICT DO NOTHING RETURNING 1",
+            answer.call_id, answer.category, answer.model, opponent, judge, *most,
         )  # fmt: skip
         return taken is not None
 
@@ -243,7 +243,7 @@ class _Judging:
 
     async def _keep_measure(self, answer: _Drawn) -> None:
         """The first model's answer: a tie with itself."""
-        if await self._take(answer, answer.model, answer.model):
+        if await self._take(answer, answer.model, answer.model, (0, 0.0)):
             tie = Judgement(Verdict.TIE, Verdict.TIE)
             scores = tie.scores
             await fetch(
@@ -258,6 +258,11 @@ class _Judging:
         return self._price(opponent, len(answer.prompt.encode()), of_opponent) + 2 * self._price(
             judge, shown, VERDICT_TOKENS
         )
+
+    def _spent(self, calls: Sequence[tuple[Called, str]]) -> tuple[int, float]:
+        """Calls that were sent, and USD."""
+        sent = [(called, model) for called, model in calls if _was_sent(called)]
+        return len(sent), sum(self._usd(called, model) for called, model in sent)
 
     def _usd(self, called: Called, model: str) -> float:
         """What a call cost: as the backend says, else by its tokens."""

@@ -27,9 +27,10 @@ from router.trials import Contender
 
 @dataclass(frozen=True, slots=True)
 class CategoryPlan:
-    """What is to be tried for a category: the candidates against the incumbent. `findings` are of all others.
+    """What is to be tried for a category: the candidates against the incumbent, best first by the catalogues.
 
-    Without an incumbent, or without prompts, nobody is tried.
+    `next_ones` come in for candidates that cannot be called; `findings` are of all others. Without an
+    incumbent, or without prompts, nobody is tried.
     """
 
     category: str
@@ -38,6 +39,7 @@ class CategoryPlan:
     prompts: tuple[TrialPrompt, ...]
     passing: tuple[str, ...]
     candidates: tuple[CatalogueModel, ...]
+    next_ones: tuple[CatalogueModel, ...]
     findings: tuple[Finding, ...]
     notes: tuple[str, ...]
 
@@ -96,6 +98,7 @@ def plan_category(
         notes.append(f"{category}: no model is active there, so that there is nothing to compare with")
     can_be_tried = incumbent is not None and prompts
     most = settings.criteria_of(category).candidates if can_be_tried else 0
+    next_ones = fresh[most:] if most else []
     return CategoryPlan(
         category=category,
         incumbent=incumbent,
@@ -103,6 +106,7 @@ def plan_category(
         prompts=prompts,
         passing=tuple(model.name for model in met),
         candidates=tuple(fresh[:most]),
+        next_ones=tuple(next_ones),
         findings=(*_with_catalogues(refusals, category, models, met), *known),
         notes=tuple(notes),
     )

@@ -1,7 +1,7 @@
 """The whole product at work, for the tests that need Airflow: one embedded stack a session, and words for it.
 
 Loaded as a plugin by `tests/conftest.py`. The stack's config is a copy of `config/` in which an empty queue
-ends a run sooner; its backend serves one model more than the roster names.
+ends a run sooner; its backend serves two models more than the roster names.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ T = TypeVar("T")
 
 DAG = "solve_tasks"
 NEWCOMER = "llama-4-scout"  # the backend serves it; no config names it
+FOUND = "llama-found-9b"  # so it does this one, for a search to find
 IDLE_LEAVE_SECONDS = 4.0
 FLUSH_SECONDS = 0.3  # what ended is in the arrival log after so long
 LEASE_SECONDS = 10.0
@@ -251,7 +252,15 @@ def config_for_tests(folder: Path) -> Path:
 def start_solving(folder: Path) -> Solving:
     """Boot a stack of its own in `folder`; whoever asks stops `solving.stack`."""
     config_folder = config_for_tests(folder / "config")
-    arguments = ("--models", str(config_folder / "models.yaml"), "--also", NEWCOMER, *LATENCY)
+    arguments = (
+        "--models",
+        str(config_folder / "models.yaml"),
+        "--also",
+        NEWCOMER,
+        "--also",
+        FOUND,
+        *LATENCY,
+    )
     stack = Stack(folder / "stack", StackOptions(backend_arguments=arguments))
     began = time.monotonic()
     with pytest.MonkeyPatch.context() as patch:
@@ -283,6 +292,19 @@ def solving(solving_stack: Solving) -> Iterator[Solving]:
     assert verdict.breach_count == 0, verdict.as_json()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests that share the stack come last, so that it does not slow others down."""
-    items.sort(key=lambda item: "solving_stack" in getattr(item, "fixturenames", ()))
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of a file stay together, and all that share the stack.
+
+    They take longest: side by side with others they begin. In one process they come last, as the stack slows
+    the others down.
+    """
+
+    def shares(item: pytest.Item) -> bool:
+        return "solving_stack" in getattr(item, "fixturenames", ())
+
+    for item in items:
+        group = "stack" if shares(item) else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+    side_by_side = hasattr(config, "workerinput")
+    items.sort(key=lambda item: shares(item) is not side_by_side)

@@ -21,12 +21,12 @@ log = logging.getLogger("router.console")
 WORKERS = "work"  # the mapped Airflow task of solve_tasks
 
 
-def logs(calls: Sequence[LoggedCall], runs: Mapping[str, str | None]) -> dict[str, str]:
+def logs(calls: Sequence[LoggedCall], runs: Mapping[str, str]) -> dict[str, str]:
     """call_id -> where Airflow's page shows the log of the worker that made the call, if that is known.
 
     `runs`: call_id -> run.
     """
-    wanted = {run for run in runs.values() if run is not None}
+    wanted = set(runs.values())
     try:
         indexes = {run: _map_indexes(run) for run in wanted}
     except SQLAlchemyError as error:  # a story without its links is a story still

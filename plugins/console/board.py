@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta, timezone
+from functools import lru_cache
 from typing import Any
 
 from router.cli_status import as_object
@@ -62,7 +63,10 @@ class Board:
         seldom = self._read_seldom(connection)
         now = datetime.now(timezone.utc)
         since = now - timedelta(seconds=STRETCH_SECONDS * NEWEST_STRETCHES)
-        models = {m.model: {**asdict(m), **requests_of(m.target)} for m in status.models}
+        models = {
+            m.model: {**{name: getattr(m, name) for name in m.__slots__}, **requests_of(m.target)}
+            for m in status.models
+        }
         return {
             **as_object(status),
             "models": models,
@@ -174,6 +178,7 @@ def _targets(connection: Connection, since: datetime) -> dict[str, list[dict[str
     return targets
 
 
+@lru_cache(maxsize=1000)
 def requests_of(target: str | None) -> dict[str, float | None]:
     """Requests that a target allows a minute, and their tightest window; None if it does not limit them."""
     parsed = TrafficTarget.parse(target) if target else None

@@ -4,6 +4,7 @@ import { api, clock, el, moment, number, replace, say, seconds, usd } from "./dr
 import { outcome } from "./story.js";
 
 const CALLS_SECONDS = 3;
+const FAILURES_SECONDS = 3; // many may come at once
 const OUTCOMES = [
   "",
   "wrong",
@@ -24,6 +25,7 @@ export class Failures {
     this.list = el("tbody");
     this.said = el("p", { role: "status" });
     this.count = null;
+    this.loadedAt = 0;
     this.all =
       me.may.retry &&
       el("button", { type: "button", onclick: (event) => this.retry(event, {}) }, "Retry all");
@@ -52,13 +54,14 @@ export class Failures {
   }
 
   update(failed) {
-    if (failed === this.count) return;
+    if (failed === this.count || Date.now() - this.loadedAt < FAILURES_SECONDS * 1000) return;
     this.count = failed;
     this.node.hidden = !failed && !this.said.textContent;
     this.load();
   }
 
   async load() {
+    this.loadedAt = Date.now();
     try {
       const { failures } = await (await api("failures?limit=20")).json();
       replace(

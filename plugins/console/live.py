@@ -16,7 +16,7 @@ from router.errors import RouterError
 
 log = logging.getLogger("router.console")
 
-EVERY_SECONDS = 1.0
+EVERY_SECONDS = 0.8  # and what it takes to read: a change is to be seen within a second
 KEPT_SECONDS = 3.0  # it is read on for so long after the last one looked
 STREAM_SECONDS = 5.0  # then the page asks anew, and with it who it is; a server that stops waits for it
 FIRST_SECONDS = 10.0

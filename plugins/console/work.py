@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -16,6 +17,7 @@ AMONG_CALLS = 20_000  # the newest, to be looked through for those that fit
 EVIDENCE_CALLS = 10_000
 STORY_CALLS = 200
 MOST_REVIEWS = 60
+MOST_PLACES = 12  # of a review's order: more lines than these nobody can tell apart
 MOST_SHOWN = 20_000  # characters of a prompt or an answer
 MOST_RETRIED = 10_000
 LARGEST_ID = 2**63
@@ -36,9 +38,12 @@ SELECT t.id AS task_id, t.status, s.state, s.category, s.attempt, s.wake_at, s.c
  WHERE t.id = %s"""
 _REASON = """
 SELECT confidence, category_reason FROM model_calls WHERE task_id = %s ORDER BY call_id DESC LIMIT 1"""
-_RUN = """
-SELECT run FROM runs WHERE started_at < %s + interval '2 minutes' AND (left_at IS NULL OR left_at >= %s)
- ORDER BY started_at LIMIT 1"""
+_RUNS = """
+SELECT c.call_id, r.run
+  FROM unnest(%s::text[], %s::timestamptz[]) AS c (call_id, at)
+  CROSS JOIN LATERAL (SELECT run FROM runs
+                       WHERE started_at < c.at + interval '2 minutes' AND (left_at IS NULL OR left_at >= c.at)
+                       ORDER BY started_at LIMIT 1) AS r"""
 _FAILURES = "SELECT * FROM console_failures(%s, %s::timestamptz, %s)"
 _RANKINGS = """
 SELECT k.category, k.place, r.model, r.state, r.source, r.trouble, k.starting_place, k.standing, k.quality,
@@ -48,10 +53,12 @@ SELECT k.category, k.place, r.model, r.state, r.source, r.trouble, k.starting_pl
     ON p.review = k.review AND p.category = k.category AND p.topic = '' AND p.model = k.model
  ORDER BY k.category, k.place, r.model"""
 _REVIEWS = """
-SELECT p.category, v.review, v.kind, v.at, v.by, array_agg(p.model ORDER BY p.place, p.model) AS order,
+SELECT p.category, v.review, v.kind, v.at, v.by,
+       array_agg(p.model ORDER BY p.place, p.model) FILTER (WHERE p.place <= %s) AS order,
        coalesce(jsonb_agg(jsonb_build_object('model', p.model, 'before', p.place_before, 'after', p.place,
                                              'reason', p.reason) ORDER BY p.place)
-                FILTER (WHERE p.place <> p.place_before), '[]') AS moves
+                FILTER (WHERE p.place <> p.place_before AND least(p.place, p.place_before) <= %s),
+                '[]') AS moves
   FROM (SELECT * FROM reviews ORDER BY review DESC LIMIT %s) AS v JOIN review_places p ON p.review = v.review
  WHERE p.topic = ''
  GROUP BY p.category, v.review, v.kind, v.at, v.by ORDER BY v.review"""
@@ -96,15 +103,14 @@ def story(connection: Connection, task_id: int) -> dict[str, Any] | None:
     if task["category_reason"] is None:
         task |= next(iter(rows(connection, _REASON, (task_id,))), {})
     made = read_calls(connection, task_id=task_id, limit=STORY_CALLS)[::-1]
-    return {"task": task, "calls": made, "runs": {call.call_id: _run_of(connection, call) for call in made}}
+    return {"task": task, "calls": made, "runs": _runs_of(connection, made)}
 
 
-def _run_of(connection: Connection, call: LoggedCall) -> str | None:
-    """The run of solve_tasks whose worker made this call, perhaps while the run was being begun."""
-    if call.role != Role.BATCH.value:
-        return None
-    at = (call.started_at, call.started_at)
-    return next((row["run"] for row in rows(connection, _RUN, at)), None)
+def _runs_of(connection: Connection, made: Sequence[LoggedCall]) -> dict[str, str]:
+    """call_id -> the run of solve_tasks whose worker made it, perhaps while the run was being begun."""
+    batch = [call for call in made if call.role == Role.BATCH.value]
+    asked = ([str(call.call_id) for call in batch], [call.started_at for call in batch])
+    return {row["call_id"]: row["run"] for row in rows(connection, _RUNS, asked)}
 
 
 def failures(connection: Connection, category: str | None, before: str | None, limit: int) -> dict[str, Any]:
@@ -144,5 +150,6 @@ def priorities(connection: Connection) -> dict[str, Any]:
     default = next((row["name"] for row in rows(connection, _DEFAULT)), None)
     return {
         "categories": categories, "default": default, "others": rows(connection, _ROSTER),
-        "among": EVIDENCE_CALLS, "reviews": rows(connection, _REVIEWS, (MOST_REVIEWS,)),
+        "among": EVIDENCE_CALLS,
+        "reviews": rows(connection, _REVIEWS, (MOST_PLACES, MOST_PLACES, MOST_REVIEWS)),
     }  # fmt: skip

@@ -213,11 +213,11 @@ LANGUAGE sql STABLE AS $$
       FROM (SELECT period_of(clock_timestamp(), p_period_seconds) AS newest) AS n
 $$;
 
--- What judging has cost since a moment: calls that were sent, or may have been, and USD.
-CREATE OR REPLACE FUNCTION judging_spent(p_from uuid) RETURNS TABLE (calls bigint, usd double precision)
+-- What judging has cost in the period that goes on, in calls and USD.
+CREATE OR REPLACE FUNCTION judging_spent(p_period_seconds integer) RETURNS TABLE (calls bigint, usd double precision)
 LANGUAGE sql STABLE AS $$
-    SELECT count(*), coalesce(sum(c.cost), 0)::float8 FROM model_calls c
-     WHERE c.call_id >= p_from AND c.purpose = 'judge' AND c.outcome IS DISTINCT FROM 'unsent'
+    SELECT coalesce(sum(j.calls), 0)::bigint, coalesce(sum(j.cost), 0)::float8 FROM judgements j
+     WHERE j.at >= to_timestamp(period_of(clock_timestamp(), p_period_seconds)::float8 * p_period_seconds)
 $$;
 
 -- Keep what came of a judgement, with the score of the judged answer if the judge said anything.

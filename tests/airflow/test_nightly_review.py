@@ -10,17 +10,24 @@ from typing import Any
 
 import psycopg2
 import pytest
+import requests
+import yaml
 
+from bench.judge import TargetChange
+from router.probation import undo_search
+from router.traffic import TrafficTarget
 from tests.reviewing import Log
-from tests.solving import Solving, crowding, say, wait_for, wait_until
+from tests.searching import write_catalogue
+from tests.solving import FOUND, Solving, crowding, say, wait_for, wait_until
 
-pytestmark = [pytest.mark.airflow, pytest.mark.alone, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.airflow, pytest.mark.timeout(240)]
 
 DAG = "nightly_review"
 STEPS = ("grade", "judge", "sum_up", "rank", "search", "probation", "retention", "report")
 CATEGORIES = ("technical", "creative", "general")
 FIRST, SECOND = "llama-3.3-70b", "deepseek-v3"  # for general, as shipped
 JUDGING_CALLS = 12
+TRIAL_TARGET = "20/s"
 
 
 class Nights:
@@ -40,6 +47,24 @@ class Nights:
                 self.log.add(model, each, category=category, days_ago=1, seconds=80_000)
         self.log.add(FIRST, 4 * each, days_ago=1, seconds=80_000, outcome="error")
         self.log.query("ANALYZE model_calls")
+
+    def offer(self, model: str) -> None:
+        """A catalogue that lists one model, which the backend answers well and at once."""
+        folder, solving = self.solving.config_folder, self.solving
+        write_catalogue(folder, {"name": model})
+        settings = {
+            "catalogues": [{"kind": "file", "name": "mock", "path": "catalogue.json"}],
+            "criteria": {"licences": ["apache-2.0"], "benchmarks": {"mmlu-pro": 1}},
+            "trials": {"prompts": 12, "judged": 0, "at_once": 8, "margin": 0, "margin_errors": 0},
+            "probation": {"target": TRIAL_TARGET},
+        }
+        (folder / "search.yaml").write_text(yaml.safe_dump(settings))
+        order = [{"model": model, "quality": 1.0, "latency_factor": 0.5}]
+        requests.put(f"{solving.stack.backend_url}/weather", json=order, timeout=5).raise_for_status()
+        solving.changes.append(TargetChange(time.monotonic(), model, TrafficTarget.parse(TRIAL_TARGET)))
+
+    def undo_search(self) -> None:
+        undo_search(self.log.url, self.solving.config_folder, by="a test", variables=self.api)
 
     def begin(self, **params: Any) -> str:
         return self.api.trigger(DAG, params)
@@ -80,14 +105,16 @@ class Nights:
 @pytest.fixture
 def nights(solving: Solving) -> Iterator[Nights]:
     """The DAG unpaused and a small budget for judging; afterwards all is as it was."""
-    learning = solving.config_folder / "learning.yaml"
-    shipped = learning.read_text()
-    learning.write_text(shipped.replace("  calls: 300\n", f"  calls: {JUDGING_CALLS}\n"))
+    files = {name: solving.config_folder / f"{name}.yaml" for name in ("learning", "search")}
+    shipped = {name: file.read_text() for name, file in files.items()}
+    files["learning"].write_text(shipped["learning"].replace("  calls: 300\n", f"  calls: {JUDGING_CALLS}\n"))
     nights = Nights(solving)
     nights.api.pause(DAG, paused=False)
     yield nights
     nights.api.pause(DAG)
-    learning.write_text(shipped)
+    for name, file in files.items():
+        file.write_text(shipped[name])
+    requests.put(f"{solving.stack.backend_url}/weather", json=[], timeout=5).raise_for_status()
     for statement in (
         (
             "UPDATE rankings SET place = starting_place, standing = 'ranked', quality = NULL,"
@@ -149,15 +176,21 @@ def test_a_night_that_dies_leaves_the_old_order_and_one_that_ends_moves_what_it_
     assert 0 < judged <= JUDGING_CALLS
 
     rankings = nights.log.rankings()
-    run = nights.begin(search=False)
+    nights.offer(FOUND)
+    run = nights.begin(categories=["creative"])
     state, seconds = nights.until_over(run)
-    say(f"again, with 20,000 calls: {seconds:.1f} s; {nights.seconds(run)}")
+    say(f"again, with 20,000 calls and a search: {seconds:.1f} s; {nights.seconds(run)}")
     assert state == "success"
-    assert "0 moved" in nights.report(run)["rank"][0]
-    assert [{**row, "review": None} for row in nights.log.rankings()] == [
+    told = nights.report(run)
+    assert "0 moved" in told["rank"][0]
+    assert [{**row, "review": None} for row in nights.log.rankings() if row["model"] != FOUND] == [
         {**row, "review": None} for row in rankings
     ]
+    assert any(line.startswith(f"{FOUND}, creative: taken") for line in told["search"]), told["search"]
+    assert nights.api.variables(f"traffic.{FOUND}") == {f"traffic.{FOUND}": TRIAL_TARGET}
     assert_no_secrets(nights, run)
+    nights.undo_search()
+    assert nights.api.variables(f"traffic.{FOUND}") == {}
 
 
 def assert_no_secrets(nights: Nights, run: str) -> None:

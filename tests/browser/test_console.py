@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from router.traffic import TrafficTarget
 from tests.browsing import Browser, axe_core, browsing
 from tests.solving import Solving, say, wait_until
 
-pytestmark = [pytest.mark.airflow, pytest.mark.alone, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.airflow, pytest.mark.timeout(180)]
 
 MOST_BYTES = 300_000
 MOST_SECONDS = 1.0
@@ -24,6 +25,16 @@ HANG_SECONDS = 6.0
 VIEWS = {"light": ("traffic", "work", "priorities", "ask", "work/task"), "dark": ("traffic", "work", "ask")}
 EVIL = "<img src=x onerror='window.pwned=1'><script>window.pwned=1</script>"
 WORST = {"serious", "critical"}
+PHONE = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+SIDE = {"calls": 30, "answered": 30, "worth": 0.8, "score": 0.9, "seconds": 1.5, "cost_usd": 0.0001}
+TRIAL = {
+    "pairs": 30, "candidate": SIDE, "incumbent": {**SIDE, "worth": 0.7}, "difference": 0.1, "error": 0.02,
+    "lower": 0.068,
+}  # fmt: skip
+NEW_MODEL = {
+    "model": "bright-9b", "endpoint": "bright-9b", "max_tokens": 512, "context_tokens": 8192,
+    "timeout_seconds": 30, "default_target": "0", "input_price": 0.1, "output_price": 0.1,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +195,59 @@ def test_it_says_when_what_it_shows_is_stale(solving: Solving, admin: Browser) -
     finally:
         admin.driver.delete_network_conditions()
     admin.until_text("live", "#pulse")
+
+
+@pytest.mark.soak
+def test_what_the_search_found_is_told_also_on_a_phone(
+    solving: Solving, admin: Browser, searched: Callable[[], None]
+) -> None:
+    console(admin, "priorities")
+    admin.until_text("No search has run yet", "[aria-label=Candidates]")
+    assert "No model is on probation." in admin.text("[aria-label='On probation']")
+    assert "No search has changed the roster yet." in admin.text("[aria-label='What searches changed']")
+    searched()
+    admin.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", PHONE)
+    try:
+        console(admin, "priorities")
+        admin.until_text("bright-9b", "[aria-label='On probation']")
+        assert "0 of 60 calls that it needs" in admin.text("[aria-label='On probation'] article")
+        assert f"better than others {EVIL}" in admin.text("[aria-label='On probation'] article")
+        assert "worth 0.800 against 0.700" in admin.text("[aria-label='On probation'] article")
+        general = admin.text("[aria-label='Candidates: general']")
+        assert "1 taken, 1 lost, 1 refused." in general
+        assert "+0.100 \N{PLUS-MINUS SIGN} 0.020" in general
+        assert admin.run("return window.pwned ?? null") is None
+        assert admin.all("main img, main script") == []
+        wider = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        assert admin.run(wider) <= 0, "the page itself must not scroll sideways"
+        admin.run("document.querySelector('[aria-label=\"On probation\"]').scrollIntoView()")
+        admin.show("search-phone")
+    finally:
+        admin.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    admin.show("search")
+
+
+@pytest.fixture
+def searched(solving: Solving) -> Iterator[Callable[[], None]]:
+    """A search that took one model on, and tried and refused others; set back afterwards."""
+
+    def run() -> None:
+        search = solving.value("INSERT INTO searches (by, ended_at) VALUES ('night', now()) RETURNING search")
+        for model, verdict, trial in (
+            ("bright-9b", "taken", TRIAL), ("dull-9b", "lost", TRIAL), (EVIL, "refused", None)
+        ):  # fmt: skip
+            solving.rows(
+                "SELECT keep_candidate(%s, %s, 'general', 'mock', %s, %s, %s::jsonb)",
+                search, model, verdict, f"because {EVIL}", trial and json.dumps(trial),
+            )  # fmt: skip
+        solving.rows(
+            "SELECT take_candidate(%s, 'night', %s::jsonb, 'general', 0.01, %s, '{}')",
+            search, json.dumps(NEW_MODEL), f"better than others {EVIL}",
+        )  # fmt: skip
+
+    yield run
+    solving.rows("SELECT undo_roster_event(event, 'the test', '{}') FROM roster_events WHERE what = 'taken'")
+    solving.rows("TRUNCATE searches, candidates, roster_events")
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

@@ -52,6 +52,9 @@ async def test_failures_are_noted_however_they_come_and_go(probe: Probe, databas
 
 async def test_a_call_that_fails_its_task_for_good_is_among_the_failures(probe: Probe, database: str) -> None:
     await probe.run("UPDATE queue_settings SET max_attempts = 1")
+    await probe.run(
+        "INSERT INTO runs (run, left_at) VALUES ('a former one', now() - interval '1 hour'), ('now', NULL)"
+    )
     await probe.add()
     taken = await probe.must_claim()
     settled = await probe.value("SELECT settle_call($1, 'error', p_error => 'it broke')", taken.call_id)
@@ -63,6 +66,7 @@ async def test_a_call_that_fails_its_task_for_good_is_among_the_failures(probe: 
     assert story is not None
     assert story["task"]["status"] == "failed"
     assert [call.outcome for call in story["calls"]] == ["error"]
+    assert story["runs"] == {str(taken.call_id): "now"}
 
 
 async def test_retrying_takes_what_is_named_or_all_of_a_category(probe: Probe, database: str) -> None:

@@ -18,16 +18,17 @@ import pytest
 from rich.console import Console
 
 from local.__main__ import main
+from local.learning_cast import CATEGORIES, FAILING, NEWCOMERS
 from local.learning_demo import play
 from local.learning_plot import draw
 from local.learning_report import summary_lines
-from local.learning_script import CATEGORIES, FAILING, NEWCOMERS, Script
+from local.learning_script import Script
 from local.learning_story import SIDES, WITH, WITHOUT, Story
 from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 WIDTH = 100
-SHORT = Script(days=3, day_seconds=4, tasks=240, asked=15, rate=30)
+SHORT = Script(days=3, day_seconds=4, tasks=180, asked=12, rate=30, trial_prompts=15)
 
 
 @pytest.fixture(scope="module")
@@ -113,24 +114,23 @@ def temporary(tmp_path: Path) -> Iterator[Path]:
 def test_ctrl_c_in_the_middle_of_a_day_leaves_nothing_behind(temporary: Path) -> None:
     environment = {**os.environ, "TMPDIR": str(temporary), "COLUMNS": str(WIDTH)}
     command = [sys.executable, "-m", "local", "demo-learning", "--days", "3", "--tasks", "3000"]
-    demo = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert demo.stdout is not None
     shown = []
-    try:
-        for line in demo.stdout:
-            shown.append(line)
-            if "Day 1 of 3" in line:
-                break
-        parts = psutil.Process(demo.pid).children(recursive=True)
-        assert len(parts) >= 4
-        demo.send_signal(signal.SIGINT)
-        shown.append(demo.stdout.read())
-        assert demo.wait(30) == 0, "".join(shown)
-    finally:
-        demo.kill()
-        demo.wait()
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as demo:
+        assert demo.stdout is not None
+        try:
+            for line in demo.stdout:
+                shown.append(line)
+                if "Day 1 of 3" in line:
+                    break
+            parts = psutil.Process(demo.pid).children(recursive=True)
+            assert len(parts) >= 4
+            demo.send_signal(signal.SIGINT)
+            shown.append(demo.stdout.read())
+            assert demo.wait(30) == 0, "".join(shown)
+        finally:
+            demo.kill()
     assert "Traceback" not in "".join(shown)
     until(lambda: not any(part.is_running() for part in parts), 10)
 

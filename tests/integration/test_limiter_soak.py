@@ -16,7 +16,13 @@ def holds(outcome: Outcome) -> None:
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("late", [False, True], ids=["in time", "one in a hundred late"])
+@pytest.mark.parametrize(
+    "late",
+    [
+        pytest.param(False, id="in time", marks=pytest.mark.soak),
+        pytest.param(True, id="one in a hundred late"),
+    ],
+)
 def test_no_window_breaks_in_a_short_run(late: bool, tmp_path: Path) -> None:
     outcome = run(Soak(4, 300, 3, late, change_seconds=(0.7, 1.5)), tmp_path)
     holds(outcome)

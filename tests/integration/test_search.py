@@ -102,8 +102,7 @@ def test_the_truly_better_one_is_taken_on_and_each_other_is_refused(world: Searc
     (change,) = entry["history"]
     assert (change["what"], change["by"]) == ("taken", "a test")
     assert f"better than {FIRST} for general" in change["why"]
-    # A hopeless one is not asked all that the others are asked.
-    assert world.arrived(BROKEN) < world.arrived(BAD) == world.arrived(FIRST) == 30
+    assert world.arrived(GOOD) == world.arrived(BAD) == world.arrived(FIRST) == 30
 
 
 def test_all_of_it_is_kept(world: Searching) -> None:
@@ -195,6 +194,7 @@ def test_a_variable_that_was_there_before_is_there_afterwards(world: Searching) 
 
 
 def test_a_whole_search_is_set_back_with_what_came_of_it(world: Searching) -> None:
+    write_catalogue(world.folder, {"name": GOOD})
     before = world.everything()
     report = world.search("technical", "general")
     assert [finding.category for finding in report.taken] == ["technical", "general"]
@@ -294,6 +294,24 @@ def test_the_best_of_two_winners_is_taken_on_alone(world: Searching) -> None:
     assert {loser.verdict for loser in losers} == {"lost"}
 
 
+def test_one_that_cannot_be_called_stands_in_nobodys_way(world: Searching) -> None:
+    write_config(world.folder, {"name": GONE, "scores": {"mmlu-pro": 0.99}}, {"name": GOOD})
+    settings = yaml.safe_load((world.folder / "search.yaml").read_text())
+    settings["criteria"]["candidates"] = 1
+    (world.folder / "search.yaml").write_text(yaml.safe_dump(settings))
+    report = world.search()
+    assert verdicts(report) == {GONE: "unreachable", GOOD: "taken"}
+    assert [model.name for model in report.plans[0].candidates] == [GOOD]
+
+
+def test_a_hopeless_one_costs_a_few_calls(world: Searching) -> None:
+    write_config(world.folder, {"name": BROKEN}, at_once=2)
+    report = world.search()
+    assert verdicts(report) == {BROKEN: "lost"}
+    assert "none of its first calls was answered" in report.findings[0].reason
+    assert world.arrived(BROKEN) <= 6
+
+
 def test_an_equal_one_is_not_taken(world: Searching) -> None:
     write_catalogue(world.folder, {"name": EQUAL})
     world.weather(steady_7b=0.9, par_9b=0.9)
@@ -387,6 +405,7 @@ def test_a_start_neither_loses_nor_pauses_what_was_found(world: Searching) -> No
 
 
 def test_a_new_database_learns_of_them_from_the_file(world: Searching) -> None:
+    write_catalogue(world.folder, {"name": GOOD})
     world.search("general", "technical")
     url, before = world.addresses.database_url, world.discovered()
     with connect(url) as connection:
@@ -395,6 +414,11 @@ def test_a_new_database_learns_of_them_from_the_file(world: Searching) -> None:
     world.sync()
     assert world.roster() == {FIRST: "active", SECOND: "active", GOOD: "probation"}
     world.search()
+    assert world.discovered() == before
+    with connect(url) as connection:
+        rows(connection, "DELETE FROM roster WHERE model = %s", (GOOD,))
+        rows(connection, "TRUNCATE roster_events, candidates, searches")
+    assert verdicts(world.search()) == {GOOD: "known"}  # nor is it tried again before a start
     assert world.discovered() == before
     assert world.airflow is not None
     promote(url, world.folder, GOOD, by="ann", variables=world.airflow.api)
