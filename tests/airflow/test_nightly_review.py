@@ -65,6 +65,7 @@ class Nights:
 
     def undo_search(self) -> None:
         undo_search(self.log.url, self.solving.config_folder, by="a test", variables=self.api)
+        self.solving.changes.append(TargetChange(time.monotonic(), FOUND, TrafficTarget.parse("0")))
 
     def begin(self, **params: Any) -> str:
         return self.api.trigger(DAG, params)
