@@ -11,7 +11,7 @@ from router.task import AnswerRank, Outcome
 
 
 class Role(str, enum.Enum):
-    """Why a model was called; the values of `model_calls.role`."""
+    """Why a model was called; the values of `model_calls.role`. Without a task its purpose stands there."""
 
     BATCH = "batch"  # by a worker of solve_tasks
     ASKED = "asked"  # the preferred model, or the one that was named
