@@ -65,7 +65,7 @@ soak: setup  ## the long tests
 	$(BIN)/pytest -q -m soak $(ARGS)
 
 bench: setup  ## the measurements of bench/ that need no data, each printing its table; the others say what they want: --help
-	@missed=""; for name in answering limiter old_vs_new queue; do \
+	@missed=""; for name in answering console limiter old_vs_new queue; do \
 	  echo "== bench/$$name.py"; $(BIN)/python -m bench.$$name $(ARGS) || missed="$$missed $$name"; done; \
 	test -z "$$missed" || { echo "Missed an aim:$$missed"; exit 1; }
 

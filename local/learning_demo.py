@@ -40,13 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--days", type=_days, default=12, metavar="N", help="how many days (default: %(default)s)")
     add("--tasks", type=_count, default=600, metavar="N", help="prompts a day (default: %(default)s)")
-    add(
-        "--day-seconds",
-        type=_count,
-        default=12,
-        metavar="S",
-        help="a day and its night last at least so long",
-    )
     add("--seed", type=int, default=1, help="other prompts, other luck (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write what it came to there, as JSON")
     add("--plot", type=Path, metavar="FILE", help="draw it there (.png, .svg)")
@@ -54,9 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, asked: threading.Event, console: Console) -> bool:
     """The whole demo: True if it came to its end, False if somebody asked it to stop."""
-    script = Script(
-        days=options.days, day_seconds=options.day_seconds, seed=options.seed, tasks=options.tasks
-    )
+    script = Script(days=options.days, seed=options.seed, tasks=options.tasks)
     story = play(script, asked, console)
     if story is None:
         return False
@@ -125,7 +116,7 @@ async def _live(script: Script, stage: LearningStage, teller: Teller, story: Sto
         }
         for number in range(1, script.days + 1):
             tasks = script.day(number)
-            await _until_a_period_begins(script.day_seconds)
+            await _until_a_period_begins(script.period_seconds)
             await asyncio.to_thread(stage.set_weather, script.weather(number))
             news = [*script.news(number), *_trusted(story, sides[WITH], script)]
             teller.morning(number, news)

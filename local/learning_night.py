@@ -18,6 +18,7 @@ from router.review import Move, run_review
 from router.settings import Addresses, RouterConfig
 
 BY = "the demo"
+MOST_NAMES = 5
 WORDS = {Step.PROMOTE: "promoted", Step.RETIRE: "retired", Step.STAY: "stays on probation"}
 
 _STANDINGS = """
@@ -117,8 +118,9 @@ def _tried(report: SearchReport) -> Iterator[str]:
         elif finding.verdict == "unreachable":
             unreachable.add(finding.model)
     if unreachable:
-        names = ", ".join(sorted(unreachable))
-        yield f"unreachable, since the Models Backend does not name them: {names}"
+        names = ", ".join(sorted(unreachable)[:MOST_NAMES])
+        more = f" and {len(unreachable) - MOST_NAMES} more" if len(unreachable) > MOST_NAMES else ""
+        yield f"unreachable, since the Models Backend does not name them: {names}{more}"
 
 
 def _order(url: str) -> Order:

@@ -47,6 +47,7 @@ PROMPTS = Path(__file__).with_name("demo_prompts.jsonl")
 TODAY = date(2026, 1, 1)  # so that the catalogue's models do not grow old
 TIME_SCALE = 60.0  # a model's minute is a second
 SHORTEST_DAYS = 3
+PERIODS_A_DAY = 3  # about: a day begins with a period, and takes as long as the machine needs
 
 
 @dataclass(frozen=True)
@@ -77,15 +78,20 @@ class Task:
 
 @dataclass(frozen=True)
 class Script:
-    """The whole story. `tasks` and `asked` are a day's, `rate` a model's calls a second."""
+    """The whole story. `tasks` and `asked` are a day's, `rate` a model's calls a second.
+
+    Of FAILING's calls `failing_share` fail while it does, and of its answers `failing_quality` are good.
+    """
 
     days: int = 12
-    day_seconds: int = 12
+    period_seconds: int = 6
     seed: int = 1
     tasks: int = 600
     asked: int = 90
-    rate: int = 20
+    rate: int = 14
     trial_prompts: int = 36
+    failing_share: float = 0.4
+    failing_quality: float = 0.1
     today: date = TODAY
 
     @property
@@ -110,13 +116,15 @@ class Script:
         failing = self.failing_days
         return (
             Event(
-                FAILING, "technical", failing.start, failing.stop, {"failing": 0.4, "quality": 0.1},
-                f"{FAILING} begins to fail for technical: 4 of 10 calls, and 9 of 10 of its answers",
+                FAILING, "technical", failing.start, failing.stop,
+                {"failing": self.failing_share, "quality": self.failing_quality},
+                f"{FAILING} begins to fail for technical: {self.failing_share:.0%} of its calls,"
+                f" and {1 - self.failing_quality:.0%} of its answers",
                 f"{FAILING} is well again",
             ),
             Event(
-                SLOW, None, self.slow_from, None, {"latency_factor": 15.0},
-                f"{SLOW} becomes slow: 15 times as many seconds for an answer",
+                SLOW, None, self.slow_from, None, {"latency_factor": 12.0},
+                f"{SLOW} becomes slow: 12 times as many seconds for an answer",
             ),
             Event(
                 DEAR, None, self.dear_from, None, {"price_factor": 60.0},
@@ -207,18 +215,20 @@ class Script:
         return f"{60 * self.rate}/min"
 
     def _on_the_fast_clock(self, model: ModelSettings) -> ModelSettings:
-        timeout_seconds = 1.0 + model.timeout_seconds / TIME_SCALE
+        timeout_seconds = model.timeout_seconds / TIME_SCALE
         return model.model_copy(update={"target": self.target, "timeout_seconds": timeout_seconds})
 
     def learning(self) -> LearningSettings:
-        """The shipped settings; a period is a day, seconds are those of the fast clock.
+        """The shipped settings; a day is a few periods, seconds are those of the fast clock.
 
         A day has a few hundred calls a category instead of thousands: so 12 % of them explore instead of 5,
         and fewer are enough to judge a model by.
         """
         shipped = load_learning(None, CATEGORIES)
         whole = shipped.model_dump()
-        whole["period_hours"] = self.day_seconds / 3600
+        whole["period_hours"] = self.period_seconds / 3600
+        whole["half_life_periods"] *= PERIODS_A_DAY
+        whole["memory_periods"] *= PERIODS_A_DAY
         whole["enough_calls"] = 15
         whole["prior_calls"] = 8
         whole["exploration"]["share"] = 0.12

@@ -474,10 +474,6 @@ if not reply then
     if knew == 1 or stored[2] then call('HSET', key, 'known', '1') end
     call('HSETNX', key, 'lost', now)
     local lost_at = tonumber(call('HGET', key, 'lost'))
-    if lost_at > now then  -- written by another clock
-      lost_at = now
-      call('HSET', key, 'lost', now)
-    end
     if at_once < 0 then longest = 0 end
     for w = 1, requests + token_windows do
       local _, period = unpack_struct('<dd', spec, WINDOWS + 16 * w)

@@ -58,7 +58,7 @@ class Recovery:
         live, lost_for, clock, longest, known = struct.unpack("<5d", reply)
         if live:
             return 0.0
-        lost_for = min(lost_for, self._own_seconds(model, round(clock - lost_for), asked) * MICRO)
+        lost_for = self._own_seconds(model, round(clock - lost_for), asked) * MICRO
         if known and model not in self._said:
             self._said.add(model)
             log.warning("Redis lost what was sent to %s: nothing is sent until it is counted anew", model)
@@ -79,7 +79,7 @@ class Recovery:
         return 0.0
 
     def _own_seconds(self, model: str, loss: int, asked: float) -> float:
-        """How long we know of this loss: Redis's clock may be set while we wait."""
+        """How long we know of this loss: Redis's clock may be set meanwhile, forward or back."""
         known, since = self._noticed.get(model, (0, 0.0))
         if known != loss:
             since = asked

@@ -61,8 +61,6 @@ MUTANTS = [
     Mutant("a generation comes twice", "gen = max(now, gen + 1, seen_gen + 1)", "gen = max(gen, 1)", where=LOSING),
     Mutant("what was known is not marked", "if knew == 1 or stored[2] then call('HSET', key, 'known', '1') end", "",
            where={"losses": True, "with_history": False}),
-    Mutant("a loss from another clock lasts", "if lost_at > now then  -- written by another clock", "if false then",
-           check="a loss noticed before the clock was set back ends in time"),
     Mutant("a blind start beside a known loss", "if is_blind == 1 and call('HEXISTS', key, 'known') == 1 then", "if false then",
            check="nobody starts blindly what others know to be lost"),
     Mutant("it is rebuilt twice", "if live or not spec then return pack('<d', live and 1 or 0) end",

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import logging
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from model_worker import addresses_of
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from router.database import Connection as Database
 from router.database import connect
 from router.errors import ConfigError, DatabaseError, InputError, NoRoom, RouterError
 from router.settings import Addresses, config_folder
@@ -25,13 +27,14 @@ from router.task_table import Retried
 
 from . import board, found, guard, routes, work
 from .asks import Asks
-from .live import Live
+from .live import Kept, Live, as_line
 from .reads import Reads
 from .variables import TrafficVariables
 
 log = logging.getLogger("router.console")
 
 FOLDER = Path(__file__).parent
+KEPT_SECONDS = 5.0  # of what changes once a night
 STATIC = {
     "page": ("page.html", "text/html; charset=utf-8"),
     **{
@@ -70,7 +73,9 @@ class Console:
         self.variables = TrafficVariables()
         self._board = board.Board()
         self.history = board.History()
-        self.criteria = found.Criteria(config_folder())
+        reviews, criteria = work.Reviews(), found.Criteria(config_folder())
+        self.priorities = self._kept(lambda connection: work.priorities(connection, reviews))
+        self.search = self._kept(lambda connection: found.found(connection, criteria))
         self.live = Live(self._read_board)
         self.asks = Asks(addresses)
         self.app = FastAPI(title="Router console", openapi_url=None, docs_url=None, redoc_url=None)
@@ -102,6 +107,9 @@ class Console:
                 return work.retry(connection, category, task_ids)
 
         return await asyncio.to_thread(write)
+
+    def _kept(self, read: Callable[[Database], dict[str, Any]]) -> Kept:
+        return Kept(lambda: self.reads.run(lambda connection: as_line(read(connection))), KEPT_SECONDS)
 
     async def _read_board(self) -> dict[str, Any]:
         redis_url = await asyncio.to_thread(lambda: addresses().redis_url)

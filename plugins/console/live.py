@@ -18,7 +18,7 @@ log = logging.getLogger("router.console")
 
 EVERY_SECONDS = 0.8  # and what it takes to read: a change is to be seen within a second
 KEPT_SECONDS = 3.0  # it is read on for so long after the last one looked
-STREAM_SECONDS = 5.0  # then the page asks anew, and with it who it is; a server that stops waits for it
+STREAM_SECONDS = 10.0  # then the page asks anew, and with it who it is; a server that stops waits for it
 FIRST_SECONDS = 10.0
 
 
@@ -100,6 +100,25 @@ class Live:
         except Exception:
             log.exception("the console's board cannot be read")
             return {"error": "The board cannot be read. The api-server's log says why."}
+
+
+class Kept:
+    """One answer for all who ask within `seconds`; only one reading at a time. Belongs to one event loop."""
+
+    def __init__(self, read: Callable[[], Awaitable[bytes]], seconds: float) -> None:
+        self._read = read
+        self._seconds = seconds
+        self._lock = asyncio.Lock()
+        self._line = b""
+        self._read_at = -seconds
+
+    async def line(self) -> bytes:
+        """The answer, as a line of JSON."""
+        async with self._lock:
+            if time.monotonic() - self._read_at > self._seconds:
+                self._line = await self._read()
+                self._read_at = time.monotonic()
+            return self._line
 
 
 def as_line(value: Any) -> bytes:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from router.traffic import GRAMMAR, LONGEST_LINE_CHARACTERS, TrafficTarget
 
-from . import airflow_links, found, guard, work
+from . import airflow_links, guard, work
 from .asks import Asked
 from .live import as_line
 
@@ -54,7 +54,11 @@ def _console(request: Request) -> Console:
 
 
 def _json(value: Any) -> Response:
-    return Response(as_line(value), media_type="application/json")
+    return _line(as_line(value))
+
+
+def _line(line: bytes) -> Response:
+    return Response(line, media_type="application/json")
 
 
 @api.get("")
@@ -161,14 +165,13 @@ async def retry(request: Request, _user: guard.Retrier) -> Response:
 @api.get("/priorities")
 async def priorities(request: Request, _user: guard.Reader) -> Response:
     """For each category the models in order, with the evidence for it."""
-    return _json(await _console(request).reads.run(work.priorities))
+    return _line(await _console(request).priorities.line())
 
 
 @api.get("/search")
 async def search(request: Request, _user: guard.Reader) -> Response:
     """What the last search found, tried and took on, and what the models on probation need."""
-    console = _console(request)
-    return _json(await console.reads.run(lambda connection: found.found(connection, console.criteria)))
+    return _line(await _console(request).search.line())
 
 
 @api.post("/ask")

@@ -119,7 +119,11 @@ function candidates(found) {
   if (!search)
     return card(
       "Candidates",
-      el("p.quiet", {}, "No search has run yet. The DAG nightly_review does each night."),
+      el(
+        "p.quiet",
+        {},
+        "No search has run yet: the DAG nightly_review does each night, and `router models search` now.",
+      ),
     );
   const state = search.ended_at ? `ended ${clock(search.ended_at)}` : "it goes on, or broke off";
   const { "": everywhere, ...categories } = found.candidates;
@@ -177,7 +181,8 @@ function triedTable(tried) {
   );
 }
 
-const seenIn = ({ catalogue, search, at }) => `by ${catalogue || "no catalogue"}, search ${search}, ${clock(at)}`;
+const seenIn = ({ catalogue, search, at }) =>
+  `by ${catalogue || "no catalogue"}, search ${search}, ${clock(at)}`;
 
 function folded(verdict, count, findings) {
   if (!count) return null;

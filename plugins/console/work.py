@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -52,6 +53,7 @@ SELECT k.category, k.place, r.model, r.state, r.source, r.trouble, k.starting_pl
   LEFT JOIN review_places p
     ON p.review = k.review AND p.category = k.category AND p.topic = '' AND p.model = k.model
  ORDER BY k.category, k.place, r.model"""
+_NEWEST_REVIEW = "SELECT max(review) AS review FROM reviews"
 _REVIEWS = """
 SELECT p.category, v.review, v.kind, v.at, v.by,
        array_agg(p.model ORDER BY p.place, p.model) FILTER (WHERE p.place <= %s) AS order,
@@ -137,7 +139,25 @@ def retry(connection: Connection, category: str | None, task_ids: list[int] | No
     return done
 
 
-def priorities(connection: Connection) -> dict[str, Any]:
+class Reviews:
+    """The last reviews, read again when there is a newer one: what a review moved stays as it is."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._newest: int | None = None
+        self._known: list[dict[str, Any]] = []
+
+    def read(self, connection: Connection) -> list[dict[str, Any]]:
+        """A row for each category of each review, the oldest first."""
+        with self._lock:
+            newest = rows(connection, _NEWEST_REVIEW)[0]["review"]
+            if newest != self._newest:
+                self._known = rows(connection, _REVIEWS, (MOST_PLACES, MOST_PLACES, MOST_REVIEWS))
+                self._newest = newest
+            return self._known
+
+
+def priorities(connection: Connection, reviews: Reviews) -> dict[str, Any]:
     """category -> its models in order with what the newest calls say of them; and who is not in use."""
     seen = {(row["category"], row["model"]): row for row in rows(connection, _EVIDENCE, (EVIDENCE_CALLS,))}
     categories: dict[str, list[dict[str, Any]]] = {}
@@ -151,5 +171,5 @@ def priorities(connection: Connection) -> dict[str, Any]:
     return {
         "categories": categories, "default": default, "others": rows(connection, _ROSTER),
         "among": EVIDENCE_CALLS,
-        "reviews": rows(connection, _REVIEWS, (MOST_PLACES, MOST_PLACES, MOST_REVIEWS)),
+        "reviews": reviews.read(connection),
     }  # fmt: skip

@@ -154,7 +154,8 @@ LANGUAGE sql STABLE AS $$
       CROSS JOIN LATERAL (SELECT coalesce(c.sent_at, c.finished_at, clock_timestamp()) AS sent_at) AS latest
      WHERE c.model = p_model AND c.outcome IS DISTINCT FROM 'unsent'
        -- claimed at most a quarter of an hour before it was sent
-       AND c.call_id >= call_id_floor(clock_timestamp() - make_interval(secs => p_seconds) - interval '15 minutes')
+       -- (asked once, by the sub-select: else it would be volatile, and no index would help)
+       AND c.call_id >= (SELECT call_id_floor(clock_timestamp() - make_interval(secs => p_seconds) - interval '15 minutes'))
        AND latest.sent_at > clock_timestamp() - make_interval(secs => p_seconds)
 $$;
 

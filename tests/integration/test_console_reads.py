@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import uuid
 from datetime import datetime, timedelta, timezone
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from plugins.console import board, found, work
+from plugins.console.live import Kept
 from router.database import connect, rows
 from router.errors import InputError
 from tests.queueing import Probe
@@ -123,8 +125,10 @@ async def test_sends_are_counted_by_model_and_stretch(probe: Probe, database: st
 
 
 async def test_priorities_name_what_reviews_moved(probe: Probe, database: str) -> None:
+    reviews = work.Reviews()
     with connect(database) as connection:
-        before = work.priorities(connection)["categories"]["general"]
+        before = work.priorities(connection, reviews)["categories"]["general"]
+        assert work.priorities(connection, reviews)["reviews"] == []
     first, second = before[0]["model"], before[1]["model"]
     review = await probe.value(
         "INSERT INTO reviews (kind, by, period_seconds, period, moved, settings)"
@@ -138,7 +142,7 @@ async def test_priorities_name_what_reviews_moved(probe: Probe, database: str) -
             review, model, was, place,
         )  # fmt: skip
     with connect(database) as connection:
-        (seen,) = work.priorities(connection)["reviews"]
+        (seen,) = work.priorities(connection, reviews)["reviews"]
     assert seen["order"] == [second, first]
     assert seen["moves"][0] == {"model": second, "before": 2, "after": 1, "reason": "better"}
 
@@ -262,3 +266,22 @@ async def test_what_probation_needs_is_read_again_when_it_was_edited(
 def rows_of(database: str, statement: str) -> list[dict[str, Any]]:
     with connect(database) as connection:
         return rows(connection, statement)
+
+
+async def test_what_is_kept_is_read_once_for_all_who_ask_meanwhile() -> None:
+    reads = 0
+
+    async def read() -> bytes:
+        nonlocal reads
+        reads += 1
+        await asyncio.sleep(0)
+        if reads == 2:
+            raise InputError("away")
+        return f"{reads}".encode()
+
+    kept, anew = Kept(read, seconds=60), Kept(read, seconds=-1)
+    assert await asyncio.gather(kept.line(), kept.line(), kept.line()) == [b"1", b"1", b"1"]
+    with pytest.raises(InputError):
+        await anew.line()
+    assert await anew.line() == b"3", "what failed is not kept"
+    assert await anew.line() == b"4"

@@ -28,7 +28,17 @@ from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 WIDTH = 100
-SHORT = Script(days=3, day_seconds=4, tasks=180, asked=12, rate=30, trial_prompts=15)
+# So few calls a day need a model that fails for sure.
+SHORT = Script(
+    days=3,
+    period_seconds=4,
+    tasks=180,
+    asked=12,
+    rate=30,
+    trial_prompts=15,
+    failing_share=0.6,
+    failing_quality=0.0,
+)
 
 
 @pytest.fixture(scope="module")

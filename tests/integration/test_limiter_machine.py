@@ -159,6 +159,19 @@ def test_hypothesis_finds_no_difference(connection: Connection) -> None:
     look_for_a_difference(connection, examples=30, steps=40)
 
 
+def test_a_clock_that_is_set_back_while_a_loss_is_waited_for_prolongs_nothing(connection: Connection) -> None:
+    Machine.connection = connection
+    state = Machine()
+    state.the_clock_is_set(micro=-3_600_000_000)
+    state.lose(kind="kept")
+    state.target(age=None, index=14, who=0)
+    state.the_clock_is_set(micro=-3_600_000_000)
+    state.until_the_next_may_leave(beyond=-1)
+    state.the_clock_is_set(micro=400_000)
+    assert state.world.state == "sound"
+    state.teardown()
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
 def test_walks_of_a_hundred_thousand_steps_show_no_difference(connection: Connection) -> None:
