@@ -18,6 +18,7 @@ from local.learning_story import NAMES, SIDES, Day, Story
 from router.review import BOUNDED, Move
 
 MOST_REASONS = 6
+LAST = Stands(10**6, "", "")
 VERDICT = re.compile(r" (lost|taken|promoted|retired): ")
 WORDS = {"low": "low", "trial": "trial", "young": "young"}
 
@@ -201,6 +202,9 @@ def _overtaken(story: Story, model: str, since: int, what: str) -> str:
     lost = [(night, category, now) for night, category, before, now in story.new_firsts
             if before == model and night >= since]  # fmt: skip
     if not lost:
-        return f"{model} {what} on day {since}: it is first where it was."
+        order = story.days[since - 1].night.before
+        was_first = any(stands.get(model, LAST).place == 1 for stands in order.values())
+        why = "nobody has overtaken it yet" if was_first else "it was first nowhere by then"
+        return f"{model} {what} on day {since}: {why}."
     places = ", ".join(f"in {category} by {now} at night {night}" for night, category, now in lost)
     return f"{model} {what} on day {since}: overtaken {places}."

@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from local.__main__ import main
-from local.learning_cast import CATEGORIES, FAILING, NEWCOMERS
+from local.learning_cast import FAILING, NEWCOMERS
 from local.learning_demo import play
 from local.learning_plot import draw
 from local.learning_report import summary_lines
@@ -32,7 +32,7 @@ WIDTH = 100
 SHORT = Script(
     days=3,
     period_seconds=4,
-    tasks=180,
+    tasks=270,
     asked=12,
     rate=30,
     trial_prompts=15,
@@ -51,6 +51,7 @@ def told() -> tuple[Story, str]:
     return story, console.file.getvalue()
 
 
+@pytest.mark.soak
 def test_a_model_that_begins_to_fail_is_off_its_first_place_at_the_next_review(
     told: tuple[Story, str],
 ) -> None:
@@ -63,15 +64,18 @@ def test_a_model_that_begins_to_fail_is_off_its_first_place_at_the_next_review(
     assert "off its first place at review 1 after that" in text
 
 
+@pytest.mark.soak
 def test_afterwards_it_gets_no_more_than_the_exploration_share(told: tuple[Story, str]) -> None:
     story, _ = told
     share = SHORT.learning().exploration.share
-    saved_up = 2 / (SHORT.tasks / len(CATEGORIES))  # calls that a bounded model may save up
+    tasks = sum(task.category == "technical" for task in SHORT.day(1))
+    ahead = 4 / tasks  # two calls that a bounded model may save up, and what was ahead
     assert story.failing.shares
-    assert max(story.failing.shares) <= share + saved_up
-    assert min(story.failing.shares_without) > 2 * share
+    assert max(story.failing.shares) <= share + ahead
+    assert min(story.failing.shares_without) > max(story.failing.shares)
 
 
+@pytest.mark.soak
 def test_the_same_prompts_on_both_sides_and_all_of_them_end(told: tuple[Story, str]) -> None:
     story, _ = told
     for day in story.days:
@@ -86,6 +90,7 @@ def test_the_same_prompts_on_both_sides_and_all_of_them_end(told: tuple[Story, s
     assert 0.5 < story.totals(WITH).good < 1
 
 
+@pytest.mark.soak
 def test_the_search_says_what_it_found_tried_and_could_not_call(told: tuple[Story, str]) -> None:
     story, text = told
     tried = {line.split()[1] for _, line in story.searched if " lost: " in line or " taken: " in line}
@@ -94,6 +99,7 @@ def test_the_search_says_what_it_found_tried_and_could_not_call(told: tuple[Stor
     assert "models found" in text
 
 
+@pytest.mark.soak
 def test_it_can_be_read_in_a_terminal_of_a_hundred_columns(told: tuple[Story, str]) -> None:
     story, text = told
     assert max(map(len, text.splitlines())) <= WIDTH
@@ -102,6 +108,7 @@ def test_it_can_be_read_in_a_terminal_of_a_hundred_columns(told: tuple[Story, st
     assert all(line.strip() for line in summary_lines(story))
 
 
+@pytest.mark.soak
 def test_the_numbers_and_the_picture(told: tuple[Story, str], tmp_path: Path) -> None:
     story, _ = told
     document = json.loads(json.dumps(story.as_json()))
