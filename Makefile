@@ -43,10 +43,10 @@ demo-learning: setup  ## days of traffic, with a review every night and without 
 test: test-fast test-slow  ## all tests but the long ones
 
 test-fast: setup
-	$(BIN)/pytest -q -m "not soak and not alone" -n 4 --dist loadgroup $(FAST_TESTS)
+	$(BIN)/pytest -q -m "not soak and not alone" -n 4 --dist loadfile $(FAST_TESTS)
 
 test-slow: setup
-	$(BIN)/pytest -q -m "not soak and not alone" -n 3 --dist loadgroup $(addprefix --ignore=,$(FAST_TESTS)) tests
+	$(BIN)/pytest -q -m "not soak and not alone" -n 3 --dist loadfile $(addprefix --ignore=,$(FAST_TESTS)) tests
 	$(BIN)/pytest -q -m "alone and not soak" tests
 
 check: lint test-fast  ## style, types, floors, left-over marks, fast tests

@@ -292,19 +292,14 @@ def solving(solving_stack: Solving) -> Iterator[Solving]:
     assert verdict.breach_count == 0, verdict.as_json()
 
 
-@pytest.hookimpl(tryfirst=True)
+def _shares_the_stack(item: pytest.Item) -> bool:
+    return "solving_stack" in getattr(item, "fixturenames", ())
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests of a file stay together, and all that share the stack.
+    """Side by side with others the tests that share the stack begin, since they take longest.
 
-    They take longest: side by side with others they begin. In one process they come last, as the stack slows
-    the others down.
+    In one process they come last, as the stack slows the others down.
     """
-
-    def shares(item: pytest.Item) -> bool:
-        return "solving_stack" in getattr(item, "fixturenames", ())
-
-    for item in items:
-        group = "stack" if shares(item) else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
     side_by_side = hasattr(config, "workerinput")
-    items.sort(key=lambda item: shares(item) is not side_by_side)
+    items.sort(key=lambda item: _shares_the_stack(item) is not side_by_side)
