@@ -46,7 +46,7 @@ test-fast: setup
 	$(BIN)/pytest -q -m "not soak and not alone" -n 4 --dist loadfile $(FAST_TESTS)
 
 test-slow: setup
-	$(BIN)/pytest -q -m "not soak and not alone" -n 3 --dist loadfile $(addprefix --ignore=,$(FAST_TESTS)) tests
+	$(BIN)/pytest -q -m "not soak and not alone" -n 2 --dist loadfile $(addprefix --ignore=,$(FAST_TESTS)) tests
 	$(BIN)/pytest -q -m "alone and not soak" tests
 
 check: lint test-fast  ## style, types, floors, left-over marks, fast tests

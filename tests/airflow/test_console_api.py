@@ -16,7 +16,7 @@ from router.traffic import TrafficTarget
 from tests.command_line import CommandLine
 from tests.solving import Solving, wait_for, wait_until
 
-pytestmark = [pytest.mark.airflow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.airflow, pytest.mark.alone, pytest.mark.timeout(180)]
 
 FILLED = {"model": "phi-4", "task_id": "1", "anything:path": "nothing-here"}
 WRITE = {"X-Router-Console": "1"}

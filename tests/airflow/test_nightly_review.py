@@ -20,12 +20,12 @@ from tests.reviewing import Log
 from tests.searching import write_catalogue
 from tests.solving import FOUND, Solving, crowding, say, wait_for, wait_until
 
-pytestmark = [pytest.mark.airflow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.airflow, pytest.mark.alone, pytest.mark.timeout(240)]
 
 DAG = "nightly_review"
 STEPS = ("grade", "judge", "sum_up", "rank", "search", "probation", "retention", "report")
 CATEGORIES = ("technical", "creative", "general")
-FIRST, SECOND = "llama-3.3-70b", "deepseek-v3"  # for general, as shipped
+FIRST = "llama-3.3-70b"  # for general, as shipped
 JUDGING_CALLS = 12
 TRIAL_TARGET = "20/s"
 
@@ -163,8 +163,7 @@ def test_a_night_that_dies_leaves_the_old_order_and_one_that_ends_moves_what_it_
     say(f"cleared and over after {time.monotonic() - began:.1f} s")
     assert state == "success"
     places = nights.log.places()
-    assert places[SECOND] == 1
-    assert places[FIRST] == len(places)
+    assert places[FIRST] == len(places)  # who follows it a judge's word may decide: the others are alike
     assert nights.log.version() > version  # by which workers hear of it
     told = nights.report(run)
     (moved,) = [line for line in told["rank"] if line.startswith(f"general: {FIRST} ")]

@@ -18,7 +18,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from tests.solving import DAG, Solving, say, wait_for, wait_until
 
-pytestmark = [pytest.mark.airflow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.airflow, pytest.mark.alone, pytest.mark.timeout(180)]
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (

@@ -17,7 +17,7 @@ from router.traffic import TrafficTarget
 from tests.browsing import Browser, axe_core, browsing
 from tests.solving import Solving, say, wait_until
 
-pytestmark = [pytest.mark.airflow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.airflow, pytest.mark.alone, pytest.mark.timeout(180)]
 
 MOST_BYTES = 300_000
 MOST_SECONDS = 1.0
