@@ -26,6 +26,7 @@ from router.packing import packed_target
 from router.permits import (
     FREED_BY_OTHERS,
     MICRO,
+    RESTS,
     LimiterSettings,
     ModelTraffic,
     PastCall,
@@ -187,6 +188,13 @@ class TrafficLimiter:
             else:
                 net = self.settings.hint_seconds
                 await line.bell.wait(net if near_in is None else min(net, near_in))
+
+    async def until_resting(self, model: str) -> None:
+        """Return once those who wait for a permit hear that the model rests or is doubted; asks nothing."""
+        line = self._line(model)
+        replies = line.replies
+        while line.replies == replies or line.waiting_for not in RESTS:
+            await line.bell.wait(self.settings.hint_seconds)
 
     async def release(self, permit: Permit, tokens: int | None = None) -> None:
         """The call ended: its place is free, its reservation becomes the `tokens` it used. Idempotent."""

@@ -71,6 +71,7 @@ class Line:
     def __init__(self, model: str, ask: Ask, give_back: GiveBack, settings: LimiterSettings) -> None:
         self.bell = Bell()
         self.waiting_for = WaitReason.NOTHING
+        self.replies = 0
         self._model = model
         self._ask = ask
         self._give_back = give_back
@@ -221,7 +222,10 @@ class Line:
             else:
                 waiter.future.set_result(permit)
         left = asked[len(permits) :]
-        self.waiting_for = wait.reason
+        self.replies += 1
+        if wait.reason is not self.waiting_for:
+            self.waiting_for = wait.reason
+            self.bell.ring()
         if left and self.waiting_for is WaitReason.TOO_LARGE:
             self._refuse(left.pop(0))
         self._put_back(left)

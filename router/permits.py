@@ -48,6 +48,8 @@ _REASON_TEXTS = {
     WaitReason.PROBING: "it failed again and again, and one call is trying it out",
 }
 
+RESTS = frozenset({WaitReason.RESTING, WaitReason.PROBING})  # the model is not trusted now
+
 
 FREED_BY_OTHERS = frozenset({WaitReason.AT_ONCE, WaitReason.PROBING})  # sooner than their moment says
 

@@ -148,6 +148,7 @@ class Runner:
             self._is_stuck()
         loop = asyncio.get_running_loop()
         patience = loop.call_later(patience_seconds, self._is_stuck)
+        watching = loop.create_task(self._until_it_rests(), name=f"router watch over {model}")
         sending = send_permitted(
             means.limiter, means.backend, self.order,
             permit_seconds=left, going_out=self._going_out, came=self._came,
@@ -156,6 +157,14 @@ class Runner:
             return await sending
         finally:
             patience.cancel()
+            watching.cancel()
+
+    async def _until_it_rests(self) -> None:
+        """Whoever stands in line when the model is no longer trusted need not wait for patience to end."""
+        await self._ledger.means.limiter.until_resting(self.row.model)
+        if self.sent_at is None:
+            self._rests = True
+            self._is_stuck()
 
     def _going_out(self, permit: Permit) -> None:
         permit.check()

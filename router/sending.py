@@ -15,6 +15,7 @@ from router.backend import ModelsBackend
 from router.duties import result_within
 from router.errors import LimiterError, PermitDead
 from router.limiter import Permit, TrafficLimiter, WaitReason
+from router.permits import RESTS
 from router.task import CallResult, Outcome
 
 DEAD_PERMITS_BORNE = 20
@@ -23,7 +24,6 @@ LOOK_SECONDS = 0.25
 MAY_PASS_AT_ANY_MOMENT = frozenset(
     {WaitReason.NOTHING, WaitReason.AT_ONCE, WaitReason.LOST, WaitReason.PROBING}
 )
-RESTS = frozenset({WaitReason.RESTING, WaitReason.PROBING})
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,6 +145,20 @@ async def test_of_models_in_line_only_the_first_with_a_permit_is_sent_to(asking:
     assert f"{SECOND} had a permit sooner" in first["error"]
 
 
+async def test_who_stands_in_line_for_a_model_that_comes_to_rest_does_not_wait_for_it(asking: Asking) -> None:
+    asking.fault("hang", CHEAP)
+    limiter = asking.router._asker.limiter
+    await limiter.set_target(PREFERRED, "1/s, burst")
+    await limiter.acquire(PREFERRED)  # the next permit is a second off: that is borne
+    asked = asyncio.create_task(asking.ask(deadline_seconds=30))
+    while not limiter._line(PREFERRED).waiting:
+        await asyncio.sleep(0.01)
+    await limiter.rest(PREFERRED, 30, "a test")
+    answer = await asked
+    assert answer.model == SECOND
+    assert answer.seconds < 1.5
+
+
 async def test_a_fallback_that_holds_the_task_is_still_no_chosen_model(
     addresses: Addresses, shared_backend: BackendServer, tmp_path: Path
 ) -> None:
