@@ -201,8 +201,11 @@ class Solving:
         assert len(requests) == len(set(requests)), "a call arrived twice"
         logged = {str(row[0]) for row in self.rows("SELECT call_id FROM model_calls")}
         assert set(requests) <= logged, "a call arrived that the log does not know"
-        answered = "SELECT call_id FROM model_calls WHERE outcome = 'answered'"
-        assert {str(row[0]) for row in self.rows(answered)} <= set(requests)
+        answered = "SELECT call_id::text, to_jsonb(c) FROM model_calls c"
+        answered += " WHERE outcome = 'answered' AND role IS DISTINCT FROM 'passages'"
+        arrived = set(requests)
+        missing = [call for call_id, call in self.rows(answered) if call_id not in arrived]
+        assert not missing, "an answered call never arrived"
 
 
 def _ended(run: dict[str, Any]) -> dict[str, Any] | None:
