@@ -467,10 +467,10 @@ if not reply then
     return pack('<dd', 1, version)
   end
 
-  -- Says that the memory is gone, and since when. ask: 1 if the asker had seen it; the longest that a call takes.
+  -- Says that the memory is gone, since when, and which one: the clock may stand still. ask: 1 if the asker had seen it; the longest that a call takes.
   local function mark_lost()
     local knew, longest = unpack_struct('<dd', ask)
-    if live then return pack('<ddddd', 1, 0, now, 0, 0) end
+    if live then return pack('<dddddd', 1, 0, now, 0, 0, gen) end
     if knew == 1 or stored[2] then call('HSET', key, 'known', '1') end
     call('HSETNX', key, 'lost', now)
     local lost_at = tonumber(call('HGET', key, 'lost'))
@@ -480,7 +480,7 @@ if not reply then
       longest = max(longest, period)
     end
     changed = false
-    return pack('<ddddd', 0, now - lost_at, now, longest, call('HEXISTS', key, 'known'))
+    return pack('<dddddd', 0, now - lost_at, now, longest, call('HEXISTS', key, 'known'), gen)
   end
 
   -- Builds the memory anew from past calls. ask: blind, since, the longest that a call can take, generation seen,

@@ -16,6 +16,7 @@ from router.permits import MICRO, LimiterSettings, PastCall, Seen, WaitReason
 log = logging.getLogger("router.limiter")
 
 History = Callable[[str, float], Awaitable[list[PastCall]]]
+Loss = tuple[int, float]  # when by Redis's clock, which stands still while it is behind; what generation was lost
 KNOWN_SECONDS = 61.0  # a target with a minute's window, set after one with a second's, knows its past too
 PutTarget = Callable[[str, Seen], Awaitable[object]]
 
@@ -39,7 +40,7 @@ class Recovery:
         self._name = name
         self._rebuilding: dict[str, asyncio.Lock] = {}
         self._said: set[str] = set()
-        self._noticed: dict[str, tuple[int, float]] = {}  # a loss by Redis's clock, and by ours
+        self._noticed: dict[str, tuple[Loss, float]] = {}  # and since when, by our clock
 
     async def recover(self, model: str, seen: Seen, reason: WaitReason) -> float | None:
         """Put back what Redis lost: 0 if done, else the seconds to wait; None if only a change can help."""
@@ -55,10 +56,10 @@ class Recovery:
         asked = time.monotonic()
         ask = struct.pack("<2d", float(seen.generation > 0), self._settings.call_longest_seconds * MICRO)
         reply = await self._call(model, "lost", ask)
-        live, lost_for, clock, longest, known = struct.unpack("<5d", reply)
+        live, lost_for, clock, longest, known, generation = struct.unpack("<6d", reply)
         if live:
             return 0.0
-        lost_for = self._own_seconds(model, round(clock - lost_for), asked) * MICRO
+        lost_for = self._own_seconds(model, (round(clock - lost_for), generation), asked) * MICRO
         if known and model not in self._said:
             self._said.add(model)
             log.warning("Redis lost what was sent to %s: nothing is sent until it is counted anew", model)
@@ -78,9 +79,9 @@ class Recovery:
         await self._build(model, seen, calls, clock, since=since, blind=blind)
         return 0.0
 
-    def _own_seconds(self, model: str, loss: int, asked: float) -> float:
+    def _own_seconds(self, model: str, loss: Loss, asked: float) -> float:
         """How long we know of this loss: Redis's clock may be set meanwhile, forward or back."""
-        known, since = self._noticed.get(model, (0, 0.0))
+        known, since = self._noticed.get(model, ((0, 0.0), 0.0))
         if known != loss:
             since = asked
             self._noticed[model] = (loss, since)

@@ -94,7 +94,7 @@ class Following:
             if self.state != "gone":
                 self._follow_heed(asked)
         elif asked.verb == "lost":
-            live, _, clock, *_ = struct.unpack("<5d", asked.reply)
+            live, _, clock, *_ = struct.unpack("<6d", asked.reply)
             self._agree(not live or self.state != "gone", "a lost memory is held to be live")
             self.clock_told = (asked.at, clock)
         elif asked.verb == "rebuild":

@@ -172,6 +172,18 @@ def test_a_clock_that_is_set_back_while_a_loss_is_waited_for_prolongs_nothing(co
     state.teardown()
 
 
+def test_a_loss_while_the_clock_stands_still_is_not_taken_for_the_one_before_it(connection: Connection) -> None:
+    Machine.connection = connection
+    state = Machine()
+    state.the_clock_is_set(micro=-3_600_000_000)
+    state.time_passes(micro=999_999)
+    state.the_clock_is_set(micro=-3_600_000_000)
+    state.lose(kind="kept")
+    state.the_clock_is_set(micro=-3_600_000_000)
+    assert state.world.state == "gone", "a permit of the second loss is still out"
+    state.teardown()
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
 def test_walks_of_a_hundred_thousand_steps_show_no_difference(connection: Connection) -> None:
