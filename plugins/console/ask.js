@@ -70,7 +70,7 @@ export class Ask {
 
   update(board) {
     for (const [select, names] of [
-      [this.category, Object.keys(board.categories)],
+      [this.category, board.category_names],
       [this.model, Object.keys(board.models)],
     ]) {
       const known = new Set([...select.options].map((option) => option.value));

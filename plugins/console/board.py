@@ -35,8 +35,7 @@ SELECT model, target, in_force_at FROM traffic_targets WHERE in_force_at > %s
  UNION ALL
 SELECT DISTINCT ON (model) model, target, in_force_at FROM traffic_targets
  WHERE in_force_at <= %s ORDER BY model, in_force_at"""
-_UNCATEGORISED = """
-SELECT count(*) AS tasks FROM (SELECT FROM queue WHERE state = 'uncategorised' LIMIT 10001) AS few"""
+_CATEGORIES = "SELECT name FROM categories ORDER BY name"
 
 
 @dataclass
@@ -47,7 +46,7 @@ class _Seldom:
     places: Mapping[str, Sequence[str]]
     oldest: Mapping[str, Any] | None
     log_pace: Mapping[str, float]
-    uncategorised: int
+    category_names: Sequence[str]
 
 
 class Board:
@@ -71,7 +70,7 @@ class Board:
             **as_object(status),
             "models": models,
             "at": now,
-            "uncategorised": seldom.uncategorised,
+            "category_names": seldom.category_names,
             "oldest": seldom.oldest,
             **self._paces(status, seldom),
             "sends": sends(connection, since, NEWEST_CALLS),
@@ -87,7 +86,7 @@ class Board:
                 places=places,
                 oldest=next(iter(rows(connection, _OLDEST)), None),
                 log_pace={row["category"]: row["ended"] / PACE_SECONDS for row in ended},
-                uncategorised=rows(connection, _UNCATEGORISED)[0]["tasks"],
+                category_names=[row["name"] for row in rows(connection, _CATEGORIES)],
             )
         return self._seldom
 

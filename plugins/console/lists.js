@@ -167,7 +167,7 @@ export class Calls {
 
   update(board) {
     options(this.model, Object.keys(board.models));
-    options(this.category, Object.keys(board.categories));
+    options(this.category, board.category_names);
     if (
       !this.paged &&
       Date.now() - this.loadedAt > CALLS_SECONDS * 1000 &&

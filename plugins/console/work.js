@@ -64,11 +64,10 @@ export class Work {
   update(board) {
     if (this.task) return;
     const { tasks, pace } = board;
-    const ready = Math.max(0, tasks.ready - board.uncategorised);
     const states = [
       ["unsolved", tasks.unsolved],
-      ["ready", ready],
-      ["to be categorised", board.uncategorised],
+      ["ready", tasks.ready],
+      ["to be categorised", tasks.uncategorised],
       ["waiting for a retry", tasks.waiting],
       ["running", tasks.running],
       ["solved", tasks.solved],

@@ -158,6 +158,8 @@ def test_the_status_speaks_the_words_of_the_command_line(solving: Solving, admin
     shown = admin("GET", "/api/status").json()
     assert said.keys() <= shown.keys()
     assert said["models"]["phi-4"].keys() <= shown["models"]["phi-4"].keys()
+    every = [name for (name,) in solving.rows("SELECT name FROM categories ORDER BY name")]
+    assert shown["category_names"] == every, "those that no task has been of, too"
 
     def says_the_same() -> bool:  # what all who look share is up to a second old
         models = admin("GET", "/api/status").json()["models"]
