@@ -16,7 +16,7 @@ from router.permits import MICRO, LimiterSettings, PastCall, Seen, WaitReason
 log = logging.getLogger("router.limiter")
 
 History = Callable[[str, float], Awaitable[list[PastCall]]]
-Loss = tuple[int, float]  # when by Redis's clock, which stands still while it is behind; what generation was lost
+Loss = tuple[int, float]  # when by Redis's clock, which may stand still; what generation was lost
 KNOWN_SECONDS = 61.0  # a target with a minute's window, set after one with a second's, knows its past too
 PutTarget = Callable[[str, Seen], Awaitable[object]]
 

@@ -172,7 +172,7 @@ def test_a_clock_that_is_set_back_while_a_loss_is_waited_for_prolongs_nothing(co
     state.teardown()
 
 
-def test_a_loss_while_the_clock_stands_still_is_not_taken_for_the_one_before_it(connection: Connection) -> None:
+def test_a_loss_while_the_clock_stands_still_is_not_taken_for_the_last_one(connection: Connection) -> None:
     Machine.connection = connection
     state = Machine()
     state.the_clock_is_set(micro=-3_600_000_000)
