@@ -1,12 +1,12 @@
 """Asks many prompts at once while models are well, fail, hang or are slow, against what was possible.
 
-    python -m bench.answering [--asks 1000] [--at-once 50] [--deadline 2] [--only NAME] [--json FILE]
+    python -m bench.answering [--asks N] [--at-once 50] [--ramp 1] [--deadline 2] [--only NAME] [--json FILE]
 
 Starts its own PostgreSQL, Redis and Models Backend. For each scene it prints how soon prompts were answered,
 how many of them, by whom, how many answers were replaced by better ones, what that cost beside asking the
-preferred model alone ("hedge" is that part of the cost), and that nothing is left over. "machine" is how late
-a program woke meanwhile that does nothing but sleep: on a crowded machine no limit holds. Ends with 1 if
-a limit was missed:
+preferred model alone ("hedge" is that part of the cost), and that nothing is left over. The first that are at
+once begin one by one within `--ramp` seconds; with 0 in one instant. "machine" is how late a program woke
+meanwhile that does nothing but sleep: on a crowded machine no limit holds. Ends with 1 if a limit was missed:
 
     hanging    the preferred model never answers:  p99 <= deadline + 100 ms
     failing    it fails at once:                   p99 <= min(deadline, next in rank, fallback) + 100 ms
@@ -80,7 +80,7 @@ def main() -> int:
         for scene in scenes:
             playing = play(
                 scene, addresses, backend,
-                asks=options.asks, at_once=options.at_once, deadline=options.deadline,
+                asks=options.asks, at_once=options.at_once, deadline=options.deadline, ramp=options.ramp,
             )  # fmt: skip
             seen.append(asyncio.run(playing))
             console.print(f"{scene}: {', '.join(seen[-1].faults) or 'well'}")
@@ -96,6 +96,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--asks", type=int, default=1000)
     parser.add_argument("--at-once", type=int, default=50)
+    parser.add_argument("--ramp", type=float, default=1.0, help="seconds")
     parser.add_argument("--deadline", type=float, default=2.0, help="seconds")
     parser.add_argument("--only", choices=SCENES)
     parser.add_argument("--json", type=Path)
@@ -140,7 +141,14 @@ def config(deadline: float) -> RouterConfig:
 
 
 async def play(
-    scene: str, addresses: Addresses, backend: BackendServer, *, asks: int, at_once: int, deadline: float
+    scene: str,
+    addresses: Addresses,
+    backend: BackendServer,
+    *,
+    asks: int,
+    at_once: int,
+    deadline: float,
+    ramp: float = 0.0,
 ) -> Seen:
     """Ask, wait until nothing is under way, and look at what is left."""
     if scene == "slow":
@@ -158,7 +166,7 @@ async def play(
         _clear(addresses)
         with _fault(backend, scene), machine_lateness() as late:
             prompts = [f"{scene} {number}" for number in range(asks)]
-            given, upgraded = await _ask_all(router, prompts, at_once)
+            given, upgraded = await _ask_all(router, prompts, at_once, ramp)
         await asyncio.gather(*(asked.ended.wait() for asked in set(router._asked)))  # noqa: SLF001 - as above
         holders = await _holders(router._asker.limiter, settings)  # noqa: SLF001 - as above
         pool = router._asker.desk.means.pool  # noqa: SLF001 - as above
@@ -181,7 +189,7 @@ def _reset(addresses: Addresses, backend: BackendServer, deadline: float) -> Non
 
 def _clear(addresses: Addresses) -> None:
     with connect(addresses.database_url) as connection:
-        rows(connection, "TRUNCATE tasks")
+        rows(connection, "DELETE FROM tasks")  # TRUNCATE would have every plan made anew
         rows(connection, "DELETE FROM model_calls")
 
 
@@ -212,11 +220,14 @@ def machine_lateness() -> Iterator[list[float]]:
         found.append(float(out))
 
 
-async def _ask_all(router: Router, prompts: Sequence[str], at_once: int) -> tuple[list[Answer | None], int]:
+async def _ask_all(
+    router: Router, prompts: Sequence[str], at_once: int, ramp: float = 0.0
+) -> tuple[list[Answer | None], int]:
     """The answers that were given, and how many of them one of the chosen model replaced."""
     places = asyncio.Semaphore(at_once)
 
-    async def ask(prompt: str) -> tuple[Answer | None, bool]:
+    async def ask(number: int, prompt: str) -> tuple[Answer | None, bool]:
+        await asyncio.sleep(ramp * min(number / at_once, 1.0))
         async with places:
             try:
                 answer = await router.answer(prompt, category="general")
@@ -227,7 +238,7 @@ async def _ask_all(router: Router, prompts: Sequence[str], at_once: int) -> tupl
             best = better
         return answer, answer.provisional and best.rank is AnswerRank.CHOSEN_MODEL
 
-    found = await asyncio.gather(*map(ask, prompts))
+    found = await asyncio.gather(*(ask(number, prompt) for number, prompt in enumerate(prompts)))
     return [answer for answer, _ in found], sum(replaced for _, replaced in found)
 
 

@@ -13,6 +13,7 @@ import uuid
 from router import line_up, race
 from router.account import Account
 from router.answers import Answer, EventKind, Listener, Role
+from router.bell import Bell
 from router.call_log import tell
 from router.categories import Categorised
 from router.duties import Errands, set_within
@@ -40,8 +41,8 @@ class AskedPrompt:
         self._ledger = Ledger(desk.means, question.prompt, self._deadline)
         self._racing = self._ledger.grow()
         self._line_up = LineUp(Categorised(desk.config.default_category, 0.0, "not known yet"), (), ())
-        self._changed = asyncio.Event()
-        self._errands = Errands(self._changed.set)
+        self._changed = Bell()
+        self._errands = Errands(self._changed.ring)
         self._search: asyncio.Task[None] | None = None
         self._keeping: asyncio.Task[None] | None = None
         self._fallback_leg: Leg | None = None
@@ -169,7 +170,7 @@ class AskedPrompt:
             coming.end()
             if self._fallback_leg is Leg.RUNNING:
                 self._fallback_leg = Leg.FAILED
-            self._changed.set()
+            self._changed.ring()
 
     def _runner(self, model: str, role: Role, prompt: str, most_tokens: int | None = None) -> Runner:
         means = self._desk.means
@@ -186,7 +187,6 @@ class AskedPrompt:
 
     async def _race(self) -> race.Move:
         while True:
-            self._changed.clear()
             for runner in self._account.runners:
                 if runner.refusal is not None:
                     raise runner.refusal
@@ -194,7 +194,7 @@ class AskedPrompt:
             if isinstance(move, AskNext):
                 self._ask_next()
             elif isinstance(move, Wait):
-                await set_within(self._changed, move.seconds)
+                await self._changed.wait(move.seconds)
             else:
                 return move
 
@@ -285,7 +285,7 @@ class AskedPrompt:
                 self._fallback_leg = Leg.ANSWERED
             account.ended(runner)
             self._errands.begin(runner.close(), f"settle {runner.row.call_id}")
-        self._changed.set()
+        self._changed.ring()
 
     def _spare_others(self, sent: Runner) -> None:
         """Of several models of the ranking that stand in line, only the first to have a permit is sent to."""

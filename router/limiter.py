@@ -14,7 +14,7 @@ import time
 from collections.abc import Coroutine, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import redis.asyncio
 
@@ -55,6 +55,7 @@ __all__ = [
     "WaitReason",
 ]
 
+T = TypeVar("T")
 _SCRIPT = Path(__file__).with_name("limiter.lua").read_text(encoding="utf-8")
 _LOST = 1  # the script's status; 0 is a decision, 2 is no target
 _HEAD = struct.Struct("<10d")
@@ -89,6 +90,7 @@ class TrafficLimiter:
         self._seen_of = self._sightings.of
         self._lines: dict[str, Line] = {}
         self._returns = Returns(self._send_back)
+        self._looks: dict[str, asyncio.Task[ModelTraffic]] = {}
         self._side_tasks: set[asyncio.Task[Any]] = set()
 
     async def __aenter__(self) -> TrafficLimiter:  # noqa: PYI034 - typing.Self is 3.11
@@ -242,6 +244,15 @@ class TrafficLimiter:
         """What is in force and in use, model by model. Reserves nothing."""
         return {model: await self._snapshot(model) for model in models}
 
+    async def look(self, model: str) -> ModelTraffic:
+        """The snapshot of one model; all who look in the same moment share one."""
+        looking = self._looks.get(model)
+        if looking is None:
+            looking = self._aside(self._snapshot(model), f"router look at {model}")
+            self._looks[model] = looking
+            looking.add_done_callback(lambda _: self._looks.pop(model))
+        return await asyncio.shield(looking)
+
     # -- asking -------------------------------------------------------------------------------------------
 
     async def _ask(
@@ -345,7 +356,7 @@ class TrafficLimiter:
             line = self._lines[model] = Line(model, ask, self._give_back, self.settings)
         return line
 
-    def _aside(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+    def _aside(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
         task = asyncio.create_task(work, name=name)
         self._side_tasks.add(task)
         task.add_done_callback(self._side_tasks.discard)

@@ -1,7 +1,6 @@
 """Standing in line inside one process: waiters in order, one of them asking for all. Knows nothing of Redis.
 
-`Line`   the waiters of one model; its runner asks for as many permits as the line can use, in order
-`Bell`   wakes whoever waits for a change
+Its runner asks for as many permits as the line can use, in order.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 
+from router.bell import Bell, finish
 from router.errors import LimiterError, LimiterUnavailable, PermitDead
 from router.permits import LimiterSettings, Permit, Wait, WaitReason
 
@@ -23,37 +23,6 @@ SAME_MOMENT_SECONDS = 0.005  # replies of two questions differ by so much in wha
 ONE_AFTER_ANOTHER_SECONDS = 1e-6
 FEWEST_IN_ONE_ASK = 8
 MOST_DEATHS = 100  # a process that misses so many moments in a row is not able to send at all
-
-
-class Bell:
-    """Wakes all who wait, once a ring."""
-
-    def __init__(self) -> None:
-        self._waiting: set[asyncio.Future[None]] = set()
-
-    def ring(self) -> None:
-        """Wake everyone who waits now."""
-        waiting, self._waiting = self._waiting, set()
-        for future in waiting:
-            if not future.done():
-                future.set_result(None)
-
-    async def wait(self, seconds: float) -> None:
-        """Return at the next ring, or after `seconds`."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[None] = loop.create_future()
-        self._waiting.add(future)
-        timer = loop.call_later(seconds, _finish, future)
-        try:
-            await future
-        finally:
-            timer.cancel()
-            self._waiting.discard(future)
-
-
-def _finish(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
 
 
 class _Waiter:
@@ -154,7 +123,7 @@ class Line:
         future: asyncio.Future[None] = loop.create_future()
         if self._clock_ahead is None:  # once: two readings a timer would put timers out of order
             self._clock_ahead = max(0.0, loop.time() - time.monotonic())
-        timer = loop.call_at(at + self._clock_ahead, _finish, future)
+        timer = loop.call_at(at + self._clock_ahead, finish, future)
         self._asleep += 1
         try:
             await future

@@ -125,11 +125,11 @@ async def outlook(limiter: TrafficLimiter, model: str) -> Outlook:
     A place that another call holds may be free at any moment.
     """
     try:
-        traffic = await result_within(limiter.snapshot([model]), LOOK_SECONDS, f"router look at {model}")
+        traffic = await result_within(limiter.look(model), LOOK_SECONDS, f"router outlook of {model}")
     except LimiterError:
         traffic = None
     if traffic is None:
         return Outlook(0.0, "")
-    reason = traffic[model].waiting_for
+    reason = traffic.waiting_for
     at_any_moment = reason in MAY_PASS_AT_ANY_MOMENT
-    return Outlook(0.0 if at_any_moment else traffic[model].next_seconds, reason.text, reason in RESTS)
+    return Outlook(0.0 if at_any_moment else traffic.next_seconds, reason.text, reason in RESTS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -22,6 +23,12 @@ from tests.queueing import Probe, probing, without_categorising
 pytest_plugins = ["tests.solving"]
 
 _numbers = itertools.count()
+
+
+def pytest_configure() -> None:
+    """What a shell starts in the background ignores SIGINT, and so would programs that tests interrupt."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
