@@ -55,6 +55,29 @@ BEGIN
 END
 $$;
 
+-- Close in the log what ended workers left open: calls whose task somebody else has solved meanwhile, so that no claim
+-- leads to them. Once a worker, when it holds nothing any more, and what others were at in that moment is over. If one of
+-- its calls ends after all, the real outcome replaces this one.
+CREATE OR REPLACE FUNCTION close_left_calls() RETURNS void
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+DECLARE
+    ended record;
+BEGIN
+    FOR ended IN
+        SELECT w.worker, greatest(w.started_at - interval '1 minute', w.lease_until - interval '2 hours') AS since
+          FROM workers w
+         WHERE w.swept_at IS NULL AND w.released_at < clock_timestamp() - interval '5 seconds'
+           AND NOT EXISTS (SELECT FROM queue q WHERE q.state = 'claimed' AND q.worker = w.worker)
+         LIMIT 5 FOR UPDATE SKIP LOCKED
+    LOOP
+        UPDATE model_calls c SET finished_at = clock_timestamp(), outcome = 'lost', settlement = 'late',
+                                 error = 'the worker''s lease ran out'
+         WHERE c.call_id >= call_id_floor(ended.since) AND c.worker = ended.worker AND c.outcome IS NULL;
+        UPDATE workers SET swept_at = clock_timestamp() WHERE worker = ended.worker;
+    END LOOP;
+END
+$$;
+
 -- Give back what workers held whose lease is gone; at most p_limit claims. Returns how many.
 CREATE OR REPLACE FUNCTION release_lost_claims(p_limit integer DEFAULT 500) RETURNS integer
 LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
@@ -74,6 +97,7 @@ BEGIN
         released := released + release_claims(dead, p_limit - released);
         EXIT WHEN released >= p_limit;
     END LOOP;
+    PERFORM close_left_calls();
     DELETE FROM workers w
      WHERE w.worker IN (SELECT o.worker FROM workers o
                          WHERE o.released_at < clock_timestamp() - interval '2 days'

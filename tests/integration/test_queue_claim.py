@@ -240,6 +240,24 @@ async def test_the_real_answer_of_a_lost_call_counts_when_it_comes_first(probe: 
     await probe.assert_counts_exact()
 
 
+async def test_a_call_that_its_worker_left_open_is_closed_though_its_task_is_solved(probe: Probe) -> None:
+    await probe.add()
+    lost = await probe.must_claim(worker="w1")
+    await probe.lose_lease("w1")
+    left = await probe.must_claim(worker="w2")
+    open_still = await probe.fallback_call(await probe.add("another"), 2)
+    assert await probe.settle(lost, answer="late, but real") == "solved"
+    await probe.lose_lease("w2")
+    assert (await probe.call(left.call_id))["outcome"] is None, "what others are at may still end"
+    await probe.run("UPDATE workers SET released_at = released_at - interval '6 s' WHERE worker = 'w2'")
+    await probe.run("SELECT release_lost_claims()")
+    call = await probe.call(left.call_id)
+    assert (call["outcome"], call["settlement"]) == ("lost", "late")
+    assert (await probe.call(open_still.call_id))["outcome"] is None
+    assert await probe.settle(left, answer="later still") == "superseded"
+    assert (await probe.call(left.call_id))["outcome"] == "answered"
+
+
 async def test_the_real_answer_of_a_lost_call_that_comes_second_changes_nothing(probe: Probe) -> None:
     task_id = await probe.add()
     lost = await probe.must_claim(worker="w1")
