@@ -16,7 +16,7 @@ from pathlib import Path
 import asyncpg
 import redis.asyncio
 
-from router import asking
+from router import asking, heap
 from router import roster as roster_of
 from router.backend import ModelsBackend
 from router.categories import Categorised
@@ -76,6 +76,7 @@ class Asker:
         except BaseException:
             await self.close()
             raise
+        heap.settle()
         self._take_up_duties()
 
     @property

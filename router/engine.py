@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import asyncpg
 import redis.asyncio
 
+from router import heap
 from router import roster as roster_of
 from router.assignment import Work, bounds, shares
 from router.backend import ModelsBackend
@@ -96,6 +97,7 @@ class Engine:
         except BaseException:
             await self._open.aclose()
             raise
+        heap.settle()
         self._take_up_duties()
 
     async def _connect(self) -> None:
