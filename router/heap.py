@@ -1,8 +1,8 @@
 """Keeping the garbage collector's pauses short in a program that must not be late.
 
 A full collection looks through every object there is. With Airflow, or a classifier's libraries, it stops
-the event loop for 100 ms and more, now and then: permits die of that, and answers are late. What is there
-when the work begins stays for good, so later collections need not look at it (`gc.freeze`, see
+the event loop for 100 ms and more, now and then: no permit lives as long, and answers are late. What is
+there when the work begins stays, so later collections need not look at it (`gc.freeze`, see
 https://docs.python.org/3/library/gc.html).
 """
 
@@ -14,5 +14,5 @@ import gc
 
 @functools.cache
 def settle() -> None:
-    """Leave all that is there now out of later collections; once a process, and at no cost."""
+    """Leave all that is there now out of later collections, garbage in cycles included; once a process."""
     gc.freeze()

@@ -1,6 +1,6 @@
 """Standing in line inside one process: waiters in order, one of them asking for all. Knows nothing of Redis.
 
-Its runner asks for as many permits as the line can use, in order.
+A line's runner asks for as many permits as the line can use, in order.
 """
 
 from __future__ import annotations

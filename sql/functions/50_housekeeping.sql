@@ -58,6 +58,7 @@ $$;
 -- Close in the log what ended workers left open: calls whose task somebody else has solved meanwhile, so that no claim
 -- leads to them. Once a worker, when it holds nothing any more, and what others were at in that moment is over. If one of
 -- its calls ends after all, the real outcome replaces this one.
+-- Two hours back, since a prompt may be asked with a deadline of one.
 CREATE OR REPLACE FUNCTION close_left_calls() RETURNS void
 LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
