@@ -48,7 +48,6 @@ def second(solving: Solving) -> Iterator[Part]:
     del solving.stack._parts[SECOND]  # it has ended on purpose: no reason to call the stack unwell
 
 
-@pytest.mark.soak
 def test_a_triggerer_that_stood_still_is_fenced_off_and_a_killed_one_is_replaced(
     solving: Solving, second: Part
 ) -> None:
