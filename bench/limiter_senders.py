@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import redis.asyncio
 
 from bench.limiter_door import RECORD
+from router import heap
 from router.errors import PermitDead
 from router.limiter import TrafficLimiter
 
@@ -65,6 +66,7 @@ class _Senders:
                 for index, model in enumerate(MODELS)
                 for _ in range(self._crew.waiters)
             ]
+            heap.settle()  # as an engine does
             await asyncio.sleep(self._crew.seconds)
             for task in tasks:
                 task.cancel()

@@ -408,24 +408,29 @@ if not reply then
     return i + 1
   end
 
-  -- Reads the tails from the sends themselves.
-  local function count_tokens(as_of)
+  -- Reads the tails from the sends themselves; `known` holds those of the target before, by their period.
+  local function count_tokens(as_of, known)
     tail = {}
     for w = 1, token_windows do
       local _, period = unpack_struct('<dd', spec, WINDOWS + 16 * (requests + w))
-      local total, first, chunk, text = 0, 0, nil, nil
-      local i = walk_back(function(sent_at, send)
-        if ends(send, sent_at, period) <= as_of then return false end
-        if chunk ~= floor(send / SENDS) then
-          chunk = floor(send / SENDS)
-          text = call('GET', key .. ':t:' .. chunk) or ''
-        end
-        local byte = send % SENDS * 4
-        if #text >= byte + 4 then total = total + unpack_struct('<I4', text, byte + 1) end
-        first = sent_at
-        return true
-      end)
-      tail[3 * w - 2], tail[3 * w - 1], tail[3 * w] = i, total, first
+      local k, same = 3 * w - 2, known[period]
+      if same then
+        tail[k], tail[k + 1], tail[k + 2] = same[1], same[2], same[3]
+      else
+        local total, first, chunk, text = 0, 0, nil, nil
+        local i = walk_back(function(sent_at, send)
+          if ends(send, sent_at, period) <= as_of then return false end
+          if chunk ~= floor(send / SENDS) then
+            chunk = floor(send / SENDS)
+            text = call('GET', key .. ':t:' .. chunk) or ''
+          end
+          local byte = send % SENDS * 4
+          if #text >= byte + 4 then total = total + unpack_struct('<I4', text, byte + 1) end
+          first = sent_at
+          return true
+        end)
+        tail[k], tail[k + 1], tail[k + 2] = i, total, first
+      end
     end
   end
 
@@ -447,14 +452,18 @@ if not reply then
     local new_version, longest = unpack_struct('<dd', ask)
     if new_version == 0 then new_version = max(wall, spec and version + 1 or 0) end
     if spec and version > new_version then return pack('<dd', 0, version) end
-    local limited, slack_was = spec and at_once >= 0, slack
+    local limited, slack_was, known = spec and at_once >= 0, slack, {}
+    for w = 1, live and token_windows or 0 do
+      local _, period = unpack_struct('<dd', spec, WINDOWS + 16 * (requests + w))
+      known[period] = { tail[3 * w - 2], tail[3 * w - 1], tail[3 * w] }
+    end
     spec = pack('<d', new_version) .. string.sub(ARGV[3], 9)
     version, stopped, gap, slack, at_once, requests, token_windows = unpack_struct('<ddddddd', spec)
     call('HSET', key, 'spec', spec, 'target', ARGV[4])
     if live and not (stored[3] and string.sub(stored[3], 9) == string.sub(spec, 9)) then
       if slack_was > slack then late, late_head, late_sent = max(late, slack_was), head, sent end
       extra = max(0, late - slack)
-      count_tokens(clock)
+      count_tokens(clock, known)  -- not a whole window each time: that is tens of milliseconds of everybody's
       if at_once < 0 then
         call('DEL', key .. ':holders')
         held = 0
@@ -509,7 +518,7 @@ if not reply then
     end
     head = count
     if count > 0 then sent = moment(count - 1, 'rebuild') end
-    count_tokens(now)
+    count_tokens(now, {})
     if at_once >= 0 then find_holders(longest) end
     call('HSET', key, 'run', RUN, 'rest_reason', ARGV[7])
     call('HDEL', key, 'lost', 'known', 'probe')
@@ -577,8 +586,17 @@ if not reply then
       local unused = holes > 0 and call('ZCOUNT', key .. ':holes', low, '+inf') or 0
       parts[#parts + 1] = pack('<d', head - low - unused)
     end
-    count_tokens(now)
-    for w = 1, token_windows do parts[#parts + 1] = pack('<d', tail[3 * w - 1]) end
+    ahead = 64
+    for w = 1, token_windows do
+      local _, period = unpack_struct('<dd', spec, WINDOWS + 16 * (requests + w))
+      local i, total, first = unpack(tail, 3 * w - 2, 3 * w)
+      if i < head and ends(head - 1, sent, period) <= now then i, total = head, 0 end
+      while i < head and ends(i, first, period) <= now do  -- what left since the last decision, hardly ever more
+        i, total = i + 1, total - tokens_of(i)
+        first = i < head and moment(i, -w) or 0
+      end
+      parts[#parts + 1] = pack('<d', total)
+    end
     return { told[1], told[2] or '', table.concat(parts) }
   end
 

@@ -188,6 +188,16 @@ async def requests_of_a_longer_slack(world: World) -> None:
     await world.reserve(0, (0,))
 
 
+async def tokens_that_left(world: World) -> None:
+    """While all places are taken nothing is decided, and yet the first tokens leave the window."""
+    await world.set_target(0, "50 tokens/s, 2 at once, burst")
+    await world.reserve(0, (20,))
+    world.pass_time(600_000)
+    await world.reserve(0, (10,))
+    world.pass_time(500_000)
+    await world.look(0)
+
+
 async def a_call_too_large(world: World) -> None:
     await world.set_target(0, "20 tokens/s")
     await world.reserve(0, (50,))
@@ -250,6 +260,7 @@ CHECKS: dict[str, tuple[Check, bool]] = {  # with its own word on whether there 
     "tokens sent before a target with a shorter slack count longer": (tokens_of_a_longer_slack, True),
     "tokens sent before a target with a shorter slack are waited for": (tokens_of_a_longer_slack_ahead, True),
     "requests sent before a target with a shorter slack count longer": (requests_of_a_longer_slack, True),
+    "tokens that left are not shown": (tokens_that_left, True),
     "a call larger than the window is said to be": (a_call_too_large, True),
     "places of an earlier limit do not come back": (places_of_an_earlier_limit, True),
     "a call of before a loss says nothing about a probe": (a_call_of_before_a_loss, True),

@@ -113,7 +113,11 @@ MUTANTS = [
            check="who was refused is told of a free place"),
     # Changes of the target
     Mutant("an older version wins", "if spec and version > new_version then", "if false then", 0),
-    Mutant("new windows of tokens are empty", "      count_tokens(clock)\n", "      count_tokens(clock + 1e15)\n", 2),
+    Mutant("new windows of tokens are empty", "      count_tokens(clock, known)  --", "      count_tokens(clock + 1e15, known)  --", 2),
+    Mutant("windows of tokens are taken for others'", "local k, same = 3 * w - 2, known[period]",
+           "local k = 3 * w - 2 local _, same = next(known)", 2),
+    Mutant("tokens stay in what is shown", "      while i < head and ends(i, first, period) <= now do", "      while false do",
+           check="tokens that left are not shown"),
     Mutant("a new limit at once knows no call", "        find_holders(longest)\n      end\n      changed", "      end\n      changed", 3),
     Mutant("ended calls take a new limit's places", "if call('GETBIT', key .. ':m:' .. floor(send / SENDS), send % SENDS) == 0 then",
            "if true then", 3),
