@@ -13,6 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up-done
 SOURCES := router models_backend local bench plugins dags tests
 FAST_TESTS := tests/unit tests/fundamentals tests/integration
+ALONE_TESTS = $(shell grep -rlE '^[^#]*mark\.alone' --include='test_*.py' tests | sort)
 # Taken when make starts, so that setting up counts as part of a demo.
 export ROUTER_DEMO_STARTED_AT := $(shell date +%s)
 
@@ -47,7 +48,7 @@ test-fast: setup
 
 test-slow: setup
 	$(BIN)/pytest -q -m "not soak and not alone" -n 2 --dist loadfile $(addprefix --ignore=,$(FAST_TESTS)) tests
-	$(BIN)/pytest -q -m "alone and not soak" tests
+	$(BIN)/pytest -q -m "alone and not soak" $(ALONE_TESTS)
 
 check: lint test-fast  ## style, types, floors, left-over marks, fast tests
 

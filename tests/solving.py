@@ -12,7 +12,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -22,7 +22,8 @@ import pytest
 
 from bench.judge import Arrival, TargetChange, Verdict, judge
 from local.airflow_api import AirflowApi
-from local.plan import StackOptions
+from local.parts import PartDied
+from local.plan import AIRFLOW_PARTS, StackOptions
 from local.stack import Stack
 from router.settings import DEFAULT_CONFIG_FOLDER, load_config
 from router.traffic import TrafficTarget
@@ -281,6 +282,9 @@ def solving_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Solving]
     solving = start_solving(tmp_path_factory.mktemp("solving"))
     with closing(solving.database), solving.api:
         yield solving
+    for name in AIRFLOW_PARTS:  # an end in order takes half a minute; `test_stack.py` looks at those
+        with suppress(PartDied):
+            solving.stack.part(name).kill()
     solving.stack.stop()
 
 
