@@ -81,6 +81,7 @@ class ShowProgress:
 
 def say_where(stack: Stack, console: Console | None = None) -> None:
     """Print where everything is and with what to log in."""
+    addresses = shlex.quote(str(stack.data / "router.env"))
     router = shlex.quote(str(Path(sys.executable).with_name("router")))
     lines = [
         "",
@@ -90,7 +91,7 @@ def say_where(stack: Stack, console: Console | None = None) -> None:
         f"  or (read only)   viewer  {stack.passwords['viewer']}",
         f"  Models Backend   {stack.backend_url}",
         f"  logs             {stack.logs}",
-        f"  in a terminal    set -a; . {shlex.quote(str(stack.data / 'router.env'))}; set +a; {router} status",
+        f"  in a terminal    set -a; . {addresses}; set +a; {router} status",
         "",
         "  Ctrl-C stops everything; started again on the same folder it goes on with its data.",
         "",
