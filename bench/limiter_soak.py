@@ -4,7 +4,7 @@ Each process has a limiter of its own and clocks that are wrong by hours. What i
 that takes the kernel's stamp of its arrival; `bench/judge.py` judges all of them, against the history of
 targets. With `--late` one send in a hundred comes 2 s after its permit: those permits are dead.
 
-    python -m bench.limiter_soak [--seconds 520] [--rate 2000] [--processes 8] [--late] [--json FILE]
+    python -m bench.limiter_soak [--seconds 770] [--rate 1500] [--processes 8] [--late] [--json FILE]
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Soak:
     processor can: no window may break then either, but what the other models use is no longer the limiter's.
     """
 
-    seconds: float = 520.0
-    rate: float = 2000.0
+    seconds: float = 770.0
+    rate: float = 1500.0
     processes: int = 8
     late: bool = False
     change_seconds: tuple[float, float] = (3.0, 6.0)

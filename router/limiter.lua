@@ -322,6 +322,16 @@ if not reply then
     return #text == 4 and unpack_struct('<I4', text) or 0
   end
 
+  -- Whether a send still takes room: what left all windows makes none when it is given back.
+  local function takes_room(i)
+    local sent_at = moment(i, 'room')
+    for w = 1, requests + token_windows do
+      local _, period = unpack_struct('<dd', spec, WINDOWS + 16 * w)
+      if ends(i, sent_at, period) > now then return true end
+    end
+    return false
+  end
+
   -- Sets the tokens of a send to what they were, in the windows that still hold it.
   local function correct(i, used)
     local delta = used - tokens_of(i)
@@ -359,7 +369,7 @@ if not reply then
 
   -- Each item: generation, send, tokens used (or NEVER), 1 if it was never used.
   local function give_back()
-    if not live then return pack('<d', LOST) end
+    if not live then return pack('<dd', LOST, 0) end
     local freed, of, i, used, unused = false, nil, nil, nil, nil
     place = 1
     while place <= #ask do
@@ -377,18 +387,19 @@ if not reply then
           if unused == 1 then used = 0 end
           if used >= 0 then freed = correct(i, min(used, MOST_TOKENS)) or freed end
           if unused == 1 then
+            if takes_room(i) then freed, asked = true, 1 end
             make_hole(i)
-            freed, asked = true, 1
           end
         end
       end
     end
-    if freed and asked == 1 then
+    local told = freed and asked == 1
+    if told then
       asked = 0
       say(ARGV[3])
     end
     changed = true
-    return pack('<d', OK)
+    return pack('<dd', OK, told and 1 or 0)
   end
 
   -- Walks from the latest send back while `inside(moment, send)`; returns the first number still inside.

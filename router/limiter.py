@@ -207,7 +207,6 @@ class TrafficLimiter:
     async def cancel(self, permit: Permit) -> None:
         """The permit was not used, and nothing was sent by it: it is given back whole. Idempotent."""
         await self._returns.put(permit, 0, unused=True)
-        self._changed(permit.model)  # its moment is free: whoever waits may have it
 
     async def rest(self, model: str, seconds: float, reason: str) -> None:
         """Nobody may send to the model for `seconds`, at most a day; 0 ends a rest and closes the breaker."""
@@ -322,10 +321,10 @@ class TrafficLimiter:
         seen.near_known_at = time.monotonic() if again is None or again > 0 else 0.0
 
     async def _send_back(self, model: str, items: bytes) -> None:
-        await self._call(model, "back", items, self._name)
+        _, told = struct.unpack("<2d", await self._call(model, "back", items, self._name))
         line = self._lines.get(model)
         starved = line is not None and line.waiting_for in _FREED
-        if starved or self._seen_of(model).near_at is None:
+        if told or starved or self._seen_of(model).near_at is None:  # who is told of it hears of others' only
             self._changed(model)
 
     def _give_back(self, permit: Permit) -> asyncio.Task[None]:

@@ -243,6 +243,29 @@ async def a_free_place(world: World) -> None:
         listener.close()
 
 
+async def a_cancelled_permit(world: World, after: int = 0) -> bool:
+    """Whether anybody is told of it."""
+    await world.set_target(0, "2/s, burst")
+    held, _ = await world.reserve(0, (0, 0))
+    await world.reserve(1, (0,))
+    world.pass_time(after)
+    listener = Connection(world.connection.server)
+    try:
+        listener.ask(("SUBSCRIBE", "router:traffic"))
+        await world.cancel(held)
+        return listener.hears(0.3)
+    finally:
+        listener.close()
+
+
+async def a_permit_cancelled_in_time(world: World) -> None:
+    agree(await a_cancelled_permit(world), "nobody says that there is room again")
+
+
+async def a_permit_cancelled_late(world: World) -> None:
+    agree(not await a_cancelled_permit(world, 2_000_000), "all are woken, and there is no more room")
+
+
 CHECKS: dict[str, tuple[Check, bool]] = {  # with its own word on whether there is a history
     "an older generation is found out": (an_older_generation, True),
     "a blind start is found out": (a_blind_start, False),
@@ -265,6 +288,8 @@ CHECKS: dict[str, tuple[Check, bool]] = {  # with its own word on whether there 
     "places of an earlier limit do not come back": (places_of_an_earlier_limit, True),
     "a call of before a loss says nothing about a probe": (a_call_of_before_a_loss, True),
     "who was refused is told of a free place": (a_free_place, True),
+    "who waits is told of a permit that was cancelled in time": (a_permit_cancelled_in_time, True),
+    "nobody is told of a permit that was cancelled too late": (a_permit_cancelled_late, True),
 }
 
 

@@ -109,8 +109,12 @@ MUTANTS = [
     Mutant("a cancelled moment is lost", "      sent = moment(i - 1, 'hole')\n", "", 0),
     Mutant("a cancelled permit forgets tokens", "while n >= oldest * SENDS and ends(n, moment(n, 'hole'), period) > max(clock, sent) do",
            "while false do", 2),
-    Mutant("those refused are not told", "    if freed and asked == 1 then\n", "    if false then\n",
+    Mutant("those refused are not told", "local told = freed and asked == 1", "local told = false",
            check="who was refused is told of a free place"),
+    Mutant("those who wait for a window are not told", "if takes_room(i) then freed, asked = true, 1 end", "",
+           check="who waits is told of a permit that was cancelled in time"),
+    Mutant("all are woken for nothing", "if takes_room(i) then freed, asked = true, 1 end", "freed, asked = true, 1",
+           check="nobody is told of a permit that was cancelled too late"),
     # Changes of the target
     Mutant("an older version wins", "if spec and version > new_version then", "if false then", 0),
     Mutant("new windows of tokens are empty", "      count_tokens(clock, known)  --", "      count_tokens(clock + 1e15, known)  --", 2),
