@@ -7,11 +7,12 @@
 --   chunk     1,000 sends: a released bit each (125 bytes), then a moment each (8 bytes)
 --   hole      a send that was given back; it is not counted
 --   holder    a call in flight and the end after which it no longer can be
+--   reach     of a window of tokens: a send that a question walked to in vain, and the sum from there on
 --   tail      of a window of tokens: the first send still inside, the sum from there on, and that send's moment
 --   trip      how often in a row the breaker opened; 0 is closed
 --   probe     the one call that a tripped model may have in flight
 -- Keys, all of one hash tag:
---   <key>            hash: run, now (the counters below), spec (the target, packed), target, probe, ...
+--   <key>            hash: run, now (the counters below), spec (the target, packed), target, probe, reach, ...
 --   <key>:m:<chunk>  released bits and moments     <key>:t:<chunk>  tokens, 4 bytes a send
 --   <key>:holders    sorted set: send -> end       <key>:holes      sorted set: send -> send
 --
@@ -25,6 +26,7 @@ local SENDS, BITMAP = 1000, 125       -- a chunk has 8,125 bytes: just inside th
 local KEPT_CHUNKS = 4                 -- kept whatever their age, so that a new, longer window knows its past
 local KEPT_AGE = 61e6                 -- kept whatever the target, for the same reason
 local SCAN_STEPS = 20000              -- the most sends that one decision looks at
+local LONG_WALK = 64                  -- sends walked through in vain, from which on the next question begins there
 local HEADER, REPLY = '<ddddddddddddddddd', '<dddddddddd'
 local WINDOWS = 41                    -- window w (requests first) has limit and period at byte WINDOWS + 16 w
 
@@ -35,7 +37,7 @@ local NEVER = -1
 local key, verb, ask = KEYS[1], ARGV[1], ARGV[2]
 local call, pack, unpack_struct = redis.call, struct.pack, struct.unpack
 local floor, min, max = math.floor, math.min, math.max
-local stored = call('HMGET', key, 'run', 'now', 'spec')
+local stored = call('HMGET', key, 'run', 'now', 'spec', 'reach')
 local spec = stored[3]
 local live = stored[2] and stored[1] == RUN
 
@@ -43,6 +45,10 @@ local gen, clock, offset, head, oldest, sent, since, rest, asked, holes, held, b
   0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0
 local late, late_head, late_sent, at = 0, 0, 0, nil
 local tail = {}  -- three numbers for each window of tokens
+local reach, reach_changed = {}, false  -- two numbers for each
+if stored[4] then
+  for k = 1, #stored[4] / 8 do reach[k] = (unpack_struct('<d', stored[4], k * 8 - 7)) end
+end
 if stored[2] then
   gen, clock, offset, head, oldest, sent, since, rest, asked, holes, held, blind, failures, trip, late, late_head,
     late_sent, at = unpack_struct(HEADER, stored[2])
@@ -211,12 +217,27 @@ if verb == 'reserve' or verb == 'peek' or (verb == 'snapshot' and live and spec)
             tried[k], tried[k + 1], tried[k + 2] = tail[k], tail[k + 1], tail[k + 2]
             if since > 0 then by = max(by, since + period) end
             leave(tried, k, period, by)
+            local i, total = reach[2 * w - 1], reach[2 * w]
+            if i and i > tried[k] and extra == 0 then
+              while i > tried[k] and total + tokens_of(i - 1) + need_now <= limit do
+                i, total = i - 1, total + tokens_of(i - 1)
+              end
+              if i > tried[k] then
+                by = max(by, moment(i - 1, -k) + period)
+                tried[k], tried[k + 1], tried[k + 2] = i, total, i < head and moment(i, -k) or 0
+              end
+            end
             while tried[k + 1] + need_now > limit and tried[k] < head do
               by = max(by, tried[k + 2] + period + (tried[k] < late_head and extra or 0))
               pass(tried, k)
               steps = steps + 1
-              if steps >= SCAN_STEPS then return max(by, now + 1e6), true end  -- go on from here in a second
+              if steps >= SCAN_STEPS then break end
             end
+            if steps >= LONG_WALK and commit then
+              for n = #reach + 1, 2 * token_windows do reach[n] = 0 end
+              reach[2 * w - 1], reach[2 * w], reach_changed = tried[k], tried[k + 1], true
+            end
+            if steps >= SCAN_STEPS then return max(by, now + 1e6), true end  -- go on from here in a second
           end
           for w = 1, token_windows > 1 and token_windows or 0 do
             local _, period = unpack_struct('<dd', spec, WINDOWS + 16 * (requests + w))
@@ -235,6 +256,7 @@ if verb == 'reserve' or verb == 'peek' or (verb == 'snapshot' and live and spec)
       tail[k], tail[k + 1] = tried[k], tried[k + 1] + need
       tail[k + 2] = tried[k] == head and t or tried[k + 2]
     end
+    if #reach > 0 then reach, reach_changed = {}, true end
     granted[head], granted_tokens[head] = t, need
     head, sent = head + 1, t
     if at_once >= 0 then held = held + 1 end
@@ -339,6 +361,9 @@ if not reply then
     call('SETRANGE', key .. ':t:' .. floor(i / SENDS), i % SENDS * 4, pack('<I4', used))
     for k = 1, #tail, 3 do
       if tail[k] <= i then tail[k + 1] = tail[k + 1] + delta end
+    end
+    for k = 1, #reach, 2 do
+      if reach[k] <= i then reach[k + 1], reach_changed = reach[k + 1] + delta, true end
     end
     return delta < 0
   end
@@ -474,6 +499,7 @@ if not reply then
     if live and not (stored[3] and string.sub(stored[3], 9) == string.sub(spec, 9)) then
       if slack_was > slack then late, late_head, late_sent = max(late, slack_was), head, sent end
       extra = max(0, late - slack)
+      if #reach > 0 then reach, reach_changed = {}, true end
       count_tokens(clock, known)  -- not a whole window each time: that is tens of milliseconds of everybody's
       if at_once < 0 then
         call('DEL', key .. ':holders')
@@ -532,7 +558,8 @@ if not reply then
     count_tokens(now, {})
     if at_once >= 0 then find_holders(longest) end
     call('HSET', key, 'run', RUN, 'rest_reason', ARGV[7])
-    call('HDEL', key, 'lost', 'known', 'probe')
+    call('HDEL', key, 'lost', 'known', 'probe', 'reach')
+    reach = {}
     changed = true
     say(ARGV[6])
     return pack('<d', 1)
@@ -628,5 +655,12 @@ elseif changed then
                     trip, late, late_head, late_sent)
   for k = 1, #tail, 3 do text = text .. pack('<ddd', tail[k], tail[k + 1], tail[k + 2]) end
   call('HSET', key, 'now', text)
+end
+if reach_changed and #reach == 0 then
+  call('HDEL', key, 'reach')
+elseif reach_changed then
+  local text = {}
+  for k = 1, #reach do text[k] = pack('<d', reach[k]) end
+  call('HSET', key, 'reach', table.concat(text))
 end
 return reply

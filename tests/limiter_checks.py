@@ -198,6 +198,19 @@ async def tokens_that_left(world: World) -> None:
     await world.look(0)
 
 
+async def a_correction_behind_a_long_walk(world: World) -> None:
+    await world.set_target(0, "100 tokens/s, burst")
+    held = []
+    for _ in range(100):
+        held += await world.reserve(0, (1,))
+        world.pass_time(5_000)
+    await world.reserve(0, (80,))
+    for last in held[90:]:
+        world.send(last, 0)
+        await world.end(last, 0)
+    await world.reserve(0, (80,))
+
+
 async def a_call_too_large(world: World) -> None:
     await world.set_target(0, "20 tokens/s")
     await world.reserve(0, (50,))
@@ -283,6 +296,7 @@ CHECKS: dict[str, tuple[Check, bool]] = {  # with its own word on whether there 
     "tokens sent before a target with a shorter slack count longer": (tokens_of_a_longer_slack, True),
     "tokens sent before a target with a shorter slack are waited for": (tokens_of_a_longer_slack_ahead, True),
     "requests sent before a target with a shorter slack count longer": (requests_of_a_longer_slack, True),
+    "a correction behind a long walk makes room": (a_correction_behind_a_long_walk, True),
     "tokens that left are not shown": (tokens_that_left, True),
     "a call larger than the window is said to be": (a_call_too_large, True),
     "places of an earlier limit do not come back": (places_of_an_earlier_limit, True),

@@ -26,8 +26,8 @@ PALETTES = [
     ["5/s", "4/2min, burst", "3/10s, burst", "6/s, burst"],
 ]
 HOURS = 3600 * 1_000_000
-CHUNKS = ("SENDS, BITMAP = 1000, 125", "KEPT_CHUNKS = 4")
-SMALL_CHUNKS = ("SENDS, BITMAP = 16, 2", "KEPT_CHUNKS = 2")
+CHUNKS = ("SENDS, BITMAP = 1000, 125", "KEPT_CHUNKS = 4", "LONG_WALK = 64")
+SMALL_CHUNKS = ("SENDS, BITMAP = 16, 2", "KEPT_CHUNKS = 2", "LONG_WALK = 1")
 
 
 @dataclass(frozen=True)
