@@ -497,7 +497,7 @@ if not reply then
     version, stopped, gap, slack, at_once, requests, token_windows = unpack_struct('<ddddddd', spec)
     call('HSET', key, 'spec', spec, 'target', ARGV[4])
     if live and not (stored[3] and string.sub(stored[3], 9) == string.sub(spec, 9)) then
-      if slack_was > slack then late, late_head, late_sent = max(late, slack_was), head, sent end
+      if slack_was > slack and head > 0 then late, late_head, late_sent = max(late, slack_was), head, sent end
       extra = max(0, late - slack)
       if #reach > 0 then reach, reach_changed = {}, true end
       count_tokens(clock, known)  -- not a whole window each time: that is tens of milliseconds of everybody's

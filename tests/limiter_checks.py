@@ -198,6 +198,18 @@ async def tokens_that_left(world: World) -> None:
     await world.look(0)
 
 
+async def nothing_sent_under_a_longer_slack(world: World) -> None:
+    await world.rest(0, 0.3)
+    await world.reserve(0, (0,))
+    await world.set_target(0, "7/3s, burst")
+    await world.reserve(0, (0,))
+    world.pass_time(300_000)
+    await world.set_target(0, "4/2s, burst")
+    await world.reserve(0, (0, 0, 0))
+    await world.set_target(0, "3/s, burst")
+    await world.reserve(0, (0,))
+
+
 async def a_correction_behind_a_long_walk(world: World) -> None:
     await world.set_target(0, "100 tokens/s, burst")
     held = []
@@ -296,6 +308,7 @@ CHECKS: dict[str, tuple[Check, bool]] = {  # with its own word on whether there 
     "tokens sent before a target with a shorter slack count longer": (tokens_of_a_longer_slack, True),
     "tokens sent before a target with a shorter slack are waited for": (tokens_of_a_longer_slack_ahead, True),
     "requests sent before a target with a shorter slack count longer": (requests_of_a_longer_slack, True),
+    "a target under which nothing was sent makes nothing late": (nothing_sent_under_a_longer_slack, True),
     "a correction behind a long walk makes room": (a_correction_behind_a_long_walk, True),
     "tokens that left are not shown": (tokens_that_left, True),
     "a call larger than the window is said to be": (a_call_too_large, True),
