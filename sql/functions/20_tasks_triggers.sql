@@ -62,6 +62,10 @@ DECLARE
     rank_in_lane smallint := queue_priority(NEW.priority);
     kept_until timestamptz;  -- from the lanes, until it has a category
 BEGIN
+    IF NOT (edited OR NEW.status IS DISTINCT FROM OLD.status OR NEW.category IS DISTINCT FROM OLD.category
+            OR NEW.priority IS DISTINCT FROM OLD.priority OR NEW.deadline_at IS DISTINCT FROM OLD.deadline_at) THEN
+        RETURN NEW;
+    END IF;
     SELECT * INTO held FROM queue q WHERE q.task_id = OLD.id FOR UPDATE;
     IF reset OR edited THEN
         NEW.prompt_version := new_prompt_version();
@@ -157,10 +161,7 @@ CREATE OR REPLACE TRIGGER router_inserted AFTER INSERT ON tasks
 -- settle_call always sets a new answer_call_id, and has done the queue's part itself; people clear it at most.
 CREATE OR REPLACE TRIGGER router_updated BEFORE UPDATE OF status, prompt, category, priority, deadline_at ON tasks
     FOR EACH ROW
-    WHEN ((NEW.answer_call_id IS NULL OR NEW.answer_call_id IS NOT DISTINCT FROM OLD.answer_call_id)
-          AND (NEW.status IS DISTINCT FROM OLD.status OR NEW.category IS DISTINCT FROM OLD.category
-               OR NEW.priority IS DISTINCT FROM OLD.priority OR NEW.prompt IS DISTINCT FROM OLD.prompt
-               OR NEW.deadline_at IS DISTINCT FROM OLD.deadline_at))
+    WHEN (NEW.answer_call_id IS NULL OR NEW.answer_call_id IS NOT DISTINCT FROM OLD.answer_call_id)
     EXECUTE FUNCTION task_updated();
 CREATE OR REPLACE TRIGGER router_deleted AFTER DELETE ON tasks
     REFERENCING OLD TABLE AS deleted FOR EACH STATEMENT EXECUTE FUNCTION tasks_deleted();

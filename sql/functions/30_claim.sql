@@ -83,14 +83,11 @@ LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET enable
 #variable_conflict use_column
 DECLARE
     lane record;
-    taken queue;
+    found_row record;
     task record;
-    limits queue_settings;
-    answer_tokens integer;
 BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
     LOCK TABLE tasks IN ACCESS SHARE MODE;  -- before the queue: see "Lock order"
-    SELECT * INTO limits FROM queue_settings;
     PERFORM FROM workers w WHERE w.worker = p_worker AND w.released_at IS NULL;
     IF NOT FOUND AND NOT heartbeat(p_worker) THEN
         RAISE EXCEPTION 'worker % has lost its lease and may not claim: start again under a new name', p_worker
@@ -110,52 +107,53 @@ BEGIN
              WHERE p_categories IS NULL OR cardinality(p_categories) = 0 OR l.category = ANY (p_categories)
              ORDER BY array_position(p_categories, l.category), l.priority DESC, half.came_back DESC) AS lanes
     LOOP
-        LOOP
+        LOOP  -- looked for first, written then: what is begun in vain of an UPDATE costs ten times as much
             IF lane.category IS NULL THEN
-                UPDATE queue SET state = 'claimed', call_id = p_call_id, worker = p_worker, attempt = attempt + 1,
-                                 claimed_at = clock_timestamp()
-                 WHERE task_id = (SELECT q.task_id FROM queue q
-                                   WHERE q.state = 'ready' AND q.not_by IS NOT NULL AND NOT p_model = ANY (q.not_by)
-                                     AND (p_categories IS NULL OR cardinality(p_categories) = 0
-                                          OR q.category = ANY (p_categories))
-                                   ORDER BY q.priority DESC, q.position LIMIT 1 FOR UPDATE SKIP LOCKED)
-                RETURNING * INTO taken;
+                SELECT q.task_id, q.category, q.priority, q.attempt, q.confidence, q.category_reason
+                  INTO found_row FROM queue q
+                 WHERE q.state = 'ready' AND q.not_by IS NOT NULL AND NOT p_model = ANY (q.not_by)
+                   AND (p_categories IS NULL OR cardinality(p_categories) = 0 OR q.category = ANY (p_categories))
+                 ORDER BY q.priority DESC, q.position LIMIT 1 FOR UPDATE SKIP LOCKED;
             ELSE
-                UPDATE queue SET state = 'claimed', call_id = p_call_id, worker = p_worker, attempt = attempt + 1,
-                                 claimed_at = clock_timestamp()
-                 WHERE task_id = (SELECT q.task_id FROM queue q
-                                   WHERE q.state = 'ready' AND q.category = lane.category AND q.priority = lane.priority
-                                     AND q.position >= (SELECT floor_of(lane.category, lane.priority, lane.came_back))
-                                     AND q.position < lane.below
-                                     AND (q.not_by IS NULL OR NOT p_model = ANY (q.not_by)
-                                          OR q.not_by_until < clock_timestamp())
-                                   ORDER BY q.position LIMIT 1 FOR UPDATE SKIP LOCKED)
-                RETURNING * INTO taken;
+                SELECT q.task_id, q.category, q.priority, q.attempt, q.confidence, q.category_reason
+                  INTO found_row FROM queue q
+                 WHERE q.state = 'ready' AND q.category = lane.category AND q.priority = lane.priority
+                   AND q.position >= (SELECT floor_of(lane.category, lane.priority, lane.came_back))
+                   AND q.position < lane.below
+                   AND (q.not_by IS NULL OR NOT p_model = ANY (q.not_by) OR q.not_by_until < clock_timestamp())
+                 ORDER BY q.position LIMIT 1 FOR UPDATE SKIP LOCKED;
             END IF;
             EXIT WHEN NOT FOUND;
 
             SELECT t.prompt::text, t.prompt_version, t.deadline_at,
                    CASE WHEN t.max_tokens IS NOT NULL  -- greatest() and least() pass over NULL
                         THEN greatest(1, least(t.max_tokens, 2147483647)) END::integer AS max_tokens
-              INTO task FROM tasks t WHERE t.id = taken.task_id AND t.status = 'unsolved';
+              INTO task FROM tasks t WHERE t.id = found_row.task_id AND t.status = 'unsolved';
             IF FOUND THEN
-                IF task.prompt_version <> taken.prompt_version THEN
-                    UPDATE queue SET prompt_version = task.prompt_version WHERE task_id = taken.task_id;
-                END IF;
-                answer_tokens := coalesce(task.max_tokens, p_max_tokens, limits.default_max_tokens);
+                task_id := found_row.task_id;
+                prompt := task.prompt;
+                category := found_row.category;
+                prompt_version := task.prompt_version;
+                attempt := found_row.attempt + 1;
+                max_tokens := coalesce(task.max_tokens, p_max_tokens, (SELECT default_max_tokens FROM queue_settings));
+                reserved_tokens := reserved_tokens(task.prompt, claim_task.max_tokens);
+                deadline_at := task.deadline_at;
+                UPDATE queue SET state = 'claimed', call_id = p_call_id, worker = p_worker,
+                                 claimed_at = clock_timestamp(), attempt = claim_task.attempt,
+                                 prompt_version = claim_task.prompt_version
+                 WHERE task_id = claim_task.task_id;
                 INSERT INTO model_calls (call_id, task_id, prompt_version, model, category, confidence, category_reason,
                                          worker, attempt, reserved_tokens)
-                VALUES (p_call_id, taken.task_id, task.prompt_version, p_model, taken.category, taken.confidence,
-                        taken.category_reason, p_worker, taken.attempt,
-                        reserved_tokens(task.prompt, answer_tokens));
+                VALUES (p_call_id, claim_task.task_id, claim_task.prompt_version, p_model, claim_task.category,
+                        found_row.confidence, found_row.category_reason, p_worker, claim_task.attempt,
+                        claim_task.reserved_tokens);
                 IF random() < 0.015 AND lane.category IS NOT NULL THEN
-                    PERFORM raise_floor(taken.category, taken.priority, lane.came_back);
+                    PERFORM raise_floor(lane.category, lane.priority, lane.came_back);
                 END IF;
-                RETURN QUERY SELECT taken.task_id, task.prompt, taken.category, task.prompt_version, taken.attempt,
-                                    answer_tokens, reserved_tokens(task.prompt, answer_tokens), task.deadline_at;
+                RETURN NEXT;
                 RETURN;
             END IF;
-            PERFORM forget_queue_row(taken.task_id);  -- two tables, one truth: tasks is the truth
+            PERFORM forget_queue_row(found_row.task_id);  -- two tables, one truth: tasks is the truth
         END LOOP;
         IF random() < 0.015 AND lane.category IS NOT NULL THEN  -- empty, but perhaps full of dead entries: somebody deleted what was there
             PERFORM raise_floor(lane.category, lane.priority, lane.came_back);

@@ -66,16 +66,8 @@ BEGIN
         held := settled <> 'late';
     END IF;
 
-    -- By the name of its day: through the whole log each statement would lock all days that are kept.
-    EXECUTE format($close$UPDATE %I c
-       SET finished_at = clock_timestamp(), outcome = $2, settlement = $3, late = $4, error = left($5, 2000),
-           sent_at = clock_timestamp() - make_interval(secs => $6), latency_seconds = $6, cost = $7,
-           prompt_tokens = $8, completion_tokens = $9,
-           tokens = nullif(least(coalesce($8, 0)::bigint + coalesce($9, 0), 2147483647), 0)
-     WHERE c.call_id = $1 AND (c.outcome IS NULL OR (c.outcome = 'lost' AND $2 <> 'lost'))$close$, calls_of_day(p_call_id))
-      USING p_call_id, p_outcome, settled, call.role = 'batch' AND NOT held, p_error, p_latency_seconds, p_cost,
-            p_prompt_tokens, p_completion_tokens;
-    GET DIAGNOSTICS closed = ROW_COUNT;
+    closed := close_call(p_call_id, p_outcome, settled, call.role = 'batch' AND NOT held, p_error, p_latency_seconds,
+                         p_cost, p_prompt_tokens, p_completion_tokens);
     IF closed = 0 THEN
         SELECT c.settlement INTO settled FROM model_calls c WHERE c.call_id = p_call_id;
     END IF;
@@ -83,13 +75,24 @@ BEGIN
 END
 $$;
 
--- The table of the log in which a call lies: that of its day, if there is one.
-CREATE OR REPLACE FUNCTION calls_of_day(p_call_id uuid) RETURNS text
-LANGUAGE plpgsql STABLE AS $$
+-- Write in the log how a call ended, if it is open or was given up as lost. Returns how many rows that were: 1 or 0.
+-- Planned anew each time, for this id: then its day is the only one that is looked at, and locked.
+CREATE OR REPLACE FUNCTION close_call(
+    p_call_id uuid, p_outcome text, p_settlement text, p_late boolean, p_error text, p_latency_seconds double precision,
+    p_cost double precision, p_prompt_tokens integer, p_completion_tokens integer) RETURNS integer
+LANGUAGE plpgsql SET plan_cache_mode = force_custom_plan AS $$
 DECLARE
-    day text := 'model_calls_' || to_char(call_time(p_call_id) AT TIME ZONE 'UTC', 'YYYYMMDD');
+    closed integer;
 BEGIN
-    RETURN CASE WHEN to_regclass(day) IS NULL THEN 'model_calls' ELSE day END;
+    UPDATE model_calls c
+       SET finished_at = clock_timestamp(), outcome = p_outcome, settlement = p_settlement, late = p_late,
+           error = left(p_error, 2000), sent_at = clock_timestamp() - make_interval(secs => p_latency_seconds),
+           latency_seconds = p_latency_seconds, cost = p_cost,
+           prompt_tokens = p_prompt_tokens, completion_tokens = p_completion_tokens,
+           tokens = nullif(least(coalesce(p_prompt_tokens, 0)::bigint + coalesce(p_completion_tokens, 0), 2147483647), 0)
+     WHERE c.call_id = p_call_id AND (c.outcome IS NULL OR (c.outcome = 'lost' AND p_outcome <> 'lost'));
+    GET DIAGNOSTICS closed = ROW_COUNT;
+    RETURN closed;
 END
 $$;
 

@@ -26,18 +26,11 @@ LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
     held text;
 BEGIN
-    -- By the name of its day: through the whole log each statement would lock all days that are kept.
     FOR attempt IN 1..2 LOOP
-        EXECUTE format($close$UPDATE %I c
-           SET finished_at = clock_timestamp(), outcome = $2, error = left($3, 2000),
-               sent_at = clock_timestamp() - make_interval(secs => $4), latency_seconds = $4, cost = $5,
-               prompt_tokens = $6, completion_tokens = $7,
-               tokens = nullif(least(coalesce($6, 0)::bigint + coalesce($7, 0), 2147483647), 0)
-         WHERE c.call_id = $1 AND (c.outcome IS NULL OR (c.outcome = 'lost' AND $2 <> 'lost'))
-        RETURNING outcome$close$, calls_of_day(p_call_id))
-           INTO held
-          USING p_call_id, p_outcome, p_error, p_latency_seconds, p_cost, p_prompt_tokens, p_completion_tokens;
-        IF held IS NULL THEN
+        IF close_call(p_call_id, p_outcome, NULL, false, p_error, p_latency_seconds, p_cost, p_prompt_tokens,
+                      p_completion_tokens) = 1 THEN
+            held := p_outcome;
+        ELSE
             SELECT c.outcome INTO held FROM model_calls c WHERE c.call_id = p_call_id;
         END IF;
         EXIT WHEN held IS NOT NULL OR p_outcome = 'unsent';

@@ -82,6 +82,22 @@ async def test_a_call_of_a_day_that_nobody_made_still_settles(probe: Probe) -> N
     assert await probe.settle(taken) == "solved"
 
 
+async def test_a_settle_locks_no_day_of_the_log_but_its_own(probe: Probe) -> None:
+    for _ in range(9):
+        await probe.add()
+    for _ in range(8):  # so often that a session keeps a plan, if it may
+        await probe.settle(await probe.must_claim())
+    taken = await probe.must_claim()
+    async with probe.connection.transaction():
+        assert await probe.settle(taken) == "solved"
+        locked = await probe.all(
+            "SELECT DISTINCT relation::regclass::text AS name FROM pg_locks"
+            " WHERE pid = pg_backend_pid() AND relation::regclass::text ~ '^model_calls_(2|other)\\w*$'"
+        )
+    days = {row["name"] for row in locked if not row["name"].endswith(("_pkey", "_idx"))}
+    assert days == {await _home(probe, taken.call_id)}
+
+
 async def test_a_partition_takes_over_the_calls_that_the_default_had_to_keep(probe: Probe) -> None:
     # Nothing made partitions for a month, and calls went on: their day's partition must come all the same.
     at = time.time() + 30 * DAY_SECONDS

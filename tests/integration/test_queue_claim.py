@@ -455,3 +455,26 @@ async def test_what_a_model_failed_goes_to_another_before_its_own_lane(probe: Pr
     assert own.task_id != failed, "the model that failed it is not the next to try"
     other = await probe.must_claim("technical", "creative", model="m2")
     assert other.task_id == failed, "though its own lane is full"
+
+
+@pytest.mark.parametrize(
+    ("state", "columns"),
+    [
+        ("ready", "call_id = gen_random_uuid()"),
+        ("ready", "wake_at = now()"),
+        ("claimed", "call_id = gen_random_uuid()"),
+        ("claimed", "worker = 'w1'"),
+        ("claimed", "call_id = gen_random_uuid(), worker = 'w1', wake_at = now()"),
+        ("waiting", "priority = 0"),
+        ("waiting", "wake_at = now(), worker = 'w1'"),
+        ("uncategorised", "priority = 0"),
+        ("uncategorised", "wake_at = now(), call_id = gen_random_uuid()"),
+        ("lost", "priority = 0"),
+    ],
+)
+async def test_a_row_that_does_not_hold_what_its_state_says_is_refused(
+    probe: Probe, state: str, columns: str
+) -> None:
+    await probe.add()
+    with pytest.raises(asyncpg.CheckViolationError, match="queue_state_holds"):
+        await probe.run(f"UPDATE queue SET state = $1, {columns}", state)
