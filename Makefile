@@ -12,7 +12,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up-done
 SOURCES := router models_backend local bench plugins dags tests
-FAST_TESTS := tests/unit tests/fundamentals tests/integration
+# Those with the longest tests first, so that no process is left with them at the end.
+FAST_TESTS := tests/integration tests/fundamentals tests/unit
+BESIDE_TESTS := tests/airflow tests/chaos tests/browser $(FAST_TESTS)
+BESIDE := -q -m "not soak and not alone" -n 4 --dist loadfile --no-loadscope-reorder
 ALONE_TESTS = $(shell grep -rlE '^[^#]*mark\.alone' --include='test_*.py' tests | sort)
 # Taken when make starts, so that setting up counts as part of a demo.
 export ROUTER_DEMO_STARTED_AT := $(shell date +%s)
@@ -41,14 +44,21 @@ demo: setup  ## the stack, a backlog, and a live view of its solving (ARGS="--ta
 demo-learning: setup  ## days of traffic, with a review every night and without (ARGS="--days N --json FILE --plot FILE")
 	@exec $(BIN)/python -m local demo-learning $(ARGS)
 
-test: test-fast test-slow  ## all tests but the long ones
+test: test-beside test-alone  ## all tests but the long ones
 
-test-fast: setup
-	$(BIN)/pytest -q -m "not soak and not alone" -n 4 --dist loadfile $(FAST_TESTS)
+test-beside: setup
+	$(BIN)/pytest $(BESIDE) $(BESIDE_TESTS)
 
-test-slow: setup
-	$(BIN)/pytest -q -m "not soak and not alone" -n 2 --dist loadfile $(addprefix --ignore=,$(FAST_TESTS)) tests
+test-alone: setup
 	$(BIN)/pytest -q -m "alone and not soak" $(ALONE_TESTS)
+
+# Together with `test`, which runs them among the others, they do not run twice.
+ifeq ($(filter test,$(MAKECMDGOALS)),)
+test-fast: setup
+	$(BIN)/pytest $(BESIDE) $(FAST_TESTS)
+else
+test-fast: test-beside
+endif
 
 check: lint test-fast  ## style, types, floors, left-over marks, fast tests
 
@@ -78,4 +88,4 @@ clean:  ## remove what make made: the virtual environment, caches and $(DATA)
 	rm -rf $(VENV) "$(DATA)" .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup up demo demo-learning test test-fast test-slow check lint soak bench lock clean
+.PHONY: help setup up demo demo-learning test test-beside test-alone test-fast check lint soak bench lock clean

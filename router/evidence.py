@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -134,28 +135,30 @@ def _joined(evidence: Evidence, sums: Sums, weight: float) -> Evidence:
 def _true_still(newest_first: Sequence[Sums], change_errors: float) -> tuple[Sequence[Sums], int | None]:
     """The newest periods up to the last change that is beyond doubt. Goes through them as they came: what was
     forgotten once must not come back into a comparison and hide the next change."""
-    kept: list[tuple[Sums, Evidence]] = []  # the newest first
+    kept: list[Sums] = []  # the oldest first
+    alone: list[Evidence] = []  # each of them
+    upto: list[Evidence] = [Evidence()]  # so many of the oldest as one
     forgot_before: int | None = None
     for sums in reversed(newest_first):
-        kept.insert(0, (sums, _joined(Evidence(), sums, 1.0)))
-        end = _last_change([evidence for _, evidence in kept], change_errors)
-        if end is not None:
-            del kept[end:]
-            forgot_before = kept[-1][0].period
-    return [sums for sums, _ in kept], forgot_before
+        kept.append(sums)
+        alone.append(_joined(Evidence(), sums, 1.0))
+        upto.append(_both(upto[-1], alone[-1]))
+        change = _last_change(alone, upto, change_errors)
+        if change is not None:
+            kept, alone = kept[change:], alone[change:]
+            upto = list(itertools.accumulate(alone, _both, initial=Evidence()))
+            forgot_before = kept[0].period
+    return kept[::-1], forgot_before
 
 
-def _last_change(newest_first: Sequence[Evidence], change_errors: float) -> int | None:
-    """How many of the newest belong together, if they differ from all that is older."""
-    if sum(evidence.success.count for evidence in newest_first) < 2 * LEAST_CALLS_OF_A_PART:
+def _last_change(alone: Sequence[Evidence], upto: Sequence[Evidence], change_errors: float) -> int | None:
+    """How many of the oldest differ from all that is newer, if any do."""
+    if upto[-1].success.count < 2 * LEAST_CALLS_OF_A_PART:
         return None
-    older = [Evidence()]
-    for evidence in reversed(newest_first):
-        older.append(_both(older[-1], evidence))
     newer = Evidence()
-    for place, evidence in enumerate(newest_first[:-1], 1):
-        newer = _both(newer, evidence)
-        if _differ(newer, older[len(newest_first) - place], change_errors):
+    for place in range(len(alone) - 1, 0, -1):
+        newer = _both(newer, alone[place])
+        if _differ(newer, upto[place], change_errors):
             return place
     return None
 
@@ -189,6 +192,8 @@ def _moved(newer: Moments, older: Moments, errors: float, least: float) -> bool:
     if min(newer.count, older.count) < LEAST_CALLS_OF_A_PART:
         return False
     difference = abs(newer.mean - older.mean)
+    if difference < least:
+        return False
     pooled = (newer.variance * newer.count + older.variance * older.count) / (newer.count + older.count)
     spread = math.sqrt(max(pooled, NO_SPREAD) * (1 / newer.count + 1 / older.count))
-    return difference >= least and difference > errors * spread
+    return difference > errors * spread

@@ -96,16 +96,23 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def migrated_template(postgres: PostgresServer) -> str:
+def bare_template(postgres: PostgresServer) -> str:
+    """The name of a database with the whole schema and nothing in it, to be copied and never used."""
+    name = f"bare_{os.getpid()}"
+    migrate(postgres.create_database(name))
+    return name
+
+
+@pytest.fixture(scope="session")
+def migrated_template(postgres: PostgresServer, bare_template: str) -> str:
     """The name of a database with the whole schema and the shipped config, to be copied and never used.
 
     But for one setting: a task without a category takes the default one at once, as most tests are about what
     comes after. `tests/integration/test_categorising.py` turns it on.
     """
     name = f"template_{os.getpid()}"
-    url = postgres.create_database(name)
-    migrate(url)
-    with connect(url) as connection:
+    postgres.run("createdb", "--template", bare_template, name)
+    with connect(postgres.url(name)) as connection:
         sync_roster(connection, without_categorising(load_config()))
     return name
 
@@ -114,6 +121,13 @@ def migrated_template(postgres: PostgresServer) -> str:
 def database(postgres: PostgresServer, administrator: Connection, migrated_template: str) -> Iterator[str]:
     """The URL of a database of its own with the whole schema and the shipped config, and no task."""
     with _copy(administrator, migrated_template) as name:
+        yield postgres.url(name)
+
+
+@pytest.fixture
+def bare_database(postgres: PostgresServer, administrator: Connection, bare_template: str) -> Iterator[str]:
+    """The URL of a database of its own with the whole schema, but no roster, no categories and no task."""
+    with _copy(administrator, bare_template) as name:
         yield postgres.url(name)
 
 

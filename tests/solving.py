@@ -299,14 +299,6 @@ def solving(solving_stack: Solving) -> Iterator[Solving]:
     assert verdict.breach_count == 0, verdict.as_json()
 
 
-def _shares_the_stack(item: pytest.Item) -> bool:
-    return "solving_stack" in getattr(item, "fixturenames", ())
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Side by side with others the tests that share the stack begin, since they take longest.
-
-    In one process they come last, as the stack slows the others down.
-    """
-    side_by_side = hasattr(config, "workerinput")
-    items.sort(key=lambda item: _shares_the_stack(item) is not side_by_side)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests that share the stack come last: while it is up it slows the others down."""
+    items.sort(key=lambda item: "solving_stack" in getattr(item, "fixturenames", ()))

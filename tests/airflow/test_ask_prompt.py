@@ -1,20 +1,29 @@
-"""The DAG ask_prompt without scheduler and triggerer: only Postgres, Redis and the Models Backend are up."""
+"""The DAG ask_prompt without scheduler and triggerer, in an Airflow that `local.first_start` made ready.
+
+Only Postgres, Redis and the Models Backend are up.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from local import first_start
 from local.airflow_environment import clean_environment
+from local.postgres import PostgresServer
 from local.redis import RedisServer
 from models_backend.process import BackendServer, start_backend
 from router.database import connect, rows
+from router.settings import load_config
+from router.traffic import GRAMMAR
 
 pytestmark = pytest.mark.airflow
 ROOT = Path(__file__).parents[2]
@@ -27,11 +36,40 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BackendServer]
     server.stop()
 
 
+@dataclass(frozen=True)
+class Deployment:
+    """An Airflow before its processes start: its own folder, database and passwords."""
+
+    home: Path
+    database_url: str
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            **clean_environment(),
+            "AIRFLOW_HOME": str(self.home),
+            "AIRFLOW__CORE__DAGS_FOLDER": str(ROOT / "dags"),
+            "AIRFLOW__CORE__PLUGINS_FOLDER": str(ROOT / "plugins"),
+            "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+            "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": self.database_url.replace(
+                "postgresql", "postgresql+psycopg2", 1
+            ),
+            first_start.PASSWORDS_FILE: str(self.home / "passwords.json"),
+        }
+
+
 @pytest.fixture(scope="module")
-def airflow_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("airflow")
-    run_airflow(home, {}, "db", "migrate")
-    return home
+def deployment(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory) -> Deployment:
+    made = Deployment(tmp_path_factory.mktemp("airflow"), postgres.create_database(f"airflow_{os.getpid()}"))
+    needed = {
+        "ROUTER_DATABASE_URL": postgres.create_database(f"router_{os.getpid()}"),
+        "ROUTER_REDIS_URL": "redis://127.0.0.1:1/0",
+        "MODELS_BACKEND_URL": "http://127.0.0.1:1",
+        **{name: f"the one of {user}" for user, name in first_start.PASSWORDS.items()},
+    }
+    command = [sys.executable, "-m", "local.first_start"]
+    subprocess.run(command, cwd=ROOT, env={**made.environment, **needed}, check=True, capture_output=True)
+    return made
 
 
 @pytest.fixture
@@ -46,17 +84,12 @@ def environment(
     }
 
 
-def run_airflow(home: Path, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    settings = {
-        "AIRFLOW_HOME": str(home),
-        "AIRFLOW__CORE__DAGS_FOLDER": str(ROOT / "dags"),
-        "AIRFLOW__CORE__PLUGINS_FOLDER": str(ROOT / "plugins"),
-        "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
-        "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{home}/airflow.db",
-    }
+def run_airflow(
+    deployment: Deployment, environment: dict[str, str], *arguments: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "airflow", *arguments],
-        env={**clean_environment(), **settings, **environment},
+        env={**deployment.environment, **environment},
         capture_output=True, text=True, timeout=150, check=False,
     )  # fmt: skip
 
@@ -67,9 +100,17 @@ def task(database_url: str) -> dict[str, Any]:
     return found
 
 
-def test_dags_test_answers_a_prompt(airflow_home: Path, environment: dict[str, str]) -> None:
+def test_the_first_start_makes_all_that_airflow_needs(deployment: Deployment) -> None:
+    with connect(deployment.database_url) as connection:
+        made = {row["key"]: row["description"] for row in rows(connection, "SELECT * FROM variable")}
+    assert set(made) == {f"traffic.{name}" for name in load_config().models}
+    assert all(GRAMMAR in description for description in made.values())
+    assert json.loads((deployment.home / "passwords.json").read_text())["admin"] == "the one of admin"
+
+
+def test_dags_test_answers_a_prompt(deployment: Deployment, environment: dict[str, str]) -> None:
     asked = json.dumps({"prompt": "Explain how a B-tree stays balanced"})
-    done = run_airflow(airflow_home, environment, "dags", "test", "ask_prompt", "-c", asked)
+    done = run_airflow(deployment, environment, "dags", "test", "ask_prompt", "-c", asked)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
     solved = task(environment["AIRFLOW_CONN_ROUTER_DB"])
@@ -80,16 +121,16 @@ def test_dags_test_answers_a_prompt(airflow_home: Path, environment: dict[str, s
 
 
 @pytest.mark.soak
-def test_tasks_test_answers_the_forms_own_prompt(airflow_home: Path, environment: dict[str, str]) -> None:
-    done = run_airflow(airflow_home, environment, "tasks", "test", "ask_prompt", "ask", "2024-01-01")
+def test_tasks_test_answers_the_forms_own_prompt(deployment: Deployment, environment: dict[str, str]) -> None:
+    done = run_airflow(deployment, environment, "tasks", "test", "ask_prompt", "ask", "2024-01-01")
     assert done.returncode == 0, done.stdout + done.stderr
     assert task(environment["AIRFLOW_CONN_ROUTER_DB"])["prompt"] == "Why is the sky blue?"
 
 
 def test_a_prompt_that_cannot_be_asked_fails_in_one_try(
-    airflow_home: Path, environment: dict[str, str]
+    deployment: Deployment, environment: dict[str, str]
 ) -> None:
     asked = json.dumps({"prompt": "Why?", "category": "poetry"})
-    done = run_airflow(airflow_home, environment, "dags", "test", "ask_prompt", "-c", asked)
+    done = run_airflow(deployment, environment, "dags", "test", "ask_prompt", "-c", asked)
     assert "There is no category 'poetry'" in done.stdout + done.stderr
     assert "state=failed" in done.stdout + done.stderr

@@ -1,10 +1,9 @@
-"""The embedded stack as people use it: started from the command line, found well, and gone when it ends."""
+"""The embedded stack as people use it: a demo from nothing, left open, found well, and gone when it ends."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -17,39 +16,47 @@ import psycopg2
 import pytest
 import redis
 
-from local import first_start
 from local.airflow_api import AirflowApi, AirflowApiError
-from local.postgres import PostgresServer
+from local.demo import command_started
 from router.settings import load_config
 from router.traffic import GRAMMAR
 
 pytestmark = [pytest.mark.airflow, pytest.mark.timeout(400)]
 ROOT = Path(__file__).parents[2]
 UP = "Everything is up"
+SOLVED = "The stack stays open"
+TASKS = 40
+SET_UP_SECONDS = 30  # that make took before Python, as told
 PARTS = {"postgres", "redis", "backend", "api-server", "scheduler", "dag-processor", "triggerer"}
 
 
 class Launcher:
-    """`python -m local up` on one folder, in a session of its own."""
+    """`python -m local up`, or `demo`, on one folder, in a session of its own."""
 
-    def __init__(self, data: Path) -> None:
+    def __init__(self, data: Path, *command: str) -> None:
         self.data = data
         self.output = data.with_suffix(".out")
+        self.report = data.with_suffix(".json")
         with self.output.open("wb") as output:
-            command = [sys.executable, "-m", "local", "up", "--data", str(data), "--time-scale", "100"]
             self.process = subprocess.Popen(
-                command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True
-            )
+                [*(sys.executable, "-m", "local"), *command, "--data", str(data), "--time-scale", "60"],
+                cwd=ROOT, env={**os.environ, "ROUTER_DEMO_STARTED_AT": str(time.time() - SET_UP_SECONDS)},
+                stdout=output, stderr=output, start_new_session=True,
+            )  # fmt: skip
+
+    @classmethod
+    def demo(cls, data: Path, *more: str) -> Launcher:
+        report = str(data.with_suffix(".json"))
+        return cls(data, "demo", "--tasks", str(TASKS), "--json", report, "--timeout", "240", *more)
 
     @property
     def text(self) -> str:
         return self.output.read_text()
 
-    def wait_until_up(self) -> float:
-        """Seconds that it says it took."""
-        wait_until(lambda: UP in self.text or self.process.poll() is not None, 240)
-        assert UP in self.text, self.text
-        return float(re.search(rf"{UP} after ([0-9.]+) s", self.text).group(1))  # type: ignore[union-attr]
+    def wait_until(self, words: str) -> None:
+        """Until it says these words."""
+        wait_until(lambda: words in self.text or self.process.poll() is not None, 240)
+        assert words in self.text, self.text
 
     def family(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
@@ -86,13 +93,51 @@ def left_of(family: list[psutil.Process]) -> list[psutil.Process]:
 
 @pytest.fixture(scope="module")
 def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
-    running = Launcher(tmp_path_factory.mktemp("stack") / "first")
+    running = Launcher.demo(tmp_path_factory.mktemp("stack") / "first")
     try:
-        running.wait_until_up()
+        running.wait_until(SOLVED)
         yield running
     finally:
         if running.process.poll() is None:
-            running.end()
+            family = running.family()
+            assert running.end() == 0
+            assert left_of(family) == []
+
+
+def test_a_demo_solves_its_tasks_and_says_how(launcher: Launcher) -> None:
+    check_report(launcher)
+
+
+@pytest.mark.soak
+def test_a_demo_that_is_to_exit_leaves_nothing_behind(tmp_path: Path) -> None:
+    running = Launcher.demo(tmp_path / "demo", "--exit")
+    running.wait_until(UP)
+    family = running.family()
+    assert running.process.wait(300) == 0, running.text
+    check_report(running)
+    assert left_of(family) == []
+
+
+def check_report(launcher: Launcher) -> None:
+    report = json.loads(launcher.report.read_text())
+    assert set(report) == {
+        *("tasks", "solved", "failed", "seconds", "seconds_to_first_answer", "bound_seconds", "models")
+    }
+    assert report["tasks"] == TASKS
+    assert report["solved"] + report["failed"] == TASKS
+    assert report["solved"] >= TASKS - 4  # the stand-in gives bad answers now and then
+    assert 0 < report["bound_seconds"] <= report["seconds"]
+    assert report["seconds_to_first_answer"] > SET_UP_SECONDS
+    assert set(report["models"]) == set(load_config().models)
+    for model in report["models"].values():
+        assert set(model) == {"target", "sent", "worst_window_ratio", "use"}
+        assert model["worst_window_ratio"] <= 1
+    assert sum(model["sent"] for model in report["models"].values()) >= report["solved"]
+
+
+def test_the_demo_counts_from_the_command() -> None:
+    assert command_started({"ROUTER_DEMO_STARTED_AT": "1700000000"}) == 1_700_000_000
+    assert command_started({}) == psutil.Process().create_time()
 
 
 def test_all_parts_are_up_and_well(launcher: Launcher) -> None:
@@ -150,7 +195,7 @@ def test_router_env_serves_another_terminal_and_both_drivers(launcher: Launcher)
     connection = psycopg2.connect(addresses["ROUTER_DATABASE_URL"])
     with connection.cursor() as cursor:
         cursor.execute("SELECT count(*) FROM tasks")
-        assert cursor.fetchone() == (0,)
+        assert cursor.fetchone() == (TASKS,)
     connection.close()
     with redis.Redis.from_url(addresses["ROUTER_REDIS_URL"]) as client:
         assert client.ping()
@@ -223,10 +268,10 @@ def test_two_stacks_live_side_by_side_and_each_ends_whole(launcher: Launcher, tm
     assert launcher.end(signal.SIGINT) == 0
     assert left_of(family) == []
 
-    first, second = Launcher(launcher.data), Launcher(tmp_path / "second")
+    first, second = Launcher(launcher.data, "up"), Launcher(tmp_path / "second", "up")
     try:
-        first.wait_until_up()
-        second.wait_until_up()
+        first.wait_until(UP)
+        second.wait_until(UP)
         check_that_it_went_on(first)
 
         family = second.family()
@@ -260,32 +305,3 @@ def with_a_crash(launcher: Launcher) -> None:
     part.kill()
     assert launcher.process.wait(60) == 1
     assert "dag-processor ended by itself (SIGKILL)" in launcher.text
-
-
-def test_the_first_start_of_other_deployments_makes_all_that_airflow_needs(
-    postgres: PostgresServer, tmp_path: Path
-) -> None:
-    names = {name: postgres.create_database(f"{name}_{os.getpid()}") for name in ("airflow", "router")}
-    environment = {
-        **os.environ,
-        "AIRFLOW_HOME": str(tmp_path),
-        "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": names["airflow"].replace(
-            "postgresql", "postgresql+psycopg2", 1
-        ),
-        "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
-        first_start.PASSWORDS_FILE: str(tmp_path / "passwords.json"),
-        "ROUTER_DATABASE_URL": names["router"],
-        "ROUTER_REDIS_URL": "redis://127.0.0.1:1/0",
-        "MODELS_BACKEND_URL": "http://127.0.0.1:1",
-        **{name: f"the one of {user}" for user, name in first_start.PASSWORDS.items()},
-    }
-    command = [sys.executable, "-m", "local.first_start"]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
-    connection = psycopg2.connect(names["airflow"])
-    with connection.cursor() as cursor:
-        cursor.execute("SELECT key, description FROM variable")
-        made = dict(cursor.fetchall())
-    connection.close()
-    assert set(made) == {f"traffic.{name}" for name in load_config().models}
-    assert all(GRAMMAR in description for description in made.values())
-    assert json.loads((tmp_path / "passwords.json").read_text())["admin"] == "the one of admin"

@@ -37,13 +37,6 @@ NEW_MODEL = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def admin(solving_stack: Solving, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with browsing(solving_stack.stack.airflow_url, tmp_path_factory.mktemp("admin")) as browser:
-        browser.log_in("admin", solving_stack.stack.passwords["admin"])
-        yield browser
-
-
 @pytest.fixture
 def stalling(solving: Solving) -> Iterator[Any]:
     """Makes calls of a model hang, until they time out after HANG_SECONDS."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from local.redis import RedisServer
 from models_backend.process import start_backend
-from router.database import connect, migrate, rows
+from router.database import connect, rows
 from router.engine import Engine
 from router.roster import sync_roster
 from router.settings import Addresses, ModelSettings, RouterConfig, WorkerSettings
@@ -20,9 +20,8 @@ SHARE = 0.05
 
 
 async def test_a_bounded_model_pulls_its_share_and_no_more(
-    empty_database: str, redis_server: RedisServer, redis_client: Any, tmp_path: Path
+    bare_database: str, redis_server: RedisServer, redis_client: Any, tmp_path: Path
 ) -> None:
-    migrate(empty_database)
     models = {
         name: ModelSettings(target="3000/min", ranks={"general": place})
         for place, name in enumerate((LOW, FIRST), start=1)
@@ -31,17 +30,17 @@ async def test_a_bounded_model_pulls_its_share_and_no_more(
     backend = start_backend(tmp_path, "--time-scale", "50", "--latency", "even:1:2")
 
     def ask(statement: str, *arguments: Any) -> list[dict[str, Any]]:
-        with connect(empty_database) as connection:
+        with connect(bare_database) as connection:
             return rows(connection, statement, arguments)
 
-    with connect(empty_database) as connection:
+    with connect(bare_database) as connection:
         sync_roster(connection, config)
     insertion = (
         "INSERT INTO tasks (prompt, category) SELECT 'prompt ' || g, 'general' FROM generate_series(1, %s) g"
     )
     ask(insertion, 400)
     engine = Engine(
-        Addresses(database_url=empty_database, redis_url=redis_server.url, backend_url=backend.url), config
+        Addresses(database_url=bare_database, redis_url=redis_server.url, backend_url=backend.url), config
     )
     await engine.start()
     try:

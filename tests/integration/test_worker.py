@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ import requests
 
 from local.redis import RedisServer
 from models_backend.process import BackendServer, start_backend
-from router.database import connect, migrate, rows
+from router.database import connect, rows
 from router.engine import Engine
 from router.roster import sync_roster
 from router.settings import Addresses, ModelSettings, RouterConfig, WorkerSettings
 from router.worker import Worker, wait_for_work
 
 MODELS = ("llama-3.1-8b", "phi-4")
+QUICK = ("--time-scale", "50", "--latency", "even:1:10")
 # A claim counts as an attempt until it is given back.
 ATTEMPTS = "SELECT coalesce(sum(attempt - (state = 'claimed')::int), 0) AS n FROM queue"
 
@@ -42,19 +44,46 @@ def config(**targets: str) -> RouterConfig:
     return RouterConfig(models=models, worker=worker)
 
 
-@pytest.fixture
-def backend(tmp_path: Path) -> Iterator[BackendServer]:
-    server = start_backend(tmp_path, "--time-scale", "50", "--latency", "even:1:10")
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BackendServer]:
+    server = start_backend(tmp_path_factory.mktemp("backend"), *QUICK)
     yield server
     server.stop()
 
 
+@dataclass(frozen=True)
+class Backend:
+    """The server that all tests share, as one of them sees it."""
+
+    url: str
+    ended_before: int
+
+    def arrivals(self) -> list[dict[str, Any]]:
+        """The calls of this test that have ended."""
+        since = {"since": self.ended_before}
+        return list(requests.get(f"{self.url}/arrivals", params=since, timeout=5).json()["arrivals"])
+
+    def fault(self, **order: Any) -> None:
+        requests.post(f"{self.url}/faults", json={"share": 1, **order}, timeout=5).raise_for_status()
+
+
+@pytest.fixture
+async def backend(server: BackendServer) -> AsyncIterator[Backend]:
+    """Without faults, and without calls of the test before."""
+
+    def health() -> dict[str, Any]:
+        return dict(requests.get(f"{server.url}/health", timeout=5).json())
+
+    await until(lambda: health()["in_flight"] == 0)
+    yield Backend(server.url, health()["arrived"])
+    requests.delete(f"{server.url}/faults", timeout=5).raise_for_status()
+
+
 @pytest.fixture
 def addresses(
-    empty_database: str, redis_server: RedisServer, redis_client: Any, backend: BackendServer
+    bare_database: str, redis_server: RedisServer, redis_client: Any, backend: Backend
 ) -> Addresses:
-    migrate(empty_database)
-    return Addresses(database_url=empty_database, redis_url=redis_server.url, backend_url=backend.url)
+    return Addresses(database_url=bare_database, redis_url=redis_server.url, backend_url=backend.url)
 
 
 @asynccontextmanager
@@ -94,9 +123,7 @@ def solved(addresses: Addresses) -> int:
     return int(ask(addresses, "SELECT count(*) AS n FROM tasks WHERE status = 'solved'")[0]["n"])
 
 
-async def test_every_task_is_solved_once_by_the_right_call(
-    addresses: Addresses, backend: BackendServer
-) -> None:
+async def test_every_task_is_solved_once_by_the_right_call(addresses: Addresses, backend: Backend) -> None:
     insert(addresses, 60)
     async with running(addresses, config()) as engine:
         reasons = await asyncio.wait_for(
@@ -114,7 +141,6 @@ async def test_every_task_is_solved_once_by_the_right_call(
     by_settlement = {row["settlement"]: row["n"] for row in calls if not row["late"]}
     assert by_settlement.pop("solved") == 60
     assert set(by_settlement) <= {"retry"}  # the stand-in's models sometimes answer with nothing
-    backend.stop()
     assert sorted(a["request_id"] for a in backend.arrivals()) == sorted(
         str(row["call_id"]) for row in ask(addresses, "SELECT call_id FROM model_calls")
     )
@@ -200,32 +226,28 @@ async def test_a_cancelled_worker_loses_nothing(addresses: Addresses) -> None:
         assert ask(addresses, "SELECT count(*) AS n FROM queue WHERE state = 'claimed'") == [{"n": 0}]
 
 
-async def test_a_backend_that_is_away_costs_no_attempt(
-    addresses: Addresses, backend: BackendServer, tmp_path: Path
-) -> None:
+async def test_a_backend_that_is_away_costs_no_attempt(addresses: Addresses, tmp_path: Path) -> None:
+    mortal = start_backend(tmp_path / "first", *QUICK)
+    addresses = addresses.model_copy(update={"backend_url": mortal.url})
     insert(addresses, 100)
     async with running(addresses, config()) as engine, working(engine):
         await until(lambda: solved(addresses) > 3)
-        port = int(backend.url.rsplit(":", 1)[1])
-        backend.process.kill()  # calls in flight break: those do count
-        backend.process.wait()
+        port = int(mortal.url.rsplit(":", 1)[1])
+        mortal.process.kill()  # calls in flight break: those do count
+        mortal.process.wait()
         await until(lambda: engine.in_flight() == 0)
         counted = ask(addresses, ATTEMPTS)[0]["n"]
         await asyncio.sleep(2)
         assert ask(addresses, ATTEMPTS)[0]["n"] <= counted
-        again = start_backend(tmp_path / "again", "--time-scale", "50", "--latency", "even:1:10", port=port)
+        again = start_backend(tmp_path / "again", *QUICK, port=port)
         try:
             await until(lambda: solved(addresses) == 100, 40)
         finally:
             again.stop()
 
 
-async def test_a_429_rests_the_model_and_costs_no_attempt(
-    addresses: Addresses, backend: BackendServer
-) -> None:
-    requests.post(
-        f"{backend.url}/faults", json={"model": "phi-4", "kind": "rate_limit", "share": 1, "seconds": 60}
-    )
+async def test_a_429_rests_the_model_and_costs_no_attempt(addresses: Addresses, backend: Backend) -> None:
+    backend.fault(model="phi-4", kind="rate_limit", seconds=60)
     insert(addresses, 30)
     async with running(addresses, config()) as engine, working(engine, "phi-4"):
         await until(lambda: calls(addresses, "outcome = 'rate_limited'") >= 1)
@@ -236,10 +258,9 @@ async def test_a_429_rests_the_model_and_costs_no_attempt(
 
 
 async def test_a_model_that_keeps_failing_is_rested_and_trusted_again(
-    addresses: Addresses, backend: BackendServer
+    addresses: Addresses, backend: Backend
 ) -> None:
-    fault = {"model": "phi-4", "kind": "error", "share": 1, "seconds": 4}
-    requests.post(f"{backend.url}/faults", json=fault, timeout=5).raise_for_status()
+    backend.fault(model="phi-4", kind="error", seconds=4)
     insert(addresses, 200)
     async with running(addresses, config()) as engine, working(engine, "phi-4"):
 
@@ -307,24 +328,17 @@ async def test_a_raised_target_shows_within_a_second(addresses: Addresses) -> No
         assert await until(lambda: calls(addresses) >= before + 3) < 1.5
 
 
-async def test_a_new_task_is_sent_at_once_by_a_warm_worker(
-    addresses: Addresses, backend: BackendServer
-) -> None:
+async def test_a_new_task_is_sent_at_once_by_a_warm_worker(addresses: Addresses, backend: Backend) -> None:
     delays = []
     async with running(addresses, config()) as engine, working(engine):
         await asyncio.sleep(1)
         for number in range(1, 11):
             insert(addresses, 1)
             at = time.monotonic()
-            await until(lambda: len(_arrived(backend)) >= number)  # noqa: B023 - used within the turn
-            delays.append(max(a["at"] for a in _arrived(backend)) - at)
+            await until(lambda: len(backend.arrivals()) >= number)  # noqa: B023 - used within the turn
+            delays.append(max(a["at"] for a in backend.arrivals()) - at)
             await until(lambda: solved(addresses) == number)  # noqa: B023 - the same
     assert sorted(delays)[5] <= 0.15, delays
-
-
-def _arrived(backend: BackendServer) -> list[dict[str, Any]]:
-    found = requests.get(f"{backend.url}/arrivals", timeout=5).json()
-    return list(found["arrivals"] if isinstance(found, dict) else found)
 
 
 async def test_the_first_worker_of_a_run_pulls_for_those_on_their_way(addresses: Addresses) -> None:

@@ -6,14 +6,13 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from local.redis import RedisServer
 from models_backend.process import BackendServer, start_backend
-from router.database import connect, migrate, rows
+from router.database import connect, rows
 from router.engine import Engine
 from router.queue import TaskQueue
 from router.roster import sync_roster
@@ -28,8 +27,8 @@ CAME_BACK = "SELECT count(*) FROM queue WHERE position < 0"
 OPEN_CALLS = "SELECT count(*) FROM model_calls WHERE model = $1 AND outcome IS NULL"
 
 
-@pytest.fixture
-def backend(tmp_path: Path) -> Iterator[BackendServer]:
+@pytest.fixture(scope="module")
+def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BackendServer]:
     arguments = (
         "--time-scale",
         "50",
@@ -42,17 +41,16 @@ def backend(tmp_path: Path) -> Iterator[BackendServer]:
         "--also",
         SLOW,
     )
-    server = start_backend(tmp_path, *arguments)
+    server = start_backend(tmp_path_factory.mktemp("backend"), *arguments)
     yield server
     server.stop()
 
 
 @pytest.fixture
 def addresses(
-    empty_database: str, redis_server: RedisServer, redis_client: Any, backend: BackendServer
+    bare_database: str, redis_server: RedisServer, redis_client: Any, backend: BackendServer
 ) -> Addresses:
-    migrate(empty_database)
-    return Addresses(database_url=empty_database, redis_url=redis_server.url, backend_url=backend.url)
+    return Addresses(database_url=bare_database, redis_url=redis_server.url, backend_url=backend.url)
 
 
 @asynccontextmanager

@@ -14,6 +14,8 @@ import jsonschema
 import pytest
 import yaml
 
+from tests.command_line import CommandLine
+
 ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "docker-compose.yaml"
 AIRFLOW_SERVICES = ("api-server", "scheduler", "dag-processor", "triggerer")
@@ -97,15 +99,9 @@ def test_only_what_asks_who_is_there_is_published_and_only_on_the_loopback(compo
 def test_serves_command_is_one_that_it_knows(compose: dict[str, Any]) -> None:
     program, verb, *options = compose["services"]["serve"]["command"]
     assert (program, verb) == ("router", "serve")
-    done = subprocess.run(
-        [sys.executable, "-m", "router.cli", verb, *options, "--help"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    unknown = [sys.executable, "-m", "router.cli", verb, "--no-such-option"]
-    assert subprocess.run(unknown, capture_output=True, text=True, check=False).returncode == 2
+    router = CommandLine({})
+    assert router(verb, *options, "--help").code == 0
+    assert router(verb, "--no-such-option").code == 2
 
 
 def test_airflows_commands_and_health_checks_are_ones_that_this_airflow_knows(

@@ -1,0 +1,18 @@
+"""One browser for all tests of pages: to start it and to log in takes longer than most of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.browsing import Browser, browsing
+from tests.solving import Solving
+
+
+@pytest.fixture(scope="session")
+def admin(solving_stack: Solving, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """Logged in through Airflow's own form."""
+    with browsing(solving_stack.stack.airflow_url, tmp_path_factory.mktemp("admin")) as browser:
+        browser.log_in("admin", solving_stack.stack.passwords["admin"])
+        yield browser
