@@ -59,7 +59,8 @@ class Launcher:
         assert words in self.text, self.text
 
     def family(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
+        """The processes of all parts; one that has ended, and waits for its parent to notice, is none."""
+        return left_of(psutil.Process(self.process.pid).children(recursive=True))
 
     def addresses(self) -> dict[str, str]:
         """router.env, read by a shell, as a person would."""

@@ -27,6 +27,8 @@ from router.redis_script import RedisScript
 from router.traffic import TrafficTarget
 from tests.slow_link import SlowLink
 
+pytestmark = pytest.mark.alone
+
 TARGET = "12/s, 900 tokens/s, 8 at once"
 WIDE = Slacks(send=0.1, transit=0.25)  # a busy test machine is a slow way to the door
 SETTINGS = LimiterSettings(second_slacks=WIDE, minute_slacks=WIDE, call_longest_seconds=1.5)
