@@ -56,7 +56,7 @@ class Browser:
         self.open("/auth/login")
         self.find("[name=username]").send_keys(user)
         self.find("[name=password]").send_keys(password)
-        self.find("button[type=submit]").click()
+        self.click("button[type=submit]")
         self.until(lambda: "/auth/login" not in self.driver.current_url, "logged in")
 
     def find(self, what: str, how: str = By.CSS_SELECTOR) -> WebElement:
@@ -65,6 +65,18 @@ class Browser:
             element_to_be_clickable((how, what)), f"{what} cannot be clicked on {self.driver.current_url}"
         )
         return found
+
+    def click(self, what: str, how: str = By.CSS_SELECTOR) -> None:
+        """Click it as soon as that is possible; again if it is drawn anew just then."""
+
+        def clicked(_driver: webdriver.Chrome) -> bool:
+            self.find(what, how).click()
+            return True
+
+        waiting = WebDriverWait(
+            self.driver, PATIENCE_SECONDS, ignored_exceptions=(StaleElementReferenceException,)
+        )
+        waiting.until(clicked)
 
     def all(self, what: str) -> list[WebElement]:
         return self.driver.find_elements(By.CSS_SELECTOR, what)

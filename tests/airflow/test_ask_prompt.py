@@ -1,6 +1,5 @@
-"""The DAG ask_prompt without scheduler and triggerer, in an Airflow that `local.first_start` made ready.
-
-Only Postgres, Redis and the Models Backend are up.
+"""The DAG ask_prompt without scheduler and triggerer, in an Airflow that `local.first_start` made ready: only
+Postgres, Redis and the Models Backend are up. And what cannot be asked, in an Airflow that runs.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from models_backend.process import BackendServer, start_backend
 from router.database import connect, rows
 from router.settings import load_config
 from router.traffic import GRAMMAR
+from tests.solving import Solving, wait_until
 
 pytestmark = pytest.mark.airflow
 ROOT = Path(__file__).parents[2]
@@ -127,10 +127,14 @@ def test_tasks_test_answers_the_forms_own_prompt(deployment: Deployment, environ
     assert task(environment["AIRFLOW_CONN_ROUTER_DB"])["prompt"] == "Why is the sky blue?"
 
 
-def test_a_prompt_that_cannot_be_asked_fails_in_one_try(
-    deployment: Deployment, environment: dict[str, str]
-) -> None:
-    asked = json.dumps({"prompt": "Why?", "category": "poetry"})
-    done = run_airflow(deployment, environment, "dags", "test", "ask_prompt", "-c", asked)
-    assert "There is no category 'poetry'" in done.stdout + done.stderr
-    assert "state=failed" in done.stdout + done.stderr
+@pytest.mark.alone  # as all that use the stack that is up
+def test_a_prompt_that_cannot_be_asked_fails_in_one_try(solving: Solving) -> None:
+    solving.api.pause("ask_prompt", paused=False)
+    run = solving.api.trigger("ask_prompt", {"prompt": "Why?", "category": "poetry"})
+
+    def ended() -> bool:
+        (ask,) = solving.api.task_instances("ask_prompt", run)
+        return (ask["state"], ask["try_number"]) == ("failed", 1)
+
+    wait_until(ended, 30, "it has failed, in its first try")
+    assert "There is no category 'poetry'" in solving.api.task_log("ask_prompt", run, "ask")

@@ -26,10 +26,10 @@ def fill_in(field: WebElement, text: str) -> None:
 def test_editing_a_variable_in_airflows_form_changes_the_traffic(solving: Solving, admin: Browser) -> None:
     model = solving.models[0]
     admin.open("/variables")
-    admin.find(f"//tr[.//text()='traffic.{model}']//*[@aria-label='Edit Variable']", By.XPATH).click()
+    admin.click(f"//tr[.//text()='traffic.{model}']//*[@aria-label='Edit Variable']", By.XPATH)
     fill_in(admin.find("[role=dialog] textarea[name=value]"), "3/s, 20 at once")
     admin.show("variable-form")
-    admin.find("//*[@role='dialog']//button[normalize-space()='Save']", By.XPATH).click()
+    admin.click("//*[@role='dialog']//button[normalize-space()='Save']", By.XPATH)
     saved = time.monotonic()
     in_force = "SELECT target FROM newest_targets WHERE model = %s"
     wait_until(lambda: solving.value(in_force, model) == "3/s, 20 at once", 5, "the edit is in force")
@@ -67,10 +67,10 @@ def test_triggering_the_dag_of_a_prompt_with_airflows_button_answers_it(
     solving: Solving, admin: Browser
 ) -> None:
     admin.open(f"/dags/{ASK}")
-    admin.find("//button[normalize-space()='Trigger']", By.XPATH).click()
+    admin.click("//button[normalize-space()='Trigger']", By.XPATH)
     fill_in(admin.find("[role=dialog] textarea[name=element_prompt]"), PROMPT)
     admin.show("trigger-form")
-    admin.find("//*[@role='dialog']//button[normalize-space()='Trigger']", By.XPATH).click()
+    admin.click("//*[@role='dialog']//button[normalize-space()='Trigger']", By.XPATH)
     answered = "SELECT answer IS NOT NULL FROM tasks WHERE prompt = %s"
     wait_until(lambda: solving.rows(answered, PROMPT) == [(True,)], 40, "the prompt is answered")
     run = solving.api.runs(ASK, limit=1)[0]

@@ -104,7 +104,7 @@ def test_a_target_edited_here_changes_what_arrives(solving: Solving, admin: Brow
     solving.insert(600)
     solving.until_all_send(time.monotonic())
     console(admin, f"traffic/{model}")
-    admin.find(f'[id="model-{model}"] button').click()
+    admin.click(f'[id="model-{model}"] button')
     field = admin.find(f'[id="target-{model}"]')
     field.send_keys(Keys.CONTROL, "a")
     field.send_keys("1/parsec", Keys.ENTER)
@@ -143,7 +143,7 @@ def test_a_prompt_is_asked_while_the_preferred_model_hangs(
     assert admin.run("return window.pwned ?? null") is None
     admin.show("ask")
     task = admin.find(".answer a").text
-    admin.find(".answer a").click()
+    admin.click(".answer a")
     admin.until_text("What happened")
     assert task.capitalize() in admin.text("h2")
     assert EVIL in admin.text(".text")
@@ -156,7 +156,7 @@ def test_a_failure_is_retried(solving: Solving, admin: Browser) -> None:
     console(admin, "work")
     admin.until_text(EVIL, "[aria-label=Failures]")
     assert admin.run("return window.pwned ?? null") is None
-    admin.find("[aria-label=Failures] td button").click()
+    admin.click("[aria-label=Failures] td button")
     admin.until_text("1 unsolved again", "[aria-label=Failures]")
     wait_until(lambda: solving.unsolved() == 0, 30, "solved after all")
     admin.until_text("answered", "[aria-label='Recent calls']")
@@ -252,7 +252,7 @@ def test_axe_finds_no_serious_fault(solving: Solving, admin: Browser, axe: str, 
         console(admin, view.replace("task", f"task/{task}"))
         admin.until(lambda: admin.all("main tr, main form, main dl"), "its content")
         if view == "traffic":
-            admin.find("main button").click()
+            admin.click("main button")
         admin.run(axe)
         found = admin.run_async("const done = arguments[0]; axe.run().then((r) => done(r.violations));")
         faults = [(f["id"], f["nodes"][0]["html"]) for f in found if f["impact"] in WORST]
