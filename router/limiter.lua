@@ -196,7 +196,7 @@ if verb == 'reserve' or verb == 'peek' or (verb == 'snapshot' and live and spec)
           tails[k + 2] = i + 1 < head and moment(i + 1, -k) or 0
         end
 
-        -- Moves a tail behind all that is a period old by then.
+        -- Moves a tail behind all that is a period old by then; returns over how many.
         local function leave(tails, k, period, by)
           if tails[k] < head and sent + period <= by and (extra == 0 or late_sent + period + extra <= by) then
             tails[k], tails[k + 1], tails[k + 2] = head, 0, 0
@@ -207,26 +207,29 @@ if verb == 'reserve' or verb == 'peek' or (verb == 'snapshot' and live and spec)
             pass(tails, k)
             steps = steps + 1
           end
+          return steps
         end
 
         after_tokens = function(by, need_now)
           for w = 1, token_windows do
             local limit, period = unpack_struct('<dd', spec, WINDOWS + 16 * (requests + w))
-            local k, steps = 3 * w - 2, 0
+            local k = 3 * w - 2
             leave(tail, k, period, now)
             tried[k], tried[k + 1], tried[k + 2] = tail[k], tail[k + 1], tail[k + 2]
             if since > 0 then by = max(by, since + period) end
-            leave(tried, k, period, by)
-            local i, total = reach[2 * w - 1], reach[2 * w]
+            -- From where a question walked to before, back over what has not left by then and fits all the same.
+            local i, total, steps = reach[2 * w - 1], reach[2 * w], 0
             if i and i > tried[k] and extra == 0 then
-              while i > tried[k] and total + tokens_of(i - 1) + need_now <= limit do
-                i, total = i - 1, total + tokens_of(i - 1)
+              while i > tried[k] and steps < SCAN_STEPS and moment(i - 1, -k) + period > by
+                  and total + tokens_of(i - 1) + need_now <= limit do
+                i, total, steps = i - 1, total + tokens_of(i - 1), steps + 1
               end
               if i > tried[k] then
                 by = max(by, moment(i - 1, -k) + period)
                 tried[k], tried[k + 1], tried[k + 2] = i, total, i < head and moment(i, -k) or 0
               end
             end
+            steps = steps + leave(tried, k, period, by)
             while tried[k + 1] + need_now > limit and tried[k] < head do
               by = max(by, tried[k + 2] + period + (tried[k] < late_head and extra or 0))
               pass(tried, k)
