@@ -107,7 +107,7 @@ BEGIN
              WHERE p_categories IS NULL OR cardinality(p_categories) = 0 OR l.category = ANY (p_categories)
              ORDER BY array_position(p_categories, l.category), l.priority DESC, half.came_back DESC) AS lanes
     LOOP
-        LOOP  -- looked for first, written then: what is begun in vain of an UPDATE costs ten times as much
+        LOOP  -- looked for first, written then: to begin an UPDATE opens every index, also where nothing is found
             IF lane.category IS NULL THEN
                 SELECT q.task_id, q.category, q.priority, q.attempt, q.confidence, q.category_reason
                   INTO found_row FROM queue q
