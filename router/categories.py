@@ -1,45 +1,31 @@
-"""Which category a prompt is of: rules that decide what is plain, and a classifier for the rest. Pure.
+"""Which category a prompt is of: rules that decide what is plain, and a classifier for the rest.
 
-The classifier is learned from the example files each time it is built: TF-IDF of words and of character
-n-grams, the rules and the prompt's shape, and a logistic regression over them. Nothing is kept on disk.
+The classifier is learned from the example files; what was learned of the same ones before is taken again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.sparse import csr_matrix, hstack
 
-from router.examples import Example, read_examples
-from router.prompt_features import (
-    SHAPES,
-    WORD_COLUMNS,
-    cut,
-    gram_counts,
-    normal,
-    plain_words,
-    shapes,
-    word_column,
-    word_counts,
-    words_of,
-)
+from router import classifier, prompt_features
+from router.classifier import Classifier, Features, Numbers, kept
+from router.examples import Example, example_files, read_examples
+from router.prompt_features import SHAPES, cut, normal, plain_words, shapes
 from router.settings import CategorySettings
 
 CERTAIN = 0.99  # no rule is surer than this
 CLEARLY = 0.5
-SHAPE_SCALE = 0.3
-RULE_SCALE = 0.35
 VOCABULARY_SCALE = 2.0
-REGULARISATION = 3.0
 LARGEST_BATCH = 512
-
-Numbers = NDArray[np.float64]
+MOST_TELLING_WORDS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +55,20 @@ class Explanation:
 class Categoriser:
     """Tells categories of prompts. Thread-safe: nothing changes after `build`."""
 
-    def __init__(self, settings: CategorySettings, examples: Sequence[Example]) -> None:
+    def __init__(self, settings: CategorySettings, learned_in: Path | None) -> None:
         self.settings = settings
         self._names = tuple(settings.categories)
         self._patterns = [(rule, re.compile(rule.pattern)) for rule in settings.rules if rule.pattern]
         self._words = [(rule, frozenset(rule.words.split())) for rule in settings.rules if rule.words]
-        self._learn(examples)
+        self._classifier = kept(learned_in, _name(settings), self._learn) if learned_in else self._learn()
 
     @classmethod
-    def build(cls, settings: CategorySettings) -> Categoriser:
-        """Learn from the examples that `settings` names; about a second. ConfigError names file and line."""
-        return cls(settings, read_examples(settings))
+    def build(cls, settings: CategorySettings, learned_in: Path | None = None) -> Categoriser:
+        """Learn from the examples that `settings` names, two seconds; ConfigError names file and line.
+
+        What was learned is kept in the folder `learned_in`, if given, for whoever builds the same again.
+        """
+        return cls(settings, learned_in)
 
     def categorise(self, prompt: str) -> Categorised:
         """The category of one prompt, whatever it holds."""
@@ -154,90 +143,38 @@ class Categoriser:
             )  # fmt: skip
         return Categorised(name, round(chance, 4), f"classifier: {name} at {chance:.2f}")
 
-    # Learning.
-
-    def _learn(self, examples: Sequence[Example]) -> None:
-        from sklearn.linear_model import LogisticRegression  # noqa: PLC0415 - it takes a second
-        from threadpoolctl import threadpool_limits  # noqa: PLC0415 - scikit-learn brings it
-
-        prompts = [cut(example.prompt) for example in examples]
-        texts = [normal(prompt) for prompt in prompts]
-        words, grams = word_counts(texts), gram_counts(texts)
-        self._word_weights, self._gram_weights = _inverse_frequency(words), _inverse_frequency(grams)
-        features = self._features(
-            words, grams, shapes(prompts, texts), [self._matches(text) for text in texts]
-        )
-        self._coefficients = np.zeros((features.shape[1], len(self._names)))
-        self._intercepts = np.zeros(len(self._names))
-        if len(self._names) == 1:
-            return
-        used = np.flatnonzero(np.asarray(features.getnnz(axis=0)) > 1)
-        model = LogisticRegression(C=REGULARISATION, max_iter=80, tol=5e-4)
-        labels = [self._names.index(example.category) for example in examples]
-        with threadpool_limits(1):  # more would be in each other's way on a busy machine
-            model.fit(features[:, used], labels, sample_weight=_weights(examples))
-        self._coefficients[used] = _of_each_category(model.coef_)
-        self._intercepts = _of_each_category(model.intercept_[:, None])[0]
-
-    def _features(
-        self, words: csr_matrix, grams: csr_matrix, shape: Numbers, matches: Sequence[Sequence[float]]
-    ) -> csr_matrix:
-        told = (
-            np.array(matches, dtype=np.float64).reshape(len(matches), len(self.settings.rules)) * RULE_SCALE
-        )
-        return hstack(
-            [
-                _tfidf(words, self._word_weights),
-                _tfidf(grams, self._gram_weights),
-                csr_matrix(shape * SHAPE_SCALE),
-                csr_matrix(told),
-            ],
-            format="csr",
-        )
-
-    def _scores(
-        self, prompts: Sequence[str], texts: Sequence[str], matches: Sequence[Sequence[float]]
-    ) -> Numbers:
-        features = self._features(word_counts(texts), gram_counts(texts), shapes(prompts, texts), matches)
-        scores: Numbers = features @ self._coefficients + self._intercepts
-        return scores
-
     def _chances(
         self, prompts: Sequence[str], texts: Sequence[str], matches: Sequence[Sequence[float]]
     ) -> Numbers:
-        scores = self._scores(prompts, texts, matches) / self.settings.temperature
+        scores = self._classifier.scores(Features(prompts, texts, matches)) / self.settings.temperature
         raised = np.exp(scores - scores.max(axis=1, keepdims=True))
         chances: Numbers = raised / raised.sum(axis=1, keepdims=True)
         return chances
 
-    def _telling_words(self, text: str, category: str, most: int = 8) -> tuple[tuple[str, float], ...]:
-        row = _tfidf(word_counts([text]), self._word_weights)
-        coefficients = self._coefficients[:WORD_COLUMNS]
-        own = coefficients[:, self._names.index(category)] - coefficients.mean(axis=1)
-        told = row.multiply(own).tocsr()
-        worth = {word: float(told[0, word_column(word)]) for word in dict.fromkeys(words_of(text))}
-        strongest = sorted(worth.items(), key=lambda item: -abs(item[1]))[:most]
+    def _telling_words(self, text: str, category: str) -> tuple[tuple[str, float], ...]:
+        worth = self._classifier.telling_words(text, self._names.index(category))
+        strongest = sorted(worth.items(), key=lambda item: -abs(item[1]))[:MOST_TELLING_WORDS]
         return tuple((word, round(value, 3)) for word, value in strongest if value)
 
-
-def _of_each_category(learned: Any) -> Any:
-    """A column a category; of two categories scikit-learn gives only the second's."""
-    return np.concatenate([-learned, learned]).T / 2 if len(learned) == 1 else learned.T
-
-
-def _inverse_frequency(counts: csr_matrix) -> Numbers:
-    seen = np.asarray(counts.getnnz(axis=0))
-    weights: Numbers = np.where(seen > 0, np.log((1 + counts.shape[0]) / (1 + seen)) + 1, 0.0)
-    return weights
+    def _learn(self) -> Classifier:
+        examples = read_examples(self.settings)
+        prompts = [cut(example.prompt) for example in examples]
+        texts = [normal(prompt) for prompt in prompts]
+        features = Features(prompts, texts, [self._matches(text) for text in texts])
+        labels = [self._names.index(example.category) for example in examples]
+        return Classifier.learn(features, labels, _weights(examples), len(self._names))
 
 
-def _tfidf(counts: csr_matrix, weights: Numbers) -> csr_matrix:
-    scaled = counts.copy()
-    scaled.data = (1 + np.log(counts.data)) * weights[counts.indices]
-    rows = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))
-    norms = np.sqrt(np.bincount(rows, scaled.data**2, minlength=counts.shape[0]))
-    scaled.data /= np.where(norms > 0, norms, 1)[rows]
-    return scaled
+def _name(settings: CategorySettings) -> str:
+    """Another one wherever something else would be learned: other settings, examples, code or libraries."""
+    parts = [settings.model_dump_json(exclude={"folder"}).encode()]
+    parts += [version(library).encode() for library in ("numpy", "scipy", "scikit-learn")]
+    parts += [Path(code).read_bytes() for code in (__file__, classifier.__file__, prompt_features.__file__)]
+    parts += [file.read_bytes() for file in example_files(settings)]
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()[:32]
 
 
 def _weights(examples: Sequence[Example]) -> Numbers:

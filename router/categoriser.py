@@ -17,6 +17,7 @@ import time
 from asyncio.subprocess import PIPE
 from collections.abc import Sequence
 from itertools import count
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from typing_extensions import Self
@@ -24,7 +25,7 @@ from typing_extensions import Self
 from router.categories import Categorised, Categoriser
 from router.errors import RouterError
 from router.prompt_features import cut
-from router.settings import CategorySettings
+from router.settings import CategorySettings, learned_folder
 
 log = logging.getLogger("router.categoriser")
 
@@ -229,11 +230,12 @@ async def _last_words(stream: asyncio.StreamReader) -> str:
 # The child.
 
 
-def serve(requests: BinaryIO, answers: BinaryIO) -> None:
+def serve(requests: BinaryIO, answers: BinaryIO, learned_in: Path) -> None:
     """Answer until `requests` ends. Its first line holds the settings; the first answer says: learned."""
     started = time.monotonic()
     try:
-        categoriser = Categoriser.build(CategorySettings.model_validate_json(requests.readline()))
+        settings = CategorySettings.model_validate_json(requests.readline())
+        categoriser = Categoriser.build(settings, learned_in)
         categoriser.categorise("warm")
     except RouterError as error:
         answers.write(_line({"error": str(error)}))
@@ -251,4 +253,4 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
 
 if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
-        serve(sys.stdin.buffer, sys.stdout.buffer)
+        serve(sys.stdin.buffer, sys.stdout.buffer, learned_folder())

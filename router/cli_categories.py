@@ -14,7 +14,7 @@ import typer
 
 from router import cli_terminal as terminal
 from router.errors import InputError
-from router.settings import CategorySettings, load_categories
+from router.settings import CategorySettings, learned_folder, load_categories
 
 if TYPE_CHECKING:
     from router.categories import Categorised, Categoriser, Explanation
@@ -144,7 +144,7 @@ def _built(settings: CategorySettings) -> Categoriser:
     # Not at the top: it brings numpy and scipy, and every other verb would wait for them.
     from router.categories import Categoriser  # noqa: PLC0415
 
-    return Categoriser.build(settings)
+    return Categoriser.build(settings, learned_folder())
 
 
 def assess(rows: Sequence[Row], told: Sequence[Categorised]) -> dict[str, Any]:

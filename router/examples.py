@@ -21,15 +21,22 @@ class Example:
     kind: str
 
 
-def read_examples(settings: CategorySettings) -> list[Example]:
-    """All examples that `settings` names; ConfigError names file and line, or who has too few."""
-    examples: list[Example] = []
+def example_files(settings: CategorySettings) -> list[Path]:
+    """The files that `settings` names, in their order; ConfigError if a pattern matches none."""
+    found: list[Path] = []
     for pattern in settings.examples:
         files = sorted(settings.folder.glob(pattern))
         if not files:
             raise ConfigError(f"{settings.folder / 'categories.yaml'}: examples: no file matches {pattern!r}")
-        for file in files:
-            examples.extend(_examples_of(file, settings))
+        found.extend(files)
+    return found
+
+
+def read_examples(settings: CategorySettings) -> list[Example]:
+    """All examples that `settings` names; ConfigError names file and line, or who has too few."""
+    examples: list[Example] = []
+    for file in example_files(settings):
+        examples.extend(_examples_of(file, settings))
     for category in settings.categories:
         number = sum(example.category == category for example in examples)
         if number < FEWEST_EXAMPLES:

@@ -421,6 +421,11 @@ def data_folder(environment: Mapping[str, str] | None = None) -> Path:
     return Path(cache) / "router"
 
 
+def learned_folder() -> Path:
+    """Where this host keeps what its categorisers learned."""
+    return data_folder() / "categories"
+
+
 def load_config(folder: Path | None = None) -> RouterConfig:
     """Read and check `models.yaml` and `categories.yaml` in `folder`. ConfigError names file and key.
 
