@@ -5,6 +5,7 @@ Whoever can reach the socket is the superuser, so its folder is private; the por
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import pwd
@@ -184,12 +185,15 @@ def _as_user(user: str | None) -> dict[str, Any]:
 
 
 def _unprivileged_user() -> str:
-    try:
-        pwd.getpwnam(ROOT_USER)
-    except KeyError:
-        subprocess.run(
-            ["useradd", "--system", "--no-create-home", ROOT_USER], check=True, capture_output=True
-        )
+    # One after the other: of several `useradd` at once one fails, or undoes what another has just written.
+    with Path("/etc/passwd").open() as accounts:
+        fcntl.flock(accounts, fcntl.LOCK_EX)
+        try:
+            pwd.getpwnam(ROOT_USER)
+        except KeyError:
+            subprocess.run(
+                ["useradd", "--system", "--no-create-home", ROOT_USER], check=True, capture_output=True
+            )
     return ROOT_USER
 
 
