@@ -1,13 +1,14 @@
 """The whole product at work, for the tests that need Airflow: one embedded stack a session, and words for it.
 
 Loaded as a plugin by `tests/conftest.py`. The stack's config is a copy of `config/` in which an empty queue
-ends a run sooner; its backend serves two models more than the roster names.
+ends a run and a lease is over sooner; its backend serves two models more than the roster names.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import statistics
 import time
@@ -35,7 +36,17 @@ NEWCOMER = "llama-4-scout"  # the backend serves it; no config names it
 FOUND = "llama-found-9b"  # so it does this one, for a search to find
 IDLE_LEAVE_SECONDS = 4.0
 FLUSH_SECONDS = 0.3  # what ended is in the arrival log after so long
-LEASE_SECONDS = 10.0
+LEASE_SECONDS = 5.0
+HEARTBEAT_SECONDS = 1.0
+SOONER = {
+    "idle_leave_seconds": IDLE_LEAVE_SECONDS,
+    "lease_seconds": LEASE_SECONDS,
+    "heartbeat_seconds": HEARTBEAT_SECONDS,
+}
+AIRFLOW = {
+    "TRIGGERER__JOB_HEARTBEAT_SEC": "1",
+    "TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": str(int(LEASE_SECONDS)),
+}
 # Calls of 0.05 to 1 s, half of them under 0.2 s.
 LATENCY = ("--time-scale", "20", "--latency", "lognormal:4:0.6:1:20")
 
@@ -156,9 +167,9 @@ class Solving:
 
     def until_quiet(self, seconds: float = 30.0) -> None:
         """Wait until no call is open any more and the arrival log holds them all."""
-        still_open = "SELECT count(*) FROM model_calls WHERE outcome IS NULL"
-        wait_until(lambda: self.value(still_open) == 0, seconds, "no call is open")
-        time.sleep(FLUSH_SECONDS)
+        going_on = "SELECT count(*) FROM model_calls WHERE outcome IS NULL"
+        going_on += " OR finished_at > clock_timestamp() - make_interval(secs => %s)"
+        wait_until(lambda: self.value(going_on, FLUSH_SECONDS) == 0, seconds, "no call is open")
 
     def until_run_is_over(self, run: str, seconds: float) -> dict[str, Any]:
         """Wait until the run has ended; the run as it is then."""
@@ -171,8 +182,7 @@ class Solving:
         self.until_quiet()
 
     def ready(self, line: str = "4/s") -> None:
-        """No backlog, the DAG going, every model at `line`."""
-        self.stop_backlog()
+        """The DAG going, every model at `line`."""
         self.api.pause(DAG, paused=False)
         self.set_targets(line)
 
@@ -244,12 +254,14 @@ def spread(seconds: Sequence[float]) -> str:
 
 
 def config_for_tests(folder: Path) -> Path:
-    """A copy of `config/` in which an empty queue ends a run after IDLE_LEAVE_SECONDS."""
+    """A copy of `config/` in which an empty queue ends a run sooner, and a dead process is noticed sooner."""
     shutil.copytree(DEFAULT_CONFIG_FOLDER, folder)
     file = folder / "models.yaml"
-    kept = [line for line in file.read_text().splitlines() if "idle_leave_seconds:" not in line]
-    index = kept.index("worker:") + 1
-    file.write_text("\n".join([*kept[:index], f"  idle_leave_seconds: {IDLE_LEAVE_SECONDS}", *kept[index:]]))
+    text = file.read_text()
+    for key, seconds in SOONER.items():
+        text, number = re.subn(rf"(?m)^  {key}: .*$", f"  {key}: {seconds}", text)
+        assert number == 1, f"{file} has no line for {key}"
+    file.write_text(text)
     return folder
 
 
@@ -265,7 +277,7 @@ def start_solving(folder: Path) -> Solving:
         FOUND,
         *LATENCY,
     )
-    stack = Stack(folder / "stack", StackOptions(backend_arguments=arguments))
+    stack = Stack(folder / "stack", StackOptions(backend_arguments=arguments, airflow_settings=AIRFLOW))
     began = time.monotonic()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ROUTER_CONFIG", str(config_folder))

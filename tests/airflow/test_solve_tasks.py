@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.airflow, pytest.mark.alone, pytest.mark.timeout(180)]
 LOW, HIGH = "2/s", "8/s"
 FAST = "20/s"  # to see the end of a backlog soon
 ROUNDS = 5
-OBSERVED_SECONDS = 2.5  # after each round of edits
+OBSERVED_SECONDS = 1.6  # after each round of edits
 JITTER = 0.8  # a pair of arrivals this much closer than a gap is not the gap's jitter
 PAUSE_SECONDS = 2.0
 NEWCOMER_ENTRY = (
@@ -184,7 +184,7 @@ def test_all_workers_leave_an_empty_queue_together_and_a_new_task_wakes_the_next
     wait_until(
         lambda: {t["state"] for t in solving.airflow_tasks(run)} == {"deferred"}, 30, "all workers at work"
     )
-    warm = [_seconds_to_arrival(solving) for _ in range(9)]
+    warm = [_seconds_to_arrival(solving) for _ in range(5)]
     say(f"INSERT -> call, warm: {spread(warm)}")
 
     drained = time.monotonic()

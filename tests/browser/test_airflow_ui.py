@@ -40,7 +40,6 @@ def test_editing_a_variable_in_airflows_form_changes_the_traffic(solving: Solvin
 
 def toggle_pause(admin: Browser) -> float:
     """The switch beside the DAG's name; returns the moment before the click."""
-    admin.open(f"/dags/{DAG}")
     switch = admin.find("[data-testid=toggle-pause]")
     clicking = time.monotonic()
     switch.click()
@@ -49,6 +48,7 @@ def toggle_pause(admin: Browser) -> float:
 
 def test_the_switch_on_the_dags_page_stops_and_starts_the_solving(solving: Solving, admin: Browser) -> None:
     solving.insert(400)
+    admin.open(f"/dags/{DAG}")
     wait_for(lambda: solving.arrived(time.monotonic() - 1), 60, "solving")
     toggle_pause(admin)
     wait_until(lambda: solving.api.is_paused(DAG), 10, "the DAG is paused")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import multiprocessing
 import random
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 
 import pytest
 import redis.asyncio
@@ -20,6 +21,7 @@ from router.traffic import TrafficTarget
 pytestmark = pytest.mark.alone
 
 SETTINGS = LimiterSettings()
+PROCESSES = 3
 
 
 @dataclass(frozen=True)
@@ -115,45 +117,56 @@ def most_at_once(arrivals: list[Arrival]) -> int:
     return most
 
 
+@pytest.fixture(scope="module")
+def senders() -> Iterator[ProcessPoolExecutor]:
+    """Processes to send from."""
+    with ProcessPoolExecutor(PROCESSES, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
 async def drive(
-    url: str, load: Load, *, processes: int = 3, targets: list[tuple[float, str]] | None = None
+    senders: ProcessPoolExecutor,
+    load: Load,
+    *,
+    processes: int = PROCESSES,
+    targets: list[tuple[float, str]] | None = None,
 ) -> list[Arrival]:
     """Run sender processes while the target changes at the given seconds."""
-    context = multiprocessing.get_context("spawn")
     loop = asyncio.get_running_loop()
-    client = redis.asyncio.Redis.from_url(url)
-    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
-        running = [
-            loop.run_in_executor(pool, sender_process, Load(**{**load.__dict__, "seed": number}))
-            for number in range(processes)
-        ]
-        async with TrafficLimiter(client) as limiter:
-            for after, line in targets or []:
-                await asyncio.sleep(after)
-                await limiter.set_target(load.model, TrafficTarget.parse(line))
-            parts = await asyncio.gather(*running)
+    client = redis.asyncio.Redis.from_url(load.url)
+    running = [
+        loop.run_in_executor(senders, sender_process, replace(load, seed=number))
+        for number in range(processes)
+    ]
+    async with TrafficLimiter(client) as limiter:
+        for after, line in targets or []:
+            await asyncio.sleep(after)
+            await limiter.set_target(load.model, TrafficTarget.parse(line))
+        parts = await asyncio.gather(*running)
     await client.aclose()
     return [arrival for part in parts for arrival in part]
 
 
 @pytest.mark.parametrize("line", ["50/s", "50/s, burst"])
 async def test_three_processes_never_pass_fifty_a_second_and_come_close(
-    redis_client: redis.asyncio.Redis, redis_server: RedisServer, line: str
+    redis_client: redis.asyncio.Redis, redis_server: RedisServer, senders: ProcessPoolExecutor, line: str
 ):
     async with TrafficLimiter(redis_client) as limiter:
         await limiter.set_target("llama", TrafficTarget.parse(line))
-    arrivals = await drive(redis_server.url, Load(redis_server.url, "llama", tasks=20, seconds=3.2))
+    arrivals = await drive(senders, Load(redis_server.url, "llama", tasks=20, seconds=3.2))
     assert most_in_a_window(arrivals, 1.0) <= 50
     since = min(a.at for a in arrivals) + 1.0
     assert len([a for a in arrivals if since <= a.at <= since + 2]) > 100 * 0.85  # some are late on purpose
 
 
 @pytest.mark.soak
-async def test_two_windows_hold_together(redis_client: redis.asyncio.Redis, redis_server: RedisServer):
+async def test_two_windows_hold_together(
+    redis_client: redis.asyncio.Redis, redis_server: RedisServer, senders: ProcessPoolExecutor
+):
     async with TrafficLimiter(redis_client) as limiter:
         await limiter.set_target("llama", TrafficTarget.parse("60/3s, 30/s, burst"))
     load = Load(redis_server.url, "llama", tasks=10, seconds=4.5, window_seconds=1)
-    arrivals = await drive(redis_server.url, load, processes=2)
+    arrivals = await drive(senders, load, processes=2)
     assert most_in_a_window(arrivals, 1.0) <= 30
     assert most_in_a_window(arrivals, 3.0) <= 60
     assert len(arrivals) >= 75
@@ -161,7 +174,7 @@ async def test_two_windows_hold_together(redis_client: redis.asyncio.Redis, redi
 
 @pytest.mark.soak
 async def test_a_target_that_changes_holds_from_the_next_decision_and_forgets_nothing(
-    redis_client: redis.asyncio.Redis, redis_server: RedisServer
+    redis_client: redis.asyncio.Redis, redis_server: RedisServer, senders: ProcessPoolExecutor
 ):
     async with TrafficLimiter(redis_client) as limiter:
         await limiter.set_target("llama", TrafficTarget.parse("20/s"))
@@ -169,7 +182,7 @@ async def test_a_target_that_changes_holds_from_the_next_decision_and_forgets_no
     lines = [(1.2, "80/s, burst"), (1.3, "10/s"), (1.5, "100/2s, 70/s")]
     load = Load(redis_server.url, "llama", tasks=15, seconds=6)
     started = time.monotonic()
-    arrivals = await drive(redis_server.url, load, processes=2, targets=lines)
+    arrivals = await drive(senders, load, processes=2, targets=lines)
     for after, _ in lines:
         changed_at.append((changed_at[-1] if changed_at else started) + after)
     spans = [(0.0, 20), (changed_at[0], 80), (changed_at[1], 10), (changed_at[2], 70)]
@@ -183,12 +196,12 @@ async def test_a_target_that_changes_holds_from_the_next_decision_and_forgets_no
 
 
 async def test_tokens_reserved_never_pass_their_window(
-    redis_client: redis.asyncio.Redis, redis_server: RedisServer
+    redis_client: redis.asyncio.Redis, redis_server: RedisServer, senders: ProcessPoolExecutor
 ):
     async with TrafficLimiter(redis_client) as limiter:
         await limiter.set_target("llama", TrafficTarget.parse("10k tokens/s, 200/s, burst"))
     load = Load(redis_server.url, "llama", tasks=15, seconds=3.5, tokens=1000)
-    arrivals = await drive(redis_server.url, load, processes=2)
+    arrivals = await drive(senders, load, processes=2)
     assert most_tokens_in_a_window(arrivals, 1.0) <= 10_000
     assert most_in_a_window(arrivals, 1.0) <= 200
     assert sum(a.tokens for a in arrivals) > 20_000
@@ -196,11 +209,11 @@ async def test_tokens_reserved_never_pass_their_window(
 
 @pytest.mark.soak
 async def test_calls_at_once_never_pass_their_number(
-    redis_client: redis.asyncio.Redis, redis_server: RedisServer
+    redis_client: redis.asyncio.Redis, redis_server: RedisServer, senders: ProcessPoolExecutor
 ):
     async with TrafficLimiter(redis_client) as limiter:
         await limiter.set_target("llama", TrafficTarget.parse("7 at once"))
     load = Load(redis_server.url, "llama", tasks=10, seconds=2.5, call_seconds=0.1)
-    arrivals = await drive(redis_server.url, load, processes=2)
+    arrivals = await drive(senders, load, processes=2)
     assert most_at_once(arrivals) <= 7
     assert len(arrivals) > 60
