@@ -44,7 +44,7 @@ NEWCOMER_ENTRY = (
 
 def test_a_backlog_is_solved_once_and_within_every_target(solving: Solving) -> None:
     inserted = time.monotonic()
-    solving.insert(350)
+    solving.insert(280)
     solving.until_all_send(inserted, 60)
     all_send = time.monotonic()
     solving.until_drained(60)
