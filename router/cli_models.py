@@ -13,10 +13,10 @@ from rich.text import Text
 from router import cli_terminal as terminal
 from router.airflow_api import AirflowApi
 from router.database import Connection, rows
-from router.errors import AirflowError, ConfigError, RouterError
+from router.errors import AirflowError, ConfigError, RouterError, first_line
 from router.roster import sync_roster
 from router.settings import load_config, read_discovered
-from router.status import ModelStatus, Status, first_line, read_status, seconds_until_in_force
+from router.status import ModelStatus, Status, read_status
 from router.traffic import GRAMMAR, TrafficTarget
 
 VARIABLE_PREFIX = "traffic."
@@ -114,6 +114,8 @@ def _await(model: str, wanted: TrafficTarget, redis: str | None, now: Status, *,
         terminal.note(warning)
     seconds = None
     if redis:
+        from router.live_traffic import seconds_until_in_force  # noqa: PLC0415 - it takes half a second
+
         seconds = seconds_until_in_force(redis, model, str(wanted), at_most_seconds=PATIENCE_SECONDS)
     if seconds is None and redis and now.workers and not now.held:
         raise RouterError(

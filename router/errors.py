@@ -83,3 +83,8 @@ class AirflowError(RouterError):
 
 class InputError(RouterError):
     """A line, row or argument that a person gave is wrong; the message names it."""
+
+
+def first_line(text: str) -> str:
+    """The first line of what an error says."""
+    return text.splitlines()[0] if text else ""

@@ -6,25 +6,21 @@ comes from the limiter; if Redis is away, from the log of calls, and the status 
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
-
-import redis.asyncio
-from redis.exceptions import RedisError
+from typing import TYPE_CHECKING, Any
 
 from router.database import Connection, rows
-from router.errors import LimiterError
-from router.limiter import ModelTraffic, TrafficLimiter, WaitReason
+from router.errors import first_line
+from router.permits import WaitReason
 from router.traffic import TrafficTarget
+
+if TYPE_CHECKING:
+    from router.limiter import ModelTraffic
 
 RECENT_CALLS = 5000  # the newest calls that are looked through for troubles
 RECENT_MINUTES = 10
-REDIS_SECONDS = 2.0
-POLL_SECONDS = 0.05
 
 _COUNTS = "SELECT category, unsolved, solved, failed FROM task_counts_now ORDER BY category"
 _STATES = """
@@ -122,6 +118,8 @@ class Status:
 
 def read_status(connection: Connection, redis_url: str | None) -> Status:
     """The status of this moment. A Redis that is away is a note, not an error."""
+    from router.live_traffic import read_limiter  # noqa: PLC0415 - it takes half a second
+
     rows(connection, "SET LOCAL statement_timeout = '10s'")
     counts = {row.pop("category"): row for row in rows(connection, _COUNTS)}
     states = rows(connection, _STATES)[0]
@@ -238,64 +236,3 @@ def _trouble(row: Mapping[str, Any], traffic: ModelTraffic | None) -> str | None
     if traffic is not None and traffic.resting_seconds > 0:
         return f"rests {traffic.resting_seconds:.0f} s more: {traffic.rest_reason or 'it refused'}"
     return None
-
-
-def first_line(text: str) -> str:
-    """The first line of a message of many."""
-    return text.splitlines()[0] if text else ""
-
-
-def read_limiter(
-    redis_url: str | None, models: Sequence[str]
-) -> tuple[dict[str, ModelTraffic] | None, str | None]:
-    """What the limiter holds for each model, or None and a sentence that says why it cannot be known."""
-    if not redis_url:
-        return None, "ROUTER_REDIS_URL is not set."
-    try:
-        return asyncio.run(asyncio.wait_for(_snapshot(redis_url, models), 2 * REDIS_SECONDS)), None
-    except asyncio.TimeoutError:
-        return None, "Redis does not answer."
-    except (LimiterError, RedisError, OSError, ValueError) as error:
-        return None, f"Redis is away: {first_line(str(error.__cause__ or error)).rstrip('.')}."
-
-
-async def _snapshot(redis_url: str, models: Sequence[str]) -> dict[str, ModelTraffic]:
-    client = _client(redis_url)
-    try:
-        async with TrafficLimiter(client) as limiter:
-            return await limiter.snapshot(models)
-    finally:
-        await client.aclose()
-
-
-def seconds_until_in_force(
-    redis_url: str, model: str, target: str, *, at_most_seconds: float
-) -> float | None:
-    """Wait until the limiter works by this target (its canonical line); None if it does not in time."""
-    try:
-        return asyncio.run(_until_in_force(redis_url, model, target, at_most_seconds))
-    except (LimiterError, RedisError, OSError):
-        return None
-
-
-async def _until_in_force(redis_url: str, model: str, target: str, at_most_seconds: float) -> float | None:
-    client = _client(redis_url)
-    started = time.monotonic()
-    try:
-        async with TrafficLimiter(client) as limiter:
-            while True:
-                in_force = (await limiter.snapshot([model]))[model].target
-                waited = time.monotonic() - started
-                if in_force == target:
-                    return waited
-                if waited >= at_most_seconds:
-                    return None
-                await asyncio.sleep(POLL_SECONDS)
-    finally:
-        await client.aclose()
-
-
-def _client(redis_url: str) -> redis.asyncio.Redis:
-    return redis.asyncio.Redis.from_url(
-        redis_url, socket_timeout=REDIS_SECONDS, socket_connect_timeout=REDIS_SECONDS
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-SLOW = {"aiohttp", "fastapi", "numpy", "scipy", "sklearn"}
+SLOW = {"aiohttp", "fastapi", "numpy", "redis", "scipy", "sklearn"}
 
 
 def test_no_verb_waits_for_what_another_one_needs():
