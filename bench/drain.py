@@ -1,5 +1,7 @@
 """Drains real prompts through the whole embedded stack, and takes a model on in the middle.
 
+The DAG is on and waits for work when they come.
+
     python -m bench.drain --prompts FOLDER [--tasks 5000] [--target 150/min] [--json FILE]
 
 FOLDER holds JSONL files with `prompt` and `category`. Printed: the time against the soonest possible, the
@@ -23,6 +25,7 @@ from typing import Any
 from rich.console import Console
 
 from bench.arrivals import Arrival, read_arrivals
+from local.airflow_api import AirflowApi
 from local.demo_report import DemoReport, TaskFacts, make_report, task_facts
 from local.plan import StackOptions
 from local.stack import Stack
@@ -33,6 +36,7 @@ from router.settings import ModelSettings, RouterConfig, load_config
 from router.traffic import TrafficTarget
 
 NEWCOMER = "newcomer-7b"
+START_SECONDS = 60.0
 MOST_IDLE_SECONDS = 5.0
 MOST_OVER_BOUND = 1.03
 
@@ -78,6 +82,7 @@ def _drain(
         for name, model in config.models.items():
             api.set_variable(f"traffic.{name}", model.target)
         api.pause("solve_tasks", paused=False)
+        _until_it_waits(api)
     since = time.monotonic()
     _load(stack, options.prompts, options.tasks)
     while _facts(stack).solved < options.tasks // 2:
@@ -96,6 +101,18 @@ def _drain(
         for row in rows(connection, "SELECT id, failure FROM tasks WHERE status = 'failed' LIMIT 10"):
             print(f"task {row['id']} failed: {row['failure']}")
         return make_report(connection, "drain/", stack.arrival_log, started, since), added_at
+
+
+def _until_it_waits(api: AirflowApi) -> None:
+    """Wait until a run waits for work, as it does whenever there is none: Airflow's first start is over."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        for run in api.runs("solve_tasks", limit=1):
+            for entry in api.task_instances("solve_tasks", run["dag_run_id"]):
+                if entry["task_id"] == "wait_for_work" and entry["triggerer_job"]:
+                    return
+        time.sleep(0.2)
+    raise TimeoutError(f"no run of solve_tasks waits for work after {START_SECONDS:.0f} s")
 
 
 def _facts(stack: Stack) -> TaskFacts:
