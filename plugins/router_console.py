@@ -42,8 +42,8 @@ class LazyConsole:
 
 
 def _build() -> Console:
-    folder = str(Path(__file__).parent)
-    if folder not in sys.path:  # Airflow puts it there; a test that loads this file alone need not
+    folder = str(Path(__file__).resolve().parent)
+    if folder not in sys.path:  # Airflow puts its own there, in which this file may be a link
         sys.path.append(folder)
     from console.app import Console  # noqa: PLC0415 - not in processes that only read plugins
 

@@ -51,24 +51,20 @@ async def watch() -> None:
 
 
 async def _watch_until_trouble() -> None:
-    import redis.asyncio  # noqa: PLC0415 - not in processes that only parse
-
-    from router.database import open_pool  # noqa: PLC0415 - the same
+    from router.database import open_pool  # noqa: PLC0415 - not in processes that only parse
     from router.limiter import LimiterSettings, TrafficLimiter  # noqa: PLC0415 - the same
+    from router.redis_script import redis_client  # noqa: PLC0415 - the same
     from router.settings import load_config  # noqa: PLC0415 - the same
     from router.traffic_watch import TrafficWatch  # noqa: PLC0415 - the same
 
     database_url, redis_url = await asyncio.to_thread(_addresses)
     pool = await open_pool(database_url, connections=2)
-    client = redis.asyncio.Redis.from_url(redis_url, socket_timeout=5, socket_connect_timeout=5)
+    client = redis_client(redis_url)
     try:
         watching = TrafficWatch(pool, TrafficLimiter(client, settings=LimiterSettings.of(load_config())))
         while True:
             lines, paused, version = await asyncio.to_thread(read_variables)
-            await watching.apply(lines, version=version)
-            if paused is not None:
-                await watching.apply_hold(held=paused, version=version)
-            await watching.tell_watching()
+            await watching.step(lines, paused=paused, version=version)
             await asyncio.sleep(WATCH_SECONDS)
     finally:
         await client.aclose()

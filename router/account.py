@@ -76,7 +76,7 @@ class Account:
             return NoAnswer(f"{model} did not answer within {deadline:g} s. Give it a longer deadline.")
         why = result.error if result and result.error else f"no permit within {deadline:g} s"
         if runner.unlogged:
-            return NoAnswer(f"{model} was not asked: {why}")
+            return NoAnswer(f"{model} was not asked: Postgres takes no log, and without it nothing is sent.")
         retry = max(SHORTEST_RETRY_SECONDS, ahead.retry_after_seconds)
         if result is None or result.outcome is Outcome.UNSENT:
             return NoRoom(f"There is no room for {model}: {why}", retry)

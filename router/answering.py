@@ -230,6 +230,8 @@ class Router:
 
     def _check_prompt(self, prompt: str) -> None:
         most = self.config.asking.max_prompt_bytes
+        if not isinstance(prompt, str):
+            raise InputError(f"The prompt is {type(prompt).__name__}, not text. Decode it, or write it out.")
         if not prompt.strip():
             raise InputError("The prompt is empty. Write what is to be answered.")
         try:

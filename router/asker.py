@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import asyncpg
-import redis.asyncio
 
 from router import asking, heap
 from router import roster as roster_of
@@ -30,6 +29,7 @@ from router.ledger import Means
 from router.limiter import LimiterSettings, PastCall, TrafficLimiter
 from router.line_up import Desk
 from router.queue import TaskQueue
+from router.redis_script import redis_client
 from router.roster import Roster
 from router.settings import Addresses, RouterConfig
 from router.task import new_call_id
@@ -112,10 +112,7 @@ class Asker:
         worker = self._config.worker
         pool = await open_pool(self._addresses.database_url, connections=worker.pool_connections, at_first=0)
         self._stack.push_async_callback(closed_within, CLOSE_SECONDS, pool.close, pool.terminate)
-        client = redis.asyncio.Redis.from_url(
-            self._addresses.redis_url, socket_timeout=REDIS_SECONDS, socket_connect_timeout=REDIS_SECONDS,
-            max_connections=64,
-        )  # fmt: skip
+        client = redis_client(self._addresses.redis_url, seconds=REDIS_SECONDS)
         self._stack.push_async_callback(client.aclose)
         self._pool = pool
         self.limiter = TrafficLimiter(client, self._past_calls, settings=LimiterSettings.of(self._config))

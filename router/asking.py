@@ -122,6 +122,20 @@ async def take_deadlines(
     return [DueTask(**dict(row)) for row in found]
 
 
-async def deadline_served(pool: asyncpg.Pool, task_id: int) -> None:
-    """What could be had for this task by its deadline is kept."""
-    await patiently(lambda: fetch(pool, "SELECT deadline_served($1)", task_id))
+async def hold_deadline(
+    pool: asyncpg.Pool, task: DueTask, *, ahead_seconds: float, hold_seconds: float
+) -> None:
+    """Keep a task that was taken from other processes for so long from now on."""
+    await fetch(
+        pool, "SELECT hold_deadline($1, $2, $3, $4)",
+        task.task_id, task.prompt_version, ahead_seconds, hold_seconds,
+    )  # fmt: skip
+
+
+async def deadline_served(pool: asyncpg.Pool, task: DueTask, *, ahead_seconds: float) -> None:
+    """What could be had for this prompt by its deadline is kept; one that was moved away is still to come."""
+    await patiently(
+        lambda: fetch(
+            pool, "SELECT deadline_served($1, $2, $3)", task.task_id, task.prompt_version, ahead_seconds
+        )
+    )

@@ -263,12 +263,27 @@ def _broken(error: Exception, sent_at: float | None, timeout_seconds: float) -> 
     return CallResult(Outcome.ERROR, error=words, latency_seconds=_since(sent_at), may_go_on=True)
 
 
+# What these say is said to whoever calls, and would be to any prompt: none may lose an attempt by it.
+_SHUT_DOOR = (
+    HTTPStatus.UNAUTHORIZED,
+    HTTPStatus.PAYMENT_REQUIRED,
+    HTTPStatus.METHOD_NOT_ALLOWED,
+    HTTPStatus.PROXY_AUTHENTICATION_REQUIRED,
+)
+_OUTCOMES: dict[int, Outcome] = {
+    HTTPStatus.TOO_MANY_REQUESTS: Outcome.RATE_LIMITED,
+    HTTPStatus.SERVICE_UNAVAILABLE: Outcome.OVERLOADED,
+    HTTPStatus.NOT_FOUND: Outcome.UNKNOWN_MODEL,
+    **dict.fromkeys(_SHUT_DOOR, Outcome.OVERLOADED),
+    # Perhaps the prompt's fault (a filter's word), perhaps not: it counts, and the model rests if it goes on.
+    HTTPStatus.FORBIDDEN: Outcome.ERROR,
+    HTTPStatus.REQUEST_TIMEOUT: Outcome.ERROR,
+    HTTPStatus.TOO_EARLY: Outcome.ERROR,
+}
+
+
 def _refused(status: int, headers: Mapping[str, str], content: bytes) -> CallResult:
-    outcome = {
-        HTTPStatus.TOO_MANY_REQUESTS: Outcome.RATE_LIMITED,
-        HTTPStatus.SERVICE_UNAVAILABLE: Outcome.OVERLOADED,
-        HTTPStatus.NOT_FOUND: Outcome.UNKNOWN_MODEL,
-    }.get(HTTPStatus(status) if status in HTTPStatus._value2member_map_ else HTTPStatus.OK)
+    outcome = _OUTCOMES.get(status)
     if outcome is None:
         client_error = HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR
         outcome = Outcome.REJECTED if client_error else Outcome.ERROR

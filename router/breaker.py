@@ -19,6 +19,7 @@ class Sign(enum.IntEnum):
     BAD = 2  # one more failure in a row: opens it in the end
     REFUSED = 3  # 429: counted, since it means that the target is above the provider's quota
     PUT_BACK = 4  # what a process still knows of a rest that Redis forgot
+    NOTHING = 5  # given up by whoever asked: if it was the probe, another call may be the next one
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class BreakerSettings:
             return Verdict(Sign.REST if told else Sign.BAD, pause)
         if outcome is Outcome.UNKNOWN_MODEL:
             return Verdict(Sign.REST, self.unknown_model_rest_seconds)
-        return None
+        return Verdict(Sign.NOTHING) if outcome is Outcome.ABANDONED else None
 
 
 _GOOD = frozenset({Outcome.ANSWERED, Outcome.REJECTED})

@@ -17,7 +17,6 @@ from types import TracebackType
 from typing import Literal
 
 import asyncpg
-import redis.asyncio
 from typing_extensions import Self
 
 from router import roster as roster_of
@@ -26,7 +25,7 @@ from router.database import open_pool
 from router.duties import closed_within, ended, result_within
 from router.errors import DatabaseError, LimiterError
 from router.limiter import LimiterSettings, PastCall, Permit, TrafficLimiter
-from router.permits import AFTER_TIMEOUT_SECONDS
+from router.redis_script import redis_client
 from router.roster import RosterModel
 from router.sending import CallOrder, outlook, send_permitted
 from router.settings import Addresses, RouterConfig
@@ -139,32 +138,27 @@ class Caller:
         url = self._addresses.database_url
         self.pool = await open_pool(url, connections=self._config.worker.pool_connections)
         self._stack.push_async_callback(closed_within, CLOSE_SECONDS, self.pool.close, self.pool.terminate)
-        client = redis.asyncio.Redis.from_url(
-            self._addresses.redis_url, socket_timeout=REDIS_SECONDS, socket_connect_timeout=REDIS_SECONDS,
-            max_connections=MOST_AT_ONCE,
-        )  # fmt: skip
+        client = redis_client(self._addresses.redis_url, seconds=REDIS_SECONDS, connections=MOST_AT_ONCE)
         self._stack.push_async_callback(client.aclose)
         settings = LimiterSettings.of(self._config)
         self._limiter = TrafficLimiter(client, self._past_calls, settings=settings)
         self._stack.push_async_callback(closed_within, CLOSE_SECONDS, self._limiter.aclose)
         backend = ModelsBackend(self._addresses.backend_url, self._config.backend)
         self._backend = await self._stack.enter_async_context(backend)
-        before = time.time()
+        before = time.monotonic()
         now = await fetch_one(self.pool, "SELECT extract(epoch FROM clock_timestamp())::float8 AS now")
-        self._clock_offset_seconds = now["now"] - (before + time.time()) / 2
+        self._clock_offset_seconds = now["now"] - (before + time.monotonic()) / 2
         roster = await roster_of.read_roster(self.pool)
         await TrafficWatch(self.pool, self._limiter).begin(roster)
         self._with_target.update(roster.models)
 
     def _order(self, model: RosterModel, prompt: str, max_tokens: int | None) -> CallOrder:
         most = model.max_tokens if max_tokens is None else min(max_tokens, model.max_tokens)
-        # A call that outlives its place in the limiter would let one too many through.
-        longest = self._limiter.settings.call_longest_seconds - AFTER_TIMEOUT_SECONDS
         return CallOrder(
-            call_id=new_call_id(time.time() + self._clock_offset_seconds), model=model.model,
+            call_id=new_call_id(time.monotonic() + self._clock_offset_seconds), model=model.model,
             endpoint=model.endpoint, prompt=prompt, max_tokens=most,
             reserved_tokens=len(prompt.encode("utf-8", "replace")) + most,  # no token is shorter than a byte
-            timeout_seconds=min(model.timeout_seconds, longest),
+            timeout_seconds=model.timeout_seconds,
         )  # fmt: skip
 
     async def _made(self, call: _Call, model: RosterModel, patience_seconds: float) -> Called:

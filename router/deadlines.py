@@ -6,6 +6,7 @@ It is provisional: the task stays unsolved, and the chosen model's answer replac
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from dataclasses import replace
@@ -17,7 +18,7 @@ from router.asking import AskedTask, DueTask
 from router.categories import Categorised
 from router.duties import ended
 from router.engine import Engine
-from router.errors import RouterError
+from router.errors import DatabaseError, RouterError
 from router.fallback import Found, Knowledge, prompt_with, search
 from router.knowledge import Knowledge as KeptKnowledge
 from router.ledger import Ledger, Means
@@ -52,6 +53,7 @@ class Deadlines:
             pool=engine.pool, limiter=engine.limiter, backend=engine.backend,
             worker=lambda: engine.queue.worker, rename=engine.queue.rename,
             new_call_id=lambda: new_call_id(engine.queue.database_time()),
+            check_may_send=engine.check_may_send,
         )  # fmt: skip
 
     def take_up(self) -> None:
@@ -64,8 +66,7 @@ class Deadlines:
         if room <= 0 or not self._engine.may_send():
             return
         due = await asking.take_deadlines(
-            self._engine.pool, ahead_seconds=self._engine.config.fallback.before_deadline_seconds,
-            hold_seconds=HOLD_SECONDS, limit=room,
+            self._engine.pool, ahead_seconds=self._ahead_seconds, hold_seconds=HOLD_SECONDS, limit=room
         )  # fmt: skip
         for task in due:
             serving = asyncio.get_running_loop().create_task(
@@ -73,6 +74,10 @@ class Deadlines:
             )
             self._serving.add(serving)
             serving.add_done_callback(self._served)
+
+    @property
+    def _ahead_seconds(self) -> float:
+        return self._engine.config.fallback.before_deadline_seconds
 
     async def _stop(self) -> None:
         await ended(*self._serving)
@@ -95,14 +100,26 @@ class Deadlines:
             self._ask(due, ledger, line_up, prompt_with(due.prompt, found, config.fallback)),
             name=f"router fallback of task {due.task_id}",
         )
+        holding = asyncio.get_running_loop().create_task(
+            self._hold(due), name=f"router hold of task {due.task_id}"
+        )
         try:
             await asyncio.wait({asking_models}, timeout=max(0.0, due.seconds_left))
             if not asking_models.done() or not asking_models.result():
                 await self._keep_passages(due, ledger, line_up, found)
-            await asking_models
+            answered = await asking_models
         finally:
-            await ended(asking_models)
-        await asking.deadline_served(self._engine.pool, due.task_id)
+            await ended(asking_models, holding)
+        if answered or not self._engine.held_back():  # else it was cut short, and is taken up again later
+            await asking.deadline_served(self._engine.pool, due, ahead_seconds=self._ahead_seconds)
+
+    async def _hold(self, due: DueTask) -> None:
+        while True:
+            await asyncio.sleep(HOLD_SECONDS / 3)
+            with contextlib.suppress(DatabaseError):
+                await asking.hold_deadline(
+                    self._engine.pool, due, ahead_seconds=self._ahead_seconds, hold_seconds=HOLD_SECONDS
+                )
 
     async def _search(self, prompt: str) -> Found:
         async with self._opening:
@@ -120,6 +137,8 @@ class Deadlines:
         until = time.monotonic() + max(LEAST_SECONDS, due.seconds_left)
         patience = race.permit_patience(max(LEAST_SECONDS, due.seconds_left), config.asking.permit_seconds)
         for model in who.cheap:
+            if self._engine.held_back():
+                return False
             order = line_up.order(
                 self._engine.roster, self._means.new_call_id(), model, prompt,
                 config.fallback.max_tokens, due.max_tokens,
@@ -131,6 +150,8 @@ class Deadlines:
             last = model == who.cheap[-1]
             await runner.run(patience, until if last else min(until, time.monotonic() + patience))
             await runner.close()
+            if runner.cancelled:
+                raise asyncio.CancelledError
             if runner.leg is Leg.ANSWERED:
                 return True
         return False

@@ -18,7 +18,6 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 
 import asyncpg
-import redis.asyncio
 
 from router import heap
 from router import roster as roster_of
@@ -27,9 +26,10 @@ from router.backend import ModelsBackend
 from router.categorising import Categorising
 from router.database import open_pool
 from router.duties import Duties, Step, ended, set_within
-from router.errors import RouterError
+from router.errors import HeldBack, RouterError
 from router.limiter import LimiterSettings, PastCall, TrafficLimiter
 from router.queue import EngineState, TaskQueue, listening
+from router.redis_script import redis_client
 from router.roster import Roster
 from router.settings import Addresses, RouterConfig
 from router.traffic import TrafficTarget
@@ -45,6 +45,7 @@ PARTITION_SECONDS = 3600.0
 VARIABLE_SECONDS = 10.0  # only the net: a watch near the metadata database is faster
 SUMMARY_SECONDS = 30.0
 OVERLOOKED_SECONDS = 30.0
+BEATS_BORNE = 2  # heartbeats that others may need to prolong their leases after Postgres was away
 UNLIMITED_CALL_SECONDS = 5.0  # how long a call is taken to last where only calls at once are limited
 
 ROSTER_CHANGED = "the roster changed"
@@ -53,10 +54,6 @@ HANDOVER_SECONDS = 30.0  # workers come and go one by one; all of a run are ther
 
 T = TypeVar("T")
 ReadVariables = Callable[[list[str]], Awaitable[Mapping[str, "str | None"]]]
-
-
-class HeldBack(Exception):  # noqa: N818 - a state of the world, read as one
-    """Nothing may be sent now: the batch is held, or this process is not sure of its lease."""
 
 
 class Engine:
@@ -80,6 +77,7 @@ class Engine:
         self._tasks_came = asyncio.Event()
         self._empty_since: float | None = None
         self._alive_at = 0.0
+        self._release_from = 0.0
         self._reconciled = -(2**62)
         self._work: Work | None = None
         self.state: EngineState | None = None
@@ -106,9 +104,7 @@ class Engine:
             self.addresses.database_url, connections=worker.pool_connections
         )
         self._open.push_async_callback(self.pool.close)
-        self.redis = redis.asyncio.Redis.from_url(
-            self.addresses.redis_url, socket_timeout=5, socket_connect_timeout=5, max_connections=64
-        )
+        self.redis = redis_client(self.addresses.redis_url)
         self._open.push_async_callback(self.redis.aclose)
         self.limiter = TrafficLimiter(self.redis, self._past_calls, settings=LimiterSettings.of(self.config))
         self._open.push_async_callback(self.limiter.aclose)
@@ -130,7 +126,7 @@ class Engine:
         self._duties.take_up(self._heartbeat_step, worker.heartbeat_seconds, "heartbeat")
         self._duties.take_up(self._state_step, STATE_SECONDS, "state", wake=self._control)
         self._duties.take_up(self._categorising.step, CATEGORISE_SECONDS, "categorise", wake=self._tasks_came)
-        self._duties.take_up(self.queue.keep_house, HOUSE_SECONDS, "house")
+        self._duties.take_up(self._house_step, HOUSE_SECONDS, "house")
         self._duties.take_up(self._reconcile_step, RECONCILE_SECONDS, "reconcile")
         self._duties.take_up(self.queue.keep_partitions, PARTITION_SECONDS, "partitions")
         self._duties.take_up(self._overlooked_step, OVERLOOKED_SECONDS, "overlooked claims")
@@ -237,16 +233,20 @@ class Engine:
         """Raise HeldBack if the batch is held or the lease may be gone; called just before a send."""
         if self.state is None or self.state.held:
             raise HeldBack("the batch is held: solve_tasks is paused")
-        if time.monotonic() - self._alive_at > self.config.worker.lease_seconds:
+        if not self._lease_is_sure():
             raise HeldBack("the lease was not prolonged in time: Postgres is away")
 
-    def may_send(self) -> bool:
-        """Whether check_may_send would let a call through."""
+    def held_back(self) -> bool:
+        """Whether check_may_send would raise now."""
         try:
             self.check_may_send()
         except HeldBack:
-            return False
-        return len(self._calls) < self.config.worker.max_in_flight
+            return True
+        return False
+
+    def may_send(self) -> bool:
+        """Whether there is room for a call, and check_may_send would let it through."""
+        return not self.held_back() and len(self._calls) < self.config.worker.max_in_flight
 
     def in_flight(self) -> int:
         """Calls of this process that are not settled yet."""
@@ -291,7 +291,17 @@ class Engine:
             log.warning("the lease was lost; going on under a new name, old claims are fenced off")
             self.queue.rename()
             await self.queue.heartbeat()
+        if not self._lease_is_sure():
+            self._release_from = asked_at + BEATS_BORNE * self.config.worker.heartbeat_seconds
         self._alive_at = asked_at
+
+    def _lease_is_sure(self) -> bool:
+        return time.monotonic() - self._alive_at <= self.config.worker.lease_seconds
+
+    async def _house_step(self) -> None:
+        # When Postgres was away nobody could prolong a lease: those who live are let do so first.
+        sure = self._lease_is_sure() and time.monotonic() >= self._release_from
+        await self.queue.keep_house(release_lost=sure)
 
     async def _state_step(self) -> None:
         state = await self.queue.state(list(self._runs))
@@ -330,8 +340,8 @@ class Engine:
 
     async def _aim(self) -> None:
         assert self.state is not None
-        lines = await roster_of.read_targets(self.pool)
-        self.targets = {model: TrafficTarget.parse(line) for model, (line, _) in lines.items()}
+        kept = await roster_of.read_targets(self.pool)
+        self.targets = {model: target for model, (target, _) in kept.items()}
         rates = {model: _rate(self.targets[model]) for model in self.roster.models if model in self.targets}
         work = Work(self.state.unsolved, rates, self.roster.places, self.roster.learned)
         self.bounds = bounds(work)
@@ -348,6 +358,7 @@ class Engine:
         version = int(self.queue.database_time() * 1e6)
         lines = await self._read_variables(list(self.roster.models))
         await self.watch.apply(lines, version=version)
+        await self.watch.forget_troubles(lines)
 
     async def _reconcile_step(self) -> None:
         after = await self.queue.reconcile_step(self._reconciled)

@@ -15,6 +15,8 @@ RouterError                     a fact, and the next step
 ├── AirflowError                Airflow's REST API refused or cannot be reached
 └── InputError                  a line, row or argument that a person gave; names it
 
+HeldBack                        nothing may be sent now; no error, and nothing for people
+
 What a call to a model came to is never an exception but a value: `router.task.CallResult`.
 """
 
@@ -88,3 +90,7 @@ class InputError(RouterError):
 def first_line(text: str) -> str:
     """The first line of what an error says."""
     return text.splitlines()[0] if text else ""
+
+
+class HeldBack(Exception):  # noqa: N818 - a state of the world, read as one
+    """Nothing may be sent now: the batch is held, or this process is not sure of its lease."""

@@ -26,6 +26,7 @@ class Means:
     """What the askings of a process share. `worker` is under whose lease they hold their tasks.
 
     `unconfirmed` are calls of which nobody knows whether Postgres has them: they are to be forgotten.
+    `check_may_send` is asked directly before each send, and raises HeldBack if nothing may be sent.
     """
 
     pool: asyncpg.Pool
@@ -34,6 +35,7 @@ class Means:
     worker: Callable[[], str]
     rename: Callable[[], None]
     new_call_id: Callable[[], uuid.UUID]
+    check_may_send: Callable[[], None] = lambda: None
     unconfirmed: set[uuid.UUID] = field(default_factory=set)
 
 

@@ -122,8 +122,10 @@ if verb == 'reserve' or verb == 'peek' or (verb == 'snapshot' and live and spec)
   if verb == 'snapshot' then
     if at_once >= 0 then held = call('ZCOUNT', key .. ':holders', '(' .. string.format('%.0f', now), '+inf') end
   elseif at_once >= 0 and (held + count > at_once or held % 64 == 63) then
-    call('ZREMRANGEBYSCORE', key .. ':holders', '-inf', now)  -- the ended matter where places are scarce
-    held, changed = call('ZCARD', key .. ':holders'), true
+    local ended = call('ZREMRANGEBYSCORE', key .. ':holders', '-inf', now)  -- they matter where places are scarce
+    local left = call('ZCARD', key .. ':holders')
+    if ended + left ~= held then broken = true end  -- the set was lost
+    held, changed = left, true
   end
   if count > 1 or token_windows > 0 then ahead = max(count, 64) end
   local from = head

@@ -224,11 +224,12 @@ class TrafficLimiter:
         """Tell what a call came to, so that the model is rested, doubted or trusted again, by everyone.
 
         `permit` is the call's own: what was sent before the breaker opened says nothing about the probes.
-        A success of a model that nobody doubts costs no round trip.
+        A success of a model that nobody doubts, and a call that was given up, cost no round trip.
         """
         verdict = self.settings.breaker.verdict(outcome, retry_after_seconds)
         seen = self._seen_of(model)
-        if verdict is None or (verdict.sign is Sign.GOOD and not seen.failures and not seen.trip):
+        doubted = seen.failures or seen.trip
+        if verdict is None or (verdict.sign in {Sign.GOOD, Sign.NOTHING} and not doubted):
             return
         send = None if permit is None else (permit.generation, permit.number)
         reason = f"{outcome.value}: {why}"

@@ -6,11 +6,11 @@ import asyncio
 import time
 from collections.abc import Sequence
 
-import redis.asyncio
 from redis.exceptions import RedisError
 
 from router.errors import LimiterError, first_line
 from router.limiter import ModelTraffic, TrafficLimiter
+from router.redis_script import redis_client
 
 REDIS_SECONDS = 2.0
 POLL_SECONDS = 0.05
@@ -31,7 +31,7 @@ def read_limiter(
 
 
 async def _snapshot(redis_url: str, models: Sequence[str]) -> dict[str, ModelTraffic]:
-    client = _client(redis_url)
+    client = redis_client(redis_url, seconds=REDIS_SECONDS)
     try:
         async with TrafficLimiter(client) as limiter:
             return await limiter.snapshot(models)
@@ -50,7 +50,7 @@ def seconds_until_in_force(
 
 
 async def _until_in_force(redis_url: str, model: str, target: str, at_most_seconds: float) -> float | None:
-    client = _client(redis_url)
+    client = redis_client(redis_url, seconds=REDIS_SECONDS)
     started = time.monotonic()
     try:
         async with TrafficLimiter(client) as limiter:
@@ -64,9 +64,3 @@ async def _until_in_force(redis_url: str, model: str, target: str, at_most_secon
                 await asyncio.sleep(POLL_SECONDS)
     finally:
         await client.aclose()
-
-
-def _client(redis_url: str) -> redis.asyncio.Redis:
-    return redis.asyncio.Redis.from_url(
-        redis_url, socket_timeout=REDIS_SECONDS, socket_connect_timeout=REDIS_SECONDS
-    )

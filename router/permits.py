@@ -165,7 +165,7 @@ class PastCall:
     """A call of the log, for a limiter that lost its memory.
 
     `age_seconds_latest` is how long ago it was sent, counted as late as it could have been; `tokens` are
-    the reserved ones where its use is not known; `open` says that it may still be in flight.
+    those it used, or the reserved ones while that is not known; `open` says that it may still be in flight.
     """
 
     age_seconds_latest: float

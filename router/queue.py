@@ -62,17 +62,14 @@ class TaskQueue:
         return f"{self._host}:{secrets.token_hex(6)}"
 
     async def start(self) -> None:
-        """Begin the lease, and learn how far this machine's clock is from the database's."""
-        before = time.time()
-        database_now = await self._one("SELECT extract(epoch FROM clock_timestamp())::float8 AS now")
-        self._clock_offset_seconds = database_now["now"] - (before + time.time()) / 2
+        """Begin the lease, and learn what the database's clock says."""
         if not await self.heartbeat():
             self.worker = self._new_name()
             await self.heartbeat()
 
     def database_time(self) -> float:
-        """Seconds since 1970 by the database's clock, whatever this machine's says."""
-        return time.time() + self._clock_offset_seconds
+        """Seconds since 1970 by the database's clock as of the last heartbeat, not by this machine's."""
+        return time.monotonic() + self._clock_offset_seconds
 
     async def claim(self, model: str, categories: Sequence[str], *, max_tokens: int) -> Claim | None:
         """Take one ready task of the first of `categories` that has one; None if none is ready.
@@ -129,7 +126,12 @@ class TaskQueue:
 
     async def heartbeat(self) -> bool:
         """Prolong the lease of all this worker's claims with one statement. False if it was found gone."""
-        row = await self._one("SELECT heartbeat($1, $2) AS alive", self.worker, self._host)
+        asked_at = time.monotonic()
+        row = await self._one(
+            "SELECT heartbeat($1, $2) AS alive, extract(epoch FROM clock_timestamp())::float8 AS now",
+            self.worker, self._host,
+        )  # fmt: skip
+        self._clock_offset_seconds = row["now"] - (asked_at + time.monotonic()) / 2
         return bool(row["alive"])
 
     def rename(self) -> None:
@@ -140,11 +142,12 @@ class TaskQueue:
         """Leave in good order: what is still held is ready again at once."""
         await self._one("SELECT release_worker($1)", self.worker)
 
-    async def keep_house(self) -> None:
+    async def keep_house(self, *, release_lost: bool = True) -> None:
         """One bounded step of everything that must go on while tasks are solved; any process may do it."""
         await self._one("SELECT promote_waiting()")
         await self._one("SELECT default_uncategorised()")
-        await self._one("SELECT release_lost_claims()")
+        if release_lost:
+            await self._one("SELECT release_lost_claims()")
         await self._one("SELECT fold_counts()")
 
     async def wants_categories(self) -> bool:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import redis.asyncio
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from redis.client import NEVER_DECODE
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisError
@@ -25,6 +27,17 @@ MOST_TRIES = 3
 MOST_IDLE = 4  # connections kept at hand
 
 
+def redis_client(url: str, *, seconds: float = 5.0, connections: int = 64) -> redis.asyncio.Redis:
+    """A client that fails once a connection or a reply takes longer than `seconds`.
+
+    It does not try again by itself, for up to ten times as long: whoever asks does, or has better to do.
+    """
+    return redis.asyncio.Redis.from_url(
+        url, socket_timeout=seconds, socket_connect_timeout=seconds, max_connections=connections,
+        retry=Retry(NoBackoff(), 0),
+    )  # fmt: skip
+
+
 class RedisScript:
     """Calls the script; whatever Redis fails with becomes LimiterUnavailable, and one line in the log.
 
@@ -32,15 +45,15 @@ class RedisScript:
     earlier run, so that nobody can ask it as if nothing had happened: its data may be an older copy.
     """
 
-    def __init__(self, redis_client: redis.asyncio.Redis, text: str) -> None:
-        self._redis: Any = redis_client
+    def __init__(self, client: redis.asyncio.Redis, text: str) -> None:
+        self._redis: Any = client
         self._text = text
         self._shas: dict[str, str] = {}  # by node; a plain client has one, without a name
         self._loading = asyncio.Lock()
         self._heads: dict[tuple[str, str], bytes] = {}
         self._away_since: float | None = None
-        self._cluster = isinstance(redis_client, redis.asyncio.RedisCluster)
-        plain = type(redis_client) is redis.asyncio.Redis and self._redis.connection is None
+        self._cluster = isinstance(client, redis.asyncio.RedisCluster)
+        plain = type(client) is redis.asyncio.Redis and self._redis.connection is None
         self._pool: Any = self._redis.connection_pool if plain else None
         self._idle: list[Any] = []
         roomy = self._pool is not None and self._pool.max_connections >= 4 * MOST_IDLE

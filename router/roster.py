@@ -7,7 +7,7 @@ Postgres is the truth. Synchronous where people wait for it, asynchronous where 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from router.database import AWAY_ERRORS, Connection, rows
 from router.errors import ConfigError, DatabaseError
 from router.learned import Learned, Rankings
 from router.settings import RouterConfig
+from router.traffic import TrafficTarget
 
 NOTHING_THERE = Learned(quality=1.0, most_share=0.0)  # of no weight beside what was learned of others
 
@@ -119,10 +120,10 @@ async def read_solved(pool: asyncpg.Pool) -> dict[str, int]:
     return {row["category"]: int(row["solved"]) for row in found}
 
 
-async def read_targets(pool: asyncpg.Pool) -> dict[str, tuple[str, int]]:
+async def read_targets(pool: asyncpg.Pool) -> dict[str, tuple[TrafficTarget, int]]:
     """model -> (target, version): the last good targets, which outlive Redis, Airflow and this process."""
     found = await _fetch(pool, "SELECT model, target, version FROM newest_targets")
-    return {row["model"]: (row["target"], row["version"]) for row in found}
+    return {row["model"]: (TrafficTarget.parse(row["target"]), row["version"]) for row in found}
 
 
 async def keep_target(pool: asyncpg.Pool, model: str, target: str, version: int) -> None:
@@ -133,6 +134,11 @@ async def keep_target(pool: asyncpg.Pool, model: str, target: str, version: int)
 async def report_target_trouble(pool: asyncpg.Pool, model: str, line: str, problem: str) -> None:
     """Say that a model's Variable does not parse; its last good target stays in force."""
     await _fetch(pool, "SELECT report_target_trouble($1, $2, $3)", model, line, problem)
+
+
+async def forget_target_troubles(pool: asyncpg.Pool, models: Iterable[str]) -> None:
+    """Only the lines of these models can be wrong: the Variables of others are gone."""
+    await _fetch(pool, "SELECT forget_target_troubles($1)", list(models))
 
 
 async def report_model_trouble(pool: asyncpg.Pool, model: str, trouble: str | None) -> None:

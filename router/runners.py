@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from router.answers import AskedCall
 from router.asking import LogRow
-from router.errors import DatabaseError, InputError, LimiterError, RouterError
+from router.errors import DatabaseError, HeldBack, InputError, LimiterError, RouterError
 from router.ledger import Ledger
 from router.limiter import Permit
 from router.race import Leg
@@ -34,6 +34,7 @@ class Runner:
         self.refusal: InputError | None = None
         self.unlogged = False  # Postgres did not take it, so it was not sent
         self.late = False  # the asker had its answer before
+        self.cancelled = False  # by whoever ran it, not given up on purpose
         self.settled = asyncio.Event()
         self._ledger = ledger
         self._on_news = on_news
@@ -68,6 +69,7 @@ class Runner:
         try:
             self._came(await self._attempt(patience_seconds, until))
         except asyncio.CancelledError:
+            self.cancelled = self._no_more is None
             self._came(self._given_up())
 
     def _came(self, result: CallResult) -> None:
@@ -115,7 +117,7 @@ class Runner:
         except DatabaseError as error:
             self.unlogged = True
             return CallResult(Outcome.UNSENT, error=f"what cannot be logged is not sent: {error}")
-        except LimiterError as error:
+        except (HeldBack, LimiterError) as error:
             return CallResult(Outcome.UNSENT, error=str(error))
         except RouterError as error:
             return CallResult(Outcome.REJECTED, error=str(error))
@@ -167,6 +169,7 @@ class Runner:
             self._is_stuck()
 
     def _going_out(self, permit: Permit) -> None:
+        self._ledger.means.check_may_send()
         permit.check()
         self.sent_at = time.monotonic()
         self._on_news(self, "sent")

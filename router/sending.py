@@ -15,7 +15,7 @@ from router.backend import ModelsBackend
 from router.duties import result_within
 from router.errors import LimiterError, PermitDead
 from router.limiter import Permit, TrafficLimiter, WaitReason
-from router.permits import RESTS
+from router.permits import AFTER_TIMEOUT_SECONDS, RESTS
 from router.task import CallResult, Outcome
 
 DEAD_PERMITS_BORNE = 20
@@ -75,6 +75,8 @@ async def _send(  # noqa: PLR0917 - private: send_permitted's own arguments
     came: Callable[[CallResult], None] | None,
 ) -> CallResult:
     sent = False
+    # A call that outlives its place in the limiter would let one too many through.
+    longest = limiter.settings.call_longest_seconds - AFTER_TIMEOUT_SECONDS
 
     def before_send() -> None:
         nonlocal sent
@@ -85,12 +87,15 @@ async def _send(  # noqa: PLR0917 - private: send_permitted's own arguments
         result = await backend.call(
             model_endpoint=order.endpoint, prompt=order.prompt, max_tokens=order.max_tokens,
             request_id=str(order.call_id), tokens_reserved=order.reserved_tokens,
-            timeout_seconds=order.timeout_seconds, before_send=before_send,
+            timeout_seconds=min(order.timeout_seconds, longest), before_send=before_send,
         )  # fmt: skip
     except BaseException:
         if not sent:
             with contextlib.suppress(LimiterError):  # it stays counted, which is safe
                 await asyncio.shield(limiter.cancel(permit))
+        else:  # if it was a probe, another call may be the next one
+            with contextlib.suppress(LimiterError):
+                await asyncio.shield(limiter.heed(order.model, Outcome.ABANDONED, permit=permit))
         raise
     if came is not None:
         came(result)

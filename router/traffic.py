@@ -87,7 +87,13 @@ class TrafficTarget:
             raise _refused(
                 f"The line has {len(line)} characters; at most {LONGEST_LINE_CHARACTERS} are read", line, 1
             )
-        return _Reading(line).target()
+        target = _Reading(line).target()
+        if len(str(target)) > LONGEST_LINE_CHARACTERS:  # so that what is kept can be read again
+            raise _refused(
+                f"Written out, the line has {len(str(target))} characters; at most {LONGEST_LINE_CHARACTERS} "
+                "are kept", line, 1,
+            )  # fmt: skip
+        return target
 
     @property
     def stopped(self) -> bool:

@@ -6,16 +6,18 @@ clock, and the older read loses, in Redis and in Postgres alike.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Mapping
 
 import asyncpg
 
-from router.errors import InputError, TrafficTargetError
+from router.errors import InputError, LimiterError, TrafficTargetError
 from router.limiter import TrafficLimiter
 from router.roster import (
     Roster,
+    forget_target_troubles,
     hold_solving,
     keep_target,
     read_targets,
@@ -30,6 +32,7 @@ VARIABLE_PREFIX = "traffic."
 LONGEST_NAME = 100
 TELL_WATCHING_SECONDS = 2.5
 REASSERT_SECONDS = 5.0  # a Redis that lost its memory hears the target again
+STEP_SECONDS = 1.0  # the longest that a step waits for Redis: the next one reads the pause again
 
 
 class TrafficWatch:
@@ -42,13 +45,15 @@ class TrafficWatch:
         self._told_at: dict[str, float] = {}
         self._good: dict[str, tuple[TrafficTarget, int]] = {}
         self._held: bool | None = None
+        self._there: frozenset[str] | None = None
+        self._well = True
         self._watching_told_at = -TELL_WATCHING_SECONDS
         self.troubles: dict[str, str] = {}
 
     async def apply_last_good(self) -> None:
         """Put in force what was in force last, before any Variable was read."""
-        for model, (line, version) in (await read_targets(self._pool)).items():
-            self._good[model] = (TrafficTarget.parse(line), version)
+        for model, (target, version) in (await read_targets(self._pool)).items():
+            self._good[model] = (target, version)
             await self._tell(model)
 
     async def begin(self, roster: Roster) -> None:
@@ -58,6 +63,21 @@ class TrafficWatch:
             name: model.default_target for name, model in roster.models.items() if name not in self._good
         }
         await self.apply(defaults, version=1)  # any Variable that was ever read is newer
+
+    async def step(self, lines: Mapping[str, str | None], *, paused: bool | None, version: int) -> None:
+        """Put what was read in force: the pause (None if unknown), which needs no Redis, then all lines."""
+        if paused is not None:
+            await self.apply_hold(held=paused, version=version)
+        await self.tell_watching()
+        try:
+            await asyncio.wait_for(self.apply(lines, version=version), STEP_SECONDS)
+        except (LimiterError, asyncio.TimeoutError) as error:
+            if self._well:
+                log.warning("targets cannot be put in force: %s; trying again", type(error).__name__)
+            self._well = False
+        else:
+            self._well = True
+            await self.forget_troubles(lines)
 
     async def apply(self, lines: Mapping[str, str | None], *, version: int) -> None:
         """Put `lines` (model -> the Variable's text, None if it is gone: then the last stays) into force.
@@ -71,6 +91,13 @@ class TrafficWatch:
                 await self._take(model, line, version)
             elif model in self._good and time.monotonic() - self._told_at.get(model, 0.0) > REASSERT_SECONDS:
                 await self._tell(model)
+
+    async def forget_troubles(self, lines: Mapping[str, str | None]) -> None:
+        """A Variable that is gone is wrong no more; `lines` are all that there are."""
+        there = frozenset(model for model, line in lines.items() if line is not None)
+        if there != self._there:
+            await forget_target_troubles(self._pool, there)
+            self._there = there
 
     async def apply_hold(self, *, held: bool, version: int) -> None:
         """Hold the batch back (the DAG is paused), or let it go."""
@@ -87,7 +114,7 @@ class TrafficWatch:
     async def _take(self, model: str, line: str, version: int) -> None:
         try:
             target = TrafficTarget.parse(line)
-            await self._put_in_force(model, target, version)
+            in_force = await self._put_in_force(model, target, version)
         except TrafficTargetError as error:
             await report_target_trouble(self._pool, model, _storable(line), str(error))
             self._refused(model, line, error)
@@ -96,8 +123,10 @@ class TrafficWatch:
             self._refused(model, line, error)
             return
         await keep_target(self._pool, model, str(target), version)
-        self._lines[model] = line  # last, so that a failure on the way is tried again
         self.troubles.pop(model, None)
+        if not in_force:
+            return  # somebody read later, by the clock: the next read tries again
+        self._lines[model] = line  # last, so that a failure on the way is tried again
         for warning in target.warnings:
             log.warning("%s%s: %s", VARIABLE_PREFIX, model, warning)
 
@@ -107,12 +136,15 @@ class TrafficWatch:
         log.warning("%s%s: %s", VARIABLE_PREFIX, _shown(model), str(error).splitlines()[0])
 
     async def _tell(self, model: str) -> None:
-        await self._put_in_force(model, *self._good[model])
+        await self._put_in_force(model, *self._good[model])  # what is newer stays
 
-    async def _put_in_force(self, model: str, target: TrafficTarget, version: int) -> None:
-        await self._limiter.set_target(model, target, version=version)
-        self._good[model] = (target, version)
+    async def _put_in_force(self, model: str, target: TrafficTarget, version: int) -> bool:
+        """False if what is in force is newer."""
         self._told_at[model] = time.monotonic()
+        in_force = await self._limiter.set_target(model, target, version=version)
+        if in_force:
+            self._good[model] = (target, version)
+        return in_force
 
 
 def _storable(line: str) -> str:

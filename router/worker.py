@@ -15,8 +15,8 @@ from collections.abc import Set as AbstractSet
 
 from router.assignment import PullOrder
 from router.duties import ended
-from router.engine import ROSTER_CHANGED, Engine, HeldBack
-from router.errors import DatabaseError, LimiterError, RouterError
+from router.engine import ROSTER_CHANGED, Engine
+from router.errors import DatabaseError, HeldBack, LimiterError, RouterError
 from router.limiter import Permit
 from router.roster import report_model_trouble
 from router.sending import CallOrder, send_permitted

@@ -238,6 +238,13 @@ async def places_of_an_earlier_limit(world: World) -> None:
     await world.reserve(0, (0,))
 
 
+async def places_that_are_gone(world: World) -> None:
+    await world.set_target(0, "2 at once")
+    await world.reserve(0, (0, 0))
+    world.lose_holders()
+    agree(not await world.everyone[0].reserve(MODEL), "calls in flight that are gone are taken for ended")
+
+
 async def a_call_of_before_a_loss(world: World) -> None:
     _, old = await world.reserve(0, (0, 0))
     world.flush()
@@ -291,6 +298,16 @@ async def a_permit_cancelled_late(world: World) -> None:
     agree(not await a_cancelled_permit(world, 2_000_000), "all are woken, and there is no more room")
 
 
+async def a_cancelled_permit_of_a_later_moment(world: World) -> None:
+    """It left when an earlier send no longer counted; whoever comes in its place leaves sooner."""
+    await world.set_target(0, "20 tokens/s, burst")
+    await world.reserve(0, (10,))
+    world.pass_time(900_000)
+    (held,) = await world.reserve(0, (15,))
+    await world.cancel(held)
+    await world.reserve(0, (15,))
+
+
 CHECKS: dict[str, tuple[Check, bool]] = {  # with its own word on whether there is a history
     "an older generation is found out": (an_older_generation, True),
     "a blind start is found out": (a_blind_start, False),
@@ -311,8 +328,10 @@ CHECKS: dict[str, tuple[Check, bool]] = {  # with its own word on whether there 
     "a target under which nothing was sent makes nothing late": (nothing_sent_under_a_longer_slack, True),
     "a correction behind a long walk makes room": (a_correction_behind_a_long_walk, True),
     "tokens that left are not shown": (tokens_that_left, True),
+    "what a cancelled permit left behind counts again": (a_cancelled_permit_of_a_later_moment, True),
     "a call larger than the window is said to be": (a_call_too_large, True),
     "places of an earlier limit do not come back": (places_of_an_earlier_limit, True),
+    "places that are gone are not free": (places_that_are_gone, True),
     "a call of before a loss says nothing about a probe": (a_call_of_before_a_loss, True),
     "who was refused is told of a free place": (a_free_place, True),
     "who waits is told of a permit that was cancelled in time": (a_permit_cancelled_in_time, True),

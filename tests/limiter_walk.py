@@ -209,6 +209,7 @@ class _Steps:
                 *[Outcome.ERROR] * (6 * self.walk.failing),
                 Outcome.RATE_LIMITED,
                 Outcome.OVERLOADED,
+                Outcome.ABANDONED,
             ]
         )
         seconds = self.chance.choice([None, 0.4])

@@ -330,6 +330,11 @@ class World(Following):
         self.state = "doubtful"
         return True
 
+    def lose_holders(self) -> None:
+        """The set of calls in flight is gone; whoever needs a place must find out."""
+        self.redis.do("DEL", f"{KEY}:holders")
+        self.state = "doubtful"
+
     def _gone(self, *, target: bool) -> None:
         self.state = "gone"
         self.noticed.clear()

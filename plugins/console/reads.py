@@ -12,7 +12,7 @@ from typing import TypeVar
 import psycopg2
 
 from router.database import Connection
-from router.errors import DatabaseError
+from router.errors import DatabaseError, InputError
 
 log = logging.getLogger("router.console")
 
@@ -59,6 +59,10 @@ class Reads:
             else:
                 why = "Postgres is away or refused."
             raise DatabaseError(f"{why} The api-server's log says more.") from error
+        except ValueError as error:
+            if "NUL" not in str(error):  # psycopg2's word for a value that Postgres has no text for
+                raise
+            raise InputError("What was asked for holds a NUL character. Take it out.") from error
 
     def _connection(self) -> Connection:
         connection: Connection | None = getattr(self._own, "connection", None)

@@ -22,6 +22,10 @@ LANGUAGE sql AS $$
      WHERE t.line <> EXCLUDED.line
 $$;
 
+-- Only the lines of these models can be wrong: the others are gone.
+CREATE OR REPLACE FUNCTION forget_target_troubles(p_models text[]) RETURNS void
+LANGUAGE sql AS $$ DELETE FROM traffic_troubles WHERE NOT model = ANY (p_models) $$;
+
 CREATE OR REPLACE VIEW newest_targets AS
     SELECT DISTINCT ON (model) model, version, target, in_force_at FROM traffic_targets ORDER BY model, version DESC;
 
@@ -144,12 +148,13 @@ CREATE OR REPLACE VIEW roster_in_use AS
      WHERE state IN ('active', 'probation');
 
 -- Every call of the model that may have been sent within the last p_seconds: how long ago (as late as it could
--- have been sent: an open one now), its reserved tokens, and whether it may still be going on.
+-- have been sent: an open one now), its tokens (the reserved ones while its use is not known), and whether it may
+-- still be going on.
 CREATE OR REPLACE FUNCTION past_calls(p_model text, p_seconds double precision)
 RETURNS TABLE (age_seconds double precision, tokens integer, is_open boolean)
 LANGUAGE sql STABLE AS $$
-    SELECT greatest(0, extract(epoch FROM clock_timestamp() - latest.sent_at))::float8, c.reserved_tokens,
-           c.outcome IS NULL
+    SELECT greatest(0, extract(epoch FROM clock_timestamp() - latest.sent_at))::float8,
+           coalesce(c.tokens, c.reserved_tokens), c.outcome IS NULL
       FROM model_calls c
       CROSS JOIN LATERAL (SELECT coalesce(c.sent_at, c.finished_at, clock_timestamp()) AS sent_at) AS latest
      WHERE c.model = p_model AND c.outcome IS DISTINCT FROM 'unsent'

@@ -154,8 +154,24 @@ BEGIN
 END
 $$;
 
--- The deadline of this task was served: what could be had is kept.
-CREATE OR REPLACE FUNCTION deadline_served(p_task_id bigint) RETURNS void
+-- Whoever serves the deadline is still at it: nobody else takes it meanwhile.
+CREATE OR REPLACE FUNCTION hold_deadline(
+    p_task_id bigint, p_prompt_version integer, p_ahead_seconds double precision, p_hold_seconds double precision)
+RETURNS void
 LANGUAGE sql AS $$
-    UPDATE queue SET deadline_at = NULL WHERE task_id = p_task_id AND deadline_at IS NOT NULL
+    UPDATE queue q SET deadline_at = clock_timestamp() + make_interval(secs => p_ahead_seconds + p_hold_seconds)
+      FROM tasks t
+     WHERE q.task_id = p_task_id AND q.deadline_at IS NOT NULL AND t.id = q.task_id AND t.prompt_version = p_prompt_version
+$$;
+
+-- The deadline of this prompt was served: what could be had is kept. One that was moved away meanwhile is still to come,
+-- and so is that of an edited prompt.
+CREATE OR REPLACE FUNCTION deadline_served(p_task_id bigint, p_prompt_version integer, p_ahead_seconds double precision)
+RETURNS void
+LANGUAGE sql AS $$
+    UPDATE queue q
+       SET deadline_at = CASE WHEN t.deadline_at > clock_timestamp() + make_interval(secs => p_ahead_seconds)
+                              THEN t.deadline_at END
+      FROM tasks t
+     WHERE q.task_id = p_task_id AND q.deadline_at IS NOT NULL AND t.id = q.task_id AND t.prompt_version = p_prompt_version
 $$;

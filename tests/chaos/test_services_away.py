@@ -74,7 +74,10 @@ def parts() -> Iterator[Parts]:
 async def draining(parts: Parts) -> AsyncIterator[Engine]:
     """A backlog, and workers that have begun on it."""
     models = {name: ModelSettings(target=TARGET, ranks={"general": 1}) for name in MODELS}
-    config = RouterConfig(models=models, worker=WorkerSettings(retry_base_seconds=0.2, retry_cap_seconds=1))
+    worker = WorkerSettings(
+        retry_base_seconds=0.2, retry_cap_seconds=1, lease_seconds=2, heartbeat_seconds=0.5
+    )  # fmt: skip
+    config = RouterConfig(models=models, worker=worker)
     with connect(parts.addresses.database_url) as connection:
         sync_roster(connection, config)
         rows(
@@ -139,5 +142,8 @@ async def test_postgres_restarts_under_the_workers(parts: Parts, away_seconds: f
         start_postgres(parts.folder / "pg", settings={"fsync": "off"})
         before = parts.tasks("status = 'solved'")
         assert await until(lambda: parts.tasks("status = 'solved'") > before + 10) < 15
+    with connect(parts.addresses.database_url) as connection:
+        lost = rows(connection, "SELECT count(*) AS n FROM model_calls WHERE late OR outcome = 'lost'")
+    assert lost == [{"n": 0}], "it was away for longer than a lease, and yet all workers live"
     assert parts.verdict().breach_count == 0
     assert_nothing_lost(parts)

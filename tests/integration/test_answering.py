@@ -223,6 +223,8 @@ async def test_a_named_model_that_fails_or_hangs_says_so(asking: Asking) -> None
 @pytest.mark.parametrize(
     ("prompt", "options", "words"),
     [
+        (None, {}, "The prompt is NoneType, not text"),
+        (b"x", {}, "The prompt is bytes, not text"),
         ("", {}, "The prompt is empty"),
         (" \n\t ", {}, "The prompt is empty"),
         ("x" * 10_000_000, {}, "at most 1048576 are taken"),
@@ -238,7 +240,7 @@ async def test_a_named_model_that_fails_or_hangs_says_so(asking: Asking) -> None
     ],
 )
 async def test_bad_input_is_refused_and_leaves_nothing(
-    asking: Asking, prompt: str, options: dict[str, Any], words: str
+    asking: Asking, prompt: Any, options: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(InputError, match=re.escape(words)):
         await asking.ask(prompt, **options)

@@ -176,7 +176,10 @@ async def test_field_names_and_paths_are_the_existing_backends() -> None:
     [
         (429, Outcome.RATE_LIMITED), (503, Outcome.OVERLOADED), (500, Outcome.ERROR), (502, Outcome.ERROR),
         (504, Outcome.ERROR), (599, Outcome.ERROR), (404, Outcome.UNKNOWN_MODEL), (400, Outcome.REJECTED),
-        (413, Outcome.REJECTED), (422, Outcome.REJECTED), (401, Outcome.REJECTED), (302, Outcome.ERROR),
+        (413, Outcome.REJECTED), (422, Outcome.REJECTED), (302, Outcome.ERROR),
+        # Said to us, not to the prompt, which must not lose an attempt by it:
+        (401, Outcome.OVERLOADED), (402, Outcome.OVERLOADED), (405, Outcome.OVERLOADED),
+        (407, Outcome.OVERLOADED), (403, Outcome.ERROR), (408, Outcome.ERROR), (425, Outcome.ERROR),
     ],
 )  # fmt: skip
 async def test_each_refusal_has_its_outcome(status: int, outcome: Outcome) -> None:

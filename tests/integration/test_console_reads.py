@@ -13,6 +13,7 @@ import pytest
 
 from plugins.console import board, found, work
 from plugins.console.live import Kept
+from plugins.console.reads import Reads
 from router.database import connect, rows
 from router.errors import InputError
 from tests.queueing import Probe
@@ -145,6 +146,15 @@ async def test_priorities_name_what_reviews_moved(probe: Probe, database: str) -
         (seen,) = work.priorities(connection, reviews)["reviews"]
     assert seen["order"] == [second, first]
     assert seen["moves"][0] == {"model": second, "before": 2, "after": 1, "reason": "better"}
+
+
+async def test_a_nul_character_is_refused_in_words(database: str) -> None:
+    reads = Reads(lambda: database)
+    try:
+        with pytest.raises(InputError, match="holds a NUL character"):
+            await reads.run(lambda connection: work.failures(connection, "a\0b", None, 20))
+    finally:
+        reads.close()
 
 
 async def test_odd_questions_are_refused_or_answered_with_nothing(database: str) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
 from local.redis import RedisServer
 from models_backend.process import BackendServer, start_backend
+from router import asking, deadlines
 from router.database import connect, rows
 from router.deadlines import Deadlines
 from router.engine import Engine
@@ -109,6 +111,50 @@ async def test_while_the_batch_is_held_nobody_is_asked(engine: Engine) -> None:
     assert ask(engine, "SELECT count(*) AS n FROM model_calls") == [{"n": 0}]
     ask(engine, "SELECT hold_solving(false, 2)")
     await until(engine, "answer_rank = 2")
+
+
+async def test_what_stands_in_line_when_the_batch_is_held_is_not_sent(engine: Engine) -> None:
+    await engine.limiter.set_target(CHEAP, "1/2s")
+    await engine.limiter.acquire(CHEAP)
+    insert(engine, 0.0)
+    await asyncio.sleep(0.8)  # it stands in line
+    ask(engine, "SELECT hold_solving(true, 1)")
+    await asyncio.sleep(2.5)
+    sent = "SELECT count(*) AS n FROM model_calls WHERE sent_at IS NOT NULL AND role <> 'passages'"
+    assert ask(engine, sent) == [{"n": 0}]
+    assert ask(engine, "SELECT deadline_at IS NULL AS served FROM queue") == [{"served": False}]
+
+
+async def test_who_is_at_it_keeps_the_task_from_being_asked_twice(
+    engine: Engine, backend: BackendServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deadlines, "HOLD_SECONDS", 0.6)
+    hang = {"kind": "hang", "model": CHEAP, "share": 1, "seconds": 60}
+    requests.post(f"{backend.url}/faults", json=hang, timeout=5).raise_for_status()
+    try:
+        insert(engine, 0.0)
+        await until(engine, "answer_rank = 1")
+        await asyncio.sleep(3)  # five holds
+        assert ask(engine, "SELECT count(*) AS n FROM model_calls WHERE role = 'fallback'") == [{"n": 1}]
+    finally:
+        requests.delete(f"{backend.url}/faults", timeout=5).raise_for_status()
+
+
+@pytest.mark.parametrize("change", ["prompt = 'edited'", "deadline_at = deadline_at + interval '1 hour'"])
+async def test_what_was_served_does_not_end_a_deadline_that_came_later(engine: Engine, change: str) -> None:
+    ask(engine, "SELECT hold_solving(true, 1)")
+    await asyncio.sleep(1.2)  # in force within a second
+    insert(engine, 2.0)
+    (due,) = await asking.take_deadlines(engine.pool, ahead_seconds=4, hold_seconds=60, limit=9)
+    ask(engine, f"UPDATE tasks SET {change}")
+    await asking.hold_deadline(engine.pool, due, ahead_seconds=4, hold_seconds=60)
+    await asking.deadline_served(engine.pool, due, ahead_seconds=4)
+    still = "SELECT q.deadline_at = t.deadline_at AS same FROM queue q JOIN tasks t ON t.id = q.task_id"
+    assert ask(engine, still) == [{"same": True}]
+    (due,) = ask(engine, "SELECT id AS task_id, prompt_version FROM tasks")
+    ask(engine, "UPDATE tasks SET deadline_at = clock_timestamp()")
+    ask(engine, "SELECT deadline_served(%s, %s, 4)", due["task_id"], due["prompt_version"])
+    assert ask(engine, "SELECT deadline_at FROM queue") == [{"deadline_at": None}]
 
 
 async def test_a_deadline_that_is_set_later_counts_too(engine: Engine) -> None:

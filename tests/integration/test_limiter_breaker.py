@@ -151,6 +151,15 @@ async def test_a_probe_that_was_not_used_is_another_ones(limiter: TrafficLimiter
     await probe_of(limiter, another)
 
 
+async def test_a_probe_that_was_given_up_is_another_ones(limiter: TrafficLimiter, another: TrafficLimiter):
+    await fail(limiter, times=3)
+    await asyncio.sleep(0.35)
+    probe = await probe_of(limiter, another)
+    await limiter.heed("llama", Outcome.ABANDONED, permit=probe)
+    await probe_of(another, limiter)
+    assert (await limiter.snapshot(["llama"]))["llama"].breaker == "half-open"
+
+
 async def test_a_probe_whose_process_died_blocks_until_the_longest_call_is_over(
     limiter: TrafficLimiter, another: TrafficLimiter
 ):

@@ -82,6 +82,19 @@ async def test_a_call_of_a_day_that_nobody_made_still_settles(probe: Probe) -> N
     assert await probe.settle(taken) == "solved"
 
 
+async def test_a_past_call_counts_with_what_it_used_once_that_is_known(probe: Probe) -> None:
+    await probe.add()
+    await probe.add()
+    known, still_open = await probe.claim(), await probe.claim()
+    assert known is not None
+    assert still_open is not None
+    await probe.run("UPDATE model_calls SET reserved_tokens = 900")
+    used = "p_answer => 'yes', p_latency_seconds => 0.1, p_prompt_tokens => 30, p_completion_tokens => 12"
+    await probe.run(f"SELECT settle_call($1, 'answered', {used})", known.call_id)
+    past = await probe.all("SELECT tokens, is_open FROM past_calls('m1', 60) ORDER BY tokens")
+    assert [tuple(call) for call in past] == [(42, False), (900, True)]
+
+
 async def test_a_settle_locks_no_day_of_the_log_but_its_own(probe: Probe) -> None:
     for _ in range(9):
         await probe.add()

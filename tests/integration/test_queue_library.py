@@ -98,6 +98,16 @@ async def test_values_that_postgres_refuses_are_not_tried_for_ten_minutes(
         )
 
 
+async def test_the_databases_time_goes_on_whatever_is_done_to_this_machines_clock(
+    queue: TaskQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 3600)
+    assert abs(queue.database_time() - real()) < 5
+    assert await queue.heartbeat()
+    assert abs(queue.database_time() - real()) < 5
+
+
 async def test_a_worker_whose_lease_was_lost_goes_on_under_a_new_name(queue: TaskQueue, probe: Probe) -> None:
     await probe.add()
     await probe.lose_lease(queue.worker)

@@ -34,4 +34,4 @@ def test_what_an_outcome_says(outcome: Outcome, told: float | None, verdict: Ver
 
 def test_every_outcome_is_thought_of():
     said = [outcome for outcome in Outcome if SETTINGS.verdict(outcome, None) is not None]
-    assert set(Outcome) - set(said) == {Outcome.UNSENT, Outcome.LOST, Outcome.ABANDONED}
+    assert set(Outcome) - set(said) == {Outcome.UNSENT, Outcome.LOST}

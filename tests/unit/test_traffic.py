@@ -149,6 +149,13 @@ def test_a_limit_that_never_binds_is_warned_of(line: str, loose: str):
     assert warning.startswith(f"{loose} never binds")
 
 
+def test_a_line_that_is_too_long_once_written_out_is_refused_since_it_could_not_be_read_again():
+    line = ",".join(f"1M/{seconds}s" for seconds in range(2, 60))
+    assert len(line) < 500
+    with pytest.raises(TrafficTargetError, match="Written out, the line has"):
+        TrafficTarget.parse(line)
+
+
 @pytest.mark.parametrize("line", ["120/min, 4/s", "59/min, 1/s", "100/10s, 30/3s", "20 at once"])
 def test_limits_that_bind_are_not_warned_of(line: str):
     assert TrafficTarget.parse(line).warnings == ()
