@@ -8,5 +8,6 @@ RUN pip install --no-cache-dir uv && uv pip sync --system --no-cache --compile-b
 COPY . .
 RUN pip install --no-cache-dir --no-deps --editable . \
     && useradd --create-home --uid 10001 router \
-    && install -d -o router -g router /airflow
+    && install -d -o router -g router /airflow \
+    && chown -R router:router config
 USER router

@@ -29,7 +29,7 @@ CATEGORIES = Param(
 
 
 @dag(
-    # Unpausing it does not make up for the night before.
+    # Unpaused for the first time it makes up for no night; later Airflow runs the last one that was missed.
     schedule=CronTriggerTimetable("30 2 * * *", timezone="UTC", run_immediately=timedelta(0)),
     catchup=False,
     max_active_runs=1,

@@ -49,6 +49,8 @@ def run_demo(stack: Stack, options: argparse.Namespace, asked: threading.Event, 
 
     True if all of them ended, some were solved and no window was overfull.
     """
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
     since = time.monotonic()
     prefix = f"demo-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}/"
     _unpause(stack, asked)

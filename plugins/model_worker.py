@@ -37,9 +37,14 @@ def addresses_of(database: Connection, redis: Connection, backend: Connection) -
     return Addresses(
         database_url=database.get_uri().replace("postgres://", "postgresql://", 1),
         redis_url=redis.get_uri(),
-        backend_url=f"{backend.schema or 'http'}://{backend.host}"
-        + (f":{backend.port}" if backend.port else ""),
+        backend_url=f"{_scheme(backend)}://{backend.host}" + (f":{backend.port}" if backend.port else ""),
     )
+
+
+def _scheme(backend: Connection) -> str:
+    """Said by the schema of the form, or by a Connection that is given as a URL: that makes it the type."""
+    said = {backend.schema, backend.conn_type}
+    return "https" if "https" in said else "http"
 
 
 async def read_traffic_variables(models: list[str]) -> Mapping[str, str | None]:

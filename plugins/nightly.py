@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ class Night:
     config: RouterConfig
     learning: LearningSettings
     params: Mapping[str, Any]
+    began: datetime  # the same for every try of a step
 
     @property
     def url(self) -> str:
@@ -109,7 +111,7 @@ def search(night: Night) -> list[str]:
     done = search_models(
         night.addresses, night.config, night.learning, load_search(night.folder, night.config.categories),
         night.folder, categories=night.params.get("categories") or None, by=BY, dry_run=night.dry_run,
-        variables=AirflowVariables(),
+        variables=AirflowVariables(), since=night.began,
     )  # fmt: skip
     name = "dry run" if done.search is None else f"search {done.search}"
     counts = Counter(finding.verdict for finding in done.findings)
@@ -187,7 +189,7 @@ class NightStep(BaseOperator):
 
     def execute(self, context: Context) -> list[str]:
         try:
-            lines = self._do(_night(dict(context["params"])))
+            lines = self._do(_night(dict(context["params"]), context["dag_run"].run_after))
         except HOPELESS as error:
             raise AirflowFailException(str(error)) from None
         except RouterError as error:  # another review runs, Postgres or Redis is away: tried again
@@ -224,9 +226,10 @@ class NightReport(BaseOperator):
         return report
 
 
-def _night(params: Mapping[str, Any]) -> Night:
+def _night(params: Mapping[str, Any], began: datetime) -> Night:
     folder = config_folder()
     config = load_config(folder)
     learning = load_learning(folder, config.categories)
     names = ("router_db", "router_redis", "models_backend")
-    return Night(addresses_of(*(Connection.get(name) for name in names)), folder, config, learning, params)
+    addresses = addresses_of(*(Connection.get(name) for name in names))
+    return Night(addresses, folder, config, learning, params, began)

@@ -6,8 +6,9 @@ import logging
 import time
 
 from router.answers import Answer, Event, EventKind, Listener, Role
+from router.backend import NO_CONNECTION
 from router.categories import Categorised
-from router.errors import NoAnswer, NoRoom, RouterError
+from router.errors import BackendUnavailable, NoAnswer, NoRoom, RouterError
 from router.fallback import Found, NothingFound, sources
 from router.line_up import LineUp
 from router.race import Leg
@@ -78,6 +79,8 @@ class Account:
         if runner.unlogged:
             return NoAnswer(f"{model} was not asked: Postgres takes no log, and without it nothing is sent.")
         retry = max(SHORTEST_RETRY_SECONDS, ahead.retry_after_seconds)
+        if result is not None and why.startswith(NO_CONNECTION):
+            return BackendUnavailable(f"{model} was not asked: {why}")
         if result is None or result.outcome is Outcome.UNSENT:
             return NoRoom(f"There is no room for {model}: {why}", retry)
         if result.outcome in NO_ROOM_OUTCOMES:

@@ -42,6 +42,7 @@ LONGEST_DEADLINE_SECONDS = 3600.0
 SHORTEST_DEADLINE_SECONDS = 0.05
 LARGEST_MAX_TOKENS = 1_000_000
 BUSY_RETRY_SECONDS = 1.0
+MOST_HELD = 4  # times `most_at_once` prompts are held while late answers, or Postgres, are waited for
 MOST_PROVISIONAL = 1000  # answers for which a better one can be asked for
 GIVEN_UP_SECONDS = 3.0  # after giving up, for the log to hear of it
 
@@ -137,6 +138,8 @@ class Router:
             raise NoRoom(
                 f"{self._answering} prompts are being answered, the most at once.", BUSY_RETRY_SECONDS
             )
+        if len(self._asked) >= MOST_HELD * self.config.asking.most_at_once:
+            raise NoRoom(f"{len(self._asked)} prompts wait for what comes late.", BUSY_RETRY_SECONDS)
         self._answering += 1
         try:
             asker = await self._opened(categorising=category is None and model is None)
@@ -183,7 +186,8 @@ class Router:
         asyncio.get_running_loop().create_task(self._forget(asked), name="router end of asking")
         answer = await asked.answer(categorise)
         if answer.provisional:
-            self._provisional[answer.calls[0].call_id] = asked
+            for call in answer.calls[:1]:
+                self._provisional[call.call_id] = asked
             while len(self._provisional) > MOST_PROVISIONAL:
                 del self._provisional[next(iter(self._provisional))]
         return answer

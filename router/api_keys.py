@@ -8,13 +8,15 @@ Keys hold 256 random bits, so that one fast hash is enough: nobody can guess wha
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import hmac
 import os
 import re
 import secrets
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from router.errors import ConfigError, InputError
@@ -88,31 +90,54 @@ def add_key(file: Path, client: str) -> str:
     """Give the client a key, and keep its hash. The key is returned and cannot be had again."""
     if re.fullmatch(CLIENT_PATTERN, client) is None:
         raise InputError(f"{client!r} is no client's name: letters, digits, . _ @ - and at most 64 of them.")
-    keys = read_keys(file)
-    if client in keys:
-        raise InputError(f"{client!r} has a key. Take it away first: router keys remove {client}")
     key = PREFIX + secrets.token_urlsafe(32)
-    _write(file, {**keys, client: _hash(key)})
+    with _locked(file):
+        keys = read_keys(file)
+        if client in keys:
+            raise InputError(f"{client!r} has a key. Take it away first: router keys remove {client}")
+        _write(file, {**keys, client: _hash(key)})
     return key
 
 
 def remove_key(file: Path, client: str) -> None:
     """Take the client's key away. InputError if it has none."""
-    keys = read_keys(file)
-    if client not in keys:
-        raise InputError(f"{client!r} has no key in {file}. See `router keys list`.")
-    _write(file, {name: kept for name, kept in keys.items() if name != client})
+    with _locked(file):
+        keys = read_keys(file)
+        if client not in keys:
+            raise InputError(f"{client!r} has no key in {file}. See `router keys list`.")
+        _write(file, {name: kept for name, kept in keys.items() if name != client})
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Alone with the file: of two who change it at once neither undoes what the other did."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        folder = os.open(file.parent, os.O_RDONLY)
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written: {error}") from error
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def _write(file: Path, keys: Mapping[str, str]) -> None:
     # Replaced as a whole: a server that reads it meanwhile finds the old or the new one.
     text = "".join(f"{name} {HASH}{kept}\n" for name, kept in keys.items())
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        Path(name).replace(file)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                stream.write(text)
+                if file.exists():  # whoever could read it still can: a server under another user's name
+                    before = file.stat()
+                    os.chown(handle, before.st_uid, before.st_gid)
+                    Path(name).chmod(before.st_mode & 0o777)
+            Path(name).replace(file)
+        finally:
+            Path(name).unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"{file} cannot be written: {error}") from error
 

@@ -143,11 +143,15 @@ class AskedPrompt:
             self._account.tell(EventKind.FOUND, f"knowledge holds {names} ({found.confidence:.2f})")
 
     def _ask_next(self) -> None:
-        asked = len(self._account.chosen)
-        role = Role.NEXT if asked else Role.ASKED
-        runner = self._runner(self._line_up.ranking[asked], role, self.question.prompt)
+        role = Role.NEXT if self._account.chosen else Role.ASKED
+        runner = self._runner(self._not_asked()[0], role, self.question.prompt)
         work = runner.run(self._patience(), self._account.began + self._deadline)
         self._errands.begin(work, f"call {runner.row.call_id}")
+
+    def _not_asked(self) -> list[str]:
+        """Who may be asked of the ranking, in order: also those whom another one's permit spared."""
+        asked = {runner.row.model for runner in self._account.chosen if not runner.spared}
+        return [model for model in self._line_up.ranking if model not in asked]
 
     async def _fall_back(self, search: asyncio.Task[None]) -> None:
         """Search, then ask one cheap model after the other until one answers."""
@@ -203,7 +207,7 @@ class AskedPrompt:
         searching = self._search is not None and not self._search.done()
         # What could not be logged a moment ago cannot be logged now.
         no_more = self._is_over or any(runner.unlogged for runner in chosen)
-        next_in_rank = not no_more and len(chosen) < len(self._line_up.ranking)
+        next_in_rank = not no_more and bool(self._not_asked())
         return Standing(
             chosen=tuple(runner.leg for runner in chosen), fallback=self._fallback_leg,
             passages=Leg.RUNNING if searching else Leg.ANSWERED, next_in_rank=next_in_rank,
@@ -262,8 +266,7 @@ class AskedPrompt:
 
     def _may_come(self, rank: AnswerRank) -> bool:
         """Whether an answer of a higher rank may still come."""
-        running = any(runner.under_way and runner.row.rank > rank for runner in self._account.runners)
-        return running or (self._fallback_leg is Leg.RUNNING and rank < AnswerRank.FALLBACK_MODEL)
+        return any(runner.under_way and runner.row.rank > rank for runner in self._account.runners)
 
     def _answer_of(self, runner: Runner | None, *, late: bool = False) -> Answer:
         rank = runner.row.rank if runner else AnswerRank.PASSAGES

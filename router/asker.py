@@ -166,8 +166,9 @@ class Asker:
     # Duties.
 
     async def _heartbeat_step(self) -> None:
+        worker = self.queue.worker
         if not await self.queue.heartbeat():
-            self.queue.rename()
+            self.queue.rename(worker)
             await self.queue.start()
 
     async def _roster_step(self) -> None:

@@ -35,6 +35,7 @@ LONGEST_WORDS_CHARACTERS = 200
 LARGEST_ERROR_BYTES = 4096  # more of a refusal than its first words is never read
 LARGE_JSON_BYTES = 256 * 1024  # above it, parsing would hold the loop for milliseconds
 LARGEST_COUNT = 2**31 - 1  # what the call log can hold
+NO_CONNECTION = "no connection to the backend"
 LARGEST_COST_USD = 1e6
 MODELS_SECONDS = 10.0
 
@@ -255,7 +256,7 @@ async def _read_up_to(response: aiohttp.ClientResponse, limit: int) -> bytes:
 
 def _broken(error: Exception, sent_at: float | None, timeout_seconds: float) -> CallResult:
     if sent_at is None:
-        return CallResult(Outcome.UNSENT, error=f"no connection to the backend: {_words(error)}")
+        return CallResult(Outcome.UNSENT, error=f"{NO_CONNECTION}: {_words(error)}")
     if isinstance(error, asyncio.TimeoutError):
         words = f"no answer within {timeout_seconds:g} s"
         return CallResult(Outcome.TIMEOUT, error=words, latency_seconds=_since(sent_at), may_go_on=True)

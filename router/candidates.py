@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, datetime
 from typing import Any, Literal
 
 import psycopg2.extras
@@ -61,6 +61,12 @@ def end_search(connection: Connection, search: int, notes: Sequence[str]) -> Non
         "UPDATE searches SET ended_at = clock_timestamp(), notes = %s WHERE search = %s",
         (list(notes), search),
     )
+
+
+def tried_since(connection: Connection, since: datetime) -> tuple[frozenset[str], float]:
+    """The categories whose candidates were tried since then, and the USD that trials cost."""
+    (found,) = rows(connection, "SELECT * FROM trials_since(%s)", (since,))
+    return frozenset(found["categories"]), float(found["cost_usd"])
 
 
 def today(connection: Connection) -> date:

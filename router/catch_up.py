@@ -75,8 +75,10 @@ class CatchUp:
         self._tasks = tasks
         self._most = most
         self._each = each
+        self._state = folder.state()  # before the index, which is made where there is none
         self._index = folder.open_index()
-        self._state = folder.state()
+        if len(self._index) == 0:
+            self._state = State()
         self._caught = Caught()
         self._unsaved = 0
 

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 from typing_extensions import Self
 
 from router.categories import Categorised, Categoriser
+from router.duties import ended
 from router.errors import RouterError
 from router.prompt_features import cut
 from router.settings import CategorySettings, learned_folder
@@ -63,8 +64,7 @@ class CategoriserProcess:
     async def __aexit__(self, *_error: object) -> None:
         """End the child; who still waits takes the default."""
         if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.gather(self._keeper, return_exceptions=True)
+            await ended(self._keeper)
             self._keeper = None
         self._give_up("it was stopped")
 

@@ -109,6 +109,8 @@ def load(
 
 def _open(name: str, stack: ExitStack) -> tuple[str, io.BufferedReader]:
     if name == STANDARD_INPUT:
+        if sys.stdin is None:
+            raise InputError("Standard input is closed. Nothing was loaded.")
         return "standard input", io.BufferedReader(io.FileIO(sys.stdin.fileno(), closefd=False))
     try:
         return name, stack.enter_context(Path(name).open("rb"))

@@ -79,6 +79,9 @@ class RouterGroup(typer.core.TyperGroup):
         except RouterError as error:
             complain(f"router: {error}")
             raise typer.Exit(EXIT_FAILED) from error
+        except UnicodeEncodeError as error:
+            complain("router: an argument is no text in UTF-8.")
+            raise typer.Exit(EXIT_FAILED) from error
 
 
 def verbs(**arguments: Any) -> typer.Typer:

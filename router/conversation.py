@@ -11,6 +11,7 @@ from typing import Any
 from router.errors import InputError
 
 SYSTEM_ROLES = frozenset({"system", "developer"})
+MOST_MESSAGES = 2000  # and parts of one: reading them must not hold others up
 SPEAKERS = {"user": "User", "assistant": "Assistant"}
 
 
@@ -18,6 +19,8 @@ def prompt_of(messages: Any) -> str:
     """The prompt that these chat messages ask; InputError names the message that cannot be put into one."""
     if not isinstance(messages, list) or not messages:
         raise InputError("messages must be a list of at least one message")
+    if len(messages) > MOST_MESSAGES:
+        raise InputError(f"messages has {len(messages)} entries; at most {MOST_MESSAGES} are taken")
     system: list[str] = []
     turns: list[tuple[str, str]] = []
     for number, message in enumerate(messages, start=1):
@@ -49,6 +52,8 @@ def _text(content: Any, where: str) -> str:
         return content
     if not isinstance(content, list):
         raise InputError(f"{where} has no content that is text")
+    if len(content) > MOST_MESSAGES:
+        raise InputError(f"{where} has {len(content)} parts; at most {MOST_MESSAGES} are taken")
     parts: list[str] = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None

@@ -20,7 +20,7 @@ import psycopg2.errors
 import psycopg2.extensions
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
-from router.errors import DatabaseError, SchemaError
+from router.errors import ConfigError, DatabaseError, SchemaError
 from router.settings import ROOT
 
 SQL_FOLDER = ROOT / "sql"
@@ -50,6 +50,11 @@ def connect(url: str, *, autocommit: bool = False) -> Iterator[Connection]:
     """
     try:
         connection = psycopg2.connect(url, connect_timeout=10)
+    except psycopg2.ProgrammingError:  # its words hold the URL, and with it the password
+        raise ConfigError(
+            "The database's address is no postgresql:// URL, or a special character of its password is not"
+            " percent-encoded. Check ROUTER_DATABASE_URL."
+        ) from None
     except psycopg2.OperationalError as error:
         raise DatabaseError(
             f"Postgres cannot be reached: {_first_line(error)} Check ROUTER_DATABASE_URL."

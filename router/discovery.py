@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import date
+from datetime import date, datetime
 from pathlib import Path
 
 import psycopg2
@@ -23,7 +24,7 @@ from router.candidates import Finding
 from router.catalogue_entry import CatalogueModel
 from router.database import Connection, connect, rows, transaction
 from router.discovered import require_writable
-from router.errors import AirflowError, InputError, RouterError
+from router.errors import AirflowError, ConfigError, InputError, RouterError
 from router.model_names import normal_name
 from router.publishing import VARIABLE_PREFIX, Variables, line_of, publish
 from router.search_plan import CategoryPlan, known_names, plan_category, read_catalogues, why_known
@@ -33,6 +34,7 @@ from router.trial_result import TrialResult, TrialVerdict, judge_trial
 from router.trials import Bench, CandidateTrial, Contender, Purse, hold_trial
 
 SEARCH_LOCK = 7_205_759_405
+LONGEST_SECONDS = 3600.0  # after which a night begins no further category
 NOT_NAMED = "the Models Backend does not name it among its models"
 
 
@@ -82,11 +84,13 @@ class _Search:
 def search(
     addresses: Addresses, config: RouterConfig, learning: LearningSettings, search_settings: SearchSettings,
     folder: Path, *, categories: Collection[str] | None = None, by: str, dry_run: bool = False,
-    today: date | None = None, variables: Variables | None = None,
+    today: date | None = None, variables: Variables | None = None, since: datetime | None = None,
 ) -> SearchReport:  # fmt: skip
     """The whole search, for `categories` or all; blocks for as long as its trials take, often many minutes.
 
-    With `dry_run` nothing is sent and nothing kept. SearchBusy if another one runs; ConfigError, before
+    With `dry_run` nothing is sent and nothing kept. `since` is when the night began that this try belongs to:
+    what earlier ones cost counts, what they tried is not tried again, and after an hour nothing new is begun.
+    SearchBusy if another one runs; ConfigError, before
     anything is tried, if `discovered.yaml` could not be written; CatalogueError if no catalogue can be read,
     BackendUnavailable, AirflowError.
     """
@@ -97,7 +101,8 @@ def search(
             variables.variables(VARIABLE_PREFIX)  # says now if Airflow cannot be reached
     with _alone(addresses.database_url) as connection:
         models, refusals, notes = read_catalogues(search_settings, folder)
-        purse = Purse(search_settings.trials.budget_usd)
+        tried, cost = kept.tried_since(connection, since) if since else (frozenset[str](), 0.0)
+        purse = Purse(search_settings.trials.budget_usd - cost)
         about = _Search(
             connection, addresses, config, learning, search_settings, folder, by, variables, notes, purse
         )
@@ -108,7 +113,14 @@ def search(
         day = today or kept.today(connection)
         about.findings += refusals
         plans = []
+        began = time.monotonic()
         for category in wanted:
+            if category in tried:
+                about.note(f"{category}: its candidates were tried this night already")
+                continue
+            if since and time.monotonic() - began > LONGEST_SECONDS:
+                about.note(f"{category}: time is up, its candidates are for the next night")
+                continue
             plan = plan_category(
                 connection, category, models,
                 settings=search_settings, folder=folder, today=day, search=about.number,
@@ -235,7 +247,11 @@ def _decided(
         elif taken is not None:
             yield _finding(plan, model, "lost", f"{taken} won by more; {result.reason}", result)
         else:
-            finding = _taken(about, plan, model, trials[name].contender, result, lines[name])
+            try:
+                finding = _taken(about, plan, model, trials[name].contender, result, lines[name])
+            except ConfigError as error:  # what people have written cannot be read: what was paid for is kept
+                about.note(f"{plan.category}: {name} won, and is not taken on: {error}")
+                continue
             taken = name if finding.verdict == "taken" else None
             yield finding
 

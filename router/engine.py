@@ -286,10 +286,10 @@ class Engine:
         woken.set()
 
     async def _heartbeat_step(self) -> None:
-        asked_at = time.monotonic()
+        asked_at, worker = time.monotonic(), self.queue.worker
         if not await self.queue.heartbeat():
             log.warning("the lease was lost; going on under a new name, old claims are fenced off")
-            self.queue.rename()
+            self.queue.rename(worker)
             await self.queue.heartbeat()
         if not self._lease_is_sure():
             self._release_from = asked_at + BEATS_BORNE * self.config.worker.heartbeat_seconds

@@ -49,15 +49,17 @@ class IndexFolder:
         try:
             return self.read_index()
         except IndexBroken:
+            self._state.unlink(missing_ok=True)  # first: a state without its index would seem to be all there
             shutil.rmtree(self._index)
-            self._state.unlink(missing_ok=True)
             return self.read_index()
 
     def read_index(self) -> KnowledgeIndex:
         return KnowledgeIndex(self._index)
 
     def state(self) -> State:
-        """What was kept last; an empty one, for which everything is new, where there is none."""
+        """What was kept last; an empty one, for which everything is new, where there is none, or no index."""
+        if not KnowledgeIndex.is_there(self._index):
+            return State()
         try:
             return State(**json.loads(self._state.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):

@@ -12,7 +12,7 @@ import io
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timezone
 from typing import Any
 
 from typing_extensions import Self
@@ -130,11 +130,14 @@ def _whole(fields: Fields, name: str, least: int, most: int, default: Any) -> An
 def _moment(value: Any) -> datetime | None:
     if value is None:
         return None
+    moment: datetime | None
     try:
         moment = datetime.fromisoformat(value.strip().replace("Z", "+00:00"))
-    except (ValueError, AttributeError):
+        # In UTC, since Postgres takes fewer offsets than Python.
+        moment = None if moment.tzinfo is None else moment.astimezone(timezone.utc)
+    except (ValueError, AttributeError, OverflowError):
         moment = None
-    if moment is None or moment.tzinfo is None:
+    if moment is None:
         raise InputError(
             f"deadline_at is {str(value)[:40]!r}; write a moment and its offset, e.g. 2026-01-31T12:00:00Z"
         )

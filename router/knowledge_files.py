@@ -37,10 +37,17 @@ class Refused:
 
 def files_in(folder: Path) -> list[Path]:
     """The files beneath `folder` in order, hidden ones and those in hidden folders left out."""
-    found = (path for path in folder.rglob("*") if path.is_file())
+    found = (path for path in folder.rglob("*") if _is_file(path))
     return sorted(
         path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # in a folder that may be listed, and not entered
+        return False
 
 
 def stamp(folder: Path) -> Stamp:

@@ -33,7 +33,7 @@ class Means:
     limiter: TrafficLimiter
     backend: ModelsBackend
     worker: Callable[[], str]
-    rename: Callable[[], None]
+    rename: Callable[[str], None]  # whose lease was lost
     new_call_id: Callable[[], uuid.UUID]
     check_may_send: Callable[[], None] = lambda: None
     unconfirmed: set[uuid.UUID] = field(default_factory=set)
@@ -91,7 +91,7 @@ class Ledger:
             try:
                 task = await self._insert(row)
             except LeaseLost:  # this process was stalled for longer than its lease
-                self.means.rename()
+                self.means.rename(row.worker)
                 row = replace(row, worker=self.means.worker())
                 task = await self._insert(row)
         except BaseException as error:

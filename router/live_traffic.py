@@ -45,7 +45,7 @@ def seconds_until_in_force(
     """Wait until the limiter works by this target (its canonical line); None if it does not in time."""
     try:
         return asyncio.run(_until_in_force(redis_url, model, target, at_most_seconds))
-    except (LimiterError, RedisError, OSError):
+    except (LimiterError, RedisError, OSError, ValueError):
         return None
 
 

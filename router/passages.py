@@ -155,7 +155,7 @@ def _lines_of_json(name: str, text: str) -> Iterator[tuple[str, str, str]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"line {number} is not JSON: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get("text"), str) or not row["text"].strip():
             raise InputError(f'line {number} is no object with a "text"')

@@ -56,7 +56,7 @@ class TaskQueue:
         self._pool = pool
         self._host = host
         self.worker = self._new_name()
-        self._clock_offset_seconds = 0.0
+        self._clock_offset_seconds = time.time() - time.monotonic()  # until the database has said it
 
     def _new_name(self) -> str:
         return f"{self._host}:{secrets.token_hex(6)}"
@@ -134,9 +134,13 @@ class TaskQueue:
         self._clock_offset_seconds = row["now"] - (asked_at + time.monotonic()) / 2
         return bool(row["alive"])
 
-    def rename(self) -> None:
-        """Go on under a new name after the lease was lost; claims under the old one are fenced off."""
-        self.worker = self._new_name()
+    def rename(self, lost: str) -> None:
+        """Go on under a new name after the lease of `lost` was; claims under the old one are fenced off.
+
+        Of several who find that out at once the first renames.
+        """
+        if self.worker == lost:
+            self.worker = self._new_name()
 
     async def release(self) -> None:
         """Leave in good order: what is still held is ready again at once."""

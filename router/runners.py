@@ -34,6 +34,7 @@ class Runner:
         self.refusal: InputError | None = None
         self.unlogged = False  # Postgres did not take it, so it was not sent
         self.late = False  # the asker had its answer before
+        self.spared = False  # given up before it was sent, since another one was
         self.cancelled = False  # by whoever ran it, not given up on purpose
         self.settled = asyncio.Event()
         self._ledger = ledger
@@ -100,7 +101,8 @@ class Runner:
 
     def spare(self, why: str) -> None:
         """Give the call up unless it was sent."""
-        if self.sent_at is None:
+        if self.sent_at is None and self.under_way:
+            self.spared = True
             self.give_up(why)
 
     def _is_stuck(self) -> None:

@@ -17,6 +17,7 @@ from router.errors import LimiterError, PermitDead
 from router.limiter import Permit, TrafficLimiter, WaitReason
 from router.permits import AFTER_TIMEOUT_SECONDS, RESTS
 from router.task import CallResult, Outcome
+from router.traffic import LARGEST_COUNT
 
 DEAD_PERMITS_BORNE = 20
 UNKNOWN_WAIT_SECONDS = 60.0  # where only a person can help, e.g. a target of 0
@@ -107,7 +108,8 @@ async def _send(  # noqa: PLR0917 - private: send_permitted's own arguments
         if result.outcome is Outcome.UNSENT:
             await limiter.cancel(permit)
         elif not result.may_go_on:
-            await limiter.release(permit, tokens=result.used_tokens)
+            used = result.used_tokens
+            await limiter.release(permit, tokens=None if used is None else min(used, LARGEST_COUNT))
     return result
 
 

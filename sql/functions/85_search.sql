@@ -46,6 +46,16 @@ LANGUAGE sql STABLE AS $$
      ORDER BY r.model, r.at DESC
 $$;
 
+-- The categories whose candidates were tried since then, and what trials cost, their judging included.
+CREATE OR REPLACE FUNCTION trials_since(p_since timestamptz, OUT categories text[], OUT cost_usd float8)
+LANGUAGE sql STABLE AS $$
+    SELECT coalesce((SELECT array_agg(DISTINCT c.category) FROM candidates c WHERE c.trial IS NOT NULL AND c.at >= p_since), '{}'),
+           spent.trials + greatest(0, spent.judging - coalesce((SELECT sum(j.cost) FROM judgements j WHERE j.at >= p_since), 0))
+      FROM (SELECT coalesce(sum(c.cost) FILTER (WHERE c.purpose = 'trial'), 0) ::float8 AS trials,
+                   coalesce(sum(c.cost) FILTER (WHERE c.purpose = 'judge'), 0)::float8 AS judging
+              FROM model_calls c WHERE c.call_id >= (SELECT call_id_floor(p_since))) AS spent
+$$;
+
 -- Take a model on: on probation, last in the category, with a bounded share. p_model: a row of the roster. Returns the
 -- event; NULL if the roster has the name already, but for this search's own taking of it for another category.
 CREATE OR REPLACE FUNCTION take_candidate(

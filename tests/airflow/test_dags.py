@@ -31,9 +31,16 @@ psycopg2.connect = refuse
 from airflow.dag_processing.dagbag import DagBag
 DagBag(sys.argv[1])  # a DAG processor has all imports behind it, too, once it has loaded the plugins
 bag = DagBag(sys.argv[1])
+from airflow.models.connection import Connection
+from model_worker import addresses_of
 from router_console import _build
+urls = ["https://a", "https://a:8443", "http://a:80", "http://a/api"]
+connections = [Connection(uri=url) for url in urls]
+connections.append(Connection(conn_type="http", host="a", schema="https", port=443))
+database, redis = Connection(uri="postgres://b/c"), Connection(uri="redis://d/0")
 json.dump({
-    "errors": bag.import_errors, "console": type(_build()).__name__, "tried": tried,
+    "errors": bag.import_errors, "console": type(_build()).__name__,
+    "backends": [addresses_of(database, redis, found).backend_url for found in connections], "tried": tried,
     "seconds": {stat.file: stat.duration.total_seconds() for stat in bag.dagbag_stats},
     "dags": {name: {"doc": dag.doc_md, "tasks": dag.task_ids} for name, dag in bag.dags.items()},
 }, open(sys.argv[2], "w"))
@@ -76,6 +83,12 @@ def test_parsing_talks_to_nobody(parsed: dict[str, Any]) -> None:
 def test_parsing_is_quick(parsed: dict[str, Any]) -> None:
     say(f"parsed in {parsed['seconds']} s")
     assert max(parsed["seconds"].values()) < PARSE_SECONDS
+
+
+def test_a_backends_url_keeps_its_scheme_however_the_connection_is_given(
+    parsed: dict[str, Any],
+) -> None:
+    assert parsed["backends"] == ["https://a", "https://a:8443", "http://a:80", "http://a", "https://a:443"]
 
 
 def test_the_console_is_found_where_its_plugin_is_a_link(parsed: dict[str, Any]) -> None:

@@ -14,10 +14,11 @@ import pytest
 from local.redis import RedisServer
 from models_backend.process import BackendServer, start_backend
 from router.answering import EventKind, Router
-from router.errors import InputError, NoAnswer, NoRoom
+from router.answers import Role
+from router.errors import BackendUnavailable, InputError, NoAnswer, NoRoom
 from router.settings import Addresses
 from router.task import AnswerRank, Outcome
-from tests.asking import CHEAP, PREFERRED, SECOND, Asking, asking_config, asking_router
+from tests.asking import CHEAP, PREFERRED, SECOND, THIRD, Asking, asking_config, asking_router
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +144,29 @@ async def test_of_models_in_line_only_the_first_with_a_permit_is_sent_to(asking:
     (first,) = [row for row in asking.calls() if row["role"] == "asked"]
     assert (first["outcome"], first["settlement"]) == ("unsent", "passed")
     assert f"{SECOND} had a permit sooner" in first["error"]
+
+
+async def test_a_named_model_whose_backend_is_away_is_said_to_be(
+    addresses: Addresses, tmp_path: Path
+) -> None:
+    nowhere = Addresses(
+        database_url=addresses.database_url, redis_url=addresses.redis_url, backend_url="http://127.0.0.1:1"
+    )
+    async with Router(nowhere, asking_config(), tmp_path) as router:
+        with pytest.raises(BackendUnavailable, match="no connection"):
+            await router.answer("Why?", model=PREFERRED)
+
+
+async def test_whom_another_ones_permit_spared_is_asked_if_that_one_fails(asking: Asking) -> None:
+    asking.fault("error", CHEAP)
+    asking.fault("error", SECOND)
+    limiter = asking.router._asker.limiter
+    await limiter.set_target(PREFERRED, "1/4s, burst")
+    await limiter.acquire(PREFERRED)  # the next permit is later than is borne, sooner than the deadline
+    answer = await asking.ask(deadline_seconds=30)
+    asked = [call.model for call in answer.calls if call.role is not Role.FALLBACK]
+    assert asked[:3] == [PREFERRED, SECOND, PREFERRED]
+    assert answer.model in {PREFERRED, THIRD}
 
 
 async def test_who_stands_in_line_for_a_model_that_comes_to_rest_does_not_wait_for_it(asking: Asking) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -358,6 +359,18 @@ async def test_a_broken_index_is_made_anew(broken: str, notes: Path, home: Path,
     (home / broken).write_text("{")
     assert (await _pass(home, notes, database)).entries == 3
     assert len(indexed(home, "marmot eagle")) == 1
+
+
+@pytest.mark.parametrize("left", [(), ("meta.json",)])
+async def test_a_state_without_its_index_is_not_believed(
+    left: tuple[str, ...], notes: Path, home: Path, database: str, probe: Probe
+):
+    await solve(probe, "What eats a marmot?", "An eagle does.")
+    await _pass(home, notes, database)
+    shutil.rmtree(home / "index")
+    if left:
+        KnowledgeIndex(home / "index")  # a reader made it anew, and empty
+    assert (await _pass(home, notes, database)).entries == 3
 
 
 async def test_a_pass_that_was_killed_is_finished_by_the_next(

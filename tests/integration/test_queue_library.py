@@ -115,10 +115,18 @@ async def test_a_worker_whose_lease_was_lost_goes_on_under_a_new_name(queue: Tas
         await queue.claim("m1", ["general"], max_tokens=100)
     assert await queue.heartbeat() is False
     old = queue.worker
-    queue.rename()
+    queue.rename(queue.worker)
     assert queue.worker != old
     assert await queue.heartbeat()
     assert await queue.claim("m1", ["general"], max_tokens=100) is not None
+
+
+async def test_of_several_who_find_the_lease_gone_one_renames(queue: TaskQueue) -> None:
+    lost = queue.worker
+    queue.rename(lost)
+    renamed = queue.worker
+    queue.rename(lost)
+    assert queue.worker == renamed != lost
 
 
 async def test_a_cancelled_claim_gives_back_what_it_may_have_taken(queue: TaskQueue, probe: Probe) -> None:

@@ -132,6 +132,22 @@ def test_again_it_does_nothing_new(world: Searching) -> None:
     assert world.value("SELECT count(*) FROM roster_events") == 1
 
 
+def test_a_step_of_the_same_night_run_again_tries_and_spends_nothing_more(world: Searching) -> None:
+    began = world.value("SELECT clock_timestamp()")
+    world.search(since=began)
+    calls = world.value("SELECT count(*) FROM model_calls")
+    world.query("UPDATE candidates SET verdict = 'unreachable' RETURNING 1")  # nobody is left in peace
+    again = world.search(since=began)
+    assert again.notes == ("general: its candidates were tried this night already",)
+    assert world.value("SELECT count(*) FROM model_calls") == calls
+    (spent,) = world.query("SELECT cost_usd FROM trials_since(%s)", began)
+    assert spent["cost_usd"] == pytest.approx(float(world.value("SELECT sum(cost) FROM model_calls")))
+    world.query("UPDATE candidates SET at = at - interval '1 day' RETURNING 1")
+    write_config(world.folder, budget_usd=float(spent["cost_usd"]))
+    assert any("is used up" in note for note in world.search(since=began).notes)
+    assert world.value("SELECT count(*) FROM model_calls") == calls
+
+
 def test_one_that_lost_is_tried_again_after_the_nights(world: Searching) -> None:
     write_catalogue(world.folder, {"name": BAD})
     world.search()

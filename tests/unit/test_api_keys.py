@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,23 @@ def test_a_file_that_breaks_leaves_the_keys_before_in_force(file: Path) -> None:
     with pytest.raises(ConfigError, match=r"api_keys:1: must read NAME sha256:HEX"):
         keys.reload()
     assert keys.client(key) == "alice"
+
+
+def test_of_many_who_change_it_at_once_none_undoes_what_another_did(file: Path) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda n: add_key(file, f"client{n}"), range(40)))
+    assert len(read_keys(file)) == 40
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_who_could_read_the_file_still_can(file: Path) -> None:
+    add_key(file, "alice")
+    file.chmod(0o640)
+    if os.geteuid() == 0:
+        os.chown(file, 12345, 12345)
+    owner = file.stat().st_uid
+    remove_key(file, "alice")
+    assert (file.stat().st_uid, file.stat().st_mode & 0o777) == (owner, 0o640)
 
 
 def test_a_client_has_one_key_and_a_plain_name(file: Path) -> None:

@@ -134,5 +134,8 @@ def test_folders_and_modules_that_it_names_are_in_the_image(compose: dict[str, A
         assert (ROOT / path.removeprefix("/app/")).is_dir()
     assert compose["services"]["init"]["command"][-1] == "local.first_start"
     assert (ROOT / "local" / "first_start.py").exists()
+    assert "chown -R router:router config" in (ROOT / "Dockerfile").read_text(), "the search writes into it"
+    environment = compose["services"]["scheduler"]["environment"]
+    assert {"LLAMA_API_BASE", "LLAMA_API_KEY"} <= environment.keys(), "the search reads the provider's list"
     ignored = (ROOT / ".dockerignore").read_text().split()
     assert ".env" in ignored

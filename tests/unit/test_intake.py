@@ -53,6 +53,13 @@ def test_a_jsonl_line_says_everything_about_its_task():
                            deadline_at=deadline)  # fmt: skip
 
 
+def test_a_moment_of_any_offset_is_one_that_postgres_takes():
+    row = '{"prompt": "a", "deadline_at": "2026-01-31T12:00:00+20:00"}'
+    (task,) = tasks(row)
+    assert task.deadline_at is not None
+    assert task.deadline_at.isoformat() == "2026-01-30T16:00:00+00:00"
+
+
 def test_an_openai_line_is_read_by_its_messages_and_bound():
     body = {"model": "x", "messages": [{"role": "user", "content": "Hi"}], "max_completion_tokens": 9}
     line = {"custom_id": "r-1", "method": "POST", "url": "/v1/chat/completions", "body": body}
@@ -116,6 +123,7 @@ def test_text_is_one_prompt_a_line_and_empty_lines_are_passed_over():
         ('{"prompt": "a", "max_tokens": 1.5}', "max_tokens"),
         ('{"prompt": "a", "deadline_at": "2026-01-31T12:00:00"}', "offset"),
         ('{"prompt": "a", "deadline_at": "soon"}', "deadline_at"),
+        ('{"prompt": "a", "deadline_at": "0001-01-01T00:00:00+20:00"}', "deadline_at"),
         ('{"prompt": "a", "id": [1]}', "id is neither"),
         ('{"prompt": "a", "id": "%s"}' % ("x" * 501), "501 characters"),
         ('{"prompt": "a", "category": 3}', "category"),
@@ -244,6 +252,8 @@ def test_messages_become_one_prompt(messages: list[tuple[str, Any]], prompt: str
         [{"role": "user", "content": None}],
         [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
         [{"role": ["user"], "content": "x"}],
+        [{"role": "user", "content": ""}] * 2001,
+        [{"role": "user", "content": [{"type": "text", "text": ""}] * 2001}],
     ],
 )
 def test_messages_that_cannot_be_one_prompt_are_refused(messages: Any):

@@ -84,7 +84,13 @@ def test_what_cannot_be_done_is_refused_by_its_name(param: str, value: Any) -> N
 
 
 @pytest.mark.parametrize(
-    "wish", [{"category": "sport"}, {"deadline_seconds": -1}, {"deadline_seconds": True}]
+    "wish",
+    [
+        {"category": "sport"},
+        {"deadline_seconds": -1},
+        {"deadline_seconds": True},
+        {"deadline_seconds": 10**400},
+    ],
 )
 def test_a_wish_to_the_router_is_checked(wish: dict[str, Any]) -> None:
     assert refusal(router=wish).param == f"router.{next(iter(wish))}"

@@ -108,6 +108,8 @@ def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path: Path, conten
     [
         ("models: [", "not valid YAML"),
         ("models:\n\t- x\n", "not valid YAML"),
+        ("target: {{ x }}\n", "a key must be a word"),
+        ("released: 2026-13-45\n", "not valid YAML"),
         ("!!python/object/apply:os.system ['true']", "not valid YAML"),
         (b"models: \xff\xfe", "cannot be read as UTF-8"),
         ("", "keys and values at its top"),
