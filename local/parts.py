@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -144,7 +145,7 @@ def start_part(spec: PartSpec, logs: Path, keep_open: Sequence[int] = ()) -> Par
         command += ["--user", f"{spec.identity[0]}:{spec.identity[1]}"]
     if spec.folder is not None:
         command += ["--cwd", str(spec.folder)]
-    with log.open("ab") as output:
+    with open(log, "ab", opener=partial(os.open, mode=0o600)) as output:
         guard = subprocess.Popen(
             [*command, "--", *spec.command],
             env=dict(spec.environment),

@@ -231,6 +231,9 @@ def test_secrets_are_for_their_owner_alone(launcher: Launcher) -> None:
         files, "0o600"
     )
     assert (launcher.data / "postgres").stat().st_mode & 0o077 == 0
+    logs = list((launcher.data / "logs").glob("*.log"))
+    assert logs
+    assert not [log.name for log in logs if log.stat().st_mode & 0o077]
     arguments = " ".join(" ".join(process.cmdline()) for process in launcher.family())
     secrets = json.loads((launcher.data / "secrets.json").read_text())
     assert [name for name, secret in secrets.items() if secret in arguments] == []
