@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from router.database import connect
 from router.errors import ConfigError
 from router.settings import (
     DEFAULT_CONFIG_FOLDER,
@@ -138,3 +139,13 @@ def test_addresses_are_read_whole_or_refused_and_never_shown() -> None:
     for name in names:
         with pytest.raises(ConfigError, match=name):
             addresses_from_environment({**environment, name: " "})
+
+
+@pytest.mark.parametrize(
+    "url", ["postgresql+psycopg2://router:SECRET@h/db", "postgresql://router:SECRET%zz@h/db"]
+)
+def test_a_database_url_that_is_none_is_refused_without_its_password(url: str) -> None:
+    with pytest.raises(ConfigError, match="ROUTER_DATABASE_URL") as refused, connect(url):
+        pass
+    assert "SECRET" not in str(refused.value)
+    assert refused.value.__suppress_context__
