@@ -75,10 +75,9 @@ class CatchUp:
         self._tasks = tasks
         self._most = most
         self._each = each
-        self._state = folder.state()  # before the index, which is made where there is none
         self._index = folder.open_index()
-        if len(self._index) == 0:
-            self._state = State()
+        # Where there was no index an empty one was made, whatever the state says that it holds.
+        self._state = folder.state() if len(self._index) else State()
         self._caught = Caught()
         self._unsaved = 0
 

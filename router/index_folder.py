@@ -57,9 +57,7 @@ class IndexFolder:
         return KnowledgeIndex(self._index)
 
     def state(self) -> State:
-        """What was kept last; an empty one, for which everything is new, where there is none, or no index."""
-        if not KnowledgeIndex.is_there(self._index):
-            return State()
+        """What was kept last; an empty one, for which everything is new, where there is none."""
         try:
             return State(**json.loads(self._state.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):

@@ -78,11 +78,6 @@ class KnowledgeIndex:
             self._index.config_reader("manual")
             self._searcher = self._index.searcher()
 
-    @staticmethod
-    def is_there(folder: Path) -> bool:
-        """Whether the folder holds an index."""
-        return folder.is_dir() and bool(tantivy.Index.exists(str(folder)))
-
     def __len__(self) -> int:
         return int(self._searcher.num_docs)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
 
 import pytest
 import redis.asyncio
@@ -18,7 +19,7 @@ from router.limiter import LimiterSettings, Permit, TrafficLimiter
 from router.permits import AFTER_TIMEOUT_SECONDS
 from router.sending import CallOrder, send_permitted
 from router.settings import BackendSettings
-from router.task import Outcome
+from router.task import CallResult, Outcome
 
 MODEL = "phi-4"
 LONGEST_SECONDS = 0.5
@@ -62,6 +63,24 @@ async def test_a_call_ends_before_its_place_does(limiter: TrafficLimiter, backen
     )
     assert result.outcome is Outcome.TIMEOUT
     assert time.monotonic() - began < LONGEST_SECONDS + 1
+
+
+async def test_a_usage_that_cannot_be_does_not_cost_the_answer(
+    limiter: TrafficLimiter, backend: ModelsBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 1.5 thousand million tokens, say, which the call log can hold and the limiter cannot."""
+    said = CallResult(Outcome.ANSWERED, answer="Yes.", completion_tokens=1_500_000_000)
+
+    async def answered(self: ModelsBackend, *, before_send: Callable[[], None], **_call: Any) -> CallResult:
+        before_send()
+        return said
+
+    monkeypatch.setattr(ModelsBackend, "call", answered)
+    for _ in range(10):  # twice as many as there are places
+        result = await send_permitted(
+            limiter, backend, order(), permit_seconds=1, going_out=lambda permit: permit.check()
+        )
+        assert result is said
 
 
 async def test_a_probe_that_is_cancelled_makes_way_for_the_next(

@@ -51,7 +51,12 @@ def test_json_lines_give_one_entry_a_line():
 
 @pytest.mark.parametrize(
     ("line", "why"),
-    [("{", "line 2 is not JSON"), ('{"text": ""}', 'no object with a "text"'), ("[]", "line 2 is no")],
+    [
+        ("{", "line 2 is not JSON"),
+        ("[" * 100_000, "line 2 is not JSON"),
+        ('{"text": ""}', 'no object with a "text"'),
+        ("[]", "line 2 is no"),
+    ],
 )
 def test_a_bad_line_is_named(line: str, why: str):
     with pytest.raises(InputError, match=why):
