@@ -42,7 +42,7 @@ LONGEST_DEADLINE_SECONDS = 3600.0
 SHORTEST_DEADLINE_SECONDS = 0.05
 LARGEST_MAX_TOKENS = 1_000_000
 BUSY_RETRY_SECONDS = 1.0
-MOST_HELD = 4  # times `most_at_once` prompts are held while late answers, or Postgres, are waited for
+MOST_HELD = 20  # times `most_at_once` prompts are held, while late answers or Postgres are waited for
 MOST_PROVISIONAL = 1000  # answers for which a better one can be asked for
 GIVEN_UP_SECONDS = 3.0  # after giving up, for the log to hear of it
 

@@ -150,7 +150,7 @@ class Deadlines:
             last = model == who.cheap[-1]
             await runner.run(patience, until if last else min(until, time.monotonic() + patience))
             await runner.close()
-            if runner.cancelled:
+            if runner.cancelled:  # which it took for itself, to settle its call
                 raise asyncio.CancelledError
             if runner.leg is Leg.ANSWERED:
                 return True

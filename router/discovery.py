@@ -90,9 +90,9 @@ def search(
 
     With `dry_run` nothing is sent and nothing kept. `since` is when the night began that this try belongs to:
     what earlier ones cost counts, what they tried is not tried again, and after an hour nothing new is begun.
-    SearchBusy if another one runs; ConfigError, before
-    anything is tried, if `discovered.yaml` could not be written; CatalogueError if no catalogue can be read,
-    BackendUnavailable, AirflowError.
+
+    SearchBusy if another one runs; ConfigError, before anything is tried, if `discovered.yaml` could not be
+    written; CatalogueError if no catalogue can be read, BackendUnavailable, AirflowError.
     """
     wanted = _wanted(config, categories)
     if not dry_run:

@@ -87,10 +87,10 @@ class InputError(RouterError):
     """A line, row or argument that a person gave is wrong; the message names it."""
 
 
+class HeldBack(Exception):  # noqa: N818 - a state of the world, read as one
+    """Nothing may be sent now: the batch is held, or this process is not sure of its lease."""
+
+
 def first_line(text: str) -> str:
     """The first line of what an error says."""
     return text.splitlines()[0] if text else ""
-
-
-class HeldBack(Exception):  # noqa: N818 - a state of the world, read as one
-    """Nothing may be sent now: the batch is held, or this process is not sure of its lease."""

@@ -332,7 +332,7 @@ if not reply then
   local CHANNEL = 'router:traffic'
   local MOST_TOKENS = 4294967295
   local REFUSALS_KEPT = 3600e6  -- a refusal that follows no other within so long begins a new count
-  local REST, GOOD, BAD, REFUSED, PUT_BACK = 0, 1, 2, 3, 4
+  local REST, GOOD, BAD, REFUSED, PUT_BACK = 0, 1, 2, 3, 4  -- any other sign does no more than free the probe
 
   local function say(what) call('PUBLISH', CHANNEL, key .. ' ' .. what) end
   local function number_of(text) return text and tonumber(text) or 0 end

@@ -13,6 +13,7 @@ import pytest
 
 from local.redis import RedisServer
 from models_backend.process import BackendServer, start_backend
+from router import answering
 from router.answering import EventKind, Router
 from router.answers import Role
 from router.errors import BackendUnavailable, InputError, NoAnswer, NoRoom
@@ -205,6 +206,20 @@ async def test_more_at_once_than_the_config_allows_are_told_to_come_again(
     async with asking_router(addresses, shared_backend, config, tmp_path) as asking:
         found = await asyncio.gather(*(asking.ask() for _ in range(3)), return_exceptions=True)
     assert [isinstance(one, NoRoom) for one in found] == [False, False, True]
+
+
+async def test_prompts_that_are_held_for_late_answers_are_bounded(
+    addresses: Addresses, shared_backend: BackendServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answering, "MOST_HELD", 2)
+    config = asking_config(asking={"most_at_once": 1})
+    async with asking_router(addresses, shared_backend, config, tmp_path) as asking:
+        asking.fault("hang", PREFERRED)
+        for _ in range(2):
+            assert (await asking.ask(deadline_seconds=0.5)).provisional
+        with pytest.raises(NoRoom, match="2 prompts wait for what comes late"):
+            await asking.ask(deadline_seconds=0.5)
+        asking.heal()
 
 
 async def test_a_listener_that_raises_harms_nobody(asking: Asking) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import redis.asyncio
 import requests
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from models_backend.process import BackendServer, start_backend
 from router.backend import ModelsBackend
@@ -19,7 +20,7 @@ from router.limiter import LimiterSettings, Permit, TrafficLimiter
 from router.permits import AFTER_TIMEOUT_SECONDS
 from router.sending import CallOrder, send_permitted
 from router.settings import BackendSettings
-from router.task import CallResult, Outcome
+from router.task import Outcome
 
 MODEL = "phi-4"
 LONGEST_SECONDS = 0.5
@@ -65,22 +66,20 @@ async def test_a_call_ends_before_its_place_does(limiter: TrafficLimiter, backen
     assert time.monotonic() - began < LONGEST_SECONDS + 1
 
 
-async def test_a_usage_that_cannot_be_does_not_cost_the_answer(
-    limiter: TrafficLimiter, backend: ModelsBackend, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of 1.5 thousand million tokens, say, which the call log can hold and the limiter cannot."""
-    said = CallResult(Outcome.ANSWERED, answer="Yes.", completion_tokens=1_500_000_000)
+async def test_a_usage_that_cannot_be_does_not_cost_the_answer(limiter: TrafficLimiter) -> None:
+    """It is more than the limiter takes for a number of tokens, and less than the call log does."""
 
-    async def answered(self: ModelsBackend, *, before_send: Callable[[], None], **_call: Any) -> CallResult:
-        before_send()
-        return said
+    async def boasts(_request: web.Request) -> web.Response:
+        return web.json_response({"answer": "Yes.", "usage": {"completion_tokens": 1_500_000_000}})
 
-    monkeypatch.setattr(ModelsBackend, "call", answered)
-    for _ in range(10):  # twice as many as there are places
-        result = await send_permitted(
-            limiter, backend, order(), permit_seconds=1, going_out=lambda permit: permit.check()
-        )
-        assert result is said
+    app = web.Application()
+    app.router.add_post("/single", boasts)
+    async with TestServer(app) as door, ModelsBackend(str(door.make_url("/")), BackendSettings()) as backend:
+        for _ in range(10):  # twice as many as there are places
+            result = await send_permitted(
+                limiter, backend, order(), permit_seconds=1, going_out=lambda permit: permit.check()
+            )
+            assert (result.answer, result.completion_tokens) == ("Yes.", 1_500_000_000)
 
 
 async def test_a_probe_that_is_cancelled_makes_way_for_the_next(
