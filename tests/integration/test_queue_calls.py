@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import random
 import time
 import uuid
 
@@ -134,9 +135,10 @@ async def test_days_gone_by_that_the_default_holds_get_their_partition_too(probe
 
 
 async def test_ids_that_bear_no_sensible_time_stay_where_they_are(probe: Probe) -> None:
-    await probe.run(
-        "INSERT INTO model_calls (call_id, model) SELECT gen_random_uuid(), 'm' FROM generate_series(1, 50)"
-    )
+    chance = random.Random(50)
+    # The first bits are milliseconds since 1970: none of these is of a time before the year 2527.
+    far_off = [uuid.UUID(int=chance.getrandbits(128) | 1 << 124) for _ in range(50)]
+    await probe.run("INSERT INTO model_calls (call_id, model) SELECT unnest($1::uuid[]), 'm'", far_off)
     await probe.run(
         "INSERT INTO model_calls (call_id, model) VALUES ('00000000-0000-7000-8000-000000000000', 'm')"
     )
