@@ -38,12 +38,13 @@ from local.postgres import start_postgres
 from local.redis import start_redis
 from models_backend.latency import latency_seconds
 from models_backend.process import BackendServer, start_backend
-from router.answering import Answer, Router
-from router.database import connect, migrate, rows
+from router.answering.router import Answer, Router
+from router.database import connect, rows
 from router.errors import RouterError
-from router.limiter import TrafficLimiter
-from router.roster import sync_roster
-from router.settings import Addresses, AskingSettings, FallbackSettings, ModelSettings, RouterConfig
+from router.limiter.limiter import TrafficLimiter
+from router.migrations import migrate
+from router.models.roster import sync_roster
+from router.settings.router import Addresses, AskingSettings, FallbackSettings, ModelSettings, RouterConfig
 from router.task import AnswerRank, Outcome
 
 PREFERRED, NEXT, CHEAP = "deepseek-v3", "llama-3.3-70b", "llama-3.1-8b"

@@ -30,9 +30,9 @@ from local.demo_report import DemoReport, TaskFacts, make_report, task_facts
 from local.plan import StackOptions
 from local.stack import Stack
 from router.database import connect, rows
-from router.permits import LimiterSettings
-from router.roster import sync_roster
-from router.settings import ModelSettings, RouterConfig, load_config
+from router.limiter.permit import LimiterSettings
+from router.models.roster import sync_roster
+from router.settings.router import ModelSettings, RouterConfig, load_config
 from router.traffic import TrafficTarget
 
 NEWCOMER = "newcomer-7b"

@@ -35,8 +35,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.knowledge_rivals import ENGINES, Engine, NotThere
-from router.relevance import STOP_WORDS
-from router.retrieval_trial import Collection, read_collection
+from router.knowledge.evaluation import Collection, read_collection
+from router.knowledge.relevance import STOP_WORDS
 
 VOCABULARY = 300_000
 EXPONENT = 1.05

@@ -14,10 +14,10 @@ from rich.table import Table
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from router.knowledge_index import KnowledgeIndex
-from router.passages import Entry
-from router.relevance import Evidence, confidence
-from router.retrieval_trial import Collection
+from router.knowledge.chunking import Entry
+from router.knowledge.evaluation import Collection
+from router.knowledge.index import KnowledgeIndex
+from router.knowledge.relevance import Evidence, confidence
 
 FOREIGN_OF_EACH = 400
 BINS = 10

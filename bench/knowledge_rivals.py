@@ -18,9 +18,9 @@ import psycopg2.extras
 from typing_extensions import Self
 
 from local.postgres import start_postgres
-from router.knowledge_index import KnowledgeIndex
-from router.passages import Entry
-from router.relevance import WEIGHTS, views
+from router.knowledge.chunking import Entry
+from router.knowledge.index import KnowledgeIndex
+from router.knowledge.relevance import WEIGHTS, views
 
 COMMIT_EVERY = 50_000
 BATCH = 5000

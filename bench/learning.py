@@ -34,8 +34,8 @@ if not __package__:  # run by its path
 
 from bench.learning_replay import Ints, Replay, RouterReplay, Table, read_table, worths
 from router.errors import ConfigError
-from router.ranking import Key
-from router.settings import LearningSettings, load_config, load_learning
+from router.learning.ranking import Key
+from router.settings.router import LearningSettings, load_config, load_learning
 
 FAILING_DAYS = 5
 RESAMPLES = 2000

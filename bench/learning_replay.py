@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from router.evidence import Evidence, Moments, Sums, faded
-from router.ranking import Candidate, Key, Placed, Standing, rank
-from router.settings import LearningSettings
-from router.worth import Usual, beneath, usual
+from router.learning.evidence import Evidence, Moments, Sums, faded
+from router.learning.ranking import Candidate, Key, Placed, Standing, rank
+from router.learning.utility import Usual, beneath, usual
+from router.settings.router import LearningSettings
 
 FAILING_SUCCESS = 0.2
 TOPIC_PRIOR_CALLS = 60.0

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import redis.asyncio
 
 from bench.limiter_door import RECORD
-from router import heap
+from router.background import freeze_garbage_collector
 from router.errors import PermitDead
-from router.limiter import TrafficLimiter
+from router.limiter.limiter import TrafficLimiter
 
 MODELS = ("minute", "second", "mixed")
 WRONG_BY_HOURS = (0.0, 5.0, -3.0, 26.0, 0.5, -2.0, 1000.0, 0.0)
@@ -66,7 +66,7 @@ class _Senders:
                 for index, model in enumerate(MODELS)
                 for _ in range(self._crew.waiters)
             ]
-            heap.settle()  # as an engine does
+            freeze_garbage_collector()  # as an engine does
             await asyncio.sleep(self._crew.seconds)
             for task in tasks:
                 task.cancel()

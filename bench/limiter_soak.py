@@ -31,7 +31,7 @@ from bench.judge import TargetChange, Verdict, judge, print_verdict
 from bench.limiter_door import Door, arrivals_of, read_log
 from bench.limiter_senders import MODELS, Crew, run_crew
 from local.redis import start_redis
-from router.limiter import TrafficLimiter
+from router.limiter.limiter import TrafficLimiter
 from router.traffic import TrafficTarget
 
 GRACE_SECONDS = 0.5  # what was sent has arrived by then

@@ -23,11 +23,12 @@ from local.redis import RedisServer
 from models_backend.answers import compose_answer
 from models_backend.latency import latency_seconds
 from models_backend.process import start_backend
-from router.database import connect, migrate, rows
-from router.engine import Engine
-from router.roster import sync_roster
-from router.settings import ROOT, Addresses, ModelSettings, RouterConfig
-from router.worker import Worker
+from router.database import connect, rows
+from router.migrations import migrate
+from router.models.roster import sync_roster
+from router.settings.router import ROOT, Addresses, ModelSettings, RouterConfig
+from router.workers.engine import Engine
+from router.workers.worker import Worker
 
 ENDPOINT = "bench"
 MODELS = tuple(f"model-{number:02}" for number in range(1, 11))

@@ -6,8 +6,8 @@ from typing import Any
 
 import requests
 
-from router.airflow_api import AirflowApi as VariablesApi
 from router.errors import AirflowError as AirflowApiError
+from router.models.airflow_api import AirflowApi as VariablesApi
 
 __all__ = ["AirflowApi", "AirflowApiError"]
 

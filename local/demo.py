@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from local.airflow_environment import ROOT
 from local.demo_report import DemoReport, TaskFacts, make_report, task_facts
 from local.stack import Stack, StackError, StopRequested
-from router.cli_status import rendered
+from router.cli.status import rendered
 from router.database import connect
 from router.status import read_status
 

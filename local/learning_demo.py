@@ -27,7 +27,7 @@ from local.learning_side import Side, cancelled_once
 from local.learning_stage import LearningStage
 from local.learning_story import NAMES, SIDES, WITH, Day, Story
 from local.stack import StopRequested
-from router.duties import ended
+from router.background import ended
 
 STOP_SECONDS = 0.1
 SHOW_SECONDS = 0.25

@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 from local.learning_script import Script
 from router.database import connect, rows
-from router.discovery import SearchReport, search
-from router.probation import Decision, review_probation
-from router.probation_verdict import Step
-from router.review import Move, run_review
-from router.settings import Addresses, RouterConfig
+from router.discovery.probation import Decision, review_probation
+from router.discovery.probation_rules import Step
+from router.discovery.search import SearchReport, search
+from router.learning.review import Move, run_review
+from router.settings.router import Addresses, RouterConfig
 
 BY = "the demo"
 MOST_NAMES = 5

@@ -15,7 +15,7 @@ from local.learning_night import Night, Stands
 from local.learning_script import Script
 from local.learning_side import SideDay, share_good
 from local.learning_story import NAMES, SIDES, Day, Story
-from router.review import BOUNDED, Move
+from router.learning.review import BOUNDED, Move
 
 MOST_REASONS = 6
 LAST = Stands(10**6, "", "")

@@ -28,8 +28,9 @@ from local.learning_cast import (
     SLOW,
     Newcomer,
 )
-from router.search_settings import SearchSettings, load_search
-from router.settings import (
+from router.discovery.trial_prompts import read_trial_prompts
+from router.settings.discovery import SearchSettings, load_search
+from router.settings.router import (
     DEFAULT_CONFIG_FOLDER,
     AskingSettings,
     FallbackSettings,
@@ -41,7 +42,6 @@ from router.settings import (
     load_config,
     load_learning,
 )
-from router.trial_prompts import read_trial_prompts
 
 PROMPTS = Path(__file__).with_name("demo_prompts.jsonl")
 TODAY = date(2026, 1, 1)  # so that the catalogue's models do not grow old

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing_extensions import Self
 
 from local.learning_script import Task
-from router.answering import Router
+from router.answering.router import Router
+from router.background import ended
 from router.database import connect
-from router.duties import ended
-from router.engine import Engine
-from router.roster import sync_roster
-from router.settings import Addresses, RouterConfig
-from router.worker import Worker
+from router.models.roster import sync_roster
+from router.settings.router import Addresses, RouterConfig
+from router.workers.engine import Engine
+from router.workers.worker import Worker
 
 LONGEST_DAY_SECONDS = 120.0
 LOOK_SECONDS = 0.05

@@ -25,8 +25,8 @@ from local.plan import Plan, StackOptions
 from local.postgres import PostgresServer, prepare_postgres
 from local.redis import redis_answers
 from local.stack import StackError, StopRequested
-from router.database import migrate
-from router.settings import Addresses
+from router.migrations import migrate
+from router.settings.router import Addresses
 
 START_SECONDS = 60.0
 LOOK_SECONDS = 0.05

@@ -15,10 +15,10 @@ from airflow.sdk import BaseOperator, BaseOperatorLink, Connection, Variable
 from airflow.sdk.definitions.context import Context
 from airflow.triggers.base import BaseTrigger, TaskSuccessEvent, TriggerEvent
 
-from router.engine import Engine
-from router.settings import Addresses, config_folder, data_folder, load_config
-from router.traffic_watch import VARIABLE_PREFIX
-from router.worker import Worker, wait_for_work
+from router.models.targets import VARIABLE_PREFIX
+from router.settings.router import Addresses, config_folder, data_folder, load_config
+from router.workers.engine import Engine
+from router.workers.worker import Worker, wait_for_work
 
 LINGER_SECONDS = 30.0  # the next run follows within seconds and finds the engine warm
 
@@ -74,7 +74,7 @@ class SharedEngine:
                 engine = Engine(await addresses_from_connections(), load_config(), read_traffic_variables)
                 await engine.start()
                 # Not in processes that only load plugins: it brings the search engine with it.
-                from router.deadlines import Deadlines  # noqa: PLC0415
+                from router.workers.deadlines import Deadlines  # noqa: PLC0415
 
                 Deadlines(engine, config_folder(), data_folder()).take_up()
                 self._engine = engine

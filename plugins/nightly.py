@@ -21,7 +21,7 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException, Airfl
 from model_worker import addresses_of
 
 from router.errors import AirflowError, ConfigError, InputError, RouterError, SchemaError
-from router.settings import (
+from router.settings.router import (
     Addresses,
     LearningSettings,
     RouterConfig,
@@ -62,15 +62,15 @@ class Night:
 
 def grade(night: Night) -> list[str]:
     """Cheap checks of a sample of the answers."""
-    from router.review import grade_answers  # noqa: PLC0415 - see above
+    from router.learning.review import grade_answers  # noqa: PLC0415 - see above
 
     return [f"{grade_answers(night.url, night.learning):,} answers graded by cheap checks"]
 
 
 def judge(night: Night) -> list[str]:
     """Another model judges some of them, within the night's budget."""
-    from router.calling import Caller  # noqa: PLC0415 - see above
-    from router.judging import Judged, judge_answers  # noqa: PLC0415 - see above
+    from router.learning.judging import Judged, judge_answers  # noqa: PLC0415 - see above
+    from router.models.direct_calls import Caller  # noqa: PLC0415 - see above
 
     async def judged() -> Judged:
         async with Caller(night.addresses, night.config) as caller:
@@ -84,14 +84,14 @@ def judge(night: Night) -> list[str]:
 
 def sum_up(night: Night) -> list[str]:
     """The log becomes evidence."""
-    from router.review import sum_evidence  # noqa: PLC0415 - see above
+    from router.learning.review import sum_evidence  # noqa: PLC0415 - see above
 
     return [f"{sum_evidence(night.url, night.learning):,} calls summed up"]
 
 
 def rank(night: Night) -> list[str]:
     """Evidence becomes an order, in force in one transaction; a dry run does all that, and keeps nothing."""
-    from router.review import rank_models, run_review  # noqa: PLC0415 - see above
+    from router.learning.review import rank_models, run_review  # noqa: PLC0415 - see above
 
     if night.dry_run:
         done = run_review(night.url, night.learning, by=BY, dry_run=True)
@@ -103,8 +103,8 @@ def rank(night: Night) -> list[str]:
 
 def search(night: Night) -> list[str]:
     """Look for better models, try them, take on what wins."""
-    from router.discovery import search as search_models  # noqa: PLC0415 - see above
-    from router.search_settings import load_search  # noqa: PLC0415 - see above
+    from router.discovery.search import search as search_models  # noqa: PLC0415 - see above
+    from router.settings.discovery import load_search  # noqa: PLC0415 - see above
 
     if not night.params.get("search", True):
         return ["not asked for"]
@@ -126,8 +126,8 @@ def search(night: Night) -> list[str]:
 
 def probation(night: Night) -> list[str]:
     """Models that the search took are promoted or retired by their log."""
-    from router.probation import review_probation  # noqa: PLC0415 - see above
-    from router.search_settings import load_search  # noqa: PLC0415 - see above
+    from router.discovery.probation import review_probation  # noqa: PLC0415 - see above
+    from router.settings.discovery import load_search  # noqa: PLC0415 - see above
 
     decisions = review_probation(
         night.url, night.folder, night.config, night.learning,
@@ -141,7 +141,7 @@ def probation(night: Night) -> list[str]:
 
 def retention(night: Night) -> list[str]:
     """Old days of the log go, once they are summed up."""
-    from router.retention import drop_old_calls  # noqa: PLC0415 - see above
+    from router.learning.retention import drop_old_calls  # noqa: PLC0415 - see above
 
     done = drop_old_calls(night.url, night.learning, dry_run=night.dry_run)
     return [str(done), *done.days, *(f"kept {kept}" for kept in done.kept)]

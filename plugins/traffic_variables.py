@@ -26,7 +26,7 @@ def read_variables() -> tuple[dict[str, str | None], bool | None, int]:
     from airflow.utils.session import create_session  # noqa: PLC0415 - the same
     from sqlalchemy import func, select  # noqa: PLC0415 - the same
 
-    from router.traffic_watch import VARIABLE_PREFIX  # noqa: PLC0415 - the same
+    from router.models.targets import VARIABLE_PREFIX  # noqa: PLC0415 - the same
 
     with create_session() as session:
         now = session.scalar(select(func.now()))
@@ -52,10 +52,10 @@ async def watch() -> None:
 
 async def _watch_until_trouble() -> None:
     from router.database import open_pool  # noqa: PLC0415 - not in processes that only parse
-    from router.limiter import LimiterSettings, TrafficLimiter  # noqa: PLC0415 - the same
-    from router.redis_script import redis_client  # noqa: PLC0415 - the same
-    from router.settings import load_config  # noqa: PLC0415 - the same
-    from router.traffic_watch import TrafficWatch  # noqa: PLC0415 - the same
+    from router.limiter.limiter import LimiterSettings, TrafficLimiter  # noqa: PLC0415 - the same
+    from router.limiter.script import redis_client  # noqa: PLC0415 - the same
+    from router.models.targets import TrafficWatch  # noqa: PLC0415 - the same
+    from router.settings.router import load_config  # noqa: PLC0415 - the same
 
     database_url, redis_url = await asyncio.to_thread(_addresses)
     pool = await open_pool(database_url, connections=2)

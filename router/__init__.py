@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from router.answering import Answer, Router
+    from router.answering.router import Answer, Router
 
 __all__ = ["Answer", "Router"]
 
@@ -19,7 +19,7 @@ __all__ = ["Answer", "Router"]
 def __getattr__(name: str) -> Any:
     # Not before somebody wants it: `import router.task` stays cheap, and knows nothing of what is above.
     if name in __all__:
-        from router import answering  # noqa: PLC0415 - see above
+        from router.answering import router as answering  # noqa: PLC0415 - see above
 
         return getattr(answering, name)
     raise AttributeError(f"module 'router' has no attribute {name!r}")

@@ -7,39 +7,23 @@ Two drivers, one a purpose: asyncpg where calls overlap (workers, asking), psyco
 from __future__ import annotations
 
 import asyncio
-import hashlib
-from collections.abc import Iterator
+import math
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import asyncpg
 import psycopg2
 import psycopg2.errors
 import psycopg2.extensions
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
+from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
-from router.errors import ConfigError, DatabaseError, SchemaError
-from router.settings import ROOT
-
-SQL_FOLDER = ROOT / "sql"
-LOCK_SECONDS = 2.0
-LOCK_PATIENCE_SECONDS = 120.0
-MIGRATION_LOCK = 7_205_759_403  # any number that no other program uses as an advisory lock
+from router.errors import ConfigError, DatabaseError
+from router.task import CallResult
 
 Connection = psycopg2.extensions.connection
 # What asyncpg raises when the server is away or the connection broke in the middle.
 AWAY_ERRORS = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError, asyncio.TimeoutError)
-
-
-@dataclass(frozen=True, slots=True)
-class MigrationReport:
-    """What `migrate` did: migrations by file name, whether functions were renewed, tasks that were queued."""
-
-    applied: tuple[str, ...]
-    functions_renewed: bool
-    tasks_queued: int
 
 
 @contextmanager
@@ -94,104 +78,6 @@ def transaction(connection: Connection) -> Iterator[None]:
     rows(connection, "COMMIT")
 
 
-def migrate(url: str, folder: Path = SQL_FOLDER) -> MigrationReport:
-    """Bring the schema up to date: new migrations in order, the functions, and tasks that have no queue row.
-
-    Safe to run at any time and from many machines at once; each migration is one transaction. Raises
-    SchemaError if an existing table `tasks` cannot be upgraded, and then has changed nothing.
-    """
-    with connect(url, autocommit=True) as connection:
-        rows(connection, "SELECT pg_advisory_lock(%s)", (MIGRATION_LOCK,))
-        rows(
-            connection,
-            "CREATE TABLE IF NOT EXISTS router_migrations ("
-            " name text PRIMARY KEY, checksum text NOT NULL, applied_at timestamptz NOT NULL DEFAULT now())",
-        )
-        done = {
-            row["name"]: row["checksum"]
-            for row in rows(connection, "SELECT name, checksum FROM router_migrations")
-        }
-        applied = tuple(_apply_new_migrations(connection, folder / "migrations", done))
-        renewed = _renew_functions(connection, folder / "functions", done)
-        rows(connection, "SELECT make_call_partitions()")
-        queued = _queue_existing_tasks(connection)
-        if applied:
-            rows(connection, "SELECT recount_tasks()")
-        return MigrationReport(applied, renewed, queued)
-
-
-def _apply_new_migrations(connection: Connection, folder: Path, done: dict[str, str]) -> Iterator[str]:
-    for path in sorted(folder.glob("*.sql")):
-        text = path.read_text(encoding="utf-8")
-        checksum = hashlib.sha256(text.encode()).hexdigest()
-        if path.name in done:
-            if done[path.name] != checksum:
-                raise SchemaError(
-                    f"{path.name} was changed after it was applied. Write a new migration instead."
-                )
-            continue
-        _run_script(connection, path.name, text, checksum)
-        yield path.name
-
-
-def _renew_functions(connection: Connection, folder: Path, done: dict[str, str]) -> bool:
-    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.sql")))
-    checksum = hashlib.sha256(text.encode()).hexdigest()
-    if done.get("functions") == checksum:
-        return False
-    _run_script(connection, "functions", text, checksum)
-    return True
-
-
-def _run_script(connection: Connection, name: str, text: str, checksum: str) -> None:
-    # Whoever reads or fills tasks meanwhile waits behind us for at most LOCK_SECONDS, then goes first.
-    waiting = Retrying(
-        retry=retry_if_exception_type((psycopg2.errors.LockNotAvailable, psycopg2.errors.DeadlockDetected)),
-        wait=wait_random_exponential(multiplier=0.2, max=5),
-        stop=stop_after_delay(LOCK_PATIENCE_SECONDS),
-        reraise=True,
-    )
-    try:
-        waiting(_run_script_once, connection, name, text, checksum)
-    except psycopg2.errors.LockNotAvailable as error:
-        raise SchemaError(
-            f"{name}: others kept the tables locked for {LOCK_PATIENCE_SECONDS:g} s. Nothing was changed;"
-            " end what holds them (see pg_stat_activity), and run it again."
-        ) from error
-    except psycopg2.Error as error:
-        raise SchemaError(f"{name}: {_first_line(error)}") from error
-
-
-def _run_script_once(connection: Connection, name: str, text: str, checksum: str) -> None:
-    with connection.cursor() as cursor:
-        cursor.execute("BEGIN")
-        try:
-            cursor.execute(f"SET LOCAL lock_timeout = '{LOCK_SECONDS:g}s'")
-            # Functions may call those that are defined after them.
-            cursor.execute("SET LOCAL check_function_bodies = off")
-            cursor.execute(text)
-            cursor.execute(
-                "INSERT INTO router_migrations (name, checksum) VALUES (%s, %s)"
-                " ON CONFLICT (name) DO UPDATE SET checksum = EXCLUDED.checksum, applied_at = now()",
-                (name, checksum),
-            )
-            cursor.execute("COMMIT")
-        except psycopg2.Error:
-            cursor.execute("ROLLBACK")
-            raise
-
-
-def _queue_existing_tasks(connection: Connection) -> int:
-    queued: int = 0
-    after = -(2**62)
-    while True:
-        step = rows(connection, "SELECT * FROM reconcile(%s)", (after,))[0]
-        queued += step["added"]
-        if step["next_after"] is None:
-            return queued
-        after = step["next_after"]
-
-
 async def open_pool(url: str, *, connections: int, at_first: int = 1) -> asyncpg.Pool:
     """A pool of at most `connections`, for statements that each take milliseconds. Raises DatabaseError.
 
@@ -217,3 +103,93 @@ async def _nothing_to_reset(_connection: Any) -> None:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+SETTLE_PATIENCE_SECONDS = 600.0  # an answer that was paid for is worth waiting for Postgres
+LEASE_GONE = "RT001"
+NEVER_HEALS = ("22", "23", "RT002")  # data exceptions, broken constraints, a call that cannot be put back
+LARGEST_INTEGER = 2**31 - 1
+T = TypeVar("T")
+
+
+class LeaseLost(DatabaseError):  # noqa: N818 - a state of the world, read as one
+    """The worker's lease was found gone: it must go on under a new name."""
+
+
+class ValueRefused(DatabaseError):  # noqa: N818 - a state of the world, read as one
+    """Postgres will never take these values; trying again is of no use."""
+
+
+async def fetch(pool: asyncpg.Pool, statement: str, *arguments: Any) -> list[Any]:
+    """The rows of one statement, its own transaction. Raises LeaseLost, ValueRefused or DatabaseError."""
+    try:
+        return list(await pool.fetch(statement, *arguments))
+    except asyncpg.PostgresError as error:
+        if error.sqlstate == LEASE_GONE:
+            raise LeaseLost(str(error)) from error
+        if isinstance(error, asyncpg.DataError) or (error.sqlstate or "").startswith(NEVER_HEALS):
+            raise ValueRefused(f"Postgres refused: {error}") from error
+        raise DatabaseError(f"Postgres refused: {error}") from error
+    except AWAY_ERRORS as error:
+        raise DatabaseError(f"Postgres is away: {error or type(error).__name__}") from error
+
+
+async def fetch_one(pool: asyncpg.Pool, statement: str, *arguments: Any) -> Any:
+    """The first row, or None."""
+    found = await fetch(pool, statement, *arguments)
+    return found[0] if found else None
+
+
+async def patiently(attempt: Callable[[], Awaitable[T]]) -> T:
+    """Try again while Postgres is away, for at most SETTLE_PATIENCE_SECONDS."""
+    try:
+        return await attempt()  # nearly always; what tries again costs as much as the statement's own code
+    except DatabaseError as error:
+        if not _may_heal(error):
+            raise
+    waiting = AsyncRetrying(
+        retry=retry_if_exception(_may_heal),
+        wait=wait_random_exponential(multiplier=0.1, max=2),
+        stop=stop_after_delay(SETTLE_PATIENCE_SECONDS),
+        reraise=True,
+    )
+
+    async def once() -> T:
+        return await attempt()
+
+    return await waiting(once)
+
+
+def _may_heal(error: BaseException) -> bool:
+    return isinstance(error, DatabaseError) and not isinstance(error, ValueRefused)
+
+
+def settled_values(result: CallResult) -> tuple[Any, ...]:
+    """Outcome, answer, tokens of prompt and answer, cost, latency, error: made to fit where they do not.
+
+    Postgres can hold no NUL, no half of a surrogate pair and no number out of range.
+    """
+    return (
+        result.outcome.value,
+        storable(result.answer),
+        _counted(result.prompt_tokens),
+        _counted(result.completion_tokens),
+        _finite(result.cost_usd),
+        _finite(result.latency_seconds),
+        storable(result.error),
+    )
+
+
+def storable(text: str | None) -> str | None:
+    """The text without what Postgres cannot hold."""
+    if text is None:
+        return None
+    return text.replace("\x00", "\ufffd").encode("utf-8", "replace").decode("utf-8")
+
+
+def _counted(tokens: int | None) -> int | None:
+    return None if tokens is None else max(0, min(tokens, LARGEST_INTEGER))
+
+
+def _finite(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None

@@ -108,3 +108,13 @@ def new_call_id(now_seconds: float) -> uuid.UUID:
     value |= 0b10 << 62
     value |= secrets.randbits(62)
     return uuid.UUID(int=value)
+
+
+class Role(str, enum.Enum):
+    """Why a model was called; the values of `model_calls.role`. Without a task its purpose stands there."""
+
+    BATCH = "batch"  # by a worker of solve_tasks
+    ASKED = "asked"  # the preferred model, or the one that was named
+    NEXT = "next"  # the next in rank, after the one before failed
+    FALLBACK = "fallback"  # the cheap model, given passages
+    PASSAGES = "passages"  # no model: what was found in knowledge

@@ -11,10 +11,10 @@ from typing import Any
 import requests
 
 from models_backend.process import BackendServer
-from router.answering import Router
+from router.answering.router import Router
 from router.database import connect, rows
-from router.roster import sync_roster
-from router.settings import (
+from router.models.roster import sync_roster
+from router.settings.router import (
     Addresses,
     AskingSettings,
     FallbackSettings,

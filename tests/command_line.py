@@ -12,7 +12,7 @@ from typing import Any
 
 from typer.testing import CliRunner
 
-from router.cli import app
+from router.cli.main import app
 
 TAKEN_AWAY = ("ROUTER_DATABASE_URL", "ROUTER_REDIS_URL", "ROUTER_AIRFLOW_URL", "ROUTER_CONFIG")
 

@@ -18,9 +18,10 @@ from psycopg2 import sql
 
 from local.postgres import PostgresServer, start_postgres
 from local.redis import RedisServer, start_redis
-from router.database import Connection, connect, migrate
-from router.roster import sync_roster
-from router.settings import load_config
+from router.database import Connection, connect
+from router.migrations import migrate
+from router.models.roster import sync_roster
+from router.settings.router import load_config
 from tests.queueing import Probe, probing, without_categorising
 
 pytest_plugins = ["tests.solving"]

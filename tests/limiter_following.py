@@ -6,10 +6,10 @@ import struct
 from dataclasses import dataclass
 
 from bench.judge import TargetChange
-from router import limiter as limiter_module
-from router.breaker import Sign
-from router.limiter import LimiterSettings, PastCall, WaitReason
-from router.permits import Permit
+from router.limiter import limiter as limiter_module
+from router.limiter.breaker import Sign
+from router.limiter.limiter import LimiterSettings, PastCall, WaitReason
+from router.limiter.permit import Permit
 from router.traffic import TrafficTarget
 from tests.limiter_redis import Asked, ScriptRedis
 from tests.limiter_spec import MICRO, TIMED, Decision, LimiterSpec, Send, micros

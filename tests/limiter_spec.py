@@ -17,8 +17,8 @@ import bisect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from router.breaker import BreakerSettings, Sign
-from router.permits import LimiterSettings, WaitReason
+from router.limiter.breaker import BreakerSettings, Sign
+from router.limiter.permit import LimiterSettings, WaitReason
 from router.traffic import TrafficTarget
 
 MICRO = 1_000_000

@@ -15,14 +15,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from bench.judge import Arrival, TargetChange, judge
-from router import limiter as limiter_module
-from router import line as line_module
-from router import permits as permits_module
-from router import recovery as recovery_module
-from router import sightings as sightings_module
 from router.errors import LimiterUnavailable, PermitDead
-from router.limiter import PastCall, TrafficLimiter, Wait, WaitReason
-from router.redis_script import RedisScript
+from router.limiter import limiter as limiter_module
+from router.limiter import permit as permits_module
+from router.limiter import recovery as recovery_module
+from router.limiter import tracker as sightings_module
+from router.limiter import waiters as line_module
+from router.limiter.limiter import PastCall, TrafficLimiter, Wait, WaitReason
+from router.limiter.script import RedisScript
 from router.task import Outcome
 from router.traffic import TrafficTarget
 from tests.limiter_following import (

@@ -11,7 +11,7 @@ from typing import Any
 
 import asyncpg
 
-from router.settings import RouterConfig
+from router.settings.router import RouterConfig
 from router.task import new_call_id
 
 CATEGORIES = ("technical", "creative", "general")

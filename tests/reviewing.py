@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from router.database import connect, rows
-from router.review import Review, run_review
-from router.settings import LearningSettings, load_config, load_learning
+from router.learning.review import Review, run_review
+from router.settings.router import LearningSettings, load_config, load_learning
 
 DAY = 86_400
 

@@ -18,12 +18,12 @@ import requests
 import yaml
 
 from models_backend.process import BackendServer
-from router.airflow_api import AirflowApi
 from router.database import connect, rows
-from router.discovery import SearchReport, search
-from router.roster import sync_roster
-from router.search_settings import load_search
-from router.settings import DISCOVERED, Addresses, RouterConfig, load_config, load_learning
+from router.discovery.search import SearchReport, search
+from router.models.airflow_api import AirflowApi
+from router.models.roster import sync_roster
+from router.settings.discovery import load_search
+from router.settings.router import DISCOVERED, Addresses, RouterConfig, load_config, load_learning
 from tests.queueing import without_categorising
 
 FIRST, SECOND = "steady-7b", "quiet-7b"  # of the roster

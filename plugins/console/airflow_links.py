@@ -12,7 +12,7 @@ from airflow.utils.session import create_session
 from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 
-from router.call_log import LoggedCall
+from router.queue.call_log import LoggedCall
 
 from .guard import SOLVE_DAG
 

@@ -22,8 +22,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from router.database import Connection as Database
 from router.database import connect
 from router.errors import ConfigError, DatabaseError, InputError, NoRoom, RouterError
-from router.settings import Addresses, config_folder
-from router.task_table import Retried
+from router.queue.tasks import Retried
+from router.settings.router import Addresses, config_folder
 
 from . import board, found, guard, routes, work
 from .asks import Asks

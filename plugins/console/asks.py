@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from router.duties import ended
+from router.background import ended
 from router.errors import NoRoom, RouterError
-from router.settings import Addresses, config_folder, data_folder, load_config
+from router.settings.router import Addresses, config_folder, data_folder, load_config
 
 from .live import as_line
 
 if TYPE_CHECKING:
-    from router.answering import Answer, Event, Router
+    from router.answering.router import Answer, Event, Router
 
 log = logging.getLogger("router.console")
 
@@ -97,7 +97,7 @@ class Asks:
             self._used_at = time.monotonic()
             if self._router is None:
                 # In a thread: it brings the search engine with it.
-                answering = await asyncio.to_thread(importlib.import_module, "router.answering")
+                answering = await asyncio.to_thread(importlib.import_module, "router.answering.router")
                 addresses = await asyncio.to_thread(self._addresses)
                 folder: Path = config_folder()
                 config = await asyncio.to_thread(load_config, folder)

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta, timezone
 from functools import lru_cache
 from typing import Any
 
-from router.cli_status import as_object
+from router.cli.status import as_object
 from router.database import Connection, rows
 from router.status import Status, read_status
 from router.traffic import TrafficTarget

@@ -9,7 +9,7 @@ from typing import Any
 
 from router.database import Connection, rows
 from router.errors import ConfigError
-from router.search_settings import ProbationSettings, load_search
+from router.settings.discovery import ProbationSettings, load_search
 
 AMONG_FINDINGS = 20_000  # the newest, of all searches
 EACH_VERDICT = 50

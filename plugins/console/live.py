@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from router.cli_terminal import as_json
-from router.duties import ended
+from router.background import ended
+from router.cli.terminal import as_json
 from router.errors import RouterError
 
 log = logging.getLogger("router.console")

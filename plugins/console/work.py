@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from router.answers import Role
-from router.call_log import LoggedCall, read_calls
 from router.database import Connection, rows
 from router.errors import InputError
-from router.task_table import Retried, retry_failed
+from router.queue.call_log import LoggedCall, read_calls
+from router.queue.tasks import Retried, retry_failed
+from router.task import Role
 
 AMONG_CALLS = 20_000  # the newest, to be looked through for those that fit
 EVIDENCE_CALLS = 10_000

@@ -21,7 +21,7 @@ from local.postgres import PostgresServer
 from local.redis import RedisServer
 from models_backend.process import BackendServer, start_backend
 from router.database import connect, rows
-from router.settings import load_config
+from router.settings.router import load_config
 from router.traffic import GRAMMAR
 from tests.solving import Solving, wait_until
 

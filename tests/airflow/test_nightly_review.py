@@ -14,7 +14,7 @@ import requests
 import yaml
 
 from bench.judge import TargetChange
-from router.probation import undo_search
+from router.discovery.probation import undo_search
 from router.traffic import TrafficTarget
 from tests.reviewing import Log
 from tests.searching import write_catalogue

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from bench.judge import TargetChange, print_verdict
-from router.roster import sync_roster
-from router.settings import load_config
+from router.models.roster import sync_roster
+from router.settings.router import load_config
 from router.traffic import TrafficTarget
 from tests.solving import (
     DAG,

@@ -19,7 +19,7 @@ import redis
 
 from local.airflow_api import AirflowApi, AirflowApiError
 from local.demo import command_started
-from router.settings import load_config
+from router.settings.router import load_config
 from router.traffic import GRAMMAR
 
 pytestmark = [pytest.mark.airflow, pytest.mark.timeout(400)]

@@ -14,11 +14,11 @@ import pytest
 from local.postgres import PostgresServer
 from local.redis import RedisServer
 from models_backend.process import BackendServer, start_backend
-from router.answering import Event, EventKind, Router
+from router.answering.router import Event, EventKind, Router
 from router.database import connect
 from router.errors import NoAnswer
-from router.roster import sync_roster
-from router.settings import Addresses
+from router.models.roster import sync_roster
+from router.settings.router import Addresses
 from router.task import AnswerRank
 from tests.asking import CHEAP, PREFERRED, Asking, asking_config
 from tests.stalling import Stall, stalling

@@ -17,12 +17,13 @@ from bench.judge import TargetChange, Verdict, judge, read_arrivals
 from local.postgres import PostgresServer, start_postgres
 from local.redis import RedisServer, start_redis
 from models_backend.process import BackendServer, start_backend
-from router.database import connect, migrate, rows
-from router.engine import Engine
-from router.roster import sync_roster
-from router.settings import Addresses, ModelSettings, RouterConfig, WorkerSettings
+from router.database import connect, rows
+from router.migrations import migrate
+from router.models.roster import sync_roster
+from router.settings.router import Addresses, ModelSettings, RouterConfig, WorkerSettings
 from router.traffic import TrafficTarget
-from router.worker import Worker
+from router.workers.engine import Engine
+from router.workers.worker import Worker
 
 MODELS = ("llama-3.1-8b", "phi-4")
 TARGET = "40/2s, 12 at once"

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from models_backend.process import BackendServer, start_backend
-from router.backend import ModelsBackend
 from router.errors import PermitDead
-from router.settings import BackendSettings
+from router.models.backend import ModelsBackend
+from router.settings.router import BackendSettings
 from router.task import CallResult, Outcome
 
 

@@ -13,12 +13,11 @@ import pytest
 
 from local.redis import RedisServer
 from models_backend.process import BackendServer, start_backend
-from router import answering
-from router.answering import EventKind, Router
-from router.answers import Role
+from router.answering import router as answering
+from router.answering.router import EventKind, Router
 from router.errors import BackendUnavailable, InputError, NoAnswer, NoRoom
-from router.settings import Addresses
-from router.task import AnswerRank, Outcome
+from router.settings.router import Addresses
+from router.task import AnswerRank, Outcome, Role
 from tests.asking import CHEAP, PREFERRED, SECOND, THIRD, Asking, asking_config, asking_router
 
 

@@ -17,9 +17,9 @@ import aiohttp
 import pytest
 
 from local.redis import free_port
-from router.backend import ModelsBackend
 from router.errors import BackendUnavailable, ConfigError, PermitDead
-from router.settings import BackendFields, BackendSettings
+from router.models.backend import ModelsBackend
+from router.settings.router import BackendFields, BackendSettings
 from router.task import CallResult, Outcome
 
 GOOD = {"model": "m", "answer": "42", "usage": {"prompt_tokens": 3, "completion_tokens": 4}, "cost_usd": 0.5}

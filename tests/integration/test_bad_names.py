@@ -15,9 +15,9 @@ import yaml
 from local.redis import RedisServer
 from router.database import connect, open_pool, rows
 from router.errors import ConfigError, InputError
-from router.limiter import TrafficLimiter
-from router.settings import DEFAULT_CONFIG_FOLDER, load_config
-from router.traffic_watch import TrafficWatch
+from router.limiter.limiter import TrafficLimiter
+from router.models.targets import TrafficWatch
+from router.settings.router import DEFAULT_CONFIG_FOLDER, load_config
 from tests.command_line import CommandLine
 
 LONG = "m" * 1024

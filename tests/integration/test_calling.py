@@ -14,12 +14,12 @@ import requests
 
 from local.redis import RedisServer
 from models_backend.process import BackendServer, start_backend
-from router.calling import Called, Caller
 from router.database import connect, rows
 from router.errors import DatabaseError
-from router.review import sum_evidence
-from router.roster import RosterModel, sync_roster
-from router.settings import Addresses
+from router.learning.review import sum_evidence
+from router.models.direct_calls import Called, Caller
+from router.models.roster import RosterModel, sync_roster
+from router.settings.router import Addresses
 from router.task import Outcome
 from tests.asking import CHEAP, PREFERRED, SECOND, THIRD, asking_config
 from tests.reviewing import Log, shipped_learning

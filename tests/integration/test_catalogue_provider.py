@@ -17,10 +17,10 @@ import pytest
 import requests
 
 from local.redis import free_port
-from router.catalogue import FileCatalogue, ProviderCatalogue, Reading, merged
+from router.discovery.catalogs import FileCatalogue, ProviderCatalogue, Reading, merged
 from router.errors import CatalogueError
-from router.search_settings import FileCatalogueSettings, ProviderCatalogueSettings
-from router.settings import DEFAULT_CONFIG_FOLDER
+from router.settings.discovery import FileCatalogueSettings, ProviderCatalogueSettings
+from router.settings.router import DEFAULT_CONFIG_FOLDER
 from tests.waiting import until
 
 KEY = "sk-very-secret-key"

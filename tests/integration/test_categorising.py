@@ -15,13 +15,13 @@ import pytest
 
 from local.redis import RedisServer
 from models_backend.process import BackendServer, start_backend
-from router.categoriser import CategoriserProcess
+from router.classification.process import CategoriserProcess
 from router.database import connect
-from router.engine import Engine
-from router.queue import TaskQueue, Uncategorised
-from router.roster import sync_roster
-from router.settings import Addresses, RouterConfig, load_categories, load_config
-from router.worker import Worker
+from router.models.roster import sync_roster
+from router.queue.task_queue import TaskQueue, Uncategorised
+from router.settings.router import Addresses, RouterConfig, load_categories, load_config
+from router.workers.engine import Engine
+from router.workers.worker import Worker
 from tests.queueing import Probe, probing
 
 POEM = "Write a poem about the sea in winter"
@@ -294,7 +294,7 @@ async def test_the_process_tells_categories_comes_back_if_it_dies_and_ends_with_
 
 @pytest.mark.soak
 async def test_a_child_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("router.categoriser.HANG_SECONDS", 1.0)
+    monkeypatch.setattr("router.classification.process.HANG_SECONDS", 1.0)
     settings = load_categories().model_copy(update={"patience_seconds": 0.4})  # over long before
     async with CategoriserProcess(settings) as process:
         assert await process.until_ready(75)
@@ -312,7 +312,7 @@ async def test_a_child_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -
 async def test_a_child_that_nobody_asked_for_a_while_is_not_taken_to_hang(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("router.categoriser.HANG_SECONDS", 0.4)
+    monkeypatch.setattr("router.classification.process.HANG_SECONDS", 0.4)
     settings = load_categories().model_copy(update={"patience_seconds": 10.0})
     async with CategoriserProcess(settings) as process:
         assert await process.until_ready(75)
@@ -323,7 +323,7 @@ async def test_a_child_that_nobody_asked_for_a_while_is_not_taken_to_hang(
 
 
 async def test_more_than_the_line_holds_take_the_default_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("router.categoriser.MOST_WAITING", 2)
+    monkeypatch.setattr("router.classification.process.MOST_WAITING", 2)
     async with CategoriserProcess(load_categories()) as process:
         found = await process.categorise([POEM] * 3)
     assert {one.reason for one in found} == {"default: too many prompts wait for a category"}

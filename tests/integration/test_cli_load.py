@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from router.database import connect, rows
-from router.intake import NewTask
-from router.task_table import add_tasks
+from router.queue.ingest import NewTask
+from router.queue.tasks import add_tasks
 from tests.command_line import CommandLine, Said
 from tests.waiting import until
 

@@ -20,12 +20,12 @@ import redis
 import redis.asyncio
 
 from local.redis import RedisServer
-from router.airflow_api import AirflowApi
 from router.database import connect, open_pool, rows
-from router.limiter import TrafficLimiter
-from router.settings import DEFAULT_CONFIG_FOLDER
+from router.limiter.limiter import TrafficLimiter
+from router.models.airflow_api import AirflowApi
+from router.models.targets import TrafficWatch
+from router.settings.router import DEFAULT_CONFIG_FOLDER
 from router.task import Outcome, new_call_id
-from router.traffic_watch import TrafficWatch
 from tests.command_line import CommandLine
 
 Ask = Callable[..., list[dict[str, Any]]]

@@ -12,13 +12,14 @@ import requests
 
 from local.redis import RedisServer
 from models_backend.process import BackendServer, start_backend
-from router import asking, deadlines
+from router.answering import store as asking
 from router.database import connect, rows
-from router.deadlines import Deadlines
-from router.engine import Engine
-from router.roster import sync_roster
-from router.settings import Addresses
-from router.worker import Worker
+from router.models.roster import sync_roster
+from router.settings.router import Addresses
+from router.workers import deadlines
+from router.workers.deadlines import Deadlines
+from router.workers.engine import Engine
+from router.workers.worker import Worker
 from tests.asking import CHEAP, PREFERRED, asking_config
 
 

@@ -16,10 +16,10 @@ from aiohttp import web
 
 from local.redis import RedisServer
 from models_backend.process import start_backend
-from router.answering import Answer, Router
+from router.answering.router import Answer, Router
 from router.database import connect, rows
-from router.roster import sync_roster
-from router.settings import DEFAULT_CONFIG_FOLDER, ROOT, load_config
+from router.models.roster import sync_roster
+from router.settings.router import DEFAULT_CONFIG_FOLDER, ROOT, load_config
 from tests.command_line import CommandLine
 
 DOC = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")

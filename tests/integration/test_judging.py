@@ -13,12 +13,12 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from local.redis import RedisServer
-from router.calling import Caller
 from router.database import connect
-from router.judging import Judged, judge_answers
-from router.review import grade_answers, sum_evidence
-from router.roster import sync_roster
-from router.settings import Addresses, RouterConfig
+from router.learning.judging import Judged, judge_answers
+from router.learning.review import grade_answers, sum_evidence
+from router.models.direct_calls import Caller
+from router.models.roster import sync_roster
+from router.settings.router import Addresses, RouterConfig
 from tests.asking import CHEAP, PREFERRED, SECOND, THIRD, asking_config
 from tests.reviewing import Log, shipped_learning
 

@@ -16,14 +16,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from router.catch_up import CatchUp, Caught, catch_up
 from router.database import connect
-from router.index_folder import IndexFolder
-from router.knowledge import NO_KNOWLEDGE, Found, Knowledge, Passage
-from router.knowledge_files import read_file
-from router.knowledge_index import Hits, KnowledgeIndex
-from router.knowledge_sources import add_file, remove_path
-from router.settings import DEFAULT_CONFIG_FOLDER
+from router.knowledge.files import read_file
+from router.knowledge.index import Hits, KnowledgeIndex
+from router.knowledge.indexer import CatchUp, Caught, catch_up
+from router.knowledge.knowledge import NO_KNOWLEDGE, Found, Knowledge, Passage
+from router.knowledge.sources import add_file, remove_path
+from router.knowledge.storage import IndexFolder
+from router.settings.router import DEFAULT_CONFIG_FOLDER
 from tests.queueing import Probe
 from tests.waiting import until as until_true
 
@@ -217,7 +217,9 @@ async def test_nothing_is_left_when_it_is_closed_in_the_middle_of_a_pass(
 
     async def working() -> bool:
         found = [
-            child for child in psutil.Process().children() if "router.catch_up" in " ".join(child.cmdline())
+            child
+            for child in psutil.Process().children()
+            if "router.knowledge.indexer" in " ".join(child.cmdline())
         ]
         children.extend(found)
         return bool(found)
@@ -342,7 +344,7 @@ async def test_sources_are_replaced_and_removed(notes: Path, home: Path, tmp_pat
 async def test_an_index_of_another_database_is_made_anew(
     notes: Path, home: Path, database: str, empty_database: str, probe: Probe
 ):
-    from router.database import migrate  # noqa: PLC0415 - only here
+    from router.migrations import migrate  # noqa: PLC0415 - only here
 
     await solve(probe, "What eats a marmot?", "An eagle does.")
     await _pass(home, notes, database)
@@ -384,7 +386,7 @@ async def test_a_pass_that_was_killed_is_finished_by_the_next(
     expected = {row["id"] for row in await probe.all("SELECT id FROM tasks")}
     for after_seconds in (0.0, 0.1, 0.3):
         child = subprocess.Popen(
-            [sys.executable, "-m", "router.catch_up", str(home), str(notes)],
+            [sys.executable, "-m", "router.knowledge.indexer", str(home), str(notes)],
             env={**os.environ, "ROUTER_DATABASE_URL": database},
         )
         until_true((home / "index" / "meta.json").exists)

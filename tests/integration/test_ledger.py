@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from router.answers import Role
-from router.asking import LogRow
+from router.answering.store import LogRow
+from router.answering.task_record import Ledger, Means
 from router.database import open_pool
-from router.ledger import Ledger, Means
-from router.task import AnswerRank, CallResult, Outcome, new_call_id
+from router.task import AnswerRank, CallResult, Outcome, Role, new_call_id
 from tests.queueing import Probe
 
 FAILED = CallResult(Outcome.ERROR, error="500")

@@ -13,7 +13,7 @@ import redis.asyncio
 
 from local.redis import RedisServer, start_redis
 from router.errors import InputError, LimiterError, LimiterUnavailable, PermitDead
-from router.limiter import LimiterSettings, PastCall, Permit, TrafficLimiter, Wait, WaitReason
+from router.limiter.limiter import LimiterSettings, PastCall, Permit, TrafficLimiter, Wait, WaitReason
 from router.traffic import TrafficTarget
 
 

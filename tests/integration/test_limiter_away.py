@@ -13,7 +13,7 @@ import redis.asyncio
 
 from local.redis import RedisServer, start_redis
 from router.errors import LimiterUnavailable
-from router.limiter import LimiterSettings, PastCall, TrafficLimiter
+from router.limiter.limiter import LimiterSettings, PastCall, TrafficLimiter
 
 SETTINGS = LimiterSettings(call_longest_seconds=60)
 

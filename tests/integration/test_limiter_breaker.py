@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator
 import pytest
 import redis.asyncio
 
-from router.breaker import BreakerSettings
-from router.limiter import LimiterSettings, PastCall, Permit, TrafficLimiter, Wait, WaitReason
+from router.limiter.breaker import BreakerSettings
+from router.limiter.limiter import LimiterSettings, PastCall, Permit, TrafficLimiter, Wait, WaitReason
 from router.task import Outcome
 
 BREAKER = BreakerSettings(failures_borne=3, first_rest_seconds=0.3, longest_rest_seconds=0.6)

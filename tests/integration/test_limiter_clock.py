@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator
 import pytest
 import redis.asyncio
 
-from router import limiter as limiter_module
-from router.limiter import Permit, TrafficLimiter, Wait, WaitReason
-from router.redis_script import RedisScript
+from router.limiter import limiter as limiter_module
+from router.limiter.limiter import Permit, TrafficLimiter, Wait, WaitReason
+from router.limiter.script import RedisScript
 
 HOUR = 3600
 PERIOD = 1.06  # of a window of a second, slacks included

@@ -11,7 +11,7 @@ import redis.asyncio
 from redis.asyncio.cluster import ClusterNode
 
 from local.redis import free_port, start_redis
-from router.limiter import PastCall, Permit, TrafficLimiter, Wait, WaitReason
+from router.limiter.limiter import PastCall, Permit, TrafficLimiter, Wait, WaitReason
 from router.task import Outcome
 
 MODELS = ["llama", "gemma-2", "phi.4", "qwen_2.5"]  # in slots of their own

@@ -8,7 +8,7 @@ import time
 import pytest
 import redis.asyncio
 
-from router.limiter import TrafficLimiter
+from router.limiter.limiter import TrafficLimiter
 
 
 @pytest.mark.alone

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
 from local.redis import RedisServer
-from router import limiter as limiter_module
+from router.limiter import limiter as limiter_module
 from router.task import Outcome
 from tests.limiter_redis import Connection
 from tests.limiter_walk import PALETTES, Walk, walks

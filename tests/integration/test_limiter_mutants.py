@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from local.redis import RedisServer
-from router import limiter as limiter_module
+from router.limiter import limiter as limiter_module
 from tests.limiter_checks import CHECKS, check
 from tests.limiter_mutants import MUTANTS, Mutant
 from tests.limiter_redis import Connection

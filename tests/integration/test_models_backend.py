@@ -17,8 +17,8 @@ from models_backend.answers import compose_answer, prompt_digest
 from models_backend.latency import latency_seconds
 from models_backend.models import PROFILES
 from models_backend.process import BackendServer, start_backend
-from router.backend import ModelsBackend
-from router.settings import BackendSettings, load_config
+from router.models.backend import ModelsBackend
+from router.settings.router import BackendSettings, load_config
 from router.task import CallResult, Outcome
 
 SCALE = 200.0

@@ -16,9 +16,9 @@ from models_backend.completion import ProviderRefusal
 from models_backend.process import BackendServer, start_backend
 from models_backend.provider import Provider
 from models_backend.settings import ProviderSettings, ServedModel, provider_from_environment
-from router.backend import ModelsBackend
 from router.errors import ConfigError
-from router.settings import BackendSettings
+from router.models.backend import ModelsBackend
+from router.settings.router import BackendSettings
 from router.task import CallResult, Outcome
 
 KEY = "sk-very-secret"

@@ -13,8 +13,8 @@ import pytest
 
 from models_backend.__main__ import main
 from models_backend.process import BackendServer, start_backend
-from router.backend import ModelsBackend
-from router.settings import BackendSettings
+from router.models.backend import ModelsBackend
+from router.settings.router import BackendSettings
 from router.task import CallResult, Outcome
 
 PROMPT = "Describe the harbour of Genoa"  # of no category that words would tell

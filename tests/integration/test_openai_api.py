@@ -26,10 +26,10 @@ import yaml
 from local.postgres import PostgresServer
 from local.redis import RedisServer
 from models_backend.process import BackendServer, start_backend
-from router.api_keys import add_key, remove_key
 from router.database import connect, rows
-from router.roster import sync_roster
-from router.settings import DEFAULT_CONFIG_FOLDER, load_config
+from router.models.roster import sync_roster
+from router.server.api_keys import add_key, remove_key
+from router.settings.router import DEFAULT_CONFIG_FOLDER, load_config
 from tests.command_line import CommandLine
 from tests.waiting import until
 

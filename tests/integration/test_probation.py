@@ -8,17 +8,17 @@ import pytest
 import yaml
 
 from models_backend.process import BackendServer
-from router import candidates
-from router.assignment import PullOrder, Work, bounds
-from router.candidates import take
 from router.database import connect, open_pool, rows
+from router.discovery import store as candidates
+from router.discovery.probation import Decision, promote, retire, review_probation, undo_search
+from router.discovery.probation_rules import Step
+from router.discovery.store import take
+from router.discovery.trials import Contender
 from router.errors import InputError
-from router.probation import Decision, promote, retire, review_probation, undo_search
-from router.probation_verdict import Step
-from router.roster import read_roster
-from router.search_settings import load_search
-from router.settings import DISCOVERED, Addresses, load_learning
-from router.trials import Contender
+from router.models.roster import read_roster
+from router.settings.discovery import load_search
+from router.settings.router import DISCOVERED, Addresses, load_learning
+from router.workers.assignment import PullOrder, Work, bounds
 from tests.command_line import CommandLine
 from tests.reviewing import Log
 from tests.searching import FIRST, SECOND, Searching, people, write_config

@@ -13,7 +13,7 @@ import pytest
 
 from router.database import open_pool
 from router.errors import DatabaseError
-from router.queue import LeaseLost, TaskQueue, ValueRefused, listening
+from router.queue.task_queue import LeaseLost, TaskQueue, ValueRefused, listening
 from router.task import CallResult, Outcome
 from tests.queueing import Probe
 

@@ -10,10 +10,10 @@ from typing import Any
 from local.redis import RedisServer
 from models_backend.process import start_backend
 from router.database import connect, rows
-from router.engine import Engine
-from router.roster import sync_roster
-from router.settings import Addresses, ModelSettings, RouterConfig, WorkerSettings
-from router.worker import Worker
+from router.models.roster import sync_roster
+from router.settings.router import Addresses, ModelSettings, RouterConfig, WorkerSettings
+from router.workers.engine import Engine
+from router.workers.worker import Worker
 
 FIRST, LOW = "llama-3.1-8b", "phi-4"
 SHARE = 0.05

@@ -22,14 +22,14 @@ from models_backend.completion import ProviderRefusal
 from models_backend.process import BackendServer, start_backend
 from models_backend.provider import Provider
 from models_backend.settings import ProviderSettings
-from router.answering import Router
-from router.backend import ModelsBackend
+from router.answering.router import Router
 from router.database import connect, rows
-from router.engine import Engine
-from router.roster import sync_roster
-from router.settings import Addresses, BackendSettings, ModelSettings, RouterConfig, WorkerSettings
+from router.models.backend import ModelsBackend
+from router.models.roster import sync_roster
+from router.settings.router import Addresses, BackendSettings, ModelSettings, RouterConfig, WorkerSettings
 from router.task import CallResult, Outcome
-from router.worker import Worker
+from router.workers.engine import Engine
+from router.workers.worker import Worker
 from tests.waiting import until
 
 KEY = "sk-very-secret-key"

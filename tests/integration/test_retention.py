@@ -9,9 +9,9 @@ import pytest
 
 from router.database import connect, rows
 from router.errors import DatabaseError
-from router.retention import Retention, drop_old_calls
-from router.review import REVIEW_LOCK, ReviewBusy
-from router.settings import LearningSettings
+from router.learning.retention import Retention, drop_old_calls
+from router.learning.review import REVIEW_LOCK, ReviewBusy
+from router.settings.router import LearningSettings
 from tests.reviewing import Log, shipped_learning
 from tests.waiting import until
 
@@ -142,14 +142,14 @@ def test_a_log_in_use_is_waited_for_and_left_for_the_next_night(
     log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log.review()
-    monkeypatch.setattr("router.retention.LOCK_PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr("router.learning.retention.LOCK_PATIENCE_SECONDS", 0.5)
     with connect(log.url) as reader:
         rows(reader, "SELECT count(*) FROM model_calls")  # a long report, say
         gone = dropped(log)
     assert gone.days == ()
     assert len(gone.kept) == 3
     assert all("in use" in kept for kept in gone.kept)
-    monkeypatch.setattr("router.retention.LOCK_PATIENCE_SECONDS", 20.0)
+    monkeypatch.setattr("router.learning.retention.LOCK_PATIENCE_SECONDS", 20.0)
     with connect(log.url) as reader:
         rows(reader, "SELECT count(*) FROM model_calls")
         done: list[Retention] = []

@@ -11,9 +11,9 @@ import pytest
 
 from router.database import connect, rows
 from router.errors import DatabaseError
-from router.review import REVIEW_LOCK, ReviewBusy, grade_answers, rank_models, sum_evidence
-from router.roster import read_roster, sync_roster
-from router.settings import load_config
+from router.learning.review import REVIEW_LOCK, ReviewBusy, grade_answers, rank_models, sum_evidence
+from router.models.roster import read_roster, sync_roster
+from router.settings.router import load_config
 from tests.queueing import without_categorising
 from tests.reviewing import Log, shipped_learning
 

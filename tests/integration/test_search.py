@@ -17,11 +17,11 @@ import yaml
 from local.redis import RedisServer
 from models_backend.process import BackendServer, start_backend
 from router.database import connect, rows
-from router.discovery import SEARCH_LOCK, SearchBusy
+from router.discovery.probation import promote, retire, undo_search
+from router.discovery.publishing import publish_file, publish_variables
+from router.discovery.search import SEARCH_LOCK, SearchBusy
 from router.errors import AirflowError, BackendUnavailable, CatalogueError, ConfigError, InputError
-from router.probation import promote, retire, undo_search
-from router.publishing import publish_file, publish_variables
-from router.settings import DISCOVERED, Addresses
+from router.settings.router import DISCOVERED, Addresses
 from tests.searching import (
     CANDIDATES,
     ENTRY,

@@ -14,12 +14,12 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from models_backend.process import BackendServer, start_backend
-from router.backend import ModelsBackend
-from router.breaker import BreakerSettings
-from router.limiter import LimiterSettings, Permit, TrafficLimiter
-from router.permits import AFTER_TIMEOUT_SECONDS
-from router.sending import CallOrder, send_permitted
-from router.settings import BackendSettings
+from router.limiter.breaker import BreakerSettings
+from router.limiter.limiter import LimiterSettings, Permit, TrafficLimiter
+from router.limiter.permit import AFTER_TIMEOUT_SECONDS
+from router.models.backend import ModelsBackend
+from router.models.dispatch import CallOrder, send_permitted
+from router.settings.router import BackendSettings
 from router.task import Outcome
 
 MODEL = "phi-4"

@@ -11,9 +11,9 @@ import pytest
 import redis.asyncio
 
 from router.database import open_pool
-from router.limiter import TrafficLimiter
-from router.redis_script import redis_client as redis_client_of
-from router.traffic_watch import TrafficWatch
+from router.limiter.limiter import TrafficLimiter
+from router.limiter.script import redis_client as redis_client_of
+from router.models.targets import TrafficWatch
 
 MODEL = "phi-4"
 

@@ -11,8 +11,9 @@ from typing import Any
 import psycopg2
 import pytest
 
-from router.database import SQL_FOLDER, connect, migrate, rows
+from router.database import connect, rows
 from router.errors import SchemaError
+from router.migrations import SQL_FOLDER, migrate
 
 OLD_TABLE = """
 CREATE TABLE tasks (
@@ -261,7 +262,7 @@ def test_it_lets_others_go_first_while_somebody_holds_the_table(
     empty_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A reader holds the table; the migration waits for it in turns, and between them producers get through.
-    monkeypatch.setattr("router.database.LOCK_SECONDS", 0.3)
+    monkeypatch.setattr("router.migrations.LOCK_SECONDS", 0.3)
     url = empty_database
     _run(url, OLD_TABLE.format(key="serial", prompt="text"))
     reader = psycopg2.connect(url)
@@ -282,8 +283,8 @@ def test_it_lets_others_go_first_while_somebody_holds_the_table(
 def test_a_table_that_stays_locked_is_said_to_be(
     empty_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("router.database.LOCK_SECONDS", 0.1)
-    monkeypatch.setattr("router.database.LOCK_PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr("router.migrations.LOCK_SECONDS", 0.1)
+    monkeypatch.setattr("router.migrations.LOCK_PATIENCE_SECONDS", 0.5)
     _run(empty_database, OLD_TABLE.format(key="serial", prompt="text"))
     reader = psycopg2.connect(empty_database)
     with reader.cursor() as cursor:

@@ -16,10 +16,10 @@ import requests
 from local.redis import RedisServer
 from models_backend.process import BackendServer, start_backend
 from router.database import connect, rows
-from router.engine import Engine
-from router.roster import sync_roster
-from router.settings import Addresses, ModelSettings, RouterConfig, WorkerSettings
-from router.worker import Worker, wait_for_work
+from router.models.roster import sync_roster
+from router.settings.router import Addresses, ModelSettings, RouterConfig, WorkerSettings
+from router.workers.engine import Engine
+from router.workers.worker import Worker, wait_for_work
 
 MODELS = ("llama-3.1-8b", "phi-4")
 QUICK = ("--time-scale", "50", "--latency", "even:1:10")

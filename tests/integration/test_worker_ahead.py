@@ -13,11 +13,11 @@ import pytest
 from local.redis import RedisServer
 from models_backend.process import BackendServer, start_backend
 from router.database import connect, rows
-from router.engine import Engine
-from router.queue import TaskQueue
-from router.roster import sync_roster
-from router.settings import Addresses, ModelSettings, RouterConfig, WorkerSettings
-from router.worker import Worker
+from router.models.roster import sync_roster
+from router.queue.task_queue import TaskQueue
+from router.settings.router import Addresses, ModelSettings, RouterConfig, WorkerSettings
+from router.workers.engine import Engine
+from router.workers.worker import Worker
 
 BUSY, FREE, SLOW = "busy", "free", "slow"
 TASKS = 120

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from router.api_keys import ApiKeys, add_key, read_keys, remove_key
 from router.errors import ConfigError, InputError
+from router.server.api_keys import ApiKeys, add_key, read_keys, remove_key
 
 
 @pytest.fixture

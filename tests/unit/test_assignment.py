@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from router.assignment import PullOrder, Work, bounds, quality, quality_in, shares
-from router.learned import Learned
+from router.models.ranked import Learned
+from router.workers.assignment import PullOrder, Work, bounds, quality, quality_in, shares
 
 PLACES = {"technical": {"a": 1, "b": 2}, "creative": {"a": 2, "b": 1}}
 

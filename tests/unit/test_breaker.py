@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from router.breaker import BreakerSettings, Sign, Verdict
+from router.limiter.breaker import BreakerSettings, Sign, Verdict
 from router.task import Outcome
 
 SETTINGS = BreakerSettings(default_retry_after_seconds=2, unknown_model_rest_seconds=40)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from router.catalogue import (
+from router.discovery.catalogs import (
     CatalogueModel,
     FileCatalogue,
     ProviderCatalogue,
@@ -21,8 +21,8 @@ from router.catalogue import (
     same_model,
 )
 from router.errors import CatalogueError
-from router.search_settings import FileCatalogueSettings, SearchSettings, load_search
-from router.settings import DEFAULT_CONFIG_FOLDER, load_config
+from router.settings.discovery import FileCatalogueSettings, SearchSettings, load_search
+from router.settings.router import DEFAULT_CONFIG_FOLDER, load_config
 
 CATEGORIES = ("technical", "creative", "general")
 GOOD = "{name: llama-9-good, licence: mit, parameters: 7, context: 8192, input_price: 0.1, output_price: 0.2}"

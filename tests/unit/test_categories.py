@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from router.categories import Categorised, Categoriser
-from router.cli_categories import Row, assess, read_rows
+from router.classification.classifier import Categorised, Categoriser
+from router.classification.examples import read_examples
+from router.classification.features import SHAPES, cut, gram_counts, normal, shapes, word_counts
+from router.cli.categories import Row, assess, read_rows
 from router.errors import ConfigError
-from router.examples import read_examples
-from router.prompt_features import SHAPES, cut, gram_counts, normal, shapes, word_counts
-from router.settings import DEFAULT_CONFIG_FOLDER, CategorySettings, RuleSettings, load_categories
+from router.settings.router import DEFAULT_CONFIG_FOLDER, CategorySettings, RuleSettings, load_categories
 from tests.command_line import CommandLine
 
 

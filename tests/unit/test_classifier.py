@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from router import classifier
-from router.categories import Categorised, Categoriser
-from router.classifier import Classifier
-from router.settings import RuleSettings, load_categories
+from router.classification import linear_model as classifier
+from router.classification.classifier import Categorised, Categoriser
+from router.classification.linear_model import Classifier
+from router.settings.router import RuleSettings, load_categories
 
 PROMPTS = ["How do I cook a goose?", "What are the rules of polo?", "soup or chess", ""]
 
@@ -79,7 +79,7 @@ def test_other_examples_settings_code_or_libraries_are_learned_anew(
     builder.told()
     assert builder.learned == 3
     with monkeypatch.context() as patch:
-        patch.setattr("router.categories.version", lambda library: f"another {library}")
+        patch.setattr("router.classification.classifier.version", lambda library: f"another {library}")
         builder.told()
     assert builder.learned == 4
     edited = tmp_path / "classifier.py"

@@ -13,5 +13,5 @@ def test_no_verb_waits_for_what_another_one_needs():
         [sys.executable, "-c", "import router.cli, sys; print(*sys.modules)"],
         check=True, capture_output=True, text=True,
     ).stdout.split()  # fmt: skip
-    assert "router.cli_ask" in loaded
+    assert "router.cli.ask" in loaded
     assert not SLOW & set(loaded)

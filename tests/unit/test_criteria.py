@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from router.catalogue import CatalogueModel, open_catalogues
-from router.criteria import passing
-from router.model_names import same_model
-from router.search_settings import SearchSettings, load_search
-from router.settings import DEFAULT_CONFIG_FOLDER, load_config
+from router.discovery.catalogs import CatalogueModel, open_catalogues
+from router.discovery.criteria import passing
+from router.discovery.model_names import same_model
+from router.settings.discovery import SearchSettings, load_search
+from router.settings.router import DEFAULT_CONFIG_FOLDER, load_config
 
 TODAY = date(2026, 11, 15)
 FITTING = CatalogueModel(

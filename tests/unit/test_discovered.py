@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from router import discovered
-from router.discovered import rendered, write_discovered, writing
+from router.discovery import discovered_file as discovered
+from router.discovery.discovered_file import rendered, write_discovered, writing
 from router.errors import ConfigError
-from router.settings import DISCOVERED, load_config, read_discovered
+from router.settings.router import DISCOVERED, load_config, read_discovered
 
 PEOPLE = {"models": {"phi-4": {"target": "1/min", "ranks": {"general": 1}}}}
 

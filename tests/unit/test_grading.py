@@ -7,7 +7,7 @@ import time
 import pytest
 
 from models_backend.answers import compose_answer
-from router.grading import (
+from router.learning.grading import (
     Flaw,
     Grade,
     Judgement,

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies
 
-from router import prompt_file
-from router.conversation import prompt_of
 from router.errors import InputError
-from router.intake import BadLine, IntakeRules, NewTask, read_tasks
-from router.prompt_file import Format, detect_format, unpacked
+from router.queue import prompt_files as prompt_file
+from router.queue.chat import prompt_of
+from router.queue.ingest import BadLine, IntakeRules, NewTask, read_tasks
+from router.queue.prompt_files import Format, detect_format, unpacked
 
 
 def stream(data: bytes | str) -> io.BufferedReader:

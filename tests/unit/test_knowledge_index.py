@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from router.knowledge_index import MOST_LOOKED_AT, IndexBroken, KnowledgeIndex, _affordable
-from router.passages import Entry, task_entry
-from router.relevance import confidence, views
-from router.retrieval_trial import hold_trial, read_collection
+from router.knowledge.chunking import Entry, task_entry
+from router.knowledge.evaluation import hold_trial, read_collection
+from router.knowledge.index import MOST_LOOKED_AT, IndexBroken, KnowledgeIndex, _affordable
+from router.knowledge.relevance import confidence, views
 
 NOTES = {
     "pause": "A model is paused by setting its traffic target to zero.",

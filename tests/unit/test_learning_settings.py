@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from router.errors import ConfigError
-from router.settings import LearningSettings, load_config, load_learning
+from router.settings.router import LearningSettings, load_config, load_learning
 
 CATEGORIES = ("technical", "creative", "general")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from router.limiter import LimiterSettings
-from router.permits import Slacks
-from router.settings import TrafficSettings, load_config
+from router.limiter.limiter import LimiterSettings
+from router.limiter.permit import Slacks
+from router.settings.router import TrafficSettings, load_config
 from router.traffic import TrafficTarget
 
 

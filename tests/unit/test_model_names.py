@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from router.discovery.model_names import normal_name, roster_name, same_model
 from router.errors import InputError
-from router.model_names import normal_name, roster_name, same_model
 
 SPELLINGS = (
     (

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from router import openai_door
-from router.api_keys import ApiKeys
-from router.openai_door import Door, Limits, read_body, send_json
-from router.openai_reply import ApiError
+from router.server import middleware as openai_door
+from router.server.api_keys import ApiKeys
+from router.server.middleware import Door, Limits, read_body, send_json
+from router.server.responses import ApiError
 
 KEY = "k" * 20
 

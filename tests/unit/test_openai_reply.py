@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from router.answers import Answer
-from router.openai_reply import PIECE_CHARACTERS, Reply
+from router.answering.answer import Answer
+from router.server.responses import PIECE_CHARACTERS, Reply
 from router.task import AnswerRank
 
 ANSWER = Answer(

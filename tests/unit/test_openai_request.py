@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from router.openai_reply import ApiError
-from router.openai_request import IGNORED, USUAL, Catalogue, read_chat
+from router.server.requests import IGNORED, USUAL, Catalogue, read_chat
+from router.server.responses import ApiError
 from router.task import AnswerRank
 
 CATALOGUE = Catalogue({"phi-4": 512, "llama-3.3-70b": 1024}, ("general", "technical"), fallback_tokens=300)

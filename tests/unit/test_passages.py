@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.errors import InputError
-from router.passages import LONGEST_CHARACTERS, file_entries, task_entry, text_of
+from router.knowledge.chunking import LONGEST_CHARACTERS, file_entries, task_entry, text_of
 
 
 def texts(text: str, name: str = "a.md") -> list[tuple[str, str]]:

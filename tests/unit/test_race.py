@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from router.race import (
+from router.answering.policy import (
     AskNext,
     GiveChosen,
     GiveFallback,

@@ -10,10 +10,10 @@ from itertools import pairwise
 
 import pytest
 
-from router.evidence import Evidence, Moments, Sums, faded
-from router.ranking import Candidate, Key, Placed, Standing, rank
-from router.settings import LearningSettings, load_config, load_learning
-from router.worth import beneath, usual, worth
+from router.learning.evidence import Evidence, Moments, Sums, faded
+from router.learning.ranking import Candidate, Key, Placed, Standing, rank
+from router.learning.utility import beneath, usual, worth
+from router.settings.router import LearningSettings, load_config, load_learning
 
 GENERAL = Key("general")
 LEARNING = load_learning(None, load_config().categories)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from router.errors import ConfigError
-from router.search_settings import (
+from router.settings.discovery import (
     CriteriaSettings,
     FileCatalogueSettings,
     ProbationSettings,
@@ -17,7 +17,7 @@ from router.search_settings import (
     TrialSettings,
     load_search,
 )
-from router.settings import DEFAULT_CONFIG_FOLDER, load_config
+from router.settings.router import DEFAULT_CONFIG_FOLDER, load_config
 
 CATEGORIES = ("technical", "creative", "general")
 

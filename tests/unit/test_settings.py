@@ -9,7 +9,7 @@ import yaml
 
 from router.database import connect
 from router.errors import ConfigError
-from router.settings import (
+from router.settings.router import (
     DEFAULT_CONFIG_FOLDER,
     BackendFields,
     BackendPaths,

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from router.classification.examples import read_examples
+from router.discovery.trial_prompts import TrialPrompt, read_trial_prompts
 from router.errors import ConfigError
-from router.examples import read_examples
-from router.grading import against_reference
-from router.settings import DEFAULT_CONFIG_FOLDER, load_categories, load_config
-from router.trial_prompts import TrialPrompt, read_trial_prompts
+from router.learning.grading import against_reference
+from router.settings.router import DEFAULT_CONFIG_FOLDER, load_categories, load_config
 
 CATEGORIES = load_config().categories
 RUN = 6  # words in a row that two prompts would not share by chance

@@ -6,10 +6,10 @@ import random
 
 import pytest
 
-from router.search_settings import TrialSettings
-from router.settings import UtilitySettings
+from router.discovery.comparison import TrialCall, TrialResult, TrialVerdict, is_enough, judge_trial
+from router.settings.discovery import TrialSettings
+from router.settings.router import UtilitySettings
 from router.task import Outcome
-from router.trial_result import TrialCall, TrialResult, TrialVerdict, is_enough, judge_trial
 
 SOURCES = {"check": 1.0, "reference": 2.0, "judge": 2.0}
 

@@ -1,0 +1,1 @@
+"""Answering one prompt now: preferred model and fallback in parallel, within a deadline."""

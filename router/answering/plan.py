@@ -1,0 +1,93 @@
+"""What was asked, who is asked for it, in which order, and with what. No I/O."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from router.answering import policy as race
+from router.answering.fallback import Knowledge
+from router.answering.store import LogRow
+from router.answering.task_record import Means
+from router.classification.classifier import Categorised
+from router.models.dispatch import CallOrder
+from router.models.roster import Roster
+from router.settings.router import RouterConfig
+from router.task import AnswerRank, Role
+
+PASSAGES_GIVER = "knowledge"  # stands where a model's name would
+RANKS = {
+    Role.ASKED: AnswerRank.CHOSEN_MODEL,
+    Role.NEXT: AnswerRank.CHOSEN_MODEL,
+    Role.FALLBACK: AnswerRank.FALLBACK_MODEL,
+    Role.PASSAGES: AnswerRank.PASSAGES,
+}
+
+
+Categorise = Callable[[str, float], Awaitable[Categorised]]  # the prompt, and how many seconds it may take
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What was asked. `model`: only this one. `deadline_seconds` None: that of the category."""
+
+    prompt: str
+    model: str | None = None
+    deadline_seconds: float | None = None
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """What a prompt that comes now is answered with."""
+
+    means: Means
+    config: RouterConfig
+    roster: Roster
+    knowledge: Knowledge | None
+
+
+@dataclass(frozen=True, slots=True)
+class LineUp:
+    """The models of the ranking that may be asked, the best first, and those that may answer as fallback."""
+
+    categorised: Categorised
+    ranking: tuple[str, ...]
+    cheap: tuple[str, ...]
+
+    @classmethod
+    def of(cls, roster: Roster, config: RouterConfig, categorised: Categorised, named: str | None) -> LineUp:
+        """For a prompt of this category; a model that was named is asked alone."""
+        if named is not None:
+            return cls(categorised, (named,), ())
+        usable = tuple(roster.models)
+        ranking = race.ranked(roster.places.get(categorised.category, {}), usable)
+        preferred = ranking[0] if ranking else None
+        cheap = race.fallback_order(config.fallback.models, usable, preferred)
+        return cls(categorised, ranking[: config.asking.most_models], cheap)
+
+    @property
+    def preferred(self) -> str | None:
+        return self.ranking[0] if self.ranking else None
+
+    @property
+    def fallback(self) -> str | None:
+        return self.cheap[0] if self.cheap else None
+
+    def row(self, order: CallOrder, role: Role, *, worker: str, attempt: int) -> LogRow:
+        """What the log says of a call before it is made."""
+        return LogRow(
+            call_id=order.call_id, model=order.model, role=role, rank=RANKS[role],
+            category=self.categorised.category, confidence=self.categorised.confidence, worker=worker,
+            attempt=attempt, reserved_tokens=order.reserved_tokens, preferred=self.preferred,
+            fallback=self.fallback,
+        )  # fmt: skip
+
+
+def order(roster: Roster, call_id: uuid.UUID, model: str, prompt: str, *most_tokens: int | None) -> CallOrder:
+    """What is sent to a model: its own longest answer, unless one of `most_tokens` is less."""
+    about = roster.models[model]
+    max_tokens = min([about.max_tokens, *(most for most in most_tokens if most is not None)])
+    reserved = len(prompt.encode()) + max_tokens  # no token is shorter than a byte
+    return CallOrder(call_id, model, about.endpoint, prompt, max_tokens, reserved, about.timeout_seconds)

@@ -1,0 +1,192 @@
+"""A process that asks: its connections, lease, limiter, roster, knowledge, categoriser, and its duties.
+
+It opens also while Postgres or Redis is away: then only knowledge answers, until they are back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import asyncpg
+
+from router.answering import store as asking
+from router.answering.fallback import Knowledge as Searched
+from router.answering.plan import Desk
+from router.answering.task_record import Means
+from router.background import Duties, closed_within, freeze_garbage_collector, result_within
+from router.classification.classifier import Categorised
+from router.classification.process import CategoriserProcess
+from router.database import AWAY_ERRORS, open_pool
+from router.errors import RouterError
+from router.knowledge.knowledge import Knowledge
+from router.limiter.limiter import LimiterSettings, PastCall, TrafficLimiter
+from router.limiter.script import redis_client
+from router.models import roster as roster_of
+from router.models.backend import ModelsBackend
+from router.models.roster import Roster
+from router.models.targets import TrafficWatch
+from router.queue.task_queue import TaskQueue
+from router.settings.router import Addresses, RouterConfig
+from router.task import new_call_id
+
+log = logging.getLogger("router.answering")
+
+FIRST_CONTACT_SECONDS = 5.0
+ROSTER_SECONDS = 1.0
+UNCONFIRMED_SECONDS = 1.0
+OVERLOOKED_SECONDS = 30.0
+START_SECONDS = 15.0
+WARM_CONNECTIONS = 4
+REDIS_SECONDS = 2.0
+CLOSE_SECONDS = 3.0
+NO_ROSTER = Roster(models={}, places={}, categories=(), version=-1)
+
+
+class Asker:
+    """Open it, ask with its `means`, close it. All its state belongs to one event loop."""
+
+    def __init__(
+        self, addresses: Addresses, config: RouterConfig, folder: Path, data: Path | None,
+        open_calls: Callable[[], set[uuid.UUID]],
+    ) -> None:  # fmt: skip
+        self._addresses = addresses
+        self._config = config
+        self._folder = folder
+        self._data = data
+        self._open_calls = open_calls
+        self._stack = contextlib.AsyncExitStack()
+        self._duties = Duties()
+        self._first_targets_done = False
+        self.roster = NO_ROSTER
+        self._knowledge: Searched | None = None
+        self._categoriser: CategoriserProcess | None = None
+
+    async def open(self) -> None:
+        """Connect as far as that is possible now; what is away is tried again for as long as this is open."""
+        try:
+            await self._connect()
+            await self._open_knowledge()
+            await self._first_contact()
+        except BaseException:
+            await self.close()
+            raise
+        freeze_garbage_collector()
+        self._take_up_duties()
+
+    @property
+    def knows_the_roster(self) -> bool:
+        """False until Postgres has told it."""
+        return self.roster.version >= 0
+
+    async def start_categoriser(self) -> None:
+        """Have the categoriser ready; bounded, and only the first time it takes long."""
+        if self._categoriser is None and self._config.categorising is not None:
+            self._categoriser = await self._stack.enter_async_context(
+                CategoriserProcess(self._config.categorising)
+            )
+            await self._categoriser.until_ready(START_SECONDS)
+
+    async def categorise(self, prompt: str, seconds: float) -> Categorised:
+        """The prompt's category, within `seconds`; else the default one, and the reason says why."""
+        why = "nobody asked for the categoriser"
+        if self._categoriser is not None:
+            categorising = self._categoriser.categorise([prompt])
+            found = await result_within(categorising, seconds, "router category")
+            if found is not None:
+                return found[0]
+            why = f"no category within {seconds:.2g} s"
+        return Categorised(self._config.default_category, 0.0, f"default: {why}")
+
+    @property
+    def desk(self) -> Desk:
+        """What a prompt that comes now is answered with."""
+        return Desk(self._means, self._config, self.roster, self._knowledge)
+
+    async def _connect(self) -> None:
+        worker = self._config.worker
+        pool = await open_pool(self._addresses.database_url, connections=worker.pool_connections, at_first=0)
+        self._stack.push_async_callback(closed_within, CLOSE_SECONDS, pool.close, pool.terminate)
+        client = redis_client(self._addresses.redis_url, seconds=REDIS_SECONDS)
+        self._stack.push_async_callback(client.aclose)
+        self._pool = pool
+        self.limiter = TrafficLimiter(client, self._past_calls, settings=LimiterSettings.of(self._config))
+        self._stack.push_async_callback(closed_within, CLOSE_SECONDS, self.limiter.aclose)
+        backend = ModelsBackend(self._addresses.backend_url, self._config.backend)
+        await self._stack.enter_async_context(backend)
+        self._watch = TrafficWatch(pool, self.limiter)
+        self.queue = TaskQueue(pool, host=f"{socket.gethostname()}:asks")
+        self._means = Means(
+            pool=pool, limiter=self.limiter, backend=backend, worker=lambda: self.queue.worker,
+            rename=self.queue.rename, new_call_id=lambda: new_call_id(self.queue.database_time()),
+        )  # fmt: skip
+
+    async def _open_knowledge(self) -> None:
+        opening = Knowledge.open(
+            self._folder / "knowledge", database_url=self._addresses.database_url, data_folder=self._data
+        )
+        self._knowledge = await self._stack.enter_async_context(opening)
+
+    async def _first_contact(self) -> None:
+        try:
+            done = await result_within(self._contact(), FIRST_CONTACT_SECONDS, "router first contact")
+        except (RouterError, asyncpg.PostgresError, *AWAY_ERRORS) as error:
+            log.warning("nothing can be asked yet: %s (tried again until it works)", error)
+        else:
+            if done is None:
+                log.warning("Postgres or Redis does not answer; until it does only knowledge can")
+
+    async def _contact(self) -> bool:
+        await self.queue.start()
+        # The first prompts shall not wait for connections to be made.
+        await asyncio.gather(*(self._pool.fetchval("SELECT 1") for _ in range(WARM_CONNECTIONS)))
+        await self._roster_step()
+        return True
+
+    def _take_up_duties(self) -> None:
+        self._duties.take_up(self._heartbeat_step, self._config.worker.heartbeat_seconds, "asker heartbeat")
+        self._duties.take_up(self._roster_step, ROSTER_SECONDS, "asker roster")
+        self._duties.take_up(self._unconfirmed_step, UNCONFIRMED_SECONDS, "asker unconfirmed calls")
+        self._duties.take_up(self._overlooked_step, OVERLOOKED_SECONDS, "asker overlooked claims")
+
+    async def close(self) -> None:
+        """End the duties, give the lease back and close everything, within seconds whatever hangs."""
+        await self._duties.end()
+        if hasattr(self, "queue"):
+            with contextlib.suppress(RouterError):
+                await result_within(self._unconfirmed_step(), CLOSE_SECONDS, "router unconfirmed calls")
+                await result_within(self.queue.release(), CLOSE_SECONDS, "router release")
+        await self._stack.aclose()
+
+    # Duties.
+
+    async def _heartbeat_step(self) -> None:
+        worker = self.queue.worker
+        if not await self.queue.heartbeat():
+            self.queue.rename(worker)
+            await self.queue.start()
+
+    async def _roster_step(self) -> None:
+        if self.roster.version != await roster_of.roster_version(self._pool):
+            self.roster = await roster_of.read_roster(self._pool)
+            self._first_targets_done = False
+        if not self._first_targets_done:
+            await self._watch.begin(self.roster)
+            self._first_targets_done = True
+
+    async def _unconfirmed_step(self) -> None:
+        for call_id in list(self._means.unconfirmed):
+            await asking.forget(self._pool, call_id, "it was not confirmed when it was written")
+            self._means.unconfirmed.discard(call_id)
+
+    async def _overlooked_step(self) -> None:
+        await self.queue.forget_none(self._open_calls())
+
+    async def _past_calls(self, model: str, seconds: float) -> list[PastCall]:
+        return [PastCall(age, tokens, is_open) for age, tokens, is_open in
+                await roster_of.past_calls(self._pool, model, seconds)]  # fmt: skip

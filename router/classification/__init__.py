@@ -1,0 +1,1 @@
+"""Prompt classification: which category a prompt belongs to."""

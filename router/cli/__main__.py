@@ -1,0 +1,5 @@
+"""Runs the command line: `python -m router.cli`."""
+
+from router.cli.main import main
+
+main()

@@ -1,0 +1,104 @@
+"""The command line: `router`. Each verb lives in the file of its nouns; here they are put together."""
+
+from __future__ import annotations
+
+import typer
+
+from router.cli import terminal
+from router.cli.ask import ASK_HELP, ask
+from router.cli.categories import CATEGORIES_HELP, categories
+from router.cli.discovery import (
+    PROMOTE_HELP,
+    RETIRE_HELP,
+    SEARCH_HELP,
+    UNDO_HELP,
+    promote,
+    retire,
+    search,
+    undo,
+)
+from router.cli.knowledge import KNOWLEDGE_HELP, knowledge
+from router.cli.load import HELP as LOAD_HELP
+from router.cli.load import load
+from router.cli.log import LOG_HELP, log
+from router.cli.models import MODELS_HELP, TRAFFIC_HELP, models, traffic
+from router.cli.ranking import RANKING_HELP, ranking
+from router.cli.review import FEEDBACK_HELP, REVIEW_HELP, feedback, review
+from router.cli.serve import KEYS_HELP, SERVE_HELP, keys, serve
+from router.cli.status import STATUS_HELP, WATCH_HELP, status, watch
+from router.cli.tasks import EXPORT_HELP, RETRY_HELP, export, retry
+from router.database import connect
+from router.migrations import migrate as migrate_schema
+from router.models.roster import sync_roster
+from router.settings.router import load_config
+
+HELP = """
+Solve LLM prompts at scale and under control.
+
+Prompts are rows of the table tasks in Postgres; Airflow's workers solve them, each model at exactly the
+traffic that its operator set.
+
+\b
+Exit codes:
+  0  done
+  1  could not be done; one message on standard error says why
+  2  wrong usage
+  3  done, but for some lines or tasks that were named
+"""
+MIGRATE_HELP = """
+Bring the schema up to date, in place, and carry config/models.yaml over.
+
+Safe to run at any time and from many machines at once.
+
+\b
+Examples:
+  router migrate
+"""
+
+app = terminal.verbs(help=HELP, add_completion=True)
+app.command(help=LOAD_HELP)(load)
+app.command(help=ASK_HELP)(ask)
+app.command(help=STATUS_HELP)(status)
+app.command(help=WATCH_HELP)(watch)
+app.command(help=TRAFFIC_HELP)(traffic)
+app.command(help=LOG_HELP)(log)
+app.command(help=EXPORT_HELP)(export)
+app.command(help=RETRY_HELP)(retry)
+app.command(help=SERVE_HELP)(serve)
+app.add_typer(keys, name="keys", help=KEYS_HELP)
+app.command(help=REVIEW_HELP)(review)
+app.command(help=FEEDBACK_HELP)(feedback)
+app.add_typer(ranking, name="ranking", help=RANKING_HELP)
+app.add_typer(knowledge, name="knowledge", help=KNOWLEDGE_HELP)
+models.command(help=SEARCH_HELP)(search)
+models.command(help=PROMOTE_HELP)(promote)
+models.command(help=RETIRE_HELP)(retire)
+models.command(help=UNDO_HELP)(undo)
+app.add_typer(models, name="models", help=MODELS_HELP)
+app.add_typer(categories, name="categories", help=CATEGORIES_HELP)
+
+
+@app.command(help=MIGRATE_HELP)
+def migrate(
+    *,
+    as_json: terminal.Json = False,
+    database: terminal.Database = None,
+    config: terminal.Config = terminal.DEFAULT_CONFIG,
+) -> None:
+    settings = load_config(config)
+    url = terminal.database_url(database)
+    report = migrate_schema(url)
+    with connect(url) as connection:
+        sync_roster(connection, settings)
+    if as_json:
+        terminal.print_json(report)
+    else:
+        applied = ", ".join(report.applied) or "nothing new"
+        typer.echo(
+            f"applied: {applied}; tasks queued: {report.tasks_queued:,}; models: {len(settings.models)}"
+        )
+
+
+def main() -> None:
+    """Entry point."""
+    app(prog_name="router")

@@ -1,0 +1,237 @@
+"""The verb `router ranking`: which model is first for what, why, and since when."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.text import Text
+
+from router.cli import terminal
+from router.database import Connection, rows
+from router.errors import RouterError
+from router.learning.review import Move
+
+OptionalText = Optional[str]  # noqa: UP045 - typer evaluates it at run time, also on 3.10
+Category = Annotated[OptionalText, typer.Option("--category", "-c", help="Only this category.")]
+
+
+RANKING_HELP = """
+Show which model is first for each category, and what the last reviews moved.
+
+The nightly review orders the models by what the log says of them. A model that stands as young keeps its
+place until there are enough calls to judge it by; one that is low, or on trial, gets no more than a bounded
+share.
+
+\b
+Examples:
+  router ranking
+  router ranking --category technical --history
+  router ranking explain llama-3.3-70b general
+  router ranking undo
+"""
+EXPLAIN_HELP = """
+Say what a model's place in a category stands on.
+
+\b
+Examples:
+  router ranking explain llama-3.3-70b general
+"""
+UNDO_HELP = """
+Set the places back to what they were before the last review that moved any.
+
+The nightly review then keeps this order for some periods (undo_periods in config/learning.yaml).
+"""
+ranking = terminal.verbs(help=RANKING_HELP, invoke_without_command=True)
+
+
+@ranking.callback(help=RANKING_HELP)
+def _ranking(
+    context: typer.Context,
+    *,
+    category: Category = None,
+    history: Annotated[bool, typer.Option("--history", help="What reviews moved, the newest first.")] = False,
+    as_json: terminal.Json = False,
+    database: terminal.Database = None,
+) -> None:
+    if context.invoked_subcommand is not None:
+        return
+    with terminal.database(database) as connection:
+        if category is not None:
+            terminal.known(category, _categories(connection), "category")
+        if history:
+            _show_history(_history(connection, category), as_json=as_json)
+        else:
+            _show_order(_order(connection, category), as_json=as_json)
+
+
+def _categories(connection: Connection) -> list[str]:
+    return [row["name"] for row in rows(connection, "SELECT name FROM categories ORDER BY name")]
+
+
+def _order(connection: Connection, category: str | None) -> list[dict[str, Any]]:
+    return rows(
+        connection,
+        "SELECT k.category, k.model, k.place, o.state, k.standing, k.quality, k.least_share, k.most_share,"
+        " k.review, p.reason, p.evidence"
+        " FROM rankings k JOIN roster o USING (model) JOIN categories c ON c.name = k.category"
+        " LEFT JOIN review_places p ON p.review = k.review AND p.category = k.category AND p.model = k.model"
+        " WHERE o.state <> 'retired' AND (%s::text IS NULL OR k.category = %s)"
+        " ORDER BY k.category, k.place, k.model",
+        (category, category),
+    )
+
+
+def _show_order(found: list[dict[str, Any]], *, as_json: bool) -> None:
+    if as_json:
+        by_category: dict[str, list[dict[str, Any]]] = {}
+        for row in found:
+            by_category.setdefault(row.pop("category"), []).append(row)
+        terminal.print_json(by_category)
+        return
+    for category in dict.fromkeys(row["category"] for row in found):
+        terminal.out().print(Text(f"\n{category}", style="bold"))
+        numbers = ("place", "bound", "answered", "score", "seconds", "USD a call", "calls")
+        table = terminal.quiet_table("place", "model", "standing", *numbers[1:], right=numbers)
+        for row in found:
+            if row["category"] == category:
+                table.add_row(str(row["place"]), row["model"], _standing(row), *_figures(row["evidence"]))
+        terminal.out().print(table)
+
+
+def _standing(row: dict[str, Any]) -> Text:
+    if row["state"] != "active" and row["state"] != "probation":
+        return Text(row["state"], style="dim")
+    if row["review"] is None:
+        return Text("as config", style="dim")
+    share = f", at most {row['most_share']:.1%}" if row["most_share"] < 1 else ""
+    return Text(row["standing"] + share, style="yellow" if share else "")
+
+
+def _figures(evidence: dict[str, Any] | None) -> list[str]:
+    if not evidence:
+        return ["-"] * 6
+    return [
+        f"{evidence['bound']:.3f}", f"{evidence['success']:.1%}", f"{evidence['score']:.3f}",
+        f"{evidence['seconds']:.1f}", f"{evidence['cost_usd']:.5f}", f"{evidence['calls']:,.0f}",
+    ]  # fmt: skip
+
+
+def _history(connection: Connection, category: str | None) -> list[dict[str, Any]]:
+    reviews = rows(
+        connection,
+        "SELECT review, kind, at, by, moved, undoes, undone_by, notes FROM reviews"
+        " ORDER BY review DESC LIMIT 50",
+    )
+    moves = rows(
+        connection,
+        "SELECT review, category, model, place_before, place, before ->> 'standing' AS standing_before,"
+        " standing, reason, evidence FROM review_places WHERE review = ANY (%s)"
+        " AND (%s::text IS NULL OR category = %s) ORDER BY review, category, place",
+        ([row["review"] for row in reviews], category, category),
+    )
+    for review in reviews:
+        own = [move for move in moves if move["review"] == review["review"]]
+        review["moves"] = [move for move in own if _move(move).is_news]
+    return reviews
+
+
+def _move(row: dict[str, Any]) -> Move:
+    return Move(**{name: row[name] for name in Move.__slots__})
+
+
+def _show_history(reviews: list[dict[str, Any]], *, as_json: bool) -> None:
+    if as_json:
+        terminal.print_json(reviews)
+        return
+    if not reviews:
+        typer.echo("No review yet: the places are those of config/models.yaml.")
+    for review in reviews:
+        what = f"undo of {review['undoes']}" if review["undoes"] else review["kind"]
+        undone = f", undone by {review['undone_by']}" if review["undone_by"] else ""
+        head = f"{review['review']}  {review['at']:%Y-%m-%d %H:%M}  {what} by {review['by']}{undone}"
+        terminal.out().print(Text(f"\n{head}", style="bold"))
+        for move in review["moves"]:
+            typer.echo(f"  {_move(move)}")
+        for note in review["notes"]:
+            typer.echo(f"  {note}")
+        if not review["moves"]:
+            typer.echo("  nothing moved")
+
+
+@ranking.command(help=EXPLAIN_HELP)
+def explain(
+    model: Annotated[str, typer.Argument(metavar="MODEL")],
+    category: Annotated[str, typer.Argument(metavar="CATEGORY")],
+    *,
+    as_json: terminal.Json = False,
+    database: terminal.Database = None,
+) -> None:
+    with terminal.database(database) as connection:
+        terminal.known(category, _categories(connection), "category")
+        order = _order(connection, category)
+        terminal.known(model, [row["model"] for row in order], f"model ranked for {category}:")
+        (row,) = [row for row in order if row["model"] == model]
+        about = rows(connection, "SELECT * FROM reviews WHERE review = %s", (row["review"],))
+    review = about[0] if about else None
+    if as_json:
+        terminal.print_json(
+            {**row, "reviewed_at": review and review["at"], "settings": review and review["settings"]}
+        )
+        return
+    typer.echo(f"{model} is number {row['place']} of {len(order)} for {category}.")
+    if review is None or not row["evidence"]:
+        typer.echo("No review has ranked it there: the place is the one in config/models.yaml.")
+        return
+    typer.echo(
+        f"Review {review['review']} of {review['at']:%Y-%m-%d %H:%M}, by {review['by']}: {row['reason']}."
+    )
+    for line in _explained(row, review):
+        typer.echo(f"  {line}")
+
+
+def _explained(row: dict[str, Any], review: dict[str, Any]) -> list[str]:
+    e, settings = row["evidence"], review["settings"]
+    utility = {**settings["utility"], **settings["categories"].get(row["category"], {})}
+    grades = ", ".join(f"{g['mean']:.2f} by {g['answers']:.0f} of {s}" for s, g in e["grades"].items())
+    fast = 1 / (1 + e["seconds"] / utility["latency_seconds"])
+    cheap = 1 / (1 + e["cost_usd"] / utility["cost_usd"])
+    bound = f": bound {e['bound']:.3f}"
+    lines = [
+        f"calls     as much as {e['calls']:,.0f} fresh ones{_since(e, review)}",
+        f"answered  {e['success']:.1%} (+-{e['success_error']:.1%})",
+        f"score     {e['score']:.3f} (+-{e['score_error']:.3f}), weight {utility['score']:g}"
+        + (f": {grades}" if grades else ": no answer graded, taken for usual"),
+        f"seconds   {e['seconds']:.2f}: fast is {fast:.2f}, weight {utility['latency']:g}",
+        f"USD       {e['cost_usd']:.6f} a call: cheap is {cheap:.2f}, weight {utility['cost']:g}",
+        f"worth     {e['worth']:.3f}, less {settings['bound_errors']:g} x {e['error']:.3f}" + bound,
+    ]
+    if row["most_share"] < 1 or row["least_share"] > 0:
+        most = "no bound" if row["most_share"] >= 1 else f"{row['most_share']:.2%}"
+        lines.append(f"share     at least {row['least_share']:.2%} of the category's tasks, at most: {most}")
+    return lines
+
+
+def _since(evidence: dict[str, Any], review: dict[str, Any]) -> str:
+    if evidence["since_period"] is None:
+        return ""
+    back = timedelta(seconds=review["period_seconds"]) * (review["period"] - evidence["since_period"] + 1)
+    forgot = "; what was before differs, and was forgotten" if evidence["forgot_before_period"] else ""
+    return f" of the last {back}{forgot}"
+
+
+@ranking.command(help=UNDO_HELP)
+def undo(
+    *, by: terminal.By = None, as_json: terminal.Json = False, database: terminal.Database = None
+) -> None:
+    with terminal.database(database) as connection:
+        done = rows(connection, "SELECT review, undone FROM undo_review(%s)", (terminal.who(by),))[0]
+    if done["undone"] is None:
+        raise RouterError("There is no review to set back: none has moved a model, or all were undone.")
+    if as_json:
+        terminal.print_json(done)
+    else:
+        typer.echo(
+            f"Review {done['undone']} is undone by {done['review']}; workers hear of it within a second."
+        )

@@ -1,0 +1,1 @@
+"""Finding better models: catalogs, criteria, trials, probation."""

@@ -1,0 +1,1 @@
+"""Retrieval: indexing what the router knows and searching it."""

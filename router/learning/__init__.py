@@ -1,0 +1,1 @@
+"""Learning from the call log: grading answers, ranking models, nightly review."""

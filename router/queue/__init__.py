@@ -1,0 +1,1 @@
+"""The task queue in Postgres: tasks in, claimed, settled, and answers out."""

@@ -1,0 +1,71 @@
+"""The log of calls: rows of `model_calls` as people read them, and one JSON line for each answered prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from router.database import Connection, rows
+
+MOST_ROWS = 10_000
+
+_READ = """
+SELECT c.call_id, c.task_id, c.model, c.category, c.confidence, c.role, c.rank, c.preferred, c.fallback,
+       c.worker, c.attempt, c.started_at, c.sent_at, c.finished_at, c.outcome, c.settlement, c.late, c.error,
+       c.prompt_tokens, c.completion_tokens, c.cost, c.latency_seconds
+  FROM model_calls c
+ WHERE (%s::bigint IS NULL OR c.task_id = %s)
+   AND (%s::text IS NULL OR c.model = %s)
+   AND (%s::text IS NULL OR c.category = %s)
+   AND (%s::double precision IS NULL
+        OR c.call_id >= call_id_floor(clock_timestamp() - make_interval(secs => %s)))
+ ORDER BY c.call_id DESC LIMIT %s"""
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedCall:
+    """One row of the log. `outcome` is None while the call is under way; cost in USD."""
+
+    call_id: str
+    task_id: int | None
+    model: str
+    category: str | None
+    confidence: float | None
+    role: str
+    rank: int
+    preferred: str | None
+    fallback: str | None
+    worker: str | None
+    attempt: int | None
+    started_at: datetime
+    sent_at: datetime | None
+    finished_at: datetime | None
+    outcome: str | None
+    settlement: str | None
+    late: bool
+    error: str | None
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    cost_usd: float | None
+    latency_seconds: float | None
+
+
+def read_calls(
+    connection: Connection,
+    *,
+    task_id: int | None = None,
+    model: str | None = None,
+    category: str | None = None,
+    since_seconds: float | None = None,
+    limit: int = 100,
+) -> list[LoggedCall]:
+    """The newest calls that fit, the newest first; at most `limit` and MOST_ROWS."""
+    wanted = (task_id, task_id, model, model, category, category, since_seconds, since_seconds)
+    return list(map(_logged, rows(connection, _READ, (*wanted, min(limit, MOST_ROWS)))))
+
+
+def _logged(row: dict[str, Any]) -> LoggedCall:
+    cost = row.pop("cost")
+    call_id = str(row.pop("call_id"))
+    return LoggedCall(call_id=call_id, cost_usd=None if cost is None else float(cost), **row)

@@ -1,0 +1,1 @@
+"""Configuration: YAML files and environment variables, validated once into frozen values."""

@@ -1,0 +1,1 @@
+"""Draining the queue: the engine of a process and one worker per model."""
