@@ -44,7 +44,9 @@ from router.errors import RouterError
 from router.limiter.limiter import TrafficLimiter
 from router.migrations import migrate
 from router.models.roster import sync_roster
-from router.settings.router import Addresses, AskingSettings, FallbackSettings, ModelSettings, RouterConfig
+from router.settings.environment import Addresses
+from router.settings.models import ModelSettings
+from router.settings.router import AskingSettings, FallbackSettings, RouterConfig
 from router.task import AnswerRank, Outcome
 
 PREFERRED, NEXT, CHEAP = "deepseek-v3", "llama-3.3-70b", "llama-3.1-8b"

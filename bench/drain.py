@@ -30,9 +30,10 @@ from local.demo_report import DemoReport, TaskFacts, make_report, task_facts
 from local.plan import StackOptions
 from local.stack import Stack
 from router.database import connect, rows
-from router.limiter.permit import LimiterSettings
+from router.limiter.settings import LimiterSettings
 from router.models.roster import sync_roster
-from router.settings.router import ModelSettings, RouterConfig, load_config
+from router.settings.models import ModelSettings
+from router.settings.router import RouterConfig, load_config
 from router.traffic import TrafficTarget
 
 NEWCOMER = "newcomer-7b"

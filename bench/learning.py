@@ -35,7 +35,8 @@ if not __package__:  # run by its path
 from bench.learning_replay import Ints, Replay, RouterReplay, Table, read_table, worths
 from router.errors import ConfigError
 from router.learning.ranking import Key
-from router.settings.router import LearningSettings, load_config, load_learning
+from router.settings.learning import LearningSettings, load_learning
+from router.settings.router import load_config
 
 FAILING_DAYS = 5
 RESAMPLES = 2000

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from router.learning.evidence import Evidence, Moments, Sums, faded
 from router.learning.ranking import Candidate, Key, Placed, Standing, rank
 from router.learning.utility import Usual, beneath, usual
-from router.settings.router import LearningSettings
+from router.settings.learning import LearningSettings
 
 FAILING_SUCCESS = 0.2
 TOPIC_PRIOR_CALLS = 60.0

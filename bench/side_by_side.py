@@ -26,7 +26,9 @@ from models_backend.process import start_backend
 from router.database import connect, rows
 from router.migrations import migrate
 from router.models.roster import sync_roster
-from router.settings.router import ROOT, Addresses, ModelSettings, RouterConfig
+from router.settings.environment import ROOT, Addresses
+from router.settings.models import ModelSettings
+from router.settings.router import RouterConfig
 from router.workers.engine import Engine
 from router.workers.worker import Worker
 

@@ -15,7 +15,8 @@ from router.discovery.probation import Decision, review_probation
 from router.discovery.probation_rules import Step
 from router.discovery.search import SearchReport, search
 from router.learning.review import Move, run_review
-from router.settings.router import Addresses, RouterConfig
+from router.settings.environment import Addresses
+from router.settings.router import RouterConfig
 
 BY = "the demo"
 MOST_NAMES = 5

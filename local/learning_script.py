@@ -30,17 +30,16 @@ from local.learning_cast import (
 )
 from router.discovery.trial_prompts import read_trial_prompts
 from router.settings.discovery import SearchSettings, load_search
+from router.settings.environment import DEFAULT_CONFIG_FOLDER
+from router.settings.learning import LearningSettings, load_learning
+from router.settings.models import ModelSettings
 from router.settings.router import (
-    DEFAULT_CONFIG_FOLDER,
     AskingSettings,
     FallbackSettings,
-    LearningSettings,
-    ModelSettings,
     RouterConfig,
     TrafficSettings,
     WorkerSettings,
     load_config,
-    load_learning,
 )
 
 PROMPTS = Path(__file__).with_name("demo_prompts.jsonl")

@@ -16,7 +16,8 @@ from router.answering.router import Router
 from router.background import ended
 from router.database import connect
 from router.models.roster import sync_roster
-from router.settings.router import Addresses, RouterConfig
+from router.settings.environment import Addresses
+from router.settings.router import RouterConfig
 from router.workers.engine import Engine
 from router.workers.worker import Worker
 

@@ -26,7 +26,7 @@ from local.postgres import PostgresServer, prepare_postgres
 from local.redis import redis_answers
 from local.stack import StackError, StopRequested
 from router.migrations import migrate
-from router.settings.router import Addresses
+from router.settings.environment import Addresses
 
 START_SECONDS = 60.0
 LOOK_SECONDS = 0.05

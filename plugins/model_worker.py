@@ -16,7 +16,8 @@ from airflow.sdk.definitions.context import Context
 from airflow.triggers.base import BaseTrigger, TaskSuccessEvent, TriggerEvent
 
 from router.models.targets import VARIABLE_PREFIX
-from router.settings.router import Addresses, config_folder, data_folder, load_config
+from router.settings.environment import Addresses, config_folder, data_folder
+from router.settings.router import load_config
 from router.workers.engine import Engine
 from router.workers.worker import Worker, wait_for_work
 

@@ -21,14 +21,9 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException, Airfl
 from model_worker import addresses_of
 
 from router.errors import AirflowError, ConfigError, InputError, RouterError, SchemaError
-from router.settings.router import (
-    Addresses,
-    LearningSettings,
-    RouterConfig,
-    config_folder,
-    load_config,
-    load_learning,
-)
+from router.settings.environment import Addresses, config_folder
+from router.settings.learning import LearningSettings, load_learning
+from router.settings.router import RouterConfig, load_config
 
 BY = "nightly_review"
 MOST_LINES = 60  # of one step in the report; its own log has them all

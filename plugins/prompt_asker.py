@@ -12,7 +12,8 @@ from airflow.sdk.exceptions import AirflowFailException
 from model_worker import addresses_of
 
 from router.errors import InputError
-from router.settings.router import config_folder, data_folder, load_config
+from router.settings.environment import config_folder, data_folder
+from router.settings.router import load_config
 
 if TYPE_CHECKING:
     from router.answering.router import Answer, Event, Router

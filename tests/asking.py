@@ -14,14 +14,9 @@ from models_backend.process import BackendServer
 from router.answering.router import Router
 from router.database import connect, rows
 from router.models.roster import sync_roster
-from router.settings.router import (
-    Addresses,
-    AskingSettings,
-    FallbackSettings,
-    ModelSettings,
-    RouterConfig,
-    WorkerSettings,
-)
+from router.settings.environment import Addresses
+from router.settings.models import ModelSettings
+from router.settings.router import AskingSettings, FallbackSettings, RouterConfig, WorkerSettings
 from router.task import AnswerRank
 
 PREFERRED, SECOND, THIRD, CHEAP = "deepseek-v3", "llama-3.3-70b", "qwen-2.5-72b", "llama-3.1-8b"

@@ -18,7 +18,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from router.limiter.breaker import BreakerSettings, Sign
-from router.limiter.permit import LimiterSettings, WaitReason
+from router.limiter.permit import WaitReason
+from router.limiter.settings import LimiterSettings
 from router.traffic import TrafficTarget
 
 MICRO = 1_000_000

@@ -7,7 +7,8 @@ from typing import Any
 
 from router.database import connect, rows
 from router.learning.review import Review, run_review
-from router.settings.router import LearningSettings, load_config, load_learning
+from router.settings.learning import LearningSettings, load_learning
+from router.settings.router import load_config
 
 DAY = 86_400
 

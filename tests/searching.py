@@ -23,7 +23,10 @@ from router.discovery.search import SearchReport, search
 from router.models.airflow_api import AirflowApi
 from router.models.roster import sync_roster
 from router.settings.discovery import load_search
-from router.settings.router import DISCOVERED, Addresses, RouterConfig, load_config, load_learning
+from router.settings.environment import Addresses
+from router.settings.learning import load_learning
+from router.settings.models import DISCOVERED
+from router.settings.router import RouterConfig, load_config
 from tests.queueing import without_categorising
 
 FIRST, SECOND = "steady-7b", "quiet-7b"  # of the roster

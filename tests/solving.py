@@ -26,7 +26,8 @@ from local.airflow_api import AirflowApi
 from local.parts import PartDied
 from local.plan import AIRFLOW_PARTS, StackOptions
 from local.stack import Stack
-from router.settings.router import DEFAULT_CONFIG_FOLDER, load_config
+from router.settings.environment import DEFAULT_CONFIG_FOLDER
+from router.settings.router import load_config
 from router.traffic import TrafficTarget
 
 T = TypeVar("T")

@@ -23,7 +23,7 @@ from router.database import Connection as Database
 from router.database import connect
 from router.errors import ConfigError, DatabaseError, InputError, NoRoom, RouterError
 from router.queue.tasks import Retried
-from router.settings.router import Addresses, config_folder
+from router.settings.environment import Addresses, config_folder
 
 from . import board, found, guard, routes, work
 from .asks import Asks

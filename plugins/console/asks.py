@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from router.background import ended
 from router.errors import NoRoom, RouterError
-from router.settings.router import Addresses, config_folder, data_folder, load_config
+from router.settings.environment import Addresses, config_folder, data_folder
+from router.settings.router import load_config
 
 from .live import as_line
 

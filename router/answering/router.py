@@ -27,14 +27,8 @@ from router.background import result_within
 from router.classification.classifier import Categorised
 from router.errors import InputError, NoAnswer, NoRoom
 from router.models.roster import RosterModel
-from router.settings.router import (
-    Addresses,
-    RouterConfig,
-    addresses_from_environment,
-    config_folder,
-    data_folder,
-    load_config,
-)
+from router.settings.environment import Addresses, addresses_from_environment, config_folder, data_folder
+from router.settings.router import RouterConfig, load_config
 from router.task import Role
 
 __all__ = ["Answer", "AskedCall", "Event", "EventKind", "Listener", "Role", "Router"]

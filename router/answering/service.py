@@ -27,12 +27,12 @@ from router.errors import RouterError
 from router.knowledge.knowledge import Knowledge
 from router.limiter.limiter import LimiterSettings, PastCall, TrafficLimiter
 from router.limiter.script import redis_client
-from router.models import roster as roster_of
 from router.models.backend import ModelsBackend
-from router.models.roster import Roster
+from router.models.roster import Roster, past_calls, read_roster, roster_version
 from router.models.targets import TrafficWatch
 from router.queue.task_queue import TaskQueue
-from router.settings.router import Addresses, RouterConfig
+from router.settings.environment import Addresses
+from router.settings.router import RouterConfig
 from router.task import new_call_id
 
 log = logging.getLogger("router.answering")
@@ -172,8 +172,8 @@ class Asker:
             await self.queue.start()
 
     async def _roster_step(self) -> None:
-        if self.roster.version != await roster_of.roster_version(self._pool):
-            self.roster = await roster_of.read_roster(self._pool)
+        if self.roster.version != await roster_version(self._pool):
+            self.roster = await read_roster(self._pool)
             self._first_targets_done = False
         if not self._first_targets_done:
             await self._watch.begin(self.roster)
@@ -189,4 +189,4 @@ class Asker:
 
     async def _past_calls(self, model: str, seconds: float) -> list[PastCall]:
         return [PastCall(age, tokens, is_open) for age, tokens, is_open in
-                await roster_of.past_calls(self._pool, model, seconds)]  # fmt: skip
+                await past_calls(self._pool, model, seconds)]  # fmt: skip

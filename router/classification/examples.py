@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from router.errors import ConfigError
-from router.settings.router import CategorySettings
+from router.settings.classification import CategorySettings
 
 FEWEST_EXAMPLES = 3  # of each category
 

@@ -26,7 +26,8 @@ from router.background import ended
 from router.classification.classifier import Categorised, Categoriser
 from router.classification.features import cut
 from router.errors import RouterError
-from router.settings.router import CategorySettings, learned_folder
+from router.settings.classification import CategorySettings
+from router.settings.environment import learned_folder
 
 log = logging.getLogger("router.classification.process")
 

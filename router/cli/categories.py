@@ -14,7 +14,8 @@ import typer
 
 from router.cli import terminal
 from router.errors import InputError
-from router.settings.router import CategorySettings, learned_folder, load_categories
+from router.settings.classification import CategorySettings, load_categories
+from router.settings.environment import learned_folder
 
 if TYPE_CHECKING:
     from router.classification.classifier import Categorised, Categoriser, Explanation

@@ -9,7 +9,9 @@ import typer
 from rich.text import Text
 
 from router.cli import terminal
-from router.settings.router import addresses_from_environment, load_config, load_learning
+from router.settings.environment import addresses_from_environment
+from router.settings.learning import load_learning
+from router.settings.router import load_config
 
 if TYPE_CHECKING:
     from router.discovery.probation import Decision

@@ -16,7 +16,7 @@ from router.knowledge.evaluation import hold_trial, read_collection
 from router.knowledge.files import KnowledgeFile, Refused, files_in, read_file
 from router.knowledge.knowledge import Found, Knowledge
 from router.knowledge.sources import add_file, remove_path, source_name, sources
-from router.settings.router import data_folder
+from router.settings.environment import data_folder
 
 KNOWLEDGE_HELP = """
 What the router answers with when no model does.

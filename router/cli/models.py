@@ -15,7 +15,8 @@ from router.database import Connection, rows
 from router.errors import AirflowError, ConfigError, RouterError, first_line
 from router.models.airflow_api import AirflowApi
 from router.models.roster import sync_roster
-from router.settings.router import load_config, read_discovered
+from router.settings.models import read_discovered
+from router.settings.router import load_config
 from router.status import ModelStatus, Status, read_status
 from router.traffic import GRAMMAR, TrafficTarget
 

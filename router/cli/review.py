@@ -10,7 +10,8 @@ from router.cli import terminal
 from router.database import rows
 from router.errors import InputError
 from router.learning.review import run_review
-from router.settings.router import load_config, load_learning
+from router.settings.learning import load_learning
+from router.settings.router import load_config
 
 WORDS = {"good": 1.0, "bad": 0.0}
 

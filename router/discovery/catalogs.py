@@ -27,7 +27,7 @@ from router.settings.discovery import (
     ProviderCatalogueSettings,
     SearchSettings,
 )
-from router.settings.router import DEFAULT_CONFIG_FOLDER
+from router.settings.environment import DEFAULT_CONFIG_FOLDER
 
 __all__ = [
     "Catalogue",

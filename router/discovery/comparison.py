@@ -19,7 +19,7 @@ from typing import Any
 
 from router.learning.utility import worth_of_call
 from router.settings.discovery import TrialSettings
-from router.settings.router import UtilitySettings
+from router.settings.learning import UtilitySettings
 from router.task import Outcome
 
 WIDE_SPREAD = 0.3  # of differences of worth

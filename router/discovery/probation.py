@@ -20,7 +20,8 @@ from router.errors import InputError
 from router.learning.ranking import Placed
 from router.learning.review import order_by_evidence
 from router.settings.discovery import SearchSettings
-from router.settings.router import LearningSettings, RouterConfig
+from router.settings.learning import LearningSettings
+from router.settings.router import RouterConfig
 
 NIGHT_SECONDS = 86_400.0
 

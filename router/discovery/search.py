@@ -31,7 +31,9 @@ from router.discovery.trials import Bench, CandidateTrial, Contender, Purse, hol
 from router.errors import AirflowError, ConfigError, InputError, RouterError
 from router.models.direct_calls import Caller
 from router.settings.discovery import SearchSettings
-from router.settings.router import Addresses, LearningSettings, RouterConfig
+from router.settings.environment import Addresses
+from router.settings.learning import LearningSettings
+from router.settings.router import RouterConfig
 
 SEARCH_LOCK = 7_205_759_405
 LONGEST_SECONDS = 3600.0  # after which a night begins no further category

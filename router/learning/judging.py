@@ -27,7 +27,7 @@ from router.learning.grading import (
 from router.models import roster as roster_of
 from router.models.direct_calls import Called, Caller
 from router.models.roster import Roster
-from router.settings.router import JudgingSettings, LearningSettings
+from router.settings.learning import JudgingSettings, LearningSettings
 from router.task import Outcome
 
 CALLS_AN_ANSWER = 3  # the opponent's answer, and the judge in both orders

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from router.learning.evidence import Evidence
 from router.learning.utility import Usual, Worth, usual, worth
-from router.settings.router import LearningSettings
+from router.settings.learning import LearningSettings
 
 ALL = 1.0  # of the tasks: no bound
 

@@ -7,7 +7,10 @@ from array import array
 from collections.abc import Iterable
 
 from router.limiter.breaker import BreakerSettings, Sign
-from router.limiter.permit import MICRO, LimiterSettings, ModelTraffic, PastCall, Seen, WaitReason
+from router.limiter.permit import PastCall, WaitReason
+from router.limiter.settings import MICRO, LimiterSettings
+from router.limiter.snapshot import ModelTraffic
+from router.limiter.state import Seen
 from router.traffic import TrafficTarget
 
 _SNAPSHOT_HEAD = 10

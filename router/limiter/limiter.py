@@ -22,22 +22,13 @@ from router.errors import InputError, LimiterError, LimiterUnavailable
 from router.limiter.breaker import Sign
 from router.limiter.codec import packed_target
 from router.limiter.notifications import Changes
-from router.limiter.permit import (
-    FREED_BY_OTHERS,
-    MICRO,
-    RESTS,
-    LimiterSettings,
-    ModelTraffic,
-    PastCall,
-    Permit,
-    Seen,
-    Slacks,
-    Wait,
-    WaitReason,
-)
+from router.limiter.permit import RESTS, PastCall, Permit, Wait, WaitReason
 from router.limiter.recovery import History, Recovery
 from router.limiter.releases import Returns
 from router.limiter.script import RedisScript
+from router.limiter.settings import MICRO, LimiterSettings, Slacks
+from router.limiter.snapshot import ModelTraffic
+from router.limiter.state import FREED_BY_OTHERS, Seen
 from router.limiter.tracker import Sightings
 from router.limiter.waiters import Line
 from router.task import Outcome

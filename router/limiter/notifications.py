@@ -9,8 +9,8 @@ from typing import Any
 
 import redis.asyncio
 
-from router.limiter.permit import LimiterSettings
 from router.limiter.script import REDIS_ERRORS
+from router.limiter.settings import LimiterSettings
 
 CHANNEL = "router:traffic"
 LISTEN_SECONDS = 30.0

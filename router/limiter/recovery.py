@@ -11,7 +11,9 @@ from typing import Any, Protocol
 
 from router.errors import LimiterUnavailable
 from router.limiter.codec import packed_history
-from router.limiter.permit import MICRO, LimiterSettings, PastCall, Seen, WaitReason
+from router.limiter.permit import PastCall, WaitReason
+from router.limiter.settings import MICRO, LimiterSettings
+from router.limiter.state import Seen
 
 log = logging.getLogger("router.limiter")
 

@@ -12,8 +12,10 @@ from typing import Any
 from router.errors import InputError, LimiterUnavailable
 from router.limiter.breaker import BreakerSettings, Sign
 from router.limiter.codec import packed_verdict, traffic_of
-from router.limiter.permit import MICRO, ModelTraffic, Seen
 from router.limiter.recovery import Call
+from router.limiter.settings import MICRO
+from router.limiter.snapshot import ModelTraffic
+from router.limiter.state import Seen
 from router.traffic import TrafficTarget
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)

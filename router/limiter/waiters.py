@@ -13,7 +13,8 @@ from collections.abc import Awaitable, Callable
 
 from router.background import Bell, finish
 from router.errors import LimiterError, LimiterUnavailable, PermitDead
-from router.limiter.permit import LimiterSettings, Permit, Wait, WaitReason
+from router.limiter.permit import Permit, Wait, WaitReason
+from router.limiter.settings import LimiterSettings
 
 Ask = Callable[[list[int]], Awaitable[tuple[list[Permit], Wait]]]
 GiveBack = Callable[[Permit], "asyncio.Task[None]"]

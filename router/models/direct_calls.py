@@ -24,12 +24,12 @@ from router.database import fetch, fetch_one, open_pool, patiently, settled_valu
 from router.errors import DatabaseError, LimiterError
 from router.limiter.limiter import LimiterSettings, PastCall, Permit, TrafficLimiter
 from router.limiter.script import redis_client
-from router.models import roster as roster_of
 from router.models.backend import ModelsBackend
 from router.models.dispatch import CallOrder, outlook, send_permitted
-from router.models.roster import RosterModel
+from router.models.roster import RosterModel, past_calls, read_roster
 from router.models.targets import TrafficWatch
-from router.settings.router import Addresses, RouterConfig
+from router.settings.environment import Addresses
+from router.settings.router import RouterConfig
 from router.task import CallResult, Outcome, new_call_id
 
 Purpose = Literal["trial", "judge"]
@@ -147,7 +147,7 @@ class Caller:
         before = time.monotonic()
         now = await fetch_one(self.pool, "SELECT extract(epoch FROM clock_timestamp())::float8 AS now")
         self._clock_offset_seconds = now["now"] - (before + time.monotonic()) / 2
-        roster = await roster_of.read_roster(self.pool)
+        roster = await read_roster(self.pool)
         await TrafficWatch(self.pool, self._limiter).begin(roster)
         self._with_target.update(roster.models)
 
@@ -257,4 +257,4 @@ class Caller:
 
     async def _past_calls(self, model: str, seconds: float) -> list[PastCall]:
         return [PastCall(age, tokens, is_open) for age, tokens, is_open in
-                await roster_of.past_calls(self.pool, model, seconds)]  # fmt: skip
+                await past_calls(self.pool, model, seconds)]  # fmt: skip

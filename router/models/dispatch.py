@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from router.background import result_within
 from router.errors import LimiterError, PermitDead
 from router.limiter.limiter import Permit, TrafficLimiter, WaitReason
-from router.limiter.permit import AFTER_TIMEOUT_SECONDS, RESTS
+from router.limiter.permit import RESTS
+from router.limiter.settings import AFTER_TIMEOUT_SECONDS
 from router.models.backend import ModelsBackend
 from router.task import CallResult, Outcome
 from router.traffic import LARGEST_COUNT

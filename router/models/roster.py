@@ -7,17 +7,16 @@ Postgres is the truth. Synchronous where people wait for it, asynchronous where 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import asyncpg
 
 from router.database import AWAY_ERRORS, Connection, rows
-from router.errors import ConfigError, DatabaseError
+from router.errors import DatabaseError
 from router.models.ranked import Learned, Rankings
 from router.settings.router import RouterConfig
-from router.traffic import TrafficTarget
 
 NOTHING_THERE = Learned(quality=1.0, most_share=0.0)  # of no weight beside what was learned of others
 
@@ -52,34 +51,6 @@ def sync_roster(connection: Connection, config: RouterConfig) -> None:
         whole["categorise"] = config.categorising.categorise_tasks
         whole["categorise_seconds"] = config.categorising.patience_seconds
     rows(connection, "SELECT sync_roster(%s::jsonb)", (json.dumps(whole),))
-
-
-def active_models(connection: Connection) -> list[str]:
-    """The names of the models that may be sent to, in order."""
-    return [row["model"] for row in rows(connection, "SELECT model FROM roster_in_use ORDER BY model")]
-
-
-def begin_run(connection: Any, run: str) -> list[dict[str, Any]]:
-    """Open a run of solve_tasks; returns one worker's arguments a model. ConfigError if there is no model.
-
-    `connection`: any DB-API connection of psycopg2; Airflow's hook wraps its own in another type.
-    """
-    with connection:
-        rows(connection, "SELECT begin_run(%s)", (run,))
-        models = active_models(connection)
-    if not models:
-        raise ConfigError("No model is active. Add one to config/models.yaml and run `router models sync`.")
-    return [{"model": model, "run": run, "models": models} for model in models]
-
-
-def run_report(connection: Any, run: str) -> dict[str, Any]:
-    """What the run did: why it ended, and per model its calls by outcome."""
-    with connection:
-        about = rows(connection, "SELECT reason FROM runs WHERE run = %s", (run,))
-        models: dict[str, dict[str, int]] = {}
-        for row in rows(connection, "SELECT * FROM run_calls(%s)", (run,)):
-            models.setdefault(row["model"], {})[row["outcome"]] = row["calls"]
-    return {"run": run, "reason": about[0]["reason"] if about else "never begun", "models": models}
 
 
 async def read_roster(pool: asyncpg.Pool) -> Roster:
@@ -120,27 +91,6 @@ async def read_solved(pool: asyncpg.Pool) -> dict[str, int]:
     return {row["category"]: int(row["solved"]) for row in found}
 
 
-async def read_targets(pool: asyncpg.Pool) -> dict[str, tuple[TrafficTarget, int]]:
-    """model -> (target, version): the last good targets, which outlive Redis, Airflow and this process."""
-    found = await _fetch(pool, "SELECT model, target, version FROM newest_targets")
-    return {row["model"]: (TrafficTarget.parse(row["target"]), row["version"]) for row in found}
-
-
-async def keep_target(pool: asyncpg.Pool, model: str, target: str, version: int) -> None:
-    """Keep a target that is in force now, for a restart and for the judge."""
-    await _fetch(pool, "SELECT keep_target($1, $2, $3)", model, target, version)
-
-
-async def report_target_trouble(pool: asyncpg.Pool, model: str, line: str, problem: str) -> None:
-    """Say that a model's Variable does not parse; its last good target stays in force."""
-    await _fetch(pool, "SELECT report_target_trouble($1, $2, $3)", model, line, problem)
-
-
-async def forget_target_troubles(pool: asyncpg.Pool, models: Iterable[str]) -> None:
-    """Only the lines of these models can be wrong: the Variables of others are gone."""
-    await _fetch(pool, "SELECT forget_target_troubles($1)", list(models))
-
-
 async def report_model_trouble(pool: asyncpg.Pool, model: str, trouble: str | None) -> None:
     """Say why a model gets nothing though it is active; None when it is well again."""
     await _fetch(
@@ -149,16 +99,6 @@ async def report_model_trouble(pool: asyncpg.Pool, model: str, trouble: str | No
         model,
         trouble,
     )
-
-
-async def hold_solving(pool: asyncpg.Pool, *, held: bool, version: int) -> None:
-    """Hold the batch back, or let it go; the older read loses."""
-    await _fetch(pool, "SELECT hold_solving($1, $2)", held, version)
-
-
-async def tell_watching(pool: asyncpg.Pool) -> None:
-    """Say that the Variables are watched, so that workers need not read them."""
-    await _fetch(pool, "SELECT watch_goes_on()")
 
 
 async def past_calls(pool: asyncpg.Pool, model: str, seconds: float) -> list[tuple[float, int, bool]]:

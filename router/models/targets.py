@@ -9,21 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import asyncpg
 
 from router.errors import InputError, LimiterError, TrafficTargetError
 from router.limiter.limiter import TrafficLimiter
-from router.models.roster import (
-    Roster,
-    forget_target_troubles,
-    hold_solving,
-    keep_target,
-    read_targets,
-    report_target_trouble,
-    tell_watching,
-)
+from router.models.roster import Roster, _fetch
 from router.traffic import TrafficTarget
 
 log = logging.getLogger("router.traffic")
@@ -155,3 +147,34 @@ def _storable(line: str) -> str:
 def _shown(name: str) -> str:
     """A name as it can stand in one line of a log."""
     return name if name.isprintable() and len(name) <= LONGEST_NAME else repr(name[:LONGEST_NAME])
+
+
+async def read_targets(pool: asyncpg.Pool) -> dict[str, tuple[TrafficTarget, int]]:
+    """model -> (target, version): the last good targets, which outlive Redis, Airflow and this process."""
+    found = await _fetch(pool, "SELECT model, target, version FROM newest_targets")
+    return {row["model"]: (TrafficTarget.parse(row["target"]), row["version"]) for row in found}
+
+
+async def keep_target(pool: asyncpg.Pool, model: str, target: str, version: int) -> None:
+    """Keep a target that is in force now, for a restart and for the judge."""
+    await _fetch(pool, "SELECT keep_target($1, $2, $3)", model, target, version)
+
+
+async def report_target_trouble(pool: asyncpg.Pool, model: str, line: str, problem: str) -> None:
+    """Say that a model's Variable does not parse; its last good target stays in force."""
+    await _fetch(pool, "SELECT report_target_trouble($1, $2, $3)", model, line, problem)
+
+
+async def forget_target_troubles(pool: asyncpg.Pool, models: Iterable[str]) -> None:
+    """Only the lines of these models can be wrong: the Variables of others are gone."""
+    await _fetch(pool, "SELECT forget_target_troubles($1)", list(models))
+
+
+async def hold_solving(pool: asyncpg.Pool, *, held: bool, version: int) -> None:
+    """Hold the batch back, or let it go; the older read loses."""
+    await _fetch(pool, "SELECT hold_solving($1, $2)", held, version)
+
+
+async def tell_watching(pool: asyncpg.Pool) -> None:
+    """Say that the Variables are watched, so that workers need not read them."""
+    await _fetch(pool, "SELECT watch_goes_on()")

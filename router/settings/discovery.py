@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from router.errors import ConfigError
+from router.settings.environment import DEFAULT_CONFIG_FOLDER, config_folder
 from router.settings.files import Frozen, read_yaml, validated
-from router.settings.router import DEFAULT_CONFIG_FOLDER, config_folder
 from router.traffic import TrafficTarget
 
 CATALOGUE_NAME = r"^[a-z][a-z0-9_-]{0,49}$"

@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 
 from router.classification.process import CategoriserProcess
 from router.queue.task_queue import TaskQueue
-from router.settings.router import CategorySettings
+from router.settings.classification import CategorySettings
 
 log = logging.getLogger("router.workers.classification_job")
 

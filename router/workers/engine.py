@@ -24,12 +24,12 @@ from router.database import open_pool
 from router.errors import HeldBack, RouterError
 from router.limiter.limiter import LimiterSettings, PastCall, TrafficLimiter
 from router.limiter.script import redis_client
-from router.models import roster as roster_of
 from router.models.backend import ModelsBackend
-from router.models.roster import Roster
-from router.models.targets import TrafficWatch
+from router.models.roster import Roster, past_calls, read_roster, read_solved
+from router.models.targets import TrafficWatch, read_targets
 from router.queue.task_queue import EngineState, TaskQueue, listening
-from router.settings.router import Addresses, RouterConfig
+from router.settings.environment import Addresses
+from router.settings.router import RouterConfig
 from router.traffic import TrafficTarget
 from router.workers.assignment import Work, bounds, shares
 from router.workers.classification_job import Categorising
@@ -113,7 +113,7 @@ class Engine:
         self.watch = TrafficWatch(self.pool, self.limiter)
         await self.queue.start()
         self._alive_at = time.monotonic()
-        self.roster: Roster = await roster_of.read_roster(self.pool)
+        self.roster: Roster = await read_roster(self.pool)
         await self.watch.begin(self.roster)
         self.state = await self.queue.state([])
         self._categorising = Categorising(self.queue, self.config.categorising)
@@ -305,7 +305,7 @@ class Engine:
     async def _state_step(self) -> None:
         state = await self.queue.state(list(self._runs))
         if state.roster_version != self.roster.version:
-            self.roster = await roster_of.read_roster(self.pool)
+            self.roster = await read_roster(self.pool)
             await self.watch.begin(self.roster)
         changed = self.state is None or (state.held, state.left_runs) != (
             self.state.held,
@@ -339,13 +339,13 @@ class Engine:
 
     async def _aim(self) -> None:
         assert self.state is not None
-        kept = await roster_of.read_targets(self.pool)
+        kept = await read_targets(self.pool)
         self.targets = {model: target for model, (target, _) in kept.items()}
         rates = {model: _rate(self.targets[model]) for model in self.roster.models if model in self.targets}
         work = Work(self.state.unsolved, rates, self.roster.places, self.roster.learned)
         self.bounds = bounds(work)
         if self.bounds:
-            self.solved_tasks = await roster_of.read_solved(self.pool)
+            self.solved_tasks = await read_solved(self.pool)
         if work != self._work:
             self.shares = await asyncio.to_thread(shares, work)
             self._work = work
@@ -373,7 +373,7 @@ class Engine:
 
     async def _past_calls(self, model: str, seconds: float) -> list[PastCall]:
         return [PastCall(age, tokens, is_open) for age, tokens, is_open in
-                await roster_of.past_calls(self.pool, model, seconds)]  # fmt: skip
+                await past_calls(self.pool, model, seconds)]  # fmt: skip
 
 
 def _rate(target: TrafficTarget) -> float:

@@ -18,7 +18,7 @@ from router.answering.router import Event, EventKind, Router
 from router.database import connect
 from router.errors import NoAnswer
 from router.models.roster import sync_roster
-from router.settings.router import Addresses
+from router.settings.environment import Addresses
 from router.task import AnswerRank
 from tests.asking import CHEAP, PREFERRED, Asking, asking_config
 from tests.stalling import Stall, stalling

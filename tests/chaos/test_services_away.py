@@ -20,7 +20,9 @@ from models_backend.process import BackendServer, start_backend
 from router.database import connect, rows
 from router.migrations import migrate
 from router.models.roster import sync_roster
-from router.settings.router import Addresses, ModelSettings, RouterConfig, WorkerSettings
+from router.settings.environment import Addresses
+from router.settings.models import ModelSettings
+from router.settings.router import RouterConfig, WorkerSettings
 from router.traffic import TrafficTarget
 from router.workers.engine import Engine
 from router.workers.worker import Worker

@@ -14,7 +14,7 @@ import pytest
 
 from local.redis import RedisServer
 from models_backend.process import BackendServer, start_backend
-from router.settings.router import Addresses
+from router.settings.environment import Addresses
 from router.task import AnswerRank
 from tests.asking import CHEAP, PREFERRED, SECOND, Asking, asking_config, asking_router
 

@@ -16,7 +16,7 @@ from models_backend.process import BackendServer, start_backend
 from router.answering import router as answering
 from router.answering.router import EventKind, Router
 from router.errors import BackendUnavailable, InputError, NoAnswer, NoRoom
-from router.settings.router import Addresses
+from router.settings.environment import Addresses
 from router.task import AnswerRank, Outcome, Role
 from tests.asking import CHEAP, PREFERRED, SECOND, THIRD, Asking, asking_config, asking_router
 

@@ -17,7 +17,8 @@ from router.database import connect, open_pool, rows
 from router.errors import ConfigError, InputError
 from router.limiter.limiter import TrafficLimiter
 from router.models.targets import TrafficWatch
-from router.settings.router import DEFAULT_CONFIG_FOLDER, load_config
+from router.settings.environment import DEFAULT_CONFIG_FOLDER
+from router.settings.router import load_config
 from tests.command_line import CommandLine
 
 LONG = "m" * 1024

@@ -8,7 +8,7 @@ import pytest
 
 from bench.answering import SCENES, play, started
 from models_backend.process import BackendServer
-from router.settings.router import Addresses
+from router.settings.environment import Addresses
 from tests.solving import crowding, say
 
 

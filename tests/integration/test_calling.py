@@ -19,7 +19,7 @@ from router.errors import DatabaseError
 from router.learning.review import sum_evidence
 from router.models.direct_calls import Called, Caller
 from router.models.roster import RosterModel, sync_roster
-from router.settings.router import Addresses
+from router.settings.environment import Addresses
 from router.task import Outcome
 from tests.asking import CHEAP, PREFERRED, SECOND, THIRD, asking_config
 from tests.reviewing import Log, shipped_learning

@@ -20,7 +20,7 @@ from local.redis import free_port
 from router.discovery.catalogs import FileCatalogue, ProviderCatalogue, Reading, merged
 from router.errors import CatalogueError
 from router.settings.discovery import FileCatalogueSettings, ProviderCatalogueSettings
-from router.settings.router import DEFAULT_CONFIG_FOLDER
+from router.settings.environment import DEFAULT_CONFIG_FOLDER
 from tests.waiting import until
 
 KEY = "sk-very-secret-key"

@@ -19,7 +19,9 @@ from router.classification.process import CategoriserProcess
 from router.database import connect
 from router.models.roster import sync_roster
 from router.queue.task_queue import TaskQueue, Uncategorised
-from router.settings.router import Addresses, RouterConfig, load_categories, load_config
+from router.settings.classification import load_categories
+from router.settings.environment import Addresses
+from router.settings.router import RouterConfig, load_config
 from router.workers.engine import Engine
 from router.workers.worker import Worker
 from tests.queueing import Probe, probing

@@ -24,7 +24,7 @@ from router.database import connect, open_pool, rows
 from router.limiter.limiter import TrafficLimiter
 from router.models.airflow_api import AirflowApi
 from router.models.targets import TrafficWatch
-from router.settings.router import DEFAULT_CONFIG_FOLDER
+from router.settings.environment import DEFAULT_CONFIG_FOLDER
 from router.task import Outcome, new_call_id
 from tests.command_line import CommandLine
 

@@ -15,7 +15,7 @@ from models_backend.process import BackendServer, start_backend
 from router.answering import store as asking
 from router.database import connect, rows
 from router.models.roster import sync_roster
-from router.settings.router import Addresses
+from router.settings.environment import Addresses
 from router.workers import deadlines
 from router.workers.deadlines import Deadlines
 from router.workers.engine import Engine

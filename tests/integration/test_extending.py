@@ -19,7 +19,8 @@ from models_backend.process import start_backend
 from router.answering.router import Answer, Router
 from router.database import connect, rows
 from router.models.roster import sync_roster
-from router.settings.router import DEFAULT_CONFIG_FOLDER, ROOT, load_config
+from router.settings.environment import DEFAULT_CONFIG_FOLDER, ROOT
+from router.settings.router import load_config
 from tests.command_line import CommandLine
 
 DOC = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")

@@ -18,7 +18,8 @@ from router.learning.judging import Judged, judge_answers
 from router.learning.review import grade_answers, sum_evidence
 from router.models.direct_calls import Caller
 from router.models.roster import sync_roster
-from router.settings.router import Addresses, RouterConfig
+from router.settings.environment import Addresses
+from router.settings.router import RouterConfig
 from tests.asking import CHEAP, PREFERRED, SECOND, THIRD, asking_config
 from tests.reviewing import Log, shipped_learning
 

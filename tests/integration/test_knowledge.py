@@ -23,7 +23,7 @@ from router.knowledge.indexer import CatchUp, Caught, catch_up
 from router.knowledge.knowledge import NO_KNOWLEDGE, Found, Knowledge, Passage
 from router.knowledge.sources import add_file, remove_path
 from router.knowledge.storage import IndexFolder
-from router.settings.router import DEFAULT_CONFIG_FOLDER
+from router.settings.environment import DEFAULT_CONFIG_FOLDER
 from tests.queueing import Probe
 from tests.waiting import until as until_true
 

@@ -29,7 +29,8 @@ from models_backend.process import BackendServer, start_backend
 from router.database import connect, rows
 from router.models.roster import sync_roster
 from router.server.api_keys import add_key, remove_key
-from router.settings.router import DEFAULT_CONFIG_FOLDER, load_config
+from router.settings.environment import DEFAULT_CONFIG_FOLDER
+from router.settings.router import load_config
 from tests.command_line import CommandLine
 from tests.waiting import until
 

@@ -17,7 +17,9 @@ from router.discovery.trials import Contender
 from router.errors import InputError
 from router.models.roster import read_roster
 from router.settings.discovery import load_search
-from router.settings.router import DISCOVERED, Addresses, load_learning
+from router.settings.environment import Addresses
+from router.settings.learning import load_learning
+from router.settings.models import DISCOVERED
 from router.workers.assignment import PullOrder, Work, bounds
 from tests.command_line import CommandLine
 from tests.reviewing import Log

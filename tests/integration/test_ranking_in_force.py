@@ -11,7 +11,9 @@ from local.redis import RedisServer
 from models_backend.process import start_backend
 from router.database import connect, rows
 from router.models.roster import sync_roster
-from router.settings.router import Addresses, ModelSettings, RouterConfig, WorkerSettings
+from router.settings.environment import Addresses
+from router.settings.models import ModelSettings
+from router.settings.router import RouterConfig, WorkerSettings
 from router.workers.engine import Engine
 from router.workers.worker import Worker
 

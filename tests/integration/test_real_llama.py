@@ -26,7 +26,9 @@ from router.answering.router import Router
 from router.database import connect, rows
 from router.models.backend import ModelsBackend
 from router.models.roster import sync_roster
-from router.settings.router import Addresses, BackendSettings, ModelSettings, RouterConfig, WorkerSettings
+from router.settings.environment import Addresses
+from router.settings.models import ModelSettings
+from router.settings.router import BackendSettings, RouterConfig, WorkerSettings
 from router.task import CallResult, Outcome
 from router.workers.engine import Engine
 from router.workers.worker import Worker

@@ -11,7 +11,7 @@ from router.database import connect, rows
 from router.errors import DatabaseError
 from router.learning.retention import Retention, drop_old_calls
 from router.learning.review import REVIEW_LOCK, ReviewBusy
-from router.settings.router import LearningSettings
+from router.settings.learning import LearningSettings
 from tests.reviewing import Log, shipped_learning
 from tests.waiting import until
 

@@ -21,7 +21,8 @@ from router.discovery.probation import promote, retire, undo_search
 from router.discovery.publishing import publish_file, publish_variables
 from router.discovery.search import SEARCH_LOCK, SearchBusy
 from router.errors import AirflowError, BackendUnavailable, CatalogueError, ConfigError, InputError
-from router.settings.router import DISCOVERED, Addresses
+from router.settings.environment import Addresses
+from router.settings.models import DISCOVERED
 from tests.searching import (
     CANDIDATES,
     ENTRY,

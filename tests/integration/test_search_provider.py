@@ -17,7 +17,7 @@ import yaml
 from local.redis import RedisServer, free_port
 from models_backend.process import BackendServer, start_backend
 from router.database import connect, rows
-from router.settings.router import Addresses
+from router.settings.environment import Addresses
 from tests.searching import FIRST, Searching, people, references, verdicts, write_catalogue, write_config
 from tests.waiting import until
 

@@ -16,7 +16,7 @@ from aiohttp.test_utils import TestServer
 from models_backend.process import BackendServer, start_backend
 from router.limiter.breaker import BreakerSettings
 from router.limiter.limiter import LimiterSettings, Permit, TrafficLimiter
-from router.limiter.permit import AFTER_TIMEOUT_SECONDS
+from router.limiter.settings import AFTER_TIMEOUT_SECONDS
 from router.models.backend import ModelsBackend
 from router.models.dispatch import CallOrder, send_permitted
 from router.settings.router import BackendSettings

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from router.settings.router import ROOT
+from router.settings.environment import ROOT
 
 
 def test_a_small_table_is_replayed(tmp_path: Path) -> None:

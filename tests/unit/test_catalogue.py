@@ -22,7 +22,8 @@ from router.discovery.catalogs import (
 )
 from router.errors import CatalogueError
 from router.settings.discovery import FileCatalogueSettings, SearchSettings, load_search
-from router.settings.router import DEFAULT_CONFIG_FOLDER, load_config
+from router.settings.environment import DEFAULT_CONFIG_FOLDER
+from router.settings.router import load_config
 
 CATEGORIES = ("technical", "creative", "general")
 GOOD = "{name: llama-9-good, licence: mit, parameters: 7, context: 8192, input_price: 0.1, output_price: 0.2}"

@@ -16,7 +16,8 @@ from router.classification.examples import read_examples
 from router.classification.features import SHAPES, cut, gram_counts, normal, shapes, word_counts
 from router.cli.categories import Row, assess, read_rows
 from router.errors import ConfigError
-from router.settings.router import DEFAULT_CONFIG_FOLDER, CategorySettings, RuleSettings, load_categories
+from router.settings.classification import CategorySettings, RuleSettings, load_categories
+from router.settings.environment import DEFAULT_CONFIG_FOLDER
 from tests.command_line import CommandLine
 
 

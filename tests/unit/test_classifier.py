@@ -12,7 +12,7 @@ import pytest
 from router.classification import linear_model as classifier
 from router.classification.classifier import Categorised, Categoriser
 from router.classification.linear_model import Classifier
-from router.settings.router import RuleSettings, load_categories
+from router.settings.classification import RuleSettings, load_categories
 
 PROMPTS = ["How do I cook a goose?", "What are the rules of polo?", "soup or chess", ""]
 

@@ -12,7 +12,8 @@ from router.discovery.catalogs import CatalogueModel, open_catalogues
 from router.discovery.criteria import passing
 from router.discovery.model_names import same_model
 from router.settings.discovery import SearchSettings, load_search
-from router.settings.router import DEFAULT_CONFIG_FOLDER, load_config
+from router.settings.environment import DEFAULT_CONFIG_FOLDER
+from router.settings.router import load_config
 
 TODAY = date(2026, 11, 15)
 FITTING = CatalogueModel(

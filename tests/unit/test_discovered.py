@@ -12,7 +12,8 @@ import yaml
 from router.discovery import discovered_file as discovered
 from router.discovery.discovered_file import rendered, write_discovered, writing
 from router.errors import ConfigError
-from router.settings.router import DISCOVERED, load_config, read_discovered
+from router.settings.models import DISCOVERED, read_discovered
+from router.settings.router import load_config
 
 PEOPLE = {"models": {"phi-4": {"target": "1/min", "ranks": {"general": 1}}}}
 

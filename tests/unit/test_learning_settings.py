@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from router.errors import ConfigError
-from router.settings.router import LearningSettings, load_config, load_learning
+from router.settings.learning import LearningSettings, load_learning
+from router.settings.router import load_config
 
 CATEGORIES = ("technical", "creative", "general")
 

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from router.limiter.limiter import LimiterSettings
-from router.limiter.permit import Slacks
+from router.limiter.settings import Slacks
 from router.settings.router import TrafficSettings, load_config
 from router.traffic import TrafficTarget
 

@@ -13,7 +13,8 @@ import pytest
 from router.learning.evidence import Evidence, Moments, Sums, faded
 from router.learning.ranking import Candidate, Key, Placed, Standing, rank
 from router.learning.utility import beneath, usual, worth
-from router.settings.router import LearningSettings, load_config, load_learning
+from router.settings.learning import LearningSettings, load_learning
+from router.settings.router import load_config
 
 GENERAL = Key("general")
 LEARNING = load_learning(None, load_config().categories)

@@ -17,7 +17,8 @@ from router.settings.discovery import (
     TrialSettings,
     load_search,
 )
-from router.settings.router import DEFAULT_CONFIG_FOLDER, load_config
+from router.settings.environment import DEFAULT_CONFIG_FOLDER
+from router.settings.router import load_config
 
 CATEGORIES = ("technical", "creative", "general")
 

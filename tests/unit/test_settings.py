@@ -9,16 +9,14 @@ import yaml
 
 from router.database import connect
 from router.errors import ConfigError
+from router.settings.environment import DEFAULT_CONFIG_FOLDER, addresses_from_environment, config_folder
+from router.settings.models import ModelSettings
 from router.settings.router import (
-    DEFAULT_CONFIG_FOLDER,
     BackendFields,
     BackendPaths,
     BackendSettings,
-    ModelSettings,
     RouterConfig,
     WorkerSettings,
-    addresses_from_environment,
-    config_folder,
     load_config,
 )
 from router.traffic import TrafficTarget

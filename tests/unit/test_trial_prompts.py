@@ -11,7 +11,9 @@ from router.classification.examples import read_examples
 from router.discovery.trial_prompts import TrialPrompt, read_trial_prompts
 from router.errors import ConfigError
 from router.learning.grading import against_reference
-from router.settings.router import DEFAULT_CONFIG_FOLDER, load_categories, load_config
+from router.settings.classification import load_categories
+from router.settings.environment import DEFAULT_CONFIG_FOLDER
+from router.settings.router import load_config
 
 CATEGORIES = load_config().categories
 RUN = 6  # words in a row that two prompts would not share by chance

@@ -8,7 +8,7 @@ import pytest
 
 from router.discovery.comparison import TrialCall, TrialResult, TrialVerdict, is_enough, judge_trial
 from router.settings.discovery import TrialSettings
-from router.settings.router import UtilitySettings
+from router.settings.learning import UtilitySettings
 from router.task import Outcome
 
 SOURCES = {"check": 1.0, "reference": 2.0, "judge": 2.0}

@@ -1,0 +1,65 @@
+"""Environment variables: addresses of Postgres, Redis and the Models Backend, and the folders."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import Field
+
+from router.errors import ConfigError
+from router.settings.files import Frozen
+
+ROOT = Path(__file__).resolve().parents[2]
+DEFAULT_CONFIG_FOLDER = ROOT / "config"
+
+
+class Addresses(Frozen):
+    """Where Postgres, Redis and the Models Backend are. Never logged: they may hold passwords."""
+
+    database_url: str = Field(repr=False)
+    redis_url: str = Field(repr=False)
+    backend_url: str = Field(repr=False)
+
+
+def addresses_from_environment(environment: Mapping[str, str] | None = None) -> Addresses:
+    """Read the three addresses from the environment; ConfigError names the one that is missing."""
+    environment = os.environ if environment is None else environment
+    return Addresses(
+        database_url=_required(environment, "ROUTER_DATABASE_URL", "postgresql://user@host/database"),
+        redis_url=_required(environment, "ROUTER_REDIS_URL", "redis://host:6379/0"),
+        backend_url=_required(environment, "MODELS_BACKEND_URL", "http://host:8100"),
+    )
+
+
+def _required(environment: Mapping[str, str], name: str, example: str) -> str:
+    value = environment.get(name, "").strip()
+    if not value:
+        raise ConfigError(
+            f"{name} is not set. Set it, e.g. {name}={example}, or source the demo's router.env."
+        )
+    return value
+
+
+def config_folder(environment: Mapping[str, str] | None = None) -> Path:
+    """The folder of the YAML files: `ROUTER_CONFIG`, or the `config/` that ships with the project."""
+    environment = os.environ if environment is None else environment
+    return Path(environment.get("ROUTER_CONFIG") or DEFAULT_CONFIG_FOLDER)
+
+
+def data_folder(environment: Mapping[str, str] | None = None) -> Path:
+    """Where this host keeps what can be made anew: `ROUTER_DATA`, or `router` in the user's cache."""
+    environment = os.environ if environment is None else environment
+    if environment.get("ROUTER_DATA"):
+        return Path(environment["ROUTER_DATA"])
+    cache = environment.get("XDG_CACHE_HOME") or Path(
+        environment.get("HOME") or tempfile.gettempdir(), ".cache"
+    )
+    return Path(cache) / "router"
+
+
+def learned_folder() -> Path:
+    """Where this host keeps what its categorisers learned."""
+    return data_folder() / "categories"
