@@ -13,6 +13,8 @@ import logging
 from airflow.plugins_manager import AirflowPlugin
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from router.settings.environment import Addresses
+
 log = logging.getLogger("router.traffic_variables")
 
 WATCH_SECONDS = 0.25
@@ -51,32 +53,23 @@ async def watch() -> None:
 
 
 async def _watch_until_trouble() -> None:
-    from router.database import open_pool  # noqa: PLC0415 - not in processes that only parse
-    from router.limiter.limiter import LimiterSettings, TrafficLimiter  # noqa: PLC0415 - the same
-    from router.limiter.script import redis_client  # noqa: PLC0415 - the same
-    from router.models.targets import TrafficWatch  # noqa: PLC0415 - the same
+    from router.models.services import open_services  # noqa: PLC0415 - not in processes that only parse
     from router.settings.router import load_config  # noqa: PLC0415 - the same
 
-    database_url, redis_url = await asyncio.to_thread(_addresses)
-    pool = await open_pool(database_url, connections=2)
-    client = redis_client(redis_url)
-    try:
-        watching = TrafficWatch(pool, TrafficLimiter(client, settings=LimiterSettings.of(load_config())))
+    addresses = await asyncio.to_thread(_addresses)
+    async with open_services(addresses, load_config(), connections=2) as services:
         while True:
             lines, paused, version = await asyncio.to_thread(read_variables)
-            await watching.step(lines, paused=paused, version=version)
+            await services.targets.step(lines, paused=paused, version=version)
             await asyncio.sleep(WATCH_SECONDS)
-    finally:
-        await client.aclose()
-        pool.terminate()  # nothing is under way that close() should wait for
 
 
-def _addresses() -> tuple[str, str]:
+def _addresses() -> Addresses:
     from airflow.models.connection import Connection  # noqa: PLC0415 - not in processes that only parse
+    from model_worker import addresses_of  # noqa: PLC0415 - the same
 
-    database = Connection.get_connection_from_secrets("router_db")
-    redis = Connection.get_connection_from_secrets("router_redis")
-    return database.get_uri().replace("postgres://", "postgresql://", 1), redis.get_uri()
+    names = ("router_db", "router_redis", "models_backend")
+    return addresses_of(*map(Connection.get_connection_from_secrets, names))
 
 
 class WatchWhileServing:

@@ -10,7 +10,7 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import asyncpg
 import psycopg2
@@ -180,6 +180,10 @@ def settled_values(result: CallResult) -> tuple[Any, ...]:
     )
 
 
+@overload
+def storable(text: str) -> str: ...
+@overload
+def storable(text: None) -> None: ...
 def storable(text: str | None) -> str | None:
     """The text without what Postgres cannot hold."""
     if text is None:

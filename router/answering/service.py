@@ -19,17 +19,14 @@ from router.answering import store as asking
 from router.answering.fallback import Knowledge as Searched
 from router.answering.plan import Desk
 from router.answering.task_record import Means
-from router.background import Duties, closed_within, freeze_garbage_collector, result_within
+from router.background import Duties, freeze_garbage_collector, result_within
 from router.classification.classifier import Categorised
 from router.classification.process import CategoriserProcess
-from router.database import AWAY_ERRORS, open_pool
+from router.database import AWAY_ERRORS
 from router.errors import RouterError
 from router.knowledge.knowledge import Knowledge
-from router.limiter.limiter import LimiterSettings, PastCall, TrafficLimiter
-from router.limiter.script import redis_client
-from router.models.backend import ModelsBackend
-from router.models.roster import Roster, past_calls, read_roster, roster_version
-from router.models.targets import TrafficWatch
+from router.models.roster import Roster, read_roster, roster_version
+from router.models.services import open_services
 from router.queue.task_queue import TaskQueue
 from router.settings.environment import Addresses
 from router.settings.router import RouterConfig
@@ -109,20 +106,14 @@ class Asker:
         return Desk(self._means, self._config, self.roster, self._knowledge)
 
     async def _connect(self) -> None:
-        worker = self._config.worker
-        pool = await open_pool(self._addresses.database_url, connections=worker.pool_connections, at_first=0)
-        self._stack.push_async_callback(closed_within, CLOSE_SECONDS, pool.close, pool.terminate)
-        client = redis_client(self._addresses.redis_url, seconds=REDIS_SECONDS)
-        self._stack.push_async_callback(client.aclose)
-        self._pool = pool
-        self.limiter = TrafficLimiter(client, self._past_calls, settings=LimiterSettings.of(self._config))
-        self._stack.push_async_callback(closed_within, CLOSE_SECONDS, self.limiter.aclose)
-        backend = ModelsBackend(self._addresses.backend_url, self._config.backend)
-        await self._stack.enter_async_context(backend)
-        self._watch = TrafficWatch(pool, self.limiter)
-        self.queue = TaskQueue(pool, host=f"{socket.gethostname()}:asks")
+        opening = open_services(
+            self._addresses, self._config, redis_seconds=REDIS_SECONDS, needs_postgres=False
+        )
+        services = await self._stack.enter_async_context(opening)
+        self._pool, self.limiter, self._watch = services.pool, services.limiter, services.targets
+        self.queue = TaskQueue(self._pool, host=f"{socket.gethostname()}:asks")
         self._means = Means(
-            pool=pool, limiter=self.limiter, backend=backend, worker=lambda: self.queue.worker,
+            pool=self._pool, limiter=self.limiter, backend=services.backend, worker=lambda: self.queue.worker,
             rename=self.queue.rename, new_call_id=lambda: new_call_id(self.queue.database_time()),
         )  # fmt: skip
 
@@ -186,7 +177,3 @@ class Asker:
 
     async def _overlooked_step(self) -> None:
         await self.queue.forget_none(self._open_calls())
-
-    async def _past_calls(self, model: str, seconds: float) -> list[PastCall]:
-        return [PastCall(age, tokens, is_open) for age, tokens, is_open in
-                await past_calls(self._pool, model, seconds)]  # fmt: skip

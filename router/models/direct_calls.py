@@ -19,15 +19,13 @@ from typing import Literal
 import asyncpg
 from typing_extensions import Self
 
-from router.background import closed_within, ended, result_within
-from router.database import fetch, fetch_one, open_pool, patiently, settled_values
+from router.background import ended, result_within
+from router.database import fetch, fetch_one, patiently, settled_values
 from router.errors import DatabaseError, LimiterError
-from router.limiter.limiter import LimiterSettings, PastCall, Permit, TrafficLimiter
-from router.limiter.script import redis_client
-from router.models.backend import ModelsBackend
+from router.limiter.limiter import Permit
 from router.models.dispatch import CallOrder, outlook, send_permitted
-from router.models.roster import RosterModel, past_calls, read_roster
-from router.models.targets import TrafficWatch
+from router.models.roster import RosterModel, read_roster
+from router.models.services import open_services
 from router.settings.environment import Addresses
 from router.settings.router import RouterConfig
 from router.task import CallResult, Outcome, new_call_id
@@ -134,21 +132,14 @@ class Caller:
         return frozenset(await self._backend.models())
 
     async def _open(self) -> None:
-        url = self._addresses.database_url
-        self.pool = await open_pool(url, connections=self._config.worker.pool_connections)
-        self._stack.push_async_callback(closed_within, CLOSE_SECONDS, self.pool.close, self.pool.terminate)
-        client = redis_client(self._addresses.redis_url, seconds=REDIS_SECONDS, connections=MOST_AT_ONCE)
-        self._stack.push_async_callback(client.aclose)
-        settings = LimiterSettings.of(self._config)
-        self._limiter = TrafficLimiter(client, self._past_calls, settings=settings)
-        self._stack.push_async_callback(closed_within, CLOSE_SECONDS, self._limiter.aclose)
-        backend = ModelsBackend(self._addresses.backend_url, self._config.backend)
-        self._backend = await self._stack.enter_async_context(backend)
+        opening = open_services(self._addresses, self._config, redis_seconds=REDIS_SECONDS)
+        services = await self._stack.enter_async_context(opening)
+        self.pool, self._limiter, self._backend = services.pool, services.limiter, services.backend
         before = time.monotonic()
         now = await fetch_one(self.pool, "SELECT extract(epoch FROM clock_timestamp())::float8 AS now")
         self._clock_offset_seconds = now["now"] - (before + time.monotonic()) / 2
         roster = await read_roster(self.pool)
-        await TrafficWatch(self.pool, self._limiter).begin(roster)
+        await services.targets.begin(roster)
         self._with_target.update(roster.models)
 
     def _order(self, model: RosterModel, prompt: str, max_tokens: int | None) -> CallOrder:
@@ -254,7 +245,3 @@ class Caller:
         self._ending.discard(ending)
         if not ending.cancelled():
             ending.exception()  # looked at: whoever waits for it hears of it, and otherwise the call is lost
-
-    async def _past_calls(self, model: str, seconds: float) -> list[PastCall]:
-        return [PastCall(age, tokens, is_open) for age, tokens, is_open in
-                await past_calls(self.pool, model, seconds)]  # fmt: skip

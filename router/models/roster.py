@@ -9,12 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import asyncpg
 
-from router.database import AWAY_ERRORS, Connection, rows
-from router.errors import DatabaseError
+from router.database import Connection, fetch, rows
 from router.models.ranked import Learned, Rankings
 from router.settings.router import RouterConfig
 
@@ -58,13 +56,13 @@ async def read_roster(pool: asyncpg.Pool) -> Roster:
     version = await roster_version(pool)
     places: dict[str, dict[str, int]] = {}
     learned: dict[str, dict[str, Learned]] = {}
-    for row in await _fetch(pool, "SELECT * FROM rankings"):
+    for row in await fetch(pool, "SELECT * FROM rankings"):
         places.setdefault(row["category"], {})[row["model"]] = row["place"]
         if row["quality"] is not None:
             known = Learned(row["quality"], row["least_share"], row["most_share"])
             learned.setdefault(row["category"], {})[row["model"]] = known
-    models = await _fetch(pool, "SELECT * FROM roster_in_use ORDER BY model")
-    found = await _fetch(pool, "SELECT name FROM categories ORDER BY is_default, name")
+    models = await fetch(pool, "SELECT * FROM roster_in_use ORDER BY model")
+    found = await fetch(pool, "SELECT name FROM categories ORDER BY is_default, name")
     categories = tuple(row["name"] for row in found)
     for row in models:
         for category in categories if row["state"] == "probation" else ():
@@ -81,37 +79,21 @@ async def read_roster(pool: asyncpg.Pool) -> Roster:
 
 async def roster_version(pool: asyncpg.Pool) -> int:
     """A number that moves with every change of roster or ranking."""
-    found = await _fetch(pool, "SELECT last_value FROM roster_version")
+    found = await fetch(pool, "SELECT last_value FROM roster_version")
     return int(found[0]["last_value"])
 
 
 async def read_solved(pool: asyncpg.Pool) -> dict[str, int]:
     """category -> tasks solved up to now."""
-    found = await _fetch(pool, "SELECT category, solved FROM task_counts_now")
+    found = await fetch(pool, "SELECT category, solved FROM task_counts_now")
     return {row["category"]: int(row["solved"]) for row in found}
 
 
 async def report_model_trouble(pool: asyncpg.Pool, model: str, trouble: str | None) -> None:
     """Say why a model gets nothing though it is active; None when it is well again."""
-    await _fetch(
+    await fetch(
         pool,
         "UPDATE roster SET trouble = $2 WHERE model = $1 AND trouble IS DISTINCT FROM $2",
         model,
         trouble,
     )
-
-
-async def past_calls(pool: asyncpg.Pool, model: str, seconds: float) -> list[tuple[float, int, bool]]:
-    """(age in seconds, reserved tokens, still open) of each call sent within the last `seconds`.
-
-    Ages are Postgres's own, and each call counts as late as it could have been sent.
-    """
-    found = await _fetch(pool, "SELECT * FROM past_calls($1, $2)", model, float(seconds))
-    return [(row["age_seconds"], row["tokens"], row["is_open"]) for row in found]
-
-
-async def _fetch(pool: asyncpg.Pool, statement: str, *arguments: Any) -> list[Any]:
-    try:
-        return list(await pool.fetch(statement, *arguments))
-    except (asyncpg.PostgresError, *AWAY_ERRORS) as error:
-        raise DatabaseError(f"Postgres: {error or type(error).__name__}") from error

@@ -13,9 +13,10 @@ from collections.abc import Iterable, Mapping
 
 import asyncpg
 
+from router.database import fetch, storable
 from router.errors import InputError, LimiterError, TrafficTargetError
 from router.limiter.limiter import TrafficLimiter
-from router.models.roster import Roster, _fetch
+from router.models.roster import Roster
 from router.traffic import TrafficTarget
 
 log = logging.getLogger("router.traffic")
@@ -108,7 +109,7 @@ class TrafficWatch:
             target = TrafficTarget.parse(line)
             in_force = await self._put_in_force(model, target, version)
         except TrafficTargetError as error:
-            await report_target_trouble(self._pool, model, _storable(line), str(error))
+            await report_target_trouble(self._pool, model, storable(line), str(error))
             self._refused(model, line, error)
             return
         except InputError as error:
@@ -139,11 +140,6 @@ class TrafficWatch:
         return in_force
 
 
-def _storable(line: str) -> str:
-    """The line as Postgres can keep it: without NUL and half characters, which nobody can see either."""
-    return line.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()
-
-
 def _shown(name: str) -> str:
     """A name as it can stand in one line of a log."""
     return name if name.isprintable() and len(name) <= LONGEST_NAME else repr(name[:LONGEST_NAME])
@@ -151,30 +147,30 @@ def _shown(name: str) -> str:
 
 async def read_targets(pool: asyncpg.Pool) -> dict[str, tuple[TrafficTarget, int]]:
     """model -> (target, version): the last good targets, which outlive Redis, Airflow and this process."""
-    found = await _fetch(pool, "SELECT model, target, version FROM newest_targets")
+    found = await fetch(pool, "SELECT model, target, version FROM newest_targets")
     return {row["model"]: (TrafficTarget.parse(row["target"]), row["version"]) for row in found}
 
 
 async def keep_target(pool: asyncpg.Pool, model: str, target: str, version: int) -> None:
     """Keep a target that is in force now, for a restart and for the judge."""
-    await _fetch(pool, "SELECT keep_target($1, $2, $3)", model, target, version)
+    await fetch(pool, "SELECT keep_target($1, $2, $3)", model, target, version)
 
 
 async def report_target_trouble(pool: asyncpg.Pool, model: str, line: str, problem: str) -> None:
     """Say that a model's Variable does not parse; its last good target stays in force."""
-    await _fetch(pool, "SELECT report_target_trouble($1, $2, $3)", model, line, problem)
+    await fetch(pool, "SELECT report_target_trouble($1, $2, $3)", model, line, problem)
 
 
 async def forget_target_troubles(pool: asyncpg.Pool, models: Iterable[str]) -> None:
     """Only the lines of these models can be wrong: the Variables of others are gone."""
-    await _fetch(pool, "SELECT forget_target_troubles($1)", list(models))
+    await fetch(pool, "SELECT forget_target_troubles($1)", list(models))
 
 
 async def hold_solving(pool: asyncpg.Pool, *, held: bool, version: int) -> None:
     """Hold the batch back, or let it go; the older read loses."""
-    await _fetch(pool, "SELECT hold_solving($1, $2)", held, version)
+    await fetch(pool, "SELECT hold_solving($1, $2)", held, version)
 
 
 async def tell_watching(pool: asyncpg.Pool) -> None:
     """Say that the Variables are watched, so that workers need not read them."""
-    await _fetch(pool, "SELECT watch_goes_on()")
+    await fetch(pool, "SELECT watch_goes_on()")

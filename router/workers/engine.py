@@ -17,16 +17,11 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 
-import asyncpg
-
 from router.background import Duties, Step, ended, freeze_garbage_collector, set_within
-from router.database import open_pool
 from router.errors import HeldBack, RouterError
-from router.limiter.limiter import LimiterSettings, PastCall, TrafficLimiter
-from router.limiter.script import redis_client
-from router.models.backend import ModelsBackend
-from router.models.roster import Roster, past_calls, read_roster, read_solved
-from router.models.targets import TrafficWatch, read_targets
+from router.models.roster import Roster, read_roster, read_solved
+from router.models.services import open_services
+from router.models.targets import read_targets
 from router.queue.task_queue import EngineState, TaskQueue, listening
 from router.settings.environment import Addresses
 from router.settings.router import RouterConfig
@@ -98,19 +93,10 @@ class Engine:
         self._take_up_duties()
 
     async def _connect(self) -> None:
-        worker = self.config.worker
-        self.pool: asyncpg.Pool = await open_pool(
-            self.addresses.database_url, connections=worker.pool_connections
-        )
-        self._open.push_async_callback(self.pool.close)
-        self.redis = redis_client(self.addresses.redis_url)
-        self._open.push_async_callback(self.redis.aclose)
-        self.limiter = TrafficLimiter(self.redis, self._past_calls, settings=LimiterSettings.of(self.config))
-        self._open.push_async_callback(self.limiter.aclose)
+        services = await self._open.enter_async_context(open_services(self.addresses, self.config))
+        self.pool, self.limiter, self.backend = services.pool, services.limiter, services.backend
+        self.watch = services.targets
         self.queue = TaskQueue(self.pool, host=socket.gethostname())
-        self.backend = ModelsBackend(self.addresses.backend_url, self.config.backend)
-        await self._open.enter_async_context(self.backend)
-        self.watch = TrafficWatch(self.pool, self.limiter)
         await self.queue.start()
         self._alive_at = time.monotonic()
         self.roster: Roster = await read_roster(self.pool)
@@ -370,10 +356,6 @@ class Engine:
         if self.solved or self.failed_calls or self._calls:
             log.info("solved %d, failed calls %d, in flight %d, unsolved %s", self.solved, self.failed_calls,
                      len(self._calls), dict(self.state.unsolved) if self.state else {})  # fmt: skip
-
-    async def _past_calls(self, model: str, seconds: float) -> list[PastCall]:
-        return [PastCall(age, tokens, is_open) for age, tokens, is_open in
-                await past_calls(self.pool, model, seconds)]  # fmt: skip
 
 
 def _rate(target: TrafficTarget) -> float:

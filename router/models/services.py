@@ -1,0 +1,70 @@
+"""Connections that a process needs to call models, opened and closed in one place."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from functools import partial
+
+import asyncpg
+
+from router.background import closed_within
+from router.database import fetch, open_pool
+from router.limiter.limiter import LimiterSettings, PastCall, TrafficLimiter
+from router.limiter.script import redis_client
+from router.models.backend import ModelsBackend
+from router.models.targets import TrafficWatch
+from router.settings.environment import Addresses
+from router.settings.router import RouterConfig
+
+CLOSE_SECONDS = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """Postgres pool, rate limiter, Models Backend client and the targets that the limiter enforces."""
+
+    pool: asyncpg.Pool
+    limiter: TrafficLimiter
+    backend: ModelsBackend
+    targets: TrafficWatch
+
+
+@contextlib.asynccontextmanager
+async def open_services(
+    addresses: Addresses,
+    config: RouterConfig,
+    *,
+    connections: int | None = None,
+    redis_seconds: float = 5.0,
+    needs_postgres: bool = True,
+) -> AsyncIterator[Services]:
+    """Open the services of one event loop; on exit each is closed, within CLOSE_SECONDS whatever hangs.
+
+    `connections` bounds the pool (default: `worker.pool_connections`). A reply of Redis may take
+    `redis_seconds`. Raises DatabaseError if Postgres is away, unless `needs_postgres` is false.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        pool = await open_pool(
+            addresses.database_url,
+            connections=connections or config.worker.pool_connections,
+            at_first=1 if needs_postgres else 0,
+        )
+        stack.push_async_callback(closed_within, CLOSE_SECONDS, pool.close, pool.terminate)
+        client = redis_client(addresses.redis_url, seconds=redis_seconds)
+        stack.push_async_callback(client.aclose)
+        limiter = TrafficLimiter(client, partial(past_calls, pool), settings=LimiterSettings.of(config))
+        stack.push_async_callback(closed_within, CLOSE_SECONDS, limiter.aclose)
+        backend = ModelsBackend(addresses.backend_url, config.backend)
+        await stack.enter_async_context(backend)
+        yield Services(pool, limiter, backend, TrafficWatch(pool, limiter))
+
+
+async def past_calls(pool: asyncpg.Pool, model: str, seconds: float) -> list[PastCall]:
+    """Calls of the log that were sent within the last `seconds`, for a limiter that lost its state.
+
+    Ages are by Postgres's clock; each call counts as sent at the latest time possible.
+    """
+    found = await fetch(pool, "SELECT * FROM past_calls($1, $2)", model, float(seconds))
+    return [PastCall(row["age_seconds"], row["tokens"], row["is_open"]) for row in found]
