@@ -41,10 +41,10 @@ up: setup  ## start the embedded stack and leave it open (DATA=.stack TIME_SCALE
 	@exec $(BIN)/python -m local up --data "$(DATA)" --time-scale $(TIME_SCALE) $(ARGS)
 
 demo: setup  ## the stack, a backlog, and a live view of its solving (ARGS="--tasks N --exit --json FILE")
-	@exec $(BIN)/python -m local demo --data "$(DATA)" --time-scale $(TIME_SCALE) $(ARGS)
+	@exec $(BIN)/python -m bench.demo --data "$(DATA)" --time-scale $(TIME_SCALE) $(ARGS)
 
 demo-learning: setup  ## days of traffic, with a review every night and without (ARGS="--days N --json FILE --plot FILE")
-	@exec $(BIN)/python -m local demo-learning $(ARGS)
+	@exec $(BIN)/python -m bench.learning_demo $(ARGS)
 
 test: test-beside test-alone  ## all tests but the long ones
 
@@ -79,7 +79,7 @@ soak: setup  ## the long tests
 
 bench: setup  ## the measurements of bench/ that need no data, each printing its table; the others say what they want: --help
 	@missed=""; for name in answering console limiter old_vs_new queue; do \
-	  echo "== bench/$$name.py"; $(BIN)/python -m bench.$$name $(ARGS) || missed="$$missed $$name"; done; \
+	  echo "== bench.$$name"; $(BIN)/python -m bench.$$name $(ARGS) || missed="$$missed $$name"; done; \
 	test -z "$$missed" || { echo "Missed an aim:$$missed"; exit 1; }
 
 lock: setup  ## compile requirements.txt anew from pyproject.toml

@@ -38,8 +38,8 @@ from rich.table import Table
 from bench.answering_report import p99
 from bench.console_fill import Mover, fill, write_models
 from bench.console_lookers import OPEN_SECONDS, VIEWS, Looker, Seen, updates, while_looking
-from local.plan import StackOptions
 from local.stack import Stack
+from local.stack_plan import StackOptions
 from router.settings.environment import DEFAULT_CONFIG_FOLDER
 
 MOST_ANSWER_SECONDS = 0.1

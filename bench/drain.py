@@ -24,11 +24,11 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.arrivals import Arrival, read_arrivals
+from bench.demo_report import DemoReport, TaskFacts, make_report, task_facts
+from bench.judge import Arrival, read_arrivals
 from local.airflow_api import AirflowApi
-from local.demo_report import DemoReport, TaskFacts, make_report, task_facts
-from local.plan import StackOptions
 from local.stack import Stack
+from local.stack_plan import StackOptions
 from router.database import connect, rows
 from router.limiter.settings import LimiterSettings
 from router.models.roster import sync_roster

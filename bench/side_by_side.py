@@ -130,7 +130,7 @@ class _Began:
 
 def prompts(count: int, seed: int) -> list[str]:
     """`count` different prompts to which the stand-in has an answer; an empty one would be asked again."""
-    lines = (ROOT / "local" / "demo_prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "bench" / "demo_prompts.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [str(json.loads(line)["prompt"]) for line in lines if line.strip()]
     found: list[str] = []
     number = 0

@@ -2,18 +2,72 @@
 
 from __future__ import annotations
 
+import argparse
 import shlex
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 from rich.status import Status
 from typing_extensions import Self
 
-from local.stack import Stack
+from local.stack import Stack, StopRequested
+from local.stack_plan import StackOptions
+from router.errors import RouterError
+
+DEFAULT_DATA = Path(".stack")
+DEFAULT_TIME_SCALE = 10.0
+CHECK_SECONDS = 0.5
+
+Work = Callable[[Stack, threading.Event, Console], bool]  # True if it went well
+
+
+def add_stack_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of every command that starts a stack."""
+    add = parser.add_argument
+    add("--data", type=Path, default=DEFAULT_DATA, metavar="FOLDER", help="data folder (%(default)s)")
+    add(
+        "--time-scale", type=float, default=DEFAULT_TIME_SCALE, metavar="S",
+        help="divide latencies by S (%(default)g)",
+    )  # fmt: skip
+
+
+def run_stack(options: argparse.Namespace, work: Work | None = None, *, stay_open: bool = True) -> int:
+    """Start a stack, do `work` on it, then keep it open until a signal if `stay_open`; an exit status."""
+    stop = stop_on_signals()
+    console = Console(highlight=False)
+    with ShowProgress(console) as progress:
+        stack = Stack(
+            options.data,
+            StackOptions(time_scale=options.time_scale),
+            report=progress.report,
+            stop_requested=stop.is_set,
+        )
+        succeeded = False
+        try:
+            started = time.monotonic()
+            stack.start()
+            progress.done(f"Everything is up after {time.monotonic() - started:.1f} s.")
+            say_where(stack, console)
+            succeeded = work is None or work(stack, stop, console)
+            if stay_open:
+                if work is not None:
+                    console.print("The stack stays open: Ctrl-C stops it.")
+                while not stop.wait(CHECK_SECONDS):
+                    stack.check()
+        except StopRequested:
+            succeeded = True
+        except (RuntimeError, RouterError) as error:
+            succeeded = False
+            progress.failed(str(error))
+        finally:
+            stack.stop()
+        progress.done("Everything is stopped.")
+    return 0 if succeeded else 1
 
 
 def stop_on_signals() -> threading.Event:

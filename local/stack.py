@@ -7,14 +7,14 @@
         stack.arrival_log        # the backend's arrival log, JSONL
         stack.api()              # local.airflow_api.AirflowApi, as the service user (or api("admin"))
         stack.check()            # PartDied if a part ended by itself
-        stack.part("triggerer")  # local.parts.Part: .pid .running .log .kill() (SIGKILL, as a crash)
+        stack.part("triggerer")  # local.processes.Part: .pid .running .log .kill() (SIGKILL, as a crash)
         stack.start_again("triggerer")          # after a kill
         stack.add_triggerer("triggerer-2")      # one more, for failover
 
 Parts: postgres, redis, backend, api-server, scheduler, dag-processor, triggerer. Every part runs under a
-guard (see `local/guard.py`), so nothing outlives the launcher, not even after its own `kill -9`. Everything
-listens on 127.0.0.1 only. A folder serves one stack at a time; two folders, two stacks. Started again on the
-same folder, the stack goes on with its data, keys, passwords and (if still free) ports.
+guard (see `local/process_guard.py`), so nothing outlives the launcher, not even after its own `kill -9`.
+Everything listens on 127.0.0.1 only. A folder serves one stack at a time; two folders, two stacks.
+Started again on the same folder, the stack goes on with its data, keys, passwords and (if still free) ports.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from typing_extensions import Self
 from local import databases
 from local.airflow_api import AirflowApi
 from local.keys import as_shell, write_private
-from local.parts import Part, PartSpec, start_part, stop_parts
-from local.plan import Plan, StackOptions
 from local.postgres import PostgresServer, prepare_postgres
+from local.processes import Part, PartSpec, start_part, stop_parts
 from local.redis import redis_answers
+from local.stack_plan import Plan, StackOptions
 from local.traffic import create_traffic_variables
 
 HEALTH_NAMES = {"scheduler": "scheduler", "dag-processor": "dag_processor", "triggerer": "triggerer"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -10,8 +11,6 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from local.redis import free_port
 
 START_SECONDS = 30.0
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +39,13 @@ class BackendServer:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+
+
+def free_port() -> int:
+    """A loopback TCP port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def start_backend(folder: Path, *arguments: str, port: int | None = None) -> BackendServer:

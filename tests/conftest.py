@@ -22,9 +22,9 @@ from router.database import Connection, connect
 from router.migrations import migrate
 from router.models.roster import sync_roster
 from router.settings.router import load_config
-from tests.queueing import Probe, probing, without_categorising
+from tests.support.queue import Probe, probing, without_categorising
 
-pytest_plugins = ["tests.solving"]
+pytest_plugins = ["tests.support.stack"]
 
 MEMORY_BYTES = 4 << 30
 

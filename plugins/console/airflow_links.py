@@ -14,7 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from router.queue.call_log import LoggedCall
 
-from .guard import SOLVE_DAG
+from .auth import SOLVE_DAG
 
 log = logging.getLogger("router.console")
 

@@ -25,10 +25,10 @@ from router.errors import ConfigError, DatabaseError, InputError, NoRoom, Router
 from router.queue.tasks import Retried
 from router.settings.environment import Addresses, config_folder
 
-from . import board, found, guard, routes, work
-from .asks import Asks
+from . import auth, dashboard, discovery, routes, tasks
+from .ask import Asks
 from .live import Kept, Live, as_line
-from .reads import Reads
+from .readers import Reads
 from .variables import TrafficVariables
 
 log = logging.getLogger("router.console")
@@ -71,11 +71,11 @@ class Console:
     def __init__(self) -> None:
         self.reads = Reads(lambda: addresses().database_url)
         self.variables = TrafficVariables()
-        self._board = board.Board()
-        self.history = board.History()
-        reviews, criteria = work.Reviews(), found.Criteria(config_folder())
-        self.priorities = self._kept(lambda connection: work.priorities(connection, reviews))
-        self.search = self._kept(lambda connection: found.found(connection, criteria))
+        self._board = dashboard.Board()
+        self.history = dashboard.History()
+        reviews, criteria = tasks.Reviews(), discovery.Criteria(config_folder())
+        self.priorities = self._kept(lambda connection: tasks.priorities(connection, reviews))
+        self.search = self._kept(lambda connection: discovery.found(connection, criteria))
         self.live = Live(self._read_board)
         self.asks = Asks(addresses)
         self.app = FastAPI(title="Router console", openapi_url=None, docs_url=None, redoc_url=None)
@@ -104,7 +104,7 @@ class Console:
 
         def write() -> Retried:
             with connect(addresses().database_url) as connection:
-                return work.retry(connection, category, task_ids)
+                return tasks.retry(connection, category, task_ids)
 
         return await asyncio.to_thread(write)
 
@@ -149,7 +149,7 @@ class Careful:
                 await JSONResponse({"error": words}, 500)(scope, receive, send_with_headers)
 
 
-async def _static(request: Request, _user: guard.Reader) -> Response:
+async def _static(request: Request, _user: auth.Reader) -> Response:
     name, kind = STATIC[request.scope["route"].name]
     content = await asyncio.to_thread((FOLDER / name).read_bytes)
     mark = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
@@ -159,7 +159,7 @@ async def _static(request: Request, _user: guard.Reader) -> Response:
     return Response(content, media_type=kind, headers=headers)
 
 
-async def _nothing(_user: guard.Reader) -> Response:
+async def _nothing(_user: auth.Reader) -> Response:
     raise HTTPException(404, "There is nothing here.")
 
 

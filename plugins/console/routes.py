@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from router.traffic import GRAMMAR, LONGEST_LINE_CHARACTERS, TrafficTarget
 
-from . import airflow_links, guard, work
-from .asks import Asked
+from . import airflow_links, auth, tasks
+from .ask import Asked
 from .live import as_line
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _line(line: bytes) -> Response:
 
 
 @api.get("")
-async def index(request: Request, _user: guard.Reader) -> Response:
+async def index(request: Request, _user: auth.Reader) -> Response:
     """All routes of the console, with what each is for."""
     found = [
         {"path": route.path, "methods": sorted(route.methods), "about": route.description}
@@ -72,45 +72,45 @@ async def index(request: Request, _user: guard.Reader) -> Response:
 
 
 @api.get("/me")
-async def me(user: guard.Reader) -> Response:
+async def me(user: auth.Reader) -> Response:
     """Who is there, what they may do, and the grammar of targets."""
     rights = await asyncio.to_thread(
         lambda: {
-            "traffic": guard.may_edit(user, "any"),
-            "ask": guard.may_trigger(user, guard.ASK_DAG),
-            "retry": guard.may_trigger(user, guard.SOLVE_DAG),
+            "traffic": auth.may_edit(user, "any"),
+            "ask": auth.may_trigger(user, auth.ASK_DAG),
+            "retry": auth.may_trigger(user, auth.SOLVE_DAG),
         }
     )
     return _json({"user": user.get_name(), "may": rights, "grammar": GRAMMAR})
 
 
 @api.get("/status")
-async def status(request: Request, _user: guard.Reader) -> Response:
+async def status(request: Request, _user: auth.Reader) -> Response:
     """The board once: `router status --json`, and pace, oldest task, sends and Variables."""
     return Response(await _console(request).live.newest(), media_type="application/json")
 
 
 @api.get("/live")
-async def live(request: Request, _user: guard.Reader) -> StreamingResponse:
+async def live(request: Request, _user: auth.Reader) -> StreamingResponse:
     """The board each second, one JSON line each, for some seconds; then ask again."""
     return StreamingResponse(_console(request).live.stream(), media_type=EVENTS, headers=STREAM_HEADERS)
 
 
 @api.get("/history")
-async def history(request: Request, _user: guard.Reader) -> Response:
+async def history(request: Request, _user: auth.Reader) -> Response:
     """Calls and targets of the last minutes, for the plots."""
     return _json(await _console(request).reads.run(_console(request).history.read))
 
 
 @api.put("/traffic/{model}")
-async def set_target(model: str, request: Request, user: guard.Editor) -> Response:
+async def set_target(model: str, request: Request, user: auth.Editor) -> Response:
     """Set the Airflow Variable of the model; it holds within a second."""
     if not MODEL.fullmatch(model):
         raise HTTPException(404, "There is no such model.")
-    body = await guard.read_body(request, NewTarget, MOST_BYTES)
+    body = await auth.read_body(request, NewTarget, MOST_BYTES)
     target = TrafficTarget.parse(body.target)
     console = _console(request)
-    await console.reads.run(lambda connection: work.require_model(connection, model))
+    await console.reads.run(lambda connection: tasks.require_model(connection, model))
     await asyncio.to_thread(console.variables.set, model, body.target.strip(), user.get_name())
     return _json({"model": model, "target": str(target), "warnings": target.warnings})
 
@@ -126,19 +126,19 @@ class Wanted(BaseModel):
 
 
 @api.get("/calls")
-async def calls(request: Request, _user: guard.Reader, asked: Annotated[Wanted, Query()]) -> Response:
+async def calls(request: Request, _user: auth.Reader, asked: Annotated[Wanted, Query()]) -> Response:
     """The newest calls that fit, in the words of `router log --json`."""
     before = None if asked.before is None else str(asked.before)
-    wanted = work.Wanted(
+    wanted = tasks.Wanted(
         asked.model or None, asked.category or None, asked.outcome or None, before, asked.limit
     )
-    return _json(await _console(request).reads.run(lambda connection: work.calls(connection, wanted)))
+    return _json(await _console(request).reads.run(lambda connection: tasks.calls(connection, wanted)))
 
 
 @api.get("/tasks/{task_id}")
-async def task(task_id: int, request: Request, _user: guard.Reader) -> Response:
+async def task(task_id: int, request: Request, _user: auth.Reader) -> Response:
     """One task's whole story: the task, its place in the queue, and all its calls."""
-    story = await _console(request).reads.run(lambda connection: work.story(connection, task_id))
+    story = await _console(request).reads.run(lambda connection: tasks.story(connection, task_id))
     if story is None:
         raise HTTPException(404, f"There is no task {task_id}.")
     logs = await asyncio.to_thread(airflow_links.logs, story["calls"], story.pop("runs"))
@@ -147,36 +147,36 @@ async def task(task_id: int, request: Request, _user: guard.Reader) -> Response:
 
 @api.get("/failures")
 async def failures(
-    request: Request, _user: guard.Reader, category: Name = None, before: Name = None,
+    request: Request, _user: auth.Reader, category: Name = None, before: Name = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 20,
 ) -> Response:  # fmt: skip
     """The tasks that failed last, with their reasons. `before`: a `failed_at`."""
     reads = _console(request).reads
-    return _json(await reads.run(lambda c: work.failures(c, category or None, before, limit)))
+    return _json(await reads.run(lambda c: tasks.failures(c, category or None, before, limit)))
 
 
 @api.post("/failures/retry")
-async def retry(request: Request, _user: guard.Retrier) -> Response:
+async def retry(request: Request, _user: auth.Retrier) -> Response:
     """Set failed tasks back to unsolved, at most 10,000 a time; `router retry`."""
-    body = await guard.read_body(request, Retry, 4 * MOST_BYTES)
+    body = await auth.read_body(request, Retry, 4 * MOST_BYTES)
     return _json(await _console(request).retry(body.category, body.task_ids))
 
 
 @api.get("/priorities")
-async def priorities(request: Request, _user: guard.Reader) -> Response:
+async def priorities(request: Request, _user: auth.Reader) -> Response:
     """For each category the models in order, with the evidence for it."""
     return _line(await _console(request).priorities.line())
 
 
 @api.get("/search")
-async def search(request: Request, _user: guard.Reader) -> Response:
+async def search(request: Request, _user: auth.Reader) -> Response:
     """What the last search found, tried and took on, and what the models on probation need."""
     return _line(await _console(request).search.line())
 
 
 @api.post("/ask")
-async def ask(request: Request, _user: guard.Asking) -> StreamingResponse:
+async def ask(request: Request, _user: auth.Asking) -> StreamingResponse:
     """Answer a prompt, and tell what happens as it happens, one JSON line each."""
-    body = await guard.read_body(request, Asked, MOST_ASK_BYTES)
+    body = await auth.read_body(request, Asked, MOST_ASK_BYTES)
     lines = await _console(request).asks.stream(body)
     return StreamingResponse(lines, media_type=EVENTS, headers=STREAM_HEADERS)

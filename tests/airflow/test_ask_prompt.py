@@ -23,7 +23,7 @@ from models_backend.process import BackendServer, start_backend
 from router.database import connect, rows
 from router.settings.router import load_config
 from router.traffic import GRAMMAR
-from tests.solving import Solving, wait_until
+from tests.support.stack import Solving, wait_until
 
 pytestmark = pytest.mark.airflow
 ROOT = Path(__file__).parents[2]

@@ -13,8 +13,8 @@ import requests
 
 from bench.judge import TargetChange
 from router.traffic import TrafficTarget
-from tests.command_line import CommandLine
-from tests.solving import Solving, wait_for, wait_until
+from tests.support.command_line import CommandLine
+from tests.support.stack import Solving, wait_for, wait_until
 
 pytestmark = [pytest.mark.airflow, pytest.mark.alone, pytest.mark.timeout(180)]
 

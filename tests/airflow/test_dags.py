@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.solving import say
+from tests.support.stack import say
 
 pytestmark = pytest.mark.airflow
 ROOT = Path(__file__).parents[2]

@@ -16,9 +16,9 @@ import yaml
 from bench.judge import TargetChange
 from router.discovery.probation import undo_search
 from router.traffic import TrafficTarget
-from tests.reviewing import Log
-from tests.searching import write_catalogue
-from tests.solving import FOUND, Solving, crowding, say, wait_for, wait_until
+from tests.support.discovery import write_catalogue
+from tests.support.reviews import Log
+from tests.support.stack import FOUND, Solving, crowding, say, wait_for, wait_until
 
 pytestmark = [pytest.mark.airflow, pytest.mark.alone, pytest.mark.timeout(240)]
 

@@ -16,7 +16,7 @@ from bench.judge import TargetChange, print_verdict
 from router.models.roster import sync_roster
 from router.settings.router import load_config
 from router.traffic import TrafficTarget
-from tests.solving import (
+from tests.support.stack import (
     DAG,
     IDLE_LEAVE_SECONDS,
     NEWCOMER,

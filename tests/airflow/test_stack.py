@@ -17,8 +17,8 @@ import psycopg2
 import pytest
 import redis
 
+from bench.demo import command_started
 from local.airflow_api import AirflowApi, AirflowApiError
-from local.demo import command_started
 from router.settings.router import load_config
 from router.traffic import GRAMMAR
 
@@ -32,7 +32,7 @@ PARTS = {"postgres", "redis", "backend", "api-server", "scheduler", "dag-process
 
 
 class Launcher:
-    """`python -m local up`, or `demo`, on one folder, in a session of its own."""
+    """`python -m local up` or `python -m bench.demo` on one folder, in a session of its own."""
 
     def __init__(self, data: Path, *command: str) -> None:
         self.data = data
@@ -40,7 +40,7 @@ class Launcher:
         self.report = data.with_suffix(".json")
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
-                [*(sys.executable, "-m", "local"), *command, "--data", str(data), "--time-scale", "60"],
+                [sys.executable, "-m", *command, "--data", str(data), "--time-scale", "60"],
                 cwd=ROOT, env={**os.environ, "ROUTER_DEMO_STARTED_AT": str(time.time() - SET_UP_SECONDS)},
                 stdout=output, stderr=output, start_new_session=True,
             )  # fmt: skip
@@ -48,7 +48,7 @@ class Launcher:
     @classmethod
     def demo(cls, data: Path, *more: str) -> Launcher:
         report = str(data.with_suffix(".json"))
-        return cls(data, "demo", "--tasks", str(TASKS), "--json", report, "--timeout", "240", *more)
+        return cls(data, "bench.demo", "--tasks", str(TASKS), "--json", report, "--timeout", "240", *more)
 
     @property
     def text(self) -> str:
@@ -275,7 +275,7 @@ def test_two_stacks_live_side_by_side_and_each_ends_whole(launcher: Launcher, tm
     assert launcher.end(signal.SIGINT) == 0
     assert left_of(family) == []
 
-    first, second = Launcher(launcher.data, "up"), Launcher(tmp_path / "second", "up")
+    first, second = Launcher(launcher.data, "local", "up"), Launcher(tmp_path / "second", "local", "up")
     try:
         first.wait_until(UP)
         second.wait_until(UP)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.browsing import Browser, browsing
-from tests.solving import Solving
+from tests.support.browser import Browser, browsing
+from tests.support.stack import Solving
 
 
 @pytest.fixture(scope="session")

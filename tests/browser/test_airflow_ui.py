@@ -9,8 +9,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
-from tests.browsing import Browser
-from tests.solving import DAG, Solving, say, wait_for, wait_until
+from tests.support.browser import Browser
+from tests.support.stack import DAG, Solving, say, wait_for, wait_until
 
 pytestmark = [pytest.mark.airflow, pytest.mark.alone, pytest.mark.timeout(180)]
 

@@ -14,8 +14,8 @@ from selenium.webdriver.common.keys import Keys
 
 from bench.judge import TargetChange
 from router.traffic import TrafficTarget
-from tests.browsing import Browser, axe_core, browsing
-from tests.solving import Solving, say, wait_until
+from tests.support.browser import Browser, axe_core, browsing
+from tests.support.stack import Solving, say, wait_until
 
 pytestmark = [pytest.mark.airflow, pytest.mark.alone, pytest.mark.timeout(180)]
 

@@ -20,8 +20,8 @@ from router.errors import NoAnswer
 from router.models.roster import sync_roster
 from router.settings.environment import Addresses
 from router.task import AnswerRank
-from tests.asking import CHEAP, PREFERRED, Asking, asking_config
-from tests.stalling import Stall, stalling
+from tests.support.answering import CHEAP, PREFERRED, Asking, asking_config
+from tests.support.stalls import Stall, stalling
 
 DEADLINE_SECONDS = 1.0
 MOST_OVER_SECONDS = 0.1

@@ -18,14 +18,14 @@ import pytest
 import redis.asyncio
 
 from bench.judge import Arrival, ModelVerdict, TargetChange, judge
-from local.redis import free_port, start_redis
-from models_backend.process import BackendServer, start_backend
+from local.redis import start_redis
+from models_backend.process import BackendServer, free_port, start_backend
 from router.errors import PermitDead
 from router.limiter import limiter as limiter_module
 from router.limiter.limiter import LimiterSettings, PastCall, Slacks, TrafficLimiter
 from router.limiter.script import RedisScript
 from router.traffic import TrafficTarget
-from tests.slow_link import SlowLink
+from tests.support.slow_link import SlowLink
 
 pytestmark = pytest.mark.alone
 

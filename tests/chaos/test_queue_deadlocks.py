@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 
 import asyncpg
 
-from tests.queueing import Probe, probing
+from tests.support.queue import Probe, probing
 
 SECONDS = 6.0
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.queueing import Probe, Taken, probing
+from tests.support.queue import Probe, Taken, probing
 
 PROCESSES = 16
 TASKS = 5000

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from local.parts import Part
-from tests.solving import LEASE_SECONDS, Solving, say, wait_for, wait_until
+from local.processes import Part
+from tests.support.stack import LEASE_SECONDS, Solving, say, wait_for, wait_until
 
 pytestmark = [pytest.mark.airflow, pytest.mark.alone, pytest.mark.timeout(180)]
 

@@ -7,7 +7,7 @@ The nouns and verbs are explained at the head of `sql/migrations/001_tasks.sql`.
 
 from __future__ import annotations
 
-from tests.queueing import Probe
+from tests.support.queue import Probe
 
 
 async def test_a_producer_inserts_and_needs_to_know_nothing_else(probe: Probe) -> None:

@@ -16,7 +16,7 @@ import pytest
 from local.redis import RedisServer
 from router.database import connect, rows
 from router.task import new_call_id
-from tests.command_line import CommandLine
+from tests.support.command_line import CommandLine
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from local.redis import RedisServer
 from models_backend.process import BackendServer, start_backend
 from router.settings.environment import Addresses
 from router.task import AnswerRank
-from tests.asking import CHEAP, PREFERRED, SECOND, Asking, asking_config, asking_router
+from tests.support.answering import CHEAP, PREFERRED, SECOND, Asking, asking_config, asking_router
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,220 @@
+"""The ideal limiter: exact, without overhead, knowing every target the moment it is edited.
+
+It is the yardstick of *use* and *bound*. It keeps the same promises as the real one - in any window no more
+than N, sends paced as the target says - and pays for nothing: no slack for the way to the door, no time for
+deciding, no delay until an edit is in force. What it could have sent is what there was to be used.
+
+How it finds the next send, in whole nanoseconds:
+- requests: the N-th last send is at least W old, for each limit; and the last one at least the pacing gap;
+- calls at once: a place is free from the very moment that a call ends;
+- tokens: each call counts with its reservation until it ends and with its use after, for W from its sending;
+- a new target judges the whole history, from its moment on. Nothing is forgotten, and nothing is sent at 0.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.judge.arrivals import NANOSECONDS, NEVER, ModelLog, TargetChange, nanoseconds
+from router.errors import InputError
+from router.traffic import TrafficTarget
+
+MOST_SENDS = 10_000_000
+
+
+@dataclass(slots=True)
+class _Budget:
+    """What the calls sent within the last `window` count for; those before `first` are older."""
+
+    window: int
+    first: int = 0
+    spent: int = 0
+
+
+class IdealLimiter:
+    """One model's ideal limiter. It only moves forward: ask `next_send`, then `send` at that moment."""
+
+    def __init__(self, changes: Sequence[TargetChange], start: int) -> None:
+        ordered = sorted(changes, key=lambda change: change.at_seconds)
+        self._changes = [(nanoseconds(change.at_seconds), change.target) for change in ordered]
+        self._next_change = 0
+        self._target: TrafficTarget | None = None
+        self._gap = 0
+        self._now = start
+        self._sent: list[int] = []
+        self._counted: list[int] = []  # the tokens that each send counts for now
+        self._running: list[
+            tuple[int, int, int]
+        ] = []  # heap: (end, index of the send, tokens it will count for)
+        windows = {limit.window_seconds for _, target in self._changes for limit in target.tokens}
+        self._budgets = {window: _Budget(window * NANOSECONDS) for window in windows}
+        self._ends_matter = bool(windows) or any(
+            target.at_once is not None for _, target in self._changes if not target.stopped
+        )
+        self._enter_changes(start)
+
+    def next_send(self, tokens: int) -> int | None:
+        """The earliest moment (ns) at which a call with this reservation may be sent; None: never again."""
+        while True:
+            change = self._changes[self._next_change][0] if self._next_change < len(self._changes) else NEVER
+            moment = self._earliest(tokens, before=change)
+            if moment is not None:
+                self._now = moment
+                return moment
+            if change == NEVER:
+                return None
+            self._now = change
+            self._enter_changes(change)
+
+    def send(self, at: int, latency: int, tokens: int, used: int) -> None:
+        """Record a call sent `at` that takes `latency` (ns), reserves `tokens` and will have used `used`."""
+        if self._ends_matter:
+            heapq.heappush(self._running, (at + max(1, latency), len(self._sent), used))
+            self._counted.append(tokens)
+            for budget in self._budgets.values():
+                budget.spent += tokens
+        self._sent.append(at)
+        self._now = max(self._now, at)
+
+    def _enter_changes(self, now: int) -> None:
+        while self._next_change < len(self._changes) and self._changes[self._next_change][0] <= now:
+            self._target = self._changes[self._next_change][1]
+            self._gap = nanoseconds(self._target.gap_seconds)
+            self._next_change += 1
+
+    def _earliest(self, tokens: int, before: int) -> int | None:
+        target = self._target
+        if target is None or target.stopped:
+            return None
+        moment = self._now
+        if self._sent:
+            moment = max(moment, self._sent[-1] + self._gap)
+        for limit in target.requests:
+            if len(self._sent) >= limit.count:
+                moment = max(moment, self._sent[-limit.count] + limit.window_seconds * NANOSECONDS)
+        while moment < before:
+            wait_until = self._blocked_until(target, tokens, moment) if self._ends_matter else None
+            if wait_until is None:
+                return moment
+            moment = wait_until
+        return None
+
+    def _blocked_until(self, target: TrafficTarget, tokens: int, now: int) -> int | None:
+        self._advance(now)
+        if target.at_once is not None and len(self._running) >= target.at_once:
+            return self._running[0][0]
+        for limit in target.tokens:
+            budget = self._budgets[limit.window_seconds]
+            # A call larger than the whole budget waits until it has all of it.
+            if tokens and budget.spent + min(tokens, limit.count) > limit.count:
+                expiry = self._sent[budget.first] + budget.window
+                return min(expiry, self._running[0][0]) if self._running else expiry
+        return None
+
+    def _advance(self, now: int) -> None:
+        while self._running and self._running[0][0] <= now:
+            _, index, used = heapq.heappop(self._running)
+            for budget in self._budgets.values():
+                if index >= budget.first:
+                    budget.spent += used - self._counted[index]
+            self._counted[index] = used
+        for budget in self._budgets.values():
+            while budget.first < len(self._sent) and self._sent[budget.first] + budget.window <= now:
+                budget.spent -= self._counted[budget.first]
+                budget.first += 1
+
+
+def replay_ideal(
+    changes: Sequence[TargetChange],
+    latencies: Sequence[float] | NDArray[np.float64],
+    backlog_from: float,
+    until: float,
+    *,
+    tokens: Sequence[tuple[int, int]] = (),
+    before: ModelLog | None = None,
+    most: int = MOST_SENDS,
+) -> NDArray[np.float64]:
+    """When (seconds) the ideal limiter would have sent in [backlog_from, until], never lacking a task.
+
+    `changes` are one model's. The i-th send takes the i-th of `latencies` (seconds) and of `tokens`
+    ((reserved, used)), over again from the first when they are used up. `before` are calls sent before the
+    backlog began: they fill the ideal's windows as they filled the real ones. It stops after `most` sends.
+    """
+    if len({change.model for change in changes}) > 1:
+        raise ValueError("replay_ideal takes the changes of one model; bound() takes those of several")
+    start, end = nanoseconds(backlog_from), nanoseconds(until)
+    limiter = IdealLimiter(changes, start)
+    if before is not None:
+        columns = (before.at.tolist(), before.ended.tolist(), before.reserved.tolist(), before.used.tolist())
+        for at, ended, reserved, used in zip(*columns, strict=True):
+            limiter.send(at, ended - at, reserved, used)
+    drawn = [nanoseconds(float(latency)) for latency in latencies] or [0]
+    draws = zip(itertools.cycle(drawn), itertools.cycle(tokens or [(0, 0)]))
+    sends: list[int] = []
+    for latency, (reserved, used) in itertools.islice(draws, most):
+        moment = limiter.next_send(reserved)
+        if moment is None or moment > end:
+            break
+        limiter.send(moment, latency, reserved, used)
+        sends.append(moment)
+    return np.array(sends, dtype=np.float64) / NANOSECONDS
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The soonest end of a backlog: `seconds` from its start to the last answer, and each model's share."""
+
+    seconds: float
+    sent: dict[str, int]
+
+
+def bound(
+    changes: Sequence[TargetChange],
+    tasks: int,
+    latency_of: Callable[[str, int], float],
+    start: float,
+    *,
+    tokens_of: Callable[[str, int], tuple[int, int]] | None = None,
+) -> Bound:
+    """When the last answer to `tasks` tasks, all there at `start`, could have come from ideal limiters.
+
+    Work-conserving: whichever model may send next takes the next task, so the sends are the `tasks` earliest
+    of all models' ideal sends; the last answer is the latest of their ends. No task is kept back for a
+    faster model, and every task is answered at the first attempt. `latency_of(model, task)` is in seconds,
+    with tasks numbered from 0 in the order they are taken; `tokens_of(model, n)` gives (reserved, used) of
+    the model's own n-th call. InputError if the targets do not let all tasks be sent.
+    """
+    limiters = {
+        model: IdealLimiter([change for change in changes if change.model == model], nanoseconds(start))
+        for model in sorted({change.model for change in changes})
+    }
+    sent = dict.fromkeys(limiters, 0)
+    tokens = {model: tokens_of(model, 0) if tokens_of else (0, 0) for model in limiters}
+    moments = [
+        (moment, model)
+        for model, limiter in limiters.items()
+        if (moment := limiter.next_send(tokens[model][0])) is not None
+    ]
+    heapq.heapify(moments)
+    last_answer = nanoseconds(start)
+    for task in range(tasks):
+        if not moments:
+            raise InputError(f"The targets let only {task} of {tasks} tasks be sent: all models end stopped.")
+        moment, model = heapq.heappop(moments)
+        latency = nanoseconds(latency_of(model, task))
+        limiters[model].send(moment, latency, *tokens[model])
+        sent[model] += 1
+        last_answer = max(last_answer, moment + latency)
+        if task + 1 == tasks:
+            break
+        tokens[model] = tokens_of(model, sent[model]) if tokens_of else (0, 0)
+        following = limiters[model].next_send(tokens[model][0])
+        if following is not None:
+            heapq.heappush(moments, (following, model))
+    return Bound((last_answer - nanoseconds(start)) / NANOSECONDS, sent)

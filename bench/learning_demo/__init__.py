@@ -1,0 +1,1 @@
+"""Shows learning over days of simulated traffic: `make demo-learning`."""

@@ -1,0 +1,152 @@
+"""`router ask` and `router log`, as a person calls them, on real parts."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from local.redis import RedisServer
+from models_backend.process import BackendServer, start_backend
+from router.database import connect, rows
+from tests.support.command_line import CommandLine
+
+PREFERRED, CHEAP = "llama-3.3-70b", "llama-3.1-8b"  # for general prompts, in the shipped config
+
+
+@pytest.fixture(scope="module")
+def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BackendServer]:
+    folder = tmp_path_factory.mktemp("backend")
+    server = start_backend(folder, "--time-scale", "20", "--latency", "even:2:4")
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def router(
+    database: str, redis_server: RedisServer, redis_client: object, backend: BackendServer, tmp_path: Path
+) -> Iterator[CommandLine]:
+    yield CommandLine(
+        {
+            "ROUTER_DATABASE_URL": database,
+            "ROUTER_REDIS_URL": redis_server.url,
+            "MODELS_BACKEND_URL": backend.url,
+            "ROUTER_DATA": str(tmp_path),
+        }
+    )
+    requests.delete(f"{backend.url}/faults", timeout=5)
+
+
+def run(router: CommandLine, *arguments: str, typed: str = "") -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of the program."""
+    process = router.start(*arguments)
+    out, err = process.communicate(typed.encode(), timeout=90)
+    return process.returncode, out.decode(), err.decode()
+
+
+def hang(backend: BackendServer, model: str) -> None:
+    order = {"kind": "hang", "model": model, "share": 1, "seconds": 600}
+    requests.post(f"{backend.url}/faults", json=order, timeout=5).raise_for_status()
+
+
+def logged(router: CommandLine, *arguments: str) -> list[dict[str, Any]]:
+    return list(router("log", "--json", *arguments).json["calls"])
+
+
+def test_what_happens_is_told_and_the_answer_is_on_standard_output(router: CommandLine) -> None:
+    code, out, err = run(router, "ask", "--category", "general", "-", typed="Why is the sky blue?\n")
+    assert code == 0
+    assert "Why is the sky blue?" in out  # the stand-in's good answers speak of the prompt
+    for told in (
+        "general (1.00): whoever asked said so",
+        f"{PREFERRED} is asked, as the first for this category",
+        f"{CHEAP} is asked, as the fallback",
+        f"sent to {PREFERRED}",
+        f"{PREFERRED} (chosen model)",
+        "task 1",
+    ):
+        assert told in err
+    assert "Unclosed" not in err, "what was opened is closed before the program ends"
+
+
+def test_json_is_one_object_and_the_log_has_every_call(router: CommandLine, database: str) -> None:
+    code, out, _ = run(router, "ask", "--json", "Write a haiku about the sea")
+    found = json.loads(out)
+    assert code == 0
+    assert (found["category"], found["rank"], found["is_fallback"]) == ("creative", "chosen_model", False)
+    assert (found["provisional"], found["late"], found["task_id"]) == (False, None, 1)
+    assert found["confidence"] > 0.5
+    with connect(database) as connection:
+        (task,) = rows(connection, "SELECT * FROM tasks")
+    assert (task["answer"], task["category"]) == (found["answer"], "creative")
+
+    calls = {call["role"]: call for call in logged(router, "--task", "1")}
+    assert set(calls) == {"asked", "fallback"}
+    assert calls["asked"]["call_id"] == found["calls"][0]["call_id"]
+    assert calls["asked"]["confidence"] == pytest.approx(found["confidence"], abs=1e-3)
+    assert logged(router, "--model", "phi-4") == []
+    assert len(logged(router, "--category", "creative", "--since", "1h")) == 2
+    assert logged(router, "--category", "technical") == []
+    table = router("log", "--limit", "1").out
+    assert found["model"] in table or CHEAP in table
+
+
+@pytest.mark.soak
+def test_a_better_answer_is_waited_for_no_longer_than_wanted(
+    router: CommandLine, backend: BackendServer
+) -> None:
+    hang(backend, PREFERRED)
+    asked = ("ask", "--json", "--category", "general", "--deadline", "6", "--late", "0.5", "Why?")
+    code, out, _ = run(router, *asked)
+    found = json.loads(out)
+    assert (code, found["model"], found["provisional"], found["late"]) == (0, CHEAP, True, None)
+    by_role = {call["role"]: call for call in logged(router)}
+    assert (by_role["asked"]["outcome"], by_role["asked"]["error"]) == ("abandoned", "the asker stopped")
+
+
+def test_control_c_gives_up_what_is_under_way(router: CommandLine, backend: BackendServer) -> None:
+    hang(backend, "*")
+    process = router.start("ask", "--category", "general", "Why?")
+    assert process.stderr is not None
+    told = b""
+    end = time.monotonic() + 60
+    while b"sent to" not in told:
+        assert time.monotonic() < end
+        told += process.stderr.read1(4096)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert b"Traceback" not in err
+    outcomes = {call["outcome"] for call in logged(router)}
+    assert "abandoned" in outcomes
+    assert outcomes <= {"abandoned", "unsent"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "typed", "words"),
+    [
+        ((" ",), "", "The prompt is empty"),
+        (("-",), "x" * 2_000_000, "Standard input holds more than 1048576 bytes"),
+        (("--deadline", "0", "Why?"), "", "A deadline of 0 s cannot be met"),
+        (("--category", "poetry", "Why?"), "", "There is no category 'poetry'"),
+        (("--model", "gpt-5", "--deadline", "1", "Why?"), "", "There is no model in use 'gpt-5'"),
+    ],
+)
+def test_bad_input_is_one_message(
+    router: CommandLine, arguments: tuple[str, ...], typed: str, words: str
+) -> None:
+    said = router("ask", *arguments, answer=typed)
+    assert (said.code, said.out) == (1, "")
+    assert words in said.err
+
+
+def test_the_log_refuses_what_is_no_age_and_offers_categories(router: CommandLine) -> None:
+    assert "is no age" in router("log", "--since", "soon").err
+    assert "did you mean 'technical'" in router("log", "--category", "technicl").err
+    assert "no such call is in the log" in router("log").out

@@ -1,0 +1,109 @@
+"""The task of one asking: held by one open call at any moment, handed on, and ended by the last one."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from router.answering.store import LogRow
+from router.answering.task_record import Ledger, Means
+from router.database import open_pool
+from router.task import AnswerRank, CallResult, Outcome, Role, new_call_id
+from tests.support.queue import Probe
+
+FAILED = CallResult(Outcome.ERROR, error="500")
+
+
+def row(model: str, rank: AnswerRank = AnswerRank.CHOSEN_MODEL) -> LogRow:
+    role = Role.ASKED if rank is AnswerRank.CHOSEN_MODEL else Role.FALLBACK
+    return LogRow(
+        new_call_id(time.time()), model, role, rank, "general", 0.9, "asker", 1, 100, "first", "cheap"
+    )
+
+
+@pytest.fixture
+async def ledger(database: str) -> AsyncIterator[Ledger]:
+    pool = await open_pool(database, connections=4)
+    unused: Any = None
+    means = Means(pool, unused, unused, lambda: "asker", lambda: None, lambda: new_call_id(time.time()))
+    yield Ledger(means, "Why?", 10.0)
+    await pool.close()
+
+
+async def test_a_call_that_failed_waits_for_its_heir_while_one_may_come(ledger: Ledger, probe: Probe) -> None:
+    first, second = row("first"), row("second")
+    await ledger.write(first)
+    coming = ledger.grow()
+    settling = asyncio.create_task(ledger.settle(first, FAILED, late=False))
+    await asyncio.wait({settling}, timeout=0.3)
+    assert not settling.done()
+    assert await probe.value("SELECT call_id FROM queue") == first.call_id
+
+    await ledger.write(second)
+    coming.end()
+    await settling
+    assert await probe.value("SELECT call_id FROM queue") == second.call_id
+    assert (await probe.call(first.call_id))["settlement"] == "passed"
+
+    await ledger.settle(second, CallResult(Outcome.ANSWERED, answer="Because."), late=False)
+    assert (await probe.row("SELECT status, answer FROM tasks"))["answer"] == "Because."
+    await probe.assert_counts_exact()
+
+
+async def test_with_nobody_to_come_the_last_call_ends_the_task(ledger: Ledger, probe: Probe) -> None:
+    first, cheap = row("first"), row("cheap", AnswerRank.FALLBACK_MODEL)
+    coming = ledger.grow()
+    await ledger.write(first)
+    await ledger.write(cheap)
+    await ledger.settle(cheap, CallResult(Outcome.ANSWERED, answer="Perhaps."), late=False)
+    assert await probe.value("SELECT status FROM tasks") == "unsolved", "the chosen model may yet answer"
+    settling = asyncio.create_task(ledger.settle(first, FAILED, late=False))
+    await asyncio.wait({settling}, timeout=0.2)
+    coming.end()
+    coming.end()  # twice is the same as once
+    await settling
+    task = await probe.row("SELECT status, answer, answer_rank FROM tasks")
+    assert tuple(task) == ("solved", "Perhaps.", 2)
+    assert await probe.all("SELECT FROM queue") == []
+    await probe.assert_counts_exact()
+
+
+async def test_a_task_that_nobody_answered_fails_with_every_reason(ledger: Ledger, probe: Probe) -> None:
+    first, cheap = row("first"), row("cheap", AnswerRank.FALLBACK_MODEL)
+    await ledger.write(first)
+    await ledger.write(cheap)
+    await ledger.settle(first, FAILED, late=False)
+    await ledger.settle(cheap, CallResult(Outcome.TIMEOUT, error="too slow"), late=True)
+    task = await probe.row("SELECT status, failure FROM tasks")
+    assert task["status"] == "failed"
+    assert sorted(task["failure"].splitlines()) == ["cheap: timeout: too slow", "first: error: 500"]
+    assert (await probe.call(cheap.call_id))["late"]
+    await probe.assert_counts_exact()
+
+
+async def test_settling_twice_is_the_same_as_once_and_a_lost_call_is_found_again(
+    ledger: Ledger, probe: Probe
+) -> None:
+    first = row("first")
+    await ledger.write(first)
+    await probe.run("UPDATE workers SET lease_until = clock_timestamp() - interval '1 s'")
+    await probe.run("SELECT release_lost_claims()")
+    assert await probe.value("SELECT state FROM queue") == "ready"
+    await ledger.settle(first, CallResult(Outcome.ANSWERED, answer="Late, but good."), late=True)
+    assert await probe.value("SELECT answer FROM tasks") == "Late, but good."
+    assert (await probe.call(first.call_id))["settlement"] == "solved"
+    await probe.assert_counts_exact()
+
+
+async def test_an_asking_that_nobody_confirmed_is_forgotten(ledger: Ledger, probe: Probe) -> None:
+    first = row("first")
+    await ledger.write(first)
+    assert await probe.value("SELECT forget_asked($1, 'its reply was lost')", first.call_id)
+    assert await probe.value("SELECT status FROM tasks") == "failed"
+    assert (await probe.call(first.call_id))["outcome"] == "unsent"
+    assert not await probe.value("SELECT forget_asked($1, 'again')", first.call_id)
+    await probe.assert_counts_exact()

@@ -1,0 +1,93 @@
+"""bench/limiter.py in a tiny form: its table holds for any size what the limiter promises."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import pytest
+
+from bench.limiter.__main__ import Size, run
+from bench.limiter.clients import BURST, ONE, PACED, THREE, TOLD
+from bench.limiter.rivals import RIVALS, Limits, missing
+
+pytestmark = [pytest.mark.alone, pytest.mark.soak]
+
+pytest.importorskip("matplotlib", reason="bench/ draws with matplotlib: pip install -e '.[bench]'")
+
+TINY = Size(
+    rounds=2,
+    slice_seconds=0.02,
+    clients=40,
+    processes=1,
+    door_processes=1,
+    waiting_seconds=0.5,
+    binding=Limits(100, 1),
+    door=Limits(20, 1),
+    door_windows=2,
+    door_clients=15,
+    delay_ms=(5.0, 200.0),
+    sends=1500,
+    door_rivals=("limits",),
+)
+HERE = [rival for rival in RIVALS if missing(rival) is None]
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    file = tmp_path_factory.mktemp("bench") / "limiter.json"
+    run(TINY, file)
+    assert file.with_suffix(".png").stat().st_size > 1000
+    written: dict[str, Any] = json.loads(file.read_text())
+    return written
+
+
+def test_no_window_at_the_door_holds_more_than_the_target(result: dict[str, Any]):
+    """The promise holds for a way to the door up to the transit slack; so far this machine must be able."""
+    for kind, name in (("at_once", PACED), ("at_once", BURST), ("delayed", TOLD), ("delayed", PACED)):
+        row = result["door"][kind][name]
+        assert row["transit_slack_ms"] > 0
+        if row["transit_longest_ms"] <= row["transit_slack_ms"]:
+            assert (row["too_many"], row["worst_window_ratio"] <= 1) == (0, True), (kind, name)
+    assert result["door"]["at_once"][PACED]["sent"] >= TINY.door.count
+    assert result["door"]["delayed"][TOLD]["sent"] >= TINY.door.count / 2
+
+
+def test_what_a_permit_costs(result: dict[str, Any]):
+    assert result["decisions"]["INCRBY"]["per_second"] > 0
+    for name in (ONE, THREE):
+        row = result["decisions"][name]
+        assert 0 < row["of_incrby_lowest"] <= row["of_incrby"] <= row["of_incrby_highest"]
+        assert row["round_trips_per_decision"] == pytest.approx(1, abs=0.2)
+    binding = result["waiters"]["binding"][BURST]
+    assert binding["grants_per_second"] > 0
+    assert 0 < binding["round_trips_per_grant"] <= 1
+    assert 8 <= result["bytes"][BURST]["bytes"] < 20  # a hash for each model beside 8 bytes a send
+    assert 12 <= result["bytes"][BURST]["bytes_with_tokens"] < 30
+
+
+@pytest.mark.parametrize("rival", RIVALS)
+def test_a_rival_stands_in_every_table_or_it_is_said_why_not(result: dict[str, Any], rival: str):
+    why = missing(rival)
+    assert result["left_out"].get(rival) == why
+    if why is not None:
+        assert rival in why
+        pytest.skip(why)
+    assert result["decisions"][rival]["per_second"] > 0
+    for kind in ("at_once", "delayed"):
+        assert rival not in TINY.door_rivals or result["door"][kind][rival]["sent"] > 0
+    assert result["bytes"][rival]["bytes"] > 0
+    assert (rival in result["waiters"]["free"]) == (rival != "limits")
+
+
+def test_the_aims_are_named_with_what_was_seen(result: dict[str, Any]):
+    assert len(result["aims"]) == 7
+    for aim in result["aims"]:
+        compared = aim["seen"] >= aim["aim"] if "at least" in aim["what"] else aim["seen"] <= aim["aim"]
+        assert aim["reached"] is compared
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="token-throttle can be installed here")
+def test_what_cannot_be_installed_here_is_told_from_what_is_missing():
+    assert "Python 3.12" in str(missing("token-throttle"))

@@ -1,0 +1,419 @@
+"""Tasks without a category: kept from the lanes until one is found, but never for long."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+
+from local.redis import RedisServer
+from models_backend.process import BackendServer, start_backend
+from router.classification.process import CategoriserProcess
+from router.database import connect
+from router.models.roster import sync_roster
+from router.queue.task_queue import TaskQueue, Uncategorised
+from router.settings.classification import load_categories
+from router.settings.environment import Addresses
+from router.settings.router import RouterConfig, load_config
+from router.workers.engine import Engine
+from router.workers.worker import Worker
+from tests.support.queue import Probe, probing
+
+POEM = "Write a poem about the sea in winter"
+CODE = "Write a Python function that reverses a linked list"
+FACT = "What is the capital of Mongolia?"
+TAKE = "SELECT * FROM take_uncategorised($1)"
+
+
+@pytest.fixture
+async def probe(database: str) -> AsyncIterator[Probe]:
+    """A probe of a database in which tasks are categorised."""
+    with connect(database) as connection:
+        sync_roster(connection, load_config())
+    async with probing(database) as opened:
+        yield opened
+
+
+async def keep(probe: Probe, rows: list[Any], category: str, confidence: float = 0.9) -> int:
+    """Bring these taken rows' category back."""
+    ids, versions = [row["task_id"] for row in rows], [row["prompt_version"] for row in rows]
+    reasons = ["classifier: told so"] * len(rows)
+    return int(
+        await probe.value(
+            "SELECT keep_categories($1, $2, $3, $4, $5)",
+            ids, versions, [category] * len(rows), [confidence] * len(rows), reasons,
+        )
+    )  # fmt: skip
+
+
+async def let_time_pass(probe: Probe) -> None:
+    """Let the second be over for whatever waits for a category, and for categorisers that were at work."""
+    await probe.run(
+        "UPDATE queue SET wake_at = wake_at - interval '2 s', claimed_at = claimed_at - interval '2 s'"
+        " WHERE state = 'uncategorised'"
+    )
+    await probe.run("UPDATE categorising SET works_until = 'epoch', starts_until = 'epoch'")
+
+
+async def test_without_a_category_it_is_in_no_lane_and_counted_under_the_default(probe: Probe) -> None:
+    task_id = await probe.add(POEM)
+    assert await probe.claim() is None
+    queued = await probe.queued(task_id)
+    assert queued is not None
+    assert (queued["state"], queued["category"]) == ("uncategorised", "general")
+    assert await probe.counts() == {"general": (1, 0, 0)}
+    state = await probe.row("SELECT state FROM task_states WHERE id = $1", task_id)
+    assert state["state"] == "uncategorised"
+    await probe.assert_counts_exact()
+
+
+async def test_with_a_category_it_is_ready_at_once(probe: Probe) -> None:
+    await probe.add(POEM, category="creative")
+    taken = await probe.must_claim()
+    call = await probe.call(taken.call_id)
+    assert (call["category"], call["confidence"], call["category_reason"]) == ("creative", None, None)
+
+
+async def test_a_category_that_was_found_opens_its_lane_and_is_in_the_log(probe: Probe) -> None:
+    task_id = await probe.add(POEM)
+    rows = await probe.all(TAKE, 10)
+    assert [row["prompt"] for row in rows] == [POEM]
+    assert await keep(probe, rows, "creative", 0.8) == 1
+    assert await probe.counts() == {"creative": (1, 0, 0)}
+    taken = await probe.must_claim("creative")
+    call = await probe.call(taken.call_id)
+    assert (call["category"], call["category_reason"]) == ("creative", "classifier: told so")
+    assert call["confidence"] == pytest.approx(0.8)
+    assert (await probe.task(task_id))["category"] is None  # its producer said nothing, until it is solved
+    await probe.settle(taken)
+    assert (await probe.task(task_id))["category"] == "creative"
+    await probe.assert_counts_exact()
+
+
+async def test_what_one_took_is_not_taken_by_another_until_a_second_is_over(
+    probe: Probe, database: str
+) -> None:
+    for _ in range(6):
+        await probe.add(POEM)
+    async with probing(database) as other:
+        taken = [*await asyncio.gather(probe.all(TAKE, 3), other.all(TAKE, 3)), await probe.all(TAKE, 6)]
+    ids = [row["task_id"] for rows in taken for row in rows]
+    assert len(ids) == len(set(ids)) == 6
+    await let_time_pass(probe)
+    assert len(await probe.all(TAKE, 10)) == 6
+
+
+async def test_order_and_priority_are_those_of_arrival(probe: Probe) -> None:
+    ids = [await probe.add(f"{POEM} {n}", priority=n % 2) for n in range(6)]
+    rows = await probe.all(TAKE, 10)
+    assert await keep(probe, rows, "creative") == 6
+    order = [(await probe.must_claim()).task_id for _ in range(6)]
+    assert order == [*ids[1::2], *ids[::2]]
+
+
+async def test_after_a_second_it_takes_the_default_by_a_step_of_housekeeping(probe: Probe) -> None:
+    await probe.add(POEM)
+    assert await probe.value("SELECT default_uncategorised()") == 0
+    await let_time_pass(probe)
+    assert await probe.value("SELECT default_uncategorised()") == 1
+    taken = await probe.must_claim("general")
+    call = await probe.call(taken.call_id)
+    assert (call["confidence"], call["category_reason"]) == (None, "default: no category was found in time")
+    await probe.assert_counts_exact()
+
+
+async def test_a_claim_that_finds_nothing_ready_needs_no_housekeeping(probe: Probe) -> None:
+    task_id = await probe.add(POEM)
+    await let_time_pass(probe)
+    assert await probe.claim("technical") is None
+    assert (await probe.must_claim("technical", "general")).task_id == task_id
+
+
+async def test_while_a_categoriser_is_at_work_the_backlog_waits_for_it(probe: Probe) -> None:
+    await probe.run("INSERT INTO tasks (prompt) SELECT 'p' FROM generate_series(1, 100)")
+    await let_time_pass(probe)
+    assert len(await probe.all(TAKE, 10)) == 10
+    assert await probe.value("SELECT default_uncategorised()") == 0
+    await let_time_pass(probe)
+    await probe.run("SELECT starts_categorising(5)")
+    assert await probe.value("SELECT default_uncategorised()") == 5
+    await let_time_pass(probe)
+    assert await probe.value("SELECT default_uncategorised()") == 95
+
+
+async def test_ready_tasks_do_not_wait_behind_uncategorised_ones(probe: Probe) -> None:
+    await probe.run("INSERT INTO tasks (prompt, priority) SELECT 'p', 9 FROM generate_series(1, 1000)")
+    ready = await probe.add(CODE, category="technical")
+    assert (await probe.must_claim()).task_id == ready
+
+
+async def test_an_edit_while_it_is_looked_at_is_looked_at_again(probe: Probe) -> None:
+    task_id = await probe.add(POEM)
+    rows = await probe.all(TAKE, 10)
+    await probe.run("UPDATE tasks SET prompt = $1", CODE)
+    assert await keep(probe, rows, "creative") == 0
+    again = await probe.all(TAKE, 10)
+    assert [row["prompt"] for row in again] == [CODE]
+    assert await keep(probe, again, "technical") == 1
+    assert (await probe.must_claim("technical")).task_id == task_id
+    await probe.assert_counts_exact()
+
+
+@pytest.mark.parametrize("category", ["creative", "general"])
+async def test_a_category_that_its_producer_adds_ends_the_waiting(probe: Probe, category: str) -> None:
+    await probe.add(POEM)
+    rows = await probe.all(TAKE, 10)
+    await probe.run("UPDATE tasks SET category = $1", category)
+    assert await keep(probe, rows, "technical") == 0
+    assert (await probe.must_claim()).category == category
+    await probe.assert_counts_exact()
+
+
+async def test_a_category_that_is_taken_away_is_found_again(probe: Probe) -> None:
+    task_id = await probe.add(POEM, category="technical")
+    await probe.run("UPDATE tasks SET category = NULL")
+    queued = await probe.queued(task_id)
+    assert queued is not None
+    assert queued["state"] == "uncategorised"
+    await probe.assert_counts_exact()
+
+
+async def test_an_unknown_category_is_the_default_and_noted(probe: Probe) -> None:
+    await probe.add(POEM, category="poetry")
+    call = await probe.call((await probe.must_claim("general")).call_id)
+    assert call["category_reason"] == "default: 'poetry' is not a category that the config names"
+    await probe.add(POEM)
+    assert await keep(probe, await probe.all(TAKE, 10), "prose") == 1
+    call = await probe.call((await probe.must_claim("general")).call_id)
+    assert call["category_reason"] == "default: 'prose' is not a category that the config names"
+
+
+async def test_whoever_deletes_solves_or_truncates_leaves_nothing_behind(probe: Probe) -> None:
+    for prompt in (POEM, CODE, FACT):
+        await probe.add(prompt)
+    rows = await probe.all(TAKE, 10)
+    await probe.run("DELETE FROM tasks WHERE prompt = $1", POEM)
+    await probe.run("UPDATE tasks SET status = 'solved', answer = '42' WHERE prompt = $1", CODE)
+    await probe.assert_counts_exact()
+    assert await keep(probe, rows, "technical") == 1
+    await probe.assert_counts_exact()
+    await probe.run("TRUNCATE tasks")
+    assert await probe.value("SELECT count(*) FROM queue") == 0
+
+
+async def test_the_reconciler_queues_lost_rows_to_be_categorised(probe: Probe) -> None:
+    task_id = await probe.add(POEM)
+    await probe.run("DELETE FROM queue")
+    await probe.run("SELECT recount_tasks()")
+    assert await probe.reconcile() == (1, 0)
+    assert [row["task_id"] for row in await probe.all(TAKE, 10)] == [task_id]
+    await probe.assert_counts_exact()
+
+
+async def test_of_a_long_prompt_only_the_ends_are_fetched(probe: Probe) -> None:
+    await probe.add("begin " + "x" * 900_000 + " the end")
+    (row,) = await probe.all(TAKE, 10)
+    assert len(row["prompt"]) < 2000
+    assert row["prompt"].startswith("begin ")
+    assert row["prompt"].endswith(" the end")
+
+
+async def test_switched_off_tasks_take_the_default_at_once(probe: Probe) -> None:
+    early = await probe.add(POEM)
+    await probe.run("UPDATE queue_settings SET categorise = false")
+    late = await probe.add(POEM)
+    assert {(await probe.must_claim()).task_id, (await probe.must_claim()).task_id} == {early, late}
+
+
+async def test_many_hands_at_once_lose_and_double_nothing(probe: Probe, database: str) -> None:
+    """Inserts, edits, deletes, categorisers and claims at the same time."""
+    stop = time.monotonic() + 3
+
+    async def produce(p: Probe) -> None:
+        while time.monotonic() < stop:
+            await p.run("INSERT INTO tasks (prompt) SELECT 'p' FROM generate_series(1, 20)")
+            await p.run("UPDATE tasks SET prompt = prompt || '!' WHERE id % 17 = 0 AND status = 'unsolved'")
+            await p.run("DELETE FROM tasks WHERE id % 19 = 0")
+
+    async def categorise(p: Probe, category: str) -> None:
+        while time.monotonic() < stop:
+            await keep(p, await p.all(TAKE, 16), category)
+            await p.run("SELECT default_uncategorised()")
+
+    async def solve(p: Probe) -> None:
+        while time.monotonic() < stop:
+            taken = await p.claim()
+            if taken is not None:
+                await p.settle(taken)
+
+    async with probing(database) as a, probing(database) as b, probing(database) as c, probing(database) as d:
+        await asyncio.gather(produce(a), categorise(b, "technical"), categorise(c, "creative"), solve(d))
+    await probe.assert_counts_exact()
+    odd = (
+        "SELECT count(*) FROM tasks t LEFT JOIN queue q ON q.task_id = t.id"
+        " WHERE (t.status = 'unsolved') <> (q.task_id IS NOT NULL)"
+    )
+    assert await probe.value(odd) == 0
+
+
+# The child process.
+
+
+@pytest.mark.soak
+async def test_the_process_tells_categories_comes_back_if_it_dies_and_ends_with_its_owner() -> None:
+    patient = load_categories()
+    async with CategoriserProcess(patient.model_copy(update={"patience_seconds": 0.3})) as process:
+        started = time.monotonic()
+        (cold,) = await process.categorise([POEM])
+        assert time.monotonic() - started < 1.5, "who cannot wait takes the default"
+        assert (cold.category, cold.confidence) == ("general", 0.0)
+        assert "still starting" in cold.reason
+        assert await process.until_ready(75)
+        child = process._process
+        assert child is not None
+        child.kill()
+        await child.wait()
+        (orphan,) = await process.categorise([POEM])
+        assert orphan.reason.startswith("default: ")
+
+        assert await process.until_ready(75)
+        process.settings = patient
+        found = await process.categorise([POEM, CODE, FACT, "", "\x00\ud800", "x" * 10_000_000])
+        child = process._process
+        assert child is not None
+    assert [one.category for one in found[:3]] == ["creative", "technical", "general"]
+    assert found[3].reason == "default: the prompt is empty"
+    assert len(found) == 6
+    assert child.returncode is not None
+
+
+@pytest.mark.soak
+async def test_a_child_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.classification.process.HANG_SECONDS", 1.0)
+    settings = load_categories().model_copy(update={"patience_seconds": 0.4})  # over long before
+    async with CategoriserProcess(settings) as process:
+        assert await process.until_ready(75)
+        child = process._process
+        assert child is not None
+        child.send_signal(19)  # SIGSTOP
+        (hung,) = await process.categorise([POEM])
+        assert hung.reason.startswith("default: ")
+        await asyncio.wait_for(child.wait(), 60)
+        assert await process.until_ready(75)
+        assert (await process.categorise([POEM]))[0].category == "creative"
+
+
+@pytest.mark.soak
+async def test_a_child_that_nobody_asked_for_a_while_is_not_taken_to_hang(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("router.classification.process.HANG_SECONDS", 0.4)
+    settings = load_categories().model_copy(update={"patience_seconds": 10.0})
+    async with CategoriserProcess(settings) as process:
+        assert await process.until_ready(75)
+        child = process._process
+        await asyncio.sleep(1)  # longer than a hang may last
+        assert (await process.categorise([POEM]))[0].category == "creative"
+        assert process._process is child
+
+
+async def test_more_than_the_line_holds_take_the_default_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.classification.process.MOST_WAITING", 2)
+    async with CategoriserProcess(load_categories()) as process:
+        found = await process.categorise([POEM] * 3)
+    assert {one.reason for one in found} == {"default: too many prompts wait for a category"}
+
+
+async def test_broken_examples_are_said_and_everybody_takes_the_default(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = load_categories().model_copy(update={"folder": tmp_path, "patience_seconds": 5.0})
+    async with CategoriserProcess(settings) as process:
+        found = await process.categorise([POEM])
+    assert found[0].category == "general"
+    assert "no file matches 'examples/*.jsonl'" in caplog.text
+
+
+# The engine.
+
+
+@pytest.fixture
+def backend(tmp_path: Path) -> Iterator[BackendServer]:
+    server = start_backend(tmp_path, "--time-scale", "100", "--latency", "even:1:2")
+    yield server
+    server.stop()
+
+
+@asynccontextmanager
+async def solving(addresses: Addresses, settings: RouterConfig) -> AsyncIterator[Engine]:
+    """An engine with a worker for each of two models."""
+    engine = Engine(addresses, settings)
+    await engine.start()
+    workers = [asyncio.create_task(Worker(engine, model, "run").run()) for model in ("phi-4", "gemma-2-27b")]
+    try:
+        yield engine
+    finally:
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+        await engine.stop()
+
+
+async def test_an_engine_categorises_what_comes_and_sends_it_soon(
+    probe: Probe, database: str, redis_server: RedisServer, redis_client: Any, backend: BackendServer
+) -> None:
+    config = load_config()
+    fast = {
+        name: config.models[name].model_copy(update={"target": "50/s"}) for name in ("phi-4", "gemma-2-27b")
+    }
+    config = config.model_copy(update={"models": fast})
+    with connect(database) as connection:
+        sync_roster(connection, config)
+    backlog = [await probe.add(prompt) for prompt in (POEM, CODE, FACT)]
+    await let_time_pass(probe)
+    addresses = Addresses(database_url=database, redis_url=redis_server.url, backend_url=backend.url)
+    async with solving(addresses, config) as engine:
+        process = engine._categorising._process
+        assert process is not None
+        assert await process.until_ready(75)
+        await solved(probe, len(backlog))
+        waits = []
+        for number, prompt in enumerate([POEM, CODE, FACT] * 4):
+            task_id = await probe.add(f"{prompt} ({number})")
+            await solved(probe, len(backlog) + number + 1)
+            call = await probe.row(
+                "SELECT c.*, extract(epoch FROM c.sent_at - t.created_at)::float8 AS waited"
+                " FROM model_calls c JOIN tasks t ON t.id = c.task_id"
+                " WHERE t.id = $1 AND outcome = 'answered'",
+                task_id,
+            )
+            assert call["category"] == {POEM: "creative", CODE: "technical", FACT: "general"}[prompt]
+            assert call["confidence"] > 0.4
+            assert call["category_reason"].startswith(("rules: ", "classifier: "))
+            waits.append(call["waited"])
+    assert statistics.median(waits) < 0.15, sorted(waits)
+
+
+async def solved(probe: Probe, number: int) -> None:
+    end = time.monotonic() + 20
+    while await probe.value("SELECT count(*) FROM tasks WHERE status = 'solved'") < number:
+        assert time.monotonic() < end, "not solved in time"
+        await asyncio.sleep(0.02)
+
+
+async def test_the_queue_speaks_of_what_waits_for_a_category(probe: Probe, database: str) -> None:
+    await probe.add(POEM)
+    async with asyncpg.create_pool(database, min_size=1, max_size=1) as pool:
+        queue = TaskQueue(pool, host="here")
+        assert await queue.wants_categories()
+        (row,) = await queue.take_uncategorised(5)
+        assert isinstance(row, Uncategorised)
+        assert await queue.keep_categories([row], ["creative"], [0.7], ["classifier: creative at 0.70"]) == 1
+        assert await queue.take_uncategorised(5) == []

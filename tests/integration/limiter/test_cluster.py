@@ -1,0 +1,61 @@
+"""The limiter on a real Redis in cluster mode: a model's keys lie in one slot, and all works as alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import redis.asyncio
+from redis.asyncio.cluster import ClusterNode
+
+from local.redis import start_redis
+from models_backend.process import free_port
+from router.limiter.limiter import PastCall, Permit, TrafficLimiter, Wait, WaitReason
+from router.task import Outcome
+
+MODELS = ["llama", "gemma-2", "phi.4", "qwen_2.5"]  # in slots of their own
+
+
+@pytest.fixture
+async def cluster(tmp_path: Path) -> AsyncIterator[redis.asyncio.RedisCluster]:
+    arguments = ("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
+    server = start_redis(tmp_path, arguments=arguments)
+    alone = redis.asyncio.Redis.from_url(server.url)
+    await alone.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+    while b"cluster_state:ok" not in await alone.execute_command("CLUSTER", "INFO", NEVER_DECODE=True):
+        await asyncio.sleep(0.02)
+    await alone.aclose()
+    client = redis.asyncio.RedisCluster(startup_nodes=[ClusterNode("127.0.0.1", server.port)])
+    try:
+        yield client
+    finally:
+        await client.aclose()
+        server.stop()
+
+
+async def no_calls(_model: str, _seconds: float) -> list[PastCall]:
+    return []
+
+
+async def test_the_limiter_works_on_a_cluster(cluster: redis.asyncio.RedisCluster):
+    async with TrafficLimiter(cluster, no_calls) as limiter, TrafficLimiter(cluster, no_calls) as another:
+        for model in MODELS:
+            await limiter.set_target(model, "100/min, 900 tokens/min, 2 at once, burst")
+            first, second = await limiter.acquire(model, 100), await another.acquire(model, 50)
+            waiting = asyncio.create_task(limiter.acquire(model, 10))
+            await asyncio.sleep(0.05)
+            assert not waiting.done()
+            await another.release(second, 20)
+            await asyncio.wait_for(waiting, 2)  # told by Redis, across the cluster's own pub/sub
+            await limiter.cancel(first)
+            await limiter.heed(model, Outcome.RATE_LIMITED, 1.0)
+            refused = await another.reserve(model)
+            assert isinstance(refused, Wait)
+            assert refused.reason is WaitReason.RESTING
+        assert (await another.snapshot(MODELS))["llama"].tokens == {"900 tokens/min": 30}
+        await cluster.flushall()
+        for model in MODELS:
+            await limiter.acquire(model, timeout_seconds=3)
+        assert isinstance(await another.reserve(MODELS[0]), Permit)

@@ -1,0 +1,299 @@
+"""People and old programs change tasks as they please; the queue follows, and no old answer counts."""
+
+from __future__ import annotations
+
+import asyncpg
+import pytest
+
+from tests.support.queue import Probe, probing
+
+
+@pytest.mark.parametrize(
+    "reset",
+    [
+        "status = 'unsolved'",
+        "status = 'unsolved', answer = NULL, answered_by = NULL, answer_rank = NULL, answer_call_id = NULL",
+    ],
+)
+async def test_a_solved_task_set_back_is_solved_again(probe: Probe, reset: str) -> None:
+    task_id = await probe.add()
+    await probe.settle(await probe.must_claim(), answer="first")
+    await probe.run(f"UPDATE tasks SET {reset}")
+    await probe.assert_counts_exact()
+    taken = await probe.must_claim()
+    assert (taken.task_id, taken.attempt) == (task_id, 1)
+    assert await probe.settle(taken, answer="second") == "solved"
+    task = await probe.task(task_id)
+    assert (task["status"], task["answer"], task["answer_rank"]) == ("solved", "second", 3)
+    await probe.assert_counts_exact()
+
+
+async def test_a_failed_task_set_back_forgets_its_failure_and_its_attempts(probe: Probe) -> None:
+    await probe.run("UPDATE queue_settings SET max_attempts = 1")
+    task_id = await probe.add()
+    await probe.settle(await probe.must_claim(), "error", error="broken pipe")
+    assert (await probe.task(task_id))["failure"] == "m1: error: broken pipe"
+    await probe.run("UPDATE tasks SET status = 'unsolved'")
+    assert (await probe.task(task_id))["failure"] is None
+    assert (await probe.must_claim()).attempt == 1
+    await probe.assert_counts_exact()
+
+
+async def test_set_back_with_another_category_is_counted_where_it_was_and_where_it_is(probe: Probe) -> None:
+    await probe.add(category="technical")
+    await probe.settle(await probe.must_claim())
+    await probe.run("UPDATE tasks SET status = 'unsolved', category = 'creative'")
+    assert await probe.counts() == {"creative": (1, 0, 0)}
+    await probe.run("UPDATE tasks SET prompt = 'edited', category = 'technical'")
+    assert await probe.counts() == {"technical": (1, 0, 0)}
+    await probe.assert_counts_exact()
+
+
+async def test_an_edit_while_claimed_makes_the_call_under_way_stale(probe: Probe) -> None:
+    task_id = await probe.add("2 + 2?")
+    old = await probe.must_claim()
+    await probe.run("UPDATE tasks SET prompt = '3 + 3?'")
+    new = await probe.must_claim()
+    assert (new.prompt, new.task_id) == ("3 + 3?", task_id)
+    assert await probe.settle(old, answer="4") == "stale"
+    queued = await probe.queued(task_id)
+    assert queued is not None
+    assert queued["call_id"] == new.call_id, "the stale call took nothing from the new one"
+    assert await probe.settle(new, answer="6") == "solved"
+    assert (await probe.task(task_id))["answer"] == "6"
+    assert (await probe.call(old.call_id))["late"]
+    await probe.assert_counts_exact()
+
+
+async def test_an_edit_to_nothing_fails_and_leaves_the_queue(probe: Probe) -> None:
+    task_id = await probe.add()
+    await probe.run("UPDATE tasks SET prompt = ''")
+    assert (await probe.task(task_id))["status"] == "failed"
+    assert await probe.queued(task_id) is None
+    await probe.assert_counts_exact()
+
+
+async def test_delete_while_claimed_ends_it_quietly(probe: Probe) -> None:
+    await probe.add()
+    taken = await probe.must_claim()
+    await probe.run("DELETE FROM tasks")
+    assert await probe.settle(taken) == "stale"
+    assert await probe.counts() == {}
+    await probe.assert_counts_exact()
+
+
+async def test_delete_of_every_kind_is_counted(probe: Probe) -> None:
+    await probe.run(
+        "INSERT INTO tasks (prompt, status, category) SELECT 'p', s, c"
+        " FROM unnest('{unsolved,solved,failed}'::text[]) AS s,"
+        " unnest('{technical,unknown,NULL}'::text[]) AS c"
+    )
+    await probe.assert_counts_exact()
+    await probe.run("DELETE FROM tasks WHERE category IS DISTINCT FROM 'technical'")
+    assert await probe.counts() == {"technical": (1, 1, 1)}
+    await probe.run("DELETE FROM tasks")
+    assert await probe.counts() == {}
+
+
+async def test_an_id_that_comes_again_does_not_take_the_old_ones_answer(probe: Probe) -> None:
+    first = await probe.add("old prompt")
+    old = await probe.must_claim()
+    await probe.run("TRUNCATE tasks RESTART IDENTITY")
+    assert await probe.counts() == {}
+    second = await probe.add("new prompt")
+    assert second == first, "the trap is set"
+    assert await probe.settle(old, answer="to the old prompt") == "stale"
+    task = await probe.task(second)
+    assert (task["status"], task["answer"]) == ("unsolved", None)
+    await probe.run("DELETE FROM tasks")
+    await probe.add("a third", id=first)
+    assert await probe.settle(await probe.must_claim(), answer="to the third") == "solved"
+    await probe.assert_counts_exact()
+
+
+async def test_a_failure_or_an_unclaim_after_truncate_does_nothing(probe: Probe) -> None:
+    await probe.add()
+    await probe.add()
+    one, two = await probe.must_claim(), await probe.must_claim()
+    await probe.run("TRUNCATE tasks")
+    assert await probe.settle(one, "timeout") == "late"
+    assert await probe.unclaim(two) is False
+    assert await probe.counts() == {}
+
+
+async def test_an_old_program_that_solves_wins_over_the_call_under_way(probe: Probe) -> None:
+    task_id = await probe.add()
+    taken = await probe.must_claim()
+    await probe.run("UPDATE tasks SET status = 'solved', answer = 'by the old program'")
+    assert await probe.queued(task_id) is None
+    assert await probe.settle(taken, answer="too late") == "superseded"
+    task = await probe.task(task_id)
+    assert (task["answer"], task["answer_rank"]) == ("by the old program", 3)
+    assert task["solved_at"] is not None
+    await probe.assert_counts_exact()
+
+
+async def test_an_old_program_that_solves_and_writes_the_answer_after(probe: Probe) -> None:
+    task_id = await probe.add()
+    taken = await probe.must_claim()
+    await probe.run("UPDATE tasks SET status = 'solved'")
+    await probe.run("UPDATE tasks SET answer = 'by the old program'")
+    assert await probe.settle(taken, answer="too late") == "superseded"
+    assert (await probe.task(task_id))["answer"] == "by the old program"
+
+
+async def test_a_change_of_category_or_priority_moves_the_task(probe: Probe) -> None:
+    first, second = await probe.add(), await probe.add()
+    await probe.run("UPDATE tasks SET priority = 3 WHERE id = $1", second)
+    assert (await probe.must_claim()).task_id == second
+    await probe.run("UPDATE tasks SET category = 'technical' WHERE id = $1", first)
+    await probe.assert_counts_exact()
+    assert await probe.claim("general") is None
+    assert (await probe.must_claim("technical")).task_id == first
+
+
+async def test_a_change_of_category_while_claimed_moves_the_count_and_keeps_the_claim(probe: Probe) -> None:
+    await probe.add()
+    taken = await probe.must_claim()
+    await probe.run("UPDATE tasks SET category = 'technical'")
+    await probe.assert_counts_exact()
+    assert await probe.settle(taken) == "solved"
+    assert await probe.counts() == {"technical": (0, 1, 0)}
+    await probe.assert_counts_exact()
+
+
+async def test_a_status_that_nobody_knows_is_refused(probe: Probe) -> None:
+    await probe.add()
+    with pytest.raises(asyncpg.CheckViolationError):
+        await probe.run("UPDATE tasks SET status = 'running'")
+
+
+# Triggers off (a restore, a careless script): the reconciler puts both tables right, in both directions.
+
+
+@pytest.fixture
+async def unseen(database: str, probe: Probe) -> Probe:
+    """A second connection whose changes no trigger sees."""
+    async with probing(database) as other:
+        await other.run("SET session_replication_role = replica")
+        yield other  # type: ignore[misc]
+
+
+async def test_reconcile_queues_what_came_in_unseen(probe: Probe, unseen: Probe) -> None:
+    await unseen.run("INSERT INTO tasks (prompt) SELECT 'p' FROM generate_series(1, 1200)")
+    await unseen.run("INSERT INTO tasks (prompt) VALUES ('')")
+    assert await probe.claim() is None
+    assert await probe.reconcile() == (1200, 0)
+    assert await probe.counts() == {"general": (1200, 0, 1)}
+    assert await probe.reconcile() == (0, 0)
+    await probe.assert_counts_exact()
+    assert (await probe.must_claim()).prompt == "p"
+
+
+async def test_reconcile_drops_what_ended_or_went_unseen(probe: Probe, unseen: Probe) -> None:
+    solved, failed, gone, stays = [await probe.add() for _ in range(4)]
+    await unseen.run("UPDATE tasks SET status = 'solved', answer = 'a' WHERE id = $1", solved)
+    await unseen.run("UPDATE tasks SET status = 'failed' WHERE id = $1", failed)
+    await unseen.run("DELETE FROM tasks WHERE id = $1", gone)
+    assert await probe.reconcile() == (0, 3)
+    assert await probe.counts() == {"general": (1, 1, 1)}
+    await probe.assert_counts_exact()
+    assert (await probe.must_claim()).task_id == stays
+
+
+async def test_a_claim_does_not_wait_for_the_reconciler_to_see_that_a_task_is_gone(
+    probe: Probe, unseen: Probe
+) -> None:
+    gone, stays = await probe.add(), await probe.add()
+    await unseen.run("DELETE FROM tasks WHERE id = $1", gone)
+    assert (await probe.must_claim()).task_id == stays
+    assert await probe.counts() == {"general": (1, 0, 0)}
+
+
+async def test_set_back_unseen_is_a_new_version_and_not_paid_for_without_end(
+    probe: Probe, unseen: Probe
+) -> None:
+    task_id = await probe.add()
+    await probe.settle(await probe.must_claim(), answer="first")
+    await unseen.run(
+        "UPDATE tasks SET status = 'unsolved'"
+    )  # its rank is still 3: no answer could replace it
+    assert await probe.reconcile() == (1, 0)
+    await probe.assert_counts_exact()
+    assert await probe.settle(await probe.must_claim(), answer="second") == "solved"
+    assert (await probe.task(task_id))["answer"] == "second"
+    await probe.assert_counts_exact()
+
+
+async def test_an_answer_that_stands_already_ends_the_claim_instead_of_asking_for_ever(
+    probe: Probe, unseen: Probe
+) -> None:
+    task_id = await probe.add()
+    await unseen.run("UPDATE tasks SET answer = 'a', answer_rank = 3")  # unsolved, and yet answered
+    for _ in range(5):
+        await probe.wake()
+        taken = await probe.claim()
+        if taken is not None:
+            assert await probe.settle(taken) == "superseded"
+    assert (await probe.task(task_id))["status"] == "solved"
+    assert await probe.queued(task_id) is None
+    await probe.assert_counts_exact()
+
+
+async def test_a_version_that_changed_unseen_is_taken_from_the_task_itself(
+    probe: Probe, unseen: Probe
+) -> None:
+    await probe.add()
+    await unseen.run("UPDATE tasks SET prompt = 'edited', prompt_version = 77")
+    taken = await probe.must_claim()
+    assert (taken.prompt, taken.prompt_version) == ("edited", 77)
+    assert await probe.settle(taken) == "solved"
+
+
+async def test_reconcile_moves_what_changed_lanes_unseen_or_whose_category_is_gone(
+    probe: Probe, unseen: Probe
+) -> None:
+    one, two = await probe.add(category="creative"), await probe.add()
+    await unseen.run("UPDATE tasks SET category = 'technical', priority = 7 WHERE id = $1", two)
+    await probe.run("DELETE FROM categories WHERE name = 'creative'")
+    await probe.reconcile()
+    await probe.assert_counts_exact()
+    assert (await probe.must_claim("technical")).task_id == two
+    assert (await probe.must_claim("general")).task_id == one
+
+
+async def test_a_claim_of_a_worker_that_nobody_knows_is_released(probe: Probe) -> None:
+    task_id = await probe.add()
+    await probe.must_claim(worker="forgotten")
+    await probe.run("DELETE FROM workers")
+    assert await probe.value("SELECT release_lost_claims()") == 0, (
+        "without the worker's row it cannot be seen"
+    )
+    await probe.reconcile()
+    assert await probe.value("SELECT release_lost_claims()") == 1
+    assert (await probe.must_claim(worker="w2")).task_id == task_id
+
+
+async def test_recount_puts_counters_right_whatever_happened_to_them(probe: Probe) -> None:
+    await probe.run(
+        "INSERT INTO tasks (prompt, status)"
+        " SELECT 'p', s FROM unnest('{unsolved,solved,solved,failed}'::text[]) AS s"
+    )
+    await probe.run("INSERT INTO task_counts VALUES ('technical', 5, 5, 5)")
+    await probe.run("SELECT recount_tasks()")
+    assert await probe.counts() == {"general": (1, 2, 1)}
+    await probe.assert_counts_exact()
+
+
+async def test_recount_of_a_category_that_holds_but_one_kind(probe: Probe) -> None:
+    await probe.add(status="solved")
+    await probe.run("SELECT recount_tasks()")
+    assert await probe.counts() == {"general": (0, 1, 0)}
+
+
+async def test_counters_of_another_cluster_in_a_restored_dump_hide_nothing(probe: Probe) -> None:
+    # A dump brings the fold's mark along: a transaction number that has not been reached here yet.
+    await probe.run("INSERT INTO task_count_folds VALUES ('4000000000')")
+    await probe.add()
+    assert await probe.counts() == {"general": (1, 0, 0)}
+    await probe.assert_counts_exact()

@@ -1,0 +1,506 @@
+"""`router serve` as a program of its own, spoken to by the `openai` package as it comes."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import itertools
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import requests
+import yaml
+
+from local.postgres import PostgresServer
+from local.redis import RedisServer
+from models_backend.process import BackendServer, start_backend
+from router.database import connect, rows
+from router.models.roster import sync_roster
+from router.server.api_keys import add_key, remove_key
+from router.settings.environment import DEFAULT_CONFIG_FOLDER
+from router.settings.router import load_config
+from tests.support.command_line import CommandLine
+from tests.support.waiting import until
+
+EVERY_CATEGORY = ("technical", "creative", "general")
+CODE = "Write a Python function that reverses a linked list."
+_numbers = itertools.count()
+
+
+@dataclass
+class Serving:
+    """The server, what stands behind it, and words for both."""
+
+    process: subprocess.Popen[bytes]
+    log_file: Path
+    keys_file: Path
+    key: str
+    database_url: str
+    backend: BackendServer
+    url: str = field(init=False)
+    client: openai.OpenAI = field(init=False)
+
+    def __post_init__(self) -> None:
+        until(lambda: self.process.poll() is not None or "router serve: http" in self.log, 60)
+        assert self.process.poll() is None, self.log
+        found = re.search(r"router serve: (http://\S+)/v1", self.log)
+        assert found, self.log
+        self.url = found[1]
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, timeout=30)
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text()
+
+    def chat(self, prompt: str = "Why?", model: str = "auto", **more: Any) -> Any:
+        messages = [{"role": "user", "content": prompt}]
+        return self.client.chat.completions.create(model=model, messages=messages, **more)  # type: ignore[call-overload]
+
+    def post(self, path: str = "/v1/chat/completions", *, key: str | None = None, **more: Any) -> Any:
+        headers = {"Authorization": f"Bearer {key or self.key}", **more.pop("headers", {})}
+        return requests.post(f"{self.url}{path}", headers=headers, timeout=30, **more)
+
+    def rows(self, statement: str, *values: Any) -> list[dict[str, Any]]:
+        with connect(self.database_url) as connection:
+            return rows(connection, statement, values)
+
+    def fault(self, kind: str, model: str = "*", seconds: float = 60, **more: Any) -> None:
+        order = {"kind": kind, "model": model, "seconds": seconds, **more}
+        requests.post(f"{self.backend.url}/faults", json=order, timeout=5).raise_for_status()
+
+
+def config_folder(folder: Path) -> Path:
+    """The shipped config with a quick, a cheap and a stopped model, and short deadlines."""
+    shutil.copytree(DEFAULT_CONFIG_FOLDER, folder)
+    file = folder / "models.yaml"
+    config = yaml.safe_load(file.read_text())
+    ranks = dict.fromkeys(EVERY_CATEGORY, 1)
+    config["models"] = {
+        "qwen-2.5-72b": {"target": "6000/min", "ranks": ranks},
+        "phi-4": {"target": "6000/min", "ranks": dict.fromkeys(EVERY_CATEGORY, 2)},
+        "gemma-2-27b": {"target": "0", "ranks": {}},
+    }
+    config["asking"] = {"default_deadline_seconds": 4, "late_seconds": 1}
+    config["fallback"] = {"models": ["phi-4"]}
+    file.write_text(yaml.safe_dump(config))
+    for examples in (folder / "examples").glob("*.jsonl"):  # to start sooner
+        examples.write_text("\n".join(examples.read_text().splitlines()[::4]) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BackendServer]:
+    server = start_backend(tmp_path_factory.mktemp("backend"), "--time-scale", "50", "--latency", "even:1:10")
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def behind(
+    postgres: PostgresServer,
+    migrated_template: str,
+    redis_server: RedisServer,
+    backend: BackendServer,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, str]:
+    """The environment of the server: a database, a Redis, a backend and a config."""
+    name = f"serve_{os.getpid()}_{next(_numbers)}"
+    postgres.run("createdb", "--template", migrated_template, name)
+    folder = config_folder(tmp_path_factory.mktemp("serve") / "config")
+    with connect(postgres.url(name)) as connection:
+        sync_roster(connection, load_config(folder))
+    return {
+        "ROUTER_DATABASE_URL": postgres.url(name),
+        "ROUTER_REDIS_URL": redis_server.url,
+        "MODELS_BACKEND_URL": backend.url,
+        "ROUTER_CONFIG": str(folder),
+        "ROUTER_DATA": str(folder.parent / "data"),
+    }
+
+
+@contextmanager
+def serving(folder: Path, behind: dict[str, str], backend: BackendServer, *options: str) -> Iterator[Serving]:
+    """A server that listens; it has stopped well by the end, or is stopped then."""
+    folder.mkdir(exist_ok=True)
+    keys, log = folder / "api_keys", folder / "serve.log"
+    key = add_key(keys, "tester")
+    environment = {**os.environ, **behind, "ROUTER_API_KEYS": str(keys)}
+    command = [sys.executable, "-m", "router.cli", "serve", "--port", "0", *options]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+    try:
+        server = Serving(process, log, keys, key, behind["ROUTER_DATABASE_URL"], backend)
+        with server.client:
+            yield server
+        process.terminate()
+        assert process.wait(20) == 0, server.log
+        assert "Traceback" not in server.log
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(
+    behind: dict[str, str], backend: BackendServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Serving]:
+    options = ("--max-body", "1", "--at-once", "20", "--keep-alive", "0.3")
+    with serving(tmp_path_factory.mktemp("server"), behind, backend, *options) as server:
+        until(lambda: categorises(server), 60)
+        yield server
+
+
+def categorises(server: Serving) -> bool:
+    """Whether the server's categoriser is at work; until then prompts have the default category."""
+    asked = server.client.chat.completions.create(
+        model="auto", messages=[{"role": "user", "content": CODE}], max_tokens=1
+    )
+    return "starting" not in asked.router["reason"]  # type: ignore[attr-defined]
+
+
+@pytest.fixture(autouse=True)
+def healed(backend: BackendServer) -> Iterator[None]:
+    yield
+    requests.delete(f"{backend.url}/faults", timeout=5)
+
+
+def test_a_prompt_is_routed_and_the_answer_says_how(server: Serving) -> None:
+    raw = server.client.chat.completions.with_raw_response.create(
+        model="auto",
+        messages=[{"role": "user", "content": CODE}],
+        extra_body={"router": {"deadline_seconds": 20}},
+    )
+    completion = raw.parse()
+    assert completion.model == "qwen-2.5-72b"
+    assert (completion.choices[0].message.content or "").startswith("[qwen-2.5-72b ")
+    assert completion.choices[0].finish_reason == "stop"
+    assert completion.usage is not None
+    assert completion.usage.total_tokens > completion.usage.prompt_tokens > 0
+    routing = completion.router  # type: ignore[attr-defined]
+    assert routing["category"] == "technical", routing
+    assert (routing["preferred"], routing["fallback"]) == ("qwen-2.5-72b", "phi-4")
+    assert routing["provisional"] is False
+    assert raw.headers["x-router-category"] == routing["category"]
+    assert raw.headers["x-router-model"] == "qwen-2.5-72b"
+    task = server.rows("SELECT prompt, status FROM tasks WHERE id = %s", int(raw.headers["x-router-task"]))
+    assert task == [{"prompt": CODE, "status": "solved"}]
+
+
+def test_a_stream_is_a_role_pieces_a_reason_and_the_usage(server: Serving) -> None:
+    chunks = list(server.chat(stream=True, stream_options={"include_usage": True}))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text.startswith(f"[{chunks[0].model} ")
+    reasons = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices]
+    assert reasons == [*[None] * (len(reasons) - 1), "stop"]
+    assert [chunk.usage is not None for chunk in chunks] == [*[False] * (len(chunks) - 1), True]
+    assert {chunk.id for chunk in chunks} == {chunks[0].id}
+
+
+def test_models_are_those_in_use_and_auto(server: Serving) -> None:
+    names = [model.id for model in server.client.models.list()]
+    assert names[:2] == ["auto", "auto:creative"]
+    assert set(names) > {"qwen-2.5-72b", "phi-4"}
+    assert server.client.models.retrieve("auto:technical").id == "auto:technical"
+    with pytest.raises(openai.NotFoundError):
+        server.client.models.retrieve("gpt-9")
+
+
+def test_a_model_or_a_category_can_be_named(server: Serving) -> None:
+    assert server.chat(model="phi-4").model == "phi-4"
+    assert server.chat(CODE, model="auto:creative").router["category"] == "creative"
+
+
+def test_what_a_program_may_send_along(server: Serving) -> None:
+    completion = server.client.chat.completions.create(
+        model="phi-4",
+        messages=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}],
+        max_completion_tokens=12, temperature=0.2, seed=1, user="u", stop=["zzz"],
+        extra_body={"router": {"deadline_seconds": 3}},
+    )  # fmt: skip
+    assert completion.choices[0].finish_reason == "length"
+    prompt = server.rows("SELECT prompt FROM tasks WHERE id = %s", completion.router["task_id"])  # type: ignore[attr-defined]
+    assert prompt == [{"prompt": "Be brief.\n\nWhy?"}]
+
+
+def test_a_model_that_hangs_leaves_a_provisional_answer_of_the_fallback(server: Serving) -> None:
+    server.fault("hang", "qwen-2.5-72b")
+    with server.client.chat.completions.with_streaming_response.create(
+        model="auto", messages=[{"role": "user", "content": "Why?"}], stream=True
+    ) as raw:
+        lines = list(raw.iter_lines())
+    assert lines[0].startswith('data: {"id"')
+    assert lines.count(": waiting") >= 3
+    assert lines.index(": waiting") < next(n for n, line in enumerate(lines) if "[phi-4 " in line)
+    assert [line for line in lines if line][-1] == "data: [DONE]"
+    whole = server.post(json={"model": "auto", "messages": ASKS, "router": {"deadline_seconds": 1}})
+    assert whole.headers["x-router-provisional"] == "true"
+    assert whole.headers["x-router-model"] == whole.json()["model"] == "phi-4"
+    assert whole.json()["router"]["provisional"] is True
+
+
+def test_a_model_that_fails_is_answered_for_by_the_next(server: Serving) -> None:
+    server.fault("error", "qwen-2.5-72b")
+    assert server.chat().model == "phi-4"
+
+
+async def test_many_at_once_through_the_asynchronous_client(server: Serving) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=server.key, max_retries=0) as client:
+        asked = [
+            client.chat.completions.create(model="phi-4", messages=[{"role": "user", "content": f"{n}?"}])
+            for n in range(15)
+        ]
+        answers = await asyncio.gather(*asked)
+    assert {answer.model for answer in answers} == {"phi-4"}
+    assert len({answer.choices[0].message.content for answer in answers}) == 15
+
+
+def test_a_client_that_stops_waiting_has_its_call_given_up(server: Serving) -> None:
+    server.fault("hang")
+    began = server.log.count("given up")
+    with pytest.raises(openai.APITimeoutError):
+        server.chat("Nobody waits for this.", timeout=0.5)
+    stream = server.chat("Nor for this.", stream=True)
+    next(iter(stream))
+    stream.close()
+    until(lambda: server.log.count("the client hung up before there was an answer") == began + 2, 10)
+    calls = (
+        "SELECT outcome FROM model_calls JOIN tasks t ON t.id = task_id WHERE t.prompt LIKE 'N%% this.'"
+        " AND role = 'asked'"
+    )
+    until(lambda: [row["outcome"] for row in server.rows(calls)] == ["abandoned"] * 2, 10)
+
+
+def test_a_client_that_hangs_up_in_the_middle_of_its_request_harms_nobody(server: Serving) -> None:
+    host = server.url.removeprefix("http://")
+    for sent in (b"", b'{"model": "auto", "mess'):
+        connection = http.client.HTTPConnection(host, timeout=5)
+        connection.putrequest("POST", "/v1/chat/completions")
+        connection.putheader("Authorization", f"Bearer {server.key}")
+        connection.putheader("Content-Type", "application/json")
+        connection.putheader("Content-Length", "1000")
+        connection.endheaders(sent)
+        connection.close()
+    until(lambda: server.log.count("hung up before it had sent its request") == 2, 10)
+    assert server.chat(model="phi-4").model == "phi-4"
+
+
+def refused(kind: type[openai.APIStatusError], status: int, ask: Any, *arguments: Any, **more: Any) -> Any:
+    """The error that the call raises: of this kind and status, and named as the log names it."""
+    with pytest.raises(kind) as caught:
+        ask(*arguments, **more)
+    assert caught.value.status_code == status
+    assert (caught.value.request_id or "").startswith("req_")
+    assert set(caught.value.body) == {"message", "type", "param", "code"}  # type: ignore[call-overload]
+    return caught.value
+
+
+def test_errors_are_those_that_openai_raises(server: Serving) -> None:
+    error = refused(openai.BadRequestError, 400, server.chat, n=3)
+    assert (error.param, error.code) == ("n", "unsupported_parameter")
+    error = refused(openai.NotFoundError, 404, server.chat, model="gpt-9")
+    assert (error.param, error.code) == ("model", "model_not_found")
+    refused(openai.UnprocessableEntityError, 422, server.chat, " ")
+    refused(openai.APIStatusError, 413, server.chat, "x" * 1_200_000)
+    refused(openai.APIStatusError, 405, server.client.get, "/chat/completions", cast_to=object)
+    refused(openai.NotFoundError, 404, server.client.embeddings.create, model="auto", input="x")
+
+
+def test_a_model_without_room_says_when_to_come_again(server: Serving) -> None:
+    error = refused(openai.RateLimitError, 429, server.chat, model="gemma-2-27b")
+    assert error.code == "rate_limit_exceeded"
+    assert float(error.response.headers["retry-after"]) > 0
+    assert float(error.response.headers["retry-after-ms"]) > 0
+    # In a stream as well: what is known before it begins has a status of its own.
+    refused(openai.RateLimitError, 429, server.chat, model="gemma-2-27b", stream=True)
+
+
+def test_a_named_model_that_fails_is_no_answer(server: Serving) -> None:
+    server.fault("error", "phi-4")
+    error = refused(openai.InternalServerError, 502, server.chat, model="phi-4")
+    assert "phi-4" in str(error)
+
+
+@pytest.mark.parametrize("key", ["", "Bearer", "Bearer sk-router-wrong", "Basic abc", "bearer  "])
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/auto", "/v1/chat/completions", "/docs", "/"])
+def test_every_path_asks_who_is_there(server: Serving, path: str, key: str) -> None:
+    method = requests.post if path.endswith("completions") else requests.get
+    reply = method(f"{server.url}{path}", headers={"Authorization": key}, timeout=5)
+    assert reply.status_code == 401
+    assert reply.json()["error"]["type"] == "authentication_error"
+    assert reply.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize(
+    "path", ["/docs", "/redoc", "/openapi.json", "/v1", "/v1/chat/completions/", "/v1/models/"]
+)
+def test_nothing_else_is_served(server: Serving, path: str) -> None:
+    reply = requests.get(f"{server.url}{path}", headers={"Authorization": f"Bearer {server.key}"}, timeout=5)
+    assert reply.status_code == 404
+    assert reply.json()["error"]["type"] == "invalid_request_error"
+
+
+ASKS = [{"role": "user", "content": "Why?"}]
+
+
+def test_bad_bodies_are_refused_by_what_is_wrong(server: Serving) -> None:
+    for body in (b"", b"{", b"[1]", b"\xff", b"[" * 100_000, b"null"):
+        reply = server.post(data=body, headers={"Content-Type": "application/json"})
+        assert reply.status_code == 400, body[:10]
+        assert reply.json()["error"]["message"]
+    assert server.post(data="{}", headers={"Content-Type": "text/plain"}).status_code == 415
+    assert server.post(data="{}").status_code == 415
+
+
+@pytest.mark.parametrize("prompt", ["", "\\n ", "a \\u0000 b", "a \\ud800 b"])
+def test_a_prompt_that_no_model_can_be_sent_is_422(server: Serving, prompt: str) -> None:
+    body = f'{{"model": "auto", "messages": [{{"role": "user", "content": "{prompt}"}}]}}'
+    reply = server.post(data=body.encode(), headers={"Content-Type": "application/json"})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (422, "messages")
+
+
+@pytest.mark.parametrize(
+    "prompt", ["'; DROP TABLE tasks; --", "!!python/object:os.system x", "\u202e\x1b[2J", "%s"]
+)
+def test_a_prompt_is_only_ever_a_prompt(server: Serving, prompt: str) -> None:
+    completion = server.chat(prompt, model="phi-4")
+    kept = server.rows("SELECT prompt FROM tasks WHERE id = %s", completion.router["task_id"])
+    assert kept == [{"prompt": prompt}]
+
+
+def test_a_body_that_does_not_say_its_size_is_bounded_too(server: Serving) -> None:
+    pieces = (b"x" * 65536 for _ in range(40))
+    reply = server.post(data=pieces, headers={"Content-Type": "application/json"})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (413, "too_large")
+
+
+async def test_more_at_once_than_there_are_places_are_told_to_come_again(server: Serving) -> None:
+    server.fault("hang")
+    more = {"extra_body": {"router": {"deadline_seconds": 2}}}
+    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=server.key, max_retries=0) as client:
+        asked = [
+            client.chat.completions.create(model="auto", messages=ASKS, **more)  # type: ignore[call-overload]
+            for _ in range(24)
+        ]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+    errors = [answer for answer in answers if getattr(answer, "code", None) == "overloaded"]
+    assert [error.status_code for error in errors] == [503] * 4
+    assert {error.response.headers["retry-after"] for error in errors} == {"1"}
+
+
+def test_keys_come_and_go_while_it_runs(server: Serving) -> None:
+    def status(key: str) -> int:
+        headers = {"Authorization": f"Bearer {key}"}
+        return requests.get(f"{server.url}/v1/models", headers=headers, timeout=5).status_code
+
+    key = add_key(server.keys_file, "guest")
+    until(lambda: status(key) == 200, 5)
+    remove_key(server.keys_file, "guest")
+    until(lambda: status(key) == 401, 5)
+    assert status(server.key) == 200
+    assert key not in server.log
+    assert server.key not in server.log
+
+
+NOBODY_KNOWS = "Zxqv wrtp ghjklm?"
+
+
+def test_if_every_permit_is_too_far_away_it_says_when_to_come_again(server: Serving) -> None:
+    server.fault("rate_limit", retry_after_seconds=3)
+    wish = {"router": {"deadline_seconds": 1}}
+    error = refused(openai.InternalServerError, 504, server.chat, NOBODY_KNOWS, extra_body=wish)
+    assert error.code == "no_answer"
+    error = refused(openai.RateLimitError, 429, server.chat, NOBODY_KNOWS, extra_body=wish)
+    assert error.code == "rate_limit_exceeded"
+    assert 0 < float(error.response.headers["retry-after-ms"]) <= 3000
+    requests.delete(f"{server.backend.url}/faults", timeout=5)
+    for model in ("qwen-2.5-72b", "phi-4"):  # within the usual deadline there is room again
+        assert server.chat(model=model).model == model
+
+
+def test_when_told_to_stop_it_ends_what_it_can_and_says_so_to_the_others(
+    behind: dict[str, str], backend: BackendServer, tmp_path: Path
+) -> None:
+    with serving(tmp_path, behind, backend, "--no-keys", "--grace", "1") as server:
+        server.fault("hang", "qwen-2.5-72b")
+
+        def ask(model: str) -> requests.Response:
+            body = {"model": model, "messages": ASKS}
+            return requests.post(f"{server.url}/v1/chat/completions", json=body, timeout=20)
+
+        with ThreadPoolExecutor() as threads:
+            slow, quick = threads.submit(ask, "qwen-2.5-72b"), threads.submit(ask, "phi-4")
+            under_way = "SELECT FROM model_calls WHERE outcome IS NULL AND model = 'qwen-2.5-72b'"
+            until(lambda: server.rows(under_way), 10)
+            server.process.send_signal(signal.SIGTERM)
+            assert quick.result().status_code == 200
+            assert (slow.result().status_code, slow.result().json()["error"]["code"]) == (503, "stopping")
+        assert server.process.wait(10) == 0
+    assert not server.rows("SELECT FROM model_calls WHERE outcome IS NULL")
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "words"),
+    [
+        ((), {}, "No client has an API key in"),
+        (("--no-keys", "--host", "0.0.0.0"), {}, "--no-keys serves this machine only"),
+        ((), {"ROUTER_API_KEY": "hunter2"}, "ROUTER_API_KEY must have at least 20 characters"),
+        (("--no-keys",), {}, "ROUTER_DATABASE_URL is not set"),
+        (("--no-keys", "--host", "192.0.2.1"), {}, "--no-keys serves this machine only"),
+        (("--host", "192.0.2.1"), {"ROUTER_API_KEY": "x" * 20}, "Cannot listen on 192.0.2.1, port 8200"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_in_a_line(
+    tmp_path: Path, options: tuple[str, ...], environment: dict[str, str], words: str
+) -> None:
+    said = CommandLine({"ROUTER_API_KEYS": str(tmp_path / "none"), **environment})("serve", *options)
+    assert said.code == 1
+    assert said.err.startswith("router: ")
+    assert words in said.err
+    assert "hunter2" not in said.err
+
+
+def test_a_config_that_is_wrong_is_refused_with_its_file_and_key(tmp_path: Path) -> None:
+    router = CommandLine({"ROUTER_API_KEY": "x" * 20, "ROUTER_API_KEYS": str(tmp_path / "none"), **NOWHERE})
+    for change, words in (
+        ({"ranks": {"sport": 1}}, "models.phi-4.ranks.sport: no such category"),
+        ({"endpint": "x"}, "models.phi-4.endpint: Extra inputs are not permitted"),
+    ):
+        file = config_folder(tmp_path / words[:20]) / "models.yaml"
+        config = yaml.safe_load(file.read_text())
+        config["models"]["phi-4"].update(change)
+        file.write_text(yaml.safe_dump(config))
+        said = router("serve", "--port", "0", "--config", file.parent)
+        assert said.code == 1
+        assert f"{file}: " in said.err
+        assert words in said.err
+
+
+NOWHERE = {
+    "ROUTER_DATABASE_URL": "postgresql://x@127.0.0.1:1/x",
+    "ROUTER_REDIS_URL": "redis://127.0.0.1:1/0",
+    "MODELS_BACKEND_URL": "http://127.0.0.1:1",
+}
+
+
+def test_keys_are_made_listed_and_taken_away(tmp_path: Path) -> None:
+    router = CommandLine({"ROUTER_API_KEYS": str(tmp_path / "folder" / "api_keys")})
+    made = router("keys", "add", "alice")
+    assert made.out.startswith("sk-router-")
+    assert router("keys", "list", "--json").json == ["alice"]
+    assert router("keys", "add", "alice").code == 1
+    assert router("keys", "remove", "alice").code == 0
+    assert router("keys", "list").out.startswith("no client has a key")
+    assert router("keys", "add", "bob", "--json").json["client"] == "bob"

@@ -1,0 +1,274 @@
+"""A long random walk through a `World`: the same seed takes the same steps."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass, replace
+
+from router.task import Outcome
+from tests.support.limiter.redis import Connection
+from tests.support.limiter.world import Difference, Held, World
+
+PALETTES = [
+    ["3/s, burst", "5/s", "2/s, burst", "0"],
+    ["3/2s, 2/s, burst", "7/3s", "4/2s, burst", "9/3s, 4/s, burst"],
+    [
+        "20 tokens/s, burst",
+        "30 tokens/2s, 5/s, burst",
+        "50 tokens/3s, 20 tokens/s",
+        "40 tokens/2s, 3 at once",
+    ],
+    ["2 at once", "3 at once, 5/s, burst", "1 at once, 20 tokens/s", "6/s, burst", "0"],
+    ["6/3s, 90 tokens/3s, 3 at once", "4/2s, 30 tokens/2s, 2 at once, burst", "9/s, burst"],
+    ["8/min, burst", "3/s", "5/10s, burst", "6/min, 60 tokens/min"],
+    ["40/s, burst", "100/3s", "300 tokens/s, burst", "70/2s, 20 at once, burst"],
+    ["5/s", "4/2min, burst", "3/10s, burst", "6/s, burst"],
+]
+HOURS = 3600 * 1_000_000
+CHUNKS = ("SENDS, BITMAP = 1000, 125", "KEPT_CHUNKS = 4", "LONG_WALK = 64")
+SMALL_CHUNKS = ("SENDS, BITMAP = 16, 2", "KEPT_CHUNKS = 2", "LONG_WALK = 1")
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How one episode walks: what its world knows, and what may happen in it."""
+
+    seed: int
+    lines: tuple[str, ...]
+    steps: int = 250
+    losses: bool = False
+    back: bool = False
+    forward: bool = False
+    failing: bool = False
+    with_history: bool = True
+    travel: bool = False
+    small_chunks: bool = False  # so that sends cross from one to the next all the time
+    bulk: int = 4
+
+    @classmethod
+    def drawn(cls, seed: int, *, forward: bool = True) -> Walk:
+        """The walk of this seed; about half of them in a world where nothing goes wrong."""
+        chance = random.Random(seed)
+        walk = cls(
+            seed,
+            tuple(PALETTES[seed % len(PALETTES)]),
+            bulk=chance.choice([1, 4, 30]),
+            small_chunks=chance.random() < 0.5,
+        )
+        if chance.random() < 0.5:
+            return walk
+        return replace(
+            walk,
+            losses=chance.random() < 0.6,
+            back=chance.random() < 0.4,
+            forward=forward and chance.random() < 0.4,
+            with_history=chance.random() < 0.7,
+            travel=chance.random() < 0.5,
+            failing=chance.random() < 0.4,
+        )
+
+
+async def take(walk: Walk, connection: Connection, script: str) -> World:
+    """Walk to the end; Difference names the seed and the last steps."""
+    for usual, small in zip(CHUNKS, SMALL_CHUNKS, strict=True) if walk.small_chunks else ():
+        assert script.count(usual) == 1
+        script = script.replace(usual, small)
+    world = World(connection, script, list(walk.lines), with_history=walk.with_history)
+    steps = _Steps(walk, world)
+    with world.clocks():
+        try:
+            await world.set_target(0, walk.lines[0])
+            for _ in range(walk.steps):
+                await steps.one()
+            world.judge_the_door()
+        except Difference as difference:
+            told = "\n  ".join(steps.told[-25:])
+            raise Difference(f"{walk}\n  {told}\n{difference}") from difference
+    return world
+
+
+class _Steps:
+    def __init__(self, walk: Walk, world: World) -> None:
+        self.walk, self.world = walk, world
+        self.chance = random.Random(walk.seed * 7 + 1)
+        self.told: list[str] = []
+        kinds = {
+            "reserve": 30,
+            "pass": 20,
+            "send": 22,
+            "end": 14,
+            "cancel": 5,
+            "again": 2,
+            "target": 2,
+            "rest": 0.4,
+            "heed": 1.0 + 4 * walk.failing,
+            "look": 1.5,
+            "forget_scripts": 0.2,
+            "save": 0.5 * walk.losses,
+            "lose": 0.7 * walk.losses,
+            "back": 0.7 * walk.back,
+            "forward": 0.7 * walk.forward,
+            "newcomer": 0.3 * walk.with_history,
+        }
+        self.kinds, self.weights = list(kinds), list(kinds.values())
+
+    async def one(self) -> None:
+        (kind,) = self.chance.choices(self.kinds, self.weights)
+        if self.walk.travel:
+            self.world.travels = [self.chance.choice([0, 0, 100, 5_000, 12_000]) for _ in range(8)]
+        said = await getattr(self, f"_{kind}")()
+        self.told.append(f"{self.world.now} {kind} {said or ''}")
+
+    def _who(self) -> int:
+        return self.chance.randrange(len(self.world.everyone))
+
+    def _open(self) -> Held | None:
+        """A permit, most likely a recent one."""
+        held = self.world.held[-12:]
+        return self.chance.choice(held) if held else None
+
+    async def _reserve(self) -> str:
+        count = self.chance.randint(1, self.walk.bulk)
+        needs = tuple(self.chance.choice([0, 1, 5, 10, 20]) for _ in range(count))
+        made = await self.world.reserve(self._knowing(), needs)
+        return f"{needs} {[held.moment for held in made]}"
+
+    def _knowing(self) -> int:
+        """Without a history only those who had seen a lost model can know that it is lost."""
+        who = self._who()
+        if self.walk.with_history or self.world.state == "sound":
+            return who
+        return max(range(len(self.world.everyone)), key=self.world.seen)
+
+    async def _pass(self) -> str:
+        world = self.world
+        moments = [held.moment for held in world.held[-5:] if held.moment > world.now]
+        kind = self.chance.random()
+        if kind < 0.25 and moments:
+            micro = moments[0] - world.now + self.chance.choice([0, 0, 1, 24_000, 25_000, 26_000])
+        elif kind < 0.5:
+            again = world.spec.decide(world.now, 0).moment or world.now
+            micro = again - world.now + self.chance.choice([0, -1, 1, -250_000, -250_001])
+        elif kind < 0.97:
+            micro = self.chance.choice([1, 1_000, 20_000, 100_000, 400_000, 900_000])
+        else:
+            micro = self.chance.randint(1_000_000, world.memory + 2_000_000)
+        world.pass_time(max(0, micro))
+        return str(micro)
+
+    async def _send(self) -> str:
+        held = self._open()
+        if held is None:
+            return ""
+        world = self.world
+        if held.sent_at is None and held.moment > world.now:
+            world.now = held.moment + self.chance.choice([0, 0, 24_999, 25_000])
+        if self.chance.random() < 0.1:
+            world.pass_time(2_000_000)  # the loop stalled
+        return f"{held.moment} {world.send(held, self.chance.choice([0, world.transit, world.transit]))}"
+
+    async def _end(self) -> str:
+        held = self._open()
+        used = self.chance.choice([None, 0, 3, 10, 25])
+        if held is not None:
+            await self.world.end(held, used, self.chance.choice([1, 1, 2]))
+        return f"{held and held.moment} {used}"
+
+    async def _cancel(self) -> str:
+        held = self.world.held[-1] if self.world.held and self.chance.random() < 0.5 else self._open()
+        if held is not None:
+            await self.world.cancel(held, self.chance.choice([1, 1, 2]))
+        return f"{held and held.moment}"
+
+    async def _again(self) -> str:
+        held = self._open()
+        if held is not None:
+            await self.world.end_again(
+                held, self.chance.choice([None, 0, 30]), unused=self.chance.random() < 0.5
+            )
+        return f"{held and held.moment}"
+
+    async def _target(self) -> str:
+        line = self.chance.choice(self.walk.lines)
+        version = None
+        if self.chance.random() < 0.4:
+            version = max(1, int(self.world.spec.version) + self.chance.choice([-5, 0, 1, 7]))
+        await self.world.set_target(self._who(), line, version)
+        return f"{line} {version}"
+
+    async def _rest(self) -> str:
+        seconds = self.chance.choice([0, 0.3, 1.0, 2.5])
+        await self.world.rest(self._who(), seconds)
+        return str(seconds)
+
+    async def _heed(self) -> str:
+        outcome = self.chance.choice(
+            [
+                Outcome.ANSWERED,
+                *[Outcome.ERROR] * (6 * self.walk.failing),
+                Outcome.RATE_LIMITED,
+                Outcome.OVERLOADED,
+                Outcome.ABANDONED,
+            ]
+        )
+        seconds = self.chance.choice([None, 0.4])
+        held = self.chance.choice([None, self._open()])
+        await self.world.heed(self._who(), outcome, seconds, held)
+        return f"{outcome} {seconds} {held and held.moment}"
+
+    async def _look(self) -> None:
+        await self.world.look(self._who())
+
+    async def _forget_scripts(self) -> None:
+        self.world.forget_scripts()
+
+    async def _save(self) -> None:
+        if self.world.state == "sound":
+            self.world.save()
+
+    async def _lose(self) -> str:
+        world = self.world
+        kind = self.chance.choice(["flush", "key", "chunk", "kept", "empty", "old", "rolled back"])
+        if kind == "flush":
+            world.flush()
+        elif kind == "key":
+            world.lose_key()
+        elif kind == "chunk":
+            world.lose_chunk(self.chance.randrange(10))
+        elif kind != "rolled back":
+            world.restart(memory=kind)
+        elif world.roll_back():
+            await world.reserve(max(range(len(world.everyone)), key=world.seen), (0,))
+        return kind
+
+    async def _back(self) -> str:
+        micro = -self.chance.choice([1, 500_000, 5_000_000, HOURS])
+        self.world.jump(micro)
+        return str(micro)
+
+    async def _forward(self) -> str:
+        micro = self.chance.choice([500_000, 5_000_000, HOURS, 24 * HOURS])
+        self.world.jump(micro)
+        await self.world.reserve(max(range(len(self.world.everyone)), key=self.world.seen), (0,))
+        return str(micro)
+
+    async def _newcomer(self) -> None:
+        self.world.restart_client(self._who())
+
+
+def walks(connection: Connection, script: str, drawn: list[Walk]) -> tuple[int, int]:
+    """Take all of them in one loop; the number of steps and of permits."""
+
+    async def all_of_them() -> tuple[int, int]:
+        steps = permits = 0
+        for walk in drawn:
+            world = await take(walk, connection, script)
+            steps, permits = steps + walk.steps, permits + len(world.held)
+        return steps, permits
+
+    loop = asyncio.new_event_loop()
+    try:
+        return loop.run_until_complete(all_of_them())
+    finally:
+        loop.close()
