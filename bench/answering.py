@@ -46,7 +46,7 @@ from router.migrations import migrate
 from router.models.roster import sync_roster
 from router.settings.environment import Addresses
 from router.settings.models import ModelSettings
-from router.settings.router import AskingSettings, FallbackSettings, RouterConfig
+from router.settings.router import AnsweringSettings, FallbackSettings, RouterConfig
 from router.task import AnswerRank, Outcome
 
 PREFERRED, NEXT, CHEAP = "deepseek-v3", "llama-3.3-70b", "llama-3.1-8b"
@@ -136,8 +136,8 @@ def config(deadline: float) -> RouterConfig:
             )
             for name, place in places.items()
         },
-        asking=AskingSettings(
-            default_deadline_seconds=deadline, late_seconds=CALL_SECONDS + 1, most_models=2
+        answering=AnsweringSettings(
+            default_deadline_seconds=deadline, late_seconds=CALL_SECONDS + 1, max_models=2
         ),
         fallback=FallbackSettings(models=(CHEAP,)),
     )
@@ -161,7 +161,7 @@ async def play(
     settings = config(deadline)
     with tempfile.TemporaryDirectory() as nothing:
         router = Router(addresses, settings, Path(nothing))
-        await router.open(categorising=False)
+        await router.open(classify=False)
         assert router._asker is not None  # noqa: SLF001 - a bench looks inside
         await _warm(router._asker.limiter, settings)  # noqa: SLF001 - as above
         await _ask_all(router, [f"warm {number}" for number in range(at_once)], at_once)

@@ -32,7 +32,7 @@ _CALLS = """
 INSERT INTO model_calls (call_id, task_id, prompt_version, model, category, attempt, started_at, sent_at,
                          finished_at, outcome, settlement, error, prompt_tokens, completion_tokens, cost,
                          latency_seconds)
-SELECT (left(call_id_floor(c.at)::text, 14) || '7' || substr(c.hash, 1, 3) || '-8' || substr(c.hash, 4, 3)
+SELECT (left(first_call_id(c.at)::text, 14) || '7' || substr(c.hash, 1, 3) || '-8' || substr(c.hash, 4, 3)
         || '-' || substr(c.hash, 7, 12))::uuid,
        1 + c.n %% %(tasks)s, 1, 'llm-' || lpad((1 + c.n %% %(models)s)::text, 2, '0'),
        (%(categories)s::text[])[1 + c.n %% 3], 1, c.at, c.at, c.at + interval '2 seconds',
@@ -67,7 +67,7 @@ SELECT run.search, 'candidate-' || n, c.category, 'mock',
 _MOVE = """
 INSERT INTO model_calls (call_id, task_id, prompt_version, model, category, attempt, sent_at, finished_at,
                          outcome, settlement, cost, latency_seconds)
-SELECT (left(call_id_floor(clock_timestamp())::text, 14) || '7' || substr(h, 1, 3) || '-8' || substr(h, 4, 3)
+SELECT (left(first_call_id(clock_timestamp())::text, 14) || '7' || substr(h, 1, 3) || '-8' || substr(h, 4, 3)
         || '-' || substr(h, 7, 12))::uuid,
        n * 1000 + extract(second FROM clock_timestamp())::integer, 1,
        'llm-' || lpad(n::text, 2, '0'), 'general', 1, clock_timestamp(), clock_timestamp(),

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from router.learning.evidence import Evidence, Moments, Sums, faded
+from router.learning.evidence import Evidence, Moments, PeriodStats, decayed
 from router.learning.ranking import Candidate, Key, Placed, Standing, rank
-from router.learning.utility import Usual, beneath, usual
+from router.learning.utility import Prior, beneath, usual
 from router.settings.learning import LearningSettings
 
 FAILING_SUCCESS = 0.2
@@ -104,7 +104,7 @@ class RouterReplay:
         self.every = sorted({*self.keys, *(Key(key.category) for key in self.keys)})
         self.orders: dict[Key, list[Placed] | None] = dict.fromkeys(self.every)
         self.places = {key: {int(m): n for n, m in enumerate(start, 1)} for key in self.every}
-        self.history: dict[tuple[Key, int], list[Sums]] = {}
+        self.history: dict[tuple[Key, int], list[PeriodStats]] = {}
         self.replay = Replay()
 
     def run(self, days: Sequence[Ints], failing: Callable[[int], dict[str, int]]) -> Replay:
@@ -145,19 +145,19 @@ class RouterReplay:
                 if not mine.any():
                     continue
                 done = prompts[mine & ~fails]
-                sums = Sums(
+                sums = PeriodStats(
                     day, int(mine.sum()), len(done), Moments(), _moments(self.table.cost[done, model]),
                     {"reference": _moments(self.table.score[done, model])},
                 )  # fmt: skip
                 for above in {key, Key(key.category)}:
                     self._add(above, model, sums)
 
-    def _add(self, key: Key, model: int, sums: Sums) -> None:
+    def _add(self, key: Key, model: int, sums: PeriodStats) -> None:
         history = self.history.setdefault((key, model), [])
         if history and history[-1].period == sums.period:
             last = history.pop()
             scores = {"reference": last.scores["reference"] + sums.scores["reference"]}
-            sums = Sums(
+            sums = PeriodStats(
                 sums.period, last.calls + sums.calls, last.answered + sums.answered, Moments(),
                 last.costs + sums.costs, scores,
             )  # fmt: skip
@@ -189,12 +189,12 @@ class RouterReplay:
 
     def _evidence(self, key: Key, model: int, night: int) -> Evidence:
         known = self.learning
-        return faded(
+        return decayed(
             self.history.get((key, model), []), night, half_life=known.half_life_periods,
             memory=known.memory_periods, change_errors=known.change_errors,
         )  # fmt: skip
 
-    def _priors(self, key: Key, known: dict[tuple[Key, int], Evidence]) -> dict[str, Usual] | None:
+    def _priors(self, key: Key, known: dict[tuple[Key, int], Evidence]) -> dict[str, Prior] | None:
         if not key.topic:
             return None
         above = [known[Key(key.category), model] for model in range(len(self.table.models))]

@@ -71,7 +71,7 @@ class Claimer:
             closed = (row["task_id"], row["prompt_version"], row["reserved_tokens"])
             await self.connection.fetchval(SETTLE, call_id, *closed)
         if self.claims % 200 == 0:
-            await self.connection.execute("SELECT heartbeat('w'), fold_counts()")
+            await self.connection.execute("SELECT heartbeat('w'), compact_counts()")
 
     async def fill_up(self, ready: int) -> None:
         """Insert tasks until so many are ready."""
@@ -106,7 +106,7 @@ async def claim_costs(server: PostgresServer, seconds: float, large: int) -> dic
     state_ms = []
     for _ in range(20):
         asked = time.perf_counter()
-        await big.connection.fetchrow("SELECT * FROM engine_state('{}')")
+        await big.connection.fetchrow("SELECT * FROM worker_state('{}')")
         state_ms.append((time.perf_counter() - asked) * MILLISECONDS)
     await held.rollback()
     for connection in (snapshot, small.connection, big.connection):
@@ -145,7 +145,7 @@ def _fill(url: str, large: int) -> None:
             " WHERE position > (SELECT max(position) FROM queue) - %s",
             (large // 20,),
         )
-        rows(connection, "SELECT fold_counts()")
+        rows(connection, "SELECT compact_counts()")
         rows(connection, "VACUUM ANALYZE")
 
 
@@ -224,7 +224,7 @@ def show(result: dict[str, Any]) -> None:
         claims.add_column(column)
     for name in ("small", "large", "small_last_quarter", "large_last_quarter"):
         claims.add_row(name.replace("_", ", "), *(f"{value:.3f}" for value in costs[name].values()))
-    console.print(claims, f"engine_state at the end, snapshot still held: {costs['state_ms']:.2f} ms")
+    console.print(claims, f"worker_state at the end, snapshot still held: {costs['state_ms']:.2f} ms")
     aims = Table(title="Targets")
     for column in ("what", "target", "seen", ""):
         aims.add_column(column)

@@ -75,9 +75,9 @@ class SharedEngine:
                 engine = Engine(await addresses_from_connections(), load_config(), read_traffic_variables)
                 await engine.start()
                 # Not in processes that only load plugins: it brings the search engine with it.
-                from router.workers.deadlines import Deadlines  # noqa: PLC0415
+                from router.workers.deadlines import DeadlineJob  # noqa: PLC0415
 
-                Deadlines(engine, config_folder(), data_folder()).take_up()
+                DeadlineJob(engine, config_folder(), data_folder()).start()
                 self._engine = engine
             return self._engine
 

@@ -65,10 +65,10 @@ def grade(night: Night) -> list[str]:
 def judge(night: Night) -> list[str]:
     """Another model judges some of them, within the night's budget."""
     from router.learning.judging import Judged, judge_answers  # noqa: PLC0415 - see above
-    from router.models.direct_calls import Caller  # noqa: PLC0415 - see above
+    from router.models.direct_calls import DirectCaller  # noqa: PLC0415 - see above
 
     async def judged() -> Judged:
-        async with Caller(night.addresses, night.config) as caller:
+        async with DirectCaller(night.addresses, night.config) as caller:
             return await judge_answers(caller, night.learning)
 
     if not night.params.get("judge", True):
@@ -99,12 +99,12 @@ def rank(night: Night) -> list[str]:
 def search(night: Night) -> list[str]:
     """Look for better models, try them, take on what wins."""
     from router.discovery.search import search as search_models  # noqa: PLC0415 - see above
-    from router.settings.discovery import load_search  # noqa: PLC0415 - see above
+    from router.settings.discovery import load_discovery  # noqa: PLC0415 - see above
 
     if not night.params.get("search", True):
         return ["not asked for"]
     done = search_models(
-        night.addresses, night.config, night.learning, load_search(night.folder, night.config.categories),
+        night.addresses, night.config, night.learning, load_discovery(night.folder, night.config.categories),
         night.folder, categories=night.params.get("categories") or None, by=BY, dry_run=night.dry_run,
         variables=AirflowVariables(), since=night.began,
     )  # fmt: skip
@@ -122,11 +122,11 @@ def search(night: Night) -> list[str]:
 def probation(night: Night) -> list[str]:
     """Models that the search took are promoted or retired by their log."""
     from router.discovery.probation import review_probation  # noqa: PLC0415 - see above
-    from router.settings.discovery import load_search  # noqa: PLC0415 - see above
+    from router.settings.discovery import load_discovery  # noqa: PLC0415 - see above
 
     decisions = review_probation(
         night.url, night.folder, night.config, night.learning,
-        load_search(night.folder, night.config.categories), by=BY, variables=AirflowVariables(),
+        load_discovery(night.folder, night.config.categories), by=BY, variables=AirflowVariables(),
         dry_run=night.dry_run,
     )  # fmt: skip
     told = [f"{decision.model}: {decision.step.value}: {decision.reason}" for decision in decisions]

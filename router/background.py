@@ -22,23 +22,23 @@ Step = Callable[[], Awaitable[Any]]
 T = TypeVar("T")
 
 
-class Duties:
+class PeriodicJobs:
     """Repeats steps, each in its own task, until `end`. A trouble is said once, and once that it is over."""
 
     def __init__(self) -> None:
         self._tasks: list[asyncio.Task[None]] = []
 
-    def take_up(self, step: Step, seconds: float, name: str, wake: asyncio.Event | None = None) -> None:
+    def start(self, step: Step, seconds: float, name: str, wake: asyncio.Event | None = None) -> None:
         """Do `step` now and about every `seconds`; `wake` (cleared before each step) makes it come sooner."""
         duty = _repeat(step, seconds, name, wake)
         self._tasks.append(asyncio.get_running_loop().create_task(duty, name=f"router {name}"))
 
     async def end(self) -> None:
         """Cancel all duties and wait until they are gone."""
-        await ended(*self._tasks)
+        await cancel_and_wait(*self._tasks)
 
 
-class Errands:
+class TrackedTasks:
     """Named tasks that belong to one thing; `over` is set when all that were begun by `close` have ended."""
 
     def __init__(self, on_end: Callable[[], None]) -> None:
@@ -62,7 +62,7 @@ class Errands:
 
     async def stop(self) -> None:
         """Cancel what is left."""
-        await ended(*self.tasks)
+        await cancel_and_wait(*self.tasks)
 
     async def _end(self, then: Callable[[], None]) -> None:
         try:
@@ -105,10 +105,10 @@ async def _repeat(step: Step, seconds: float, name: str, wake: asyncio.Event | N
         if wake is None:
             await asyncio.sleep(pause)
         else:
-            await set_within(wake, pause)
+            await wait_for_event(wake, pause)
 
 
-async def set_within(event: asyncio.Event, seconds: float) -> bool:
+async def wait_for_event(event: asyncio.Event, seconds: float) -> bool:
     """Wait until the event is set, at most `seconds`; whether it is. A cancellation always comes through.
 
     Before Python 3.12 `asyncio.wait_for` swallows one that comes in the moment in which the event is set.
@@ -123,7 +123,7 @@ async def set_within(event: asyncio.Event, seconds: float) -> bool:
     return event.is_set()
 
 
-async def ended(*tasks: asyncio.Task[Any]) -> None:
+async def cancel_and_wait(*tasks: asyncio.Task[Any]) -> None:
     """Cancel the tasks and wait until all are gone, however they end.
 
     Asked again and again: now and then a library in between swallows a cancellation.
@@ -136,7 +136,7 @@ async def ended(*tasks: asyncio.Task[Any]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def result_within(work: Awaitable[T], seconds: float, name: str) -> T | None:
+async def result_or_none(work: Awaitable[T], seconds: float, name: str) -> T | None:
     """What `work` comes to, or None if it takes longer: then it is cancelled. Its errors come through."""
     task = asyncio.ensure_future(work)
     if isinstance(task, asyncio.Task):
@@ -151,7 +151,7 @@ async def result_within(work: Awaitable[T], seconds: float, name: str) -> T | No
             task.exception()  # looked at, if the caller was cancelled in the same moment
 
 
-async def closed_within(
+async def close_with_timeout(
     seconds: float, close: Callable[[], Awaitable[None]], otherwise: Callable[[], None] | None = None
 ) -> None:
     """Close, or give it up after `seconds`, and then do `otherwise`."""
@@ -160,7 +160,7 @@ async def closed_within(
         await close()
         return True
 
-    if await result_within(closing(), seconds, "router close") is None and otherwise is not None:
+    if await result_or_none(closing(), seconds, "router close") is None and otherwise is not None:
         otherwise()
 
 
@@ -170,7 +170,7 @@ def freeze_garbage_collector() -> None:
     gc.freeze()
 
 
-class Bell:
+class Broadcast:
     """Wakes all who wait, once a ring."""
 
     def __init__(self) -> None:

@@ -23,7 +23,7 @@ from router.task import CallResult
 
 Connection = psycopg2.extensions.connection
 # What asyncpg raises when the server is away or the connection broke in the middle.
-AWAY_ERRORS = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError, asyncio.TimeoutError)
+UNAVAILABLE_ERRORS = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError, asyncio.TimeoutError)
 
 
 @contextmanager
@@ -105,10 +105,14 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-SETTLE_PATIENCE_SECONDS = 600.0  # an answer that was paid for is worth waiting for Postgres
-LEASE_GONE = "RT001"
-NEVER_HEALS = ("22", "23", "RT002")  # data exceptions, broken constraints, a call that cannot be put back
-LARGEST_INTEGER = 2**31 - 1
+SETTLE_RETRY_SECONDS = 600.0  # an answer that was paid for is worth waiting for Postgres
+LEASE_LOST_SQLSTATE = "RT001"
+PERMANENT_SQLSTATES = (
+    "22",
+    "23",
+    "RT002",
+)  # data exceptions, broken constraints, a call that cannot be put back
+MAX_INTEGER = 2**31 - 1
 T = TypeVar("T")
 
 
@@ -116,21 +120,21 @@ class LeaseLost(DatabaseError):  # noqa: N818 - a state of the world, read as on
     """The worker's lease was found gone: it must go on under a new name."""
 
 
-class ValueRefused(DatabaseError):  # noqa: N818 - a state of the world, read as one
+class InvalidValue(DatabaseError):  # noqa: N818 - a state of the world, read as one
     """Postgres will never take these values; trying again is of no use."""
 
 
 async def fetch(pool: asyncpg.Pool, statement: str, *arguments: Any) -> list[Any]:
-    """The rows of one statement, its own transaction. Raises LeaseLost, ValueRefused or DatabaseError."""
+    """The rows of one statement, its own transaction. Raises LeaseLost, InvalidValue or DatabaseError."""
     try:
         return list(await pool.fetch(statement, *arguments))
     except asyncpg.PostgresError as error:
-        if error.sqlstate == LEASE_GONE:
+        if error.sqlstate == LEASE_LOST_SQLSTATE:
             raise LeaseLost(str(error)) from error
-        if isinstance(error, asyncpg.DataError) or (error.sqlstate or "").startswith(NEVER_HEALS):
-            raise ValueRefused(f"Postgres refused: {error}") from error
+        if isinstance(error, asyncpg.DataError) or (error.sqlstate or "").startswith(PERMANENT_SQLSTATES):
+            raise InvalidValue(f"Postgres refused: {error}") from error
         raise DatabaseError(f"Postgres refused: {error}") from error
-    except AWAY_ERRORS as error:
+    except UNAVAILABLE_ERRORS as error:
         raise DatabaseError(f"Postgres is away: {error or type(error).__name__}") from error
 
 
@@ -140,17 +144,17 @@ async def fetch_one(pool: asyncpg.Pool, statement: str, *arguments: Any) -> Any:
     return found[0] if found else None
 
 
-async def patiently(attempt: Callable[[], Awaitable[T]]) -> T:
-    """Try again while Postgres is away, for at most SETTLE_PATIENCE_SECONDS."""
+async def retry_while_unavailable(attempt: Callable[[], Awaitable[T]]) -> T:
+    """Try again while Postgres is away, for at most SETTLE_RETRY_SECONDS."""
     try:
         return await attempt()  # nearly always; what tries again costs as much as the statement's own code
     except DatabaseError as error:
-        if not _may_heal(error):
+        if not _is_transient(error):
             raise
     waiting = AsyncRetrying(
-        retry=retry_if_exception(_may_heal),
+        retry=retry_if_exception(_is_transient),
         wait=wait_random_exponential(multiplier=0.1, max=2),
-        stop=stop_after_delay(SETTLE_PATIENCE_SECONDS),
+        stop=stop_after_delay(SETTLE_RETRY_SECONDS),
         reraise=True,
     )
 
@@ -160,8 +164,8 @@ async def patiently(attempt: Callable[[], Awaitable[T]]) -> T:
     return await waiting(once)
 
 
-def _may_heal(error: BaseException) -> bool:
-    return isinstance(error, DatabaseError) and not isinstance(error, ValueRefused)
+def _is_transient(error: BaseException) -> bool:
+    return isinstance(error, DatabaseError) and not isinstance(error, InvalidValue)
 
 
 def settled_values(result: CallResult) -> tuple[Any, ...]:
@@ -171,20 +175,20 @@ def settled_values(result: CallResult) -> tuple[Any, ...]:
     """
     return (
         result.outcome.value,
-        storable(result.answer),
+        postgres_text(result.answer),
         _counted(result.prompt_tokens),
         _counted(result.completion_tokens),
         _finite(result.cost_usd),
         _finite(result.latency_seconds),
-        storable(result.error),
+        postgres_text(result.error),
     )
 
 
 @overload
-def storable(text: str) -> str: ...
+def postgres_text(text: str) -> str: ...
 @overload
-def storable(text: None) -> None: ...
-def storable(text: str | None) -> str | None:
+def postgres_text(text: None) -> None: ...
+def postgres_text(text: str | None) -> str | None:
     """The text without what Postgres cannot hold."""
     if text is None:
         return None
@@ -192,7 +196,7 @@ def storable(text: str | None) -> str | None:
 
 
 def _counted(tokens: int | None) -> int | None:
-    return None if tokens is None else max(0, min(tokens, LARGEST_INTEGER))
+    return None if tokens is None else max(0, min(tokens, MAX_INTEGER))
 
 
 def _finite(number: float | None) -> float | None:

@@ -7,15 +7,15 @@ RouterError                     a fact, and the next step
 │   └── SchemaError             the schema is not one that can be used or upgraded
 ├── LimiterError                the limiter cannot decide
 │   ├── LimiterUnavailable      Redis is away or broken: nothing may be sent
-│   └── PermitDead              a permit's moment has passed unused: ask for another
+│   └── PermitExpired              a permit's moment has passed unused: ask for another
 ├── BackendUnavailable          the Models Backend cannot be reached at all
-├── NoRoom                      the named model has no permit in time; says when to ask again
-├── NoAnswer                    the model that was named did not answer; says why
-├── CatalogueError              a catalogue of models cannot be read at all; names it and what to do
+├── CapacityExceeded                      the named model has no permit in time; says when to ask again
+├── ModelFailed                    the model that was named did not answer; says why
+├── CatalogError              a catalogue of models cannot be read at all; names it and what to do
 ├── AirflowError                Airflow's REST API refused or cannot be reached
 └── InputError                  a line, row or argument that a person gave; names it
 
-HeldBack                        nothing may be sent now; no error, and nothing for people
+SendingPaused                        nothing may be sent now; no error, and nothing for people
 
 What a call to a model came to is never an exception but a value: `router.task.CallResult`.
 """
@@ -51,7 +51,7 @@ class LimiterUnavailable(LimiterError):  # noqa: N818 - a state of the world, re
     """Redis is away, read-only, out of memory or has lost its memory: nothing may be sent now."""
 
 
-class PermitDead(LimiterError):  # noqa: N818 - the glossary's word
+class PermitExpired(LimiterError):  # noqa: N818 - the glossary's word
     """The permit's moment passed before the call could be written to the socket; reserve again."""
 
 
@@ -59,7 +59,7 @@ class BackendUnavailable(RouterError):  # noqa: N818 - a state of the world, rea
     """The Models Backend cannot be reached or does not speak the configured protocol."""
 
 
-class NoRoom(RouterError):  # noqa: N818 - a state of the world, read as one
+class CapacityExceeded(RouterError):  # noqa: N818 - a state of the world, read as one
     """There is no room for this prompt in time; `retry_after_seconds` says when there may be."""
 
     def __init__(self, message: str, retry_after_seconds: float) -> None:
@@ -67,11 +67,11 @@ class NoRoom(RouterError):  # noqa: N818 - a state of the world, read as one
         self.retry_after_seconds = retry_after_seconds
 
 
-class NoAnswer(RouterError):  # noqa: N818 - a state of the world, read as one
+class ModelFailed(RouterError):  # noqa: N818 - a state of the world, read as one
     """The one model that was asked by name failed, or did not answer within the deadline."""
 
 
-class CatalogueError(RouterError):
+class CatalogError(RouterError):
     """A catalogue of models cannot be read at all; the message names it, and what to do."""
 
 
@@ -87,7 +87,7 @@ class InputError(RouterError):
     """A line, row or argument that a person gave is wrong; the message names it."""
 
 
-class HeldBack(Exception):  # noqa: N818 - a state of the world, read as one
+class SendingPaused(Exception):  # noqa: N818 - a state of the world, read as one
     """Nothing may be sent now: the batch is held, or this process is not sure of its lease."""
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import psycopg2
 import psycopg2.errors
@@ -20,28 +21,31 @@ SQL_FOLDER = ROOT / "sql"
 
 
 LOCK_SECONDS = 2.0
-
-
 LOCK_PATIENCE_SECONDS = 120.0
-
-
 MIGRATION_LOCK = 7_205_759_403  # any number that no other program uses as an advisory lock
+_LOCKED = (psycopg2.errors.LockNotAvailable, psycopg2.errors.DeadlockDetected)
 
 
 @dataclass(frozen=True, slots=True)
 class MigrationReport:
-    """What `migrate` did: migrations by file name, whether functions were renewed, tasks that were queued."""
+    """Result of `migrate`: names of applied migrations, whether functions changed, tasks queued."""
 
     applied: tuple[str, ...]
     functions_renewed: bool
     tasks_queued: int
 
 
-def migrate(url: str, folder: Path = SQL_FOLDER) -> MigrationReport:
-    """Bring the schema up to date: new migrations in order, the functions, and tasks that have no queue row.
+class _Script(NamedTuple):
+    name: str
+    text: str
+    checksum: str
 
-    Safe to run at any time and from many machines at once; each migration is one transaction. Raises
-    SchemaError if an existing table `tasks` cannot be upgraded, and then has changed nothing.
+
+def migrate(url: str, folder: Path = SQL_FOLDER) -> MigrationReport:
+    """Bring the schema up to date: new migrations in order, the functions, and tasks without a queue row.
+
+    Safe to run at any time and from many machines at once; migrations and functions are one transaction.
+    Raises SchemaError if an existing table `tasks` cannot be upgraded; then nothing has changed.
     """
     with connect(url, autocommit=True) as connection:
         rows(connection, "SELECT pg_advisory_lock(%s)", (MIGRATION_LOCK,))
@@ -54,74 +58,78 @@ def migrate(url: str, folder: Path = SQL_FOLDER) -> MigrationReport:
             row["name"]: row["checksum"]
             for row in rows(connection, "SELECT name, checksum FROM router_migrations")
         }
-        applied = tuple(_apply_new_migrations(connection, folder / "migrations", done))
-        renewed = _renew_functions(connection, folder / "functions", done)
+        migrations = list(_new_migrations(folder / "migrations", done))
+        functions = list(_changed_functions(folder / "functions", done))
+        _run(connection, [*migrations, *functions])
         rows(connection, "SELECT make_call_partitions()")
         queued = _queue_existing_tasks(connection)
-        if applied:
+        if migrations:
             rows(connection, "SELECT recount_tasks()")
-        return MigrationReport(applied, renewed, queued)
+        return MigrationReport(tuple(script.name for script in migrations), bool(functions), queued)
 
 
-def _apply_new_migrations(connection: Connection, folder: Path, done: dict[str, str]) -> Iterator[str]:
+def _new_migrations(folder: Path, done: Mapping[str, str]) -> Iterator[_Script]:
     for path in sorted(folder.glob("*.sql")):
-        text = path.read_text(encoding="utf-8")
-        checksum = hashlib.sha256(text.encode()).hexdigest()
-        if path.name in done:
-            if done[path.name] != checksum:
-                raise SchemaError(
-                    f"{path.name} was changed after it was applied. Write a new migration instead."
-                )
-            continue
-        _run_script(connection, path.name, text, checksum)
-        yield path.name
+        script = _script(path.name, path.read_text(encoding="utf-8"))
+        if path.name not in done:
+            yield script
+        elif done[path.name] != script.checksum:
+            raise SchemaError(f"{path.name} was changed after it was applied. Write a new migration instead.")
 
 
-def _renew_functions(connection: Connection, folder: Path, done: dict[str, str]) -> bool:
-    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.sql")))
-    checksum = hashlib.sha256(text.encode()).hexdigest()
-    if done.get("functions") == checksum:
-        return False
-    _run_script(connection, "functions", text, checksum)
-    return True
+def _changed_functions(folder: Path, done: Mapping[str, str]) -> Iterator[_Script]:
+    files = sorted(folder.glob("*.sql"))
+    script = _script("functions", "\n".join(path.read_text(encoding="utf-8") for path in files))
+    if done.get(script.name) != script.checksum:
+        yield script
 
 
-def _run_script(connection: Connection, name: str, text: str, checksum: str) -> None:
-    # Whoever reads or fills tasks meanwhile waits behind us for at most LOCK_SECONDS, then goes first.
-    waiting = Retrying(
-        retry=retry_if_exception_type((psycopg2.errors.LockNotAvailable, psycopg2.errors.DeadlockDetected)),
+def _script(name: str, text: str) -> _Script:
+    return _Script(name, text, hashlib.sha256(text.encode()).hexdigest())
+
+
+def _run(connection: Connection, scripts: Sequence[_Script]) -> None:
+    """Run the scripts in one transaction, so that no caller meets new tables with old functions.
+
+    A lock is waited for LOCK_SECONDS at a time, and everything is let go in between: readers and producers
+    never wait longer.
+    """
+    attempts = Retrying(
+        retry=retry_if_exception_type(_LOCKED),
         wait=wait_random_exponential(multiplier=0.2, max=5),
         stop=stop_after_delay(LOCK_PATIENCE_SECONDS),
         reraise=True,
     )
     try:
-        waiting(_run_script_once, connection, name, text, checksum)
-    except psycopg2.errors.LockNotAvailable as error:
+        attempts(_run_once, connection, scripts)
+    except _LOCKED as error:
         raise SchemaError(
-            f"{name}: others kept the tables locked for {LOCK_PATIENCE_SECONDS:g} s. Nothing was changed;"
-            " end what holds them (see pg_stat_activity), and run it again."
+            f"Others kept the tables locked for {LOCK_PATIENCE_SECONDS:g} s. Nothing was changed; end the"
+            " transactions that hold them (see pg_stat_activity) and run it again."
         ) from error
-    except psycopg2.Error as error:
-        raise SchemaError(f"{name}: {_first_line(error)}") from error
 
 
-def _run_script_once(connection: Connection, name: str, text: str, checksum: str) -> None:
+def _run_once(connection: Connection, scripts: Sequence[_Script]) -> None:
     with connection.cursor() as cursor:
         cursor.execute("BEGIN")
+        name = "migrations"
         try:
             cursor.execute(f"SET LOCAL lock_timeout = '{LOCK_SECONDS:g}s'")
             # Functions may call those that are defined after them.
             cursor.execute("SET LOCAL check_function_bodies = off")
-            cursor.execute(text)
-            cursor.execute(
-                "INSERT INTO router_migrations (name, checksum) VALUES (%s, %s)"
-                " ON CONFLICT (name) DO UPDATE SET checksum = EXCLUDED.checksum, applied_at = now()",
-                (name, checksum),
-            )
+            for name, text, checksum in scripts:
+                cursor.execute(text)
+                cursor.execute(
+                    "INSERT INTO router_migrations (name, checksum) VALUES (%s, %s)"
+                    " ON CONFLICT (name) DO UPDATE SET checksum = EXCLUDED.checksum, applied_at = now()",
+                    (name, checksum),
+                )
             cursor.execute("COMMIT")
-        except psycopg2.Error:
+        except psycopg2.Error as error:
             cursor.execute("ROLLBACK")
-            raise
+            if isinstance(error, _LOCKED):
+                raise
+            raise SchemaError(f"{name}: {_first_line(error)}") from error
 
 
 def _queue_existing_tasks(connection: Connection) -> int:

@@ -44,13 +44,13 @@ SELECT model, count(*) AS calls, count(*) FILTER (WHERE wrong) AS failed,
        (array_agg(outcome || coalesce(': ' || error, '') ORDER BY call_id DESC)
           FILTER (WHERE wrong))[1] AS last_error
   FROM (SELECT *, outcome NOT IN ('answered', 'unsent') AS wrong FROM model_calls
-         WHERE call_id >= (SELECT call_id_floor(clock_timestamp() - make_interval(mins => %s)))
+         WHERE call_id >= (SELECT first_call_id(clock_timestamp() - make_interval(mins => %s)))
            AND outcome IS NOT NULL
          ORDER BY call_id DESC LIMIT %s) AS recent
  GROUP BY model"""
 _LAST_MINUTE = """
 SELECT model, count(*) AS calls FROM model_calls
- WHERE call_id >= (SELECT call_id_floor(clock_timestamp() - interval '15 minutes'))
+ WHERE call_id >= (SELECT first_call_id(clock_timestamp() - interval '15 minutes'))
    AND outcome IS DISTINCT FROM 'unsent'
    AND coalesce(sent_at, finished_at, clock_timestamp()) > clock_timestamp() - interval '1 minute'
  GROUP BY model"""

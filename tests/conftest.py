@@ -22,7 +22,7 @@ from router.database import Connection, connect
 from router.migrations import migrate
 from router.models.roster import sync_roster
 from router.settings.router import load_config
-from tests.support.queue import Probe, probing, without_categorising
+from tests.support.queue import Probe, probing, without_classification
 
 pytest_plugins = ["tests.support.stack"]
 
@@ -114,7 +114,7 @@ def migrated_template(postgres: PostgresServer, bare_template: str) -> str:
     name = f"template_{os.getpid()}"
     postgres.run("createdb", "--template", bare_template, name)
     with connect(postgres.url(name)) as connection:
-        sync_roster(connection, without_categorising(load_config()))
+        sync_roster(connection, without_classification(load_config()))
     return name
 
 

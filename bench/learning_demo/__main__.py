@@ -30,7 +30,7 @@ from bench.learning_demo.stage import LearningStage
 from bench.learning_demo.story import NAMES, SIDES, WITH, Day, Story
 from local.launcher import stop_on_signals
 from local.stack import StopRequested
-from router.background import ended
+from router.background import cancel_and_wait
 from router.errors import RouterError
 
 STOP_SECONDS = 0.1
@@ -171,7 +171,7 @@ async def _live_one_day(
     try:
         await asyncio.gather(*living)
     finally:
-        await ended(*living, showing)
+        await cancel_and_wait(*living, showing)
 
 
 async def _show(sides: Mapping[str, Side], teller: Teller, number: int) -> None:

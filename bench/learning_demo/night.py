@@ -14,7 +14,7 @@ from router.database import connect, rows
 from router.discovery.probation import Decision, review_probation
 from router.discovery.probation_rules import Step
 from router.discovery.search import SearchReport, search
-from router.learning.review import Move, run_review
+from router.learning.review import RankChange, run_review
 from router.settings.environment import Addresses
 from router.settings.router import RouterConfig
 
@@ -44,7 +44,7 @@ class Night:
 
     before: Order
     after: Order
-    moves: tuple[Move, ...]
+    moves: tuple[RankChange, ...]
     notes: tuple[str, ...]
     searched: tuple[str, ...]
     promoted: tuple[str, ...]

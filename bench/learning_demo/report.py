@@ -15,7 +15,7 @@ from bench.learning_demo.night import Night, Stands
 from bench.learning_demo.script import Script
 from bench.learning_demo.side import SideDay, share_good
 from bench.learning_demo.story import NAMES, SIDES, Day, Story
-from router.learning.review import BOUNDED, Move
+from router.learning.review import BOUNDED, RankChange
 
 MOST_REASONS = 6
 LAST = Stands(10**6, "", "")
@@ -125,7 +125,7 @@ def _reasons(night: Night) -> list[str]:
     return lines[:MOST_REASONS] + more
 
 
-def _unbound(move: Move) -> bool:
+def _unbound(move: RankChange) -> bool:
     return (move.standing in BOUNDED) != (move.standing_before in BOUNDED)
 
 

@@ -29,12 +29,12 @@ from bench.learning_demo.cast import (
     Newcomer,
 )
 from router.discovery.trial_prompts import read_trial_prompts
-from router.settings.discovery import SearchSettings, load_search
+from router.settings.discovery import DiscoverySettings, load_discovery
 from router.settings.environment import DEFAULT_CONFIG_FOLDER
 from router.settings.learning import LearningSettings, load_learning
 from router.settings.models import ModelSettings
 from router.settings.router import (
-    AskingSettings,
+    AnsweringSettings,
     FallbackSettings,
     RouterConfig,
     TrafficSettings,
@@ -199,12 +199,12 @@ class Script:
             worker=worker,
             # A busy machine sends late: that is not what is shown here.
             traffic=TrafficSettings(
-                first_rest_seconds=0.1,
-                longest_rest_seconds=1.0,
+                initial_cooldown_seconds=0.1,
+                max_cooldown_seconds=1.0,
                 minute_send_slack=2.0,
                 minute_transit_slack=2.0,
             ),
-            asking=AskingSettings(default_deadline_seconds=8.0, late_seconds=1.0),
+            answering=AnsweringSettings(default_deadline_seconds=8.0, late_seconds=1.0),
             fallback=FallbackSettings(),
         )
 
@@ -235,15 +235,15 @@ class Script:
         whole["outage"]["seconds"] = 1
         return LearningSettings.model_validate(whole)
 
-    def search(self) -> SearchSettings:
+    def search(self) -> DiscoverySettings:
         """The shipped settings, with targets and patience of the fast clock."""
-        whole = load_search(None, CATEGORIES).model_dump()
+        whole = load_discovery(None, CATEGORIES).model_dump()
         whole["catalogues"] = [one for one in whole["catalogues"] if one["kind"] == "file"]
         whole["trials"].update(
-            prompts=self.trial_prompts, patience_seconds=5.0, at_once=16, judged=0
+            prompts=self.trial_prompts, timeout_seconds=5.0, max_concurrency=16, judged=0
         )  # the stand-in is no judge
-        whole["probation"].update(target=f"{30 * self.rate}/min", least_calls=20, timeout_seconds=4.0)
-        return SearchSettings.model_validate(whole)
+        whole["probation"].update(target=f"{30 * self.rate}/min", min_calls=20, timeout_seconds=4.0)
+        return DiscoverySettings.model_validate(whole)
 
     def make_folder(self, folder: Path) -> Path:
         """A copy of the shipped config, for the search to write into."""

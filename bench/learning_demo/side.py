@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from bench.learning_demo.script import Task
 from router.answering.router import Router
-from router.background import ended
+from router.background import cancel_and_wait
 from router.database import connect
 from router.models.roster import sync_roster
 from router.settings.environment import Addresses
@@ -161,7 +161,7 @@ class Side:
         await self._engine.start()
         self._open.push_async_callback(self._engine.stop, grace_seconds=1.0)
         self._router = Router(self.addresses, self.config, self._folder)
-        await self._router.open(categorising=False)
+        await self._router.open(classify=False)
         self._open.push_async_callback(self._router.close)
         self._solving = asyncio.create_task(self._solve(), name=f"solving, {self.name}")
         self._open.push_async_callback(cancelled_once, self._solving)
@@ -183,7 +183,7 @@ class Side:
                     if pull.done():  # a fault of the program: it ends only by being cancelled
                         pull.result()
         finally:
-            await ended(*pulls.values())
+            await cancel_and_wait(*pulls.values())
 
     async def _until_done(self, began: float, *, but: int = 0) -> None:
         while True:
@@ -208,7 +208,7 @@ class Side:
                 await asyncio.sleep(ASK_EVERY_SECONDS)
             await asyncio.gather(*asking)
         finally:
-            await ended(*asking)
+            await cancel_and_wait(*asking)
 
     async def _ask_one(self, task: Task) -> None:
         answer = await self._router.answer(task.prompt, category=task.category)

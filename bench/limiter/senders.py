@@ -12,7 +12,7 @@ import redis.asyncio
 
 from bench.limiter.arrival_server import RECORD
 from router.background import freeze_garbage_collector
-from router.errors import PermitDead
+from router.errors import PermitExpired
 from router.limiter.limiter import TrafficLimiter
 
 MODELS = ("minute", "second", "mixed")
@@ -85,7 +85,7 @@ class _Senders:
             checked_at = _monotonic_ns()
             try:
                 permit.check()
-            except PermitDead:
+            except PermitExpired:
                 self._died[model] += 1
                 await limiter.cancel(permit)
                 continue

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from router.database import Connection as Database
 from router.database import connect
-from router.errors import ConfigError, DatabaseError, InputError, NoRoom, RouterError
+from router.errors import CapacityExceeded, ConfigError, DatabaseError, InputError, RouterError
 from router.queue.tasks import Retried
 from router.settings.environment import Addresses, config_folder
 
@@ -167,7 +167,7 @@ async def _refuse(_request: Request, error: Exception) -> JSONResponse:
     """What went wrong, in words for people, with the HTTP status that fits."""
     if isinstance(error, StarletteHTTPException):
         return JSONResponse({"error": str(error.detail)}, error.status_code, headers=error.headers)
-    if isinstance(error, NoRoom):
+    if isinstance(error, CapacityExceeded):
         wait = {"retry-after": f"{error.retry_after_seconds:.0f}"}
         return JSONResponse({"error": str(error)}, 503, headers=wait)
     if isinstance(error, RequestValidationError):

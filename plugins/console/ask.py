@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from router.background import ended
-from router.errors import NoRoom, RouterError
+from router.background import cancel_and_wait
+from router.errors import CapacityExceeded, RouterError
 from router.settings.environment import Addresses, config_folder, data_folder
 from router.settings.router import load_config
 
@@ -59,7 +59,9 @@ class Asks:
     async def stream(self, asked: Asked) -> AsyncIterator[bytes]:
         """What happens, a JSON line each: `event`s, the `answer`, a `late` one, an `error`; last `end`."""
         if len(self._running) >= MOST_AT_ONCE:
-            raise NoRoom(f"{len(self._running)} prompts are being answered here, the most at once.", 1.0)
+            raise CapacityExceeded(
+                f"{len(self._running)} prompts are being answered here, the most at once.", 1.0
+            )
         lines: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         task = asyncio.create_task(self._answer(asked, lines.put_nowait), name="router console ask")
         self._running.add(task)
@@ -68,7 +70,7 @@ class Asks:
 
     async def close(self) -> None:
         """Give up what is under way."""
-        await ended(*self._running, *filter(None, [self._closer]))
+        await cancel_and_wait(*self._running, *filter(None, [self._closer]))
         await self._close_router()
 
     async def _answer(self, asked: Asked, tell: Callable[[dict[str, Any]], None]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from router.database import Connection, rows
 from router.errors import ConfigError
-from router.settings.discovery import ProbationSettings, load_search
+from router.settings.discovery import ProbationSettings, load_discovery
 
 AMONG_FINDINGS = 20_000  # the newest, of all searches
 EACH_VERDICT = 50
@@ -45,7 +45,7 @@ class Criteria:
                 own = self._folder / "search.yaml"
                 changed = own.stat().st_mtime_ns if own.exists() else 0
                 if self._known is None or self._known[0] != changed:
-                    self._known = changed, load_search(self._folder, categories).probation
+                    self._known = changed, load_discovery(self._folder, categories).probation
             except (OSError, ConfigError):
                 return None
             return self._known[1]
@@ -55,7 +55,7 @@ def found(connection: Connection, criteria: Criteria) -> dict[str, Any]:
     """The last search, findings by category ('': whatever the category), probation, and what changed."""
     categories = [row["name"] for row in rows(connection, "SELECT name FROM categories ORDER BY name")]
     needs = criteria.read(categories)
-    asked = {"least_calls", "most_nights", "margin"}
+    asked = {"min_calls", "max_days", "margin"}
     return {
         "search": next(iter(rows(connection, _SEARCH)), None),
         "candidates": _candidates(connection, categories),

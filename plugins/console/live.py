@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from router.background import ended
+from router.background import cancel_and_wait
 from router.cli.terminal import as_json
 from router.errors import RouterError
 
@@ -80,7 +80,7 @@ class Live:
     async def close(self) -> None:
         """Read no more."""
         if self._reading is not None:
-            await ended(self._reading)
+            await cancel_and_wait(self._reading)
 
     async def _read_on(self) -> None:
         while time.monotonic() - self._looked_at < KEPT_SECONDS:

@@ -6,15 +6,15 @@ import { ago, api, el, number, replace, say, seconds, Spark } from "./draw.js";
 const SHORTEST_SECONDS = 15;
 const LONGEST_SECONDS = 60;
 const WAITING = {
-  window: "its next moment",
-  tokens: "tokens used up",
-  at_once: "all places taken",
+  window: "next slot",
+  tokens: "token limit",
+  concurrency: "concurrency limit",
   stopped: "stopped",
-  resting: "resting",
-  lost: "recounting",
-  probing: "trying it out",
+  cooling_down: "cooling down",
+  rebuilding: "rebuilding state",
+  half_open: "half-open probe",
   no_target: "no target",
-  too_large: "too large",
+  too_many_tokens: "too many tokens",
 };
 export const COLUMNS = [
   "Model",

@@ -100,8 +100,8 @@ def held_up_by(model: ModelStatus) -> str:
 _WAITS = {
     "window": "it is held to {}",
     "tokens": "the tokens of {} are used up",
-    "at_once": "all places of {} are taken",
-    "probing": "its breaker lets single calls through to try it out",
-    "lost": "what it was sent is being recounted",
+    "concurrency": "all places of {} are taken",
+    "half_open": "its breaker lets single calls through to try it out",
+    "rebuilding": "what it was sent is being recounted",
     "no_target": "it has no target yet",
 }

@@ -11,7 +11,7 @@ from router.task import AnswerRank, Outcome, Role
 
 
 @dataclass(frozen=True, slots=True)
-class AskedCall:
+class CallSummary:
     """One call of an asking as it stands now. Times in seconds since the prompt came.
 
     `outcome` is None while it is under way; `sent_seconds` is None if it never went out.
@@ -56,7 +56,7 @@ class Answer:
     completion_tokens: int | None
     sources: tuple[str, ...]
     task_id: int | None
-    calls: tuple[AskedCall, ...]
+    calls: tuple[CallSummary, ...]
     late: bool = False
 
 
@@ -80,7 +80,7 @@ class Event:
     kind: EventKind
     seconds: float
     text: str
-    call: AskedCall | None = None
+    call: CallSummary | None = None
     category: str | None = None
     confidence: float | None = None
 

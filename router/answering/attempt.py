@@ -7,23 +7,23 @@ import logging
 import time
 from collections.abc import Callable
 
-from router.answering.answer import AskedCall
-from router.answering.policy import Leg
-from router.answering.store import LogRow
-from router.answering.task_record import Ledger
-from router.errors import DatabaseError, HeldBack, InputError, LimiterError, RouterError
+from router.answering.answer import CallSummary
+from router.answering.policy import AttemptState
+from router.answering.store import CallRow
+from router.answering.task_record import TaskRecord
+from router.errors import DatabaseError, InputError, LimiterError, RouterError, SendingPaused
 from router.limiter.limiter import Permit
-from router.models.dispatch import CallOrder, outlook, send_permitted
+from router.models.dispatch import CallRequest, availability, send_permitted
 from router.task import CallResult, Outcome
 
 log = logging.getLogger("router.answering")
 
 
-class Runner:
+class Attempt:
     """One call of an asking: `await run()`, then `await close()`. Times are on the monotonic clock."""
 
     def __init__(
-        self, ledger: Ledger, row: LogRow, order: CallOrder, on_news: Callable[[Runner, str], None]
+        self, ledger: TaskRecord, row: CallRow, order: CallRequest, on_news: Callable[[Attempt, str], None]
     ) -> None:
         self.row = row
         self.order = order
@@ -47,15 +47,19 @@ class Runner:
         self._sending: asyncio.Task[CallResult] | None = None
 
     @property
-    def leg(self) -> Leg:
+    def leg(self) -> AttemptState:
         """How far it is."""
         if self.result is None:
             if self.sent_at is not None or not (self._stuck or self._rests):
-                return Leg.RUNNING
-            return Leg.RESTING if self._rests else Leg.STUCK
+                return AttemptState.RUNNING
+            return AttemptState.RESTING if self._rests else AttemptState.STUCK
         if self.result.outcome is Outcome.ANSWERED:
-            return Leg.ANSWERED
-        return Leg.UNSENT if self.result.outcome is Outcome.UNSENT and not self._rests else Leg.FAILED
+            return AttemptState.ANSWERED
+        return (
+            AttemptState.UNSENT
+            if self.result.outcome is Outcome.UNSENT and not self._rests
+            else AttemptState.FAILED
+        )
 
     @property
     def under_way(self) -> bool:
@@ -119,7 +123,7 @@ class Runner:
         except DatabaseError as error:
             self.unlogged = True
             return CallResult(Outcome.UNSENT, error=f"what cannot be logged is not sent: {error}")
-        except (HeldBack, LimiterError) as error:
+        except (SendingPaused, LimiterError) as error:
             return CallResult(Outcome.UNSENT, error=str(error))
         except RouterError as error:
             return CallResult(Outcome.REJECTED, error=str(error))
@@ -141,7 +145,7 @@ class Runner:
 
     async def _permitted(self, patience_seconds: float, until: float) -> CallResult:
         means, model = self._ledger.means, self.row.model
-        ahead = await outlook(means.limiter, model)
+        ahead = await availability(means.limiter, model)
         self._rests = ahead.rests
         left = until - time.monotonic()
         if ahead.seconds is None or ahead.seconds > left:
@@ -165,7 +169,7 @@ class Runner:
 
     async def _until_it_rests(self) -> None:
         """Whoever stands in line when the model is no longer trusted need not wait for patience to end."""
-        await self._ledger.means.limiter.until_resting(self.row.model)
+        await self._ledger.means.limiter.wait_until_unavailable(self.row.model)
         if self.sent_at is None:
             self._rests = True
             self._is_stuck()
@@ -183,10 +187,10 @@ class Runner:
         passed = time.monotonic() - self.sent_at
         return CallResult(Outcome.ABANDONED, error=why, latency_seconds=passed, may_go_on=True)
 
-    def as_call(self, began: float) -> AskedCall:
+    def as_call(self, began: float) -> CallSummary:
         """The call as it stands now; times since `began`."""
         result = self.result
-        return AskedCall(
+        return CallSummary(
             call_id=self.row.call_id, model=self.row.model, role=self.row.role, rank=self.row.rank,
             started_seconds=self.started_at - began,
             sent_seconds=None if self.sent_at is None else self.sent_at - began,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from router.background import result_within
+from router.background import result_or_none
 from router.settings.router import FallbackSettings
 
 log = logging.getLogger("router.answering")
@@ -20,7 +20,7 @@ do not help, answer from what you know, and say so if you do not know.
 
 {passages}
 
-Question:
+RequestOptions:
 {prompt}"""
 
 
@@ -71,7 +71,7 @@ class NothingFound:
 async def search(knowledge: Knowledge, prompt: str, passages: int) -> Found:
     """What knowledge holds about it, within SEARCH_SECONDS; never raises."""
     try:
-        found = await result_within(knowledge.search(prompt, passages), SEARCH_SECONDS, "router search")
+        found = await result_or_none(knowledge.search(prompt, passages), SEARCH_SECONDS, "router search")
     except Exception:
         log.exception("knowledge cannot be searched; going on without")
         found = None

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 from router.answering import policy as race
 from router.answering.fallback import Knowledge
-from router.answering.store import LogRow
-from router.answering.task_record import Means
-from router.classification.classifier import Categorised
-from router.models.dispatch import CallOrder
+from router.answering.store import CallRow
+from router.answering.task_record import RequestContext
+from router.classification.classifier import Classification
+from router.models.dispatch import CallRequest
 from router.models.roster import Roster
 from router.settings.router import RouterConfig
 from router.task import AnswerRank, Role
 
-PASSAGES_GIVER = "knowledge"  # stands where a model's name would
+PASSAGES_SOURCE = "knowledge"  # stands where a model's name would
 RANKS = {
     Role.ASKED: AnswerRank.CHOSEN_MODEL,
     Role.NEXT: AnswerRank.CHOSEN_MODEL,
@@ -25,11 +25,11 @@ RANKS = {
 }
 
 
-Categorise = Callable[[str, float], Awaitable[Categorised]]  # the prompt, and how many seconds it may take
+Classify = Callable[[str, float], Awaitable[Classification]]  # the prompt, and how many seconds it may take
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class RequestOptions:
     """What was asked. `model`: only this one. `deadline_seconds` None: that of the category."""
 
     prompt: str
@@ -42,22 +42,24 @@ class Question:
 class Desk:
     """What a prompt that comes now is answered with."""
 
-    means: Means
+    means: RequestContext
     config: RouterConfig
     roster: Roster
     knowledge: Knowledge | None
 
 
 @dataclass(frozen=True, slots=True)
-class LineUp:
+class RoutingPlan:
     """The models of the ranking that may be asked, the best first, and those that may answer as fallback."""
 
-    categorised: Categorised
+    categorised: Classification
     ranking: tuple[str, ...]
     cheap: tuple[str, ...]
 
     @classmethod
-    def of(cls, roster: Roster, config: RouterConfig, categorised: Categorised, named: str | None) -> LineUp:
+    def of(
+        cls, roster: Roster, config: RouterConfig, categorised: Classification, named: str | None
+    ) -> RoutingPlan:
         """For a prompt of this category; a model that was named is asked alone."""
         if named is not None:
             return cls(categorised, (named,), ())
@@ -65,7 +67,7 @@ class LineUp:
         ranking = race.ranked(roster.places.get(categorised.category, {}), usable)
         preferred = ranking[0] if ranking else None
         cheap = race.fallback_order(config.fallback.models, usable, preferred)
-        return cls(categorised, ranking[: config.asking.most_models], cheap)
+        return cls(categorised, ranking[: config.answering.max_models], cheap)
 
     @property
     def preferred(self) -> str | None:
@@ -75,9 +77,9 @@ class LineUp:
     def fallback(self) -> str | None:
         return self.cheap[0] if self.cheap else None
 
-    def row(self, order: CallOrder, role: Role, *, worker: str, attempt: int) -> LogRow:
+    def row(self, order: CallRequest, role: Role, *, worker: str, attempt: int) -> CallRow:
         """What the log says of a call before it is made."""
-        return LogRow(
+        return CallRow(
             call_id=order.call_id, model=order.model, role=role, rank=RANKS[role],
             category=self.categorised.category, confidence=self.categorised.confidence, worker=worker,
             attempt=attempt, reserved_tokens=order.reserved_tokens, preferred=self.preferred,
@@ -85,9 +87,11 @@ class LineUp:
         )  # fmt: skip
 
 
-def order(roster: Roster, call_id: uuid.UUID, model: str, prompt: str, *most_tokens: int | None) -> CallOrder:
+def order(
+    roster: Roster, call_id: uuid.UUID, model: str, prompt: str, *most_tokens: int | None
+) -> CallRequest:
     """What is sent to a model: its own longest answer, unless one of `most_tokens` is less."""
     about = roster.models[model]
     max_tokens = min([about.max_tokens, *(most for most in most_tokens if most is not None)])
     reserved = len(prompt.encode()) + max_tokens  # no token is shorter than a byte
-    return CallOrder(call_id, model, about.endpoint, prompt, max_tokens, reserved, about.timeout_seconds)
+    return CallRequest(call_id, model, about.endpoint, prompt, max_tokens, reserved, about.timeout_seconds)

@@ -17,7 +17,7 @@ TIME_ALLOWS_SHARE = 0.1  # with less of the deadline left nobody else is asked
 PERMIT_SHARE = 0.25  # of the deadline that is borne in the line for a permit
 
 
-class Leg(enum.Enum):
+class AttemptState(enum.Enum):
     """How far one runner is."""
 
     RUNNING = "running"  # sent, or in line for a permit and still borne with
@@ -29,39 +29,39 @@ class Leg(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class RequestState:
     """The race as it stands. `chosen` are the models of the ranking in the order they were asked.
 
     `fallback` and `passages` are None where there is none. Times in seconds since the prompt came.
     """
 
-    chosen: tuple[Leg, ...]
-    fallback: Leg | None
-    passages: Leg | None
-    next_in_rank: bool  # there is another model that may be asked
+    chosen: tuple[AttemptState, ...]
+    fallback: AttemptState | None
+    passages: AttemptState | None
+    next_model: bool  # there is another model that may be asked
     now: float
     deadline: float
 
 
 @dataclass(frozen=True, slots=True)
-class GiveChosen:
+class ReturnPreferred:
     """Give the answer of the chosen model at this index."""
 
     index: int
 
 
 @dataclass(frozen=True, slots=True)
-class GiveFallback:
+class ReturnFallback:
     """Give the fallback model's answer."""
 
 
 @dataclass(frozen=True, slots=True)
-class GivePassages:
+class ReturnPassages:
     """Give the passages, or say that nothing is known."""
 
 
 @dataclass(frozen=True, slots=True)
-class AskNext:
+class TryNextModel:
     """Ask the next model in rank."""
 
 
@@ -72,36 +72,36 @@ class Wait:
     seconds: float
 
 
-Move = GiveChosen | GiveFallback | GivePassages | AskNext | Wait
+Action = ReturnPreferred | ReturnFallback | ReturnPassages | TryNextModel | Wait
 
 
-def decide(race: Standing) -> Move:
+def next_action(race: RequestState) -> Action:
     """The next move; Wait only while something better may still come before the deadline."""
-    if Leg.ANSWERED in race.chosen:
-        return GiveChosen(race.chosen.index(Leg.ANSWERED))
+    if AttemptState.ANSWERED in race.chosen:
+        return ReturnPreferred(race.chosen.index(AttemptState.ANSWERED))
     left = race.deadline - race.now
-    if race.fallback is Leg.ANSWERED and (left <= 0 or _chosen_is_out(race)):
-        return GiveFallback()
+    if race.fallback is AttemptState.ANSWERED and (left <= 0 or _chosen_is_out(race)):
+        return ReturnFallback()
     if left <= 0:
-        return GivePassages()
+        return ReturnPassages()
     if _may_ask(race):
-        return AskNext()
-    hopeful = {Leg.RUNNING, Leg.STUCK, Leg.RESTING} & {*race.chosen, race.fallback}
-    if not hopeful and race.passages is not Leg.RUNNING:
-        return GivePassages()
+        return TryNextModel()
+    hopeful = {AttemptState.RUNNING, AttemptState.STUCK, AttemptState.RESTING} & {*race.chosen, race.fallback}
+    if not hopeful and race.passages is not AttemptState.RUNNING:
+        return ReturnPassages()
     return Wait(left)
 
 
-def _chosen_is_out(race: Standing) -> bool:
+def _chosen_is_out(race: RequestState) -> bool:
     """Whether the fallback need not be held back any longer: the chosen model failed, or nobody runs."""
-    failed = bool({Leg.FAILED, Leg.RESTING} & {*race.chosen})
-    return not _may_ask(race) and (failed or Leg.RUNNING not in race.chosen)
+    failed = bool({AttemptState.FAILED, AttemptState.RESTING} & {*race.chosen})
+    return not _may_ask(race) and (failed or AttemptState.RUNNING not in race.chosen)
 
 
-def _may_ask(race: Standing) -> bool:
+def _may_ask(race: RequestState) -> bool:
     """Whether the next in rank is to be asked now: nobody of the ranking runs, and time allows."""
     time_allows = race.deadline - race.now > TIME_ALLOWS_SHARE * race.deadline
-    return race.next_in_rank and time_allows and Leg.RUNNING not in race.chosen
+    return race.next_model and time_allows and AttemptState.RUNNING not in race.chosen
 
 
 def ranked(places: Mapping[str, int], usable: Sequence[str]) -> tuple[str, ...]:

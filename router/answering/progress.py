@@ -8,14 +8,14 @@ import time
 import structlog
 
 from router.answering.answer import Answer, Event, EventKind, Listener
-from router.answering.attempt import Runner
+from router.answering.attempt import Attempt
 from router.answering.fallback import Found, NothingFound, sources
-from router.answering.plan import LineUp
-from router.answering.policy import Leg
-from router.classification.classifier import Categorised
-from router.errors import BackendUnavailable, NoAnswer, NoRoom, RouterError
+from router.answering.plan import RoutingPlan
+from router.answering.policy import AttemptState
+from router.classification.classifier import Classification
+from router.errors import BackendUnavailable, CapacityExceeded, ModelFailed, RouterError
 from router.models.backend import NO_CONNECTION
-from router.models.dispatch import Outlook
+from router.models.dispatch import Availability
 from router.task import AnswerRank, Outcome, Role
 
 log = logging.getLogger("router.answering")
@@ -29,12 +29,12 @@ WHY_ASKED = {
 }
 
 
-class Account:
+class Progress:
     """Tells the listener, and sums up. A listener that raises is logged and not heard of further."""
 
     def __init__(self, listener: Listener | None) -> None:
         self.began = time.monotonic()
-        self.runners: list[Runner] = []
+        self.runners: list[Attempt] = []
         self.found: Found = NothingFound()
         self._listener = listener
 
@@ -43,23 +43,29 @@ class Account:
         return time.monotonic() - self.began
 
     @property
-    def chosen(self) -> list[Runner]:
+    def chosen(self) -> list[Attempt]:
         """The calls to models of the ranking, in the order they were asked."""
         return [runner for runner in self.runners if runner.row.rank is AnswerRank.CHOSEN_MODEL]
 
-    def best(self) -> Runner | None:
+    def best(self) -> Attempt | None:
         """The call with the best answer so far."""
-        answered = [runner for runner in self.runners if runner.leg is Leg.ANSWERED]
+        answered = [runner for runner in self.runners if runner.leg is AttemptState.ANSWERED]
         return max(answered, key=lambda runner: runner.row.rank, default=None)
 
     def answer(
-        self, runner: Runner | None, line_up: LineUp, *, provisional: bool, task_id: int | None, late: bool
+        self,
+        runner: Attempt | None,
+        line_up: RoutingPlan,
+        *,
+        provisional: bool,
+        task_id: int | None,
+        late: bool,
     ) -> Answer:
         """The answer of this call, or of knowledge."""
         result = runner.result if runner else None
         rank = runner.row.rank if runner else AnswerRank.PASSAGES
         calls = tuple(each.as_call(self.began) for each in self.runners)
-        about: Categorised = line_up.categorised
+        about: Classification = line_up.categorised
         return Answer(
             text=(result.answer if result else None) or self.found.says(),
             model=runner.row.model if runner else None, rank=rank, category=about.category,
@@ -72,37 +78,39 @@ class Account:
             task_id=task_id, calls=calls, late=late,
         )  # fmt: skip
 
-    def no_answer(self, runner: Runner, deadline: float, ahead: Outlook) -> RouterError:
+    def no_answer(self, runner: Attempt, deadline: float, ahead: Availability) -> RouterError:
         """Why the one model that was named did not answer."""
         model, result = runner.row.model, runner.result
         if result is None and runner.sent_at is not None:
-            return NoAnswer(f"{model} did not answer within {deadline:g} s. Give it a longer deadline.")
+            return ModelFailed(f"{model} did not answer within {deadline:g} s. Give it a longer deadline.")
         why = result.error if result and result.error else f"no permit within {deadline:g} s"
         if runner.unlogged:
-            return NoAnswer(f"{model} was not asked: Postgres takes no log, and without it nothing is sent.")
+            return ModelFailed(
+                f"{model} was not asked: Postgres takes no log, and without it nothing is sent."
+            )
         retry = max(SHORTEST_RETRY_SECONDS, ahead.retry_after_seconds)
         if result is not None and why.startswith(NO_CONNECTION):
             return BackendUnavailable(f"{model} was not asked: {why}")
         if result is None or result.outcome is Outcome.UNSENT:
-            return NoRoom(f"There is no room for {model}: {why}", retry)
+            return CapacityExceeded(f"There is no room for {model}: {why}", retry)
         if result.outcome in NO_ROOM_OUTCOMES:
-            return NoRoom(f"{model} takes no more now: {why}", result.retry_after_seconds or retry)
-        return NoAnswer(f"{model} gave no answer: {result.outcome.value}: {why}")
+            return CapacityExceeded(f"{model} takes no more now: {why}", result.retry_after_seconds or retry)
+        return ModelFailed(f"{model} gave no answer: {result.outcome.value}: {why}")
 
     # -- told as it happens -------------------------------------------------------------------------------
 
-    def asked(self, runner: Runner) -> None:
+    def asked(self, runner: Attempt) -> None:
         """A call is to be made."""
         self.runners.append(runner)
         self.tell(EventKind.ASKED, f"{runner.row.model} is asked, as {WHY_ASKED[runner.row.role]}", runner)
 
-    def ended(self, runner: Runner) -> None:
+    def ended(self, runner: Attempt) -> None:
         """A call has ended."""
         if runner.result is not None:
             why = f": {runner.result.error}" if runner.result.error else ""
             self.tell(EventKind.ENDED, f"{runner.row.model}: {runner.result.outcome.value}{why}", runner)
 
-    def tell(self, kind: EventKind, text: str, runner: Runner | None = None) -> None:
+    def tell(self, kind: EventKind, text: str, runner: Attempt | None = None) -> None:
         """Tell the listener."""
         if self._listener is None:
             return

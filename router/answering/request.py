@@ -13,50 +13,59 @@ import uuid
 from router.answering import plan as line_up
 from router.answering import policy as race
 from router.answering.answer import Answer, EventKind, Listener
-from router.answering.attempt import Runner
+from router.answering.attempt import Attempt
 from router.answering.fallback import prompt_with, search, sources
-from router.answering.plan import PASSAGES_GIVER, Categorise, Desk, LineUp, Question
-from router.answering.policy import AskNext, GiveChosen, GiveFallback, Leg, Standing, Wait
-from router.answering.progress import Account, tell
-from router.answering.task_record import Ledger
-from router.background import Bell, Errands, set_within
-from router.classification.classifier import Categorised
-from router.errors import NoRoom, RouterError
-from router.models.dispatch import CallOrder, outlook
+from router.answering.plan import PASSAGES_SOURCE, Classify, Desk, RequestOptions, RoutingPlan
+from router.answering.policy import (
+    AttemptState,
+    RequestState,
+    ReturnFallback,
+    ReturnPreferred,
+    TryNextModel,
+    Wait,
+)
+from router.answering.progress import Progress, tell
+from router.answering.task_record import TaskRecord
+from router.background import Broadcast, TrackedTasks, wait_for_event
+from router.classification.classifier import Classification
+from router.errors import CapacityExceeded, RouterError
+from router.models.dispatch import CallRequest, availability
 from router.task import AnswerRank, CallResult, Outcome, Role
 
 CATEGORISE_SHARE = 0.2  # of the deadline
 SETTLED_WITHIN_SECONDS = 0.25  # an answer is returned at most so much later for being kept first
 
 
-class AskedPrompt:
+class Request:
     """`await answer()` once; afterwards `await better(rank)` for what comes late. All on one event loop."""
 
-    def __init__(self, desk: Desk, question: Question, on_event: Listener | None = None) -> None:
+    def __init__(self, desk: Desk, question: RequestOptions, on_event: Listener | None = None) -> None:
         self.question = question
         self._desk = desk
-        self._account = Account(on_event)
-        self._deadline = question.deadline_seconds or desk.config.asking.default_deadline_seconds
-        self._ledger = Ledger(desk.means, question.prompt, self._deadline)
+        self._account = Progress(on_event)
+        self._deadline = question.deadline_seconds or desk.config.answering.default_deadline_seconds
+        self._ledger = TaskRecord(desk.means, question.prompt, self._deadline)
         self._racing = self._ledger.grow()
-        self._line_up = LineUp(Categorised(desk.config.default_category, 0.0, "not known yet"), (), ())
-        self._changed = Bell()
-        self._errands = Errands(self._changed.ring)
+        self._line_up = RoutingPlan(
+            Classification(desk.config.default_category, 0.0, "not known yet"), (), ()
+        )
+        self._changed = Broadcast()
+        self._errands = TrackedTasks(self._changed.ring)
         self._search: asyncio.Task[None] | None = None
         self._keeping: asyncio.Task[None] | None = None
-        self._fallback_leg: Leg | None = None
+        self._fallback_leg: AttemptState | None = None
         self._given: AnswerRank | None = None
         self._is_over = False
 
     # -- what Router uses ---------------------------------------------------------------------------------
 
-    async def answer(self, categorise: Categorise) -> Answer:
-        """The best answer in time. InputError, NoRoom or NoAnswer as `Router.answer` says.
+    async def answer(self, classify: Classify) -> Answer:
+        """The best answer in time. InputError, CapacityExceeded or ModelFailed as `Router.answer` says.
 
         Cancelled, it gives everything up that is under way.
         """
         try:
-            await self._start(categorise)
+            await self._start(classify)
             answer = await self._give(await self._race())
         except asyncio.CancelledError:
             self.give_up("whoever asked went away")
@@ -71,7 +80,7 @@ class AskedPrompt:
         while True:
             runner = self._account.best()
             if runner is not None and runner.row.rank > rank:
-                await set_within(runner.settled, SETTLED_WITHIN_SECONDS)
+                await wait_for_event(runner.settled, SETTLED_WITHIN_SECONDS)
                 answer = self._answer_of(runner, late=True)
                 tell(answer)
                 self._account.tell(EventKind.LATE, f"a better answer, from {runner.row.model}", runner)
@@ -112,25 +121,25 @@ class AskedPrompt:
 
     # -- the start ----------------------------------------------------------------------------------------
 
-    async def _start(self, categorise: Categorise) -> None:
+    async def _start(self, classify: Classify) -> None:
         question, desk, account = self.question, self._desk, self._account
         self._search = self._errands.begin(self._find(), "search")
-        about = await categorise(question.prompt, CATEGORISE_SHARE * self._deadline)
+        about = await classify(question.prompt, CATEGORISE_SHARE * self._deadline)
         if question.deadline_seconds is None:
-            self._deadline = desk.config.asking.deadline_of(about.category)
+            self._deadline = desk.config.answering.deadline_of(about.category)
             self._ledger.deadline_seconds = self._deadline
         account.tell(EventKind.CATEGORISED, f"{about.category} ({about.confidence:.2f}): {about.reason}")
-        self._line_up = LineUp.of(desk.roster, desk.config, about, question.model)
+        self._line_up = RoutingPlan.of(desk.roster, desk.config, about, question.model)
         if question.model is not None:
-            ahead = await outlook(desk.means.limiter, question.model)
+            ahead = await availability(desk.means.limiter, question.model)
             if ahead.seconds is None or ahead.seconds > self._deadline - account.now():
-                raise NoRoom(
+                raise CapacityExceeded(
                     f"There is no room for {question.model}: {ahead.why}.", ahead.retry_after_seconds
                 )
         if self._line_up.ranking:
             self._ask_next()
         if self._line_up.cheap:
-            self._fallback_leg = Leg.RUNNING
+            self._fallback_leg = AttemptState.RUNNING
             self._errands.begin(self._fall_back(self._search), "fallback")
 
     async def _find(self) -> None:
@@ -167,60 +176,60 @@ class AskedPrompt:
                 if model != self._line_up.cheap[-1]:  # the last one may use up the time
                     until = min(until, time.monotonic() + self._patience())
                 await runner.run(self._patience(), until)
-                if runner.leg is Leg.ANSWERED:
+                if runner.leg is AttemptState.ANSWERED:
                     return
         finally:
             coming.end()
-            if self._fallback_leg is Leg.RUNNING:
-                self._fallback_leg = Leg.FAILED
+            if self._fallback_leg is AttemptState.RUNNING:
+                self._fallback_leg = AttemptState.FAILED
             self._changed.ring()
 
-    def _runner(self, model: str, role: Role, prompt: str, most_tokens: int | None = None) -> Runner:
+    def _runner(self, model: str, role: Role, prompt: str, most_tokens: int | None = None) -> Attempt:
         means = self._desk.means
         call_id, attempt = means.new_call_id(), len(self._account.chosen) + 1
         order = line_up.order(
             self._desk.roster, call_id, model, prompt, most_tokens, self.question.max_tokens
         )
         row = self._line_up.row(order, role, worker=means.worker(), attempt=attempt)
-        runner = Runner(self._ledger, row, order, self._news)
+        runner = Attempt(self._ledger, row, order, self._news)
         self._account.asked(runner)
         return runner
 
     # -- the race -----------------------------------------------------------------------------------------
 
-    async def _race(self) -> race.Move:
+    async def _race(self) -> race.Action:
         while True:
             for runner in self._account.runners:
                 if runner.refusal is not None:
                     raise runner.refusal
-            move = race.decide(self._standing())
-            if isinstance(move, AskNext):
+            move = race.next_action(self._standing())
+            if isinstance(move, TryNextModel):
                 self._ask_next()
             elif isinstance(move, Wait):
                 await self._changed.wait(move.seconds)
             else:
                 return move
 
-    def _standing(self) -> Standing:
+    def _standing(self) -> RequestState:
         chosen = self._account.chosen
         searching = self._search is not None and not self._search.done()
         # What could not be logged a moment ago cannot be logged now.
         no_more = self._is_over or any(runner.unlogged for runner in chosen)
-        next_in_rank = not no_more and bool(self._not_asked())
-        return Standing(
+        next_model = not no_more and bool(self._not_asked())
+        return RequestState(
             chosen=tuple(runner.leg for runner in chosen), fallback=self._fallback_leg,
-            passages=Leg.RUNNING if searching else Leg.ANSWERED, next_in_rank=next_in_rank,
+            passages=AttemptState.RUNNING if searching else AttemptState.ANSWERED, next_model=next_model,
             now=self._account.now(), deadline=self._deadline,
         )  # fmt: skip
 
-    async def _give(self, move: race.Move) -> Answer:
-        runner: Runner | None = None
-        if isinstance(move, GiveChosen):
+    async def _give(self, move: race.Action) -> Answer:
+        runner: Attempt | None = None
+        if isinstance(move, ReturnPreferred):
             runner = self._account.chosen[move.index]
-        elif isinstance(move, GiveFallback):
+        elif isinstance(move, ReturnFallback):
             runner = self._account.best()
         elif self.question.model is not None:
-            ahead = await outlook(self._desk.means.limiter, self.question.model)
+            ahead = await availability(self._desk.means.limiter, self.question.model)
             raise self._account.no_answer(self._account.chosen[0], self._deadline, ahead)
         self._given = runner.row.rank if runner else AnswerRank.PASSAGES
         self._racing.end()
@@ -230,7 +239,7 @@ class AskedPrompt:
             if settle_seconds > 0:
                 await asyncio.wait({self._keeping}, timeout=settle_seconds)
         else:
-            await set_within(runner.settled, settle_seconds)
+            await wait_for_event(runner.settled, settle_seconds)
         answer = self._answer_of(runner)
         self._account.tell(EventKind.ANSWERED, f"answered by {answer.model or 'knowledge: passages'}", runner)
         return answer
@@ -238,7 +247,7 @@ class AskedPrompt:
     async def _keep_passages(self) -> None:
         means = self._desk.means
         attempt = len(self._account.chosen) + 1
-        no_order = CallOrder(means.new_call_id(), PASSAGES_GIVER, "", "", 0, 0, 0.0)
+        no_order = CallRequest(means.new_call_id(), PASSAGES_SOURCE, "", "", 0, 0, 0.0)
         row = self._line_up.row(no_order, Role.PASSAGES, worker=means.worker(), attempt=attempt)
         try:
             row = await self._ledger.write(row)
@@ -254,11 +263,14 @@ class AskedPrompt:
         self._racing.end()
         for runner in self._account.runners:
             runner.late = runner.under_way
-            if self._given is AnswerRank.CHOSEN_MODEL or runner.leg in (Leg.STUCK, Leg.RESTING):
+            if self._given is AnswerRank.CHOSEN_MODEL or runner.leg in (
+                AttemptState.STUCK,
+                AttemptState.RESTING,
+            ):
                 runner.spare("the prompt was answered")
         if self._given is None:
             self.give_up("there is no answer to wait for")
-        late = self._desk.config.asking.late_seconds
+        late = self._desk.config.answering.late_seconds
         why = f"no answer came within {late:g} s after the prompt was answered"
         ending = asyncio.get_running_loop().call_later(late, self.give_up, why)
         self._errands.close(ending.cancel)
@@ -267,13 +279,13 @@ class AskedPrompt:
         """Whether an answer of a higher rank may still come."""
         return any(runner.under_way and runner.row.rank > rank for runner in self._account.runners)
 
-    def _answer_of(self, runner: Runner | None, *, late: bool = False) -> Answer:
+    def _answer_of(self, runner: Attempt | None, *, late: bool = False) -> Answer:
         rank = runner.row.rank if runner else AnswerRank.PASSAGES
         return self._account.answer(
             runner, self._line_up, provisional=self._may_come(rank), task_id=self.task_id, late=late
         )
 
-    def _news(self, runner: Runner, what: str) -> None:
+    def _news(self, runner: Attempt, what: str) -> None:
         """Told by a runner: its call went out, has no permit yet, or ended."""
         account, model = self._account, runner.row.model
         if what == "sent":
@@ -283,13 +295,13 @@ class AskedPrompt:
         elif what == "stuck":
             account.tell(EventKind.TROUBLE, f"{model} has no permit yet", runner)
         else:
-            if runner.leg is Leg.ANSWERED and runner.row.role is Role.FALLBACK:
-                self._fallback_leg = Leg.ANSWERED
+            if runner.leg is AttemptState.ANSWERED and runner.row.role is Role.FALLBACK:
+                self._fallback_leg = AttemptState.ANSWERED
             account.ended(runner)
             self._errands.begin(runner.close(), f"settle {runner.row.call_id}")
         self._changed.ring()
 
-    def _spare_others(self, sent: Runner) -> None:
+    def _spare_others(self, sent: Attempt) -> None:
         """Of several models of the ranking that stand in line, only the first to have a permit is sent to."""
         chosen = self._account.chosen
         for runner in chosen if sent in chosen else ():
@@ -298,4 +310,4 @@ class AskedPrompt:
     def _patience(self) -> float:
         if self.question.model is not None:
             return self._deadline
-        return race.permit_patience(self._deadline, self._desk.config.asking.permit_seconds)
+        return race.permit_patience(self._deadline, self._desk.config.answering.permit_seconds)

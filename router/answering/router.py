@@ -19,19 +19,19 @@ from types import TracebackType
 
 from typing_extensions import Self
 
-from router.answering.answer import Answer, AskedCall, Event, EventKind, Listener
-from router.answering.plan import Question
-from router.answering.request import AskedPrompt
-from router.answering.service import Asker
-from router.background import result_within
-from router.classification.classifier import Categorised
-from router.errors import InputError, NoAnswer, NoRoom
+from router.answering.answer import Answer, CallSummary, Event, EventKind, Listener
+from router.answering.plan import RequestOptions
+from router.answering.request import Request
+from router.answering.service import AnsweringService
+from router.background import result_or_none
+from router.classification.classifier import Classification
+from router.errors import CapacityExceeded, InputError, ModelFailed
 from router.models.roster import RosterModel
 from router.settings.environment import Addresses, addresses_from_environment, config_folder, data_folder
 from router.settings.router import RouterConfig, load_config
 from router.task import Role
 
-__all__ = ["Answer", "AskedCall", "Event", "EventKind", "Listener", "Role", "Router"]
+__all__ = ["Answer", "CallSummary", "Event", "EventKind", "Listener", "Role", "Router"]
 
 LONGEST_DEADLINE_SECONDS = 3600.0
 SHORTEST_DEADLINE_SECONDS = 0.05
@@ -56,10 +56,10 @@ class Router:
         self.config = config
         self._folder = folder
         self._data = data
-        self._asker: Asker | None = None
+        self._asker: AnsweringService | None = None
         self._lock = asyncio.Lock()
-        self._asked: set[AskedPrompt] = set()
-        self._provisional: dict[uuid.UUID, AskedPrompt] = {}  # by the first call; the latest ones
+        self._asked: set[Request] = set()
+        self._provisional: dict[uuid.UUID, Request] = {}  # by the first call; the latest ones
         self._answering = 0
         self._entered = False
         self._closing: asyncio.Task[None] | None = None
@@ -83,13 +83,13 @@ class Router:
     ) -> None:
         await self.close()
 
-    async def open(self, *, categorising: bool = True) -> None:
+    async def open(self, *, classify: bool = True) -> None:
         """Connect, begin the lease, get the categoriser ready, unless every prompt will name its category.
 
         Also while Postgres or Redis is away: then only knowledge answers, until they are back.
         """
         self._entered = True
-        await self._opened(categorising=categorising)
+        await self._opened(classify=classify)
 
     async def close(self, *, grace_seconds: float = 0.0) -> None:
         """Close everything. Calls under way have `grace_seconds`; then they are given up, and logged so."""
@@ -121,28 +121,30 @@ class Router:
     ) -> Answer:  # fmt: skip
         """The best answer within the deadline (by default that of the category), at the least passages.
 
-        With `model` only that one is asked: NoRoom says when to come again if it has no permit in time,
-        NoAnswer why it did not answer. InputError names what is wrong with the prompt or an option.
+        With `model` only that one is called: CapacityExceeded says when to retry if it has no permit in time,
+        ModelFailed why it did not answer. InputError names what is wrong with the prompt or an option.
         Cancelled, it gives up what is under way.
         """
         self._check_prompt(prompt)
         self._check_numbers(deadline_seconds, max_tokens)
         if category is not None:
             _known(category, self.config.categories, "category")
-        if self._answering >= self.config.asking.most_at_once:
-            raise NoRoom(
+        if self._answering >= self.config.answering.max_concurrency:
+            raise CapacityExceeded(
                 f"{self._answering} prompts are being answered, the most at once.", BUSY_RETRY_SECONDS
             )
-        if len(self._asked) >= MOST_HELD * self.config.asking.most_at_once:
-            raise NoRoom(f"{len(self._asked)} prompts wait for what comes late.", BUSY_RETRY_SECONDS)
+        if len(self._asked) >= MOST_HELD * self.config.answering.max_concurrency:
+            raise CapacityExceeded(
+                f"{len(self._asked)} prompts wait for what comes late.", BUSY_RETRY_SECONDS
+            )
         self._answering += 1
         try:
-            asker = await self._opened(categorising=category is None and model is None)
+            asker = await self._opened(classify=category is None and model is None)
             if model is not None:
                 if not asker.knows_the_roster:
-                    raise NoAnswer(f"{model} cannot be asked: Postgres is away. Try again later.")
+                    raise ModelFailed(f"{model} cannot be asked: Postgres is away. Try again later.")
                 _known(model, asker.roster.models, "model in use")
-            question = Question(prompt, model, deadline_seconds, max_tokens)
+            question = RequestOptions(prompt, model, deadline_seconds, max_tokens)
             return await self._ask(asker, question, category, on_event)
         finally:
             self._answering -= 1
@@ -159,27 +161,31 @@ class Router:
             return None
         if seconds is None:
             return await asked.better(answer.rank)
-        return await result_within(asked.better(answer.rank), max(0.0, seconds), "router waits for a better")
+        return await result_or_none(asked.better(answer.rank), max(0.0, seconds), "router waits for a better")
 
     async def models(self) -> tuple[RosterModel, ...]:
         """The models that can be asked now, by name."""
-        asker = await self._opened(categorising=False)
+        asker = await self._opened(classify=False)
         self._close_if_alone()
         return tuple(asker.roster.models[name] for name in sorted(asker.roster.models))
 
     async def _ask(
-        self, asker: Asker, question: Question, category: str | None, on_event: Listener | None
+        self,
+        asker: AnsweringService,
+        question: RequestOptions,
+        category: str | None,
+        on_event: Listener | None,
     ) -> Answer:
-        asked = AskedPrompt(asker.desk, question, on_event)
+        asked = Request(asker.desk, question, on_event)
 
-        async def categorise(prompt: str, seconds: float) -> Categorised:
+        async def classify(prompt: str, seconds: float) -> Classification:
             if category is not None:
-                return Categorised(category, 1.0, "whoever asked said so")
-            return await asker.categorise(prompt, seconds)
+                return Classification(category, 1.0, "whoever asked said so")
+            return await asker.classify(prompt, seconds)
 
         self._asked.add(asked)
         asyncio.get_running_loop().create_task(self._forget(asked), name="router end of asking")
-        answer = await asked.answer(categorise)
+        answer = await asked.answer(classify)
         if answer.provisional:
             for call in answer.calls[:1]:
                 self._provisional[call.call_id] = asked
@@ -187,20 +193,22 @@ class Router:
                 del self._provisional[next(iter(self._provisional))]
         return answer
 
-    async def _forget(self, asked: AskedPrompt) -> None:
+    async def _forget(self, asked: Request) -> None:
         await asked.ended.wait()
         self._asked.discard(asked)
 
     # -- opening and closing by itself --------------------------------------------------------------------
 
-    async def _opened(self, *, categorising: bool) -> Asker:
+    async def _opened(self, *, classify: bool) -> AnsweringService:
         async with self._lock:
             if self._asker is None:
-                asker = Asker(self.addresses, self.config, self._folder, self._data, self._open_calls)
+                asker = AnsweringService(
+                    self.addresses, self.config, self._folder, self._data, self._open_calls
+                )
                 await asker.open()
                 self._asker = asker
-            if categorising:
-                await self._asker.start_categoriser()
+            if classify:
+                await self._asker.start_classifier()
             return self._asker
 
     def _close_if_alone(self) -> None:
@@ -228,7 +236,7 @@ class Router:
     # -- what cannot be asked -----------------------------------------------------------------------------
 
     def _check_prompt(self, prompt: str) -> None:
-        most = self.config.asking.max_prompt_bytes
+        most = self.config.answering.max_prompt_bytes
         if not isinstance(prompt, str):
             raise InputError(f"The prompt is {type(prompt).__name__}, not text. Decode it, or write it out.")
         if not prompt.strip():

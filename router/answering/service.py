@@ -18,11 +18,11 @@ import asyncpg
 from router.answering import store as asking
 from router.answering.fallback import Knowledge as Searched
 from router.answering.plan import Desk
-from router.answering.task_record import Means
-from router.background import Duties, freeze_garbage_collector, result_within
-from router.classification.classifier import Categorised
-from router.classification.process import CategoriserProcess
-from router.database import AWAY_ERRORS
+from router.answering.task_record import RequestContext
+from router.background import PeriodicJobs, freeze_garbage_collector, result_or_none
+from router.classification.classifier import Classification
+from router.classification.process import ClassifierProcess
+from router.database import UNAVAILABLE_ERRORS
 from router.errors import RouterError
 from router.knowledge.knowledge import Knowledge
 from router.models.roster import Roster, read_roster, roster_version
@@ -45,7 +45,7 @@ CLOSE_SECONDS = 3.0
 NO_ROSTER = Roster(models={}, places={}, categories=(), version=-1)
 
 
-class Asker:
+class AnsweringService:
     """Open it, ask with its `means`, close it. All its state belongs to one event loop."""
 
     def __init__(
@@ -58,11 +58,11 @@ class Asker:
         self._data = data
         self._open_calls = open_calls
         self._stack = contextlib.AsyncExitStack()
-        self._duties = Duties()
+        self._duties = PeriodicJobs()
         self._first_targets_done = False
         self.roster = NO_ROSTER
         self._knowledge: Searched | None = None
-        self._categoriser: CategoriserProcess | None = None
+        self._classifier: ClassifierProcess | None = None
 
     async def open(self) -> None:
         """Connect as far as that is possible now; what is away is tried again for as long as this is open."""
@@ -81,24 +81,24 @@ class Asker:
         """False until Postgres has told it."""
         return self.roster.version >= 0
 
-    async def start_categoriser(self) -> None:
+    async def start_classifier(self) -> None:
         """Have the categoriser ready; bounded, and only the first time it takes long."""
-        if self._categoriser is None and self._config.categorising is not None:
-            self._categoriser = await self._stack.enter_async_context(
-                CategoriserProcess(self._config.categorising)
+        if self._classifier is None and self._config.classification is not None:
+            self._classifier = await self._stack.enter_async_context(
+                ClassifierProcess(self._config.classification)
             )
-            await self._categoriser.until_ready(START_SECONDS)
+            await self._classifier.until_ready(START_SECONDS)
 
-    async def categorise(self, prompt: str, seconds: float) -> Categorised:
+    async def classify(self, prompt: str, seconds: float) -> Classification:
         """The prompt's category, within `seconds`; else the default one, and the reason says why."""
         why = "nobody asked for the categoriser"
-        if self._categoriser is not None:
-            categorising = self._categoriser.categorise([prompt])
-            found = await result_within(categorising, seconds, "router category")
+        if self._classifier is not None:
+            classifying = self._classifier.classify([prompt])
+            found = await result_or_none(classifying, seconds, "router category")
             if found is not None:
                 return found[0]
             why = f"no category within {seconds:.2g} s"
-        return Categorised(self._config.default_category, 0.0, f"default: {why}")
+        return Classification(self._config.default_category, 0.0, f"default: {why}")
 
     @property
     def desk(self) -> Desk:
@@ -112,7 +112,7 @@ class Asker:
         services = await self._stack.enter_async_context(opening)
         self._pool, self.limiter, self._watch = services.pool, services.limiter, services.targets
         self.queue = TaskQueue(self._pool, host=f"{socket.gethostname()}:asks")
-        self._means = Means(
+        self._means = RequestContext(
             pool=self._pool, limiter=self.limiter, backend=services.backend, worker=lambda: self.queue.worker,
             rename=self.queue.rename, new_call_id=lambda: new_call_id(self.queue.database_time()),
         )  # fmt: skip
@@ -125,8 +125,8 @@ class Asker:
 
     async def _first_contact(self) -> None:
         try:
-            done = await result_within(self._contact(), FIRST_CONTACT_SECONDS, "router first contact")
-        except (RouterError, asyncpg.PostgresError, *AWAY_ERRORS) as error:
+            done = await result_or_none(self._contact(), FIRST_CONTACT_SECONDS, "router first contact")
+        except (RouterError, asyncpg.PostgresError, *UNAVAILABLE_ERRORS) as error:
             log.warning("nothing can be asked yet: %s (tried again until it works)", error)
         else:
             if done is None:
@@ -140,21 +140,21 @@ class Asker:
         return True
 
     def _take_up_duties(self) -> None:
-        self._duties.take_up(self._heartbeat_step, self._config.worker.heartbeat_seconds, "asker heartbeat")
-        self._duties.take_up(self._roster_step, ROSTER_SECONDS, "asker roster")
-        self._duties.take_up(self._unconfirmed_step, UNCONFIRMED_SECONDS, "asker unconfirmed calls")
-        self._duties.take_up(self._overlooked_step, OVERLOOKED_SECONDS, "asker overlooked claims")
+        self._duties.start(self._heartbeat_step, self._config.worker.heartbeat_seconds, "asker heartbeat")
+        self._duties.start(self._roster_step, ROSTER_SECONDS, "asker roster")
+        self._duties.start(self._unconfirmed_step, UNCONFIRMED_SECONDS, "asker unconfirmed calls")
+        self._duties.start(self._overlooked_step, OVERLOOKED_SECONDS, "asker overlooked claims")
 
     async def close(self) -> None:
         """End the duties, give the lease back and close everything, within seconds whatever hangs."""
         await self._duties.end()
         if hasattr(self, "queue"):
             with contextlib.suppress(RouterError):
-                await result_within(self._unconfirmed_step(), CLOSE_SECONDS, "router unconfirmed calls")
-                await result_within(self.queue.release(), CLOSE_SECONDS, "router release")
+                await result_or_none(self._unconfirmed_step(), CLOSE_SECONDS, "router unconfirmed calls")
+                await result_or_none(self.queue.release(), CLOSE_SECONDS, "router release")
         await self._stack.aclose()
 
-    # Duties.
+    # PeriodicJobs.
 
     async def _heartbeat_step(self) -> None:
         worker = self.queue.worker
@@ -176,4 +176,4 @@ class Asker:
             self._means.unconfirmed.discard(call_id)
 
     async def _overlooked_step(self) -> None:
-        await self.queue.forget_none(self._open_calls())
+        await self.queue.release_orphaned_claims(self._open_calls())

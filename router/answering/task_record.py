@@ -11,8 +11,8 @@ from typing import TypeVar
 import asyncpg
 
 from router.answering import store as asking
-from router.answering.store import AskedTask, LogRow
-from router.database import LeaseLost, ValueRefused
+from router.answering.store import CallRow, RequestTask
+from router.database import InvalidValue, LeaseLost
 from router.errors import DatabaseError, InputError
 from router.limiter.limiter import TrafficLimiter
 from router.models.backend import ModelsBackend
@@ -22,11 +22,11 @@ T = TypeVar("T")
 
 
 @dataclass(slots=True)
-class Means:
+class RequestContext:
     """What the askings of a process share. `worker` is under whose lease they hold their tasks.
 
     `unconfirmed` are calls of which nobody knows whether Postgres has them: they are to be forgotten.
-    `check_may_send` is asked directly before each send, and raises HeldBack if nothing may be sent.
+    `check_may_send` is asked directly before each send, and raises SendingPaused if nothing may be sent.
     """
 
     pool: asyncpg.Pool
@@ -39,33 +39,33 @@ class Means:
     unconfirmed: set[uuid.UUID] = field(default_factory=set)
 
 
-class Ledger:
+class TaskRecord:
     """The task of one asking. Its first call begins it and holds it; the one that settles hands it on."""
 
     def __init__(
-        self, means: Means, prompt: str, deadline_seconds: float, task: AskedTask | None = None
+        self, means: RequestContext, prompt: str, deadline_seconds: float, task: RequestTask | None = None
     ) -> None:
         """`task`: there is one already, and somebody else holds it."""
         self.means = means
         self.deadline_seconds = deadline_seconds
         self._prompt = prompt
-        self._begun: asyncio.Future[AskedTask] = asyncio.get_running_loop().create_future()
+        self._begun: asyncio.Future[RequestTask] = asyncio.get_running_loop().create_future()
         self._beginning = task is not None
         if task is not None:
             self._begun.set_result(task)
         self._settling = asyncio.Lock()
-        self._open: list[LogRow] = []
+        self._open: list[CallRow] = []
         self._growing = 0  # calls that may still come
         self._moved = asyncio.Event()
 
     @property
-    def task(self) -> AskedTask | None:
+    def task(self) -> RequestTask | None:
         """The task, once it is there."""
         begun = self._begun
         there = begun.done() and not begun.cancelled() and begun.exception() is None
         return begun.result() if there else None
 
-    async def write(self, row: LogRow) -> LogRow:
+    async def write(self, row: CallRow) -> CallRow:
         """Write the call into the log, before anything is sent. DatabaseError; InputError for the prompt."""
         if not self._beginning:
             self._beginning = True
@@ -77,7 +77,7 @@ class Ledger:
         self._move()
         return row
 
-    async def _confirmed(self, row: LogRow, writing: Awaitable[T]) -> T:
+    async def _confirmed(self, row: CallRow, writing: Awaitable[T]) -> T:
         try:
             return await writing
         except (LeaseLost, InputError):
@@ -86,7 +86,7 @@ class Ledger:
             self.means.unconfirmed.add(row.call_id)
             raise
 
-    async def _begin(self, row: LogRow) -> LogRow:
+    async def _begin(self, row: CallRow) -> CallRow:
         try:
             try:
                 task = await self._insert(row)
@@ -103,11 +103,11 @@ class Ledger:
         self._begun.set_result(task)
         return row
 
-    async def _insert(self, row: LogRow) -> AskedTask:
+    async def _insert(self, row: CallRow) -> RequestTask:
         beginning = asking.begin(self.means.pool, self._prompt, self.deadline_seconds, row)
         return await self._confirmed(row, beginning)
 
-    async def settle(self, row: LogRow, result: CallResult, *, late: bool) -> None:
+    async def settle(self, row: CallRow, result: CallResult, *, late: bool) -> None:
         """Close the call. Retried while Postgres is away.
 
         A call that does not solve the task waits until there is another open one to hand the task on to, or
@@ -125,23 +125,23 @@ class Ledger:
                 moved = self._moved
             await moved.wait()
 
-    async def _settle(self, row: LogRow, result: CallResult, heir: LogRow | None, late: bool) -> None:  # noqa: FBT001 - private
+    async def _settle(self, row: CallRow, result: CallResult, heir: CallRow | None, late: bool) -> None:  # noqa: FBT001 - private
         task = self.task
         if task is None:
             return
         heir_id = heir.call_id if heir else None
         try:
             await asking.settle(self.means.pool, task, row, result, late=late, heir=heir_id)
-        except ValueRefused as error:
+        except InvalidValue as error:
             spoilt = CallResult(Outcome.ERROR, error=f"the answer could not be stored: {error}")
             await asking.settle(self.means.pool, task, row, spoilt, late=late, heir=heir_id)
         finally:
             self._open.remove(row)
             self._move()
 
-    def grow(self) -> Growth:
+    def grow(self) -> PendingCall:
         """Say that another call may come; until its end is said the task is kept for it."""
-        return Growth(self._grown)
+        return PendingCall(self._grown)
 
     def _grown(self, by: int) -> None:
         self._growing += by
@@ -152,7 +152,7 @@ class Ledger:
         moved.set()
 
 
-class Growth:
+class PendingCall:
     """That another call of an asking may come. `end()` says that it is there, or never will be."""
 
     def __init__(self, grown: Callable[[int], None]) -> None:

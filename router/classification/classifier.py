@@ -19,8 +19,8 @@ from router.classification import features as prompt_features
 from router.classification import linear_model as classifier
 from router.classification.examples import Example, example_files, read_examples
 from router.classification.features import SHAPES, cut, normal, plain_words, shapes
-from router.classification.linear_model import Classifier, Features, Numbers, kept
-from router.settings.classification import CategorySettings
+from router.classification.linear_model import Features, LinearModel, Numbers, kept
+from router.settings.classification import ClassificationSettings
 
 CERTAIN = 0.99  # no rule is surer than this
 CLEARLY = 0.5
@@ -30,7 +30,7 @@ MOST_TELLING_WORDS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Categorised:
+class Classification:
     """A prompt's category, how sure that is (0 to 1), and one sentence that says why."""
 
     category: str
@@ -46,17 +46,17 @@ class Explanation:
     (above 0) or against it (below).
     """
 
-    categorised: Categorised
+    categorised: Classification
     probabilities: Mapping[str, float]
     rules: tuple[tuple[str, float, str], ...]
     words: tuple[tuple[str, float], ...]
     shape: tuple[str, ...]
 
 
-class Categoriser:
+class Classifier:
     """Tells categories of prompts. Thread-safe: nothing changes after `build`."""
 
-    def __init__(self, settings: CategorySettings, learned_in: Path | None) -> None:
+    def __init__(self, settings: ClassificationSettings, learned_in: Path | None) -> None:
         self.settings = settings
         self._names = tuple(settings.categories)
         self._patterns = [(rule, re.compile(rule.pattern)) for rule in settings.rules if rule.pattern]
@@ -64,20 +64,20 @@ class Categoriser:
         self._classifier = kept(learned_in, _name(settings), self._learn) if learned_in else self._learn()
 
     @classmethod
-    def build(cls, settings: CategorySettings, learned_in: Path | None = None) -> Categoriser:
+    def build(cls, settings: ClassificationSettings, learned_in: Path | None = None) -> Classifier:
         """Learn from the examples that `settings` names, two seconds; ConfigError names file and line.
 
         What was learned is kept in the folder `learned_in`, if given, for whoever builds the same again.
         """
         return cls(settings, learned_in)
 
-    def categorise(self, prompt: str) -> Categorised:
+    def classify(self, prompt: str) -> Classification:
         """The category of one prompt, whatever it holds."""
-        return self.categorise_many([prompt])[0]
+        return self.classify_many([prompt])[0]
 
-    def categorise_many(self, prompts: Sequence[str]) -> list[Categorised]:
+    def classify_many(self, prompts: Sequence[str]) -> list[Classification]:
         """The category of each prompt, in their order."""
-        done: list[Categorised] = []
+        done: list[Classification] = []
         for start in range(0, len(prompts), LARGEST_BATCH):
             batch = [cut(prompt) for prompt in prompts[start : start + LARGEST_BATCH]]
             texts = [normal(prompt) for prompt in batch]
@@ -120,9 +120,9 @@ class Categoriser:
             *(min(1.0, len(told & words) / share) * VOCABULARY_SCALE for _, words in self._words),
         ]
 
-    def _decided(self, text: str, matches: Sequence[float], chances: Numbers) -> Categorised:
+    def _decided(self, text: str, matches: Sequence[float], chances: Numbers) -> Classification:
         if not text:
-            return Categorised(self.settings.default_category, 0.0, "default: the prompt is empty")
+            return Classification(self.settings.default_category, 0.0, "default: the prompt is empty")
         weights: defaultdict[str, float] = defaultdict(float)
         for (rule, _), matched in zip(self._patterns, matches, strict=False):  # vocabularies decide nothing
             if matched:
@@ -133,16 +133,16 @@ class Categoriser:
             if weight >= self.settings.rules_decide_at:
                 chance = float(chances[self._names.index(category)])
                 sure = min(CERTAIN, max(chance, 1 - 0.5**weight))
-                return Categorised(
+                return Classification(
                     category, round(sure, 4), f"rules: weight {weight:g}, none for another category"
                 )
         name, chance = self._names[best], float(chances[best])
         if chance < self.settings.threshold:
-            return Categorised(
+            return Classification(
                 self.settings.default_category, round(chance, 4),
                 f"default: {name} at {chance:.2f} is below the threshold {self.settings.threshold:g}",
             )  # fmt: skip
-        return Categorised(name, round(chance, 4), f"classifier: {name} at {chance:.2f}")
+        return Classification(name, round(chance, 4), f"classifier: {name} at {chance:.2f}")
 
     def _chances(
         self, prompts: Sequence[str], texts: Sequence[str], matches: Sequence[Sequence[float]]
@@ -157,16 +157,16 @@ class Categoriser:
         strongest = sorted(worth.items(), key=lambda item: -abs(item[1]))[:MOST_TELLING_WORDS]
         return tuple((word, round(value, 3)) for word, value in strongest if value)
 
-    def _learn(self) -> Classifier:
+    def _learn(self) -> LinearModel:
         examples = read_examples(self.settings)
         prompts = [cut(example.prompt) for example in examples]
         texts = [normal(prompt) for prompt in prompts]
         features = Features(prompts, texts, [self._matches(text) for text in texts])
         labels = [self._names.index(example.category) for example in examples]
-        return Classifier.learn(features, labels, _weights(examples), len(self._names))
+        return LinearModel.learn(features, labels, _weights(examples), len(self._names))
 
 
-def _name(settings: CategorySettings) -> str:
+def _name(settings: ClassificationSettings) -> str:
     """Another one wherever something else would be learned: other settings, examples, code or libraries."""
     parts = [settings.model_dump_json(exclude={"folder"}).encode()]
     parts += [version(library).encode() for library in ("numpy", "scipy", "scikit-learn")]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from router.errors import ConfigError
-from router.settings.classification import CategorySettings
+from router.settings.classification import ClassificationSettings
 
 FEWEST_EXAMPLES = 3  # of each category
 
@@ -21,7 +21,7 @@ class Example:
     kind: str
 
 
-def example_files(settings: CategorySettings) -> list[Path]:
+def example_files(settings: ClassificationSettings) -> list[Path]:
     """The files that `settings` names, in their order; ConfigError if a pattern matches none."""
     found: list[Path] = []
     for pattern in settings.examples:
@@ -32,7 +32,7 @@ def example_files(settings: CategorySettings) -> list[Path]:
     return found
 
 
-def read_examples(settings: CategorySettings) -> list[Example]:
+def read_examples(settings: ClassificationSettings) -> list[Example]:
     """All examples that `settings` names; ConfigError names file and line, or who has too few."""
     examples: list[Example] = []
     for file in example_files(settings):
@@ -47,7 +47,7 @@ def read_examples(settings: CategorySettings) -> list[Example]:
     return examples
 
 
-def _examples_of(file: Path, settings: CategorySettings) -> list[Example]:
+def _examples_of(file: Path, settings: ClassificationSettings) -> list[Example]:
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -59,7 +59,7 @@ def _examples_of(file: Path, settings: CategorySettings) -> list[Example]:
     ]
 
 
-def _example(line: str, where: str, settings: CategorySettings) -> Example:
+def _example(line: str, where: str, settings: ClassificationSettings) -> Example:
     try:
         fields = json.loads(line)
     except ValueError as error:

@@ -32,7 +32,7 @@ from router.classification.features import (
 SHAPE_SCALE = 0.3
 RULE_SCALE = 0.35
 REGULARISATION = 3.0
-KEPT_FILES = 8  # those that were used last
+CACHED_MODELS = 8  # those that were used last
 
 Numbers = NDArray[np.float64]
 
@@ -47,7 +47,7 @@ class Features:
 
 
 @dataclass(frozen=True)
-class Classifier:
+class LinearModel:
     """Inverse frequencies of words and n-grams; a coefficient for each column and category, and intercepts.
 
     Columns are words, n-grams, shapes and rules, in this order.
@@ -61,7 +61,7 @@ class Classifier:
     @classmethod
     def learn(
         cls, examples: Features, labels: Sequence[int], weights: Sequence[float] | Numbers, categories: int
-    ) -> Classifier:
+    ) -> LinearModel:
         """From examples with their category's number and weight each."""
         from sklearn.linear_model import LogisticRegression  # noqa: PLC0415 - it takes a second
         from threadpoolctl import threadpool_limits  # noqa: PLC0415 - scikit-learn brings it
@@ -94,7 +94,7 @@ class Classifier:
         return {word: float(told[0, word_column(word)]) for word in dict.fromkeys(words_of(text))}
 
 
-def kept(folder: Path, name: str, learn: Callable[[], Classifier]) -> Classifier:
+def kept(folder: Path, name: str, learn: Callable[[], LinearModel]) -> LinearModel:
     """What was learned under this name and kept in `folder`; else what `learn` gives, kept from now on.
 
     A file that cannot be read is learned anew; a folder that cannot be written keeps nothing.
@@ -102,7 +102,7 @@ def kept(folder: Path, name: str, learn: Callable[[], Classifier]) -> Classifier
     path = folder / f"{name}.npz"
     with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            found = Classifier(**{field.name: arrays[field.name] for field in fields(Classifier)})
+            found = LinearModel(**{field.name: arrays[field.name] for field in fields(LinearModel)})
         with suppress(OSError):
             os.utime(path)
         return found
@@ -112,14 +112,14 @@ def kept(folder: Path, name: str, learn: Callable[[], Classifier]) -> Classifier
     return made
 
 
-def _keep(made: Classifier, path: Path) -> None:
+def _keep(made: LinearModel, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(f".{os.getpid()}")
     with fresh.open("wb") as file:
         np.savez_compressed(file, **{field.name: getattr(made, field.name) for field in fields(made)})
     fresh.replace(path)
     oldest_first = sorted(path.parent.glob("*.npz"), key=lambda file: file.stat().st_mtime)
-    for old in oldest_first[:-KEPT_FILES]:
+    for old in oldest_first[:-CACHED_MODELS]:
         old.unlink(missing_ok=True)
 
 

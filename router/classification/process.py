@@ -22,12 +22,12 @@ from typing import Any, BinaryIO
 
 from typing_extensions import Self
 
-from router.background import ended
-from router.classification.classifier import Categorised, Categoriser
+from router.background import cancel_and_wait
+from router.classification.classifier import Classification, Classifier
 from router.classification.features import cut
 from router.errors import RouterError
-from router.settings.classification import CategorySettings
-from router.settings.environment import learned_folder
+from router.settings.classification import ClassificationSettings
+from router.settings.environment import classifier_folder
 
 log = logging.getLogger("router.classification.process")
 
@@ -41,16 +41,16 @@ CHILD = (sys.executable, "-m", "router.classification.process")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
-class CategoriserProcess:
+class ClassifierProcess:
     """Categories from a child process, started when it is first wanted and again if it dies or hangs.
 
-    Whoever has no answer within `settings.patience_seconds` takes the default category, and the log says so.
+    Whoever has no answer within `settings.timeout_seconds` takes the default category, and the log says so.
     """
 
-    def __init__(self, settings: CategorySettings) -> None:
+    def __init__(self, settings: ClassificationSettings) -> None:
         self.settings = settings
         self._numbers = count()
-        self._waiting: dict[int, asyncio.Future[list[Categorised]]] = {}
+        self._waiting: dict[int, asyncio.Future[list[Classification]]] = {}
         self._waiting_prompts = 0
         self._unanswered: dict[int, float] = {}  # when each was sent, also if nobody waits any more
         self._keeper: asyncio.Task[None] | None = None
@@ -65,7 +65,7 @@ class CategoriserProcess:
     async def __aexit__(self, *_error: object) -> None:
         """End the child; who still waits takes the default."""
         if self._keeper is not None:
-            await ended(self._keeper)
+            await cancel_and_wait(self._keeper)
             self._keeper = None
         self._give_up("it was stopped")
 
@@ -87,21 +87,21 @@ class CategoriserProcess:
             await asyncio.wait_for(self._ready.wait(), seconds)
         return self.ready
 
-    async def categorise(self, prompts: Sequence[str]) -> list[Categorised]:
+    async def classify(self, prompts: Sequence[str]) -> list[Classification]:
         """The category of each prompt, in their order; the default one where it cannot be had in time."""
-        deadline = time.monotonic() + self.settings.patience_seconds
+        deadline = time.monotonic() + self.settings.timeout_seconds
         self.warm_up()
-        done: list[Categorised] = []
+        done: list[Classification] = []
         for start in range(0, len(prompts), PROMPTS_A_MESSAGE):
             batch = prompts[start : start + PROMPTS_A_MESSAGE]
             done.extend(await self._ask(batch, deadline - time.monotonic()))
         return done
 
-    async def _ask(self, prompts: Sequence[str], seconds: float) -> list[Categorised]:
+    async def _ask(self, prompts: Sequence[str], seconds: float) -> list[Classification]:
         if self._waiting_prompts + len(prompts) > MOST_WAITING:
             return self._default(len(prompts), "too many prompts wait for a category")
         number = next(self._numbers)
-        answer: asyncio.Future[list[Categorised]] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[list[Classification]] = asyncio.get_running_loop().create_future()
         self._waiting[number] = answer
         self._waiting_prompts += len(prompts)
         try:
@@ -109,15 +109,15 @@ class CategoriserProcess:
         except asyncio.TimeoutError:
             why = "it is still starting" if not self.ready else "it did not answer"
             return self._default(
-                len(prompts), f"no category within {self.settings.patience_seconds:g} s: {why}"
+                len(prompts), f"no category within {self.settings.timeout_seconds:g} s: {why}"
             )
         finally:
             self._waiting.pop(number, None)
             self._waiting_prompts -= len(prompts)
 
     async def _exchange(
-        self, number: int, prompts: Sequence[str], answer: asyncio.Future[list[Categorised]]
-    ) -> list[Categorised]:
+        self, number: int, prompts: Sequence[str], answer: asyncio.Future[list[Classification]]
+    ) -> list[Classification]:
         await self._ready.wait()
         process = self._process
         if process is not None and process.stdin is not None:
@@ -127,12 +127,12 @@ class CategoriserProcess:
                 await process.stdin.drain()
         return await answer
 
-    def _default(self, number: int, why: str) -> list[Categorised]:
+    def _default(self, number: int, why: str) -> list[Classification]:
         if not self._complained:
             log.warning("categoriser: %s; the default category %r is taken (said once until it answers)",
                         why, self.settings.default_category)  # fmt: skip
         self._complained = True
-        return [Categorised(self.settings.default_category, 0.0, f"default: {why}")] * number
+        return [Classification(self.settings.default_category, 0.0, f"default: {why}")] * number
 
     def _give_up(self, why: str) -> None:
         for answer in self._waiting.values():
@@ -204,7 +204,7 @@ class CategoriserProcess:
             self._unanswered.pop(found["id"], None)
             answer = self._waiting.get(found["id"])
             if answer is not None and not answer.done():
-                answer.set_result([Categorised(*row) for row in found["found"]])
+                answer.set_result([Classification(*row) for row in found["found"]])
 
     def _overdue(self) -> bool:
         oldest = min(self._unanswered.values(), default=time.monotonic())
@@ -235,9 +235,9 @@ def serve(requests: BinaryIO, answers: BinaryIO, learned_in: Path) -> None:
     """Answer until `requests` ends. Its first line holds the settings; the first answer says: learned."""
     started = time.monotonic()
     try:
-        settings = CategorySettings.model_validate_json(requests.readline())
-        categoriser = Categoriser.build(settings, learned_in)
-        categoriser.categorise("warm")
+        settings = ClassificationSettings.model_validate_json(requests.readline())
+        categoriser = Classifier.build(settings, learned_in)
+        categoriser.classify("warm")
     except RouterError as error:
         answers.write(_line({"error": str(error)}))
         answers.flush()
@@ -246,7 +246,7 @@ def serve(requests: BinaryIO, answers: BinaryIO, learned_in: Path) -> None:
     answers.flush()
     for line in requests:
         request = json.loads(line)
-        found = categoriser.categorise_many(request["prompts"])
+        found = categoriser.classify_many(request["prompts"])
         rows = [(one.category, one.confidence, one.reason) for one in found]
         answers.write(_line({"id": request["id"], "found": rows}))
         answers.flush()
@@ -254,4 +254,4 @@ def serve(requests: BinaryIO, answers: BinaryIO, learned_in: Path) -> None:
 
 if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
-        serve(sys.stdin.buffer, sys.stdout.buffer, learned_folder())
+        serve(sys.stdin.buffer, sys.stdout.buffer, classifier_folder())

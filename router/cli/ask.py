@@ -98,7 +98,9 @@ async def _ask(asked: _Asked) -> None:
     from router.answering.router import Router  # noqa: PLC0415
 
     router = Router.from_config(asked.config)
-    prompt = _standard_input(router.config.asking.max_prompt_bytes) if asked.prompt == "-" else asked.prompt
+    prompt = (
+        _standard_input(router.config.answering.max_prompt_bytes) if asked.prompt == "-" else asked.prompt
+    )
     try:
         answer = await router.answer(prompt, on_event=None if asked.as_json else _tell, **asked.options)
         if not asked.as_json:
@@ -125,7 +127,7 @@ def _standard_input(most_bytes: int) -> str:
 
 async def _late(router: Router, answer: Answer, asked: _Asked) -> Answer | None:
     """The best answer that came later, within the time; each is shown when it comes."""
-    seconds = router.config.asking.late_seconds if asked.late_seconds is None else asked.late_seconds
+    seconds = router.config.answering.late_seconds if asked.late_seconds is None else asked.late_seconds
     end = time.monotonic() + seconds
     best: Answer | None = None
     while better := await router.late(best or answer, seconds=end - time.monotonic()):

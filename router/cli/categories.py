@@ -14,11 +14,11 @@ import typer
 
 from router.cli import terminal
 from router.errors import InputError
-from router.settings.classification import CategorySettings, load_categories
-from router.settings.environment import learned_folder
+from router.settings.classification import ClassificationSettings, load_categories
+from router.settings.environment import classifier_folder
 
 if TYPE_CHECKING:
-    from router.classification.classifier import Categorised, Categoriser, Explanation
+    from router.classification.classifier import Classification, Classifier, Explanation
 
 BINS = 10
 
@@ -85,7 +85,7 @@ def evaluate(
         raise InputError("The files hold no rows.")
     categoriser = _built(settings)
     started = time.process_time()
-    told = categoriser.categorise_many([row.prompt for row in rows])
+    told = categoriser.classify_many([row.prompt for row in rows])
     seconds = time.process_time() - started
     report = assess(rows, told)
     report["prompts_per_second"] = round(len(rows) / seconds) if seconds else None
@@ -141,14 +141,14 @@ def _row(line: str, where: str, names: Sequence[str]) -> Row:
     return Row(source, fields["prompt"], fields["category"], bool(fields.get("ambiguous")))
 
 
-def _built(settings: CategorySettings) -> Categoriser:
+def _built(settings: ClassificationSettings) -> Classifier:
     # Not at the top: it brings numpy and scipy, and every other verb would wait for them.
-    from router.classification.classifier import Categoriser  # noqa: PLC0415
+    from router.classification.classifier import Classifier  # noqa: PLC0415
 
-    return Categoriser.build(settings, learned_folder())
+    return Classifier.build(settings, classifier_folder())
 
 
-def assess(rows: Sequence[Row], told: Sequence[Categorised]) -> dict[str, Any]:
+def assess(rows: Sequence[Row], told: Sequence[Classification]) -> dict[str, Any]:
     """Scores for each source, over all rows, and the mean of the sources."""
     pairs = list(zip(rows, told, strict=True))
     by_source: dict[str, Any] = {}
@@ -161,14 +161,14 @@ def assess(rows: Sequence[Row], told: Sequence[Categorised]) -> dict[str, Any]:
     return {"sources": by_source, "together": _both_ways(pairs), "mean": mean}
 
 
-def _both_ways(pairs: Sequence[tuple[Row, Categorised]]) -> dict[str, Score]:
+def _both_ways(pairs: Sequence[tuple[Row, Classification]]) -> dict[str, Score]:
     return {
         "all": _score(pairs),
         "without_ambiguous": _score([pair for pair in pairs if not pair[0].ambiguous]),
     }
 
 
-def _score(pairs: Sequence[tuple[Row, Categorised]]) -> Score:
+def _score(pairs: Sequence[tuple[Row, Classification]]) -> Score:
     if not pairs:
         return Score(0, None, None, None)
     counts = Counter((row.category, one.category) for row, one in pairs)

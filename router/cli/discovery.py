@@ -86,11 +86,11 @@ def search(
 ) -> None:
     # Not at the top: it takes a second, and every other verb would wait for it.
     from router.discovery.search import search as search_now  # noqa: PLC0415
-    from router.settings.discovery import load_search  # noqa: PLC0415 - the same
+    from router.settings.discovery import load_discovery  # noqa: PLC0415 - the same
 
     settings = load_config(config)
     learning = load_learning(config, settings.categories)
-    looking_for = load_search(config, settings.categories)
+    looking_for = load_discovery(config, settings.categories)
     addresses = addresses_from_environment()
     with terminal.database(addresses.database_url):
         pass  # says so if the schema is not there

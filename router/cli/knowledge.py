@@ -12,7 +12,7 @@ import typer
 
 from router.cli import terminal
 from router.errors import InputError, RouterError
-from router.knowledge.evaluation import hold_trial, read_collection
+from router.knowledge.evaluation import evaluate_retrieval, read_collection
 from router.knowledge.files import KnowledgeFile, Refused, files_in, read_file
 from router.knowledge.knowledge import Found, Knowledge
 from router.knowledge.sources import add_file, remove_path, source_name, sources
@@ -193,7 +193,7 @@ def evaluate(
     *,
     as_json: terminal.Json = False,
 ) -> None:
-    trial = hold_trial(read_collection(folder))
+    trial = evaluate_retrieval(read_collection(folder))
     if as_json:
         terminal.print_json({"folder": str(folder), **dataclasses.asdict(trial)})
         return

@@ -18,9 +18,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from router.cli import terminal
 from router.database import Connection
 from router.errors import InputError
-from router.queue.ingest import LARGEST_PRIORITY, BadLine, IntakeRules, NewTask, read_tasks
+from router.queue.ingest import LARGEST_PRIORITY, IngestDefaults, InvalidRow, NewTask, read_tasks
 from router.queue.prompt_files import Format, detect_format, unpacked
-from router.queue.tasks import add_tasks, categories, longest_prompt_bytes
+from router.queue.tasks import categories, enqueue, longest_prompt_bytes
 
 BATCH_TASKS = 2000
 BATCH_CHARACTERS = 4 * 1024 * 1024
@@ -99,7 +99,7 @@ def load(
         names = categories(connection)
         if category is not None:
             terminal.known(category, names, "category")
-        rules = IntakeRules(category, priority, longest_prompt_bytes(connection), id_prefix)
+        rules = IngestDefaults(category, priority, longest_prompt_bytes(connection), id_prefix)
         connection.commit()
         loading = _Loading(connection, rules, frozenset(names), as_json=as_json)
         for name, stream in opened:
@@ -122,7 +122,12 @@ class _Loading:
     """One run: reads, adds batch by batch, and keeps count."""
 
     def __init__(
-        self, connection: Connection, rules: IntakeRules, known_categories: frozenset[str], *, as_json: bool
+        self,
+        connection: Connection,
+        rules: IngestDefaults,
+        known_categories: frozenset[str],
+        *,
+        as_json: bool,
     ) -> None:
         self._connection = connection
         self._rules = rules
@@ -162,7 +167,7 @@ class _Loading:
         characters = 0
         for item in read_tasks(content, kind, self._rules):
             self._done.read += 1
-            if isinstance(item, BadLine):
+            if isinstance(item, InvalidRow):
                 self._bad(name, item.line, item.problem)
                 continue
             batch.append(self._with_known_category(item))
@@ -182,7 +187,7 @@ class _Loading:
         return replace(task, category=self._rules.category)
 
     def _add(self, name: str, batch: list[NewTask]) -> None:
-        result = add_tasks(self._connection, batch)
+        result = enqueue(self._connection, batch)
         self._done.added += result.added
         self._done.known += result.known
         for clash in result.clashes:

@@ -11,7 +11,7 @@ from rich.text import Text
 from router.cli import terminal
 from router.database import Connection, rows
 from router.errors import RouterError
-from router.learning.review import Move
+from router.learning.review import RankChange
 
 OptionalText = Optional[str]  # noqa: UP045 - typer evaluates it at run time, also on 3.10
 Category = Annotated[OptionalText, typer.Option("--category", "-c", help="Only this category.")]
@@ -137,8 +137,8 @@ def _history(connection: Connection, category: str | None) -> list[dict[str, Any
     return reviews
 
 
-def _move(row: dict[str, Any]) -> Move:
-    return Move(**{name: row[name] for name in Move.__slots__})
+def _move(row: dict[str, Any]) -> RankChange:
+    return RankChange(**{name: row[name] for name in RankChange.__slots__})
 
 
 def _show_history(reviews: list[dict[str, Any]], *, as_json: bool) -> None:

@@ -19,12 +19,12 @@ from router.status import ModelStatus, Status, read_status
 REFRESH_SECONDS = 1.0
 RATE_SECONDS = 30.0  # the rate of solving is taken over so long
 WAITING = {
-    "tokens": "tokens used up",
-    "at_once": "all places taken",
+    "tokens": "token limit",
+    "concurrency": "concurrency limit",
     "stopped": "stopped",
-    "resting": "resting",
-    "lost": "recounting",
-    "probing": "trying it out",
+    "cooling_down": "cooling down",
+    "rebuilding": "rebuilding state",
+    "half_open": "half-open probe",
 }
 
 STATUS_HELP = """
@@ -214,7 +214,7 @@ def _standing(model: ModelStatus, *, alive: bool) -> Text:
         return Text(model.state, style="cyan")
     if model.resting_seconds > 0:
         return Text(f"rests {model.resting_seconds:.0f} s", style="yellow")
-    if model.waiting_for == "lost" and not alive:
+    if model.waiting_for == "rebuilding" and not alive:
         return Text()  # nobody has asked since Redis started: there is nothing to recount yet
     return Text(WAITING.get(model.waiting_for or "", ""), style="yellow")
 

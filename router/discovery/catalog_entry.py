@@ -17,7 +17,7 @@ from router.discovery.catalog_fields import (
     count,
     day,
     number,
-    plain_licence,
+    plain_license,
     said,
     score,
     text,
@@ -36,12 +36,12 @@ _MERGED_WORDS = frozenset({"merge", "merged", "slerp", "ties", "frankenmerge", "
 
 
 @dataclass(frozen=True, slots=True)
-class CatalogueModel:
+class CatalogModel:
     """A model as a catalogue describes it; None is what the catalogue does not say."""
 
     name: str  # for the roster
     endpoint: str  # what the Models Backend calls it
-    licence: str | None  # in its normal form, e.g. llama-3.3, apache-2.0
+    license: str | None  # in its normal form, e.g. llama-3.3, apache-2.0
     parameters: float | None  # thousand millions
     context_tokens: int | None
     input_price: float | None  # USD a million tokens
@@ -64,7 +64,7 @@ class Refusal:
 class Reading:
     """What a catalogue holds that can be believed, and what not; duplicates are still in it."""
 
-    models: tuple[CatalogueModel, ...]
+    models: tuple[CatalogModel, ...]
     refusals: tuple[Refusal, ...]
 
 
@@ -79,7 +79,7 @@ def read_entries(entries: Iterable[Any], catalogue: str) -> Reading:
     return Reading(tuple(models), tuple(refusals))
 
 
-def entry_of(entry: Any, catalogue: str) -> CatalogueModel:
+def entry_of(entry: Any, catalogue: str) -> CatalogModel:
     """The model that one entry describes; InputError says what cannot be."""
     if isinstance(entry, Duplicated):
         raise InputError(f"the key {entry.key} stands twice in it")
@@ -91,10 +91,10 @@ def entry_of(entry: Any, catalogue: str) -> CatalogueModel:
     model_id = text(said(entry, "id", "name"), "name") or ""
     name = roster_name(model_id)
     input_price, output_price = _prices(entry)
-    return CatalogueModel(
+    return CatalogModel(
         name=name,
         endpoint=text(said(entry, "endpoint"), "endpoint") or model_id,
-        licence=plain_licence(text(said(entry, "licence", "license"), "licence")),
+        license=plain_license(text(said(entry, "license", "licence"), "license")),
         parameters=_parameters(entry),
         context_tokens=_context(entry),
         input_price=input_price,
@@ -114,12 +114,12 @@ class Duplicated:
     key: str
 
 
-def merged(models: Sequence[CatalogueModel]) -> tuple[list[CatalogueModel], list[Refusal]]:
+def merged(models: Sequence[CatalogModel]) -> tuple[list[CatalogModel], list[Refusal]]:
     """Each model once, in the order given, and a refusal for each further spelling of one.
 
     The first that names a model gives name, endpoint and facts; what it does not say is taken from the rest.
     """
-    firsts: dict[str, CatalogueModel] = {}
+    firsts: dict[str, CatalogModel] = {}
     refusals = []
     for model in models:
         key = normal_name(model.name)
@@ -133,13 +133,13 @@ def merged(models: Sequence[CatalogueModel]) -> tuple[list[CatalogueModel], list
     return list(firsts.values()), refusals
 
 
-def _completed(model: CatalogueModel, other: CatalogueModel) -> CatalogueModel:
+def _completed(model: CatalogModel, other: CatalogModel) -> CatalogModel:
     """The model with what it does not say itself from another entry of the same model."""
     has_price = model.input_price is not None and model.output_price is not None
     priced = model if has_price else other
     return replace(
         model,
-        licence=model.licence or other.licence,
+        license=model.license or other.license,
         parameters=model.parameters if model.parameters is not None else other.parameters,
         context_tokens=model.context_tokens if model.context_tokens is not None else other.context_tokens,
         input_price=priced.input_price if priced.input_price is not None else model.input_price,

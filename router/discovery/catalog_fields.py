@@ -1,4 +1,4 @@
-"""The words of catalogues as values: numbers with units, days, licences, benchmarks. Pure.
+"""The words of catalogues as values: numbers with units, days, licenses, benchmarks. Pure.
 
 Each returns None for what is not said (nothing, `null`, `n/a`, `unknown`), and raises InputError, which names
 the key, for what says nothing that can be understood. Texts that are shown are cut and made printable.
@@ -114,9 +114,9 @@ def day(value: Any, key: str) -> date | None:
     return found if found >= _FIRST_DAY else None
 
 
-def plain_licence(licence: str | None) -> str | None:
-    """A licence in its normal form: `Llama 3.1 Community License` and `llama3.1` are `llama-3.1`."""
-    name = (licence or "").strip().lower()
+def plain_license(written: str | None) -> str | None:
+    """A license in its normal form: `Llama 3.1 Community License` and `llama3.1` are `llama-3.1`."""
+    name = (written or "").strip().lower()
     if name in _NOTHING or name in _NO_LICENCE:
         return None
     for spelling, plain in _SPELLED_LICENCE:

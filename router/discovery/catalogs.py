@@ -1,7 +1,7 @@
 """Catalogues of models, behind one small interface: a file, and an OpenAI-compatible provider's list.
 
 A catalogue is believed entry by entry: what cannot be is refused with its reason, and the rest is read. One
-that cannot be read at all is a CatalogueError that names it and what to do, and no other catalogue's trouble.
+that cannot be read at all is a CatalogError that names it and what to do, and no other catalogue's trouble.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from router.discovery.catalog_entry import CatalogueModel, Reading, Refusal, merged, read_entries
+from router.discovery.catalog_entry import CatalogModel, Reading, Refusal, merged, read_entries
 from router.discovery.catalog_text import json_entries, yaml_entries
 from router.discovery.model_names import same_model
-from router.errors import CatalogueError, InputError
+from router.errors import CatalogError, InputError
 from router.settings.discovery import (
     MEGABYTE,
-    FileCatalogueSettings,
-    ProviderCatalogueSettings,
-    SearchSettings,
+    DiscoverySettings,
+    FileCatalogSettings,
+    ProviderCatalogSettings,
 )
 from router.settings.environment import DEFAULT_CONFIG_FOLDER
 
 __all__ = [
-    "Catalogue",
-    "CatalogueModel",
-    "FileCatalogue",
-    "ProviderCatalogue",
+    "Catalog",
+    "CatalogModel",
+    "FileCatalog",
+    "ProviderCatalog",
     "Reading",
     "Refusal",
     "merged",
-    "open_catalogues",
+    "open_catalogs",
     "same_model",
 ]
 
@@ -45,7 +45,7 @@ CONNECT_SECONDS = 5.0
 SHORTEST_SECRET = 8  # a shorter key would be found in innocent text
 
 
-class Catalogue(Protocol):
+class Catalog(Protocol):
     """Something that lists models."""
 
     @property
@@ -53,21 +53,21 @@ class Catalogue(Protocol):
         """What search.yaml calls it."""
 
     def read(self) -> Reading:
-        """What it lists now; CatalogueError if it cannot be read at all. Blocks."""
+        """What it lists now; CatalogError if it cannot be read at all. Blocks."""
 
 
-def open_catalogues(
-    settings: SearchSettings, folder: Path, environment: Mapping[str, str] | None = None
-) -> tuple[Catalogue, ...]:
+def open_catalogs(
+    settings: DiscoverySettings, folder: Path, environment: Mapping[str, str] | None = None
+) -> tuple[Catalog, ...]:
     """The catalogues of search.yaml in its order; a provider whose address is not set is left out."""
     environment = os.environ if environment is None else environment
-    catalogues: list[Catalogue] = []
-    for catalogue in settings.catalogues:
-        if isinstance(catalogue, FileCatalogueSettings):
-            catalogues.append(FileCatalogue(catalogue, _place_of(catalogue.path, folder)))
+    catalogues: list[Catalog] = []
+    for catalogue in settings.catalogs:
+        if isinstance(catalogue, FileCatalogSettings):
+            catalogues.append(FileCatalog(catalogue, _place_of(catalogue.path, folder)))
         elif url := environment.get(catalogue.url_variable, "").strip():
             key = environment.get(catalogue.key_variable, "").strip()
-            catalogues.append(ProviderCatalogue(catalogue, url, key or None))
+            catalogues.append(ProviderCatalog(catalogue, url, key or None))
     return tuple(catalogues)
 
 
@@ -78,10 +78,10 @@ def _place_of(path: str, folder: Path) -> Path:
 
 
 @dataclass(frozen=True, slots=True)
-class FileCatalogue:
+class FileCatalog:
     """A file of models: JSON by its suffix, else YAML."""
 
-    settings: FileCatalogueSettings
+    settings: FileCatalogSettings
     path: Path
 
     @property
@@ -90,13 +90,13 @@ class FileCatalogue:
         return self.settings.name
 
     def read(self) -> Reading:
-        """What the file lists now; CatalogueError names it if it cannot be read at all."""
+        """What the file lists now; CatalogError names it if it cannot be read at all."""
         entries = json_entries if self.path.suffix.lower() == ".json" else yaml_entries
         try:
             return read_entries(entries(self._content(), self.settings.max_models), self.name)
         except InputError as error:
             hint = "Put the file right, or take it out of search.yaml."
-            raise CatalogueError(f"Catalogue {self.name}: {self.path}: {error}. {hint}") from error
+            raise CatalogError(f"Catalog {self.name}: {self.path}: {error}. {hint}") from error
 
     def _content(self) -> bytes:
         limit = int(self.settings.max_megabytes * MEGABYTE)
@@ -113,10 +113,10 @@ class FileCatalogue:
 
 
 @dataclass(frozen=True, slots=True)
-class ProviderCatalogue:
+class ProviderCatalog:
     """An OpenAI-compatible provider's GET /models. The key is in no text, whatever the provider answers."""
 
-    settings: ProviderCatalogueSettings
+    settings: ProviderCatalogSettings
     url: str = field(repr=False)
     key: str | None = field(default=None, repr=False)
 
@@ -126,7 +126,7 @@ class ProviderCatalogue:
         return self.settings.name
 
     def read(self) -> Reading:
-        """What the provider lists now; CatalogueError says why it cannot be read and what to set right."""
+        """What the provider lists now; CatalogError says why it cannot be read and what to set right."""
         try:
             address = self._address()
             # In a thread of its own, since the caller may have a running loop. aiohttp and not requests: its
@@ -135,7 +135,7 @@ class ProviderCatalogue:
                 content = thread.submit(asyncio.run, self._fetch(address)).result()
             return read_entries(json_entries(self._without_key(content), self.settings.max_models), self.name)
         except InputError as error:
-            raise CatalogueError(f"Catalogue {self.name}: {error}.") from None
+            raise CatalogError(f"Catalog {self.name}: {error}.") from None
 
     def _address(self) -> str:
         wrong = f"{self.settings.url_variable} is no http(s) address; set it to the part before /models"

@@ -1,6 +1,6 @@
 """What a trial says: a candidate's calls beside the incumbent's, prompt by prompt. Pure.
 
-    a call is worth what `worth.worth_of_call` says, and one that failed nothing
+    a call is worth what `worth.call_utility` says, and one that failed nothing
     difference = the candidate's worth less the incumbent's, for each prompt that both were asked
     error      = spread of the differences / sqrt(their number)
     it wins if   mean difference - margin_errors x error > margin
@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from router.learning.utility import worth_of_call
+from router.learning.utility import call_utility
 from router.settings.discovery import TrialSettings
 from router.settings.learning import UtilitySettings
 from router.task import Outcome
@@ -146,11 +146,11 @@ def _hindrance(
         away = all(call.outcome is Outcome.OVERLOADED for call in candidate if call.counts)
         verdict = TrialVerdict.UNREACHABLE if away else TrialVerdict.LOST
         return verdict, f"none of its first calls was answered{_last_error(candidate)}"
-    if len(theirs) < settings.least_answers:
+    if len(theirs) < settings.min_answers:
         words = f"the incumbent could be asked only {len(theirs)} prompts"
         return TrialVerdict.VOID, f"{words}{_last_error(incumbent)}"
-    if pairs < settings.least_answers:
-        words = f"only {pairs} of its calls can be compared, and {settings.least_answers} are needed"
+    if pairs < settings.min_answers:
+        words = f"only {pairs} of its calls can be compared, and {settings.min_answers} are needed"
         return TrialVerdict.UNREACHABLE, f"{words}{_last_error(candidate)}"
     return None
 
@@ -172,7 +172,7 @@ def _worth(call: TrialCall, utility: UtilitySettings, sources: Mapping[str, floa
     if not call.answered:
         return 0.0
     score = _score(call, sources)
-    return worth_of_call(utility, score=score, seconds=call.seconds, cost_usd=call.cost_usd)
+    return call_utility(utility, score=score, seconds=call.seconds, cost_usd=call.cost_usd)
 
 
 def _score(call: TrialCall, sources: Mapping[str, float]) -> float:

@@ -10,28 +10,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from datetime import date
 
-from router.discovery.catalog_entry import CatalogueModel, Refusal, merged
+from router.discovery.catalog_entry import CatalogModel, Refusal, merged
 from router.discovery.model_names import untuned_name
-from router.settings.discovery import CriteriaSettings, SearchSettings
+from router.settings.discovery import CriteriaSettings, DiscoverySettings
 
 
 def passing(
-    models: Sequence[CatalogueModel], category: str, settings: SearchSettings, today: date
-) -> tuple[list[CatalogueModel], list[Refusal]]:
+    models: Sequence[CatalogModel], category: str, settings: DiscoverySettings, today: date
+) -> tuple[list[CatalogModel], list[Refusal]]:
     """The models that meet the category's criteria, best first, and why the others do not.
 
     Each model comes once, under the name of the first catalogue that lists it.
     """
     criteria = settings.criteria_of(category)
     once, refusals = merged(models)
-    met: list[CatalogueModel] = []
+    met: list[CatalogModel] = []
     for model in once:
         reasons = list(_reasons(model, criteria, today))
         if reasons:
             refusals.append(Refusal(model.name, "; ".join(reasons)))
         else:
             met.append(model)
-    best: dict[str, CatalogueModel] = {}
+    best: dict[str, CatalogModel] = {}
     for model in sorted(met, key=lambda model: _order(model, criteria)):
         better = best.setdefault(untuned_name(model.name), model)
         if better is not model:
@@ -39,7 +39,7 @@ def passing(
     return list(best.values()), refusals
 
 
-def score_of(model: CatalogueModel, criteria: CriteriaSettings) -> float | None:
+def score_of(model: CatalogModel, criteria: CriteriaSettings) -> float | None:
     """The weighed mean of the benchmarks that count; None if too few of them are known."""
     known = {name: weight for name, weight in criteria.benchmarks.items() if name in model.scores}
     weight = sum(known.values())
@@ -48,7 +48,7 @@ def score_of(model: CatalogueModel, criteria: CriteriaSettings) -> float | None:
     return sum(model.scores[name] * of_it for name, of_it in known.items()) / weight
 
 
-def _order(model: CatalogueModel, criteria: CriteriaSettings) -> tuple[float, float, int, str]:
+def _order(model: CatalogModel, criteria: CriteriaSettings) -> tuple[float, float, int, str]:
     """Best first: the score, then the price, then the younger."""
     score = score_of(model, criteria)
     price = (model.input_price or 0.0) + (model.output_price or 0.0)
@@ -56,8 +56,8 @@ def _order(model: CatalogueModel, criteria: CriteriaSettings) -> tuple[float, fl
     return -(score or 0.0), price, -born, model.name
 
 
-def _reasons(model: CatalogueModel, criteria: CriteriaSettings, today: date) -> Iterator[str]:
-    yield from _licence(model, criteria)
+def _reasons(model: CatalogModel, criteria: CriteriaSettings, today: date) -> Iterator[str]:
+    yield from _license(model, criteria)
     yield from _size(model, criteria)
     yield from _price(model, criteria)
     yield from _score(model, criteria)
@@ -66,17 +66,17 @@ def _reasons(model: CatalogueModel, criteria: CriteriaSettings, today: date) -> 
         yield "it is a merge of other models"
 
 
-def _licence(model: CatalogueModel, criteria: CriteriaSettings) -> Iterator[str]:
-    if criteria.licences is None:
+def _license(model: CatalogModel, criteria: CriteriaSettings) -> Iterator[str]:
+    if criteria.licenses is None:
         return
-    if model.licence is None:
-        if "licence" not in criteria.may_be_unknown:
-            yield "no catalogue says its licence"
-    elif model.licence not in criteria.licences:
-        yield f"the licence {model.licence} is not among those allowed"
+    if model.license is None:
+        if "license" not in criteria.may_be_unknown:
+            yield "no catalogue says its license"
+    elif model.license not in criteria.licenses:
+        yield f"the license {model.license} is not among those allowed"
 
 
-def _size(model: CatalogueModel, criteria: CriteriaSettings) -> Iterator[str]:
+def _size(model: CatalogModel, criteria: CriteriaSettings) -> Iterator[str]:
     least, most = criteria.parameters_min, criteria.parameters_max
     if model.parameters is None:
         if "parameters" not in criteria.may_be_unknown and (least > 0 or most is not None):
@@ -92,7 +92,7 @@ def _size(model: CatalogueModel, criteria: CriteriaSettings) -> Iterator[str]:
         yield f"a context of {model.context_tokens} tokens is less than {criteria.context_min}"
 
 
-def _price(model: CatalogueModel, criteria: CriteriaSettings) -> Iterator[str]:
+def _price(model: CatalogModel, criteria: CriteriaSettings) -> Iterator[str]:
     for kind, price, most in (
         ("input", model.input_price, criteria.input_price_max),
         ("output", model.output_price, criteria.output_price_max),
@@ -106,7 +106,7 @@ def _price(model: CatalogueModel, criteria: CriteriaSettings) -> Iterator[str]:
             yield f"its {kind} price of {price:g} USD a million tokens is above {most:g}"
 
 
-def _score(model: CatalogueModel, criteria: CriteriaSettings) -> Iterator[str]:
+def _score(model: CatalogModel, criteria: CriteriaSettings) -> Iterator[str]:
     if not criteria.benchmarks:
         return
     score = score_of(model, criteria)
@@ -117,7 +117,7 @@ def _score(model: CatalogueModel, criteria: CriteriaSettings) -> Iterator[str]:
         yield f"its score of {score:.3f} is below {criteria.score_min:g}"
 
 
-def _age(model: CatalogueModel, criteria: CriteriaSettings, today: date) -> Iterator[str]:
+def _age(model: CatalogModel, criteria: CriteriaSettings, today: date) -> Iterator[str]:
     if model.released is None:
         if "age" not in criteria.may_be_unknown and criteria.age_days_max is not None:
             yield "no catalogue says when it was released"

@@ -13,15 +13,15 @@ from pathlib import Path
 
 from router.database import Connection
 from router.discovery import store as kept
-from router.discovery.catalog_entry import CatalogueModel, Refusal
-from router.discovery.catalogs import open_catalogues
+from router.discovery.catalog_entry import CatalogModel, Refusal
+from router.discovery.catalogs import open_catalogs
 from router.discovery.criteria import passing
 from router.discovery.model_names import same_model
 from router.discovery.store import Finding
 from router.discovery.trial_prompts import TrialPrompt, read_trial_prompts
-from router.discovery.trials import Contender
-from router.errors import CatalogueError, ConfigError
-from router.settings.discovery import SearchSettings
+from router.discovery.trials import TrialModel
+from router.errors import CatalogError, ConfigError
+from router.settings.discovery import DiscoverySettings
 from router.settings.router import load_config
 
 
@@ -34,37 +34,37 @@ class CategoryPlan:
     """
 
     category: str
-    incumbent: Contender | None
-    judge: Contender | None
+    incumbent: TrialModel | None
+    judge: TrialModel | None
     prompts: tuple[TrialPrompt, ...]
     passing: tuple[str, ...]
-    candidates: tuple[CatalogueModel, ...]
-    next_ones: tuple[CatalogueModel, ...]
+    candidates: tuple[CatalogModel, ...]
+    next_ones: tuple[CatalogModel, ...]
     findings: tuple[Finding, ...]
     notes: tuple[str, ...]
 
 
-def read_catalogues(
-    settings: SearchSettings, folder: Path
-) -> tuple[list[CatalogueModel], list[Finding], list[str]]:
+def read_catalogs(
+    settings: DiscoverySettings, folder: Path
+) -> tuple[list[CatalogModel], list[Finding], list[str]]:
     """What all catalogues list, what of it cannot be believed, and what else there is to say.
 
-    CatalogueError if there are catalogues, and none of them can be read.
+    CatalogError if there are catalogues, and none of them can be read.
     """
-    models: list[CatalogueModel] = []
+    models: list[CatalogModel] = []
     refusals: list[Finding] = []
     troubles: list[str] = []
-    catalogues = open_catalogues(settings, folder)
+    catalogues = open_catalogs(settings, folder)
     for catalogue in catalogues:
         try:
             reading = catalogue.read()
-        except CatalogueError as error:  # noqa: PERF203 - one catalogue must not keep the others from being read
+        except CatalogError as error:  # noqa: PERF203 - one catalogue must not keep the others from being read
             troubles.append(str(error))
         else:
             models += reading.models
             refusals += _refused(reading.refusals, None, catalogue.name)
     if troubles and len(troubles) == len(catalogues):
-        raise CatalogueError(" ".join(troubles))
+        raise CatalogError(" ".join(troubles))
     if not catalogues:
         troubles.append("no catalogue: name one in config/search.yaml, or set the address of its provider")
     return models, refusals, troubles
@@ -81,7 +81,7 @@ def _refused(refusals: Sequence[Refusal], category: str | None, catalogue: str) 
 
 
 def plan_category(
-    connection: Connection, category: str, models: Sequence[CatalogueModel], *, settings: SearchSettings,
+    connection: Connection, category: str, models: Sequence[CatalogModel], *, settings: DiscoverySettings,
     folder: Path, today: date, search: int | None = None,
 ) -> CategoryPlan:  # fmt: skip
     """Who is to be tried for the category, by what the catalogues say and the roster has now.
@@ -90,7 +90,7 @@ def plan_category(
     """
     met, refusals = passing(models, category, settings, today)
     names = known_names(connection, folder, but_of_search=search)
-    rest = kept.resting(connection, category, settings.trials.again_after_nights)
+    rest = kept.resting(connection, category, settings.trials.retry_after_days)
     fresh, known = _fresh(category, met, names, rest)
     incumbent, judge = _incumbent_and_judge(connection, category)
     prompts, notes = _prompts(folder, category, settings.trials.prompts)
@@ -107,16 +107,16 @@ def plan_category(
         passing=tuple(model.name for model in met),
         candidates=tuple(fresh[:most]),
         next_ones=tuple(next_ones),
-        findings=(*_with_catalogues(refusals, category, models, met), *known),
+        findings=(*_with_catalogs(refusals, category, models, met), *known),
         notes=tuple(notes),
     )
 
 
-def _with_catalogues(
+def _with_catalogs(
     refusals: Sequence[Refusal],
     category: str,
-    models: Sequence[CatalogueModel],
-    met: Sequence[CatalogueModel],
+    models: Sequence[CatalogModel],
+    met: Sequence[CatalogModel],
 ) -> list[Finding]:
     """The refusals with the catalogue that names the model; not of one that passed under another entry."""
     catalogues = {
@@ -131,8 +131,8 @@ def _with_catalogues(
 
 
 def _fresh(
-    category: str, met: Sequence[CatalogueModel], known: Mapping[str, str], rest: Mapping[str, str]
-) -> tuple[list[CatalogueModel], list[Finding]]:
+    category: str, met: Sequence[CatalogModel], known: Mapping[str, str], rest: Mapping[str, str]
+) -> tuple[list[CatalogModel], list[Finding]]:
     """The models that are neither known nor left in peace after a trial; and a finding for each known one."""
     fresh, findings = [], []
     for model in met:
@@ -157,14 +157,16 @@ def known_names(connection: Connection, folder: Path, *, but_of_search: int | No
     return {**people, **kept.roster_names(connection, but_of_search)}
 
 
-def why_known(model: CatalogueModel, known: Mapping[str, str]) -> str | None:
+def why_known(model: CatalogModel, known: Mapping[str, str]) -> str | None:
     """Why the model is not new, by its endpoint or by any spelling of its name; None if it is."""
     if model.endpoint in known:
         return known[model.endpoint]
     return next((said for name, said in known.items() if same_model(name, model.name)), None)
 
 
-def _incumbent_and_judge(connection: Connection, category: str) -> tuple[Contender | None, Contender | None]:
+def _incumbent_and_judge(
+    connection: Connection, category: str
+) -> tuple[TrialModel | None, TrialModel | None]:
     """The active model that is first in the category, and the next one, which compares answers."""
     ranked = [
         one.contender

@@ -19,7 +19,7 @@ from router.discovery.publishing import Variables, line_of, publish
 from router.errors import InputError
 from router.learning.ranking import Placed
 from router.learning.review import order_by_evidence
-from router.settings.discovery import SearchSettings
+from router.settings.discovery import DiscoverySettings
 from router.settings.learning import LearningSettings
 from router.settings.router import RouterConfig
 
@@ -50,7 +50,7 @@ def review_probation(
     folder: Path,
     config: RouterConfig,
     learning: LearningSettings,
-    settings: SearchSettings,
+    settings: DiscoverySettings,
     *,
     by: str,
     variables: Variables | None = None,
@@ -132,7 +132,7 @@ def _undone(
 
 
 def _verdicts(
-    connection: Connection, config: RouterConfig, learning: LearningSettings, settings: SearchSettings
+    connection: Connection, config: RouterConfig, learning: LearningSettings, settings: DiscoverySettings
 ) -> dict[str, ProbationVerdict]:
     on_probation = rows(
         connection,
@@ -164,7 +164,7 @@ def _verdicts(
 
 
 def _stands(
-    model: str, orders: Mapping[str, Sequence[Placed]], active: set[str], settings: SearchSettings
+    model: str, orders: Mapping[str, Sequence[Placed]], active: set[str], settings: DiscoverySettings
 ) -> list[Stand]:
     stands = []
     for category, order in sorted(orders.items()):

@@ -55,8 +55,8 @@ def stand_in(category: str, own: Placed, active: Sequence[Placed], settings: Pro
     if own.standing is Standing.LOW:
         return stand(Step.RETIRE, own.reason)
     calls = own.evidence.seen
-    if calls < settings.least_calls:
-        return stand(Step.STAY, f"{calls:.0f} of {settings.least_calls} calls")
+    if calls < settings.min_calls:
+        return stand(Step.STAY, f"{calls:.0f} of {settings.min_calls} calls")
     if not active:
         return stand(Step.PROMOTE, "no other model is active there")
     middle = active[(len(active) - 1) // 2]
@@ -80,6 +80,6 @@ def probation_verdict(
         return ProbationVerdict(Step.PROMOTE, reason, leaves)
     if steps and all(step is Step.RETIRE for step in steps):
         return ProbationVerdict(Step.RETIRE, reason)
-    if nights >= settings.most_nights:
-        return ProbationVerdict(Step.RETIRE, f"not proved within {settings.most_nights} nights; {reason}")
+    if nights >= settings.max_days:
+        return ProbationVerdict(Step.RETIRE, f"not proved within {settings.max_days} nights; {reason}")
     return ProbationVerdict(Step.STAY, reason)

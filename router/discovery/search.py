@@ -20,17 +20,17 @@ import psycopg2
 
 from router.database import Connection, connect, rows, transaction
 from router.discovery import store as kept
-from router.discovery.catalog_entry import CatalogueModel
+from router.discovery.catalog_entry import CatalogModel
 from router.discovery.comparison import TrialResult, TrialVerdict, judge_trial
 from router.discovery.discovered_file import require_writable
 from router.discovery.model_names import normal_name
-from router.discovery.plan import CategoryPlan, known_names, plan_category, read_catalogues, why_known
+from router.discovery.plan import CategoryPlan, known_names, plan_category, read_catalogs, why_known
 from router.discovery.publishing import VARIABLE_PREFIX, Variables, line_of, publish
 from router.discovery.store import Finding
-from router.discovery.trials import Bench, CandidateTrial, Contender, Purse, hold_trial
+from router.discovery.trials import Budget, CandidateTrial, TrialModel, TrialSetup, run_trial
 from router.errors import AirflowError, ConfigError, InputError, RouterError
-from router.models.direct_calls import Caller
-from router.settings.discovery import SearchSettings
+from router.models.direct_calls import DirectCaller
+from router.settings.discovery import DiscoverySettings
 from router.settings.environment import Addresses
 from router.settings.learning import LearningSettings
 from router.settings.router import RouterConfig
@@ -67,12 +67,12 @@ class _Search:
     addresses: Addresses
     config: RouterConfig
     learning: LearningSettings
-    settings: SearchSettings
+    settings: DiscoverySettings
     folder: Path
     by: str
     variables: Variables | None
     notes: list[str]
-    purse: Purse
+    purse: Budget
     number: int = 0
     findings: list[Finding] = field(default_factory=list)
 
@@ -84,7 +84,8 @@ class _Search:
 
 
 def search(
-    addresses: Addresses, config: RouterConfig, learning: LearningSettings, search_settings: SearchSettings,
+    addresses: Addresses, config: RouterConfig, learning: LearningSettings,
+    search_settings: DiscoverySettings,
     folder: Path, *, categories: Collection[str] | None = None, by: str, dry_run: bool = False,
     today: date | None = None, variables: Variables | None = None, since: datetime | None = None,
 ) -> SearchReport:  # fmt: skip
@@ -94,7 +95,7 @@ def search(
     what earlier ones cost counts, what they tried is not tried again, and after an hour nothing new is begun.
 
     SearchBusy if another one runs; ConfigError, before anything is tried, if `discovered.yaml` could not be
-    written; CatalogueError if no catalogue can be read, BackendUnavailable, AirflowError.
+    written; CatalogError if no catalogue can be read, BackendUnavailable, AirflowError.
     """
     wanted = _wanted(config, categories)
     if not dry_run:
@@ -102,9 +103,9 @@ def search(
         if variables is not None:
             variables.variables(VARIABLE_PREFIX)  # says now if Airflow cannot be reached
     with _alone(addresses.database_url) as connection:
-        models, refusals, notes = read_catalogues(search_settings, folder)
+        models, refusals, notes = read_catalogs(search_settings, folder)
         tried, cost = kept.tried_since(connection, since) if since else (frozenset[str](), 0.0)
-        purse = Purse(search_settings.trials.budget_usd - cost)
+        purse = Budget(search_settings.trials.budget_usd - cost)
         about = _Search(
             connection, addresses, config, learning, search_settings, folder, by, variables, notes, purse
         )
@@ -198,14 +199,14 @@ def _carry_out(about: _Search, plan: CategoryPlan) -> CategoryPlan:
 
 async def _trials(
     about: _Search, plan: CategoryPlan
-) -> tuple[Mapping[str, CandidateTrial], list[CatalogueModel]]:
+) -> tuple[Mapping[str, CandidateTrial], list[CatalogModel]]:
     """The trials of as many candidates as there were to be, and those that the backend cannot call."""
     assert plan.incumbent is not None
     settings = about.settings
-    bench = Bench(plan.category, plan.incumbent, plan.judge, plan.prompts, settings.trials, about.purse)
-    contenders: list[Contender] = []
+    bench = TrialSetup(plan.category, plan.incumbent, plan.judge, plan.prompts, settings.trials, about.purse)
+    contenders: list[TrialModel] = []
     unreachable = []
-    async with Caller(about.addresses, about.config) as caller:
+    async with DirectCaller(about.addresses, about.config) as caller:
         served = await caller.known_models()
         for model in (*plan.candidates, *plan.next_ones):
             endpoint = _served_as(model, served)
@@ -213,10 +214,10 @@ async def _trials(
                 unreachable.append(model)
             elif len(contenders) < len(plan.candidates):
                 contenders.append(kept.as_contender(model, endpoint, settings.probation, about.config))
-        return (await hold_trial(caller, bench, contenders) if contenders else {}), unreachable
+        return (await run_trial(caller, bench, contenders) if contenders else {}), unreachable
 
 
-def _served_as(model: CatalogueModel, served: Collection[str]) -> str | None:
+def _served_as(model: CatalogModel, served: Collection[str]) -> str | None:
     """What the backend calls the model: as the catalogue says, as the roster will, or in another spelling."""
     spelled = (name for name in sorted(served) if normal_name(name) == normal_name(model.name))
     return next((name for name in (model.endpoint, model.name, *spelled) if name in served), None)
@@ -261,8 +262,8 @@ def _decided(
 def _taken(  # noqa: PLR0917 - private: what _decided has at hand
     about: _Search,
     plan: CategoryPlan,
-    model: CatalogueModel,
-    contender: Contender,
+    model: CatalogModel,
+    contender: TrialModel,
     result: TrialResult,
     line: Mapping[str, str | None],
 ) -> Finding:
@@ -284,7 +285,7 @@ def _taken(  # noqa: PLR0917 - private: what _decided has at hand
 
 def _finding(
     plan: CategoryPlan,
-    model: CatalogueModel,
+    model: CatalogModel,
     verdict: kept.Verdict,
     reason: str,
     result: TrialResult | None = None,

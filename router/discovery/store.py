@@ -14,8 +14,8 @@ from typing import Any, Literal
 import psycopg2.extras
 
 from router.database import Connection, rows
-from router.discovery.catalog_entry import CatalogueModel
-from router.discovery.trials import Contender, Grade
+from router.discovery.catalog_entry import CatalogModel
+from router.discovery.trials import Grade, TrialModel
 from router.models.roster import RosterModel
 from router.settings.discovery import ProbationSettings
 from router.settings.router import RouterConfig
@@ -43,7 +43,7 @@ class Finding:
 class Placed:
     """A model of the roster in one category."""
 
-    contender: Contender
+    contender: TrialModel
     state: str
     place: int
     standing: str
@@ -95,7 +95,7 @@ def roster_names(connection: Connection, but_of_search: int | None = None) -> di
 
 def resting(connection: Connection, category: str, nights: int) -> dict[str, str]:
     """Models that are left in peace in the category -> why."""
-    found = rows(connection, "SELECT * FROM resting_candidates(%s, %s)", (category, nights))
+    found = rows(connection, "SELECT * FROM recently_tried(%s, %s)", (category, nights))
     return {row["model"]: row["why"] for row in found}
 
 
@@ -110,14 +110,14 @@ def placed(connection: Connection, category: str) -> list[Placed]:
     return [Placed(_contender(row), row["state"], row["place"], row["standing"]) for row in found]
 
 
-def _contender(row: Mapping[str, Any]) -> Contender:
+def _contender(row: Mapping[str, Any]) -> TrialModel:
     about = {name: row[name] for name in RosterModel.__slots__}
-    return Contender(RosterModel(**about), float(row["input_price"]), float(row["output_price"]))
+    return TrialModel(RosterModel(**about), float(row["input_price"]), float(row["output_price"]))
 
 
 def as_contender(
-    model: CatalogueModel, endpoint: str, settings: ProbationSettings, config: RouterConfig
-) -> Contender:
+    model: CatalogModel, endpoint: str, settings: ProbationSettings, config: RouterConfig
+) -> TrialModel:
     """A candidate as it is tried, and as it comes to the roster if it wins."""
     # A longer call would outlive its place in the limiter, which is made for people's models.
     longest = max((people.timeout_seconds for people in config.models.values()), default=LONGEST_CALL_SECONDS)
@@ -125,7 +125,7 @@ def as_contender(
         model=model.name, endpoint=endpoint, state="probation", max_tokens=settings.max_tokens,
         timeout_seconds=min(settings.timeout_seconds, longest), default_target=settings.target,
     )  # fmt: skip
-    return Contender(about, model.input_price or 0.0, model.output_price or 0.0)
+    return TrialModel(about, model.input_price or 0.0, model.output_price or 0.0)
 
 
 def keep_findings(connection: Connection, search: int, findings: Sequence[Finding]) -> None:
@@ -133,11 +133,11 @@ def keep_findings(connection: Connection, search: int, findings: Sequence[Findin
     with connection.cursor() as cursor:
         psycopg2.extras.execute_values(
             cursor,
-            "SELECT keep_candidate(search, model, category, catalogue, verdict, reason, trial)"
+            "SELECT record_candidate(search, model, category, catalogue, verdict, reason, trial)"
             " FROM (VALUES %s) AS found (search, model, category, catalogue, verdict, reason, trial)",
             [
-                (search, storable(f.model, LONGEST_NAME), f.category, f.catalogue, f.verdict,
-                 storable(f.reason, LONGEST_REASON), None if f.trial is None else json.dumps(f.trial))
+                (search, postgres_text(f.model, LONGEST_NAME), f.category, f.catalogue, f.verdict,
+                 postgres_text(f.reason, LONGEST_REASON), None if f.trial is None else json.dumps(f.trial))
                 for f in findings
             ],
             template="(%s::bigint, %s, %s::text, %s, %s, %s, %s::jsonb)",
@@ -157,7 +157,7 @@ def keep_grades(connection: Connection, grades: Sequence[Grade]) -> None:
 
 
 def take(
-    connection: Connection, search: int, contender: Contender, *, context_tokens: int | None, category: str,
+    connection: Connection, search: int, contender: TrialModel, *, context_tokens: int | None, category: str,
     by: str, why: str, share: float, known: Mapping[str, str | None],
 ) -> int | None:  # fmt: skip
     """Take a candidate on, on probation; the event, or None if the roster has that name already."""
@@ -170,13 +170,13 @@ def take(
     }  # fmt: skip
     found = rows(
         connection,
-        "SELECT take_candidate(%s, %s, %s::jsonb, %s, %s, %s, %s::jsonb) AS event",
-        (search, by, json.dumps(row), category, share, storable(why, LONGEST_REASON), json.dumps(known)),
+        "SELECT admit_candidate(%s, %s, %s::jsonb, %s, %s, %s, %s::jsonb) AS event",
+        (search, by, json.dumps(row), category, share, postgres_text(why, LONGEST_REASON), json.dumps(known)),
     )
     event = found[0]["event"]
     return None if event is None else int(event)
 
 
-def storable(text: str, longest: int) -> str:
+def postgres_text(text: str, longest: int) -> str:
     """The text as Postgres can keep it: without NUL and half characters, and not longer than that."""
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()[:longest]

@@ -16,11 +16,11 @@ from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from router.background import ended
+from router.background import cancel_and_wait
 from router.discovery.comparison import TrialCall, is_enough
 from router.discovery.trial_prompts import TrialPrompt
 from router.learning.grading import Judgement, against_reference, check, judge_prompts, parse_verdict
-from router.models.direct_calls import Called, Caller
+from router.models.direct_calls import DirectCaller, DirectResult
 from router.models.roster import RosterModel
 from router.settings.discovery import TrialSettings
 
@@ -29,7 +29,7 @@ MILLION = 1e6
 
 
 @dataclass(frozen=True, slots=True)
-class Contender:
+class TrialModel:
     """A model in a trial; prices in USD a million tokens, for what the backend gives no cost of."""
 
     model: RosterModel
@@ -42,7 +42,7 @@ class Contender:
 
 
 @dataclass(slots=True)
-class Purse:
+class Budget:
     """What trials may still cost, in USD. A call that is under way is finished."""
 
     left_usd: float
@@ -86,26 +86,26 @@ class _Answer:
 class CandidateTrial:
     """One candidate's calls beside the incumbent's, prompt by prompt; `grades` are the candidate's."""
 
-    contender: Contender
+    contender: TrialModel
     candidate: tuple[TrialCall, ...]
     incumbent: tuple[TrialCall, ...]
     grades: tuple[Grade, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Bench:
+class TrialSetup:
     """Where a category's trial takes place: with whom, on which prompts, by which rules."""
 
     category: str
-    incumbent: Contender
-    judge: Contender | None
+    incumbent: TrialModel
+    judge: TrialModel | None
     prompts: tuple[TrialPrompt, ...]
     settings: TrialSettings
-    purse: Purse
+    purse: Budget
 
 
-async def hold_trial(
-    caller: Caller, bench: Bench, candidates: Sequence[Contender]
+async def run_trial(
+    caller: DirectCaller, bench: TrialSetup, candidates: Sequence[TrialModel]
 ) -> Mapping[str, CandidateTrial]:
     """Ask all of them all prompts, the incumbent once. DatabaseError if a call cannot be logged.
 
@@ -130,7 +130,7 @@ async def hold_trial(
     return trials
 
 
-async def _answers(caller: Caller, bench: Bench, one: Contender) -> list[_Answer]:
+async def _answers(caller: DirectCaller, bench: TrialSetup, one: TrialModel) -> list[_Answer]:
     """The model's answers in the order of the prompts; a hopeless model is not asked all of them."""
     answers = [_Answer() for _ in bench.prompts]
     numbers = iter(range(len(bench.prompts)))
@@ -144,7 +144,9 @@ async def _answers(caller: Caller, bench: Bench, one: Contender) -> list[_Answer
                 raise _EnoughSeen
 
     with contextlib.suppress(_EnoughSeen):
-        await _together(*(go_on() for _ in range(bench.settings.at_once)), name=f"router trial of {one.name}")
+        await _together(
+            *(go_on() for _ in range(bench.settings.max_concurrency)), name=f"router trial of {one.name}"
+        )
     return answers
 
 
@@ -152,11 +154,11 @@ class _EnoughSeen(Exception):  # noqa: N818 - nothing is wrong with the trial
     """The model is hopeless; what is still asked of it is given up."""
 
 
-async def _ask(caller: Caller, bench: Bench, one: Contender, prompt: TrialPrompt) -> _Answer:
+async def _ask(caller: DirectCaller, bench: TrialSetup, one: TrialModel, prompt: TrialPrompt) -> _Answer:
     settings = bench.settings
     called = await caller.call(
         one.model, prompt.prompt, category=bench.category, purpose="trial", max_tokens=settings.max_tokens,
-        patience_seconds=settings.patience_seconds,
+        timeout_seconds=settings.timeout_seconds,
     )  # fmt: skip
     if called.result is None:
         return _Answer(TrialCall(error=called.why))
@@ -175,7 +177,7 @@ async def _ask(caller: Caller, bench: Bench, one: Contender, prompt: TrialPrompt
     return answer
 
 
-def _cost(called: Called, one: Contender) -> float:
+def _cost(called: DirectResult, one: TrialModel) -> float:
     """What the backend says that the call cost; where it says nothing, by the model's prices."""
     if called.cost_usd or called.result is None:
         return called.cost_usd or 0.0
@@ -184,7 +186,11 @@ def _cost(called: Called, one: Contender) -> float:
 
 
 async def _judge(
-    caller: Caller, bench: Bench, judge: Contender, answers: Sequence[_Answer], theirs: Sequence[_Answer]
+    caller: DirectCaller,
+    bench: TrialSetup,
+    judge: TrialModel,
+    answers: Sequence[_Answer],
+    theirs: Sequence[_Answer],
 ) -> None:
     """Have pairs of answers compared for which no reference tells which is right, in both orders."""
     pairs = [
@@ -205,13 +211,15 @@ async def _judge(
                 one.grade("judge", scores[0], by=judge.name)
                 other.grade("judge", scores[1], by=judge.name)
 
-    await _together(*(go_on() for _ in range(bench.settings.at_once)), name=f"router judge {judge.name}")
+    await _together(
+        *(go_on() for _ in range(bench.settings.max_concurrency)), name=f"router judge {judge.name}"
+    )
 
 
-async def _asked(caller: Caller, bench: Bench, judge: Contender, question: str) -> str:
+async def _asked(caller: DirectCaller, bench: TrialSetup, judge: TrialModel, question: str) -> str:
     called = await caller.call(
         judge.model, question, category=bench.category, purpose="judge", max_tokens=JUDGE_TOKENS,
-        patience_seconds=bench.settings.patience_seconds,
+        timeout_seconds=bench.settings.timeout_seconds,
     )  # fmt: skip
     bench.purse.pay(_cost(called, judge))
     return (called.result.answer or "") if called.result is not None else ""
@@ -223,4 +231,4 @@ async def _together(*works: Coroutine[Any, Any, Any], name: str) -> list[Any]:
     try:
         return list(await asyncio.gather(*tasks))
     finally:
-        await ended(*tasks)
+        await cancel_and_wait(*tasks)

@@ -28,7 +28,7 @@ class Collection:
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class RetrievalReport:
     """What was counted. `hit_at_5`: a relevant document is among the first five; `mrr` to a depth of 100."""
 
     documents: int
@@ -57,7 +57,7 @@ def read_collection(folder: Path) -> Collection:
     return Collection(entries, judged, relevant)
 
 
-def hold_trial(collection: Collection) -> Trial:
+def evaluate_retrieval(collection: Collection) -> RetrievalReport:
     """Build an index of the collection in memory and ask it every question once."""
     began = time.perf_counter()
     index = KnowledgeIndex()
@@ -73,7 +73,7 @@ def hold_trial(collection: Collection) -> Trial:
         found = [hit.source for hit in index.search(text, DEPTH).hits]
         took.append((time.perf_counter() - asked) * MILLISECONDS)
         places.append(_first_place(found, collection.relevant[key]))
-    return Trial(
+    return RetrievalReport(
         documents=len(collection.entries),
         queries=len(places),
         hit_at_1=_share(places, 1),

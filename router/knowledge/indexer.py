@@ -47,7 +47,7 @@ _ENTRIES = (
 
 
 @dataclass
-class Caught:
+class IndexReport:
     """What one pass did."""
 
     entries: int = 0
@@ -58,7 +58,7 @@ class Caught:
     seconds: float = 0.0
 
 
-class CatchUp:
+class Indexer:
     """One pass over everything."""
 
     def __init__(
@@ -78,10 +78,10 @@ class CatchUp:
         self._index = folder.open_index()
         # Where there was no index an empty one was made, whatever the state says that it holds.
         self._state = folder.state() if len(self._index) else State()
-        self._caught = Caught()
+        self._caught = IndexReport()
         self._unsaved = 0
 
-    def run(self, knowledge_folder: Path) -> Caught:
+    def run(self, knowledge_folder: Path) -> IndexReport:
         began = time.monotonic()
         now = rows(self._connection, "SELECT * FROM knowledge_state()")[0]
         with self._index.writing() as writer:
@@ -214,15 +214,15 @@ class CatchUp:
 
 def catch_up(
     folder: Path, knowledge_folder: Path, database_url: str, *, tasks: bool = True, most: int = MOST_ENTRIES
-) -> Caught:
+) -> IndexReport:
     """One pass; `busy` if another one of this host is at it. Raises RouterError."""
     home = IndexFolder(folder)
     with home.alone() as alone:
         if not alone:
-            return Caught(busy=True)
+            return IndexReport(busy=True)
         home.drop_unused()
         with connect(database_url, autocommit=True) as connection:
-            return CatchUp(home, connection, tasks=tasks, most=most).run(knowledge_folder)
+            return Indexer(home, connection, tasks=tasks, most=most).run(knowledge_folder)
 
 
 def main() -> None:

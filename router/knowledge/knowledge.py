@@ -83,7 +83,7 @@ class Found:
 class Knowledge:
     """Searched by any number of callers of one event loop. Use `Knowledge.open`."""
 
-    def __init__(self, folder: Path, passes: Passes | None, *, every_seconds: float) -> None:
+    def __init__(self, folder: Path, passes: IndexerProcess | None, *, every_seconds: float) -> None:
         self._folder = folder
         self._passes = passes
         self._every_seconds = every_seconds
@@ -115,7 +115,7 @@ class Knowledge:
         passes = None
         if database_url and data_folder:
             home = IndexFolder(data_folder / "knowledge" / _index_name(database_url, folder, tasks=tasks))
-            passes = Passes(home, folder, database_url, tasks=tasks)
+            passes = IndexerProcess(home, folder, database_url, tasks=tasks)
         knowledge = cls(folder, passes, every_seconds=every_seconds)
         following: asyncio.Task[None] | None = None
         try:
@@ -191,7 +191,7 @@ class Knowledge:
             self._complain(str(error))
             self._whole = None
 
-    async def _follow(self, passes: Passes) -> None:
+    async def _follow(self, passes: IndexerProcess) -> None:
         while True:
             at = await self._in_thread(passes.home.caught_up_at)
             age = self._every_seconds if at is None else time.time() - at
@@ -204,7 +204,7 @@ class Knowledge:
             await self._in_thread(self._reload)
             await asyncio.sleep(self._every_seconds)
 
-    async def _pass(self, passes: Passes) -> None:
+    async def _pass(self, passes: IndexerProcess) -> None:
         """One pass; a first one is long, and what it has committed so far is searched meanwhile."""
         working = asyncio.create_task(passes.one(), name="knowledge: one pass")
         try:
@@ -224,7 +224,7 @@ class Knowledge:
         self._trouble = trouble
 
 
-class Passes:
+class IndexerProcess:
     """Has child processes bring the index of this host up to date."""
 
     def __init__(self, home: IndexFolder, folder: Path, database_url: str, *, tasks: bool) -> None:

@@ -1,8 +1,8 @@
 """What the log says of one model in one category, by period, and what of it still counts. Pure.
 
 `Moments`    a number of observations with their sum and the sum of their squares, weighed
-`Sums`       one period's calls: how many, how many were answered, how fast, at what cost, with which grades
-`faded`      all periods as one: older ones weigh less, and what is no longer true weighs nothing
+`PeriodStats`  one period's calls: count, answers, latency, cost and grades
+`decayed`      all periods as one: older ones weigh less, and what is no longer true weighs nothing
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Moments:
 
 
 @dataclass(frozen=True, slots=True)
-class Sums:
+class PeriodStats:
     """One period of one model in one category.
 
     `calls` are those that count, `answered` those of them that were; `latencies` are natural logarithms of
@@ -102,8 +102,8 @@ class Evidence:
         return self.success.effective
 
 
-def faded(
-    history: Iterable[Sums], now_period: int, *, half_life: float, memory: int, change_errors: float
+def decayed(
+    history: Iterable[PeriodStats], now_period: int, *, half_life: float, memory: int, change_errors: float
 ) -> Evidence:
     """All periods as one. Ages in periods; a period that lies ahead of now (a clock went back) is new."""
     newest_first = sorted(
@@ -119,7 +119,7 @@ def faded(
     return replace(evidence, forgot_before=forgot_before, newest_calls=calls, seen=seen)
 
 
-def _joined(evidence: Evidence, sums: Sums, weight: float) -> Evidence:
+def _joined(evidence: Evidence, sums: PeriodStats, weight: float) -> Evidence:
     scores = dict(evidence.scores)
     for source, moments in sums.scores.items():
         scores[source] = scores.get(source, Moments()) + moments.weighed(weight)
@@ -132,10 +132,12 @@ def _joined(evidence: Evidence, sums: Sums, weight: float) -> Evidence:
     )
 
 
-def _true_still(newest_first: Sequence[Sums], change_errors: float) -> tuple[Sequence[Sums], int | None]:
+def _true_still(
+    newest_first: Sequence[PeriodStats], change_errors: float
+) -> tuple[Sequence[PeriodStats], int | None]:
     """The newest periods up to the last change that is beyond doubt. Goes through them as they came: what was
     forgotten once must not come back into a comparison and hide the next change."""
-    kept: list[Sums] = []  # the oldest first
+    kept: list[PeriodStats] = []  # the oldest first
     alone: list[Evidence] = []  # each of them
     upto: list[Evidence] = [Evidence()]  # so many of the oldest as one
     forgot_before: int | None = None

@@ -14,8 +14,8 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from router.background import ended
-from router.database import fetch, fetch_one, storable
+from router.background import cancel_and_wait
+from router.database import fetch, fetch_one, postgres_text
 from router.learning.grading import (
     JUDGED_CHARACTERS,
     Judgement,
@@ -25,7 +25,7 @@ from router.learning.grading import (
     parse_verdict,
 )
 from router.models import roster as roster_of
-from router.models.direct_calls import Called, Caller
+from router.models.direct_calls import DirectCaller, DirectResult
 from router.models.roster import Roster
 from router.settings.learning import JudgingSettings, LearningSettings
 from router.task import Outcome
@@ -101,7 +101,7 @@ class _Tally:
     notes: dict[str, None] = field(default_factory=dict)  # in order, each once
 
 
-async def judge_answers(caller: Caller, learning: LearningSettings) -> Judged:
+async def judge_answers(caller: DirectCaller, learning: LearningSettings) -> Judged:
     """Judge the sample of the last period within what is left of its budget; asks nothing twice.
 
     DatabaseError or LimiterUnavailable if Postgres or Redis is away; what models do never raises.
@@ -127,7 +127,7 @@ class _Judging:
     """One run. `prices`: USD a million tokens, of prompt and of answer."""
 
     def __init__(
-        self, caller: Caller, settings: JudgingSettings, roster: Roster, budget: _Budget,
+        self, caller: DirectCaller, settings: JudgingSettings, roster: Roster, budget: _Budget,
         prices: Mapping[str, tuple[float, float]],
     ) -> None:  # fmt: skip
         self._caller = caller
@@ -148,7 +148,7 @@ class _Judging:
         try:
             await asyncio.gather(*workers)
         finally:
-            await ended(*workers)
+            await cancel_and_wait(*workers)
         for answer in measures:
             if answer.category in self._tally.decided_in:
                 await self._keep_measure(answer)
@@ -188,7 +188,7 @@ class _Judging:
         if not self._budget.set_aside(*aside):
             self._leave("the budget of this period is used up (judging.calls, judging.cost_usd)")
             return
-        calls: list[tuple[Called, str]] = []
+        calls: list[tuple[DirectResult, str]] = []
         try:
             if await self._take(answer, opponent, judge, aside):
                 await self._ask(answer, opponent, judge, calls)
@@ -208,7 +208,9 @@ class _Judging:
         )  # fmt: skip
         return taken is not None
 
-    async def _ask(self, answer: _Drawn, opponent: str, judge: str, calls: list[tuple[Called, str]]) -> None:
+    async def _ask(
+        self, answer: _Drawn, opponent: str, judge: str, calls: list[tuple[DirectResult, str]]
+    ) -> None:
         other = await self._call(opponent, answer.prompt, answer.category, None)
         calls.append((other, opponent))
         if not _was_sent(other):  # nothing was asked: another night may
@@ -229,10 +231,10 @@ class _Judging:
         judgement = Judgement(straight, swapped)
         await self._keep(answer, judgement, None if judgement.result else f"{judge}: {trouble}")
 
-    async def _call(self, model: str, prompt: str, category: str, max_tokens: int | None) -> Called:
+    async def _call(self, model: str, prompt: str, category: str, max_tokens: int | None) -> DirectResult:
         return await self._caller.call(
             self._roster.models[model], prompt, category=category, purpose="judge", max_tokens=max_tokens,
-            patience_seconds=PATIENCE_SECONDS,
+            timeout_seconds=PATIENCE_SECONDS,
         )  # fmt: skip
 
     async def _keep(self, answer: _Drawn, judgement: Judgement, note: str | None) -> None:
@@ -243,9 +245,9 @@ class _Judging:
             self._tally.results[result] += 1
             self._tally.decided_in.add(answer.category)
         await fetch(
-            self._caller.pool, "SELECT keep_judgement($1, $2, $3, $4, $5, $6)", answer.call_id,
+            self._caller.pool, "SELECT record_judgment($1, $2, $3, $4, $5, $6)", answer.call_id,
             judgement.straight and judgement.straight.value, judgement.swapped and judgement.swapped.value,
-            result and result.value, scores and scores[0], storable(note),
+            result and result.value, scores and scores[0], postgres_text(note),
         )  # fmt: skip
 
     async def _keep_measure(self, answer: _Drawn) -> None:
@@ -254,7 +256,7 @@ class _Judging:
             tie = Judgement(Verdict.TIE, Verdict.TIE)
             scores = tie.scores
             await fetch(
-                self._caller.pool, "SELECT keep_judgement($1, 'tie', 'tie', 'tie', $2, $3)", answer.call_id,
+                self._caller.pool, "SELECT record_judgment($1, 'tie', 'tie', 'tie', $2, $3)", answer.call_id,
                 scores and scores[0], "the measure of its category",
             )  # fmt: skip
 
@@ -266,12 +268,12 @@ class _Judging:
             judge, shown, VERDICT_TOKENS
         )
 
-    def _spent(self, calls: Sequence[tuple[Called, str]]) -> tuple[int, float]:
+    def _spent(self, calls: Sequence[tuple[DirectResult, str]]) -> tuple[int, float]:
         """Calls that were sent, and USD."""
         sent = [(called, model) for called, model in calls if _was_sent(called)]
         return len(sent), sum(self._usd(called, model) for called, model in sent)
 
-    def _usd(self, called: Called, model: str) -> float:
+    def _usd(self, called: DirectResult, model: str) -> float:
         """What a call cost: as the backend says, else by its tokens."""
         result = called.result
         if result is None or result.cost_usd is not None:
@@ -283,10 +285,10 @@ class _Judging:
         return (prompt_tokens * of_prompt + completion_tokens * of_answer) / MILLION
 
 
-def _was_sent(called: Called) -> bool:
+def _was_sent(called: DirectResult) -> bool:
     return called.result is not None and called.result.outcome is not Outcome.UNSENT
 
 
-def _answer_of(called: Called) -> str | None:
+def _answer_of(called: DirectResult) -> str | None:
     result = called.result
     return result.answer if result is not None and result.outcome is Outcome.ANSWERED else None

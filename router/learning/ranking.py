@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from router.learning.evidence import Evidence
-from router.learning.utility import Usual, Worth, usual, worth
+from router.learning.utility import Prior, Utility, usual, worth
 from router.settings.learning import LearningSettings
 
 ALL = 1.0  # of the tasks: no bound
@@ -62,7 +62,7 @@ class Placed:
     place: int
     place_before: int
     standing: Standing
-    worth: Worth
+    worth: Utility
     evidence: Evidence
     quality: float
     least_share: float
@@ -74,7 +74,7 @@ def rank(
     key: Key,
     candidates: Sequence[Candidate],
     learning: LearningSettings,
-    priors: Mapping[str, Usual] | None = None,
+    priors: Mapping[str, Prior] | None = None,
 ) -> list[Placed]:
     """The candidates in their new order. Without any evidence nothing moves.
 
@@ -106,7 +106,7 @@ def rank(
 
 
 def _standings(
-    candidates: Sequence[Candidate], worths: Mapping[str, Worth], floor: float, learning: LearningSettings
+    candidates: Sequence[Candidate], worths: Mapping[str, Utility], floor: float, learning: LearningSettings
 ) -> dict[str, Standing]:
     standings = {}
     for c in candidates:
@@ -125,7 +125,7 @@ def _standings(
 
 
 def _ordered(
-    before: Sequence[Candidate], worths: Mapping[str, Worth], learning: LearningSettings
+    before: Sequence[Candidate], worths: Mapping[str, Utility], learning: LearningSettings
 ) -> list[Candidate]:
     """Place by place: the one who stood here before, unless another is better beyond the margin."""
     left, order = list(before), []
@@ -140,7 +140,7 @@ def _ordered(
     return order
 
 
-def _overtakes(best: Worth, first: Worth, known: Evidence, learning: LearningSettings) -> bool:
+def _overtakes(best: Utility, first: Utility, known: Evidence, learning: LearningSettings) -> bool:
     if known.seen < learning.enough_calls:  # only if it is surely worse
         return best.lower > first.mean + learning.bound_errors * first.error + learning.margin
     error = math.hypot(best.error, first.error)
@@ -151,7 +151,7 @@ def _overtakes(best: Worth, first: Worth, known: Evidence, learning: LearningSet
 
 def _shares(
     order: Sequence[Candidate],
-    worths: Mapping[str, Worth],
+    worths: Mapping[str, Utility],
     standings: Mapping[str, Standing],
     floor: float,
     learning: LearningSettings,
@@ -201,7 +201,7 @@ def _falling(lowers: Sequence[float]) -> list[float]:
 def _reason(
     candidate: Candidate,
     order: Sequence[Candidate],
-    worths: Mapping[str, Worth],
+    worths: Mapping[str, Utility],
     standing: Standing,
     floor: float,
 ) -> str:

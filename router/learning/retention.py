@@ -111,9 +111,7 @@ def _drop_once(connection: Connection, partition: str) -> None:
 def _forget_scores(connection: Connection, learning: LearningSettings) -> int:
     """Delete what no period within memory asks for any more, in small transactions."""
     seconds = learning.period_seconds
-    statement = (
-        "SELECT forget_scores(period_floor(period_of(clock_timestamp(), %s) - %s + 1, %s), %s) AS gone"
-    )
+    statement = "SELECT prune_scores(period_start(period_of(clock_timestamp(), %s) - %s + 1, %s), %s) AS gone"
     forgotten = 0
     while gone := rows(connection, statement, (seconds, learning.memory_periods, seconds, SCORES_AT_ONCE))[0][
         "gone"

@@ -19,7 +19,7 @@ import psycopg2.extras
 
 from router.database import Connection, connect, rows
 from router.errors import RouterError
-from router.learning.evidence import Moments, Sums, faded
+from router.learning.evidence import Moments, PeriodStats, decayed
 from router.learning.grading import check
 from router.learning.ranking import Candidate, Key, Placed, Standing, rank
 from router.settings.learning import LearningSettings
@@ -34,7 +34,7 @@ class ReviewBusy(RouterError):  # noqa: N818 - a state of the world, read as one
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
+class RankChange:
     """One model in one category. `standing_before` and `place_before`: as it was in force."""
 
     category: str
@@ -65,11 +65,11 @@ class Review:
     review: int | None
     calls_summed: int
     answers_graded: int
-    moves: tuple[Move, ...]
+    moves: tuple[RankChange, ...]
     notes: tuple[str, ...]
 
     @property
-    def news(self) -> tuple[Move, ...]:
+    def news(self) -> tuple[RankChange, ...]:
         """The moves that change a place or a standing."""
         return tuple(move for move in self.moves if move.is_news)
 
@@ -220,11 +220,11 @@ def _plan(connection: Connection, learning: LearningSettings) -> _Plan:
 
 def _candidate(
     row: dict[str, Any],
-    history: Mapping[tuple[str, str], list[Sums]],
+    history: Mapping[tuple[str, str], list[PeriodStats]],
     now: int,
     learning: LearningSettings,
 ) -> Candidate:
-    evidence = faded(
+    evidence = decayed(
         history.get((row["category"], row["model"]), []), now,
         half_life=learning.half_life_periods, memory=learning.memory_periods,
         change_errors=learning.change_errors,
@@ -234,14 +234,14 @@ def _candidate(
 
 def _history(
     connection: Connection, learning: LearningSettings, now: int
-) -> dict[tuple[str, str], list[Sums]]:
-    found: dict[tuple[str, str], list[Sums]] = {}
+) -> dict[tuple[str, str], list[PeriodStats]]:
+    found: dict[tuple[str, str], list[PeriodStats]] = {}
     for row in rows(
         connection,
         "SELECT * FROM evidence WHERE period_seconds = %s AND period > %s AND topic = '' AND calls > 0",
         (learning.period_seconds, now - learning.memory_periods),
     ):
-        sums = Sums(
+        sums = PeriodStats(
             row["period"], row["calls"], row["answered"],
             Moments.of(row["timed"], row["log_seconds"], row["log_seconds_squares"]),
             Moments.of(row["priced"], row["cost"], row["cost_squares"]),
@@ -263,11 +263,13 @@ def _held(connection: Connection, learning: LearningSettings, now: int) -> dict[
     return {row["category"]: row["undo"] for row in found}
 
 
-def _moves(plan: _Plan) -> Iterator[Move]:
+def _moves(plan: _Plan) -> Iterator[RankChange]:
     for key, order in plan.placed.items():
         for p in order:
             before = plan.standings[key.category, p.model]
-            yield Move(key.category, p.model, p.place_before, p.place, before, p.standing.value, p.reason)
+            yield RankChange(
+                key.category, p.model, p.place_before, p.place, before, p.standing.value, p.reason
+            )
 
 
 def _keep(connection: Connection, learning: LearningSettings, plan: _Plan, by: str) -> int:
@@ -283,7 +285,7 @@ def _keep(connection: Connection, learning: LearningSettings, plan: _Plan, by: s
     ]  # fmt: skip
     kept = rows(
         connection,
-        "SELECT keep_review(%s, %s, %s, %s::jsonb, %s::text[], %s::jsonb) AS review",
+        "SELECT record_review(%s, %s, %s, %s::jsonb, %s::text[], %s::jsonb) AS review",
         (by, learning.period_seconds, plan.period, json.dumps(learning.model_dump(mode="json")),
          list(plan.notes), json.dumps(places)),
     )  # fmt: skip

@@ -31,7 +31,7 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
-class Worth:
+class Utility:
     """What a call of a model is worth in a category, with its parts; `lower` orders."""
 
     mean: float
@@ -55,7 +55,7 @@ class Worth:
 
 
 @dataclass(frozen=True, slots=True)
-class Usual:
+class Prior:
     """What is usual in a category: towards this every model's means are drawn. `calls`: how strongly."""
 
     success: float
@@ -65,11 +65,11 @@ class Usual:
     calls: float
 
 
-def usual(evidences: Sequence[Evidence], utility: UtilitySettings, prior_calls: float) -> Usual:
+def usual(evidences: Sequence[Evidence], utility: UtilitySettings, prior_calls: float) -> Prior:
     """The middle of the models that are known, each as much as the others."""
     seen = [evidence for evidence in evidences if evidence.success.count > 0]
     sources = {source for evidence in seen for source in evidence.scores}
-    return Usual(
+    return Prior(
         success=_middle([e.success for e in seen], USUAL_SUCCESS),
         scores={
             source: _middle([e.scores[source] for e in seen if source in e.scores], USUAL_SCORE)
@@ -88,13 +88,13 @@ def _middle(known: Sequence[Moments], otherwise: float) -> float:
     return (means[(len(means) - 1) // 2] + means[len(means) // 2]) / 2
 
 
-def beneath(evidence: Evidence, general: Usual, calls: float) -> Usual:
+def beneath(evidence: Evidence, general: Prior, calls: float) -> Prior:
     """What is usual for one model in a topic: what it is in the category, as if `calls` had said so."""
 
     def drawn(moments: Moments, towards: float) -> float:
         return (moments.total + general.calls * towards) / (moments.count + general.calls)
 
-    return Usual(
+    return Prior(
         success=drawn(evidence.success, general.success),
         scores={
             source: drawn(evidence.scores.get(source, Moments()), towards)
@@ -107,8 +107,8 @@ def beneath(evidence: Evidence, general: Usual, calls: float) -> Usual:
 
 
 def worth(
-    evidence: Evidence, prior: Usual, utility: UtilitySettings, sources: Mapping[str, float], errors: float
-) -> Worth:
+    evidence: Evidence, prior: Prior, utility: UtilitySettings, sources: Mapping[str, float], errors: float
+) -> Utility:
     """The worth of a model's call by its evidence, drawn towards `prior`; bounds are `errors` errors off."""
     success = _share(evidence.success, prior.success, prior.calls)
     score = _score(evidence.scores, prior, sources)
@@ -127,7 +127,7 @@ def worth(
         success.mean * utility.cost / weights * cheap**2 / utility.cost_usd * cost.error,
     )
     mean, error = success.mean * of_answer, math.sqrt(sum(part**2 for part in parts))
-    return Worth(
+    return Utility(
         mean,
         error,
         mean - errors * error,
@@ -139,7 +139,7 @@ def worth(
     )
 
 
-def worth_of_call(utility: UtilitySettings, *, score: float, seconds: float, cost_usd: float) -> float:
+def call_utility(utility: UtilitySettings, *, score: float, seconds: float, cost_usd: float) -> float:
     """The worth of one call that was answered, by what it was itself; of one that failed it is 0."""
     fast = 1 / (1 + seconds / utility.latency_seconds)
     cheap = 1 / (1 + max(0.0, cost_usd) / utility.cost_usd)
@@ -166,7 +166,7 @@ def _drawn_mean(moments: Moments, prior: float, prior_calls: float) -> float:
     return (moments.mean * effective + prior * prior_calls) / (effective + prior_calls)
 
 
-def _score(scores: Mapping[str, Moments], prior: Usual, sources: Mapping[str, float]) -> Estimate:
+def _score(scores: Mapping[str, Moments], prior: Prior, sources: Mapping[str, float]) -> Estimate:
     """The weighed mean over the sources that the category knows; a source silent on this model is average."""
     known = {source: sources.get(source, 0.0) for source in prior.scores if sources.get(source, 0.0) > 0}
     if not known:

@@ -1,6 +1,6 @@
 """What a call's outcome says about its model: trust it, doubt it, or leave it alone for a while. No I/O.
 
-The counting itself is done in Redis, for all processes together (`limiter.lua`, verb `heed`).
+The counting itself is done in Redis, for all processes together (`limiter.lua`, verb `record_outcome`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from router.task import Outcome
 
 
-class Sign(enum.IntEnum):
+class Signal(enum.IntEnum):
     """What an outcome means for the breaker; the numbers are those of `limiter.lua`."""
 
     REST = 0  # no failure, yet nothing may be sent for a while
@@ -26,7 +26,7 @@ class Sign(enum.IntEnum):
 class Verdict:
     """What to tell the breaker; nothing is sent for `rest_seconds`, whatever the sign."""
 
-    sign: Sign
+    sign: Signal
     rest_seconds: float = 0.0
 
 
@@ -34,13 +34,13 @@ class Verdict:
 class BreakerSettings:
     """When a model is given a rest, and for how long. All times in seconds.
 
-    After `failures_borne` failures in a row the breaker opens for `first_rest_seconds`; each probe that fails
-    opens it for twice as long, up to `longest_rest_seconds`.
+    After `failure_threshold` failures in a row the breaker opens for `initial_cooldown_seconds`. Each failed
+    probe opens it for twice as long, up to `max_cooldown_seconds`.
     """
 
-    failures_borne: int = 5
-    first_rest_seconds: float = 1.0
-    longest_rest_seconds: float = 60.0
+    failure_threshold: int = 5
+    initial_cooldown_seconds: float = 1.0
+    max_cooldown_seconds: float = 60.0
     default_retry_after_seconds: float = 1.0  # where a 429 or 503 does not say how long
     unknown_model_rest_seconds: float = 30.0
 
@@ -53,16 +53,16 @@ class BreakerSettings:
         told = bool(retry_after_seconds)
         pause = retry_after_seconds or self.default_retry_after_seconds
         if outcome in _GOOD:
-            return Verdict(Sign.GOOD)
+            return Verdict(Signal.GOOD)
         if outcome in _BAD:
-            return Verdict(Sign.BAD)
+            return Verdict(Signal.BAD)
         if outcome is Outcome.RATE_LIMITED:
-            return Verdict(Sign.REFUSED, pause)
+            return Verdict(Signal.REFUSED, pause)
         if outcome is Outcome.OVERLOADED:
-            return Verdict(Sign.REST if told else Sign.BAD, pause)
+            return Verdict(Signal.REST if told else Signal.BAD, pause)
         if outcome is Outcome.UNKNOWN_MODEL:
-            return Verdict(Sign.REST, self.unknown_model_rest_seconds)
-        return Verdict(Sign.NOTHING) if outcome is Outcome.ABANDONED else None
+            return Verdict(Signal.REST, self.unknown_model_rest_seconds)
+        return Verdict(Signal.NOTHING) if outcome is Outcome.ABANDONED else None
 
 
 _GOOD = frozenset({Outcome.ANSWERED, Outcome.REJECTED})

@@ -6,11 +6,11 @@ import struct
 from array import array
 from collections.abc import Iterable
 
-from router.limiter.breaker import BreakerSettings, Sign
+from router.limiter.breaker import BreakerSettings, Signal
 from router.limiter.permit import PastCall, WaitReason
 from router.limiter.settings import MICRO, LimiterSettings
 from router.limiter.snapshot import ModelTraffic
-from router.limiter.state import Seen
+from router.limiter.state import ModelState
 from router.traffic import TrafficTarget
 
 _SNAPSHOT_HEAD = 10
@@ -36,15 +36,15 @@ def packed_target(target: TrafficTarget, settings: LimiterSettings) -> bytes:
 
 
 def packed_verdict(
-    seen: Seen, left: float, sign: Sign, seconds: float, *, send: tuple[int, int] | None,
+    seen: ModelState, left: float, sign: Signal, seconds: float, *, send: tuple[int, int] | None,
     breaker: BreakerSettings,
 ) -> bytes:  # fmt: skip
-    """The question of the verb `heed`; `send` is generation and number of the send that it is about."""
+    """Arguments of the verb `record_outcome`; `send` is (generation, number) of the send that it concerns."""
     generation, number = send or (0, -1)
-    first, longest = breaker.first_rest_seconds * MICRO, breaker.longest_rest_seconds * MICRO
+    first, longest = breaker.initial_cooldown_seconds * MICRO, breaker.max_cooldown_seconds * MICRO
     return struct.pack(
         "<10d", seen.generation, seen.claim(left), sign, seconds * MICRO, generation, number,
-        breaker.failures_borne, first, longest, seen.trip,
+        breaker.failure_threshold, first, longest, seen.trip,
     )  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def traffic_of(model: str, line: bytes, rest_reason: bytes, packed: bytes) -> Mo
     target = TrafficTarget.parse(line.decode()) if line else None
     status, *numbers = struct.unpack(f"<{len(packed) // 8}d", packed)
     if status or target is None:
-        why = WaitReason.NO_TARGET if target is None else WaitReason.LOST
+        why = WaitReason.NO_TARGET if target is None else WaitReason.REBUILDING
         return ModelTraffic(model, line.decode() or None, {}, {}, 0, None, why, 0.0, None)
     again, reason, at_once, resting, trip, failures, refused, since, last = numbers[: _SNAPSHOT_HEAD - 1]
     limits = [*target.requests, *target.tokens] if not target.stopped else []

@@ -69,7 +69,7 @@ local extra = max(0, late - slack)
 local wall = redis.call('TIME')
 wall = wall[1] * 1000000 + wall[2]
 local now, seen, claim, place, changed = wall + offset, 0, 0, nil, false
-if verb == 'reserve' or verb == 'peek' or verb == 'heed' then seen, claim, place = unpack_struct('<dd', ask) end
+if verb == 'reserve' or verb == 'peek' or verb == 'outcome' then seen, claim, place = unpack_struct('<dd', ask) end
 if now < clock then
   offset, now, changed = offset + clock - now, clock, true
 elseif claim > 0 and seen == gen and now > max(claim, clock) + slack then
@@ -398,7 +398,7 @@ if not reply then
   end
 
   -- Each item: generation, send, tokens used (or NEVER), 1 if it was never used.
-  local function give_back()
+  local function release()
     if not live then return pack('<dd', LOST, 0) end
     local freed, of, i, used, unused = false, nil, nil, nil, nil
     place = 1
@@ -519,7 +519,7 @@ if not reply then
   end
 
   -- Says that the memory is gone, since when, and which one: the clock may stand still. ask: 1 if the asker had seen it; the longest that a call takes.
-  local function mark_lost()
+  local function record_loss()
     local knew, longest = unpack_struct('<dd', ask)
     if live then return pack('<dddddd', 1, 0, now, 0, 0, gen) end
     if knew == 1 or stored[2] then call('HSET', key, 'known', '1') end
@@ -581,7 +581,7 @@ if not reply then
 
   -- What a call came to. ask: generation seen, claim, sign, seconds to rest, generation and number of the send (or
   -- NEVER), failures borne, first and longest rest of the breaker, trips that the asker knows of; ARGV[3] reason.
-  local function heed()
+  local function record_outcome()
     local sign, seconds, of, i, borne, first, longest, trips = unpack_struct('<dddddddd', ask, place)
     if sign == REFUSED then count_refusal() end
     if not live then return pack('<dddd', LOST, 0, 0, 0) end
@@ -643,10 +643,10 @@ if not reply then
     return { told[1], told[2] or '', table.concat(parts) }
   end
 
-  if verb == 'back' then reply = give_back()
-  elseif verb == 'heed' then reply = heed()
+  if verb == 'release' then reply = release()
+  elseif verb == 'outcome' then reply = record_outcome()
   elseif verb == 'target' then reply = set_target()
-  elseif verb == 'lost' then reply = mark_lost()
+  elseif verb == 'loss' then reply = record_loss()
   elseif verb == 'rebuild' then reply = rebuild()
   elseif verb == 'snapshot' then reply = snapshot()
   else return redis.error_reply('no such verb') end

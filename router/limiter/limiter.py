@@ -19,18 +19,18 @@ from typing import Any, TypeVar
 import redis.asyncio
 
 from router.errors import InputError, LimiterError, LimiterUnavailable
-from router.limiter.breaker import Sign
+from router.limiter.breaker import Signal
 from router.limiter.codec import packed_target
-from router.limiter.notifications import Changes
-from router.limiter.permit import RESTS, PastCall, Permit, Wait, WaitReason
+from router.limiter.notifications import Notifications
+from router.limiter.permit import UNAVAILABLE_REASONS, PastCall, Permit, Wait, WaitReason
 from router.limiter.recovery import History, Recovery
-from router.limiter.releases import Returns
+from router.limiter.releases import Releases
 from router.limiter.script import RedisScript
 from router.limiter.settings import MICRO, LimiterSettings, Slacks
 from router.limiter.snapshot import ModelTraffic
-from router.limiter.state import FREED_BY_OTHERS, Seen
-from router.limiter.tracker import Sightings
-from router.limiter.waiters import Line
+from router.limiter.state import FREED_BY_OTHERS, ModelState
+from router.limiter.tracker import ModelTracker
+from router.limiter.waiters import WaitQueue
 from router.task import Outcome
 from router.traffic import LARGEST_COUNT, TrafficTarget
 
@@ -52,7 +52,7 @@ _LOST = 1  # the script's status; 0 is a decision, 2 is no target
 _HEAD = struct.Struct("<10d")
 _GRANT = struct.Struct("<2d")
 _QUESTION = struct.Struct("<6d")
-_MEMORY = frozenset({WaitReason.LOST, WaitReason.NO_TARGET})
+_MEMORY = frozenset({WaitReason.REBUILDING, WaitReason.NO_TARGET})
 _FREED = FREED_BY_OTHERS | {WaitReason.TOKENS}
 _MOST_TRIES = 3
 
@@ -75,13 +75,15 @@ class TrafficLimiter:
         self.settings = settings or LimiterSettings()
         self._script = RedisScript(redis, _SCRIPT)
         self._name = f"{id(self):x}-{time.monotonic_ns():x}"
-        self._changes = Changes(redis, self._name, self._heard, self.settings)
+        self._changes = Notifications(redis, self._name, self._heard, self.settings)
         self._recovery = Recovery(self._call, self._put_target_back, history, self.settings, self._name)
-        self._sightings = Sightings(self._call, self._name, self.settings.breaker, self._changed, self._aside)
+        self._sightings = ModelTracker(
+            self._call, self._name, self.settings.breaker, self._changed, self._aside
+        )
         self._seen_of = self._sightings.of
-        self._lines: dict[str, Line] = {}
-        self._returns = Returns(self._send_back)
-        self._looks: dict[str, asyncio.Task[ModelTraffic]] = {}
+        self._lines: dict[str, WaitQueue] = {}
+        self._returns = Releases(self._send_back)
+        self._snapshots: dict[str, asyncio.Task[ModelTraffic]] = {}
         self._side_tasks: set[asyncio.Task[Any]] = set()
 
     async def __aenter__(self) -> TrafficLimiter:  # noqa: PYI034 - typing.Self is 3.11
@@ -123,7 +125,7 @@ class TrafficLimiter:
             self._changed(model)
         return bool(taken)
 
-    async def _put_target_back(self, model: str, seen: Seen) -> None:
+    async def _put_target_back(self, model: str, seen: ModelState) -> None:
         if seen.target is not None:
             await self.set_target(model, seen.target, version=int(seen.version))
 
@@ -138,7 +140,7 @@ class TrafficLimiter:
         """
         _check_tokens(tokens)
         permits, again, reason = await self._ask_once(model, "reserve", (tokens,), holder_seconds)
-        if reason >= WaitReason.LOST and not permits and reason != WaitReason.PROBING:
+        if reason >= WaitReason.REBUILDING and not permits and reason != WaitReason.HALF_OPEN:
             permits, wait = await self._ask(model, (tokens,), holder_seconds)
             return permits[0] if permits else wait
         return permits[0] if permits else Wait(model, WaitReason(int(reason)), again)
@@ -166,7 +168,7 @@ class TrafficLimiter:
             raise LimiterError(f"No permit for {model} within {timeout_seconds:g} s: {why}. Ask again later.")
         return standing.result()
 
-    async def until_near(self, model: str) -> None:
+    async def wait_until_available(self, model: str) -> None:
         """Return as soon as a send looks possible within the look-ahead; reserves nothing, rarely asks."""
         line, seen = self._line(model), self._seen_of(model)
         while True:
@@ -182,11 +184,11 @@ class TrafficLimiter:
                 net = self.settings.hint_seconds
                 await line.bell.wait(net if near_in is None else min(net, near_in))
 
-    async def until_resting(self, model: str) -> None:
+    async def wait_until_unavailable(self, model: str) -> None:
         """Return once those who wait for a permit hear that the model rests or is doubted; asks nothing."""
         line = self._line(model)
         replies = line.replies
-        while line.replies == replies or line.waiting_for not in RESTS:
+        while line.replies == replies or line.waiting_for not in UNAVAILABLE_REASONS:
             await line.bell.wait(self.settings.hint_seconds)
 
     async def release(self, permit: Permit, tokens: int | None = None) -> None:
@@ -199,11 +201,11 @@ class TrafficLimiter:
         """The permit was not used, and nothing was sent by it: it is given back whole. Idempotent."""
         await self._returns.put(permit, 0, unused=True)
 
-    async def rest(self, model: str, seconds: float, reason: str) -> None:
+    async def cool_down(self, model: str, seconds: float, reason: str) -> None:
         """Nobody may send to the model for `seconds`, at most a day; 0 ends a rest and closes the breaker."""
-        await self._sightings.tell(model, Sign.REST, seconds, reason)
+        await self._sightings.tell(model, Signal.REST, seconds, reason)
 
-    async def heed(
+    async def record_outcome(
         self,
         model: str,
         outcome: Outcome,
@@ -220,13 +222,13 @@ class TrafficLimiter:
         verdict = self.settings.breaker.verdict(outcome, retry_after_seconds)
         seen = self._seen_of(model)
         doubted = seen.failures or seen.trip
-        if verdict is None or (verdict.sign in {Sign.GOOD, Sign.NOTHING} and not doubted):
+        if verdict is None or (verdict.sign in {Signal.GOOD, Signal.NOTHING} and not doubted):
             return
         send = None if permit is None else (permit.generation, permit.number)
         reason = f"{outcome.value}: {why}"
         await self._sightings.tell(model, verdict.sign, verdict.rest_seconds, reason, send)
 
-    def waiting(self, model: str) -> int:
+    def queue_length(self, model: str) -> int:
         """How many in this process stand in line for the model."""
         line = self._lines.get(model)
         return line.waiting if line is not None else 0
@@ -235,13 +237,13 @@ class TrafficLimiter:
         """What is in force and in use, model by model. Reserves nothing."""
         return {model: await self._snapshot(model) for model in models}
 
-    async def look(self, model: str) -> ModelTraffic:
+    async def shared_snapshot(self, model: str) -> ModelTraffic:
         """The snapshot of one model; all who look in the same moment share one."""
-        looking = self._looks.get(model)
+        looking = self._snapshots.get(model)
         if looking is None:
             looking = self._aside(self._snapshot(model), f"router look at {model}")
-            self._looks[model] = looking
-            looking.add_done_callback(lambda _: self._looks.pop(model))
+            self._snapshots[model] = looking
+            looking.add_done_callback(lambda _: self._snapshots.pop(model))
         return await asyncio.shield(looking)
 
     # -- asking -------------------------------------------------------------------------------------------
@@ -257,8 +259,10 @@ class TrafficLimiter:
                 return permits, Wait(model, reason, again)
             again = await self._recovery.recover(model, self._seen_of(model), reason)
             if again is None or again > 0:
-                return [], Wait(model, WaitReason.NO_TARGET if again is None else WaitReason.LOST, again)
-        return [], Wait(model, WaitReason.LOST, self.settings.retry_base_seconds)
+                return [], Wait(
+                    model, WaitReason.NO_TARGET if again is None else WaitReason.REBUILDING, again
+                )
+        return [], Wait(model, WaitReason.REBUILDING, self.settings.retry_base_seconds)
 
     async def _ask_once(
         self, model: str, verb: str, tokens: tuple[int, ...], holder_seconds: float | None
@@ -281,7 +285,7 @@ class TrafficLimiter:
         status, generation, head, version, wait, reason, slack, now, failures, trip = _HEAD.unpack_from(reply)
         if status:
             seen.near_at = None
-            return [], None, WaitReason.LOST if status == _LOST else WaitReason.NO_TARGET
+            return [], None, WaitReason.REBUILDING if status == _LOST else WaitReason.NO_TARGET
         if generation != seen.generation or version > seen.version:
             self._sightings.remember(model, seen, generation, version)
         if head > seen.head and generation == seen.generation:
@@ -313,7 +317,7 @@ class TrafficLimiter:
         seen.near_known_at = time.monotonic() if again is None or again > 0 else 0.0
 
     async def _send_back(self, model: str, items: bytes) -> None:
-        _, told = struct.unpack("<2d", await self._call(model, "back", items, self._name))
+        _, told = struct.unpack("<2d", await self._call(model, "release", items, self._name))
         line = self._lines.get(model)
         starved = line is not None and line.waiting_for in _FREED
         if told or starved or self._seen_of(model).near_at is None:  # Redis told only the others
@@ -335,7 +339,7 @@ class TrafficLimiter:
     async def _call(self, model: str, verb: str, *arguments: bytes | str) -> Any:
         return await self._script.call(self._sightings.key(model), verb, *arguments)
 
-    def _line(self, model: str) -> Line:
+    def _line(self, model: str) -> WaitQueue:
         line = self._lines.get(model)
         if line is None:
             self._sightings.key(model)
@@ -344,7 +348,7 @@ class TrafficLimiter:
                 await self._changes.hear()
                 return await self._ask(model, tuple(tokens))
 
-            line = self._lines[model] = Line(model, ask, self._give_back, self.settings)
+            line = self._lines[model] = WaitQueue(model, ask, self._give_back, self.settings)
         return line
 
     def _aside(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:

@@ -16,7 +16,7 @@ CHANNEL = "router:traffic"
 LISTEN_SECONDS = 30.0
 
 
-class Changes:
+class Notifications:
     """Calls `changed(key)` for each change by somebody else; `changed(None)` if some may have been missed."""
 
     def __init__(

@@ -6,7 +6,7 @@ import enum
 import time
 from dataclasses import dataclass, field
 
-from router.errors import PermitDead
+from router.errors import PermitExpired
 
 
 class WaitReason(enum.IntEnum):
@@ -15,13 +15,13 @@ class WaitReason(enum.IntEnum):
     NOTHING = 0
     WINDOW = 1
     TOKENS = 2
-    AT_ONCE = 3
+    CONCURRENCY = 3
     STOPPED = 4
-    RESTING = 5
-    TOO_LARGE = 6
-    LOST = 7
+    COOLING_DOWN = 5
+    TOO_MANY_TOKENS = 6
+    REBUILDING = 7
     NO_TARGET = 8
-    PROBING = 9
+    HALF_OPEN = 9
 
     @property
     def text(self) -> str:
@@ -32,16 +32,18 @@ _REASON_TEXTS = {
     WaitReason.NOTHING: "nothing",
     WaitReason.WINDOW: "its window of requests is used up, or the pace",
     WaitReason.TOKENS: "its window of tokens is used up",
-    WaitReason.AT_ONCE: "all places at once are taken",
+    WaitReason.CONCURRENCY: "all places at once are taken",
     WaitReason.STOPPED: "its traffic target is 0",
-    WaitReason.RESTING: "it rests after a refusal",
-    WaitReason.TOO_LARGE: "the call needs more tokens than a whole window allows",
-    WaitReason.LOST: "Redis lost its memory, and what was sent before is being found out",
+    WaitReason.COOLING_DOWN: "it rests after a refusal",
+    WaitReason.TOO_MANY_TOKENS: "the call needs more tokens than a whole window allows",
+    WaitReason.REBUILDING: "Redis lost its memory, and what was sent before is being found out",
     WaitReason.NO_TARGET: "it has no traffic target yet",
-    WaitReason.PROBING: "it failed again and again, and one call is trying it out",
+    WaitReason.HALF_OPEN: "it failed again and again, and one call is trying it out",
 }
 
-RESTS = frozenset({WaitReason.RESTING, WaitReason.PROBING})  # the model is not trusted now
+UNAVAILABLE_REASONS = frozenset(
+    {WaitReason.COOLING_DOWN, WaitReason.HALF_OPEN}
+)  # the model is not trusted now
 
 
 @dataclass(slots=True, eq=False)
@@ -56,25 +58,25 @@ class Permit:
     tokens: int
     number: int
     generation: int
-    moment_at: float
-    dead_at: float
+    send_at: float
+    expires_at: float
     returned: bool = field(default=False, repr=False)
 
     @property
     def wait_seconds(self) -> float:
         """Seconds from now until the moment; 0 once it has come."""
-        return max(0.0, self.moment_at - time.monotonic())
+        return max(0.0, self.send_at - time.monotonic())
 
     @property
     def dead(self) -> bool:
         """True once it is too late to send."""
-        return time.monotonic() > self.dead_at
+        return time.monotonic() > self.expires_at
 
     def check(self) -> None:
-        """Raise PermitDead if it is too late to send; to be called immediately before the socket write."""
-        late = time.monotonic() - self.dead_at
+        """Raise PermitExpired if it is too late to send; to be called immediately before the socket write."""
+        late = time.monotonic() - self.expires_at
         if late > 0:
-            raise PermitDead(
+            raise PermitExpired(
                 f"The permit of {self.model} died {late * 1000:.0f} ms ago: reserve another one."
             )
 

@@ -13,14 +13,14 @@ from router.errors import LimiterUnavailable
 from router.limiter.codec import packed_history
 from router.limiter.permit import PastCall, WaitReason
 from router.limiter.settings import MICRO, LimiterSettings
-from router.limiter.state import Seen
+from router.limiter.state import ModelState
 
 log = logging.getLogger("router.limiter")
 
 History = Callable[[str, float], Awaitable[list[PastCall]]]
 Loss = tuple[int, float]  # when by Redis's clock, which may stand still; what generation was lost
 KNOWN_SECONDS = 61.0  # a target with a minute's window, set after one with a second's, knows its past too
-PutTarget = Callable[[str, Seen], Awaitable[object]]
+PutTarget = Callable[[str, ModelState], Awaitable[object]]
 
 
 class Call(Protocol):
@@ -44,7 +44,7 @@ class Recovery:
         self._said: set[str] = set()
         self._noticed: dict[str, tuple[Loss, float]] = {}  # and since when, by our clock
 
-    async def recover(self, model: str, seen: Seen, reason: WaitReason) -> float | None:
+    async def recover(self, model: str, seen: ModelState, reason: WaitReason) -> float | None:
         """Put back what Redis lost: 0 if done, else the seconds to wait; None if only a change can help."""
         lock = self._rebuilding.setdefault(model, asyncio.Lock())
         async with lock:
@@ -54,10 +54,10 @@ class Recovery:
                 await self._put_target(model, seen)
             return await self._rebuild(model, seen)
 
-    async def _rebuild(self, model: str, seen: Seen) -> float:
+    async def _rebuild(self, model: str, seen: ModelState) -> float:
         asked = time.monotonic()
         ask = struct.pack("<2d", float(seen.generation > 0), self._settings.call_longest_seconds * MICRO)
-        reply = await self._call(model, "lost", ask)
+        reply = await self._call(model, "loss", ask)
         live, lost_for, clock, longest, known, generation = struct.unpack("<6d", reply)
         if live:
             return 0.0
@@ -97,7 +97,7 @@ class Recovery:
             raise LimiterUnavailable(f"{what}: {error}") from error
 
     async def _build(
-        self, model: str, seen: Seen, calls: list[PastCall], clock: float, *, since: float, blind: bool
+        self, model: str, seen: ModelState, calls: list[PastCall], clock: float, *, since: float, blind: bool
     ) -> None:
         moments, tokens, still_open = packed_history(calls, clock)
         rests = max(0.0, seen.rest_until - time.monotonic())

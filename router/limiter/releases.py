@@ -19,8 +19,8 @@ Item = TypeVar("Item")
 SendBack = Callable[[str, bytes], Awaitable[None]]
 
 
-class Returns:
-    """Returns of permits, model by model. What Redis could not take is kept, and sent when it can."""
+class Releases:
+    """Releases of permits, model by model. What Redis could not take is kept, and sent when it can."""
 
     def __init__(self, send: SendBack) -> None:
         self._send = send

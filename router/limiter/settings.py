@@ -51,9 +51,9 @@ class LimiterSettings:
             second_slacks=Slacks(traffic.second_send_slack, traffic.second_transit_slack),
             call_longest_seconds=longest + AFTER_TIMEOUT_SECONDS,
             breaker=BreakerSettings(
-                failures_borne=traffic.failures_borne,
-                first_rest_seconds=traffic.first_rest_seconds,
-                longest_rest_seconds=traffic.longest_rest_seconds,
+                failure_threshold=traffic.failure_threshold,
+                initial_cooldown_seconds=traffic.initial_cooldown_seconds,
+                max_cooldown_seconds=traffic.max_cooldown_seconds,
             ),
         )
 

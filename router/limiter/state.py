@@ -8,11 +8,11 @@ from router.limiter.permit import WaitReason
 from router.limiter.settings import MICRO
 from router.traffic import TrafficTarget
 
-FREED_BY_OTHERS = frozenset({WaitReason.AT_ONCE, WaitReason.PROBING})  # sooner than their moment says
+FREED_BY_OTHERS = frozenset({WaitReason.CONCURRENCY, WaitReason.HALF_OPEN})  # sooner than their moment says
 
 
 @dataclass(slots=True)
-class Seen:
+class ModelState:
     """What this process has seen of a model: by it a limiter that lost its memory is found out.
 
     `anchor` is Redis's kept clock minus this process's monotonic clock, as far as both are known to agree:
@@ -46,5 +46,5 @@ class Seen:
             self.near_at, self.near_known_at = None, 0.0
         else:
             self.near_at, self.near_known_at = arrived + again - look_ahead, arrived
-        if reason == WaitReason.RESTING and again is not None:
+        if reason == WaitReason.COOLING_DOWN and again is not None:
             self.rest_until = arrived + again

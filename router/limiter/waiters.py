@@ -11,15 +11,15 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 
-from router.background import Bell, finish
-from router.errors import LimiterError, LimiterUnavailable, PermitDead
+from router.background import Broadcast, finish
+from router.errors import LimiterError, LimiterUnavailable, PermitExpired
 from router.limiter.permit import Permit, Wait, WaitReason
 from router.limiter.settings import LimiterSettings
 
 Ask = Callable[[list[int]], Awaitable[tuple[list[Permit], Wait]]]
 GiveBack = Callable[[Permit], "asyncio.Task[None]"]
 
-_TIMED = frozenset({WaitReason.WINDOW, WaitReason.RESTING})
+_TIMED = frozenset({WaitReason.WINDOW, WaitReason.COOLING_DOWN})
 SAME_MOMENT_SECONDS = 0.005  # replies of two questions differ by so much in what they call the same moment
 ONE_AFTER_ANOTHER_SECONDS = 1e-6
 FEWEST_IN_ONE_ASK = 8
@@ -35,11 +35,11 @@ class _Waiter:
         self.future: asyncio.Future[Permit] = asyncio.get_running_loop().create_future()
 
 
-class Line:
+class WaitQueue:
     """The waiters of one model in this process, first come first served."""
 
     def __init__(self, model: str, ask: Ask, give_back: GiveBack, settings: LimiterSettings) -> None:
-        self.bell = Bell()
+        self.bell = Broadcast()
         self.waiting_for = WaitReason.NOTHING
         self.replies = 0
         self._model = model
@@ -78,7 +78,7 @@ class Line:
             self._died = True
             # Asked for before it is back, the next would keep its distance from one that was never used.
             await asyncio.shield(self._give_back(permit))
-        raise PermitDead(
+        raise PermitExpired(
             f"{MOST_DEATHS} permits of {self._model} died unused: this process is too slow to send."
         )
 
@@ -113,8 +113,8 @@ class Line:
 
     async def _until_moment(self, permit: Permit) -> None:
         """Sleep until the moment; those of (almost) the same moment leave in the order of the line."""
-        earlier, self._left_at = self._left_at, permit.moment_at
-        if 0 <= earlier - permit.moment_at < SAME_MOMENT_SECONDS:
+        earlier, self._left_at = self._left_at, permit.send_at
+        if 0 <= earlier - permit.send_at < SAME_MOMENT_SECONDS:
             self._left_at = earlier + ONE_AFTER_ANOTHER_SECONDS  # equal timers fire in any order
         if self._asleep or self._left_at > time.monotonic():  # whoever sleeps may be due, and stands before
             await self._sleep_until(self._left_at)
@@ -196,7 +196,7 @@ class Line:
         if wait.reason is not self.waiting_for:
             self.waiting_for = wait.reason
             self.bell.ring()
-        if left and self.waiting_for is WaitReason.TOO_LARGE:
+        if left and self.waiting_for is WaitReason.TOO_MANY_TOKENS:
             self._refuse(left.pop(0))
         self._put_back(left)
         return bool(left)
@@ -218,7 +218,9 @@ class Line:
         if wait.reason in _TIMED:
             ahead = self._settings.look_ahead_seconds / 2  # not the whole: one ask is to bring several
             return min(net, max(0.0, (wait.again_seconds or 0.0) - ahead))
-        if not denied or wait.reason is WaitReason.TOO_LARGE:  # Redis rings only for those whom it refused
+        if (
+            not denied or wait.reason is WaitReason.TOO_MANY_TOKENS
+        ):  # Redis rings only for those whom it refused
             return 0.0
         return net if wait.again_seconds is None else min(net, wait.again_seconds)
 

@@ -19,11 +19,11 @@ from typing import Literal
 import asyncpg
 from typing_extensions import Self
 
-from router.background import ended, result_within
-from router.database import fetch, fetch_one, patiently, settled_values
+from router.background import cancel_and_wait, result_or_none
+from router.database import fetch, fetch_one, retry_while_unavailable, settled_values
 from router.errors import DatabaseError, LimiterError
 from router.limiter.limiter import Permit
-from router.models.dispatch import CallOrder, outlook, send_permitted
+from router.models.dispatch import CallRequest, availability, send_permitted
 from router.models.roster import RosterModel, read_roster
 from router.models.services import open_services
 from router.settings.environment import Addresses
@@ -40,7 +40,7 @@ FIRST_VERSION = 1  # of a target that nobody set: any Variable that was ever rea
 
 
 @dataclass(frozen=True, slots=True)
-class Called:
+class DirectResult:
     """What came of one call. `result` is None if there was no permit in time; `why` says what went wrong.
 
     `seconds` are those at the backend, 0 if nothing was sent.
@@ -55,7 +55,7 @@ class Called:
 
 @dataclass(slots=True)
 class _Call:
-    order: CallOrder
+    order: CallRequest
     category: str
     purpose: Purpose
     sent_at: float | None = None  # on the monotonic clock
@@ -73,7 +73,7 @@ class _Call:
         return CallResult(Outcome.ABANDONED, error=why, latency_seconds=passed, may_go_on=True)
 
 
-class Caller:
+class DirectCaller:
     """Makes calls without a task, at most MOST_AT_ONCE at the same time; to be used as `async with`.
 
     Opening raises DatabaseError or LimiterUnavailable if Postgres or Redis is away. What is under way when it
@@ -86,7 +86,7 @@ class Caller:
         self._worker = f"{socket.gethostname()}:calls:{secrets.token_hex(6)}"
         self._stack = contextlib.AsyncExitStack()
         self._places = asyncio.Semaphore(MOST_AT_ONCE)
-        self._making: set[asyncio.Task[Called]] = set()
+        self._making: set[asyncio.Task[DirectResult]] = set()
         self._ending: set[asyncio.Task[None]] = set()
         self._with_target: set[str] = set()
         self._clock_offset_seconds = 0.0
@@ -103,24 +103,24 @@ class Caller:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await ended(*self._making)
+        await cancel_and_wait(*self._making)
         if self._ending:
             await asyncio.wait(set(self._ending), timeout=CLOSE_SECONDS)
-        await ended(*self._ending)
+        await cancel_and_wait(*self._ending)
         await self._stack.aclose()
 
     async def call(
         self, model: RosterModel, prompt: str, *, category: str, purpose: Purpose,
-        max_tokens: int | None = None, patience_seconds: float,
-    ) -> Called:  # fmt: skip
-        """Make one call: never raises for what the model does, and waits `patience_seconds` for its permit.
+        max_tokens: int | None = None, timeout_seconds: float,
+    ) -> DirectResult:  # fmt: skip
+        """Make one call: never raises for what the model does, and waits `timeout_seconds` for its permit.
 
         DatabaseError if it cannot be logged: then it is not sent. A model without a traffic target has its
         `default_target`. Cancelled, it is given up, and logged so.
         """
         order = self._order(model, prompt, max_tokens)
         making = asyncio.get_running_loop().create_task(
-            self._made(_Call(order, category, purpose), model, patience_seconds),
+            self._made(_Call(order, category, purpose), model, timeout_seconds),
             name=f"router {purpose} call {order.call_id}",
         )
         self._making.add(making)
@@ -142,44 +142,44 @@ class Caller:
         await services.targets.begin(roster)
         self._with_target.update(roster.models)
 
-    def _order(self, model: RosterModel, prompt: str, max_tokens: int | None) -> CallOrder:
+    def _order(self, model: RosterModel, prompt: str, max_tokens: int | None) -> CallRequest:
         most = model.max_tokens if max_tokens is None else min(max_tokens, model.max_tokens)
-        return CallOrder(
+        return CallRequest(
             call_id=new_call_id(time.monotonic() + self._clock_offset_seconds), model=model.model,
             endpoint=model.endpoint, prompt=prompt, max_tokens=most,
             reserved_tokens=len(prompt.encode("utf-8", "replace")) + most,  # no token is shorter than a byte
             timeout_seconds=model.timeout_seconds,
         )  # fmt: skip
 
-    async def _made(self, call: _Call, model: RosterModel, patience_seconds: float) -> Called:
+    async def _made(self, call: _Call, model: RosterModel, timeout_seconds: float) -> DirectResult:
         async with self._places:
-            until = time.monotonic() + patience_seconds
-            why_not = await self._why_not(model, patience_seconds)
+            until = time.monotonic() + timeout_seconds
+            why_not = await self._why_not(model, timeout_seconds)
             if why_not is not None:
-                return Called(call.order.call_id, None, 0.0, None, why_not)
+                return DirectResult(call.order.call_id, None, 0.0, None, why_not)
             return await self._logged(call, until)
 
-    async def _why_not(self, model: RosterModel, patience_seconds: float) -> str | None:
+    async def _why_not(self, model: RosterModel, timeout_seconds: float) -> str | None:
         """Wait until a send looks possible; why none does in time.
 
         What is logged before is open. So a Redis that lost its memory asks the log before this call is there.
         """
 
         async def near() -> bool:
-            await self._limiter.until_near(model.model)
+            await self._limiter.wait_until_available(model.model)
             return True
 
-        until = time.monotonic() + patience_seconds
+        until = time.monotonic() + timeout_seconds
         try:
             await self._give_target(model)
             is_near = None
-            ahead = await outlook(self._limiter, model.model)
+            ahead = await availability(self._limiter, model.model)
             while ahead.seconds is not None and (left := until - time.monotonic()) >= ahead.seconds:
                 if is_near:  # and it was so when looked at after that
                     return None
                 wait_seconds = min(left, LOOK_AGAIN_SECONDS)
-                is_near = await result_within(near(), wait_seconds, f"router near {model.model}")
-                ahead = await outlook(self._limiter, model.model)
+                is_near = await result_or_none(near(), wait_seconds, f"router near {model.model}")
+                ahead = await availability(self._limiter, model.model)
         except LimiterError as error:
             return str(error)
         return f"no permit for {model.model} in time: {ahead.why}"
@@ -190,7 +190,7 @@ class Caller:
             await self._limiter.set_target(model.model, model.default_target, version=FIRST_VERSION)
             self._with_target.add(model.model)
 
-    async def _logged(self, call: _Call, until: float) -> Called:
+    async def _logged(self, call: _Call, until: float) -> DirectResult:
         try:
             await self._begin(call)
             result = await self._sent(call, until)
@@ -202,9 +202,9 @@ class Caller:
             raise
         await asyncio.shield(self._end(call, result))
         if call.no_permit is not None:
-            return Called(call.order.call_id, None, 0.0, None, call.no_permit)
+            return DirectResult(call.order.call_id, None, 0.0, None, call.no_permit)
         seconds = result.latency_seconds or 0.0
-        return Called(call.order.call_id, result, seconds, result.cost_usd, result.error)
+        return DirectResult(call.order.call_id, result, seconds, result.cost_usd, result.error)
 
     async def _sent(self, call: _Call, until: float) -> CallResult:
         left = until - time.monotonic()
@@ -239,7 +239,7 @@ class Caller:
             order.reserved_tokens,
         )  # fmt: skip
         statement = "SELECT end_call($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)"
-        await patiently(lambda: fetch(self.pool, statement, *closing))
+        await retry_while_unavailable(lambda: fetch(self.pool, statement, *closing))
 
     def _over(self, ending: asyncio.Task[None]) -> None:
         self._ending.discard(ending)

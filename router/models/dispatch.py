@@ -11,25 +11,25 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from router.background import result_within
-from router.errors import LimiterError, PermitDead
+from router.background import result_or_none
+from router.errors import LimiterError, PermitExpired
 from router.limiter.limiter import Permit, TrafficLimiter, WaitReason
-from router.limiter.permit import RESTS
+from router.limiter.permit import UNAVAILABLE_REASONS
 from router.limiter.settings import AFTER_TIMEOUT_SECONDS
 from router.models.backend import ModelsBackend
 from router.task import CallResult, Outcome
 from router.traffic import LARGEST_COUNT
 
-DEAD_PERMITS_BORNE = 20
+MAX_EXPIRED_PERMITS = 20
 UNKNOWN_WAIT_SECONDS = 60.0  # where only a person can help, e.g. a target of 0
 LOOK_SECONDS = 0.25
 MAY_PASS_AT_ANY_MOMENT = frozenset(
-    {WaitReason.NOTHING, WaitReason.AT_ONCE, WaitReason.LOST, WaitReason.PROBING}
+    {WaitReason.NOTHING, WaitReason.CONCURRENCY, WaitReason.REBUILDING, WaitReason.HALF_OPEN}
 )
 
 
 @dataclass(frozen=True, slots=True)
-class CallOrder:
+class CallRequest:
     """What is to be sent, and to which model."""
 
     call_id: uuid.UUID
@@ -44,7 +44,7 @@ class CallOrder:
 async def send_permitted(
     limiter: TrafficLimiter,
     backend: ModelsBackend,
-    order: CallOrder,
+    order: CallRequest,
     *,
     permit_seconds: float,
     going_out: Callable[[Permit], None],
@@ -57,21 +57,21 @@ async def send_permitted(
     cancelled before that; afterwards the permit stays counted, since the backend may still be working.
     `came` is told the result at once: giving the permit back may take as long as Redis does.
     """
-    for _ in range(DEAD_PERMITS_BORNE):
+    for _ in range(MAX_EXPIRED_PERMITS):
         permit = await limiter.acquire(
             order.model, tokens=order.reserved_tokens, timeout_seconds=permit_seconds
         )
         try:
             return await _send(limiter, backend, order, permit, going_out, came)
-        except PermitDead:
+        except PermitExpired:
             continue
-    raise PermitDead(f"{DEAD_PERMITS_BORNE} permits of {order.model} died before they could be used")
+    raise PermitExpired(f"{MAX_EXPIRED_PERMITS} permits of {order.model} died before they could be used")
 
 
 async def _send(  # noqa: PLR0917 - private: send_permitted's own arguments
     limiter: TrafficLimiter,
     backend: ModelsBackend,
-    order: CallOrder,
+    order: CallRequest,
     permit: Permit,
     going_out: Callable[[Permit], None],
     came: Callable[[CallResult], None] | None,
@@ -97,12 +97,12 @@ async def _send(  # noqa: PLR0917 - private: send_permitted's own arguments
                 await asyncio.shield(limiter.cancel(permit))
         else:  # if it was a probe, another call may be the next one
             with contextlib.suppress(LimiterError):
-                await asyncio.shield(limiter.heed(order.model, Outcome.ABANDONED, permit=permit))
+                await asyncio.shield(limiter.record_outcome(order.model, Outcome.ABANDONED, permit=permit))
         raise
     if came is not None:
         came(result)
     with contextlib.suppress(LimiterError):  # a rest is said again by whoever knows of it
-        await limiter.heed(
+        await limiter.record_outcome(
             order.model, result.outcome, result.retry_after_seconds, why=result.error or "", permit=permit
         )
     with contextlib.suppress(LimiterError):  # the reservation ends by itself
@@ -115,7 +115,7 @@ async def _send(  # noqa: PLR0917 - private: send_permitted's own arguments
 
 
 @dataclass(frozen=True, slots=True)
-class Outlook:
+class Availability:
     """In how many seconds a model may have a permit, None if only a change can help; and why not now."""
 
     seconds: float | None
@@ -127,17 +127,21 @@ class Outlook:
         return UNKNOWN_WAIT_SECONDS if self.seconds is None else self.seconds
 
 
-async def outlook(limiter: TrafficLimiter, model: str) -> Outlook:
+async def availability(limiter: TrafficLimiter, model: str) -> Availability:
     """What a prompt that joins the model's line now has to expect; 0 s if the limiter cannot say it.
 
     A place that another call holds may be free at any moment.
     """
     try:
-        traffic = await result_within(limiter.look(model), LOOK_SECONDS, f"router outlook of {model}")
+        traffic = await result_or_none(
+            limiter.shared_snapshot(model), LOOK_SECONDS, f"router availability of {model}"
+        )
     except LimiterError:
         traffic = None
     if traffic is None:
-        return Outlook(0.0, "")
+        return Availability(0.0, "")
     reason = traffic.waiting_for
     at_any_moment = reason in MAY_PASS_AT_ANY_MOMENT
-    return Outlook(0.0 if at_any_moment else traffic.next_seconds, reason.text, reason in RESTS)
+    return Availability(
+        0.0 if at_any_moment else traffic.next_seconds, reason.text, reason in UNAVAILABLE_REASONS
+    )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Learned:
+class RankedModel:
     """Of one model in one category: its quality, and which share of the tasks it may have."""
 
     quality: float
@@ -15,4 +15,4 @@ class Learned:
     most_share: float = 1.0
 
 
-Rankings = Mapping[str, Mapping[str, Learned]]  # category -> model
+Rankings = Mapping[str, Mapping[str, RankedModel]]  # category -> model

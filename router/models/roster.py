@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 import asyncpg
 
 from router.database import Connection, fetch, rows
-from router.models.ranked import Learned, Rankings
+from router.models.ranked import RankedModel, Rankings
 from router.settings.router import RouterConfig
 
-NOTHING_THERE = Learned(quality=1.0, most_share=0.0)  # of no weight beside what was learned of others
+NOTHING_THERE = RankedModel(quality=1.0, most_share=0.0)  # of no weight beside what was learned of others
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +45,9 @@ class Roster:
 def sync_roster(connection: Connection, config: RouterConfig) -> None:
     """Carry `config/models.yaml` over: categories, models, places, and the queue's settings."""
     whole = {**config.model_dump(mode="json"), "categorise": False}
-    if config.categorising is not None:
-        whole["categorise"] = config.categorising.categorise_tasks
-        whole["categorise_seconds"] = config.categorising.patience_seconds
+    if config.classification is not None:
+        whole["categorise"] = config.classification.classify_tasks
+        whole["categorise_seconds"] = config.classification.timeout_seconds
     rows(connection, "SELECT sync_roster(%s::jsonb)", (json.dumps(whole),))
 
 
@@ -55,11 +55,11 @@ async def read_roster(pool: asyncpg.Pool) -> Roster:
     """The roster as it is now, for a worker."""
     version = await roster_version(pool)
     places: dict[str, dict[str, int]] = {}
-    learned: dict[str, dict[str, Learned]] = {}
+    learned: dict[str, dict[str, RankedModel]] = {}
     for row in await fetch(pool, "SELECT * FROM rankings"):
         places.setdefault(row["category"], {})[row["model"]] = row["place"]
         if row["quality"] is not None:
-            known = Learned(row["quality"], row["least_share"], row["most_share"])
+            known = RankedModel(row["quality"], row["least_share"], row["most_share"])
             learned.setdefault(row["category"], {})[row["model"]] = known
     models = await fetch(pool, "SELECT * FROM roster_in_use ORDER BY model")
     found = await fetch(pool, "SELECT name FROM categories ORDER BY is_default, name")
@@ -89,7 +89,7 @@ async def read_solved(pool: asyncpg.Pool) -> dict[str, int]:
     return {row["category"]: int(row["solved"]) for row in found}
 
 
-async def report_model_trouble(pool: asyncpg.Pool, model: str, trouble: str | None) -> None:
+async def record_model_error(pool: asyncpg.Pool, model: str, trouble: str | None) -> None:
     """Say why a model gets nothing though it is active; None when it is well again."""
     await fetch(
         pool,

@@ -9,12 +9,12 @@ from functools import partial
 
 import asyncpg
 
-from router.background import closed_within
+from router.background import close_with_timeout
 from router.database import fetch, open_pool
 from router.limiter.limiter import LimiterSettings, PastCall, TrafficLimiter
 from router.limiter.script import redis_client
 from router.models.backend import ModelsBackend
-from router.models.targets import TrafficWatch
+from router.models.targets import TargetSync
 from router.settings.environment import Addresses
 from router.settings.router import RouterConfig
 
@@ -28,7 +28,7 @@ class Services:
     pool: asyncpg.Pool
     limiter: TrafficLimiter
     backend: ModelsBackend
-    targets: TrafficWatch
+    targets: TargetSync
 
 
 @contextlib.asynccontextmanager
@@ -51,14 +51,14 @@ async def open_services(
             connections=connections or config.worker.pool_connections,
             at_first=1 if needs_postgres else 0,
         )
-        stack.push_async_callback(closed_within, CLOSE_SECONDS, pool.close, pool.terminate)
+        stack.push_async_callback(close_with_timeout, CLOSE_SECONDS, pool.close, pool.terminate)
         client = redis_client(addresses.redis_url, seconds=redis_seconds)
         stack.push_async_callback(client.aclose)
         limiter = TrafficLimiter(client, partial(past_calls, pool), settings=LimiterSettings.of(config))
-        stack.push_async_callback(closed_within, CLOSE_SECONDS, limiter.aclose)
+        stack.push_async_callback(close_with_timeout, CLOSE_SECONDS, limiter.aclose)
         backend = ModelsBackend(addresses.backend_url, config.backend)
         await stack.enter_async_context(backend)
-        yield Services(pool, limiter, backend, TrafficWatch(pool, limiter))
+        yield Services(pool, limiter, backend, TargetSync(pool, limiter))
 
 
 async def past_calls(pool: asyncpg.Pool, model: str, seconds: float) -> list[PastCall]:

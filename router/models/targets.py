@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 
 import asyncpg
 
-from router.database import fetch, storable
+from router.database import fetch, postgres_text
 from router.errors import InputError, LimiterError, TrafficTargetError
 from router.limiter.limiter import TrafficLimiter
 from router.models.roster import Roster
@@ -28,7 +28,7 @@ REASSERT_SECONDS = 5.0  # a Redis that lost its memory hears the target again
 STEP_SECONDS = 1.0  # the longest that a step waits for Redis: the next one reads the pause again
 
 
-class TrafficWatch:
+class TargetSync:
     """Applies what was read; remembers what is in force, so that reading the same again costs nothing."""
 
     def __init__(self, pool: asyncpg.Pool, limiter: TrafficLimiter) -> None:
@@ -60,8 +60,8 @@ class TrafficWatch:
     async def step(self, lines: Mapping[str, str | None], *, paused: bool | None, version: int) -> None:
         """Put what was read in force: the pause (None if unknown), which needs no Redis, then all lines."""
         if paused is not None:
-            await self.apply_hold(held=paused, version=version)
-        await self.tell_watching()
+            await self.apply_pause(held=paused, version=version)
+        await self.report_watching()
         try:
             await asyncio.wait_for(self.apply(lines, version=version), STEP_SECONDS)
         except (LimiterError, asyncio.TimeoutError) as error:
@@ -70,7 +70,7 @@ class TrafficWatch:
             self._well = False
         else:
             self._well = True
-            await self.forget_troubles(lines)
+            await self.clear_errors(lines)
 
     async def apply(self, lines: Mapping[str, str | None], *, version: int) -> None:
         """Put `lines` (model -> the Variable's text, None if it is gone: then the last stays) into force.
@@ -85,23 +85,23 @@ class TrafficWatch:
             elif model in self._good and time.monotonic() - self._told_at.get(model, 0.0) > REASSERT_SECONDS:
                 await self._tell(model)
 
-    async def forget_troubles(self, lines: Mapping[str, str | None]) -> None:
+    async def clear_errors(self, lines: Mapping[str, str | None]) -> None:
         """A Variable that is gone is wrong no more; `lines` are all that there are."""
         there = frozenset(model for model, line in lines.items() if line is not None)
         if there != self._there:
-            await forget_target_troubles(self._pool, there)
+            await clear_target_errors(self._pool, there)
             self._there = there
 
-    async def apply_hold(self, *, held: bool, version: int) -> None:
+    async def apply_pause(self, *, held: bool, version: int) -> None:
         """Hold the batch back (the DAG is paused), or let it go."""
         if held != self._held:
-            await hold_solving(self._pool, held=held, version=version)
+            await set_paused(self._pool, held=held, version=version)
             self._held = held
 
-    async def tell_watching(self) -> None:
+    async def report_watching(self) -> None:
         """Say every few seconds that somebody watches, so that workers need not."""
         if time.monotonic() - self._watching_told_at > TELL_WATCHING_SECONDS:
-            await tell_watching(self._pool)
+            await report_watching(self._pool)
             self._watching_told_at = time.monotonic()
 
     async def _take(self, model: str, line: str, version: int) -> None:
@@ -109,13 +109,13 @@ class TrafficWatch:
             target = TrafficTarget.parse(line)
             in_force = await self._put_in_force(model, target, version)
         except TrafficTargetError as error:
-            await report_target_trouble(self._pool, model, storable(line), str(error))
+            await record_target_error(self._pool, model, postgres_text(line), str(error))
             self._refused(model, line, error)
             return
         except InputError as error:
             self._refused(model, line, error)
             return
-        await keep_target(self._pool, model, str(target), version)
+        await record_target(self._pool, model, str(target), version)
         self.troubles.pop(model, None)
         if not in_force:
             return  # somebody read later, by the clock: the next read tries again
@@ -151,26 +151,26 @@ async def read_targets(pool: asyncpg.Pool) -> dict[str, tuple[TrafficTarget, int
     return {row["model"]: (TrafficTarget.parse(row["target"]), row["version"]) for row in found}
 
 
-async def keep_target(pool: asyncpg.Pool, model: str, target: str, version: int) -> None:
+async def record_target(pool: asyncpg.Pool, model: str, target: str, version: int) -> None:
     """Keep a target that is in force now, for a restart and for the judge."""
-    await fetch(pool, "SELECT keep_target($1, $2, $3)", model, target, version)
+    await fetch(pool, "SELECT record_target($1, $2, $3)", model, target, version)
 
 
-async def report_target_trouble(pool: asyncpg.Pool, model: str, line: str, problem: str) -> None:
+async def record_target_error(pool: asyncpg.Pool, model: str, line: str, problem: str) -> None:
     """Say that a model's Variable does not parse; its last good target stays in force."""
-    await fetch(pool, "SELECT report_target_trouble($1, $2, $3)", model, line, problem)
+    await fetch(pool, "SELECT record_target_error($1, $2, $3)", model, line, problem)
 
 
-async def forget_target_troubles(pool: asyncpg.Pool, models: Iterable[str]) -> None:
+async def clear_target_errors(pool: asyncpg.Pool, models: Iterable[str]) -> None:
     """Only the lines of these models can be wrong: the Variables of others are gone."""
-    await fetch(pool, "SELECT forget_target_troubles($1)", list(models))
+    await fetch(pool, "SELECT clear_target_errors($1)", list(models))
 
 
-async def hold_solving(pool: asyncpg.Pool, *, held: bool, version: int) -> None:
+async def set_paused(pool: asyncpg.Pool, *, held: bool, version: int) -> None:
     """Hold the batch back, or let it go; the older read loses."""
-    await fetch(pool, "SELECT hold_solving($1, $2)", held, version)
+    await fetch(pool, "SELECT set_paused($1, $2)", held, version)
 
 
-async def tell_watching(pool: asyncpg.Pool) -> None:
+async def report_watching(pool: asyncpg.Pool) -> None:
     """Say that the Variables are watched, so that workers need not read them."""
-    await fetch(pool, "SELECT watch_goes_on()")
+    await fetch(pool, "SELECT watcher_heartbeat()")

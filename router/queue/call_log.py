@@ -19,7 +19,7 @@ SELECT c.call_id, c.task_id, c.model, c.category, c.confidence, c.role, c.rank, 
    AND (%s::text IS NULL OR c.model = %s)
    AND (%s::text IS NULL OR c.category = %s)
    AND (%s::double precision IS NULL
-        OR c.call_id >= call_id_floor(clock_timestamp() - make_interval(secs => %s)))
+        OR c.call_id >= first_call_id(clock_timestamp() - make_interval(secs => %s)))
  ORDER BY c.call_id DESC LIMIT %s"""
 
 

@@ -2,7 +2,7 @@
 
 A task is known by the id that its row names (`custom_id`, `external_id` or `id`), else by its prompt and the
 number of times that the same file has asked it before: so the same file again holds nothing new. A row that
-makes no task is a `BadLine` with its number, and reading goes on after it.
+makes no task is a `InvalidRow` with its number, and reading goes on after it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class NewTask:
 
 
 @dataclass(frozen=True, slots=True)
-class BadLine:
+class InvalidRow:
     """A line that holds no task, and why."""
 
     line: int
@@ -49,7 +49,7 @@ class BadLine:
 
 
 @dataclass(frozen=True, slots=True)
-class IntakeRules:
+class IngestDefaults:
     """What holds for every row: defaults where it says nothing, and the longest prompt that can be sent."""
 
     category: str | None = None
@@ -58,7 +58,9 @@ class IntakeRules:
     id_prefix: str = ""
 
 
-def read_tasks(stream: io.BufferedReader, kind: Format, rules: IntakeRules) -> Iterator[NewTask | BadLine]:
+def read_tasks(
+    stream: io.BufferedReader, kind: Format, rules: IngestDefaults
+) -> Iterator[NewTask | InvalidRow]:
     """Every task of the file, and every line that should hold one but does not; empty lines do not count."""
     lines = Lines(stream)
     rows = READERS[kind]
@@ -67,12 +69,12 @@ def read_tasks(stream: io.BufferedReader, kind: Format, rules: IntakeRules) -> I
             try:
                 yield _task(number, fields(), rules, occurrences)
             except InputError as error:  # noqa: PERF203 - a bad line must not end the others
-                yield BadLine(number, str(error))
+                yield InvalidRow(number, str(error))
     if lines.broken:
-        yield BadLine(lines.number + 1, f"the file cannot be read from here on: {lines.broken}")
+        yield InvalidRow(lines.number + 1, f"the file cannot be read from here on: {lines.broken}")
 
 
-def _task(number: int, fields: Fields, rules: IntakeRules, occurrences: _Occurrences) -> NewTask:
+def _task(number: int, fields: Fields, rules: IngestDefaults, occurrences: _Occurrences) -> NewTask:
     prompt = fields.get("prompt")
     if prompt is None:
         raise InputError("no prompt: a row needs `prompt`, or `body` with `messages`")

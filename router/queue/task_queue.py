@@ -18,11 +18,11 @@ from typing import Any
 
 import asyncpg
 
-from router.database import LeaseLost, ValueRefused, fetch, fetch_one, patiently, settled_values
+from router.database import InvalidValue, LeaseLost, fetch, fetch_one, retry_while_unavailable, settled_values
 from router.errors import DatabaseError
 from router.task import CallResult, Claim, Outcome, new_call_id
 
-__all__ = ["EngineState", "LeaseLost", "TaskQueue", "ValueRefused", "listening"]
+__all__ = ["InvalidValue", "LeaseLost", "QueueState", "TaskQueue", "listening"]
 
 CHANNELS = ("router_tasks", "router_control")
 OVERLOOKED_SECONDS = 60.0
@@ -30,7 +30,7 @@ SETTLE = "SELECT settle_call($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, 
 
 
 @dataclass(frozen=True, slots=True)
-class EngineState:
+class QueueState:
     """What a worker must know each second: may the batch send, which runs are over, has the roster moved."""
 
     held: bool
@@ -41,7 +41,7 @@ class EngineState:
 
 
 @dataclass(frozen=True, slots=True)
-class Uncategorised:
+class UnclassifiedTask:
     """A task that is to be given a category; of a long prompt, its beginning and its end."""
 
     task_id: int
@@ -98,7 +98,7 @@ class TaskQueue:
 
     async def unclaim(self, call_id: uuid.UUID) -> None:
         """Give a task back unsent; the attempt does not count. Retried while Postgres is away."""
-        await patiently(lambda: self._one("SELECT unclaim($1)", call_id))
+        await retry_while_unavailable(lambda: self._one("SELECT unclaim($1)", call_id))
 
     async def settle(self, claim: Claim, result: CallResult) -> str:
         """Close the call and its task in one transaction; returns what became of it (see settle_call).
@@ -106,7 +106,7 @@ class TaskQueue:
         Retried while Postgres is away: settling twice returns what came of the first time. What Postgres
         cannot hold (NUL, half a surrogate pair, a number out of range) is made to fit.
         """
-        row = await patiently(
+        row = await retry_while_unavailable(
             lambda: self._one(
                 SETTLE,
                 claim.call_id,
@@ -146,37 +146,37 @@ class TaskQueue:
         """Leave in good order: what is still held is ready again at once."""
         await self._one("SELECT release_worker($1)", self.worker)
 
-    async def keep_house(self, *, release_lost: bool = True) -> None:
+    async def run_maintenance(self, *, release_lost: bool = True) -> None:
         """One bounded step of everything that must go on while tasks are solved; any process may do it."""
         await self._one("SELECT promote_waiting()")
-        await self._one("SELECT default_uncategorised()")
+        await self._one("SELECT apply_default_category()")
         if release_lost:
             await self._one("SELECT release_lost_claims()")
-        await self._one("SELECT fold_counts()")
+        await self._one("SELECT compact_counts()")
 
     async def wants_categories(self) -> bool:
         """Whether tasks without a category are to be given one."""
         return bool((await self._one("SELECT categorise FROM queue_settings"))["categorise"])
 
-    async def starts_categorising(self, seconds: float) -> None:
+    async def announce_classifier(self, seconds: float) -> None:
         """Say that a categoriser will be there within `seconds`: the backlog may wait for it."""
-        await self._one("SELECT starts_categorising($1)", seconds)
+        await self._one("SELECT announce_classifier($1)", seconds)
 
-    async def take_uncategorised(self, limit: int) -> list[Uncategorised]:
+    async def claim_uncategorized(self, limit: int) -> list[UnclassifiedTask]:
         """Tasks to be given a category now, at most `limit`; no one else gets the same."""
-        return [Uncategorised(**dict(row)) for row in
-                await self._many("SELECT * FROM take_uncategorised($1)", limit)]  # fmt: skip
+        return [UnclassifiedTask(**dict(row)) for row in
+                await self._many("SELECT * FROM claim_uncategorized($1)", limit)]  # fmt: skip
 
-    async def keep_categories(
+    async def assign_categories(
         self,
-        tasks: Sequence[Uncategorised],
+        tasks: Sequence[UnclassifiedTask],
         categories: Sequence[str],
         confidences: Sequence[float],
         reasons: Sequence[str],
     ) -> int:
         """Queue these tasks under their categories; returns how many still waited for one."""
         row = await self._one(
-            "SELECT keep_categories($1, $2, $3, $4, $5) AS kept",
+            "SELECT assign_categories($1, $2, $3, $4, $5) AS kept",
             [task.task_id for task in tasks],
             [task.prompt_version for task in tasks],
             list(categories),
@@ -194,10 +194,10 @@ class TaskQueue:
         row = await self._one("SELECT next_after FROM reconcile($1)", after)
         return None if row["next_after"] is None else int(row["next_after"])
 
-    async def state(self, runs: Sequence[str]) -> EngineState:
+    async def state(self, runs: Sequence[str]) -> QueueState:
         """What has to be known each second, in one round trip."""
-        row = await self._one("SELECT * FROM engine_state($1)", list(runs))
-        return EngineState(
+        row = await self._one("SELECT * FROM worker_state($1)", list(runs))
+        return QueueState(
             held=row["held"],
             watched=row["watched"],
             left_runs=json.loads(row["left_runs"]),
@@ -205,7 +205,7 @@ class TaskQueue:
             unsolved=json.loads(row["unsolved"]),
         )
 
-    async def forget_none(self, in_flight: Collection[uuid.UUID]) -> int:
+    async def release_orphaned_claims(self, in_flight: Collection[uuid.UUID]) -> int:
         """Give back claims of this worker, held for a minute, that nobody here works on; returns how many.
 
         A claim whose reply was lost can be made after it was given back.
@@ -216,9 +216,9 @@ class TaskQueue:
             await self.unclaim(call_id)
         return len(overlooked)
 
-    async def leave_run(self, run: str, reason: str) -> str:
+    async def finish_run(self, run: str, reason: str) -> str:
         """Let all workers of the run leave; returns the reason that holds (the first one given)."""
-        row = await self._one("SELECT leave_run($1, $2) AS reason", run, reason)
+        row = await self._one("SELECT finish_run($1, $2) AS reason", run, reason)
         return str(row["reason"])
 
     async def _one(self, statement: str, *arguments: Any) -> Any:

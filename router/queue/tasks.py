@@ -49,7 +49,7 @@ _COPY_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\
 
 
 @dataclass(frozen=True, slots=True)
-class Clash:
+class IdConflict:
     """A row whose own id already belongs to a task with another prompt."""
 
     line: int
@@ -63,7 +63,7 @@ class Added:
 
     added: int
     known: int
-    clashes: tuple[Clash, ...]
+    clashes: tuple[IdConflict, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ def categories(connection: Connection) -> list[str]:
     return [row["name"] for row in rows(connection, "SELECT name FROM categories ORDER BY is_default, name")]
 
 
-def add_tasks(connection: Connection, batch: Sequence[NewTask]) -> Added:
+def enqueue(connection: Connection, batch: Sequence[NewTask]) -> Added:
     """Insert and commit the tasks whose external_id is new; the same batch again adds nothing."""
     copied = StringIO("".join(map(_copy_line, batch)))
     with connection.cursor() as cursor:
@@ -96,7 +96,7 @@ def add_tasks(connection: Connection, batch: Sequence[NewTask]) -> Added:
         added = cursor.rowcount
     clashes = rows(connection, _CLASHES) if added < len(batch) else []
     connection.commit()
-    return Added(added, len(batch) - added - len(clashes), tuple(Clash(**row) for row in clashes))
+    return Added(added, len(batch) - added - len(clashes), tuple(IdConflict(**row) for row in clashes))
 
 
 def _copy_line(task: NewTask) -> str:

@@ -19,10 +19,17 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from router.answering.answer import Answer
-from router.background import ended
-from router.errors import BackendUnavailable, DatabaseError, InputError, LimiterError, NoAnswer, NoRoom
-from router.server.middleware import ClientGone, Limits, Visit, read_body, send_head, send_json
-from router.server.requests import Catalogue, ChatRequest, read_chat
+from router.background import cancel_and_wait
+from router.errors import (
+    BackendUnavailable,
+    CapacityExceeded,
+    DatabaseError,
+    InputError,
+    LimiterError,
+    ModelFailed,
+)
+from router.server.middleware import ClientGone, Limits, RequestInfo, read_body, send_head, send_json
+from router.server.requests import Catalog, ChatRequest, read_chat
 from router.server.responses import KEEP_ALIVE, ApiError, Reply, event, role_event
 from router.task import AnswerRank
 
@@ -40,7 +47,7 @@ STREAM_HEADERS = {
 }
 
 
-ReadCatalogue = Callable[[], Awaitable[Catalogue]]
+ReadCatalog = Callable[[], Awaitable[Catalog]]
 
 
 class Answering(Protocol):
@@ -55,7 +62,7 @@ class Answering(Protocol):
 class Chats:
     """Answers chat requests, at most `limits.at_once` at a time. Plain ASGI, behind the door."""
 
-    def __init__(self, router: Answering, catalogue: ReadCatalogue, limits: Limits) -> None:
+    def __init__(self, router: Answering, catalogue: ReadCatalog, limits: Limits) -> None:
         self._router = router
         self._catalogue = catalogue
         self._limits = limits
@@ -98,7 +105,7 @@ class Chats:
             raise ApiError(400, f"We could not parse the JSON body of your request: {error}.") from error
 
     async def _answer(
-        self, asked: ChatRequest, catalogue: Catalogue, visit: Visit, receive: Receive, send: Send
+        self, asked: ChatRequest, catalogue: Catalog, visit: RequestInfo, receive: Receive, send: Send
     ) -> None:
         began = time.monotonic()
         loop = asyncio.get_running_loop()
@@ -110,7 +117,7 @@ class Chats:
             conversation = _Conversation(asked, catalogue, asking, gone, send=send, keep_alive_seconds=alive)
             await (conversation.stream() if asked.stream else conversation.whole())
         finally:
-            await ended(gone, asking)
+            await cancel_and_wait(gone, asking)
             self._asking.discard(asking)
         log.info("%s %s asked %s: %s in %.2f s", visit.request_id, visit.client, asked.asked_model,
                  conversation.outcome, time.monotonic() - began)  # fmt: skip
@@ -126,7 +133,7 @@ class _Conversation:
     """One request from the moment when it is asked: waits for the answer as long as the client does."""
 
     def __init__(
-        self, asked: ChatRequest, catalogue: Catalogue, asking: asyncio.Task[Answer],
+        self, asked: ChatRequest, catalogue: Catalog, asking: asyncio.Task[Answer],
         gone: asyncio.Task[None], *, send: Send, keep_alive_seconds: float,
     ) -> None:  # fmt: skip
         self.outcome = "no answer"
@@ -220,13 +227,13 @@ def _nothing(answer: Answer) -> ApiError:
 
 def _said(error: Exception) -> Exception:
     """What a client is told of an error; one that is no word of ours stays what it is, and becomes 500."""
-    if isinstance(error, NoRoom):
+    if isinstance(error, CapacityExceeded):
         return ApiError(
             429, str(error), code="rate_limit_exceeded", retry_after_seconds=error.retry_after_seconds
         )
     if isinstance(error, InputError):
         return ApiError(422, str(error), param="messages")
-    if isinstance(error, NoAnswer):
+    if isinstance(error, ModelFailed):
         return ApiError(502, str(error), code="model_failed")
     if isinstance(error, (LimiterError, DatabaseError, BackendUnavailable)):
         log.error("%s: %s", type(error).__name__, error)  # where things are is nothing for clients

@@ -43,7 +43,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Visit:
+class RequestInfo:
     """One request at the door: its id, as the reply's `x-request-id`, and the client whose key it showed."""
 
     request_id: str
@@ -54,7 +54,7 @@ class ClientGone(Exception):  # noqa: N818 - a state of the world
     """The client hung up, or does not take what it asked for."""
 
 
-class Door:
+class AuthMiddleware:
     """Lets in who shows a key of `keys`; without keys, who comes to this machine's own address."""
 
     def __init__(self, app: ASGIApp, keys: ApiKeys | None) -> None:
@@ -72,7 +72,7 @@ class Door:
     async def _visit(self, scope: Scope, receive: _Incoming, send: _Outgoing) -> None:
         began = time.monotonic()
         try:
-            visit = Visit(send.request_id, self._who(Headers(scope=scope)))
+            visit = RequestInfo(send.request_id, self._who(Headers(scope=scope)))
             await self._app({**scope, "app": self._app, "visit": visit}, receive, send)
         except ApiError as error:
             address = (scope.get("client") or ["?"])[0]

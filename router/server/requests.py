@@ -53,7 +53,7 @@ READ = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Catalogue:
+class Catalog:
     """What can be asked: models, with their longest answers in tokens, and categories."""
 
     models: Mapping[str, int]
@@ -86,7 +86,7 @@ class ChatRequest:
     include_usage: bool
 
 
-def read_chat(document: Any, catalogue: Catalogue) -> ChatRequest:
+def read_chat(document: Any, catalogue: Catalog) -> ChatRequest:
     """What the request asks; ApiError names the parameter that cannot be done."""
     if not isinstance(document, dict):
         raise ApiError(400, "The body must be a JSON object with model and messages.")
@@ -122,7 +122,7 @@ def _refuse_what_cannot_be_done(document: dict[str, Any]) -> None:
             )
 
 
-def _model(document: dict[str, Any], catalogue: Catalogue) -> tuple[str, str | None, str | None]:
+def _model(document: dict[str, Any], catalogue: Catalog) -> tuple[str, str | None, str | None]:
     name = document.get("model")
     if not isinstance(name, str) or not name:
         raise ApiError(400, f"you must provide a model parameter: {AUTO!r} or a model's name", param="model")
@@ -139,7 +139,7 @@ def _model(document: dict[str, Any], catalogue: Catalogue) -> tuple[str, str | N
     )
 
 
-def _wishes(document: dict[str, Any], catalogue: Catalogue) -> dict[str, Any]:
+def _wishes(document: dict[str, Any], catalogue: Catalog) -> dict[str, Any]:
     """`router`, our own parameter: {"category": ..., "deadline_seconds": ...}."""
     wishes = document.get("router")
     if wishes is None:

@@ -20,12 +20,12 @@ from starlette.routing import Router as Routes
 from starlette.types import Receive, Scope, Send
 
 from router.answering.router import Router
-from router.background import Duties
+from router.background import PeriodicJobs
 from router.errors import ConfigError
 from router.server.api_keys import ApiKeys
-from router.server.chat import Answering, Chats, ReadCatalogue
-from router.server.middleware import Door, Limits
-from router.server.requests import Catalogue
+from router.server.chat import Answering, Chats, ReadCatalog
+from router.server.middleware import AuthMiddleware, Limits
+from router.server.requests import Catalog
 from router.server.responses import ApiError, model_object
 
 KEYS_SECONDS = 1.0
@@ -49,14 +49,14 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
     """Serve until SIGINT or SIGTERM; `listening` is told the URL. ConfigError says why it cannot begin."""
     with contextlib.closing(_listen(options.host, options.port)) as door:
         router = Router.from_config(options.config)
-        duties = Duties()
-        api = OpenAiApi(router, lambda: _catalogue(router), options.keys, options.limits)
+        duties = PeriodicJobs()
+        api = OpenAIApp(router, lambda: _catalogue(router), options.keys, options.limits)
         server = _Server(api, options.grace_seconds)
         try:
             await router.open()
             if options.keys is not None:
                 reload = options.keys.reload
-                duties.take_up(lambda: asyncio.to_thread(reload), KEYS_SECONDS, "api keys")
+                duties.start(lambda: asyncio.to_thread(reload), KEYS_SECONDS, "api keys")
             listening(_url(door))
             await server.serve([door])
         finally:
@@ -64,10 +64,10 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
             await router.close(grace_seconds=server.grace_left())
 
 
-async def _catalogue(router: Router) -> Catalogue:
+async def _catalogue(router: Router) -> Catalog:
     config = router.config
     longest = {model.model: model.max_tokens for model in await router.models()}
-    return Catalogue(longest, tuple(sorted(config.categories)), config.fallback.max_tokens)
+    return Catalog(longest, tuple(sorted(config.categories)), config.fallback.max_tokens)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -87,7 +87,7 @@ def _url(door: socket.socket) -> str:
 class _Server(uvicorn.Server):
     """Stops at a signal: no new requests, those under way may end within the grace."""
 
-    def __init__(self, api: OpenAiApi, grace_seconds: float) -> None:
+    def __init__(self, api: OpenAIApp, grace_seconds: float) -> None:
         self._api = api
         self._grace_seconds = grace_seconds
         self._stopped_at: float | None = None
@@ -124,13 +124,13 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-class OpenAiApi:
+class OpenAIApp:
     """The server's ASGI application: the door, and behind it the paths."""
 
     def __init__(
         self,
         router: Answering,
-        catalogue: ReadCatalogue,
+        catalogue: ReadCatalog,
         keys: ApiKeys | None,
         limits: Limits | None = None,
     ) -> None:
@@ -145,7 +145,7 @@ class OpenAiApi:
             ],
             redirect_slashes=False,
         )
-        self._door = Door(paths, keys)
+        self._door = AuthMiddleware(paths, keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._door(scope, receive, send)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -38,8 +39,10 @@ class RuleSettings(Frozen):
         return pattern
 
 
-class CategorySettings(Frozen):
+class ClassificationSettings(Frozen):
     """`config/categories.yaml`, whole, and the folder that it stands in. Times in seconds."""
+
+    renamed_keys: ClassVar = {"categorise_tasks": "classify_tasks", "patience_seconds": "timeout_seconds"}
 
     categories: dict[str, str]  # name -> what belongs there, in words
     default_category: str
@@ -48,12 +51,12 @@ class CategorySettings(Frozen):
     rules_decide_at: float = Field(default=3.0, gt=0)
     threshold: float = Field(default=0.45, ge=0, le=1)
     temperature: float = Field(default=1.0, gt=0, le=10)
-    categorise_tasks: bool = True
-    patience_seconds: float = Field(default=1.0, gt=0, le=60)
+    classify_tasks: bool = True
+    timeout_seconds: float = Field(default=1.0, gt=0, le=60)
     folder: Path = DEFAULT_CONFIG_FOLDER
 
     @model_validator(mode="after")
-    def _names_agree(self) -> CategorySettings:
+    def _names_agree(self) -> ClassificationSettings:
         for category in self.categories:
             if not re.fullmatch(CATEGORY_PATTERN, category):
                 raise ValueError(f"categories: {category!r} is no category name ({CATEGORY_PATTERN})")
@@ -65,7 +68,7 @@ class CategorySettings(Frozen):
         return self
 
 
-def load_categories(folder: Path | None = None) -> CategorySettings:
+def load_categories(folder: Path | None = None) -> ClassificationSettings:
     """Read and check `categories.yaml` in `folder`, or the shipped one where that has none."""
     folder = folder or config_folder()
     path = folder / "categories.yaml"
@@ -77,4 +80,4 @@ def load_categories(folder: Path | None = None) -> CategorySettings:
         if "folder" in data:
             raise ConfigError(f"{path}: folder: no such key; examples are looked for beside the file.")
         data = {**data, "folder": folder}
-    return validated(CategorySettings, data, path)
+    return validated(ClassificationSettings, data, path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -13,28 +13,28 @@ from router.settings.environment import DEFAULT_CONFIG_FOLDER, config_folder
 from router.settings.files import Frozen, read_yaml, validated
 from router.traffic import TrafficTarget
 
-CATALOGUE_NAME = r"^[a-z][a-z0-9_-]{0,49}$"
+CATALOG_NAME = r"^[a-z][a-z0-9_-]{0,49}$"
 VARIABLE_NAME = r"^[A-Za-z_][A-Za-z0-9_]{0,99}$"
 MEGABYTE = 1024 * 1024
 
-Fact = Literal["licence", "parameters", "context", "price", "score", "age"]
+Fact = Literal["license", "parameters", "context", "price", "score", "age"]
 
 
-class FileCatalogueSettings(Frozen):
+class FileCatalogSettings(Frozen):
     """A file of models, YAML or JSON; `path` counts from the folder of the config."""
 
     kind: Literal["file"]
-    name: str = Field(pattern=CATALOGUE_NAME)
+    name: str = Field(pattern=CATALOG_NAME)
     path: str = Field(min_length=1)
     max_megabytes: float = Field(default=4, gt=0, le=100)
     max_models: int = Field(default=10_000, ge=1, le=100_000)
 
 
-class ProviderCatalogueSettings(Frozen):
+class ProviderCatalogSettings(Frozen):
     """An OpenAI-compatible provider's list of models. Address and key are in the environment."""
 
     kind: Literal["provider"]
-    name: str = Field(pattern=CATALOGUE_NAME)
+    name: str = Field(pattern=CATALOG_NAME)
     url_variable: str = Field(default="LLAMA_API_BASE", pattern=VARIABLE_NAME)
     key_variable: str = Field(default="LLAMA_API_KEY", pattern=VARIABLE_NAME)
     timeout_seconds: float = Field(default=20.0, gt=0, le=300)
@@ -42,7 +42,7 @@ class ProviderCatalogueSettings(Frozen):
     max_models: int = Field(default=10_000, ge=1, le=100_000)
 
 
-CatalogueSettings = Annotated[FileCatalogueSettings | ProviderCatalogueSettings, Field(discriminator="kind")]
+CatalogSettings = Annotated[FileCatalogSettings | ProviderCatalogSettings, Field(discriminator="kind")]
 
 
 class CriteriaSettings(Frozen):
@@ -51,7 +51,9 @@ class CriteriaSettings(Frozen):
     Parameters in thousand millions, prices in USD a million tokens, scores between 0 and 1.
     """
 
-    licences: tuple[str, ...] | None = None  # None: any
+    renamed_keys: ClassVar = {"licences": "licenses"}
+
+    licenses: tuple[str, ...] | None = None  # None: any
     parameters_min: float = Field(default=0.0, ge=0)
     parameters_max: float | None = Field(default=None, gt=0)
     context_min: int = Field(default=1, ge=1)
@@ -64,6 +66,13 @@ class CriteriaSettings(Frozen):
     merges: bool = False
     may_be_unknown: tuple[Fact, ...] = ()
     candidates: int = Field(default=2, ge=0, le=100)
+
+    @field_validator("may_be_unknown", mode="before")
+    @classmethod
+    def _accept_former_spelling(cls, facts: Any) -> Any:
+        return (
+            ["license" if fact == "licence" else fact for fact in facts] if isinstance(facts, list) else facts
+        )
 
     @field_validator("benchmarks")
     @classmethod
@@ -85,32 +94,41 @@ class CriteriaSettings(Frozen):
 class TrialSettings(Frozen):
     """How a candidate is tried against the model that it would have to beat. Times in seconds."""
 
+    renamed_keys: ClassVar = {
+        "patience_seconds": "timeout_seconds",
+        "at_once": "max_concurrency",
+        "least_answers": "min_answers",
+        "again_after_nights": "retry_after_days",
+    }
+
     prompts: int = Field(default=30, ge=1, le=1000)  # a category
     max_tokens: int = Field(default=400, ge=1)
-    patience_seconds: float = Field(default=120.0, gt=0, le=3600)  # for a permit
-    at_once: int = Field(default=4, ge=1, le=100)
-    least_answers: int = Field(default=12, ge=1)
+    timeout_seconds: float = Field(default=120.0, gt=0, le=3600)  # for a permit
+    max_concurrency: int = Field(default=4, ge=1, le=100)
+    min_answers: int = Field(default=12, ge=1)
     judged: int = Field(default=10, ge=0, le=1000)  # pairs of answers
     margin: float = Field(default=0.01, ge=0, lt=1)
     margin_errors: float = Field(default=1.6, ge=0)
-    again_after_nights: int = Field(default=14, ge=0, le=1000)
+    retry_after_days: int = Field(default=14, ge=0, le=1000)
     budget_usd: float = Field(default=2.0, ge=0)
 
     @model_validator(mode="after")
     def _enough_prompts(self) -> TrialSettings:
-        if self.least_answers > self.prompts:
-            raise ValueError("least_answers is more than prompts: no candidate could win")
+        if self.min_answers > self.prompts:
+            raise ValueError("min_answers is more than prompts: no candidate could win")
         return self
 
 
 class ProbationSettings(Frozen):
     """What a model that won its trial is sent, and when its log decides. Times in seconds."""
 
+    renamed_keys: ClassVar = {"least_calls": "min_calls", "most_nights": "max_days"}
+
     target: str = "6/min"
     max_tokens: int = Field(default=512, ge=1)
     timeout_seconds: float = Field(default=180.0, gt=0)
-    least_calls: int = Field(default=60, ge=1)
-    most_nights: int = Field(default=14, ge=1, le=400)
+    min_calls: int = Field(default=60, ge=1)
+    max_days: int = Field(default=14, ge=1, le=400)
     margin: float = Field(default=0.0, ge=0, lt=1)
 
     @field_validator("target")
@@ -120,25 +138,27 @@ class ProbationSettings(Frozen):
         return line
 
 
-class SearchSettings(Frozen):
+class DiscoverySettings(Frozen):
     """`config/search.yaml`, whole."""
 
-    catalogues: tuple[CatalogueSettings, ...] = ()
+    renamed_keys: ClassVar = {"catalogues": "catalogs"}
+
+    catalogs: tuple[CatalogSettings, ...] = ()
     criteria: CriteriaSettings = CriteriaSettings()
     categories: dict[str, dict[str, Any]] = Field(default={})
     trials: TrialSettings = TrialSettings()
     probation: ProbationSettings = ProbationSettings()
 
     @model_validator(mode="after")
-    def _names_differ(self) -> SearchSettings:
-        names = [catalogue.name for catalogue in self.catalogues]
+    def _names_differ(self) -> DiscoverySettings:
+        names = [catalogue.name for catalogue in self.catalogs]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"catalogues: the name {name!r} stands twice")
         return self
 
     @model_validator(mode="after")
-    def _categories_are_criteria(self) -> SearchSettings:
+    def _categories_are_criteria(self) -> DiscoverySettings:
         category = ""
         try:
             for category in self.categories:
@@ -151,12 +171,12 @@ class SearchSettings(Frozen):
 
     def criteria_of(self, category: str) -> CriteriaSettings:
         """What a model must be for this category: the usual criteria, with what is different there."""
-        return CriteriaSettings.model_validate(
-            {**self.criteria.model_dump(), **self.categories.get(category, {})}
-        )
+        renamed = CriteriaSettings.renamed_keys
+        own = {renamed.get(key, key): value for key, value in self.categories.get(category, {}).items()}
+        return CriteriaSettings.model_validate({**self.criteria.model_dump(), **own})
 
 
-def load_search(folder: Path | None, categories: Collection[str]) -> SearchSettings:
+def load_discovery(folder: Path | None, categories: Collection[str]) -> DiscoverySettings:
     """Read and check `search.yaml` in `folder`, or the shipped one where that has none.
 
     ConfigError names file and key, also of a category that is not among `categories`.
@@ -164,7 +184,7 @@ def load_search(folder: Path | None, categories: Collection[str]) -> SearchSetti
     path = (folder or config_folder()) / "search.yaml"
     own = path.exists()
     path = path if own else DEFAULT_CONFIG_FOLDER / "search.yaml"
-    settings = validated(SearchSettings, read_yaml(path), path)
+    settings = validated(DiscoverySettings, read_yaml(path), path)
     for category in settings.categories:
         if own and category not in categories:
             raise ConfigError(f"{path}: categories.{category}: no such category; known: {sorted(categories)}")

@@ -60,6 +60,6 @@ def data_folder(environment: Mapping[str, str] | None = None) -> Path:
     return Path(cache) / "router"
 
 
-def learned_folder() -> Path:
+def classifier_folder() -> Path:
     """Where this host keeps what its categorisers learned."""
     return data_folder() / "categories"

@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import logging
+from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
 
 from router.errors import ConfigError
+
+log = logging.getLogger("router.settings")
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class Frozen(BaseModel):
-    """Settings that never change, and refuse a key that they do not know."""
+    """Settings that never change and refuse unknown keys.
+
+    `renamed_keys` maps a key of the release before to its present name: it is accepted, with a warning.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    renamed_keys: ClassVar[Mapping[str, str]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_renamed_keys(cls, data: Any, info: ValidationInfo) -> Any:
+        if not isinstance(data, dict) or not cls.renamed_keys.keys() & data.keys():
+            return data
+        renamed = {}
+        for key, value in data.items():
+            new = cls.renamed_keys.get(key, key)
+            if new != key:
+                if new in data:
+                    raise ValueError(f"{key} is the former name of {new}: keep only {new}")
+                log.warning(
+                    "%s: %s is now called %s; rename it before the next release", info.context, key, new
+                )
+            renamed[new] = value
+        return renamed
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -62,7 +86,7 @@ def validated(kind: type[Settings], data: Any, path: Path) -> Settings:
             f"{path} must hold keys and values at its top; see the comments of the shipped file."
         )
     try:
-        return kind.model_validate(data)
+        return kind.model_validate(data, context=path)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "(top)"

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
 from router.errors import ConfigError
-from router.settings.classification import CATEGORY_PATTERN, CategorySettings, load_categories
+from router.settings.classification import CATEGORY_PATTERN, ClassificationSettings, load_categories
 from router.settings.environment import config_folder
 from router.settings.files import Frozen, read_yaml, validated
 from router.settings.models import MODEL_NAME_PATTERN, DiscoveredModel, ModelSettings, read_discovered
@@ -71,13 +72,19 @@ class WorkerSettings(Frozen):
 class TrafficSettings(Frozen):
     """How late a send may be, and when a model is given a rest. All times in seconds; see docs/limiter.md."""
 
+    renamed_keys: ClassVar = {
+        "failures_borne": "failure_threshold",
+        "first_rest_seconds": "initial_cooldown_seconds",
+        "longest_rest_seconds": "max_cooldown_seconds",
+    }
+
     second_send_slack: float = Field(default=0.025, gt=0, le=0.5)
     second_transit_slack: float = Field(default=0.035, ge=0, le=5)
     minute_send_slack: float = Field(default=0.100, gt=0, le=5)
     minute_transit_slack: float = Field(default=0.150, ge=0, le=30)
-    failures_borne: int = Field(default=5, ge=1, le=1000)
-    first_rest_seconds: float = Field(default=1.0, gt=0, le=3600)
-    longest_rest_seconds: float = Field(default=60.0, gt=0, le=86_400)
+    failure_threshold: int = Field(default=5, ge=1, le=1000)
+    initial_cooldown_seconds: float = Field(default=1.0, gt=0, le=3600)
+    max_cooldown_seconds: float = Field(default=60.0, gt=0, le=86_400)
 
     @model_validator(mode="after")
     def _slacks_grow(self) -> TrafficSettings:
@@ -87,16 +94,18 @@ class TrafficSettings(Frozen):
         return self
 
 
-class AskingSettings(Frozen):
+class AnsweringSettings(Frozen):
     """Answering one prompt now. All times in seconds; a deadline counts from when the prompt came."""
+
+    renamed_keys: ClassVar = {"most_models": "max_models", "most_at_once": "max_concurrency"}
 
     # category -> its deadline; the others have default_deadline_seconds
     deadline_seconds: dict[str, float] = Field(default={})
     default_deadline_seconds: float = Field(default=30.0, gt=0, le=3600)
     permit_seconds: float = Field(default=2.0, gt=0, le=60)
     late_seconds: float = Field(default=120.0, ge=0, le=3600)
-    most_models: int = Field(default=3, ge=1, le=20)
-    most_at_once: int = Field(default=500, ge=1, le=100_000)
+    max_models: int = Field(default=3, ge=1, le=20)
+    max_concurrency: int = Field(default=500, ge=1, le=100_000)
     max_prompt_bytes: int = Field(default=1_048_576, ge=1, le=16_777_216)
 
     @field_validator("deadline_seconds")
@@ -125,24 +134,26 @@ class FallbackSettings(Frozen):
 class RouterConfig(Frozen):
     """`config/models.yaml`, whole, with the names of the categories."""
 
+    renamed_keys: ClassVar = {"asking": "answering"}
+
     models: dict[str, ModelSettings]
     default_category: str = "general"  # this and the next come from categories.yaml
     categories: tuple[str, ...] = ("technical", "creative", "general")
-    categorising: CategorySettings | None = Field(default=None, exclude=True, repr=False)
+    classification: ClassificationSettings | None = Field(default=None, exclude=True, repr=False)
     backend: BackendSettings = BackendSettings()
     worker: WorkerSettings = WorkerSettings()
     traffic: TrafficSettings = TrafficSettings()
-    asking: AskingSettings = AskingSettings()
+    answering: AnsweringSettings = AnsweringSettings()
     fallback: FallbackSettings = FallbackSettings()
     discovered: dict[str, DiscoveredModel] = Field(default={})  # of discovered.yaml, less those of models
     discovered_problem: str | None = Field(default=None, exclude=True)  # why that could not be read
 
     @model_validator(mode="after")
-    def _asking_names_agree(self) -> RouterConfig:
-        for category in self.asking.deadline_seconds:
+    def _answering_names_agree(self) -> RouterConfig:
+        for category in self.answering.deadline_seconds:
             if category not in self.categories:
                 raise ValueError(
-                    f"asking.deadline_seconds.{category}: no such category; known: {self.categories}"
+                    f"answering.deadline_seconds.{category}: no such category; known: {self.categories}"
                 )
         for model in self.fallback.models:
             if model not in self.models:
@@ -178,11 +189,11 @@ def load_config(folder: Path | None = None) -> RouterConfig:
     folder = folder or config_folder()
     path = folder / "models.yaml"
     data = read_yaml(path)
-    categorising = load_categories(folder)
+    classification = load_categories(folder)
     names = {
-        "categories": tuple(categorising.categories),
-        "default_category": categorising.default_category,
-        "categorising": categorising,
+        "categories": tuple(classification.categories),
+        "default_category": classification.default_category,
+        "classification": classification,
     }
     if isinstance(data, dict):
         for key in names.keys() & data.keys():

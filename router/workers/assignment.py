@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.optimize import linprog
 
-from router.models.ranked import Learned, Rankings
+from router.models.ranked import RankedModel, Rankings
 
 WORST_PLACE = 1_000
 MOST_EXPLORED = 0.5  # of a model's calls, and of a category's tasks, where the least shares ask for more
@@ -65,7 +65,7 @@ def bounds(work: Work) -> dict[str, dict[str, float]]:
     return found
 
 
-def _most(learned: Mapping[str, Learned], model: str) -> float:
+def _most(learned: Mapping[str, RankedModel], model: str) -> float:
     return learned[model].most_share if model in learned else 1.0
 
 

@@ -6,9 +6,9 @@ import logging
 from collections import Counter
 from contextlib import AsyncExitStack
 
-from router.classification.process import CategoriserProcess
+from router.classification.process import ClassifierProcess
 from router.queue.task_queue import TaskQueue
-from router.settings.classification import CategorySettings
+from router.settings.classification import ClassificationSettings
 
 log = logging.getLogger("router.workers.classification_job")
 
@@ -16,20 +16,20 @@ BATCH = 256
 START_SECONDS = 6.0  # so long a backlog waits for the categoriser when an engine starts
 
 
-class Categorising:
+class ClassificationJob:
     """Takes uncategorised tasks in bounded batches and brings their categories back, if that is wanted."""
 
-    def __init__(self, queue: TaskQueue, settings: CategorySettings | None) -> None:
+    def __init__(self, queue: TaskQueue, settings: ClassificationSettings | None) -> None:
         self._queue = queue
         self._settings = settings
-        self._process: CategoriserProcess | None = None
+        self._process: ClassifierProcess | None = None
 
     async def start(self, stack: AsyncExitStack) -> None:
         """Have the child process start, if tasks are to be categorised; `stack` ends it."""
         if self._settings is None or not await self._queue.wants_categories():
             return
-        await self._queue.starts_categorising(START_SECONDS)
-        self._process = await stack.enter_async_context(CategoriserProcess(self._settings))
+        await self._queue.announce_classifier(START_SECONDS)
+        self._process = await stack.enter_async_context(ClassifierProcess(self._settings))
         self._process.warm_up()
 
     async def step(self) -> None:
@@ -37,9 +37,9 @@ class Categorising:
         process = self._process
         if process is None:
             return
-        while process.ready and (tasks := await self._queue.take_uncategorised(BATCH)):
-            found = await process.categorise([task.prompt for task in tasks])
-            kept = await self._queue.keep_categories(
+        while process.ready and (tasks := await self._queue.claim_uncategorized(BATCH)):
+            found = await process.classify([task.prompt for task in tasks])
+            kept = await self._queue.assign_categories(
                 tasks,
                 [one.category for one in found],
                 [one.confidence for one in found],

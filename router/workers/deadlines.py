@@ -15,17 +15,17 @@ from pathlib import Path
 from router.answering import plan as line_up
 from router.answering import policy as race
 from router.answering import store as asking
-from router.answering.attempt import Runner
+from router.answering.attempt import Attempt
 from router.answering.fallback import Found, Knowledge, prompt_with, search
-from router.answering.plan import PASSAGES_GIVER, LineUp
-from router.answering.policy import Leg
-from router.answering.store import AskedTask, DueTask
-from router.answering.task_record import Ledger, Means
-from router.background import ended
-from router.classification.classifier import Categorised
+from router.answering.plan import PASSAGES_SOURCE, RoutingPlan
+from router.answering.policy import AttemptState
+from router.answering.store import DueTask, RequestTask
+from router.answering.task_record import RequestContext, TaskRecord
+from router.background import cancel_and_wait
+from router.classification.classifier import Classification
 from router.errors import DatabaseError, RouterError
 from router.knowledge.knowledge import Knowledge as KeptKnowledge
-from router.models.dispatch import CallOrder
+from router.models.dispatch import CallRequest
 from router.task import CallResult, Outcome, Role, new_call_id
 from router.workers.engine import Engine
 
@@ -37,7 +37,7 @@ HOLD_SECONDS = 60.0  # if this process dies, another one serves the task after s
 LEAST_SECONDS = 10.0  # a task whose deadline has passed is still worth asking for
 
 
-class Deadlines:
+class DeadlineJob:
     """Looks for tasks whose deadline is near, and serves them; ends with its engine."""
 
     def __init__(
@@ -50,23 +50,23 @@ class Deadlines:
         self._knowledge = knowledge
         self._opening = asyncio.Lock()
         self._serving: set[asyncio.Task[None]] = set()
-        self._means = Means(
+        self._means = RequestContext(
             pool=engine.pool, limiter=engine.limiter, backend=engine.backend,
             worker=lambda: engine.queue.worker, rename=engine.queue.rename,
             new_call_id=lambda: new_call_id(engine.queue.database_time()),
             check_may_send=engine.check_may_send,
         )  # fmt: skip
 
-    def take_up(self) -> None:
+    def start(self) -> None:
         """Become one of the engine's duties."""
-        self._engine.take_up(self.step, STEP_SECONDS, "deadlines", self._stop)
+        self._engine.start_job(self.step, STEP_SECONDS, "deadlines", self._stop)
 
     async def step(self) -> None:
         """Take up what is due now, as far as there is room."""
         room = MOST_AT_ONCE - len(self._serving)
         if room <= 0 or not self._engine.may_send():
             return
-        due = await asking.take_deadlines(
+        due = await asking.claim_due_deadlines(
             self._engine.pool, ahead_seconds=self._ahead_seconds, hold_seconds=HOLD_SECONDS, limit=room
         )  # fmt: skip
         for task in due:
@@ -81,7 +81,7 @@ class Deadlines:
         return self._engine.config.fallback.before_deadline_seconds
 
     async def _stop(self) -> None:
-        await ended(*self._serving)
+        await cancel_and_wait(*self._serving)
 
     def _served(self, serving: asyncio.Task[None]) -> None:
         self._serving.discard(serving)
@@ -93,10 +93,12 @@ class Deadlines:
 
     async def _serve(self, due: DueTask) -> None:
         found = await self._search(due.prompt)
-        ledger = Ledger(self._means, due.prompt, due.seconds_left, AskedTask(due.task_id, due.prompt_version))
-        about = Categorised(due.category, due.confidence or 0.0, "the task's")
+        ledger = TaskRecord(
+            self._means, due.prompt, due.seconds_left, RequestTask(due.task_id, due.prompt_version)
+        )
+        about = Classification(due.category, due.confidence or 0.0, "the task's")
         roster, config = self._engine.roster, self._engine.config
-        line_up = LineUp.of(roster, config, about, None)
+        line_up = RoutingPlan.of(roster, config, about, None)
         asking_models = asyncio.get_running_loop().create_task(
             self._ask(due, ledger, line_up, prompt_with(due.prompt, found, config.fallback)),
             name=f"router fallback of task {due.task_id}",
@@ -110,15 +112,15 @@ class Deadlines:
                 await self._keep_passages(due, ledger, line_up, found)
             answered = await asking_models
         finally:
-            await ended(asking_models, holding)
+            await cancel_and_wait(asking_models, holding)
         if answered or not self._engine.held_back():  # else it was cut short, and is taken up again later
-            await asking.deadline_served(self._engine.pool, due, ahead_seconds=self._ahead_seconds)
+            await asking.complete_deadline(self._engine.pool, due, ahead_seconds=self._ahead_seconds)
 
     async def _hold(self, due: DueTask) -> None:
         while True:
             await asyncio.sleep(HOLD_SECONDS / 3)
             with contextlib.suppress(DatabaseError):
-                await asking.hold_deadline(
+                await asking.extend_deadline_claim(
                     self._engine.pool, due, ahead_seconds=self._ahead_seconds, hold_seconds=HOLD_SECONDS
                 )
 
@@ -132,11 +134,11 @@ class Deadlines:
                 self._knowledge = await self._engine.enter(opening)
         return await search(self._knowledge, prompt, self._engine.config.fallback.passages)
 
-    async def _ask(self, due: DueTask, ledger: Ledger, who: LineUp, prompt: str) -> bool:
+    async def _ask(self, due: DueTask, ledger: TaskRecord, who: RoutingPlan, prompt: str) -> bool:
         """Ask one cheap model after the other; whether one answered."""
         config = self._engine.config
         until = time.monotonic() + max(LEAST_SECONDS, due.seconds_left)
-        patience = race.permit_patience(max(LEAST_SECONDS, due.seconds_left), config.asking.permit_seconds)
+        patience = race.permit_patience(max(LEAST_SECONDS, due.seconds_left), config.answering.permit_seconds)
         for model in who.cheap:
             if self._engine.held_back():
                 return False
@@ -145,7 +147,7 @@ class Deadlines:
                 config.fallback.max_tokens, due.max_tokens,
             )  # fmt: skip
             row = who.row(order, Role.FALLBACK, worker=self._means.worker(), attempt=0)
-            runner = Runner(
+            runner = Attempt(
                 ledger, replace(row, confidence=due.confidence), order, lambda _runner, _what: None
             )
             last = model == who.cheap[-1]
@@ -153,12 +155,12 @@ class Deadlines:
             await runner.close()
             if runner.cancelled:  # which it took for itself, to settle its call
                 raise asyncio.CancelledError
-            if runner.leg is Leg.ANSWERED:
+            if runner.leg is AttemptState.ANSWERED:
                 return True
         return False
 
-    async def _keep_passages(self, due: DueTask, ledger: Ledger, who: LineUp, found: Found) -> None:
-        order = CallOrder(self._means.new_call_id(), PASSAGES_GIVER, "", "", 0, 0, 0.0)
+    async def _keep_passages(self, due: DueTask, ledger: TaskRecord, who: RoutingPlan, found: Found) -> None:
+        order = CallRequest(self._means.new_call_id(), PASSAGES_SOURCE, "", "", 0, 0, 0.0)
         row = who.row(order, Role.PASSAGES, worker=self._means.worker(), attempt=0)
         row = await ledger.write(replace(row, confidence=due.confidence))
         await ledger.settle(row, CallResult(Outcome.ANSWERED, answer=found.says()), late=False)

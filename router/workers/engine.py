@@ -17,17 +17,17 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 
-from router.background import Duties, Step, ended, freeze_garbage_collector, set_within
-from router.errors import HeldBack, RouterError
+from router.background import PeriodicJobs, Step, cancel_and_wait, freeze_garbage_collector, wait_for_event
+from router.errors import RouterError, SendingPaused
 from router.models.roster import Roster, read_roster, read_solved
 from router.models.services import open_services
 from router.models.targets import read_targets
-from router.queue.task_queue import EngineState, TaskQueue, listening
+from router.queue.task_queue import QueueState, TaskQueue, listening
 from router.settings.environment import Addresses
 from router.settings.router import RouterConfig
 from router.traffic import TrafficTarget
 from router.workers.assignment import Work, bounds, shares
-from router.workers.classification_job import Categorising
+from router.workers.classification_job import ClassificationJob
 
 log = logging.getLogger("router.workers.engine")
 
@@ -39,7 +39,7 @@ PARTITION_SECONDS = 3600.0
 VARIABLE_SECONDS = 10.0  # only the net: a watch near the metadata database is faster
 SUMMARY_SECONDS = 30.0
 OVERLOOKED_SECONDS = 30.0
-BEATS_BORNE = 2  # heartbeats that others may need to prolong their leases after Postgres was away
+TOLERATED_HEARTBEATS = 2  # heartbeats that others may need to prolong their leases after Postgres was away
 UNLIMITED_CALL_SECONDS = 5.0  # how long a call is taken to last where only calls at once are limited
 
 ROSTER_CHANGED = "the roster changed"
@@ -60,7 +60,7 @@ class Engine:
         self.config = config
         self._read_variables = read_variables
         self._open = contextlib.AsyncExitStack()
-        self._duties = Duties()
+        self._duties = PeriodicJobs()
         self._calls: dict[asyncio.Task[None], uuid.UUID] = {}
         self._runs: dict[str, tuple[frozenset[str], int]] = {}  # run -> its models, workers here
         self._pulls_handed_over: dict[str, asyncio.Task[None]] = {}
@@ -74,7 +74,7 @@ class Engine:
         self._release_from = 0.0
         self._reconciled = -(2**62)
         self._work: Work | None = None
-        self.state: EngineState | None = None
+        self.state: QueueState | None = None
         self.targets: dict[str, TrafficTarget] = {}
         self.shares: dict[str, dict[str, float]] = {}
         self.bounds: dict[str, dict[str, float]] = {}  # model -> category -> the most that it may have
@@ -102,27 +102,27 @@ class Engine:
         self.roster: Roster = await read_roster(self.pool)
         await self.watch.begin(self.roster)
         self.state = await self.queue.state([])
-        self._categorising = Categorising(self.queue, self.config.categorising)
-        await self._categorising.start(self._open)
+        self._classification = ClassificationJob(self.queue, self.config.classification)
+        await self._classification.start(self._open)
 
     def _take_up_duties(self) -> None:
         worker = self.config.worker
-        self._duties.take_up(self._listen_step, 1.0, "listen")
-        self._duties.take_up(self._heartbeat_step, worker.heartbeat_seconds, "heartbeat")
-        self._duties.take_up(self._state_step, STATE_SECONDS, "state", wake=self._control)
-        self._duties.take_up(self._categorising.step, CATEGORISE_SECONDS, "categorise", wake=self._tasks_came)
-        self._duties.take_up(self._house_step, HOUSE_SECONDS, "house")
-        self._duties.take_up(self._reconcile_step, RECONCILE_SECONDS, "reconcile")
-        self._duties.take_up(self.queue.keep_partitions, PARTITION_SECONDS, "partitions")
-        self._duties.take_up(self._overlooked_step, OVERLOOKED_SECONDS, "overlooked claims")
-        self._duties.take_up(self._summary_step, SUMMARY_SECONDS, "summary")
+        self._duties.start(self._listen_step, 1.0, "listen")
+        self._duties.start(self._heartbeat_step, worker.heartbeat_seconds, "heartbeat")
+        self._duties.start(self._state_step, STATE_SECONDS, "state", wake=self._control)
+        self._duties.start(self._classification.step, CATEGORISE_SECONDS, "categorise", wake=self._tasks_came)
+        self._duties.start(self._house_step, HOUSE_SECONDS, "house")
+        self._duties.start(self._reconcile_step, RECONCILE_SECONDS, "reconcile")
+        self._duties.start(self.queue.keep_partitions, PARTITION_SECONDS, "partitions")
+        self._duties.start(self._overlooked_step, OVERLOOKED_SECONDS, "overlooked claims")
+        self._duties.start(self._summary_step, SUMMARY_SECONDS, "summary")
         if self._read_variables is not None:
-            self._duties.take_up(self._variables_step, VARIABLE_SECONDS, "variables")
+            self._duties.start(self._variables_step, VARIABLE_SECONDS, "variables")
 
-    def take_up(self, step: Step, seconds: float, name: str, stop: Callable[[], Awaitable[None]]) -> None:
+    def start_job(self, step: Step, seconds: float, name: str, stop: Callable[[], Awaitable[None]]) -> None:
         """Do one duty more, about every `seconds`; `stop` ends what it began, before the engine is gone."""
         self._open.push_async_callback(stop)
-        self._duties.take_up(step, seconds, name)
+        self._duties.start(step, seconds, name)
 
     async def enter(self, manager: AbstractAsyncContextManager[T]) -> T:
         """Open something that is closed with the engine."""
@@ -130,11 +130,11 @@ class Engine:
 
     async def stop(self, *, grace_seconds: float = 5.0) -> None:
         """End the duties, wait for calls in flight, give back what was not sent, close everything."""
-        await ended(*self._pulls_handed_over.values())
+        await cancel_and_wait(*self._pulls_handed_over.values())
         if self._calls:
             await asyncio.wait(self._calls, timeout=grace_seconds)
         await self._duties.end()
-        await ended(*self._calls)
+        await cancel_and_wait(*self._calls)
         with contextlib.suppress(RouterError):
             await self.queue.release()
         await self._open.aclose()
@@ -183,7 +183,9 @@ class Engine:
             self._end_pulling(pulling)
 
     def _end_pulling(self, pulling: asyncio.Task[None]) -> None:
-        ending = asyncio.get_running_loop().create_task(ended(pulling), name="router end of pulling")
+        ending = asyncio.get_running_loop().create_task(
+            cancel_and_wait(pulling), name="router end of pulling"
+        )
         self._endings.add(ending)
         ending.add_done_callback(self._endings.discard)
 
@@ -212,20 +214,20 @@ class Engine:
 
     async def woken(self, seconds: float, news: asyncio.Event | None = None) -> None:
         """Wait for `news` (by default what comes from now on), at most `seconds`, with jitter."""
-        await set_within(news or self._woken, seconds * random.uniform(0.75, 1.25))
+        await wait_for_event(news or self._woken, seconds * random.uniform(0.75, 1.25))
 
     def check_may_send(self) -> None:
-        """Raise HeldBack if the batch is held or the lease may be gone; called just before a send."""
+        """Raise SendingPaused if the batch is held or the lease may be gone; called just before a send."""
         if self.state is None or self.state.held:
-            raise HeldBack("the batch is held: solve_tasks is paused")
+            raise SendingPaused("the batch is held: solve_tasks is paused")
         if not self._lease_is_sure():
-            raise HeldBack("the lease was not prolonged in time: Postgres is away")
+            raise SendingPaused("the lease was not prolonged in time: Postgres is away")
 
     def held_back(self) -> bool:
         """Whether check_may_send would raise now."""
         try:
             self.check_may_send()
-        except HeldBack:
+        except SendingPaused:
             return True
         return False
 
@@ -249,7 +251,7 @@ class Engine:
             log.error("%s ended in an error; its lease or the next settle puts it right", task.get_name(),
                       exc_info=task.exception())  # fmt: skip
 
-    # Duties.
+    # PeriodicJobs.
 
     async def _listen_step(self) -> None:
         async with listening(self.addresses.database_url, self._heard) as connection:
@@ -277,7 +279,7 @@ class Engine:
             self.queue.rename(worker)
             await self.queue.heartbeat()
         if not self._lease_is_sure():
-            self._release_from = asked_at + BEATS_BORNE * self.config.worker.heartbeat_seconds
+            self._release_from = asked_at + TOLERATED_HEARTBEATS * self.config.worker.heartbeat_seconds
         self._alive_at = asked_at
 
     def _lease_is_sure(self) -> bool:
@@ -286,7 +288,7 @@ class Engine:
     async def _house_step(self) -> None:
         # When Postgres was away nobody could prolong a lease: those who live are let do so first.
         sure = self._lease_is_sure() and time.monotonic() >= self._release_from
-        await self.queue.keep_house(release_lost=sure)
+        await self.queue.run_maintenance(release_lost=sure)
 
     async def _state_step(self) -> None:
         state = await self.queue.state(list(self._runs))
@@ -317,10 +319,10 @@ class Engine:
             if run in self.state.left_runs:
                 continue
             if models and models != frozenset(self.roster.models):
-                await self.queue.leave_run(run, ROSTER_CHANGED)
+                await self.queue.finish_run(run, ROSTER_CHANGED)
                 self._control.set()
             elif drained:
-                await self.queue.leave_run(run, DRAINED)
+                await self.queue.finish_run(run, DRAINED)
                 self._control.set()
 
     async def _aim(self) -> None:
@@ -343,14 +345,14 @@ class Engine:
         version = int(self.queue.database_time() * 1e6)
         lines = await self._read_variables(list(self.roster.models))
         await self.watch.apply(lines, version=version)
-        await self.watch.forget_troubles(lines)
+        await self.watch.clear_errors(lines)
 
     async def _reconcile_step(self) -> None:
         after = await self.queue.reconcile_step(self._reconciled)
         self._reconciled = -(2**62) if after is None else after
 
     async def _overlooked_step(self) -> None:
-        await self.queue.forget_none(set(self._calls.values()))
+        await self.queue.release_orphaned_claims(set(self._calls.values()))
 
     async def _summary_step(self) -> None:
         if self.solved or self.failed_calls or self._calls:

@@ -13,11 +13,11 @@ import time
 from collections import deque
 from collections.abc import Set as AbstractSet
 
-from router.background import ended
-from router.errors import DatabaseError, HeldBack, LimiterError, RouterError
+from router.background import cancel_and_wait
+from router.errors import DatabaseError, LimiterError, RouterError, SendingPaused
 from router.limiter.limiter import Permit
-from router.models.dispatch import CallOrder, send_permitted
-from router.models.roster import report_model_trouble
+from router.models.dispatch import CallRequest, send_permitted
+from router.models.roster import record_model_error
 from router.task import CallResult, Claim, Outcome
 from router.workers.assignment import PullOrder
 from router.workers.engine import ROSTER_CHANGED, Engine
@@ -68,7 +68,7 @@ class Worker:
             return reason
         finally:
             if not engine.handed_over(pulling):
-                await ended(pulling)
+                await cancel_and_wait(pulling)
             engine.part(self._run)
 
     def start_pulling(self) -> asyncio.Task[None]:
@@ -98,7 +98,7 @@ class Worker:
         await self._ahead.acquire()
         claim: Claim | None = None
         try:
-            await engine.limiter.until_near(self.model)
+            await engine.limiter.wait_until_available(self.model)
             news = engine.news  # taken before the look, so that what comes during it is not missed
             if engine.may_send() and self.model in engine.roster.models:
                 self._aim()
@@ -166,7 +166,7 @@ class Worker:
             self._not_before = time.monotonic() + TROUBLE_SECONDS  # no send paces this
             return
         try:
-            order = CallOrder(
+            order = CallRequest(
                 claim.call_id, self.model, endpoint, claim.prompt, claim.max_tokens, claim.reserved_tokens,
                 timeout_seconds,
             )  # fmt: skip
@@ -174,7 +174,7 @@ class Worker:
                 engine.limiter, engine.backend, order,
                 permit_seconds=LONGEST_HOLD_SECONDS, going_out=going_out,
             )  # fmt: skip
-        except (HeldBack, LimiterError, asyncio.TimeoutError):
+        except (SendingPaused, LimiterError, asyncio.TimeoutError):
             done = None
         except RouterError as error:  # will not heal: without a counted attempt it would come for ever
             done = CallResult(Outcome.REJECTED, error=str(error))
@@ -226,7 +226,7 @@ class Worker:
             return
         self._trouble = trouble
         with contextlib.suppress(DatabaseError):
-            await report_model_trouble(self._engine.pool, self.model, trouble)
+            await record_model_error(self._engine.pool, self.model, trouble)
 
 
 async def wait_for_work(engine: Engine) -> None:

@@ -16,7 +16,7 @@ BEGIN
                CASE WHEN i.category IS NULL THEN s.until END, i.prompt_version, i.deadline_at,
                CASE WHEN i.category <> known.name THEN unknown_category(i.category) END
           FROM inserted i
-          CROSS JOIN (SELECT max_prompt_bytes, uncategorised_until(NULL) AS until FROM queue_settings OFFSET 0) AS s
+          CROSS JOIN (SELECT max_prompt_bytes, uncategorized_until(NULL) AS until FROM queue_settings OFFSET 0) AS s
           LEFT JOIN categories own ON own.name = i.category
           CROSS JOIN LATERAL (SELECT coalesce(own.name, (SELECT known_category(NULL))) AS name) AS known
          WHERE i.status = 'unsolved' AND octet_length(i.prompt) <= s.max_prompt_bytes AND i.prompt ~ '\S'
@@ -42,7 +42,7 @@ BEGIN
           FROM inserted i
          WHERE t.id = i.id AND i.status = 'unsolved' AND prompt_problem(i.prompt) IS NOT NULL;
     END IF;
-    IF queued > 0 AND current_setting('router.asking', true) IS DISTINCT FROM 'on' THEN
+    IF queued > 0 AND current_setting('router.interactive', true) IS DISTINCT FROM 'on' THEN
         PERFORM wake_workers();
     END IF;
     RETURN NULL;
@@ -90,7 +90,7 @@ BEGIN
         lane := CASE WHEN held.category IS NULL OR edited OR NEW.category IS DISTINCT FROM OLD.category
                      THEN known_category(NEW.category) ELSE held.category END;
         PERFORM open_lane(lane, rank_in_lane);
-        kept_until := uncategorised_until(NEW.category);
+        kept_until := uncategorized_until(NEW.category);
         IF held.task_id IS NULL THEN
             INSERT INTO queue (task_id, category, priority, position, state, wake_at, prompt_version, category_reason)
             VALUES (NEW.id, lane, rank_in_lane, nextval('queue_position'),
@@ -151,7 +151,7 @@ $$;
 CREATE OR REPLACE FUNCTION tasks_truncated() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
 BEGIN
-    TRUNCATE queue, queue_floors, task_count_deltas, task_counts;
+    TRUNCATE queue, queue_watermarks, task_count_deltas, task_counts;
     RETURN NULL;
 END
 $$;

@@ -4,9 +4,9 @@
 -- was nearly empty would else keep reading it whole when a million rows have come in.
 
 -- The published floor of one half of a lane.
-CREATE OR REPLACE FUNCTION floor_of(p_category text, p_priority smallint, p_came_back boolean) RETURNS bigint
+CREATE OR REPLACE FUNCTION low_watermark(p_category text, p_priority smallint, p_came_back boolean) RETURNS bigint
 LANGUAGE sql STABLE AS $$
-    SELECT coalesce((SELECT f.position FROM queue_floors f
+    SELECT coalesce((SELECT f.position FROM queue_watermarks f
                       WHERE f.category = p_category AND f.priority = p_priority AND f.came_back = p_came_back
                         AND f.published
                       ORDER BY f.position DESC LIMIT 1),
@@ -28,13 +28,13 @@ $$;
 -- `queue`, so the holders of that lock at the moment of looking are all the witnesses there can be.
 -- Each step looks with a snapshot of its own, taken after the one before; where that is not so, it does nothing.
 -- (A prepared transaction, '-1/...', has changed its name since it was seen: any of them is waited for.)
-CREATE OR REPLACE FUNCTION raise_floor(p_category text, p_priority smallint, p_came_back boolean) RETURNS void
+CREATE OR REPLACE FUNCTION advance_low_watermark(p_category text, p_priority smallint, p_came_back boolean) RETURNS void
 LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
     base bigint := CASE WHEN p_came_back THEN -4611686018427387904 ELSE 0 END;
     below bigint := CASE WHEN p_came_back THEN 0 ELSE 9223372036854775807 END;
     floor_now bigint;
-    pending queue_floors;
+    pending queue_watermarks;
     bound bigint;
     others text[];
 BEGIN
@@ -42,8 +42,8 @@ BEGIN
        OR NOT pg_try_advisory_xact_lock(hashtext('router_floor'), hashtext(p_category || '/' || p_priority)) THEN
         RETURN;
     END IF;
-    floor_now := floor_of(p_category, p_priority, p_came_back);
-    SELECT * INTO pending FROM queue_floors f
+    floor_now := low_watermark(p_category, p_priority, p_came_back);
+    SELECT * INTO pending FROM queue_watermarks f
      WHERE f.category = p_category AND f.priority = p_priority AND f.came_back = p_came_back AND NOT f.published
      ORDER BY f.position DESC LIMIT 1;
     IF pending.position > floor_now THEN
@@ -55,9 +55,9 @@ BEGIN
         END IF;
         floor_now := greatest(floor_now, least(pending.position, coalesce(
             lowest_ready(p_category, p_priority, floor_now, below), pending.position)));
-        DELETE FROM queue_floors f
+        DELETE FROM queue_watermarks f
          WHERE f.category = p_category AND f.priority = p_priority AND f.came_back = p_came_back;
-        INSERT INTO queue_floors VALUES (p_category, p_priority, p_came_back, true, floor_now);
+        INSERT INTO queue_watermarks VALUES (p_category, p_priority, p_came_back, true, floor_now);
     END IF;
 
     SELECT base + s.last_value + s.is_called::int INTO bound FROM queue_position s;
@@ -67,7 +67,7 @@ BEGIN
        AND l.mode = 'RowExclusiveLock';
     bound := least(bound, coalesce(lowest_ready(p_category, p_priority, floor_now, below), bound));
     IF bound > floor_now THEN
-        INSERT INTO queue_floors VALUES (p_category, p_priority, p_came_back, false, bound, others);
+        INSERT INTO queue_watermarks VALUES (p_category, p_priority, p_came_back, false, bound, others);
     END IF;
 END
 $$;
@@ -118,7 +118,7 @@ BEGIN
                 SELECT q.task_id, q.category, q.priority, q.attempt, q.confidence, q.category_reason
                   INTO found_row FROM queue q
                  WHERE q.state = 'ready' AND q.category = lane.category AND q.priority = lane.priority
-                   AND q.position >= (SELECT floor_of(lane.category, lane.priority, lane.came_back))
+                   AND q.position >= (SELECT low_watermark(lane.category, lane.priority, lane.came_back))
                    AND q.position < lane.below
                    AND (q.not_by IS NULL OR NOT p_model = ANY (q.not_by) OR q.not_by_until < clock_timestamp())
                  ORDER BY q.position LIMIT 1 FOR UPDATE SKIP LOCKED;
@@ -148,27 +148,27 @@ BEGIN
                         found_row.confidence, found_row.category_reason, p_worker, claim_task.attempt,
                         claim_task.reserved_tokens);
                 IF random() < 0.015 AND lane.category IS NOT NULL THEN
-                    PERFORM raise_floor(lane.category, lane.priority, lane.came_back);
+                    PERFORM advance_low_watermark(lane.category, lane.priority, lane.came_back);
                 END IF;
                 RETURN NEXT;
                 RETURN;
             END IF;
-            PERFORM forget_queue_row(found_row.task_id);  -- two tables, one truth: tasks is the truth
+            PERFORM remove_queue_row(found_row.task_id);  -- two tables, one truth: tasks is the truth
         END LOOP;
         IF random() < 0.015 AND lane.category IS NOT NULL THEN  -- empty, but perhaps full of dead entries: somebody deleted what was there
-            PERFORM raise_floor(lane.category, lane.priority, lane.came_back);
+            PERFORM advance_low_watermark(lane.category, lane.priority, lane.came_back);
         END IF;
     END LOOP;
 
     -- Nothing is ready: what has waited for a category in vain is, under the default one.
     IF (p_categories IS NULL OR cardinality(p_categories) = 0 OR known_category(NULL) = ANY (p_categories))
-       AND default_uncategorised(50) > 0 THEN
+       AND apply_default_category(50) > 0 THEN
         RETURN QUERY SELECT * FROM claim_task(p_model, p_categories, p_worker, p_call_id, p_max_tokens);
     END IF;
 END
 $$;
 
-CREATE OR REPLACE FUNCTION forget_queue_row(p_task_id bigint) RETURNS void
+CREATE OR REPLACE FUNCTION remove_queue_row(p_task_id bigint) RETURNS void
 LANGUAGE sql AS $$
     WITH gone AS (DELETE FROM queue WHERE task_id = p_task_id RETURNING category)
     INSERT INTO task_count_deltas (category, unsolved) SELECT category, -1 FROM gone

@@ -59,10 +59,10 @@ BEGIN
     END IF;
 
     IF p_outcome = 'answered' THEN
-        SELECT k.settlement, k.held INTO settled, held FROM keep_answer(call, p_answer) AS k;
+        SELECT k.settlement, k.held INTO settled, held FROM record_answer(call, p_answer) AS k;
     ELSE
         PERFORM FROM tasks t WHERE t.id = call.task_id FOR NO KEY UPDATE;
-        settled := coalesce(give_back(call, p_counted, p_error, p_outcome), 'late');
+        settled := coalesce(requeue(call, p_counted, p_error, p_outcome), 'late');
         held := settled <> 'late';
     END IF;
 
@@ -99,7 +99,7 @@ $$;
 -- The one rule for every answer: it replaces only an answer of lower rank to the same version of the prompt.
 -- A task that is unsolved is the usual case, and is written without looking first; what else there may be is
 -- looked at under its lock. held: whether this call held the task.
-CREATE OR REPLACE FUNCTION keep_answer(p_call model_calls, p_answer text, OUT settlement text, OUT held boolean)
+CREATE OR REPLACE FUNCTION record_answer(p_call model_calls, p_answer text, OUT settlement text, OUT held boolean)
 LANGUAGE plpgsql AS $$
 DECLARE
     before record;
@@ -127,7 +127,7 @@ BEGIN
         END IF;
         IF looked OR before.prompt_version IS DISTINCT FROM p_call.prompt_version THEN
             settlement := CASE WHEN looked THEN 'superseded' ELSE 'stale' END;
-            held := give_back(p_call, p_counted => looked) IS NOT NULL;
+            held := requeue(p_call, p_counted => looked) IS NOT NULL;
             RETURN;
         END IF;
         looked := true;
@@ -135,7 +135,7 @@ BEGIN
 
     IF kept.status <> 'solved' THEN
         settlement := 'kept';
-        held := give_back(p_call, p_counted => true) IS NOT NULL;
+        held := requeue(p_call, p_counted => true) IS NOT NULL;
         RETURN;
     END IF;
     settlement := 'solved';
@@ -159,7 +159,7 @@ $$;
 
 -- A claim that brought no answer: try the task again, or end it. NULL if this call does not hold it any more.
 -- A lost call is tried again at once: the task is no more to blame than the worker that died.
-CREATE OR REPLACE FUNCTION give_back(
+CREATE OR REPLACE FUNCTION requeue(
     p_call model_calls, p_counted boolean, p_error text DEFAULT NULL, p_outcome text DEFAULT NULL) RETURNS text
 LANGUAGE plpgsql AS $$
 DECLARE

@@ -48,7 +48,7 @@ BEGIN
             PERFORM close_lost_calls(lost.task_id, p_worker);
             released := released + 1;
         ELSIF NOT EXISTS (SELECT FROM tasks t WHERE t.id = lost.task_id) THEN
-            PERFORM forget_queue_row(lost.task_id);
+            PERFORM remove_queue_row(lost.task_id);
         END IF;
     END LOOP;
     RETURN released;
@@ -59,7 +59,7 @@ $$;
 -- leads to them. Once a worker, when it holds nothing any more, and what others were at in that moment is over. If one of
 -- its calls ends after all, the real outcome replaces this one.
 -- Two hours back, since a prompt may be asked with a deadline of one.
-CREATE OR REPLACE FUNCTION close_left_calls() RETURNS void
+CREATE OR REPLACE FUNCTION close_abandoned_calls() RETURNS void
 LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
     ended record;
@@ -73,7 +73,7 @@ BEGIN
     LOOP
         UPDATE model_calls c SET finished_at = clock_timestamp(), outcome = 'lost', settlement = 'late',
                                  error = 'the worker''s lease ran out'
-         WHERE c.call_id >= call_id_floor(ended.since) AND c.worker = ended.worker AND c.outcome IS NULL;
+         WHERE c.call_id >= first_call_id(ended.since) AND c.worker = ended.worker AND c.outcome IS NULL;
         UPDATE workers SET swept_at = clock_timestamp() WHERE worker = ended.worker;
     END LOOP;
 END
@@ -98,7 +98,7 @@ BEGIN
         released := released + release_claims(dead, p_limit - released);
         EXIT WHEN released >= p_limit;
     END LOOP;
-    PERFORM close_left_calls();
+    PERFORM close_abandoned_calls();
     DELETE FROM workers w
      WHERE w.worker IN (SELECT o.worker FROM workers o
                          WHERE o.released_at < clock_timestamp() - interval '2 days'
@@ -138,7 +138,7 @@ LANGUAGE sql STABLE AS $$
 $$;
 
 -- Sum the deltas up. One at a time; the others leave it to that one.
-CREATE OR REPLACE FUNCTION fold_counts() RETURNS void
+CREATE OR REPLACE FUNCTION compact_counts() RETURNS void
 LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 BEGIN
     IF NOT pg_try_advisory_xact_lock(hashtext('router_fold_counts'), 0) THEN
@@ -288,7 +288,7 @@ BEGIN
         SELECT t.id, known_category(t.category), queue_priority(t.priority), nextval('queue_position'),
                CASE WHEN kept.until IS NULL THEN 'ready' ELSE 'uncategorised' END, kept.until,
                t.prompt_version, t.deadline_at, unknown_category(t.category)
-          FROM tasks t CROSS JOIN LATERAL (SELECT uncategorised_until(t.category) AS until) AS kept WHERE t.id = ANY (p_ids) AND t.status = 'unsolved'
+          FROM tasks t CROSS JOIN LATERAL (SELECT uncategorized_until(t.category) AS until) AS kept WHERE t.id = ANY (p_ids) AND t.status = 'unsolved'
          ORDER BY t.id
         ON CONFLICT (task_id) DO NOTHING
         RETURNING category, priority
@@ -318,7 +318,7 @@ BEGIN
     IF task.status IS NOT NULL THEN
         PERFORM count_change(known_category(task.category), 0, (task.status = 'solved')::int, (task.status = 'failed')::int);
     END IF;
-    PERFORM forget_queue_row(p_task_id);
+    PERFORM remove_queue_row(p_task_id);
     RETURN true;
 END
 $$;
@@ -341,7 +341,7 @@ BEGIN
         SELECT generate_series(today - interval '48 hours', today + make_interval(hours => 24 * p_days), '24 hours')
         UNION
         SELECT date_trunc('day', call_time(c.call_id), 'UTC') FROM model_calls_other c
-         WHERE c.call_id >= call_id_floor(today - interval '9600 hours') AND c.call_id < call_id_floor(today)
+         WHERE c.call_id >= first_call_id(today - interval '9600 hours') AND c.call_id < first_call_id(today)
         ORDER BY 1
     LOOP
         IF to_regclass('model_calls_' || to_char(day AT TIME ZONE 'UTC', 'YYYYMMDD')) IS NULL THEN
@@ -361,8 +361,8 @@ CREATE OR REPLACE FUNCTION make_call_partition(p_day timestamptz) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
     partition text := 'model_calls_' || to_char(p_day AT TIME ZONE 'UTC', 'YYYYMMDD');
-    first_id uuid := call_id_floor(p_day);
-    end_id uuid := call_id_floor(p_day + interval '24 hours');  -- '1 day' may be 23 hours in the session's time zone
+    first_id uuid := first_call_id(p_day);
+    end_id uuid := first_call_id(p_day + interval '24 hours');  -- '1 day' may be 23 hours in the session's time zone
 BEGIN
     LOCK TABLE ONLY model_calls IN SHARE UPDATE EXCLUSIVE MODE;
     LOCK TABLE model_calls_other IN ACCESS EXCLUSIVE MODE;

@@ -1,7 +1,7 @@
 -- Targets, the hold on the batch, and the runs of solve_tasks.
 
 -- Keep a target that is in force now. The older read loses; the same line again is no news.
-CREATE OR REPLACE FUNCTION keep_target(p_model text, p_target text, p_version bigint) RETURNS boolean
+CREATE OR REPLACE FUNCTION record_target(p_model text, p_target text, p_version bigint) RETURNS boolean
 LANGUAGE plpgsql AS $$
 BEGIN
     DELETE FROM traffic_troubles WHERE model = p_model;
@@ -15,7 +15,7 @@ BEGIN
 END
 $$;
 
-CREATE OR REPLACE FUNCTION report_target_trouble(p_model text, p_line text, p_problem text) RETURNS void
+CREATE OR REPLACE FUNCTION record_target_error(p_model text, p_line text, p_problem text) RETURNS void
 LANGUAGE sql AS $$
     INSERT INTO traffic_troubles AS t (model, line, problem) VALUES (p_model, left(p_line, 200), left(p_problem, 500))
     ON CONFLICT (model) DO UPDATE SET line = EXCLUDED.line, problem = EXCLUDED.problem, since = clock_timestamp()
@@ -23,14 +23,14 @@ LANGUAGE sql AS $$
 $$;
 
 -- Only the lines of these models can be wrong: the others are gone.
-CREATE OR REPLACE FUNCTION forget_target_troubles(p_models text[]) RETURNS void
+CREATE OR REPLACE FUNCTION clear_target_errors(p_models text[]) RETURNS void
 LANGUAGE sql AS $$ DELETE FROM traffic_troubles WHERE NOT model = ANY (p_models) $$;
 
 CREATE OR REPLACE VIEW newest_targets AS
     SELECT DISTINCT ON (model) model, version, target, in_force_at FROM traffic_targets ORDER BY model, version DESC;
 
 -- Hold the batch back, or let it go again. The older read loses.
-CREATE OR REPLACE FUNCTION hold_solving(p_held boolean, p_version bigint) RETURNS boolean
+CREATE OR REPLACE FUNCTION set_paused(p_held boolean, p_version bigint) RETURNS boolean
 LANGUAGE plpgsql AS $$
 BEGIN
     UPDATE solving SET held = p_held, version = p_version, changed_at = clock_timestamp()
@@ -43,11 +43,11 @@ END
 $$;
 
 -- Somebody watches the Variables and the pause: workers need not read them through their slow way.
-CREATE OR REPLACE FUNCTION watch_goes_on() RETURNS void
+CREATE OR REPLACE FUNCTION watcher_heartbeat() RETURNS void
 LANGUAGE sql AS $$ UPDATE solving SET watched_at = clock_timestamp() $$;
 
 -- A run's workers all leave, for the first reason that one of them found; the first reason stays.
-CREATE OR REPLACE FUNCTION leave_run(p_run text, p_reason text) RETURNS text
+CREATE OR REPLACE FUNCTION finish_run(p_run text, p_reason text) RETURNS text
 LANGUAGE plpgsql AS $$
 DECLARE
     kept text;
@@ -160,12 +160,12 @@ LANGUAGE sql STABLE AS $$
      WHERE c.model = p_model AND c.outcome IS DISTINCT FROM 'unsent'
        -- claimed at most a quarter of an hour before it was sent
        -- (asked once, by the sub-select: else it would be volatile, and no index would help)
-       AND c.call_id >= (SELECT call_id_floor(clock_timestamp() - make_interval(secs => p_seconds) - interval '15 minutes'))
+       AND c.call_id >= (SELECT first_call_id(clock_timestamp() - make_interval(secs => p_seconds) - interval '15 minutes'))
        AND latest.sent_at > clock_timestamp() - make_interval(secs => p_seconds)
 $$;
 
 -- What a worker process must know each second, in one round trip.
-CREATE OR REPLACE FUNCTION engine_state(
+CREATE OR REPLACE FUNCTION worker_state(
     p_runs text[], OUT held boolean, OUT watched boolean, OUT roster_version bigint, OUT left_runs jsonb,
     OUT unsolved jsonb)
 LANGUAGE sql STABLE AS $$
@@ -181,7 +181,7 @@ CREATE OR REPLACE FUNCTION run_calls(p_run text) RETURNS TABLE (model text, outc
 LANGUAGE sql STABLE AS $$
     SELECT c.model, coalesce(c.outcome, 'open'), count(*)
       FROM runs r
-      JOIN model_calls c ON c.call_id >= call_id_floor(r.started_at)
+      JOIN model_calls c ON c.call_id >= first_call_id(r.started_at)
                         AND c.started_at BETWEEN r.started_at AND coalesce(r.left_at, clock_timestamp())
      WHERE r.run = p_run
      GROUP BY 1, 2 ORDER BY 1, 2

@@ -3,8 +3,8 @@
 CREATE OR REPLACE FUNCTION period_of(p_at timestamptz, p_period_seconds integer) RETURNS bigint
 LANGUAGE sql IMMUTABLE AS $$ SELECT floor(extract(epoch FROM p_at) / p_period_seconds)::bigint $$;
 
-CREATE OR REPLACE FUNCTION period_floor(p_period bigint, p_period_seconds integer) RETURNS uuid
-LANGUAGE sql IMMUTABLE AS $$ SELECT call_id_floor(to_timestamp(p_period::float8 * p_period_seconds)) $$;
+CREATE OR REPLACE FUNCTION period_start(p_period bigint, p_period_seconds integer) RETURNS uuid
+LANGUAGE sql IMMUTABLE AS $$ SELECT first_call_id(to_timestamp(p_period::float8 * p_period_seconds)) $$;
 
 -- The periods whose evidence is missing or out of date, the oldest first: within p_memory periods, not closed yet, or
 -- with a score that came after it was summed. A period ahead of now, from before a clock went back, is one of them.
@@ -14,10 +14,10 @@ LANGUAGE sql STABLE AS $$
         SELECT period_of(clock_timestamp(), p_period_seconds) AS newest
     ), bounds AS (
         SELECT coalesce(period_of(call_time((SELECT c.call_id FROM model_calls c
-                                              WHERE c.call_id >= period_floor(n.newest - p_memory + 1, p_period_seconds)
+                                              WHERE c.call_id >= period_start(n.newest - p_memory + 1, p_period_seconds)
                                               ORDER BY c.call_id LIMIT 1)), p_period_seconds), n.newest) AS first,
                greatest(n.newest, period_of(call_time((SELECT c.call_id FROM model_calls c
-                                                        WHERE c.call_id >= period_floor(n.newest, p_period_seconds)
+                                                        WHERE c.call_id >= period_start(n.newest, p_period_seconds)
                                                         ORDER BY c.call_id DESC LIMIT 1)), p_period_seconds)) AS last
           FROM now_period n
     ), late AS (
@@ -52,8 +52,8 @@ CREATE OR REPLACE FUNCTION sum_evidence(
 RETURNS bigint
 LANGUAGE plpgsql SET enable_nestloop = off SET work_mem = '32MB' AS $$
 DECLARE
-    first_id uuid := period_floor(p_period, p_period_seconds);
-    end_id uuid := period_floor(p_period + 1, p_period_seconds);
+    first_id uuid := period_start(p_period, p_period_seconds);
+    end_id uuid := period_start(p_period + 1, p_period_seconds);
     failing text[] := ARRAY['error', 'timeout', 'garbage', 'overloaded'];
     placed text[] := coalesce((SELECT array_agg(r.model) FROM roster r WHERE r.state <> 'probation'), '{}');
     suspected bigint[];
@@ -66,7 +66,7 @@ BEGIN
                 AND e.calls_dropped) THEN
         RETURN 0;
     END IF;
-    PERFORM lose_calls(first_id, end_id, 3600);
+    PERFORM mark_calls_lost(first_id, end_id, 3600);
     -- Before they are summed: a call that ends meanwhile is not in the sums.
     SELECT EXISTS (SELECT FROM model_calls c WHERE c.call_id >= first_id AND c.call_id < end_id AND c.outcome IS NULL)
       INTO open_calls;
@@ -153,8 +153,8 @@ RETURNS TABLE (call_id uuid, prompt text, answer text, completion_tokens integer
 LANGUAGE plpgsql STABLE AS $$
 #variable_conflict use_column
 DECLARE
-    first_id uuid := period_floor(p_period, p_period_seconds);
-    end_id uuid := period_floor(p_period + 1, p_period_seconds);
+    first_id uuid := period_start(p_period, p_period_seconds);
+    end_id uuid := period_start(p_period + 1, p_period_seconds);
 BEGIN
     RETURN QUERY
     WITH cells AS MATERIALIZED (
@@ -190,10 +190,10 @@ LANGUAGE sql STABLE AS $$
                row_number() OVER (PARTITION BY c.category, c.model ORDER BY right(c.call_id::text, 8), c.call_id) AS turn
           FROM call_scores s JOIN model_calls c ON c.call_id = s.call_id
          WHERE s.source = 'check' AND c.purpose IS NULL AND c.category IS NOT NULL
-           AND s.call_id >= period_floor(p_period, p_period_seconds)
-           AND s.call_id < period_floor(p_period + 1, p_period_seconds)
-           AND c.call_id >= period_floor(p_period, p_period_seconds)
-           AND c.call_id < period_floor(p_period + 1, p_period_seconds)
+           AND s.call_id >= period_start(p_period, p_period_seconds)
+           AND s.call_id < period_start(p_period + 1, p_period_seconds)
+           AND c.call_id >= period_start(p_period, p_period_seconds)
+           AND c.call_id < period_start(p_period + 1, p_period_seconds)
     )
     SELECT d.call_id, d.category, d.model, t.prompt, t.answer
       FROM drawn d JOIN tasks t ON t.id = d.task_id AND t.answer_call_id = d.call_id
@@ -207,8 +207,8 @@ $$;
 CREATE OR REPLACE FUNCTION period_to_judge(p_period_seconds integer) RETURNS bigint
 LANGUAGE sql STABLE AS $$
     SELECT CASE WHEN EXISTS (SELECT FROM call_scores s
-                              WHERE s.source = 'check' AND s.call_id >= period_floor(n.newest - 1, p_period_seconds)
-                                AND s.call_id < period_floor(n.newest, p_period_seconds))
+                              WHERE s.source = 'check' AND s.call_id >= period_start(n.newest - 1, p_period_seconds)
+                                AND s.call_id < period_start(n.newest, p_period_seconds))
                 THEN n.newest - 1 ELSE n.newest END
       FROM (SELECT period_of(clock_timestamp(), p_period_seconds) AS newest) AS n
 $$;
@@ -221,7 +221,7 @@ LANGUAGE sql STABLE AS $$
 $$;
 
 -- Keep what came of a judgement, with the score of the judged answer if the judge said anything.
-CREATE OR REPLACE FUNCTION keep_judgement(
+CREATE OR REPLACE FUNCTION record_judgment(
     p_call_id uuid, p_straight text, p_swapped text, p_result text, p_score real, p_note text) RETURNS void
 LANGUAGE sql AS $$
     INSERT INTO call_scores (call_id, source, score, reasons, scored_by)
@@ -249,7 +249,7 @@ $$;
 
 -- Put an order in force and keep it with what it stands on, in one statement each; the caller's transaction is all or
 -- nothing. p_places: an array of the rows of review_places, without review and before.
-CREATE OR REPLACE FUNCTION keep_review(
+CREATE OR REPLACE FUNCTION record_review(
     p_by text, p_period_seconds integer, p_period bigint, p_settings jsonb, p_notes text[], p_places jsonb) RETURNS bigint
 LANGUAGE plpgsql AS $$
 DECLARE

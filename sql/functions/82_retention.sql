@@ -50,7 +50,7 @@ END
 $$;
 
 -- Delete scores and judgements of calls before that one, at most p_limit of each. Returns how many.
-CREATE OR REPLACE FUNCTION forget_scores(p_before uuid, p_limit integer) RETURNS bigint
+CREATE OR REPLACE FUNCTION prune_scores(p_before uuid, p_limit integer) RETURNS bigint
 LANGUAGE sql AS $$
     WITH scores AS (
         DELETE FROM call_scores s USING

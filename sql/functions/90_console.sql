@@ -1,7 +1,7 @@
 -- What the console reads. Everything is bounded in rows: a page that is open must cost next to nothing, whatever the
 -- tables hold.
 
-CREATE OR REPLACE FUNCTION note_failure() RETURNS trigger
+CREATE OR REPLACE FUNCTION record_failure() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
 BEGIN
     IF TG_OP <> 'INSERT' AND OLD.status = 'failed' THEN
@@ -13,7 +13,7 @@ BEGIN
     RETURN NULL;
 END
 $$;
-CREATE OR REPLACE FUNCTION forget_failures() RETURNS trigger
+CREATE OR REPLACE FUNCTION prune_failures() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
 BEGIN
     TRUNCATE task_failures;
@@ -21,14 +21,14 @@ BEGIN
 END
 $$;
 CREATE OR REPLACE TRIGGER router_failure_inserted AFTER INSERT ON tasks
-    FOR EACH ROW WHEN (NEW.status = 'failed') EXECUTE FUNCTION note_failure();
+    FOR EACH ROW WHEN (NEW.status = 'failed') EXECUTE FUNCTION record_failure();
 CREATE OR REPLACE TRIGGER router_failure_updated AFTER UPDATE OF status ON tasks
     FOR EACH ROW WHEN (NEW.status IS DISTINCT FROM OLD.status AND (NEW.status = 'failed' OR OLD.status = 'failed'))
-    EXECUTE FUNCTION note_failure();
+    EXECUTE FUNCTION record_failure();
 CREATE OR REPLACE TRIGGER router_failure_deleted AFTER DELETE ON tasks
-    FOR EACH ROW WHEN (OLD.status = 'failed') EXECUTE FUNCTION note_failure();
+    FOR EACH ROW WHEN (OLD.status = 'failed') EXECUTE FUNCTION record_failure();
 CREATE OR REPLACE TRIGGER router_failures_truncated AFTER TRUNCATE ON tasks
-    FOR EACH STATEMENT EXECUTE FUNCTION forget_failures();
+    FOR EACH STATEMENT EXECUTE FUNCTION prune_failures();
 
 -- Calls by model, in stretches of p_seconds since 1970, by the moment of their claim. Of the newest p_most calls.
 CREATE OR REPLACE FUNCTION console_sends(p_from timestamptz, p_seconds integer, p_most integer)
@@ -36,7 +36,7 @@ RETURNS TABLE (model text, stretch bigint, calls bigint)
 LANGUAGE sql STABLE AS $$
     SELECT recent.model, floor(extract(epoch FROM recent.started_at) / p_seconds)::bigint, count(*)
       FROM (SELECT c.model, c.started_at FROM model_calls c
-             WHERE c.call_id >= call_id_floor(p_from) AND c.outcome IS DISTINCT FROM 'unsent'
+             WHERE c.call_id >= first_call_id(p_from) AND c.outcome IS DISTINCT FROM 'unsent'
              ORDER BY c.call_id DESC LIMIT p_most) AS recent
      GROUP BY 1, 2
 $$;

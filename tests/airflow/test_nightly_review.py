@@ -57,9 +57,9 @@ class Nights:
         folder, solving = self.solving.config_folder, self.solving
         write_catalogue(folder, {"name": model})
         settings = {
-            "catalogues": [{"kind": "file", "name": "mock", "path": "catalogue.json"}],
-            "criteria": {"licences": ["apache-2.0"], "benchmarks": {"mmlu-pro": 1}},
-            "trials": {"prompts": 12, "judged": 0, "at_once": 8, "margin": 0, "margin_errors": 0},
+            "catalogs": [{"kind": "file", "name": "mock", "path": "catalogue.json"}],
+            "criteria": {"licenses": ["apache-2.0"], "benchmarks": {"mmlu-pro": 1}},
+            "trials": {"prompts": 12, "judged": 0, "max_concurrency": 8, "margin": 0, "margin_errors": 0},
             "probation": {"target": TRIAL_TARGET},
         }
         (folder / "search.yaml").write_text(yaml.safe_dump(settings))

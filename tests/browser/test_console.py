@@ -230,11 +230,11 @@ def searched(solving: Solving) -> Iterator[Callable[[], None]]:
             ("bright-9b", "taken", TRIAL), ("dull-9b", "lost", TRIAL), (EVIL, "refused", None)
         ):  # fmt: skip
             solving.rows(
-                "SELECT keep_candidate(%s, %s, 'general', 'mock', %s, %s, %s::jsonb)",
+                "SELECT record_candidate(%s, %s, 'general', 'mock', %s, %s, %s::jsonb)",
                 search, model, verdict, f"because {EVIL}", trial and json.dumps(trial),
             )  # fmt: skip
         solving.rows(
-            "SELECT take_candidate(%s, 'night', %s::jsonb, 'general', 0.01, %s, '{}')",
+            "SELECT admit_candidate(%s, 'night', %s::jsonb, 'general', 0.01, %s, '{}')",
             search, json.dumps(NEW_MODEL), f"better than others {EVIL}",
         )  # fmt: skip
 

@@ -16,7 +16,7 @@ from local.redis import RedisServer
 from models_backend.process import BackendServer, start_backend
 from router.answering.router import Event, EventKind, Router
 from router.database import connect
-from router.errors import NoAnswer
+from router.errors import ModelFailed
 from router.models.roster import sync_roster
 from router.settings.environment import Addresses
 from router.task import AnswerRank
@@ -84,7 +84,7 @@ async def fragile(
         with connect(database) as connection:
             sync_roster(connection, config)
         router = Router(through, config, folder)
-        await router.open(categorising=False)
+        await router.open(classify=False)
         for model in config.models:
             limiter = router._asker.limiter
             await limiter.cancel(await limiter.acquire(model, timeout_seconds=10))
@@ -146,7 +146,7 @@ async def test_a_router_opens_while_everything_is_away(folder: Path) -> None:
     )  # fmt: skip
     async with Router(nowhere, asking_config(), folder) as router:
         answer = await router.answer("How is a model paused?", category="general")
-        with pytest.raises(NoAnswer, match="Postgres is away"):
+        with pytest.raises(ModelFailed, match="Postgres is away"):
             await router.answer("How is a model paused?", model=PREFERRED)
     assert KNOWN in answer.text
     assert (answer.task_id, answer.provisional, answer.calls) == (None, False, ())

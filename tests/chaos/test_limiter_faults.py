@@ -20,7 +20,7 @@ import redis.asyncio
 from bench.judge import Arrival, ModelVerdict, TargetChange, judge
 from local.redis import start_redis
 from models_backend.process import BackendServer, free_port, start_backend
-from router.errors import PermitDead
+from router.errors import PermitExpired
 from router.limiter import limiter as limiter_module
 from router.limiter.limiter import LimiterSettings, PastCall, Slacks, TrafficLimiter
 from router.limiter.script import RedisScript
@@ -80,7 +80,7 @@ class Drain:
             self.calls.append((time.monotonic(), None))
             try:
                 permit.check()
-            except PermitDead:
+            except PermitExpired:
                 self.calls[number] = (float("-inf"), float("-inf"))
                 self.dead += 1
                 await limiter.cancel(permit)

@@ -68,7 +68,7 @@ async def _house(p: Probe, dice: random.Random) -> None:
     await p.run("UPDATE queue SET wake_at = clock_timestamp() WHERE task_id IN (SELECT task_id FROM queue"
                 " WHERE state = 'waiting' FOR UPDATE SKIP LOCKED)")  # fmt: skip
     await p.run("SELECT promote_waiting()")
-    await p.run("SELECT fold_counts()")
+    await p.run("SELECT compact_counts()")
     await p.run("SELECT * FROM task_counts_now")
 
 

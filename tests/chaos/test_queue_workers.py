@@ -59,7 +59,7 @@ async def _keep_house(house: Probe, name: str) -> None:
         await house.run("SELECT heartbeat($1)", name)
         await house.run("SELECT promote_waiting()")
         await house.run("SELECT release_lost_claims()")
-        await house.run("SELECT fold_counts()")
+        await house.run("SELECT compact_counts()")
         await asyncio.sleep(0.2)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from models_backend.process import BackendServer, start_backend
-from router.errors import PermitDead
+from router.errors import PermitExpired
 from router.models.backend import ModelsBackend
 from router.settings.router import BackendSettings
 from router.task import CallResult, Outcome
@@ -68,10 +68,10 @@ async def test_a_model_that_is_not_there_is_a_value_too(server: BackendServer) -
 
 async def test_a_dead_permit_stops_the_call_with_nothing_written(server: BackendServer) -> None:
     def permit_is_dead() -> None:
-        raise PermitDead("the moment has passed")
+        raise PermitExpired("the moment has passed")
 
     async with ModelsBackend(server.url, BackendSettings()) as backend:
-        with pytest.raises(PermitDead):
+        with pytest.raises(PermitExpired):
             await call(backend, "command-r-plus", permit_is_dead)
     server.stop()  # the log of arrivals is whole once the backend has stopped
     assert "command-r-plus" not in {row["model"] for row in server.arrivals()}

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 import pytest
 import redis.asyncio
 
-from router.errors import PermitDead
+from router.errors import PermitExpired
 from router.limiter.limiter import TrafficLimiter, WaitReason
 from router.traffic import TrafficTarget
 
@@ -42,7 +42,7 @@ async def test_acquire_returns_at_the_moment_and_sends_are_spread(limiter: Traff
     for _ in range(4):
         permit = await limiter.acquire("llama")
         permit.check()  # just before the socket write
-        moments.append(permit.moment_at)
+        moments.append(permit.send_at)
         await limiter.release(permit)
     gaps = [later - sooner for sooner, later in itertools.pairwise(moments)]
     assert min(gaps) > 0.08  # 0.9 of a second over ten
@@ -51,8 +51,8 @@ async def test_acquire_returns_at_the_moment_and_sends_are_spread(limiter: Traff
 async def test_a_permit_that_waits_too_long_is_dead_and_can_be_given_back(limiter: TrafficLimiter):
     await limiter.set_target("llama", TrafficTarget.parse("1/s, burst"))
     permit = await limiter.acquire("llama")
-    await asyncio.sleep(permit.dead_at - time.monotonic() + 0.001)
-    with pytest.raises(PermitDead):
+    await asyncio.sleep(permit.expires_at - time.monotonic() + 0.001)
+    with pytest.raises(PermitExpired):
         permit.check()
     await limiter.cancel(permit)
     assert await limiter.reserve("llama")

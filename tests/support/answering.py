@@ -16,7 +16,7 @@ from router.database import connect, rows
 from router.models.roster import sync_roster
 from router.settings.environment import Addresses
 from router.settings.models import ModelSettings
-from router.settings.router import AskingSettings, FallbackSettings, RouterConfig, WorkerSettings
+from router.settings.router import AnsweringSettings, FallbackSettings, RouterConfig, WorkerSettings
 from router.task import AnswerRank
 
 PREFERRED, SECOND, THIRD, CHEAP = "deepseek-v3", "llama-3.3-70b", "qwen-2.5-72b", "llama-3.1-8b"
@@ -38,7 +38,7 @@ def asking_config(
     return RouterConfig(
         models=models,
         worker=WorkerSettings(lease_seconds=2.0, heartbeat_seconds=0.5),
-        asking=AskingSettings(**{"default_deadline_seconds": 5, "late_seconds": 10, **(asking or {})}),
+        answering=AnsweringSettings(**{"default_deadline_seconds": 5, "late_seconds": 10, **(asking or {})}),
         fallback=FallbackSettings(**{"models": (CHEAP,), **(fallback or {})}),
     )
 

@@ -22,18 +22,18 @@ from router.database import connect, rows
 from router.discovery.search import SearchReport, search
 from router.models.airflow_api import AirflowApi
 from router.models.roster import sync_roster
-from router.settings.discovery import load_search
+from router.settings.discovery import load_discovery
 from router.settings.environment import Addresses
 from router.settings.learning import load_learning
 from router.settings.models import DISCOVERED
 from router.settings.router import RouterConfig, load_config
-from tests.support.queue import without_categorising
+from tests.support.queue import without_classification
 
 FIRST, SECOND = "steady-7b", "quiet-7b"  # of the roster
 CANDIDATES = ("bright-9b", "dull-9b", "broken-9b", "gone-9b", "par-9b")
 CATEGORIES = ("technical", "creative", "general")
 ENTRY = {
-    "licence": "apache-2.0", "parameters": 9, "context": 32768, "input_price": 0.1, "output_price": 0.1,
+    "license": "apache-2.0", "parameters": 9, "context": 32768, "input_price": 0.1, "output_price": 0.1,
     "released": "2026-01-01", "scores": {"mmlu-pro": 0.7, "ifeval": 0.8},
 }  # fmt: skip
 
@@ -55,9 +55,9 @@ def write_config(folder: Path, *entries: dict[str, Any], **trials: Any) -> None:
     (folder / "models.yaml").write_text(yaml.safe_dump(people()))
     write_catalogue(folder, *entries)
     settings = {
-        "catalogues": [{"kind": "file", "name": "mock", "path": "catalogue.json"}],
-        "criteria": {"candidates": 10, "licences": ["apache-2.0"], "benchmarks": {"mmlu-pro": 1}},
-        "trials": {"at_once": 10, "patience_seconds": 10, "budget_usd": 100, **trials},
+        "catalogs": [{"kind": "file", "name": "mock", "path": "catalogue.json"}],
+        "criteria": {"candidates": 10, "licenses": ["apache-2.0"], "benchmarks": {"mmlu-pro": 1}},
+        "trials": {"max_concurrency": 10, "timeout_seconds": 10, "budget_usd": 100, **trials},
         "probation": {"target": "60000/min, burst"},
     }
     (folder / "search.yaml").write_text(yaml.safe_dump(settings))
@@ -159,7 +159,7 @@ class Searching:
 
     @property
     def config(self) -> RouterConfig:
-        return without_categorising(load_config(self.folder))
+        return without_classification(load_config(self.folder))
 
     def sync(self) -> None:
         """What every start of the stack does."""
@@ -182,7 +182,7 @@ class Searching:
         config = self.config
         return partial(
             search, self.addresses, config, load_learning(self.folder, config.categories),
-            load_search(self.folder, config.categories), folder,
+            load_discovery(self.folder, config.categories), folder,
             **{"categories": categories or ("general",), "by": "a test",
                "variables": self.airflow and self.airflow.api, **options},
         )  # fmt: skip

@@ -28,11 +28,11 @@ SELECT category, sum(unsolved)::bigint AS unsolved, sum(solved)::bigint AS solve
 """
 
 
-def without_categorising(config: RouterConfig) -> RouterConfig:
-    """The config with `categorise_tasks: false`."""
-    assert config.categorising is not None
-    categorising = config.categorising.model_copy(update={"categorise_tasks": False})
-    return config.model_copy(update={"categorising": categorising})
+def without_classification(config: RouterConfig) -> RouterConfig:
+    """The config with `classify_tasks: false`."""
+    assert config.classification is not None
+    classification = config.classification.model_copy(update={"classify_tasks": False})
+    return config.model_copy(update={"classification": classification})
 
 
 @dataclass(frozen=True)
@@ -161,18 +161,20 @@ class Probe:
         """The counters equal what is counted, before a fold and after."""
         counted = _table(await self.all(COUNTED))
         assert await self.counts() == counted
-        await self.run("SELECT fold_counts()")
+        await self.run("SELECT compact_counts()")
         assert await self.value("SELECT count(*) FROM task_count_deltas") == 0
         assert await self.counts() == counted
 
-    async def raise_floor(
+    async def advance_low_watermark(
         self, category: str = "general", priority: int = 0, *, came_back: bool = False
     ) -> None:
         """One step; two of them, with no witness left, publish what the first one saw."""
-        await self.run("SELECT raise_floor($1, $2::smallint, $3)", category, priority, came_back)
+        await self.run("SELECT advance_low_watermark($1, $2::smallint, $3)", category, priority, came_back)
 
     async def floor(self, category: str = "general", priority: int = 0, *, came_back: bool = False) -> int:
-        return int(await self.value("SELECT floor_of($1, $2::smallint, $3)", category, priority, came_back))
+        return int(
+            await self.value("SELECT low_watermark($1, $2::smallint, $3)", category, priority, came_back)
+        )
 
 
 def _table(rows: list[asyncpg.Record]) -> dict[str, tuple[int, int, int]]:

@@ -21,7 +21,7 @@ WITH made AS (
       FROM generate_series(0, %(calls)s - 1) AS n
 ), named AS (
     SELECT n, at,
-           (left(call_id_floor(at)::text, 13) || '-7' || substr(r, 16, 3) || right(r, 18))::uuid AS call_id
+           (left(first_call_id(at)::text, 13) || '-7' || substr(r, 16, 3) || right(r, 18))::uuid AS call_id
       FROM made
 ), asked AS (
     INSERT INTO tasks (prompt, status, answer, answered_by, answer_rank, answer_call_id, category,

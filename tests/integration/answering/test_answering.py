@@ -15,7 +15,7 @@ from local.redis import RedisServer
 from models_backend.process import BackendServer, start_backend
 from router.answering import router as answering
 from router.answering.router import EventKind, Router
-from router.errors import BackendUnavailable, InputError, NoAnswer, NoRoom
+from router.errors import BackendUnavailable, CapacityExceeded, InputError, ModelFailed
 from router.settings.environment import Addresses
 from router.task import AnswerRank, Outcome, Role
 from tests.support.answering import CHEAP, PREFERRED, SECOND, THIRD, Asking, asking_config, asking_router
@@ -177,7 +177,7 @@ async def test_who_stands_in_line_for_a_model_that_comes_to_rest_does_not_wait_f
     asked = asyncio.create_task(asking.ask(deadline_seconds=30))
     while not limiter._line(PREFERRED).waiting:
         await asyncio.sleep(0.01)
-    await limiter.rest(PREFERRED, 30, "a test")
+    await limiter.cool_down(PREFERRED, 30, "a test")
     answer = await asked
     assert answer.model == SECOND
     assert answer.seconds < 1.5
@@ -186,7 +186,7 @@ async def test_who_stands_in_line_for_a_model_that_comes_to_rest_does_not_wait_f
 async def test_a_fallback_that_holds_the_task_is_still_no_chosen_model(
     addresses: Addresses, shared_backend: BackendServer, tmp_path: Path
 ) -> None:
-    config = asking_config(asking={"most_models": 1})
+    config = asking_config(answering={"max_models": 1})
     async with asking_router(addresses, shared_backend, config, tmp_path) as asking:
         asking.fault("error", PREFERRED)
         answer = await asking.ask()
@@ -201,22 +201,22 @@ async def test_a_fallback_that_holds_the_task_is_still_no_chosen_model(
 async def test_more_at_once_than_the_config_allows_are_told_to_come_again(
     addresses: Addresses, shared_backend: BackendServer, tmp_path: Path
 ) -> None:
-    config = asking_config(asking={"most_at_once": 2})
+    config = asking_config(answering={"max_concurrency": 2})
     async with asking_router(addresses, shared_backend, config, tmp_path) as asking:
         found = await asyncio.gather(*(asking.ask() for _ in range(3)), return_exceptions=True)
-    assert [isinstance(one, NoRoom) for one in found] == [False, False, True]
+    assert [isinstance(one, CapacityExceeded) for one in found] == [False, False, True]
 
 
 async def test_prompts_that_are_held_for_late_answers_are_bounded(
     addresses: Addresses, shared_backend: BackendServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(answering, "MOST_HELD", 2)
-    config = asking_config(asking={"most_at_once": 1})
+    config = asking_config(answering={"max_concurrency": 1})
     async with asking_router(addresses, shared_backend, config, tmp_path) as asking:
         asking.fault("hang", PREFERRED)
         for _ in range(2):
             assert (await asking.ask(deadline_seconds=0.5)).provisional
-        with pytest.raises(NoRoom, match="2 prompts wait for what comes late"):
+        with pytest.raises(CapacityExceeded, match="2 prompts wait for what comes late"):
             await asking.ask(deadline_seconds=0.5)
         asking.heal()
 
@@ -238,7 +238,7 @@ async def test_a_model_that_is_named_is_asked_alone(asking: Asking) -> None:
 async def test_a_named_model_without_room_says_when_to_come_again(asking: Asking) -> None:
     await asking.router._asker.limiter.set_target(SECOND, "1/min, burst")
     await asking.ask(model=SECOND)
-    with pytest.raises(NoRoom) as refused:
+    with pytest.raises(CapacityExceeded) as refused:
         await asking.ask(model=SECOND)
     assert 50 < refused.value.retry_after_seconds < 61
     assert len(asking.rows("SELECT FROM tasks")) == 1, "what is refused at once leaves nothing"
@@ -246,13 +246,13 @@ async def test_a_named_model_without_room_says_when_to_come_again(asking: Asking
 
 async def test_a_named_model_that_fails_or_hangs_says_so(asking: Asking) -> None:
     asking.fault("error", SECOND)
-    with pytest.raises(NoAnswer, match="500 a fault was ordered"):
+    with pytest.raises(ModelFailed, match="500 a fault was ordered"):
         await asking.ask(model=SECOND)
     await settled(asking)
     assert asking.task()["status"] == "failed"
     asking.heal()
     asking.fault("hang", SECOND)
-    with pytest.raises(NoAnswer, match=r"did not answer within 0\.5 s"):
+    with pytest.raises(ModelFailed, match=r"did not answer within 0\.5 s"):
         await asking.ask(model=SECOND, deadline_seconds=0.5)
     await settled(asking)
     assert asking.calls()[-1]["outcome"] == "abandoned"
@@ -349,7 +349,7 @@ async def test_a_router_that_closes_with_grace_lets_late_calls_end(
 async def test_calls_that_are_late_for_too_long_are_given_up(
     addresses: Addresses, shared_backend: BackendServer, tmp_path: Path
 ) -> None:
-    config = asking_config(asking={"late_seconds": 0.5})
+    config = asking_config(answering={"late_seconds": 0.5})
     async with asking_router(addresses, shared_backend, config, tmp_path) as asking:
         asking.fault("hang", PREFERRED)
         began = time.monotonic()

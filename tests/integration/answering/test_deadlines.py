@@ -17,7 +17,7 @@ from router.database import connect, rows
 from router.models.roster import sync_roster
 from router.settings.environment import Addresses
 from router.workers import deadlines
-from router.workers.deadlines import Deadlines
+from router.workers.deadlines import DeadlineJob
 from router.workers.engine import Engine
 from router.workers.worker import Worker
 from tests.support.answering import CHEAP, PREFERRED, asking_config
@@ -41,7 +41,7 @@ async def engine(
     addresses = Addresses(database_url=database, redis_url=redis_server.url, backend_url=backend.url)
     engine = Engine(addresses, config)
     await engine.start()
-    Deadlines(engine, tmp_path, None).take_up()
+    DeadlineJob(engine, tmp_path, None).take_up()
     yield engine
     await engine.stop()
 
@@ -105,12 +105,12 @@ async def test_a_task_without_a_deadline_is_left_alone(engine: Engine) -> None:
 
 
 async def test_while_the_batch_is_held_nobody_is_asked(engine: Engine) -> None:
-    ask(engine, "SELECT hold_solving(true, 1)")
+    ask(engine, "SELECT set_paused(true, 1)")
     await asyncio.sleep(1.2)  # in force within a second
     insert(engine, 0.0)
     await asyncio.sleep(1.5)  # more than one look
     assert ask(engine, "SELECT count(*) AS n FROM model_calls") == [{"n": 0}]
-    ask(engine, "SELECT hold_solving(false, 2)")
+    ask(engine, "SELECT set_paused(false, 2)")
     await until(engine, "answer_rank = 2")
 
 
@@ -119,7 +119,7 @@ async def test_what_stands_in_line_when_the_batch_is_held_is_not_sent(engine: En
     await engine.limiter.acquire(CHEAP)
     insert(engine, 0.0)
     await asyncio.sleep(0.8)  # it stands in line
-    ask(engine, "SELECT hold_solving(true, 1)")
+    ask(engine, "SELECT set_paused(true, 1)")
     await asyncio.sleep(2.5)
     sent = "SELECT count(*) AS n FROM model_calls WHERE sent_at IS NOT NULL AND role <> 'passages'"
     assert ask(engine, sent) == [{"n": 0}]
@@ -143,18 +143,18 @@ async def test_who_is_at_it_keeps_the_task_from_being_asked_twice(
 
 @pytest.mark.parametrize("change", ["prompt = 'edited'", "deadline_at = deadline_at + interval '1 hour'"])
 async def test_what_was_served_does_not_end_a_deadline_that_came_later(engine: Engine, change: str) -> None:
-    ask(engine, "SELECT hold_solving(true, 1)")
+    ask(engine, "SELECT set_paused(true, 1)")
     await asyncio.sleep(1.2)  # in force within a second
     insert(engine, 2.0)
-    (due,) = await asking.take_deadlines(engine.pool, ahead_seconds=4, hold_seconds=60, limit=9)
+    (due,) = await asking.claim_due_deadlines(engine.pool, ahead_seconds=4, hold_seconds=60, limit=9)
     ask(engine, f"UPDATE tasks SET {change}")
-    await asking.hold_deadline(engine.pool, due, ahead_seconds=4, hold_seconds=60)
-    await asking.deadline_served(engine.pool, due, ahead_seconds=4)
+    await asking.extend_deadline_claim(engine.pool, due, ahead_seconds=4, hold_seconds=60)
+    await asking.complete_deadline(engine.pool, due, ahead_seconds=4)
     still = "SELECT q.deadline_at = t.deadline_at AS same FROM queue q JOIN tasks t ON t.id = q.task_id"
     assert ask(engine, still) == [{"same": True}]
     (due,) = ask(engine, "SELECT id AS task_id, prompt_version FROM tasks")
     ask(engine, "UPDATE tasks SET deadline_at = clock_timestamp()")
-    ask(engine, "SELECT deadline_served(%s, %s, 4)", due["task_id"], due["prompt_version"])
+    ask(engine, "SELECT complete_deadline(%s, %s, 4)", due["task_id"], due["prompt_version"])
     assert ask(engine, "SELECT deadline_at FROM queue") == [{"deadline_at": None}]
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from router.answering.store import LogRow
-from router.answering.task_record import Ledger, Means
+from router.answering.store import CallRow
+from router.answering.task_record import RequestContext, TaskRecord
 from router.database import open_pool
 from router.task import AnswerRank, CallResult, Outcome, Role, new_call_id
 from tests.support.queue import Probe
@@ -18,23 +18,27 @@ from tests.support.queue import Probe
 FAILED = CallResult(Outcome.ERROR, error="500")
 
 
-def row(model: str, rank: AnswerRank = AnswerRank.CHOSEN_MODEL) -> LogRow:
+def row(model: str, rank: AnswerRank = AnswerRank.CHOSEN_MODEL) -> CallRow:
     role = Role.ASKED if rank is AnswerRank.CHOSEN_MODEL else Role.FALLBACK
-    return LogRow(
+    return CallRow(
         new_call_id(time.time()), model, role, rank, "general", 0.9, "asker", 1, 100, "first", "cheap"
     )
 
 
 @pytest.fixture
-async def ledger(database: str) -> AsyncIterator[Ledger]:
+async def ledger(database: str) -> AsyncIterator[TaskRecord]:
     pool = await open_pool(database, connections=4)
     unused: Any = None
-    means = Means(pool, unused, unused, lambda: "asker", lambda: None, lambda: new_call_id(time.time()))
-    yield Ledger(means, "Why?", 10.0)
+    means = RequestContext(
+        pool, unused, unused, lambda: "asker", lambda: None, lambda: new_call_id(time.time())
+    )
+    yield TaskRecord(means, "Why?", 10.0)
     await pool.close()
 
 
-async def test_a_call_that_failed_waits_for_its_heir_while_one_may_come(ledger: Ledger, probe: Probe) -> None:
+async def test_a_call_that_failed_waits_for_its_heir_while_one_may_come(
+    ledger: TaskRecord, probe: Probe
+) -> None:
     first, second = row("first"), row("second")
     await ledger.write(first)
     coming = ledger.grow()
@@ -54,7 +58,7 @@ async def test_a_call_that_failed_waits_for_its_heir_while_one_may_come(ledger: 
     await probe.assert_counts_exact()
 
 
-async def test_with_nobody_to_come_the_last_call_ends_the_task(ledger: Ledger, probe: Probe) -> None:
+async def test_with_nobody_to_come_the_last_call_ends_the_task(ledger: TaskRecord, probe: Probe) -> None:
     first, cheap = row("first"), row("cheap", AnswerRank.FALLBACK_MODEL)
     coming = ledger.grow()
     await ledger.write(first)
@@ -72,7 +76,7 @@ async def test_with_nobody_to_come_the_last_call_ends_the_task(ledger: Ledger, p
     await probe.assert_counts_exact()
 
 
-async def test_a_task_that_nobody_answered_fails_with_every_reason(ledger: Ledger, probe: Probe) -> None:
+async def test_a_task_that_nobody_answered_fails_with_every_reason(ledger: TaskRecord, probe: Probe) -> None:
     first, cheap = row("first"), row("cheap", AnswerRank.FALLBACK_MODEL)
     await ledger.write(first)
     await ledger.write(cheap)
@@ -86,7 +90,7 @@ async def test_a_task_that_nobody_answered_fails_with_every_reason(ledger: Ledge
 
 
 async def test_settling_twice_is_the_same_as_once_and_a_lost_call_is_found_again(
-    ledger: Ledger, probe: Probe
+    ledger: TaskRecord, probe: Probe
 ) -> None:
     first = row("first")
     await ledger.write(first)
@@ -99,11 +103,11 @@ async def test_settling_twice_is_the_same_as_once_and_a_lost_call_is_found_again
     await probe.assert_counts_exact()
 
 
-async def test_an_asking_that_nobody_confirmed_is_forgotten(ledger: Ledger, probe: Probe) -> None:
+async def test_an_asking_that_nobody_confirmed_is_forgotten(ledger: TaskRecord, probe: Probe) -> None:
     first = row("first")
     await ledger.write(first)
-    assert await probe.value("SELECT forget_asked($1, 'its reply was lost')", first.call_id)
+    assert await probe.value("SELECT discard_request_call($1, 'its reply was lost')", first.call_id)
     assert await probe.value("SELECT status FROM tasks") == "failed"
     assert (await probe.call(first.call_id))["outcome"] == "unsent"
-    assert not await probe.value("SELECT forget_asked($1, 'again')", first.call_id)
+    assert not await probe.value("SELECT discard_request_call($1, 'again')", first.call_id)
     await probe.assert_counts_exact()

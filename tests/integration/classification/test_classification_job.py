@@ -15,10 +15,10 @@ import pytest
 
 from local.redis import RedisServer
 from models_backend.process import BackendServer, start_backend
-from router.classification.process import CategoriserProcess
+from router.classification.process import ClassifierProcess
 from router.database import connect
 from router.models.roster import sync_roster
-from router.queue.task_queue import TaskQueue, Uncategorised
+from router.queue.task_queue import TaskQueue, UnclassifiedTask
 from router.settings.classification import load_categories
 from router.settings.environment import Addresses
 from router.settings.router import RouterConfig, load_config
@@ -29,7 +29,7 @@ from tests.support.queue import Probe, probing
 POEM = "Write a poem about the sea in winter"
 CODE = "Write a Python function that reverses a linked list"
 FACT = "What is the capital of Mongolia?"
-TAKE = "SELECT * FROM take_uncategorised($1)"
+TAKE = "SELECT * FROM claim_uncategorized($1)"
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ async def keep(probe: Probe, rows: list[Any], category: str, confidence: float =
     reasons = ["classifier: told so"] * len(rows)
     return int(
         await probe.value(
-            "SELECT keep_categories($1, $2, $3, $4, $5)",
+            "SELECT assign_categories($1, $2, $3, $4, $5)",
             ids, versions, [category] * len(rows), [confidence] * len(rows), reasons,
         )
     )  # fmt: skip
@@ -120,9 +120,9 @@ async def test_order_and_priority_are_those_of_arrival(probe: Probe) -> None:
 
 async def test_after_a_second_it_takes_the_default_by_a_step_of_housekeeping(probe: Probe) -> None:
     await probe.add(POEM)
-    assert await probe.value("SELECT default_uncategorised()") == 0
+    assert await probe.value("SELECT apply_default_category()") == 0
     await let_time_pass(probe)
-    assert await probe.value("SELECT default_uncategorised()") == 1
+    assert await probe.value("SELECT apply_default_category()") == 1
     taken = await probe.must_claim("general")
     call = await probe.call(taken.call_id)
     assert (call["confidence"], call["category_reason"]) == (None, "default: no category was found in time")
@@ -140,12 +140,12 @@ async def test_while_a_categoriser_is_at_work_the_backlog_waits_for_it(probe: Pr
     await probe.run("INSERT INTO tasks (prompt) SELECT 'p' FROM generate_series(1, 100)")
     await let_time_pass(probe)
     assert len(await probe.all(TAKE, 10)) == 10
-    assert await probe.value("SELECT default_uncategorised()") == 0
+    assert await probe.value("SELECT apply_default_category()") == 0
     await let_time_pass(probe)
-    await probe.run("SELECT starts_categorising(5)")
-    assert await probe.value("SELECT default_uncategorised()") == 5
+    await probe.run("SELECT announce_classifier(5)")
+    assert await probe.value("SELECT apply_default_category()") == 5
     await let_time_pass(probe)
-    assert await probe.value("SELECT default_uncategorised()") == 95
+    assert await probe.value("SELECT apply_default_category()") == 95
 
 
 async def test_ready_tasks_do_not_wait_behind_uncategorised_ones(probe: Probe) -> None:
@@ -242,10 +242,10 @@ async def test_many_hands_at_once_lose_and_double_nothing(probe: Probe, database
             await p.run("UPDATE tasks SET prompt = prompt || '!' WHERE id % 17 = 0 AND status = 'unsolved'")
             await p.run("DELETE FROM tasks WHERE id % 19 = 0")
 
-    async def categorise(p: Probe, category: str) -> None:
+    async def classify(p: Probe, category: str) -> None:
         while time.monotonic() < stop:
             await keep(p, await p.all(TAKE, 16), category)
-            await p.run("SELECT default_uncategorised()")
+            await p.run("SELECT apply_default_category()")
 
     async def solve(p: Probe) -> None:
         while time.monotonic() < stop:
@@ -254,7 +254,7 @@ async def test_many_hands_at_once_lose_and_double_nothing(probe: Probe, database
                 await p.settle(taken)
 
     async with probing(database) as a, probing(database) as b, probing(database) as c, probing(database) as d:
-        await asyncio.gather(produce(a), categorise(b, "technical"), categorise(c, "creative"), solve(d))
+        await asyncio.gather(produce(a), classify(b, "technical"), classify(c, "creative"), solve(d))
     await probe.assert_counts_exact()
     odd = (
         "SELECT count(*) FROM tasks t LEFT JOIN queue q ON q.task_id = t.id"
@@ -269,9 +269,9 @@ async def test_many_hands_at_once_lose_and_double_nothing(probe: Probe, database
 @pytest.mark.soak
 async def test_the_process_tells_categories_comes_back_if_it_dies_and_ends_with_its_owner() -> None:
     patient = load_categories()
-    async with CategoriserProcess(patient.model_copy(update={"patience_seconds": 0.3})) as process:
+    async with ClassifierProcess(patient.model_copy(update={"timeout_seconds": 0.3})) as process:
         started = time.monotonic()
-        (cold,) = await process.categorise([POEM])
+        (cold,) = await process.classify([POEM])
         assert time.monotonic() - started < 1.5, "who cannot wait takes the default"
         assert (cold.category, cold.confidence) == ("general", 0.0)
         assert "still starting" in cold.reason
@@ -280,12 +280,12 @@ async def test_the_process_tells_categories_comes_back_if_it_dies_and_ends_with_
         assert child is not None
         child.kill()
         await child.wait()
-        (orphan,) = await process.categorise([POEM])
+        (orphan,) = await process.classify([POEM])
         assert orphan.reason.startswith("default: ")
 
         assert await process.until_ready(75)
         process.settings = patient
-        found = await process.categorise([POEM, CODE, FACT, "", "\x00\ud800", "x" * 10_000_000])
+        found = await process.classify([POEM, CODE, FACT, "", "\x00\ud800", "x" * 10_000_000])
         child = process._process
         assert child is not None
     assert [one.category for one in found[:3]] == ["creative", "technical", "general"]
@@ -297,17 +297,17 @@ async def test_the_process_tells_categories_comes_back_if_it_dies_and_ends_with_
 @pytest.mark.soak
 async def test_a_child_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("router.classification.process.HANG_SECONDS", 1.0)
-    settings = load_categories().model_copy(update={"patience_seconds": 0.4})  # over long before
-    async with CategoriserProcess(settings) as process:
+    settings = load_categories().model_copy(update={"timeout_seconds": 0.4})  # over long before
+    async with ClassifierProcess(settings) as process:
         assert await process.until_ready(75)
         child = process._process
         assert child is not None
         child.send_signal(19)  # SIGSTOP
-        (hung,) = await process.categorise([POEM])
+        (hung,) = await process.classify([POEM])
         assert hung.reason.startswith("default: ")
         await asyncio.wait_for(child.wait(), 60)
         assert await process.until_ready(75)
-        assert (await process.categorise([POEM]))[0].category == "creative"
+        assert (await process.classify([POEM]))[0].category == "creative"
 
 
 @pytest.mark.soak
@@ -315,28 +315,28 @@ async def test_a_child_that_nobody_asked_for_a_while_is_not_taken_to_hang(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("router.classification.process.HANG_SECONDS", 0.4)
-    settings = load_categories().model_copy(update={"patience_seconds": 10.0})
-    async with CategoriserProcess(settings) as process:
+    settings = load_categories().model_copy(update={"timeout_seconds": 10.0})
+    async with ClassifierProcess(settings) as process:
         assert await process.until_ready(75)
         child = process._process
         await asyncio.sleep(1)  # longer than a hang may last
-        assert (await process.categorise([POEM]))[0].category == "creative"
+        assert (await process.classify([POEM]))[0].category == "creative"
         assert process._process is child
 
 
 async def test_more_than_the_line_holds_take_the_default_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("router.classification.process.MOST_WAITING", 2)
-    async with CategoriserProcess(load_categories()) as process:
-        found = await process.categorise([POEM] * 3)
+    async with ClassifierProcess(load_categories()) as process:
+        found = await process.classify([POEM] * 3)
     assert {one.reason for one in found} == {"default: too many prompts wait for a category"}
 
 
 async def test_broken_examples_are_said_and_everybody_takes_the_default(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings = load_categories().model_copy(update={"folder": tmp_path, "patience_seconds": 5.0})
-    async with CategoriserProcess(settings) as process:
-        found = await process.categorise([POEM])
+    settings = load_categories().model_copy(update={"folder": tmp_path, "timeout_seconds": 5.0})
+    async with ClassifierProcess(settings) as process:
+        found = await process.classify([POEM])
     assert found[0].category == "general"
     assert "no file matches 'examples/*.jsonl'" in caplog.text
 
@@ -380,7 +380,7 @@ async def test_an_engine_categorises_what_comes_and_sends_it_soon(
     await let_time_pass(probe)
     addresses = Addresses(database_url=database, redis_url=redis_server.url, backend_url=backend.url)
     async with solving(addresses, config) as engine:
-        process = engine._categorising._process
+        process = engine._classification._process
         assert process is not None
         assert await process.until_ready(75)
         await solved(probe, len(backlog))
@@ -413,7 +413,9 @@ async def test_the_queue_speaks_of_what_waits_for_a_category(probe: Probe, datab
     async with asyncpg.create_pool(database, min_size=1, max_size=1) as pool:
         queue = TaskQueue(pool, host="here")
         assert await queue.wants_categories()
-        (row,) = await queue.take_uncategorised(5)
-        assert isinstance(row, Uncategorised)
-        assert await queue.keep_categories([row], ["creative"], [0.7], ["classifier: creative at 0.70"]) == 1
-        assert await queue.take_uncategorised(5) == []
+        (row,) = await queue.claim_uncategorized(5)
+        assert isinstance(row, UnclassifiedTask)
+        assert (
+            await queue.assign_categories([row], ["creative"], [0.7], ["classifier: creative at 0.70"]) == 1
+        )
+        assert await queue.claim_uncategorized(5) == []

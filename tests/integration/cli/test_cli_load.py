@@ -14,7 +14,7 @@ import pytest
 
 from router.database import connect, rows
 from router.queue.ingest import NewTask
-from router.queue.tasks import add_tasks
+from router.queue.tasks import enqueue
 from tests.support.command_line import CommandLine, Said
 from tests.support.waiting import until
 
@@ -176,7 +176,7 @@ def test_loads_of_the_same_ids_in_different_orders_end_well(database: str, ask: 
                 for batch in rounds:
                     in_its_order = [replace(task, line=line) for line, task in enumerate(batch[::step])]
                     together.wait()
-                    add_tasks(connection, in_its_order)
+                    enqueue(connection, in_its_order)
         except BaseException as error:  # noqa: BLE001 - told below
             failed.append(error)
             together.abort()

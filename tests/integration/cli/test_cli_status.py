@@ -23,7 +23,7 @@ from local.redis import RedisServer
 from router.database import connect, open_pool, rows
 from router.limiter.limiter import TrafficLimiter
 from router.models.airflow_api import AirflowApi
-from router.models.targets import TrafficWatch
+from router.models.targets import TargetSync
 from router.settings.environment import DEFAULT_CONFIG_FOLDER
 from router.task import Outcome, new_call_id
 from tests.support.command_line import CommandLine
@@ -110,7 +110,7 @@ def test_a_target_above_the_providers_quota_is_said(router: CommandLine, clean_r
         client = redis.asyncio.Redis.from_url(clean_redis)
         async with TrafficLimiter(client) as limiter:
             for outcome in [Outcome.RATE_LIMITED] * 2 + [Outcome.ERROR] * 5:
-                await limiter.heed("phi-4", outcome, why="so")
+                await limiter.record_outcome("phi-4", outcome, why="so")
         await client.aclose()
 
     send(clean_redis, "10/min, burst", 1)
@@ -127,7 +127,7 @@ def test_a_target_above_the_providers_quota_is_said(router: CommandLine, clean_r
 def test_without_redis_it_says_so_and_counts_from_the_log(router: CommandLine, ask: Ask):
     ask("INSERT INTO tasks (prompt) VALUES ('p')")
     ask("SELECT heartbeat('w')")
-    ask("SELECT keep_target('phi-4', '7/min', 1)")
+    ask("SELECT record_target('phi-4', '7/min', 1)")
     ask("SELECT * FROM claim_task('phi-4', '{general}', 'w', %s, 100)", str(new_call_id(time.time())))
     said = router("status", "--redis", NOWHERE, "--json")
     model = said.json["models"]["phi-4"]
@@ -141,15 +141,15 @@ def test_what_stands_still_is_said(router: CommandLine, ask: Ask, clean_redis: s
     send(clean_redis, "5/min", 0)
     said = router("status").out
     assert "No worker is alive" in said
-    assert "recounting" not in said  # nobody has asked the limiter yet
+    assert "rebuilding state" not in said  # nobody has asked the limiter yet
     ask("SELECT heartbeat('w')")
-    assert "recounting" in router("status").out
-    ask("SELECT hold_solving(true, 1)")
+    assert "rebuilding state" in router("status").out
+    ask("SELECT set_paused(true, 1)")
     assert "solve_tasks is paused" in router("status").out
 
 
 def test_troubles_are_shown_beside_their_models(router: CommandLine, ask: Ask):
-    ask("SELECT report_target_trouble('phi-4', '12/mn', E'''mn'' is no unit of time.\\nGrammar')")
+    ask("SELECT record_target_error('phi-4', '12/mn', E'''mn'' is no unit of time.\\nGrammar')")
     ask("UPDATE roster SET trouble = 'the backend does not know it' WHERE model = 'deepseek-v3'")
     ask("INSERT INTO tasks (prompt) VALUES ('p')")
     call_id = str(new_call_id(time.time()))
@@ -301,7 +301,7 @@ def watching(airflow: AirflowPart, database: str, redis_url: str) -> Iterator[No
         pool = await open_pool(database, connections=1)
         client = redis.asyncio.Redis.from_url(redis_url)
         async with TrafficLimiter(client) as limiter:
-            watched = TrafficWatch(pool, limiter)
+            watched = TargetSync(pool, limiter)
             while not ending.is_set():
                 lines = {key.removeprefix("traffic."): value for key, value in airflow.variables.items()}
                 await watched.apply(lines, version=time.time_ns() // 1000)

@@ -174,7 +174,7 @@ async def test_odd_questions_are_refused_or_answered_with_nothing(database: str)
 
 @pytest.fixture
 def criteria(tmp_path: Path) -> discovery.Criteria:
-    (tmp_path / "search.yaml").write_text("probation: {least_calls: 40, most_nights: 7, margin: 0.02}")
+    (tmp_path / "search.yaml").write_text("probation: {min_calls: 40, max_days: 7, margin: 0.02}")
     return discovery.Criteria(tmp_path)
 
 
@@ -189,7 +189,7 @@ async def find(
     trial = json.dumps(more["trial"]) if "trial" in more else None
     reason = more.get("reason", "because")
     await probe.run(
-        "SELECT keep_candidate($1, $2, $3, 'mock', $4, $5, $6::jsonb)",
+        "SELECT record_candidate($1, $2, $3, 'mock', $4, $5, $6::jsonb)",
         search, model, category, verdict, reason, trial,
     )  # fmt: skip
 
@@ -202,7 +202,7 @@ async def test_before_any_search_there_is_nothing_to_see_of_it(
     assert seen["probation"] == seen["events"] == []
     assert all(here == {"counts": {}, "findings": []} for here in seen["candidates"].values())
     assert set(seen["candidates"]) == {"technical", "creative", "general"}
-    assert seen["needs"] == {"least_calls": 40, "most_nights": 7, "margin": 0.02}
+    assert seen["needs"] == {"min_calls": 40, "max_days": 7, "margin": 0.02}
 
 
 async def test_of_each_candidate_the_newest_finding_is_shown(
@@ -210,7 +210,7 @@ async def test_of_each_candidate_the_newest_finding_is_shown(
 ) -> None:
     first = await probe.value("INSERT INTO searches (by, ended_at) VALUES ('night', now()) RETURNING search")
     await find(probe, first, "dull-9b", "general", "refused", reason="too small")
-    await find(probe, first, "odd-9b", None, "refused", reason="no licence")
+    await find(probe, first, "odd-9b", None, "refused", reason="no license")
     second = await probe.value("INSERT INTO searches (by, notes) VALUES ('night', '{slow}') RETURNING search")
     await find(probe, second, "dull-9b", "general", "lost", reason="not surely better", trial=TRIAL)
     for number in range(5):
@@ -224,7 +224,7 @@ async def test_of_each_candidate_the_newest_finding_is_shown(
     assert general["counts"] == {"lost": 1, "refused": 5}
     assert [one["model"] for one in general["findings"]] == ["dull-9b", "small-4", "small-3", "small-2"]
     assert general["findings"][0]["trial"]["candidate"]["worth"] == 0.8
-    assert seen["candidates"][""]["findings"][0]["reason"] == "no licence"
+    assert seen["candidates"][""]["findings"][0]["reason"] == "no license"
     assert seen["candidates"]["technical"]["findings"] == []
 
 
@@ -234,7 +234,7 @@ async def test_a_model_on_probation_is_shown_with_its_trial_its_calls_and_what_i
     search = await probe.value("INSERT INTO searches (by) VALUES ('night') RETURNING search")
     await find(probe, search, "bright-9b", "general", "taken", trial=TRIAL)
     await probe.run(
-        "SELECT take_candidate($1, 'night', $2::jsonb, 'general', 0.01, 'better', '{}')",
+        "SELECT admit_candidate($1, 'night', $2::jsonb, 'general', 0.01, 'better', '{}')",
         search, json.dumps(ROW),
     )  # fmt: skip
     await find(probe, search, "bright-9b", "general", "known", reason="it is of the roster")
@@ -266,11 +266,11 @@ async def test_a_model_on_probation_is_shown_with_its_trial_its_calls_and_what_i
 async def test_what_probation_needs_is_read_again_when_it_was_edited(
     probe: Probe, database: str, criteria: discovery.Criteria, tmp_path: Path
 ) -> None:
-    assert searched(database, criteria)["needs"]["least_calls"] == 40
-    (tmp_path / "search.yaml").write_text("probation: {least_calls: no number}")
+    assert searched(database, criteria)["needs"]["min_calls"] == 40
+    (tmp_path / "search.yaml").write_text("probation: {min_calls: no number}")
     assert searched(database, criteria)["needs"] is None
     (tmp_path / "search.yaml").unlink()
-    assert searched(database, criteria)["needs"]["least_calls"] > 0, "the shipped one"
+    assert searched(database, criteria)["needs"]["min_calls"] > 0, "the shipped one"
 
 
 def rows_of(database: str, statement: str) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from router.database import connect, rows
 from router.discovery.probation import promote, retire, undo_search
 from router.discovery.publishing import publish_file, publish_variables
 from router.discovery.search import SEARCH_LOCK, SearchBusy
-from router.errors import AirflowError, BackendUnavailable, CatalogueError, ConfigError, InputError
+from router.errors import AirflowError, BackendUnavailable, CatalogError, ConfigError, InputError
 from router.settings.environment import Addresses
 from router.settings.models import DISCOVERED
 from tests.support.discovery import (
@@ -322,7 +322,7 @@ def test_one_that_cannot_be_called_stands_in_nobodys_way(world: Searching) -> No
 
 
 def test_a_hopeless_one_costs_a_few_calls(world: Searching) -> None:
-    write_config(world.folder, {"name": BROKEN}, at_once=2)
+    write_config(world.folder, {"name": BROKEN}, max_concurrency=2)
     report = world.search()
     assert verdicts(report) == {BROKEN: "lost"}
     assert "none of its first calls was answered" in report.findings[0].reason
@@ -494,7 +494,7 @@ def test_a_broken_file_is_named_and_never_written_over(world: Searching) -> None
 def test_what_catalogues_lie_about_is_refused_and_kept_once(world: Searching) -> None:
     lies = [
         {"name": GOOD, "input_price": -1}, {"name": BAD, "parameters": 0}, {"name": "../../etc/passwd"},
-        {"name": EQUAL, "released": "2999-01-01"}, {"name": "no\0thing"}, {"name": BROKEN, "licence": None},
+        {"name": EQUAL, "released": "2999-01-01"}, {"name": "no\0thing"}, {"name": BROKEN, "license": None},
     ]  # fmt: skip
     write_catalogue(world.folder, *lies)
     report = world.search()
@@ -510,7 +510,7 @@ def test_bad_surroundings_are_said(world: Searching) -> None:
     with pytest.raises(InputError, match="no category 'poetry'"):
         world.search("poetry")
     (world.folder / "catalogue.json").write_text("{")
-    with pytest.raises(CatalogueError, match=r"catalogue\.json"):
+    with pytest.raises(CatalogError, match=r"catalogue\.json"):
         world.search()
     write_catalogue(world.folder)
     away = world.addresses.model_copy(update={"backend_url": "http://127.0.0.1:9"})

@@ -13,10 +13,10 @@ from router.discovery import store as candidates
 from router.discovery.probation import Decision, promote, retire, review_probation, undo_search
 from router.discovery.probation_rules import Step
 from router.discovery.store import take
-from router.discovery.trials import Contender
+from router.discovery.trials import TrialModel
 from router.errors import InputError
 from router.models.roster import read_roster
-from router.settings.discovery import load_search
+from router.settings.discovery import load_discovery
 from router.settings.environment import Addresses
 from router.settings.learning import load_learning
 from router.settings.models import DISCOVERED
@@ -57,7 +57,7 @@ def taken_on(world: Searching, *categories: str) -> None:
         number = candidates.begin_search(connection, "a test")
         for category in categories:
             event = take(
-                connection, number, Contender(model, 0.1, 0.1), context_tokens=None, category=category,
+                connection, number, TrialModel(model, 0.1, 0.1), context_tokens=None, category=category,
                 by="a test", why="it won", share=0.025, known={},
             )  # fmt: skip
             assert event is not None
@@ -75,7 +75,7 @@ def decided(world: Searching, **options: bool) -> Decision:
     config = world.config
     (decision,) = review_probation(
         world.addresses.database_url, world.folder, config, load_learning(world.folder, config.categories),
-        load_search(world.folder, config.categories), by="the night", **options,
+        load_discovery(world.folder, config.categories), by="the night", **options,
     )  # fmt: skip
     return decision
 

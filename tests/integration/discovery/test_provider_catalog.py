@@ -17,9 +17,9 @@ import pytest
 import requests
 
 from models_backend.process import free_port
-from router.discovery.catalogs import FileCatalogue, ProviderCatalogue, Reading, merged
-from router.errors import CatalogueError
-from router.settings.discovery import FileCatalogueSettings, ProviderCatalogueSettings
+from router.discovery.catalogs import FileCatalog, ProviderCatalog, Reading, merged
+from router.errors import CatalogError
+from router.settings.discovery import FileCatalogSettings, ProviderCatalogSettings
 from router.settings.environment import DEFAULT_CONFIG_FOLDER
 from tests.support.waiting import until
 
@@ -27,8 +27,8 @@ KEY = "sk-very-secret-key"
 LISTED = {"object": "list", "data": [{"id": "meta-llama/Llama-3.3-70B-Instruct", "context_window": 131072}]}
 
 
-def catalogue(url: str, key: str | None = KEY, **settings: Any) -> ProviderCatalogue:
-    return ProviderCatalogue(ProviderCatalogueSettings(kind="provider", name="theirs", **settings), url, key)
+def catalogue(url: str, key: str | None = KEY, **settings: Any) -> ProviderCatalog:
+    return ProviderCatalog(ProviderCatalogSettings(kind="provider", name="theirs", **settings), url, key)
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +84,12 @@ async def test_it_may_be_read_where_a_loop_runs(llmock: str) -> None:
 
 def test_a_provider_s_model_gets_its_facts_from_the_file(llmock: str) -> None:
     path = DEFAULT_CONFIG_FOLDER / "llama_catalog.yaml"
-    file = FileCatalogue(FileCatalogueSettings(kind="file", name="llama", path=path.name), path)
+    file = FileCatalog(FileCatalogSettings(kind="file", name="llama", path=path.name), path)
     theirs = catalogue(f"{llmock}/groq/openai/v1").read().models
     once, _ = merged([*theirs, *file.read().models])
     model = next(model for model in once if model.name == "llama-3.3-70b-versatile")
     assert (model.catalogue, model.endpoint) == ("theirs", "llama-3.3-70b-versatile")
-    assert (model.licence, model.parameters, model.input_price) == ("llama-3.3", 70.6, 0.59)
+    assert (model.license, model.parameters, model.input_price) == ("llama-3.3", 70.6, 0.59)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_provider_s_model_gets_its_facts_from_the_file(llmock: str) -> None:
 def test_a_provider_that_refuses(llmock: str, status: int, words: str) -> None:
     fault = {"behaviors": [{"type": "fail", "status": status, "message": f"bad key {KEY}"}]}
     requests.post(f"{llmock}/_llmock/scenario", json=fault, timeout=5).raise_for_status()
-    with pytest.raises(CatalogueError, match="Catalogue theirs: ") as refused:
+    with pytest.raises(CatalogError, match="Catalog theirs: ") as refused:
         catalogue(f"{llmock}/groq/openai/v1").read()
     assert words in str(refused.value)
     assert KEY not in str(refused.value)
@@ -200,7 +200,7 @@ async def test_wild_names_are_refused_one_by_one_and_a_key_that_comes_back_is_no
 )
 async def test_what_is_no_list(body: bytes, words: str) -> None:
     async with answering(reply(body)) as (url, _):
-        with pytest.raises(CatalogueError, match="Catalogue theirs: ") as refused:
+        with pytest.raises(CatalogError, match="Catalog theirs: ") as refused:
             await read(url)
     assert words in str(refused.value)
 
@@ -209,14 +209,14 @@ async def test_50_mb_are_not_read() -> None:
     piece = b"[" + b" " * (1024 * 1024 - 1)
     head = b"HTTP/1.1 200 OK\r\nContent-Length: 52428800\r\n\r\n"
     async with answering(head, *[piece] * 50) as (url, _):
-        with pytest.raises(CatalogueError, match=r"larger than 0\.5 MB"):
+        with pytest.raises(CatalogError, match=r"larger than 0\.5 MB"):
             await read(url, max_megabytes=0.5)
 
 
 async def test_a_small_reply_that_unpacks_to_much_is_not_unpacked() -> None:
     packed = gzip.compress(b" " * 20_000_000)
     async with answering(reply(packed, headers="Content-Encoding: gzip\r\n")) as (url, _):
-        with pytest.raises(CatalogueError, match="compressed its list"):
+        with pytest.raises(CatalogError, match="compressed its list"):
             await read(url)
 
 
@@ -226,7 +226,7 @@ async def test_a_small_reply_that_unpacks_to_much_is_not_unpacked() -> None:
 async def test_a_reply_that_comes_byte_by_byte_has_a_deadline(head: bytes) -> None:
     async with answering(head, *[b"H"] * 1000, pause_seconds=0.05) as (url, _):
         began = time.monotonic()
-        with pytest.raises(CatalogueError, match=r"no whole reply within 0\.5 s"):
+        with pytest.raises(CatalogError, match=r"no whole reply within 0\.5 s"):
             await read(url, timeout_seconds=0.5)
         assert time.monotonic() - began < 5
 
@@ -236,18 +236,18 @@ async def test_a_redirect_is_not_followed_and_the_key_stays_here() -> None:
         answering(reply(json.dumps(LISTED).encode())) as (elsewhere, heads),
         answering(reply(b"", 307, f"Location: {elsewhere}/models\r\n")) as (url, _),
     ):
-        with pytest.raises(CatalogueError, match="redirects are not followed; set LLAMA_API_BASE"):
+        with pytest.raises(CatalogError, match="redirects are not followed; set LLAMA_API_BASE"):
             await read(url)
         assert heads == []
 
 
 async def test_a_provider_that_is_away_or_breaks_off() -> None:
     with pytest.raises(
-        CatalogueError, match=r"cannot be reached \(ClientConnectorError\): check LLAMA_API_BASE"
+        CatalogError, match=r"cannot be reached \(ClientConnectorError\): check LLAMA_API_BASE"
     ):
         await read(f"http://127.0.0.1:{free_port()}/v1")
     async with answering(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{") as (url, _):
-        with pytest.raises(CatalogueError, match="cannot be reached"):
+        with pytest.raises(CatalogError, match="cannot be reached"):
             await read(url)
 
 
@@ -264,7 +264,7 @@ async def test_a_provider_that_is_away_or_breaks_off() -> None:
     ],
 )
 def test_an_address_or_a_key_that_cannot_be(url: str, key: str | None, words: str) -> None:
-    with pytest.raises(CatalogueError) as refused:
+    with pytest.raises(CatalogError) as refused:
         catalogue(url, key).read()
     assert words in str(refused.value)
     assert KEY not in str(refused.value)

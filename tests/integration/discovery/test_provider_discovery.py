@@ -90,8 +90,8 @@ def world(  # noqa: PLR0917 - fixtures
         monkeypatch.setenv(name, value)
     write_config(tmp_path)
     settings = yaml.safe_load((tmp_path / "search.yaml").read_text())
-    settings["catalogues"] = [{"kind": "provider", "name": "groq"}]
-    unknown = ["licence", "parameters", "context", "price", "score", "age"]
+    settings["catalogs"] = [{"kind": "provider", "name": "groq"}]
+    unknown = ["license", "parameters", "context", "price", "score", "age"]
     settings["criteria"] = {"candidates": 10, "benchmarks": {}, "may_be_unknown": unknown}
     (tmp_path / "search.yaml").write_text(yaml.safe_dump(settings))
     where = Addresses(database_url=database, redis_url=redis_server.url, backend_url=backend.url)
@@ -121,7 +121,7 @@ def test_a_provider_that_refuses_the_key_makes_it_unreachable_and_the_key_stays_
 ) -> None:
     write_catalogue(world.folder, {"name": THEIRS})
     settings = yaml.safe_load((world.folder / "search.yaml").read_text())
-    settings["catalogues"] = [{"kind": "file", "name": "mock", "path": "catalogue.json"}]
+    settings["catalogs"] = [{"kind": "file", "name": "mock", "path": "catalogue.json"}]
     (world.folder / "search.yaml").write_text(yaml.safe_dump(settings))
     fault = {"behaviors": [{"type": "fail", "status": 401, "message": f"no {KEY}"}] * 40}
     requests.post(f"{provider}/_llmock/scenario", json=fault, timeout=5).raise_for_status()

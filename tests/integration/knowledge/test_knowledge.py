@@ -19,7 +19,7 @@ import pytest
 from router.database import connect
 from router.knowledge.files import read_file
 from router.knowledge.index import Hits, KnowledgeIndex
-from router.knowledge.indexer import CatchUp, Caught, catch_up
+from router.knowledge.indexer import Indexer, IndexReport, catch_up
 from router.knowledge.knowledge import NO_KNOWLEDGE, Found, Knowledge, Passage
 from router.knowledge.sources import add_file, remove_path
 from router.knowledge.storage import IndexFolder
@@ -254,7 +254,7 @@ async def test_passes_go_on_where_the_last_one_ended(notes: Path, home: Path, da
     assert indexed(home, "marmot") == [f"task {task_id}"]
 
 
-async def _pass(home: Path, notes: Path, database: str, **options: int) -> Caught:
+async def _pass(home: Path, notes: Path, database: str, **options: int) -> IndexReport:
     return await asyncio.to_thread(catch_up, home, notes, database, **options)
 
 
@@ -293,7 +293,7 @@ async def test_no_task_is_missed_or_doubled_whatever_the_slices(
     home_folder = IndexFolder(home)
     for _ in range(3):
         with home_folder.alone(), connect(database, autocommit=True) as connection:
-            CatchUp(home_folder, connection, each=7).run(notes)
+            Indexer(home_folder, connection, each=7).run(notes)
         index = home_folder.read_index()
         assert index.task_ids(-(2**62), 2**62) == expected
         assert len(index) == len(expected) + 2

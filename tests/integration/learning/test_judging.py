@@ -16,7 +16,7 @@ from local.redis import RedisServer
 from router.database import connect
 from router.learning.judging import Judged, judge_answers
 from router.learning.review import grade_answers, sum_evidence
-from router.models.direct_calls import Caller
+from router.models.direct_calls import DirectCaller
 from router.models.roster import sync_roster
 from router.settings.environment import Addresses
 from router.settings.router import RouterConfig
@@ -70,7 +70,7 @@ class Judging:
     async def judge(self, **settings: Any) -> Judged:
         learning = shipped_learning(judging={"answers": 3, **settings})
         await asyncio.to_thread(grade_answers, self.log.url, learning)
-        async with Caller(self.addresses, self.config) as caller:
+        async with DirectCaller(self.addresses, self.config) as caller:
             return await judge_answers(caller, learning)
 
     def scores(self) -> dict[str, list[float]]:

@@ -14,7 +14,7 @@ from router.errors import DatabaseError
 from router.learning.review import REVIEW_LOCK, ReviewBusy, grade_answers, rank_models, sum_evidence
 from router.models.roster import read_roster, sync_roster
 from router.settings.router import load_config
-from tests.support.queue import without_categorising
+from tests.support.queue import without_classification
 from tests.support.reviews import Log, shipped_learning
 
 FIRST, SECOND, THIRD = "llama-3.3-70b", "deepseek-v3", "command-r-plus"  # for general, as shipped
@@ -283,7 +283,7 @@ def test_what_was_learned_outlives_a_sync_until_people_change_the_place(log: Log
     busy_days(log)
     log.add(FIRST, 800, outcome="error")
     log.review()
-    config = without_categorising(load_config())
+    config = without_classification(load_config())
     with connect(log.url) as connection:
         sync_roster(connection, config)
     assert log.places()[FIRST] > 1

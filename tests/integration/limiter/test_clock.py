@@ -97,7 +97,7 @@ async def test_who_asks_again_after_a_while_is_believed(client: Client):
 async def test_a_rest_after_a_jump_is_not_an_hour_longer(client: Client):
     await client.fill()
     await client.set_clock(HOUR)
-    await client.limiter.rest("llama", 0.5, "429")
+    await client.limiter.cool_down("llama", 0.5, "429")
     await client.set_clock(0)
     assert await client.refused() <= max(0.5, PERIOD) + SEND_SLACK
 
@@ -114,7 +114,7 @@ async def test_returns_and_targets_after_a_jump_age_nothing(client: Client):
     assert answer.reason is WaitReason.TOKENS
     assert (answer.again_seconds or 0) > 0.5
     assert isinstance(await client.limiter.reserve("llama", 5), Permit)
-    assert (await client.limiter.reserve("llama")).reason is WaitReason.AT_ONCE
+    assert (await client.limiter.reserve("llama")).reason is WaitReason.CONCURRENCY
 
 
 async def test_a_slow_question_is_no_jump_for_those_who_ask_beside_it(client: Client, other: Client):

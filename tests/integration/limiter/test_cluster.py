@@ -50,10 +50,10 @@ async def test_the_limiter_works_on_a_cluster(cluster: redis.asyncio.RedisCluste
             await another.release(second, 20)
             await asyncio.wait_for(waiting, 2)  # told by Redis, across the cluster's own pub/sub
             await limiter.cancel(first)
-            await limiter.heed(model, Outcome.RATE_LIMITED, 1.0)
+            await limiter.record_outcome(model, Outcome.RATE_LIMITED, 1.0)
             refused = await another.reserve(model)
             assert isinstance(refused, Wait)
-            assert refused.reason is WaitReason.RESTING
+            assert refused.reason is WaitReason.COOLING_DOWN
         assert (await another.snapshot(MODELS))["llama"].tokens == {"900 tokens/min": 30}
         await cluster.flushall()
         for model in MODELS:

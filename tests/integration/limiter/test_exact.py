@@ -14,7 +14,7 @@ import pytest
 import redis.asyncio
 
 from local.redis import RedisServer
-from router.errors import PermitDead
+from router.errors import PermitExpired
 from router.limiter.limiter import LimiterSettings, TrafficLimiter
 from router.traffic import TrafficTarget
 
@@ -59,7 +59,7 @@ async def send(limiter: TrafficLimiter, load: Load, chance: random.Random) -> li
         )  # some are late at the socket, some too late
         try:
             permit.check()
-        except PermitDead:
+        except PermitExpired:
             await limiter.cancel(permit)
             continue
         at = time.monotonic() + chance.uniform(0, transit)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from router.errors import PermitDead
+from router.errors import PermitExpired
 from router.limiter.limiter import Permit, TrafficLimiter
 
 STALL_SECONDS = 0.3  # longer than the send slack of a minute's window
@@ -42,5 +42,5 @@ async def test_a_permit_that_was_too_late_at_the_socket_is_followed_by_one_for_n
 async def stall(permit: Permit) -> None:
     """Let the permit die."""
     await asyncio.sleep(STALL_SECONDS)
-    with pytest.raises(PermitDead):
+    with pytest.raises(PermitExpired):
         permit.check()

@@ -12,7 +12,7 @@ import pytest
 import redis.asyncio
 
 from local.redis import RedisServer, start_redis
-from router.errors import InputError, LimiterError, LimiterUnavailable, PermitDead
+from router.errors import InputError, LimiterError, LimiterUnavailable, PermitExpired
 from router.limiter.limiter import LimiterSettings, PastCall, Permit, TrafficLimiter, Wait, WaitReason
 from router.traffic import TrafficTarget
 
@@ -67,8 +67,8 @@ async def test_paced_sends_keep_their_gap_and_gain_no_credit_by_waiting(limiter:
     first = await granted(limiter)
     await asyncio.sleep(0.2)
     second, third = await granted(limiter), await granted(limiter)
-    assert second.moment_at - first.moment_at >= 0.19
-    assert third.moment_at - second.moment_at == pytest.approx(0.045, abs=0.02)
+    assert second.send_at - first.send_at >= 0.19
+    assert third.send_at - second.send_at == pytest.approx(0.045, abs=0.02)
 
 
 async def test_burst_lifts_the_gap(limiter: TrafficLimiter):
@@ -114,7 +114,7 @@ async def test_a_call_larger_than_a_whole_window_is_an_error_and_holds_nobody_up
 async def test_releasing_twice_frees_one_place(limiter: TrafficLimiter):
     await put(limiter, "2 at once")
     first, _ = await granted(limiter), await granted(limiter)
-    assert (await refused(limiter)).reason is WaitReason.AT_ONCE
+    assert (await refused(limiter)).reason is WaitReason.CONCURRENCY
     await limiter.release(first)
     first.returned = False
     await limiter.release(first)
@@ -157,7 +157,7 @@ async def test_cancelling_the_latest_gives_its_moment_to_the_next(limiter: Traff
     second = await granted(limiter)
     await limiter.cancel(second)
     again = await granted(limiter)
-    assert again.moment_at == pytest.approx(second.moment_at, abs=0.02)
+    assert again.send_at == pytest.approx(second.send_at, abs=0.02)
 
 
 async def test_a_permit_dies_after_its_slack(limiter: TrafficLimiter):
@@ -165,7 +165,7 @@ async def test_a_permit_dies_after_its_slack(limiter: TrafficLimiter):
     permit = await granted(limiter)
     permit.check()
     await asyncio.sleep(LimiterSettings().second_slacks.send + 0.005)
-    with pytest.raises(PermitDead):
+    with pytest.raises(PermitExpired):
         permit.check()
 
 
@@ -177,7 +177,7 @@ async def test_zero_stops_and_a_new_target_starts_again_at_once(
     await put(limiter, "0")
     assert (await refused(limiter)).reason is WaitReason.STOPPED
     waiting = asyncio.create_task(limiter.acquire("llama"))
-    near = asyncio.create_task(limiter.until_near("llama"))
+    near = asyncio.create_task(limiter.wait_until_available("llama"))
     await asyncio.sleep(0.3)
     assert not waiting.done()
     assert not near.done()
@@ -193,8 +193,8 @@ async def test_a_raise_wakes_those_who_wait_for_a_far_moment(
     await put(limiter, "1/min")
     await limiter.acquire("llama")
     waiting = asyncio.create_task(limiter.acquire("llama"))
-    near = asyncio.create_task(limiter.until_near("llama"))
-    await eventually(lambda: limiter.waiting("llama") == 1)
+    near = asyncio.create_task(limiter.wait_until_available("llama"))
+    await eventually(lambda: limiter.queue_length("llama") == 1)
     await asyncio.sleep(0.2)
     assert not near.done()
     await put(another, "600/min")
@@ -204,7 +204,7 @@ async def test_a_raise_wakes_those_who_wait_for_a_far_moment(
 async def test_until_near_reserves_nothing(limiter: TrafficLimiter):
     await put(limiter, "1/min")
     for _ in range(5):
-        await asyncio.wait_for(limiter.until_near("llama"), 2)
+        await asyncio.wait_for(limiter.wait_until_available("llama"), 2)
     await granted(limiter)
 
 
@@ -212,7 +212,7 @@ async def test_a_release_elsewhere_wakes_the_line(limiter: TrafficLimiter, anoth
     await put(limiter, "1 at once")
     held = await another.acquire("llama")
     waiting = asyncio.create_task(limiter.acquire("llama"))
-    near = asyncio.create_task(limiter.until_near("llama"))
+    near = asyncio.create_task(limiter.wait_until_available("llama"))
     await asyncio.sleep(0.3)
     assert not near.done()
     started = time.monotonic()
@@ -252,7 +252,7 @@ async def test_a_waiter_that_leaves_gives_its_permit_back(limiter: TrafficLimite
     await put(limiter, "4/s")
     await limiter.acquire("llama")
     leaving = asyncio.create_task(limiter.acquire("llama"))
-    await eventually(lambda: limiter.waiting("llama") == 0)  # granted, and asleep until its moment
+    await eventually(lambda: limiter.queue_length("llama") == 0)  # granted, and asleep until its moment
     leaving.cancel()
     with pytest.raises(asyncio.CancelledError):
         await leaving
@@ -265,7 +265,7 @@ async def test_a_timeout_says_why(limiter: TrafficLimiter):
     await limiter.acquire("llama")
     with pytest.raises(LimiterError, match=r"within 0\.1 s: its window of requests"):
         await limiter.acquire("llama", timeout_seconds=0.1)
-    assert limiter.waiting("llama") == 0
+    assert limiter.queue_length("llama") == 0
 
 
 async def test_the_older_version_of_a_target_loses(limiter: TrafficLimiter):
@@ -283,7 +283,7 @@ async def test_a_new_limit_at_once_counts_the_calls_that_are_in_flight_already(l
     first, _, third = [await granted(limiter) for _ in range(3)]
     await limiter.release(third)
     await put(limiter, "100/min, 2 at once, burst")
-    assert (await refused(limiter)).reason is WaitReason.AT_ONCE
+    assert (await refused(limiter)).reason is WaitReason.CONCURRENCY
     await limiter.release(first)
     await granted(limiter)
 
@@ -332,9 +332,9 @@ async def test_old_chunks_are_dropped(limiter: TrafficLimiter, redis_client: red
 async def test_a_rest_holds_for_everyone_until_it_ends(limiter: TrafficLimiter, another: TrafficLimiter):
     await put(limiter, "100/s")
     await granted(limiter)
-    await limiter.rest("llama", 0.6, "429 with Retry-After")
+    await limiter.cool_down("llama", 0.6, "429 with Retry-After")
     wait = await refused(another)
-    assert wait.reason is WaitReason.RESTING
+    assert wait.reason is WaitReason.COOLING_DOWN
     now = (await another.snapshot(["llama"]))["llama"]
     assert now.rest_reason == "429 with Retry-After"
     assert 0 < now.resting_seconds <= 0.6
@@ -392,7 +392,7 @@ async def test_after_a_flush_a_model_without_history_stands_still_for_its_window
     lost_at = time.monotonic()
     await redis_client.flushall()
     wait = await refused(limiter)
-    assert wait.reason is WaitReason.LOST
+    assert wait.reason is WaitReason.REBUILDING
     assert 1.0 < (wait.again_seconds or 0) < 1.5
     await limiter.acquire("llama", timeout_seconds=5)
     assert time.monotonic() - lost_at > 1.35
@@ -405,7 +405,7 @@ async def test_setting_a_target_does_not_make_a_lost_model_fresh(
     await granted(limiter)
     await redis_client.flushall()
     await put(limiter, "500/min, burst")
-    assert (await refused(limiter)).reason is WaitReason.LOST
+    assert (await refused(limiter)).reason is WaitReason.REBUILDING
 
 
 async def test_a_newcomer_that_starts_blindly_is_found_out_by_whoever_knew_more(
@@ -416,8 +416,8 @@ async def test_a_newcomer_that_starts_blindly_is_found_out_by_whoever_knew_more(
     await redis_client.flushall()
     await put(another, "5/min, burst")
     await granted(another)
-    assert (await refused(limiter)).reason is WaitReason.LOST
-    assert (await refused(another)).reason is WaitReason.LOST
+    assert (await refused(limiter)).reason is WaitReason.REBUILDING
+    assert (await refused(another)).reason is WaitReason.REBUILDING
 
 
 async def test_a_newcomer_does_not_start_a_model_that_others_know_to_be_lost(
@@ -426,8 +426,8 @@ async def test_a_newcomer_does_not_start_a_model_that_others_know_to_be_lost(
     await put(limiter, "5/min, burst")
     await granted(limiter)
     await redis_client.flushall()
-    assert (await refused(limiter)).reason is WaitReason.LOST
-    assert (await refused(another)).reason is WaitReason.LOST
+    assert (await refused(limiter)).reason is WaitReason.REBUILDING
+    assert (await refused(another)).reason is WaitReason.REBUILDING
 
 
 async def test_a_memory_older_than_what_was_seen_is_lost(
@@ -438,14 +438,14 @@ async def test_a_memory_older_than_what_was_seen_is_lost(
     old = await redis_client.hget("router:{llama}", "now")
     await granted(limiter)
     await redis_client.hset("router:{llama}", "now", old)
-    assert (await refused(limiter)).reason is WaitReason.LOST
+    assert (await refused(limiter)).reason is WaitReason.REBUILDING
 
 
 async def test_a_lost_chunk_is_a_lost_memory(limiter: TrafficLimiter, redis_client: redis.asyncio.Redis):
     await put(limiter, "1/min, burst")
     await granted(limiter)
     await redis_client.delete("router:{llama}:m:0")
-    assert (await refused(limiter)).reason is WaitReason.LOST
+    assert (await refused(limiter)).reason is WaitReason.REBUILDING
 
 
 async def test_the_window_is_rebuilt_from_the_history(redis_client: redis.asyncio.Redis):
@@ -467,14 +467,14 @@ async def test_the_window_is_rebuilt_from_the_history(redis_client: redis.asynci
         ]
         await redis_client.flushall()
         wait = await refused(limiter)
-        assert wait.reason is WaitReason.LOST
+        assert wait.reason is WaitReason.REBUILDING
         assert 0 < (wait.again_seconds or 0) <= 0.36
         await limiter.acquire("llama", 20, timeout_seconds=2)
         assert asked[-1][0] == "llama"
         assert asked[-1][1] >= 60.25
         now = (await limiter.snapshot(["llama"]))["llama"]
         assert (now.sent, now.tokens, now.at_once) == ({"5/min": 5}, {"100 tokens/min": 100}, 3)
-        assert (await refused(limiter)).reason is WaitReason.AT_ONCE
+        assert (await refused(limiter)).reason is WaitReason.CONCURRENCY
 
 
 async def test_a_history_that_fails_grants_nothing(redis_client: redis.asyncio.Redis):
@@ -524,7 +524,7 @@ async def test_a_restart_that_brings_back_an_older_copy_is_found_out(tmp_path: P
         client = redis.asyncio.Redis.from_url(server.url)
         async with TrafficLimiter(client) as newcomer:
             assert await client.hget("router:{llama}", "target") == b"5/min, burst"
-            assert (await refused(newcomer)).reason is WaitReason.LOST
+            assert (await refused(newcomer)).reason is WaitReason.REBUILDING
     finally:
         await client.aclose()
         server.stop()
@@ -536,7 +536,7 @@ async def test_a_client_that_decodes_replies_serves_as_well(redis_server: RedisS
     async with TrafficLimiter(client) as limiter:
         await put(limiter, "5/s")
         await limiter.release(await limiter.acquire("llama"))
-        waiting = asyncio.create_task(limiter.until_near("llama"))
+        waiting = asyncio.create_task(limiter.wait_until_available("llama"))
         await asyncio.wait_for(waiting, 1)
         now = (await limiter.snapshot(["llama"]))["llama"]
         assert (now.target, now.sent) == ("5/s", {"5/s": 1})

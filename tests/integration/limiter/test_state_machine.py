@@ -104,13 +104,13 @@ class Machine(RuleBasedStateMachine):
 
     @rule(who=WHO, seconds=st.sampled_from([0, 0.3, 2.0]))
     def rest(self, who: int, seconds: float) -> None:
-        self.run(self.world.rest(who, seconds))
+        self.run(self.world.cool_down(who, seconds))
 
     @rule(
         who=WHO, back=RECENT, outcome=st.sampled_from([Outcome.ANSWERED, Outcome.ERROR, Outcome.RATE_LIMITED])
     )
-    def heed(self, who: int, back: int, outcome: Outcome) -> None:
-        self.run(self.world.heed(who, outcome, None, self.recent(back)))
+    def record_outcome(self, who: int, back: int, outcome: Outcome) -> None:
+        self.run(self.world.record_outcome(who, outcome, None, self.recent(back)))
 
     @rule(who=WHO)
     def look(self, who: int) -> None:

@@ -17,7 +17,7 @@ import aiohttp
 import pytest
 
 from models_backend.process import free_port
-from router.errors import BackendUnavailable, ConfigError, PermitDead
+from router.errors import BackendUnavailable, ConfigError, PermitExpired
 from router.models.backend import ModelsBackend
 from router.settings.router import BackendFields, BackendSettings
 from router.task import CallResult, Outcome
@@ -353,7 +353,7 @@ def test_an_address_that_is_no_url_is_refused_without_repeating_it() -> None:
 
 
 def dead() -> None:
-    raise PermitDead("its moment has passed")
+    raise PermitExpired("its moment has passed")
 
 
 @pytest.mark.parametrize("reused", [False, True], ids=["new connection", "kept connection"])
@@ -362,7 +362,7 @@ async def test_a_dead_permit_leaves_nothing_on_the_wire(reused: bool) -> None:
         if reused:
             await call(backend)
         seen = script.bytes_seen
-        with pytest.raises(PermitDead, match="its moment has passed"):
+        with pytest.raises(PermitExpired, match="its moment has passed"):
             await call(backend, before_send=dead)
         assert acquired(backend) == 0
         assert (await call(backend)).outcome is Outcome.ANSWERED  # behind whatever the dead one had written
@@ -425,7 +425,7 @@ async def test_thousands_of_dead_permits_leak_neither_connections_nor_places() -
         assert len(script.heads) == 1000
     for number, result in enumerate(results):
         expected = (
-            isinstance(result, PermitDead)
+            isinstance(result, PermitExpired)
             if number % 2
             else getattr(result, "outcome", None) is Outcome.ANSWERED
         )

@@ -17,7 +17,7 @@ from models_backend.process import BackendServer, start_backend
 from router.database import connect, rows
 from router.errors import DatabaseError
 from router.learning.review import sum_evidence
-from router.models.direct_calls import Called, Caller
+from router.models.direct_calls import DirectCaller, DirectResult
 from router.models.roster import RosterModel, sync_roster
 from router.settings.environment import Addresses
 from router.task import Outcome
@@ -39,7 +39,7 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BackendServer]
 class Calling:
     """A caller, and what it left in Postgres and at the backend."""
 
-    def __init__(self, caller: Caller, addresses: Addresses, backend: BackendServer) -> None:
+    def __init__(self, caller: DirectCaller, addresses: Addresses, backend: BackendServer) -> None:
         self.caller = caller
         self.addresses = addresses
         self.backend = backend
@@ -51,9 +51,9 @@ class Calling:
         }  # fmt: skip
         return RosterModel(**{**usual, **changes})
 
-    async def call(self, name: str = SECOND, prompt: str = PROMPT, **more: Any) -> Called:
+    async def call(self, name: str = SECOND, prompt: str = PROMPT, **more: Any) -> DirectResult:
         model = self.model(name, **more.pop("about", {}))
-        options = {"category": "general", "purpose": "trial", "patience_seconds": 5.0, **more}
+        options = {"category": "general", "purpose": "trial", "timeout_seconds": 5.0, **more}
         return await self.caller.call(model, prompt, **options)
 
     def rows(self, statement: str, *arguments: Any) -> list[dict[str, Any]]:
@@ -80,7 +80,7 @@ async def calling(
     config = asking_config(**{THIRD: "0", CHEAP: "1 at once"})
     with connect(database) as connection:
         sync_roster(connection, config)
-    async with Caller(addresses, config) as caller:
+    async with DirectCaller(addresses, config) as caller:
         yield Calling(caller, addresses, backend)
     requests.delete(f"{backend.url}/faults", timeout=5).raise_for_status()
     left = [task.get_name() for task in asyncio.all_tasks() if task.get_name().startswith("router")]
@@ -112,16 +112,16 @@ async def test_its_permit_comes_back_also_where_redis_had_lost_its_memory(callin
 
 
 async def test_no_permit_in_time_sends_nothing(calling: Calling) -> None:
-    stopped = await calling.call(THIRD, patience_seconds=0.5)
+    stopped = await calling.call(THIRD, timeout_seconds=0.5)
     assert stopped.result is None
     assert "target is 0" in (stopped.why or "")
     calling.fault("hang", CHEAP)
-    both = [asyncio.create_task(calling.call(CHEAP, patience_seconds=0.7)) for _ in range(2)]
+    both = [asyncio.create_task(calling.call(CHEAP, timeout_seconds=0.7)) for _ in range(2)]
     done, (hanging,) = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
     crowded = done.pop().result()  # both saw the place free, and one had it
     assert crowded.result is None
     assert "all places at once are taken" in (crowded.why or "")
-    again = await calling.call(CHEAP, patience_seconds=0.3)
+    again = await calling.call(CHEAP, timeout_seconds=0.3)
     assert again.result is None
     hanging.cancel()
     await asyncio.gather(hanging, return_exceptions=True)
@@ -175,7 +175,7 @@ async def test_cancelled_it_is_given_up_and_logged_so(calling: Calling) -> None:
 async def test_closing_gives_up_what_is_under_way(calling: Calling) -> None:
     calling.fault("hang", PREFERRED)
     config = asking_config()
-    async with Caller(calling.addresses, config) as caller:
+    async with DirectCaller(calling.addresses, config) as caller:
         other = Calling(caller, calling.addresses, calling.backend)
         task = asyncio.create_task(other.call(PREFERRED))
         await asyncio.to_thread(until, lambda: at_backend(calling))

@@ -18,7 +18,7 @@ from router.limiter.breaker import BreakerSettings
 from router.limiter.limiter import LimiterSettings, Permit, TrafficLimiter
 from router.limiter.settings import AFTER_TIMEOUT_SECONDS
 from router.models.backend import ModelsBackend
-from router.models.dispatch import CallOrder, send_permitted
+from router.models.dispatch import CallRequest, send_permitted
 from router.settings.router import BackendSettings
 from router.task import Outcome
 
@@ -26,7 +26,7 @@ MODEL = "phi-4"
 LONGEST_SECONDS = 0.5
 SETTINGS = LimiterSettings(
     call_longest_seconds=AFTER_TIMEOUT_SECONDS + LONGEST_SECONDS,
-    breaker=BreakerSettings(failures_borne=1, first_rest_seconds=0.2),
+    breaker=BreakerSettings(failure_threshold=1, initial_cooldown_seconds=0.2),
 )
 
 
@@ -53,8 +53,8 @@ async def limiter(redis_client: redis.asyncio.Redis) -> AsyncIterator[TrafficLim
         yield opened
 
 
-def order() -> CallOrder:
-    return CallOrder(uuid.uuid4(), MODEL, MODEL, "hello", 16, 21, timeout_seconds=600.0)
+def order() -> CallRequest:
+    return CallRequest(uuid.uuid4(), MODEL, MODEL, "hello", 16, 21, timeout_seconds=600.0)
 
 
 async def test_a_call_ends_before_its_place_does(limiter: TrafficLimiter, backend: ModelsBackend) -> None:
@@ -86,7 +86,7 @@ async def test_a_probe_that_is_cancelled_makes_way_for_the_next(
     limiter: TrafficLimiter, backend: ModelsBackend
 ) -> None:
     assert isinstance(await limiter.reserve(MODEL), Permit)
-    await limiter.heed(MODEL, Outcome.ERROR)
+    await limiter.record_outcome(MODEL, Outcome.ERROR)
     await asyncio.sleep(0.25)
     sent = asyncio.Event()
 

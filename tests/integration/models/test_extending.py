@@ -87,7 +87,7 @@ def router(database: str, redis_server: RedisServer, folder: Path) -> CommandLin
 async def asked(environment: dict[str, str], prompt: str, **options: Any) -> Answer:
     """The router's answer, category given."""
     router = Router.from_config(environment=environment)
-    await router.open(categorising=False)
+    await router.open(classify=False)
     try:
         return await router.answer(prompt, category="general", **options)
     finally:

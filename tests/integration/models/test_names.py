@@ -16,7 +16,7 @@ from local.redis import RedisServer
 from router.database import connect, open_pool, rows
 from router.errors import ConfigError, InputError
 from router.limiter.limiter import TrafficLimiter
-from router.models.targets import TrafficWatch
+from router.models.targets import TargetSync
 from router.settings.environment import DEFAULT_CONFIG_FOLDER
 from router.settings.router import load_config
 from tests.support.command_line import CommandLine
@@ -66,8 +66,8 @@ async def test_the_limiter_refuses_a_name_and_asks_redis_nothing(
         lambda: limiter.set_target(name, "5/min"),
         lambda: limiter.reserve(name),
         lambda: limiter.acquire(name, timeout_seconds=1),
-        lambda: limiter.until_near(name),
-        lambda: limiter.rest(name, 5, "429"),
+        lambda: limiter.wait_until_available(name),
+        lambda: limiter.cool_down(name, 5, "429"),
         lambda: limiter.snapshot([name]),
     ):
         with pytest.raises(InputError, match="is no model name: letters, digits") as caught:
@@ -119,7 +119,7 @@ async def test_a_variable_with_a_bad_name_keeps_no_other_from_being_read(
 ):
     pool = await open_pool(database, connections=1)
     try:
-        watch = TrafficWatch(pool, limiter)
+        watch = TargetSync(pool, limiter)
         lines: dict[str, str | None] = {"my\nmodel": "9/s", LONG: "8/s", "phi-4": "7/s"}
         with caplog.at_level(logging.WARNING, "router.traffic"):
             await watch.apply(lines, version=10)
@@ -145,7 +145,7 @@ async def test_a_bad_line_is_reported_and_the_last_target_stays(
 ):
     pool = await open_pool(database, connections=1)
     try:
-        watch = TrafficWatch(pool, limiter)
+        watch = TargetSync(pool, limiter)
         await watch.apply({"phi-4": "7/s"}, version=10)
         with caplog.at_level(logging.WARNING, "router.traffic"):
             await watch.apply({"phi-4": line, "gpt-4o-mini": "3/s"}, version=11)
@@ -164,7 +164,7 @@ async def test_a_limit_that_can_never_bind_is_said_wherever_its_target_is_shown(
 ):
     pool = await open_pool(database, connections=1)
     try:
-        watch = TrafficWatch(pool, limiter)
+        watch = TargetSync(pool, limiter)
         with caplog.at_level(logging.WARNING, "router.traffic"):
             for version in (10, 11):
                 await watch.apply({"phi-4": "10000/min, 1/s", "gpt-4o-mini": "60/min"}, version=version)

@@ -153,7 +153,7 @@ async def test_a_prompt_is_routed_to_the_real_model(
     router = Router.from_config(
         environment={**where, "MODELS_BACKEND_URL": backend.url, "ROUTER_DATA": str(tmp_path)}
     )
-    await router.open(categorising=False)
+    await router.open(classify=False)
     answer = await router.answer("Why is the sky blue?", category="general")
     await router.close()
     assert answer.text == "Hello! You said: Why is the sky blue?"

@@ -13,7 +13,7 @@ import pytest
 
 from router.database import open_pool
 from router.errors import DatabaseError
-from router.queue.task_queue import LeaseLost, TaskQueue, ValueRefused, listening
+from router.queue.task_queue import InvalidValue, LeaseLost, TaskQueue, listening
 from router.task import CallResult, Outcome
 from tests.support.queue import Probe
 
@@ -92,7 +92,7 @@ async def test_values_that_postgres_refuses_are_not_tried_for_ten_minutes(
     await probe.run(
         "ALTER TABLE tasks ADD CHECK (answer <> 'refused by a constraint of the operator''s own')"
     )
-    with pytest.raises(ValueRefused):
+    with pytest.raises(InvalidValue):
         await asyncio.wait_for(
             queue.settle(claim, replace(GOOD, answer="refused by a constraint of the operator's own")), 5
         )
@@ -162,9 +162,9 @@ async def test_a_claim_that_nobody_works_on_is_found_by_the_worker_that_holds_it
     kept = await queue.claim("m1", ["general"], max_tokens=100)
     assert await queue.claim("m1", ["general"], max_tokens=100) is not None  # its reply is lost
     assert kept is not None
-    assert await queue.forget_none({kept.call_id}) == 0, "too young to tell"
+    assert await queue.release_orphaned_claims({kept.call_id}) == 0, "too young to tell"
     await probe.run("UPDATE queue SET claimed_at = claimed_at - interval '2 min'")
-    assert await queue.forget_none({kept.call_id}) == 1
+    assert await queue.release_orphaned_claims({kept.call_id}) == 1
     assert await queue.settle(kept, GOOD) == "solved"
     assert await probe.value("SELECT state FROM queue") == "ready"
 
@@ -175,7 +175,7 @@ async def test_house_keeping_promotes_releases_and_folds(queue: TaskQueue, probe
     await probe.must_claim(worker="dead")
     await probe.run("UPDATE queue SET wake_at = clock_timestamp() WHERE state = 'waiting'")
     await probe.run("UPDATE workers SET lease_until = clock_timestamp() WHERE worker = 'dead'")
-    await queue.keep_house()
+    await queue.run_maintenance()
     assert await probe.value(
         "SELECT array_agg(task_id ORDER BY task_id) FROM queue WHERE state = 'ready'"
     ) == [retried, lost]
@@ -188,8 +188,8 @@ async def test_the_state_in_one_round_trip(queue: TaskQueue, probe: Probe) -> No
         "INSERT INTO tasks (prompt, category) VALUES ('p', 'technical'), ('p', 'technical'), ('p', NULL)"
     )
     await probe.run("SELECT begin_run('r1')")
-    assert await queue.leave_run("r1", "the queue was empty") == "the queue was empty"
-    assert await queue.leave_run("r1", "another reason") == "the queue was empty"
+    assert await queue.finish_run("r1", "the queue was empty") == "the queue was empty"
+    assert await queue.finish_run("r1", "another reason") == "the queue was empty"
     state = await queue.state(["r1", "r2"])
     assert state.left_runs == {"r1": "the queue was empty"}
     assert json.loads(json.dumps(state.unsolved)) == {"technical": 2, "general": 1}

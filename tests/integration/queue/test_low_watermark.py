@@ -24,9 +24,9 @@ async def test_the_floor_follows_what_was_claimed_in_two_steps(probe: Probe) -> 
     for _ in range(3):
         await probe.must_claim()
     assert await probe.floor() == 1
-    await probe.raise_floor()
+    await probe.advance_low_watermark()
     assert await probe.floor() == 1, "the first step only remembers what it saw"
-    await probe.raise_floor()
+    await probe.advance_low_watermark()
     assert await probe.floor() == 4
     assert await probe.claim() is not None
     assert await probe.claim() is not None
@@ -40,7 +40,7 @@ async def test_an_insert_under_way_keeps_the_floor_down(probe: Probe, database: 
 
 async def test_without_its_witnesses_the_floor_would_hide_a_task(probe: Probe, database: str) -> None:
     # The same history with the guard taken out: it is the witnesses that keep the task in sight.
-    source = await probe.value("SELECT pg_get_functiondef('raise_floor'::regproc)")
+    source = await probe.value("SELECT pg_get_functiondef('advance_low_watermark'::regproc)")
     careless = source.replace("coalesce(array_agg(l.virtualtransaction), '{}')", "'{}'::text[]")
     assert careless != source
     await probe.run(careless)
@@ -58,10 +58,10 @@ async def _history_with_a_slow_insert(probe: Probe, database: str) -> bool:
         for _ in range(3):
             await probe.must_claim()
         for _ in range(4):
-            await probe.raise_floor()
+            await probe.advance_low_watermark()
         await transaction.commit()
     for _ in range(2):
-        await probe.raise_floor()
+        await probe.advance_low_watermark()
     taken = await probe.claim()
     return taken is not None and taken.task_id == hidden
 
@@ -75,7 +75,7 @@ async def test_a_claim_that_is_rolled_back_is_not_below_the_floor(probe: Probe, 
         assert (await wavering.must_claim(worker="w2")).task_id == first
         await probe.must_claim()
         for _ in range(4):
-            await probe.raise_floor()
+            await probe.advance_low_watermark()
         await transaction.rollback()
     assert (await probe.must_claim()).task_id == first
 
@@ -88,7 +88,7 @@ async def test_an_old_snapshot_never_raises_a_floor(probe: Probe, database: str)
         await probe.must_claim()
         hidden = await probe.add()
         for _ in range(4):
-            await old.raise_floor()
+            await old.advance_low_watermark()
     assert (await probe.must_claim()).task_id == hidden
 
 
@@ -99,8 +99,8 @@ async def test_the_floor_of_what_came_back_is_its_own(probe: Probe) -> None:
         for taken in [await probe.must_claim() for _ in range(3)]:
             await probe.unclaim(taken)
     for _ in range(2):
-        await probe.raise_floor(came_back=True)
-        await probe.raise_floor()
+        await probe.advance_low_watermark(came_back=True)
+        await probe.advance_low_watermark()
     assert RETURNED < await probe.floor(came_back=True) < 0
     assert await probe.floor() == 4
     assert {(await probe.must_claim()).task_id for _ in range(10)} == set(range(1, 11))
@@ -140,7 +140,7 @@ async def test_no_ready_task_is_ever_hidden_under_stress(  # noqa: C901 - three 
             while time.monotonic() < until:
                 for category in ("general", "technical"):
                     for came_back in (False, True):
-                        await p.raise_floor(category, dice.randint(0, 1), came_back=came_back)
+                        await p.advance_low_watermark(category, dice.randint(0, 1), came_back=came_back)
                 taken = await p.claim(worker=name)
                 if taken is None:
                     await asyncio.sleep(0.005)
@@ -210,7 +210,7 @@ async def test_claims_stay_cheap_while_a_snapshot_is_held(probe: Probe, database
     async with probing(database) as reader, reader.connection.transaction(isolation="repeatable_read"):
         await reader.value("SELECT count(*) FROM queue")
         await _claim_and_settle(probe, 20_000)
-        await probe.run("SELECT fold_counts()")
+        await probe.run("SELECT compact_counts()")
         assert await _pages_of_a_claim(probe) < fresh + 25, "dead entries are walked again and again"
         # Of 20,000 deltas that were folded none is looked at again, though all are still there.
         assert await _pages_of(probe, "SELECT * FROM task_counts_now") < 20
@@ -222,8 +222,8 @@ async def test_without_a_floor_they_would_not(probe: Probe, database: str) -> No
     await probe.run("INSERT INTO tasks (prompt) SELECT 'p' FROM generate_series(1, 6000)")
     fresh = await _pages_of_a_claim(probe)
     await probe.run(
-        "CREATE OR REPLACE FUNCTION raise_floor(p_category text, p_priority smallint, p_came_back boolean)"
-        " RETURNS void LANGUAGE sql AS 'SELECT'"
+        "CREATE OR REPLACE FUNCTION advance_low_watermark("
+        " p_category text, p_priority smallint, p_came_back boolean) RETURNS void LANGUAGE sql AS 'SELECT'"
     )
     async with probing(database) as reader, reader.connection.transaction(isolation="repeatable_read"):
         await reader.value("SELECT count(*) FROM queue")

@@ -170,6 +170,6 @@ async def test_two_producers_that_open_lanes_in_different_order_do_not_wait_for_
         await first.commit()
         await second.commit()
     assert await probe.counts() == {"technical": (2, 0, 0), "creative": (2, 0, 0)}
-    await probe.run("SELECT fold_counts()")
+    await probe.run("SELECT compact_counts()")
     assert await probe.value("SELECT count(*) FROM queue_lanes") == 2, "doubles are dropped"
     assert len([await probe.must_claim() for _ in range(4)]) == 4

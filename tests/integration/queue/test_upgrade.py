@@ -289,6 +289,6 @@ def test_a_table_that_stays_locked_is_said_to_be(
     reader = psycopg2.connect(empty_database)
     with reader.cursor() as cursor:
         cursor.execute("SELECT count(*) FROM tasks")
-    with pytest.raises(SchemaError, match="others kept the tables locked"):
+    with pytest.raises(SchemaError, match="kept the tables locked"):
         migrate(empty_database)
     reader.close()

@@ -92,7 +92,7 @@ def config_folder(folder: Path) -> Path:
         "phi-4": {"target": "6000/min", "ranks": dict.fromkeys(EVERY_CATEGORY, 2)},
         "gemma-2-27b": {"target": "0", "ranks": {}},
     }
-    config["asking"] = {"default_deadline_seconds": 4, "late_seconds": 1}
+    config["answering"] = {"default_deadline_seconds": 4, "late_seconds": 1}
     config["fallback"] = {"models": ["phi-4"]}
     file.write_text(yaml.safe_dump(config))
     for examples in (folder / "examples").glob("*.jsonl"):  # to start sooner

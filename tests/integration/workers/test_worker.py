@@ -172,12 +172,12 @@ async def test_while_the_batch_is_held_nothing_is_sent(addresses: Addresses) -> 
     insert(addresses, 400)
     async with running(addresses, config()) as engine, working(engine):
         await until(lambda: solved(addresses) > 5)
-        ask(addresses, "SELECT hold_solving(true, 1)")
+        ask(addresses, "SELECT set_paused(true, 1)")
         await asyncio.sleep(1.2)  # in force within a second, and calls in flight end
         before = calls(addresses)
         await asyncio.sleep(1.0)
         assert calls(addresses) == before
-        ask(addresses, "SELECT hold_solving(false, 2)")
+        ask(addresses, "SELECT set_paused(false, 2)")
         assert await until(lambda: calls(addresses) > before) < 2
 
 
@@ -370,7 +370,7 @@ async def test_variables_are_read_here_only_while_nobody_watches_them(addresses:
     with connect(addresses.database_url) as connection:
         sync_roster(connection, config())
     engine = Engine(addresses, config(), read)
-    ask(addresses, "SELECT watch_goes_on()")
+    ask(addresses, "SELECT watcher_heartbeat()")
     await engine.start()
     await engine._variables_step()
     assert asked == []

@@ -199,7 +199,7 @@ async def tokens_that_left(world: World) -> None:
 
 
 async def nothing_sent_under_a_longer_slack(world: World) -> None:
-    await world.rest(0, 0.3)
+    await world.cool_down(0, 0.3)
     await world.reserve(0, (0,))
     await world.set_target(0, "7/3s, burst")
     await world.reserve(0, (0,))
@@ -253,10 +253,10 @@ async def a_call_of_before_a_loss(world: World) -> None:
     world.pass_time(400_000)
     await world.reserve(0, (0,))
     for _ in range(5):
-        await world.heed(0, Outcome.ERROR, None, None)
+        await world.record_outcome(0, Outcome.ERROR, None, None)
     world.pass_time(1_200_000)
     await world.reserve(0, (0,))  # the probe, which has the old call's number
-    await world.heed(0, Outcome.RATE_LIMITED, 0.1, old)
+    await world.record_outcome(0, Outcome.RATE_LIMITED, 0.1, old)
     world.pass_time(1_200_000)
     await world.reserve(0, (0,))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bench.judge import TargetChange
 from router.limiter import limiter as limiter_module
-from router.limiter.breaker import Sign
+from router.limiter.breaker import Signal
 from router.limiter.limiter import LimiterSettings, PastCall, WaitReason
 from router.limiter.permit import Permit
 from router.traffic import TrafficTarget
@@ -22,7 +22,9 @@ LOOK = micros(SETTINGS.look_ahead_seconds)
 SETTLE_SECONDS = 0.6  # look-ahead, send slack and transit slack of what was decided before a change
 SHORT_WAY = 12_000
 LOST, MICRO_FLOAT = 1, 1e6
-ONLY_AGAIN = frozenset({WaitReason.AT_ONCE, WaitReason.PROBING})  # they wait for an end, not for a moment
+ONLY_AGAIN = frozenset(
+    {WaitReason.CONCURRENCY, WaitReason.HALF_OPEN}
+)  # they wait for an end, not for a moment
 
 
 class Difference(AssertionError):  # noqa: N818 - a fact about two models, not an error of one
@@ -80,7 +82,7 @@ class Following:
             if self.jumped:
                 self.jumped, self.disturbed_until = False, asked.at + self.memory
             self._follow_reserve(asked, needs)
-        elif asked.verb == "back":
+        elif asked.verb == "release":
             if self.state != "gone":
                 for generation, number, used, unused in struct.iter_unpack("<4d", asked.arguments[0]):  # type: ignore[arg-type]
                     self._follow_return(generation, int(number), used, unused)
@@ -90,10 +92,10 @@ class Following:
             self._follow_target(
                 asked, taken, version, TrafficTarget.parse(line if isinstance(line, str) else line.decode())
             )
-        elif asked.verb == "heed":
+        elif asked.verb == "outcome":
             if self.state != "gone":
                 self._follow_heed(asked)
-        elif asked.verb == "lost":
+        elif asked.verb == "loss":
             live, _, clock, *_ = struct.unpack("<6d", asked.reply)
             self._agree(not live or self.state != "gone", "a lost memory is held to be live")
             self.clock_told = (asked.at, clock)
@@ -170,9 +172,9 @@ class Following:
     def _follow_heed(self, asked: Asked) -> None:
         _, _, sign, rest, generation, number, *_, trips = struct.unpack("<10d", asked.arguments[0])  # type: ignore[arg-type]
         known = int(number) if number >= 0 and generation == self.generation else None
-        if Sign(int(sign)) is Sign.PUT_BACK:
+        if Signal(int(sign)) is Signal.PUT_BACK:
             self.spec.breaker.trip = max(self.spec.breaker.trip, int(trips))
-        self.spec.heed(asked.at, Sign(int(sign)), rest / MICRO, known)
+        self.spec.record_outcome(asked.at, Signal(int(sign)), rest / MICRO, known)
         _, failures, trip, _ = struct.unpack("<4d", asked.reply)
         breaker = self.spec.breaker
         if not self.exact(asked.at) and (failures, trip) != (

@@ -117,7 +117,7 @@ MUTANTS = [
            check="who waits is told of a permit that was cancelled in time"),
     Mutant("all are woken for nothing", "if takes_room(i) then freed, asked = true, 1 end", "freed, asked = true, 1",
            check="nobody is told of a permit that was cancelled too late"),
-    # Changes of the target
+    # Notifications of the target
     Mutant("an older version wins", "if spec and version > new_version then", "if false then", 0),
     Mutant("new windows of tokens are empty", "      count_tokens(clock, known)  --", "      count_tokens(clock + 1e15, known)  --", 2),
     Mutant("windows of tokens are taken for others'", "local k, same = 3 * w - 2, known[period]",

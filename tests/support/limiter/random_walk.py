@@ -102,7 +102,7 @@ class _Steps:
             "again": 2,
             "target": 2,
             "rest": 0.4,
-            "heed": 1.0 + 4 * walk.failing,
+            "outcome": 1.0 + 4 * walk.failing,
             "look": 1.5,
             "forget_scripts": 0.2,
             "save": 0.5 * walk.losses,
@@ -199,10 +199,10 @@ class _Steps:
 
     async def _rest(self) -> str:
         seconds = self.chance.choice([0, 0.3, 1.0, 2.5])
-        await self.world.rest(self._who(), seconds)
+        await self.world.cool_down(self._who(), seconds)
         return str(seconds)
 
-    async def _heed(self) -> str:
+    async def _outcome(self) -> str:
         outcome = self.chance.choice(
             [
                 Outcome.ANSWERED,
@@ -214,7 +214,7 @@ class _Steps:
         )
         seconds = self.chance.choice([None, 0.4])
         held = self.chance.choice([None, self._open()])
-        await self.world.heed(self._who(), outcome, seconds, held)
+        await self.world.record_outcome(self._who(), outcome, seconds, held)
         return f"{outcome} {seconds} {held and held.moment}"
 
     async def _look(self) -> None:

@@ -17,13 +17,13 @@ import bisect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from router.limiter.breaker import BreakerSettings, Sign
+from router.limiter.breaker import BreakerSettings, Signal
 from router.limiter.permit import WaitReason
 from router.limiter.settings import LimiterSettings
 from router.traffic import TrafficTarget
 
 MICRO = 1_000_000
-TIMED = frozenset({WaitReason.WINDOW, WaitReason.TOKENS, WaitReason.RESTING})
+TIMED = frozenset({WaitReason.WINDOW, WaitReason.TOKENS, WaitReason.COOLING_DOWN})
 
 
 def micros(seconds: float) -> int:
@@ -72,11 +72,13 @@ class Breaker:
     def bad(self, head: int, settings: BreakerSettings) -> float:
         """One more failure; the seconds of rest if it opens the breaker (anew)."""
         self.failures += 1
-        if not self.trip and self.failures < settings.failures_borne:
+        if not self.trip and self.failures < settings.failure_threshold:
             return 0.0
         self.trip, self.failures, self.opened_at = self.trip + 1, 0, head
         self.probe, self.probe_end = None, 0
-        return float(min(settings.longest_rest_seconds, settings.first_rest_seconds * 2 ** (self.trip - 1)))
+        return float(
+            min(settings.max_cooldown_seconds, settings.initial_cooldown_seconds * 2 ** (self.trip - 1))
+        )
 
     def ended(self, number: int | None) -> None:
         """The probe is over, however it went: another may go."""
@@ -112,22 +114,22 @@ class LimiterSpec:
             self.late_until = self.sends[-1].dead
         self.target, self.version = target, version
 
-    def rest(self, now: int, seconds: float) -> None:
+    def cool_down(self, now: int, seconds: float) -> None:
         """Nothing is sent for so long; a shorter rest does not end a longer one."""
         self.rest_until = max(self.rest_until, now + micros(seconds))
 
-    def heed(self, now: int, sign: Sign, seconds: float, number: int | None) -> None:
+    def record_outcome(self, now: int, sign: Signal, seconds: float, number: int | None) -> None:
         """What a call came to; `number` is its send, None if that is not known."""
-        if sign is Sign.REST and seconds <= 0:  # an end of all doubt
+        if sign is Signal.REST and seconds <= 0:  # an end of all doubt
             self.rest_until = 0
             self.breaker.good()
         elif not self.breaker.says_nothing(number, resting=self.rest_until > now):
-            if sign is Sign.GOOD:
+            if sign is Signal.GOOD:
                 self.breaker.good()
-            elif sign is Sign.BAD:
-                self.rest(now, self.breaker.bad(self.head, self.settings.breaker))
+            elif sign is Signal.BAD:
+                self.cool_down(now, self.breaker.bad(self.head, self.settings.breaker))
         if seconds > 0:
-            self.rest(now, seconds)
+            self.cool_down(now, seconds)
         self.breaker.ended(number)
 
     # -- sends ----
@@ -140,19 +142,21 @@ class LimiterSpec:
         if target.stopped:
             return Decision(None, WaitReason.STOPPED)
         if any(tokens > limit.count for limit in target.tokens):
-            return Decision(None, WaitReason.TOO_LARGE)
+            return Decision(None, WaitReason.TOO_MANY_TOKENS)
         if target.at_once is not None and self.running(now) >= target.at_once:
             ends = [send.end for send in self.sends if not send.returned and send.end > now]
-            return Decision(min(ends), WaitReason.AT_ONCE)
+            return Decision(min(ends), WaitReason.CONCURRENCY)
         if self.breaker.trip and self.breaker.probe_end > now:
-            return Decision(self.breaker.probe_end, WaitReason.PROBING)
+            return Decision(self.breaker.probe_end, WaitReason.HALF_OPEN)
         least = max(now, self.rest_until)
         if self.sends:
             least = max(least, self.sends[-1].moment + micros(target.gap_seconds))
         moment = self._first_that_fits(target, least, tokens)
         if moment > self._first_that_fits(TrafficTarget(requests=target.requests), least, 0):
             return Decision(moment, WaitReason.TOKENS)
-        return Decision(moment, WaitReason.RESTING if moment == self.rest_until > now else WaitReason.WINDOW)
+        return Decision(
+            moment, WaitReason.COOLING_DOWN if moment == self.rest_until > now else WaitReason.WINDOW
+        )
 
     def grant(self, moment: int, tokens: int) -> Send:
         """Record a send that was decided."""

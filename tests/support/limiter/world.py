@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from bench.judge import Arrival, TargetChange, judge
-from router.errors import LimiterUnavailable, PermitDead
+from router.errors import LimiterUnavailable, PermitExpired
 from router.limiter import limiter as limiter_module
 from router.limiter import permit as permits_module
 from router.limiter import recovery as recovery_module
@@ -155,7 +155,7 @@ class World(Following):
         return self.rows
 
     def _dead(self, held: Held) -> bool:
-        return held.permit.dead_at * MICRO_FLOAT - self.offsets[held.client] < self.now
+        return held.permit.expires_at * MICRO_FLOAT - self.offsets[held.client] < self.now
 
     # -- what clients do ----
 
@@ -168,7 +168,7 @@ class World(Following):
         self.current = who
         reply = await self._ask(self.everyone[who]._ask(MODEL, needs), needs)
         permits, wait = reply
-        if wait.reason is WaitReason.LOST:
+        if wait.reason is WaitReason.REBUILDING:
             self._agree_to_wait(self.now)
         made = [
             Held(permit, who, send.moment)
@@ -176,8 +176,8 @@ class World(Following):
         ]
         for held, slack in zip(made, [self.slack] * len(made), strict=True):
             offset = self.offsets[who]
-            early = round(held.permit.moment_at * MICRO) - offset - held.moment
-            late = round(held.permit.dead_at * MICRO) - offset - held.moment - slack
+            early = round(held.permit.send_at * MICRO) - offset - held.moment
+            late = round(held.permit.expires_at * MICRO) - offset - held.moment - slack
             self._agree(early >= 0, f"the client may send {-early} us before the moment")
             self._agree(late <= 0, f"the permit lives {late} us too long")
         self.held += made
@@ -192,7 +192,7 @@ class World(Following):
             return False
         try:
             held.permit.check()
-        except PermitDead:
+        except PermitExpired:
             return False
         held.sent_at, held.arrived_at = self.now, self.now + min(transit, self.transit)
         return True
@@ -225,15 +225,17 @@ class World(Following):
             held.permit.returned = False
             await self._ask(call(self.everyone[held.client]))
 
-    async def rest(self, who: int, seconds: float) -> None:
+    async def cool_down(self, who: int, seconds: float) -> None:
         self.current = who
-        await self._ask(self.everyone[who].rest(MODEL, seconds, "429"))
+        await self._ask(self.everyone[who].cool_down(MODEL, seconds, "429"))
 
-    async def heed(self, who: int, outcome: Outcome, seconds: float | None, held: Held | None) -> None:
+    async def record_outcome(
+        self, who: int, outcome: Outcome, seconds: float | None, held: Held | None
+    ) -> None:
         """Somebody says what a call came to."""
         self.current = who
         permit = None if held is None else held.permit
-        await self._ask(self.everyone[who].heed(MODEL, outcome, seconds, permit=permit))
+        await self._ask(self.everyone[who].record_outcome(MODEL, outcome, seconds, permit=permit))
 
     async def look(self, who: int) -> None:
         """What `snapshot` says must be what is there."""

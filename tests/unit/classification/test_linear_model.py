@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from router.classification import linear_model as classifier
-from router.classification.classifier import Categorised, Categoriser
-from router.classification.linear_model import Classifier
+from router.classification.classifier import Classification, Classifier
+from router.classification.linear_model import LinearModel
 from router.settings.classification import RuleSettings, load_categories
 
 PROMPTS = ["How do I cook a goose?", "What are the rules of polo?", "soup or chess", ""]
@@ -38,17 +38,17 @@ class Builder:
 
     def __init__(self, config: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.config, self.folder, self.learned = config, folder, 0
-        learn = Classifier.learn
+        learn = LinearModel.learn
 
-        def counted(*values: Any) -> Classifier:
+        def counted(*values: Any) -> LinearModel:
             self.learned += 1
             return learn(*values)
 
-        monkeypatch.setattr(Classifier, "learn", counted)
+        monkeypatch.setattr(LinearModel, "learn", counted)
 
-    def told(self, **changes: Any) -> list[Categorised]:
+    def told(self, **changes: Any) -> list[Classification]:
         settings = load_categories(self.config).model_copy(update=changes)
-        return Categoriser.build(settings, self.folder).categorise_many(PROMPTS)
+        return Classifier.build(settings, self.folder).classify_many(PROMPTS)
 
     @property
     def files(self) -> list[Path]:
@@ -65,7 +65,7 @@ def test_what_was_learned_is_taken_again_and_tells_the_same(builder: Builder) ->
     assert builder.told() == told
     assert builder.learned == 1
     assert len(builder.files) == 1
-    assert told == Categoriser.build(load_categories(builder.config)).categorise_many(PROMPTS)
+    assert told == Classifier.build(load_categories(builder.config)).classify_many(PROMPTS)
 
 
 def test_other_examples_settings_code_or_libraries_are_learned_anew(
@@ -128,7 +128,7 @@ def test_where_nothing_can_be_kept_it_is_learned_each_time(builder: Builder) -> 
 
 
 def test_a_few_are_kept_those_that_were_used_last(builder: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(classifier, "KEPT_FILES", 2)
+    monkeypatch.setattr(classifier, "CACHED_MODELS", 2)
     for threshold in (0.1, 0.2, 0.1, 0.3):
         builder.told(threshold=threshold)
     assert (builder.learned, len(builder.files)) == (3, 2)

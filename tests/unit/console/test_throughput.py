@@ -72,7 +72,7 @@ def test_the_bottleneck_is_first_for_the_category_that_ends_last() -> None:
         ({"target": None}, "it has no target yet"),
         ({"resting_seconds": 12.4}, "it rests 12 s more"),
         ({"waiting_for": "window"}, "it is held to 60/min"),
-        ({"waiting_for": "at_once"}, "all places of 60/min are taken"),
+        ({"waiting_for": "concurrency"}, "all places of 60/min are taken"),
         ({}, "its calls take their time"),
     ],
 )

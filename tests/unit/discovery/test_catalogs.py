@@ -12,25 +12,25 @@ from typing import Any
 import pytest
 
 from router.discovery.catalogs import (
-    CatalogueModel,
-    FileCatalogue,
-    ProviderCatalogue,
+    CatalogModel,
+    FileCatalog,
+    ProviderCatalog,
     Reading,
     merged,
-    open_catalogues,
+    open_catalogs,
     same_model,
 )
-from router.errors import CatalogueError
-from router.settings.discovery import FileCatalogueSettings, SearchSettings, load_search
+from router.errors import CatalogError
+from router.settings.discovery import DiscoverySettings, FileCatalogSettings, load_discovery
 from router.settings.environment import DEFAULT_CONFIG_FOLDER
 from router.settings.router import load_config
 
 CATEGORIES = ("technical", "creative", "general")
-GOOD = "{name: llama-9-good, licence: mit, parameters: 7, context: 8192, input_price: 0.1, output_price: 0.2}"
+GOOD = "{name: llama-9-good, license: mit, parameters: 7, context: 8192, input_price: 0.1, output_price: 0.2}"
 
 
-def catalogue(path: Path, **settings: Any) -> FileCatalogue:
-    return FileCatalogue(FileCatalogueSettings(kind="file", name="mine", path=path.name, **settings), path)
+def catalogue(path: Path, **settings: Any) -> FileCatalog:
+    return FileCatalog(FileCatalogSettings(kind="file", name="mine", path=path.name, **settings), path)
 
 
 def reading(folder: Path, text: str, name: str = "mine.yaml", **settings: Any) -> Reading:
@@ -39,20 +39,20 @@ def reading(folder: Path, text: str, name: str = "mine.yaml", **settings: Any) -
     return catalogue(path, **settings).read()
 
 
-def the_model(folder: Path, entry: str) -> CatalogueModel:
+def the_model(folder: Path, entry: str) -> CatalogModel:
     found = reading(folder, f"models:\n  - {entry}\n")
     assert not found.refusals
     return found.models[0]
 
 
 def test_an_entry_in_the_words_of_catalogues(tmp_path: Path) -> None:
-    entry = """{name: meta-llama/Llama-3.3-70B-Instruct, licence: Llama 3.3 Community License Agreement,
+    entry = """{name: meta-llama/Llama-3.3-70B-Instruct, license: Llama 3.3 Community License Agreement,
       parameters: 70.6B, context: 128k tokens, input_price: $0.59, output_price: 0.79,
       scores: {MMLU-Pro: 68.9%, IFEval: 0.921, MATH (CoT): .77}, released: 2024-12-06}"""
-    assert the_model(tmp_path, entry) == CatalogueModel(
+    assert the_model(tmp_path, entry) == CatalogModel(
         name="llama-3.3-70b-instruct",
         endpoint="meta-llama/Llama-3.3-70B-Instruct",
-        licence="llama-3.3",
+        license="llama-3.3",
         parameters=70.6,
         context_tokens=128_000,
         input_price=0.59,
@@ -67,9 +67,9 @@ def test_an_entry_in_the_words_of_catalogues(tmp_path: Path) -> None:
 def test_what_is_not_said_is_none(tmp_path: Path) -> None:
     model = the_model(
         tmp_path,
-        "{name: bare, licence: other, parameters: n/a, context: '', input_price: ~, released: 1970-01-01}",
+        "{name: bare, license: other, parameters: n/a, context: '', input_price: ~, released: 1970-01-01}",
     )
-    assert (model.licence, model.parameters, model.context_tokens) == (None, None, None)
+    assert (model.license, model.parameters, model.context_tokens) == (None, None, None)
     assert (model.input_price, model.output_price, model.released, model.scores) == (None, None, None, {})
 
 
@@ -96,7 +96,7 @@ def test_what_is_not_said_is_none(tmp_path: Path) -> None:
         ("{name: x, available: false}", "not available"),
         ("{name: x, type: embedding}", "of the kind embedding"),
         ("{name: x, name: y}", "the key name stands twice"),
-        ("{licence: mit}", "it has no name"),
+        ("{license: mit}", "it has no name"),
         ("{name: [x]}", "name: a list is no text"),
         ("{name: ../../etc/passwd}", "holds a path"),
         ("{name: /srv/weights/llama}", "holds a path"),
@@ -143,7 +143,7 @@ def test_a_bad_entry_is_refused_with_its_reason_and_the_rest_is_read(
 def test_a_catalogue_that_cannot_be_read_names_itself_and_what_to_do(
     tmp_path: Path, name: str, text: str, words: str
 ) -> None:
-    with pytest.raises(CatalogueError, match=r"Catalogue mine: .*mine") as refused:
+    with pytest.raises(CatalogError, match=r"Catalog mine: .*mine") as refused:
         reading(tmp_path, text, name, max_models=5)
     assert words in str(refused.value)
     assert "Put the file right" in str(refused.value)
@@ -158,7 +158,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         ("latin.yaml", "no UTF-8"),
         ("pipe.yaml", "no such file"),
     ):
-        with pytest.raises(CatalogueError, match=words):
+        with pytest.raises(CatalogError, match=words):
             catalogue(tmp_path / name).read()
 
 
@@ -167,7 +167,7 @@ def test_a_file_of_50_mb_is_not_read(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(50 * 1024 * 1024)
     tracemalloc.start()
-    with pytest.raises(CatalogueError, match="larger than 4 MB"):
+    with pytest.raises(CatalogError, match="larger than 4 MB"):
         catalogue(path).read()
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -184,7 +184,7 @@ MERGING_BOMB = "a0: &a0 {name: x}\n" + "".join(
 
 @pytest.mark.parametrize("bomb", [BOMB, MERGING_BOMB, "models: &a [*a]\n"])
 def test_aliases_are_refused_before_they_multiply(tmp_path: Path, bomb: str) -> None:
-    with pytest.raises(CatalogueError, match=r"line \d: an alias"):
+    with pytest.raises(CatalogError, match=r"line \d: an alias"):
         reading(tmp_path, bomb)
 
 
@@ -207,15 +207,15 @@ def test_tags_mean_nothing(tmp_path: Path) -> None:
 def test_one_model_under_several_names_becomes_one_with_all_that_is_known(tmp_path: Path) -> None:
     entries = """
     - {name: llama-3.3-70b-versatile, context: 128k, input_price: 0.5, output_price: 0.6}
-    - {name: meta-llama/Llama-3.3-70B-Instruct, licence: llama3.3, parameters: 70.6, input_price: 9,
+    - {name: meta-llama/Llama-3.3-70B-Instruct, license: llama3.3, parameters: 70.6, input_price: 9,
        output_price: 9, scores: {MMLU: 0.86}}
     - {name: llama-v3p3-70b-instruct, merge: true, released: 2024-12-06}
-    - {name: llama-3.3-70b, licence: mit}
+    - {name: llama-3.3-70b, license: mit}
     """
     once, refusals = merged(reading(tmp_path, entries).models)
     assert [model.name for model in once] == ["llama-3.3-70b-versatile", "llama-3.3-70b"]
     one = once[0]
-    assert (one.licence, one.parameters, one.context_tokens) == ("llama-3.3", 70.6, 128_000)
+    assert (one.license, one.parameters, one.context_tokens) == ("llama-3.3", 70.6, 128_000)
     assert (one.input_price, one.output_price, one.scores) == (0.5, 0.6, {"mmlu": 0.86})
     assert (one.released, one.is_merge) == (date(2024, 12, 6), True)
     assert [refusal.name for refusal in refusals] == [
@@ -270,7 +270,7 @@ def test_a_real_catalogue_is_read(shared_data: Path) -> None:
     assert len(found.models) >= 95
     by_endpoint = {model.endpoint: model for model in found.models}
     model = by_endpoint["meta-llama/Llama-3.1-8B-Instruct"]
-    assert (model.licence, model.parameters, model.context_tokens) == ("llama-3.1", 8.03, 131_072)
+    assert (model.license, model.parameters, model.context_tokens) == ("llama-3.1", 8.03, 131_072)
     assert all(0 <= score <= 1 for one in found.models for score in one.scores.values())
     assert by_endpoint["mlabonne/ChimeraLlama-3-8B-v3"].is_merge
     assert any("is not available" in refusal.reason for refusal in found.refusals)
@@ -280,15 +280,15 @@ def test_a_real_catalogue_is_read(shared_data: Path) -> None:
 
 
 def test_catalogues_come_in_their_order_and_a_provider_without_an_address_is_left_out(tmp_path: Path) -> None:
-    settings = load_search(None, CATEGORIES)
-    (alone,) = open_catalogues(settings, tmp_path, {})
-    assert isinstance(alone, FileCatalogue)
+    settings = load_discovery(None, CATEGORIES)
+    (alone,) = open_catalogs(settings, tmp_path, {})
+    assert isinstance(alone, FileCatalog)
     assert alone.path == DEFAULT_CONFIG_FOLDER / "llama_catalog.yaml"
     (tmp_path / "llama_catalog.yaml").write_text(f"- {GOOD}\n", encoding="utf-8")
     environment = {"LLAMA_API_BASE": "http://127.0.0.1:9/v1", "LLAMA_API_KEY": "sk-very-secret"}
-    file, provider = open_catalogues(settings, tmp_path, environment)
+    file, provider = open_catalogs(settings, tmp_path, environment)
     assert [model.name for model in file.read().models] == ["llama-9-good"]
-    assert isinstance(provider, ProviderCatalogue)
+    assert isinstance(provider, ProviderCatalog)
     assert "sk-very-secret" not in repr(provider)
 
 
@@ -296,7 +296,7 @@ def test_a_broken_catalogue_does_not_stop_another(tmp_path: Path) -> None:
     (tmp_path / "good.yaml").write_text(f"- {GOOD}\n", encoding="utf-8")
     names = ("broken.yaml", "good.yaml")
     listed = [{"kind": "file", "name": name.split(".")[0], "path": name} for name in names]
-    broken, good = open_catalogues(SearchSettings.model_validate({"catalogues": listed}), tmp_path, {})
-    with pytest.raises(CatalogueError, match="Catalogue broken"):
+    broken, good = open_catalogs(DiscoverySettings.model_validate({"catalogs": listed}), tmp_path, {})
+    with pytest.raises(CatalogError, match="Catalog broken"):
         broken.read()
     assert len(good.read().models) == 1

@@ -51,7 +51,7 @@ def test_one_that_is_not_better_loses(candidate: list[TrialCall]) -> None:
 
 def test_the_same_difference_says_less_with_fewer_prompts() -> None:
     many = judged([answered()] * 30, [answered(0.7)] * 30)
-    few = judged([answered()] * 4, [answered(0.7)] * 4, least_answers=1)
+    few = judged([answered()] * 4, [answered(0.7)] * 4, min_answers=1)
     assert (many.verdict, few.verdict) == (TrialVerdict.WON, TrialVerdict.LOST)
     assert few.difference == pytest.approx(many.difference)
     assert few.error > 3 * many.error > 0  # also where all prompts agree

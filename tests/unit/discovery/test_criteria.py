@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 
-from router.discovery.catalogs import CatalogueModel, open_catalogues
+from router.discovery.catalogs import CatalogModel, open_catalogs
 from router.discovery.criteria import passing
 from router.discovery.model_names import same_model
-from router.settings.discovery import SearchSettings, load_search
+from router.settings.discovery import DiscoverySettings, load_discovery
 from router.settings.environment import DEFAULT_CONFIG_FOLDER
 from router.settings.router import load_config
 
 TODAY = date(2026, 11, 15)
-FITTING = CatalogueModel(
+FITTING = CatalogModel(
     name="llama-x-70b",
     endpoint="llama-x-70b",
-    licence="llama-3.3",
+    license="llama-3.3",
     parameters=70.0,
     context_tokens=131_072,
     input_price=0.5,
@@ -30,7 +30,7 @@ FITTING = CatalogueModel(
     catalogue="mine",
 )
 CRITERIA = {
-    "licences": ["llama-3.3", "mit"],
+    "licenses": ["llama-3.3", "mit"],
     "parameters_min": 3,
     "parameters_max": 100,
     "context_min": 8000,
@@ -42,13 +42,13 @@ CRITERIA = {
 }
 
 
-def settings(**different: Any) -> SearchSettings:
-    return SearchSettings.model_validate(
+def settings(**different: Any) -> DiscoverySettings:
+    return DiscoverySettings.model_validate(
         {"criteria": {**CRITERIA, **different}, "categories": {"creative": {"score_min": 0.9}}}
     )
 
 
-def reasons(model: CatalogueModel, **different: Any) -> str:
+def reasons(model: CatalogModel, **different: Any) -> str:
     found, refusals = passing([model], "technical", settings(**different), TODAY)
     assert len(found) + len(refusals) == 1
     return refusals[0].reason if refusals else ""
@@ -61,8 +61,8 @@ def test_what_fits_passes() -> None:
 @pytest.mark.parametrize(
     ("different", "words"),
     [
-        ({"licence": "cc-by-nc-4.0"}, "the licence cc-by-nc-4.0 is not among those allowed"),
-        ({"licence": None}, "no catalogue says its licence"),
+        ({"license": "cc-by-nc-4.0"}, "the license cc-by-nc-4.0 is not among those allowed"),
+        ({"license": None}, "no catalogue says its license"),
         ({"parameters": 1.0}, "1 thousand million parameters are fewer than 3"),
         ({"parameters": 405.0}, "405 thousand million parameters are more than 100"),
         ({"parameters": None}, "no catalogue says how many parameters"),
@@ -85,13 +85,13 @@ def test_each_criterion_refuses_with_its_own_words(different: dict[str, Any], wo
 
 
 def test_all_reasons_are_said_at_once() -> None:
-    assert reasons(replace(FITTING, licence=None, is_merge=True)).count(";") == 1
+    assert reasons(replace(FITTING, license=None, is_merge=True)).count(";") == 1
 
 
 @pytest.mark.parametrize(
     ("fact", "unknown"),
     [
-        ("licence", {"licence": None}),
+        ("license", {"license": None}),
         ("parameters", {"parameters": None}),
         ("context", {"context_tokens": None}),
         ("price", {"input_price": None, "output_price": None}),
@@ -106,10 +106,10 @@ def test_what_need_not_be_known(fact: str, unknown: dict[str, Any]) -> None:
 
 def test_bounds_that_are_not_set_ask_for_nothing() -> None:
     bare = replace(
-        FITTING, licence=None, parameters=None, context_tokens=None, input_price=None, output_price=None,
+        FITTING, license=None, parameters=None, context_tokens=None, input_price=None, output_price=None,
         scores={}, released=None,
     )  # fmt: skip
-    found, _ = passing([bare], "technical", SearchSettings(), TODAY)
+    found, _ = passing([bare], "technical", DiscoverySettings(), TODAY)
     assert found == [bare]
 
 
@@ -152,14 +152,14 @@ def test_one_model_is_tried_once() -> None:
 )
 def test_the_shipped_catalogue_has_better_ones_and_a_bad_one_of_each_kind(category: str, better: str) -> None:
     config = load_config()
-    search = load_search(None, config.categories)
-    (file,) = open_catalogues(search, DEFAULT_CONFIG_FOLDER, {})
+    search = load_discovery(None, config.categories)
+    (file,) = open_catalogs(search, DEFAULT_CONFIG_FOLDER, {})
     found, refusals = passing(file.read().models, category, search, TODAY)
     new = [model.name for model in found if not any(same_model(model.name, name) for name in config.models)]
     assert better in new[: search.criteria_of(category).candidates]
     said = " ".join(refusal.reason for refusal in refusals)
     for words in (
-        "the same model as", "no catalogue says its licence", "is not among those allowed", "fewer than",
+        "the same model as", "no catalogue says its license", "is not among those allowed", "fewer than",
         "more than", "a context of", "is above", "yet to come", "older than", "is a merge", "too few",
     ):  # fmt: skip
         assert words in said, words

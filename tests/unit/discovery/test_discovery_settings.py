@@ -10,12 +10,12 @@ import yaml
 from router.errors import ConfigError
 from router.settings.discovery import (
     CriteriaSettings,
-    FileCatalogueSettings,
+    DiscoverySettings,
+    FileCatalogSettings,
     ProbationSettings,
-    ProviderCatalogueSettings,
-    SearchSettings,
+    ProviderCatalogSettings,
     TrialSettings,
-    load_search,
+    load_discovery,
 )
 from router.settings.environment import DEFAULT_CONFIG_FOLDER
 from router.settings.router import load_config
@@ -29,32 +29,32 @@ def written(folder: Path, text: str) -> Path:
 
 
 def test_the_shipped_file_says_the_defaults_and_names_known_categories() -> None:
-    shipped = load_search(None, CATEGORIES)
+    shipped = load_discovery(None, CATEGORIES)
     assert set(shipped.categories) <= set(load_config().categories)
     assert shipped.trials == TrialSettings()
     assert shipped.probation == ProbationSettings()
-    provider = ProviderCatalogueSettings(kind="provider", name="provider")
-    assert shipped.catalogues[1] == provider
+    provider = ProviderCatalogSettings(kind="provider", name="provider")
+    assert shipped.catalogs[1] == provider
 
 
 def test_the_shipped_file_writes_down_each_key() -> None:
     data = yaml.safe_load((DEFAULT_CONFIG_FOLDER / "search.yaml").read_text(encoding="utf-8"))
-    assert set(data) == set(SearchSettings.model_fields)
+    assert set(data) == set(DiscoverySettings.model_fields)
     assert set(data["criteria"]) == set(CriteriaSettings.model_fields)
     assert set(data["trials"]) == set(TrialSettings.model_fields)
     assert set(data["probation"]) == set(ProbationSettings.model_fields)
-    file, provider = data["catalogues"]
-    assert set(file) == set(FileCatalogueSettings.model_fields)
-    assert set(provider) == set(ProviderCatalogueSettings.model_fields)
+    file, provider = data["catalogs"]
+    assert set(file) == set(FileCatalogSettings.model_fields)
+    assert set(provider) == set(ProviderCatalogSettings.model_fields)
 
 
 def test_a_folder_without_the_file_has_the_shipped_one(tmp_path: Path) -> None:
-    assert load_search(tmp_path, ("general",)) == load_search(None, CATEGORIES)
+    assert load_discovery(tmp_path, ("general",)) == load_discovery(None, CATEGORIES)
 
 
 def test_a_category_has_what_is_different_there(tmp_path: Path) -> None:
     text = "criteria: {context_min: 9, candidates: 1}\ncategories: {creative: {candidates: 5}}"
-    search = load_search(written(tmp_path, text), CATEGORIES)
+    search = load_discovery(written(tmp_path, text), CATEGORIES)
     assert (search.criteria_of("creative").candidates, search.criteria_of("creative").context_min) == (5, 9)
     assert search.criteria_of("general").candidates == 1
 
@@ -63,7 +63,7 @@ def test_a_category_has_what_is_different_there(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("criterias: {}", "criterias"),
-        ("criteria: {licence: [mit]}", "criteria.licence"),
+        ("criteria: {license: [mit]}", "criteria.license"),
         ("criteria: {input_price_max: -1}", "criteria.input_price_max"),
         ("criteria: {parameters_min: 9, parameters_max: 3}", "parameters_max is less"),
         ("criteria: {benchmarks: {gpqa: 0}}", "gpqa: 0 is not above 0"),
@@ -75,19 +75,19 @@ def test_a_category_has_what_is_different_there(tmp_path: Path) -> None:
             "categories: {creative: {parameters_min: 5, parameters_max: 2}}",
             "categories.creative: parameters_max",
         ),
-        ("catalogues: [{kind: file, name: a}]", "path"),
-        ("catalogues: [{kind: rumour, name: a}]", "catalogues.0"),
-        ("catalogues: [{kind: provider, name: a, key: sk-1}]", "key"),
-        ("catalogues: [{kind: provider, name: a, key_variable: 'sk 1'}]", "key_variable"),
-        ("catalogues: [{kind: provider, name: a}, {kind: file, name: a, path: b}]", "'a' stands twice"),
-        ("trials: {prompts: 5, least_answers: 9}", "least_answers is more than prompts"),
+        ("catalogs: [{kind: file, name: a}]", "path"),
+        ("catalogs: [{kind: rumour, name: a}]", "catalogs.0"),
+        ("catalogs: [{kind: provider, name: a, key: sk-1}]", "key"),
+        ("catalogs: [{kind: provider, name: a, key_variable: 'sk 1'}]", "key_variable"),
+        ("catalogs: [{kind: provider, name: a}, {kind: file, name: a, path: b}]", "'a' stands twice"),
+        ("trials: {prompts: 5, min_answers: 9}", "min_answers is more than prompts"),
         ("trials: {margin: -1}", "trials.margin"),
         ("probation: {target: often}", "probation.target"),
-        ("probation: {least_calls: 0}", "probation.least_calls"),
+        ("probation: {min_calls: 0}", "probation.min_calls"),
         ("trials: {margin: 0.1, margin: 0.2}", "stands twice"),
     ],
 )
 def test_what_is_wrong_is_refused_with_its_place(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=r"search\.yaml") as refused:
-        load_search(written(tmp_path, text), CATEGORIES)
+        load_discovery(written(tmp_path, text), CATEGORIES)
     assert words in str(refused.value)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from router.knowledge.chunking import Entry, task_entry
-from router.knowledge.evaluation import hold_trial, read_collection
+from router.knowledge.evaluation import evaluate_retrieval, read_collection
 from router.knowledge.index import MOST_LOOKED_AT, IndexBroken, KnowledgeIndex, _affordable
 from router.knowledge.relevance import confidence, views
 
@@ -177,6 +177,6 @@ def test_real_collections_are_answered_better_than_by_bm25(
     shared_data: Path, name: str, at_1: float, at_5: float
 ):
     """BM25 on words alone has .927 and .702, fused with static embeddings .941 and .720."""
-    trial = hold_trial(read_collection(shared_data / "retrieval" / name))
+    trial = evaluate_retrieval(read_collection(shared_data / "retrieval" / name))
     assert trial.hit_at_1 >= at_1
     assert trial.hit_at_5 >= at_5

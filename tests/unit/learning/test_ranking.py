@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 
-from router.learning.evidence import Evidence, Moments, Sums, faded
+from router.learning.evidence import Evidence, Moments, PeriodStats, decayed
 from router.learning.ranking import Candidate, Key, Placed, Standing, rank
 from router.learning.utility import beneath, usual, worth
 from router.settings.learning import LearningSettings, load_learning
@@ -34,10 +34,10 @@ def of(values: list[float]) -> Moments:
     return Moments.of(len(values), sum(values), sum(value**2 for value in values))
 
 
-def night_of(nature: Nature, calls: int, period: int, draw: random.Random) -> Sums:
+def night_of(nature: Nature, calls: int, period: int, draw: random.Random) -> PeriodStats:
     answered = sum(draw.random() < nature.success for _ in range(calls))
     graded = min(answered, LEARNING.grading.answers)
-    return Sums(
+    return PeriodStats(
         period,
         calls,
         answered,
@@ -50,7 +50,7 @@ def night_of(nature: Nature, calls: int, period: int, draw: random.Random) -> Su
 def evidence(calls: int, nature: Nature | None = None, seed: int = 1) -> Evidence:
     """So many fresh calls of a model of that nature."""
     sums = [night_of(nature or Nature(), calls, 0, random.Random(seed))] if calls else []
-    return faded(sums, 0, half_life=7, memory=28, change_errors=4)
+    return decayed(sums, 0, half_life=7, memory=28, change_errors=4)
 
 
 def order(placed: list[Placed]) -> list[str]:
@@ -91,8 +91,8 @@ def test_every_part_of_the_worth_counts(worse: Nature) -> None:
 def test_a_lower_bound_orders_and_not_a_mean() -> None:
     def scored(calls: int, score: float) -> Evidence:
         scores = {"check": Moments.of(calls, calls * score, calls * (score**2 + 0.06))}
-        sums = Sums(0, calls, calls * 0.98, Moments(), Moments(), scores)
-        return faded([sums], 0, half_life=7, memory=28, change_errors=4)
+        sums = PeriodStats(0, calls, calls * 0.98, Moments(), Moments(), scores)
+        return decayed([sums], 0, half_life=7, memory=28, change_errors=4)
 
     bare = LEARNING.model_copy(update={"margin": 0.0, "margin_errors": 0.0})
     candidates = [Candidate("many", 1, scored(2000, 0.92)), Candidate("few", 2, scored(45, 0.94))]
@@ -190,27 +190,27 @@ def test_a_topic_is_drawn_towards_its_category() -> None:
 
 
 def test_older_evidence_fades() -> None:
-    old = Sums(0, 100, 100, Moments(), Moments(), {})
+    old = PeriodStats(0, 100, 100, Moments(), Moments(), {})
     at = {
-        age: faded([old], age, half_life=7, memory=28, change_errors=4).success.count
+        age: decayed([old], age, half_life=7, memory=28, change_errors=4).success.count
         for age in (0, 7, 14, 28)
     }
     assert at == {0: 100, 7: pytest.approx(50), 14: pytest.approx(25), 28: 0}
 
 
 def test_a_period_ahead_of_now_counts_as_new() -> None:
-    ahead = Sums(5, 100, 90)
-    assert faded([ahead], 0, half_life=7, memory=28, change_errors=4).success.count == 100
+    ahead = PeriodStats(5, 100, 90)
+    assert decayed([ahead], 0, half_life=7, memory=28, change_errors=4).success.count == 100
 
 
 def test_evidence_that_is_no_longer_true_is_forgotten_at_once() -> None:
-    history = [*(Sums(day, 5000, 4900) for day in range(10)), Sums(10, 50, 5)]
-    found = faded(history, 10, half_life=7, memory=28, change_errors=4)
+    history = [*(PeriodStats(day, 5000, 4900) for day in range(10)), PeriodStats(10, 50, 5)]
+    found = decayed(history, 10, half_life=7, memory=28, change_errors=4)
     assert found.forgot_before == 10
     assert found.success.mean == pytest.approx(0.1)
     # What was forgotten then must not come back and hide the next change.
-    history += [Sums(11, 50, 5), Sums(12, 50, 49)]
-    found = faded(history, 12, half_life=7, memory=28, change_errors=4)
+    history += [PeriodStats(11, 50, 5), PeriodStats(12, 50, 49)]
+    found = decayed(history, 12, half_life=7, memory=28, change_errors=4)
     assert found.forgot_before == 12
     assert found.success.mean == pytest.approx(0.98)
 
@@ -218,7 +218,7 @@ def test_evidence_that_is_no_longer_true_is_forgotten_at_once() -> None:
 def test_noise_is_no_change() -> None:
     draw = random.Random(3)
     history = [night_of(Nature(), 200, day, draw) for day in range(28)]
-    assert faded(history, 28, half_life=7, memory=29, change_errors=4).forgot_before is None
+    assert decayed(history, 28, half_life=7, memory=29, change_errors=4).forgot_before is None
 
 
 # Many nights.
@@ -239,7 +239,7 @@ class Nights:
     def run(self, nights: int) -> Nights:
         draw = random.Random(self.seed)
         places = {model: place for place, model in enumerate(self.natures, 1)}
-        history: dict[str, list[Sums]] = {model: [] for model in self.natures}
+        history: dict[str, list[PeriodStats]] = {model: [] for model in self.natures}
         for night in range(nights):
             calls = self._traffic(places)
             self.shares.append({model: n / self.calls for model, n in calls.items()})
@@ -252,9 +252,9 @@ class Nights:
             places = {p.model: p.place for p in self.reviews[-1]}
         return self
 
-    def _faded(self, history: list[Sums], night: int) -> Evidence:
+    def _faded(self, history: list[PeriodStats], night: int) -> Evidence:
         known = self.learning
-        return faded(
+        return decayed(
             history, night, half_life=known.half_life_periods, memory=known.memory_periods,
             change_errors=known.change_errors,
         )  # fmt: skip

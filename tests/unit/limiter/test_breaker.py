@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from router.limiter.breaker import BreakerSettings, Sign, Verdict
+from router.limiter.breaker import BreakerSettings, Signal, Verdict
 from router.task import Outcome
 
 SETTINGS = BreakerSettings(default_retry_after_seconds=2, unknown_model_rest_seconds=40)
@@ -13,17 +13,17 @@ SETTINGS = BreakerSettings(default_retry_after_seconds=2, unknown_model_rest_sec
 @pytest.mark.parametrize(
     ("outcome", "told", "verdict"),
     [
-        (Outcome.ANSWERED, None, Verdict(Sign.GOOD)),
-        (Outcome.REJECTED, None, Verdict(Sign.GOOD)),
-        (Outcome.ERROR, None, Verdict(Sign.BAD)),
-        (Outcome.TIMEOUT, None, Verdict(Sign.BAD)),
-        (Outcome.GARBAGE, None, Verdict(Sign.BAD)),
-        (Outcome.RATE_LIMITED, 7.0, Verdict(Sign.REFUSED, 7)),
-        (Outcome.RATE_LIMITED, None, Verdict(Sign.REFUSED, 2)),
-        (Outcome.OVERLOADED, 7.0, Verdict(Sign.REST, 7)),
-        (Outcome.OVERLOADED, None, Verdict(Sign.BAD, 2)),
-        (Outcome.OVERLOADED, 0.0, Verdict(Sign.BAD, 2)),
-        (Outcome.UNKNOWN_MODEL, None, Verdict(Sign.REST, 40)),
+        (Outcome.ANSWERED, None, Verdict(Signal.GOOD)),
+        (Outcome.REJECTED, None, Verdict(Signal.GOOD)),
+        (Outcome.ERROR, None, Verdict(Signal.BAD)),
+        (Outcome.TIMEOUT, None, Verdict(Signal.BAD)),
+        (Outcome.GARBAGE, None, Verdict(Signal.BAD)),
+        (Outcome.RATE_LIMITED, 7.0, Verdict(Signal.REFUSED, 7)),
+        (Outcome.RATE_LIMITED, None, Verdict(Signal.REFUSED, 2)),
+        (Outcome.OVERLOADED, 7.0, Verdict(Signal.REST, 7)),
+        (Outcome.OVERLOADED, None, Verdict(Signal.BAD, 2)),
+        (Outcome.OVERLOADED, 0.0, Verdict(Signal.BAD, 2)),
+        (Outcome.UNKNOWN_MODEL, None, Verdict(Signal.REST, 40)),
         (Outcome.UNSENT, None, None),
         (Outcome.LOST, None, None),
     ],

@@ -14,14 +14,18 @@ from router.traffic import TrafficTarget
 def test_what_is_configured_is_what_the_limiter_works_by():
     traffic = TrafficSettings(
         second_send_slack=0.05, second_transit_slack=0.1, minute_send_slack=0.2, minute_transit_slack=2.0,
-        failures_borne=7, first_rest_seconds=3, longest_rest_seconds=30,
+        failure_threshold=7, initial_cooldown_seconds=3, max_cooldown_seconds=30,
     )  # fmt: skip
     settings = LimiterSettings.of(load_config().model_copy(update={"traffic": traffic}))
     assert settings.slacks(1) == Slacks(0.05, 0.1)
     assert settings.slacks(3600) == Slacks(0.2, 2.0)
     assert settings.send_slack(TrafficTarget.parse("9/s, 100/min")) == 0.05
     breaker = settings.breaker
-    assert (breaker.failures_borne, breaker.first_rest_seconds, breaker.longest_rest_seconds) == (7, 3, 30)
+    assert (breaker.failure_threshold, breaker.initial_cooldown_seconds, breaker.max_cooldown_seconds) == (
+        7,
+        3,
+        30,
+    )
 
 
 def test_the_shipped_configuration_is_the_default():

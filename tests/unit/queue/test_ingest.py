@@ -16,7 +16,7 @@ from hypothesis import given, settings, strategies
 from router.errors import InputError
 from router.queue import prompt_files as prompt_file
 from router.queue.chat import prompt_of
-from router.queue.ingest import BadLine, IntakeRules, NewTask, read_tasks
+from router.queue.ingest import IngestDefaults, InvalidRow, NewTask, read_tasks
 from router.queue.prompt_files import Format, detect_format, unpacked
 
 
@@ -25,8 +25,8 @@ def stream(data: bytes | str) -> io.BufferedReader:
     return io.BufferedReader(raw)  # type: ignore[type-var]
 
 
-def read(data: bytes | str, kind: Format = Format.JSONL, **rules: Any) -> list[NewTask | BadLine]:
-    return list(read_tasks(stream(data), kind, IntakeRules(**rules)))
+def read(data: bytes | str, kind: Format = Format.JSONL, **rules: Any) -> list[NewTask | InvalidRow]:
+    return list(read_tasks(stream(data), kind, IngestDefaults(**rules)))
 
 
 def tasks(data: bytes | str, kind: Format = Format.JSONL, **rules: Any) -> list[NewTask]:
@@ -38,7 +38,7 @@ def tasks(data: bytes | str, kind: Format = Format.JSONL, **rules: Any) -> list[
 def problem(data: bytes | str, kind: Format = Format.JSONL, **rules: Any) -> str:
     found = read(data, kind, **rules)
     assert len(found) == 1, found
-    assert isinstance(found[0], BadLine), found
+    assert isinstance(found[0], InvalidRow), found
     return found[0].problem
 
 
@@ -81,7 +81,7 @@ def test_csv_reads_quotes_newlines_and_names_the_line_a_row_begins_at():
     assert (first.line, first.prompt, first.external_id) == (2, 'two\nlines, and "quotes"', "1")
     assert isinstance(second, NewTask)
     assert (second.line, second.category) == (4, None)
-    assert isinstance(third, BadLine)
+    assert isinstance(third, InvalidRow)
     assert (third.line, "quote a text that holds commas" in third.problem) == (6, True)
 
 
@@ -94,7 +94,7 @@ def test_csv_finds_its_delimiter(delimiter: str):
 def test_a_csv_quote_that_never_ends_is_named_and_what_stands_before_it_is_read():
     first, second = read('prompt\ngood\n"never closed\nmore\n', Format.CSV)
     assert isinstance(first, NewTask)
-    assert isinstance(second, BadLine)
+    assert isinstance(second, InvalidRow)
     assert second.line == 3
 
 
@@ -157,11 +157,11 @@ def test_a_line_too_long_is_passed_over_in_bounded_memory(monkeypatch: pytest.Mo
     data = stream(b'{"prompt":"' + b"x" * 20_000_000 + b'"}\n{"prompt":"after"}\n')
     tracemalloc.start()
     try:
-        first, second = read_tasks(data, Format.JSONL, IntakeRules())
+        first, second = read_tasks(data, Format.JSONL, IngestDefaults())
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert isinstance(first, BadLine)
+    assert isinstance(first, InvalidRow)
     assert "longer than" in first.problem
     assert isinstance(second, NewTask)
     assert peak < 2_000_000
@@ -211,9 +211,9 @@ def test_the_format_is_found_by_suffix_or_else_by_the_first_line(name: str, data
 
 def test_gzip_is_read_through_and_a_broken_one_named_after_what_could_be_read():
     whole = gzip.compress(b'{"prompt":"a"}\n' * 3)
-    assert len(list(read_tasks(unpacked(stream(whole)), Format.JSONL, IntakeRules()))) == 3
-    *_, last = read_tasks(unpacked(stream(whole[:-9])), Format.JSONL, IntakeRules())
-    assert isinstance(last, BadLine)
+    assert len(list(read_tasks(unpacked(stream(whole)), Format.JSONL, IngestDefaults()))) == 3
+    *_, last = read_tasks(unpacked(stream(whole[:-9])), Format.JSONL, IngestDefaults())
+    assert isinstance(last, InvalidRow)
     assert "from here on" in last.problem
 
 
@@ -281,8 +281,8 @@ def pieces() -> Iterator[bytes]:
 @given(strategies.lists(strategies.sampled_from(list(pieces())) | strategies.binary(max_size=8), max_size=12),
        strategies.sampled_from(list(Format)))  # fmt: skip
 def test_whatever_the_bytes_reading_them_never_raises(parts: list[bytes], kind: Format):
-    for item in read_tasks(unpacked(stream(b"".join(parts))), kind, IntakeRules()):
-        assert isinstance(item, (NewTask, BadLine))
+    for item in read_tasks(unpacked(stream(b"".join(parts))), kind, IngestDefaults()):
+        assert isinstance(item, (NewTask, InvalidRow))
         if isinstance(item, NewTask):
             item.prompt.encode()  # Postgres takes it
             assert "\0" not in item.prompt + item.external_id + (item.category or "")

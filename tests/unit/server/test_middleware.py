@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from router.server import middleware as openai_door
 from router.server.api_keys import ApiKeys
-from router.server.middleware import Door, Limits, read_body, send_json
+from router.server.middleware import AuthMiddleware, Limits, read_body, send_json
 from router.server.responses import ApiError
 
 KEY = "k" * 20
@@ -48,7 +48,7 @@ class Client:
         self.got.append(message)
 
     async def visit(self, app: ASGIApp, keys: ApiKeys | None = None) -> None:
-        await Door(app, keys)(self.scope, self.receive, self.send)
+        await AuthMiddleware(app, keys)(self.scope, self.receive, self.send)
 
     @property
     def status(self) -> int:
@@ -133,7 +133,7 @@ async def test_a_client_that_takes_nothing_is_given_up(
         await asyncio.Event().wait()
 
     client = Client()
-    await asyncio.wait_for(Door(welcome, None)(client.scope, client.receive, stuck), 5)
+    await asyncio.wait_for(AuthMiddleware(welcome, None)(client.scope, client.receive, stuck), 5)
     assert "given up after" in caplog.text
     assert "the client took nothing of the reply" in caplog.text
 

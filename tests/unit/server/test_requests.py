@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from router.server.requests import IGNORED, USUAL, Catalogue, read_chat
+from router.server.requests import IGNORED, USUAL, Catalog, read_chat
 from router.server.responses import ApiError
 from router.task import AnswerRank
 
-CATALOGUE = Catalogue({"phi-4": 512, "llama-3.3-70b": 1024}, ("general", "technical"), fallback_tokens=300)
+CATALOGUE = Catalog({"phi-4": 512, "llama-3.3-70b": 1024}, ("general", "technical"), fallback_tokens=300)
 ASKS = {"model": "auto", "messages": [{"role": "user", "content": "Why?"}]}
 
 

@@ -58,7 +58,7 @@ def test_the_shipped_file_writes_down_the_defaults_and_explains_each_key() -> No
     data = yaml.safe_load(text)
     assert BackendSettings.model_validate(data["backend"]) == BackendSettings()
     assert WorkerSettings.model_validate(data["worker"]) == WorkerSettings()
-    elsewhere = {"categories", "default_category", "categorising", "discovered", "discovered_problem"}
+    elsewhere = {"categories", "default_category", "classification", "discovered", "discovered_problem"}
     assert set(data) == set(RouterConfig.model_fields) - elsewhere
     assert set(data["models"]["llama-3.1-8b"]) == set(ModelSettings.model_fields)
     for kind in (BackendSettings, WorkerSettings):

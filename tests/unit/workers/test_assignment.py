@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from router.models.ranked import Learned
+from router.models.ranked import RankedModel
 from router.workers.assignment import PullOrder, Work, bounds, quality, quality_in, shares
 
 PLACES = {"technical": {"a": 1, "b": 2}, "creative": {"a": 2, "b": 1}}
@@ -66,8 +66,8 @@ def test_a_category_without_a_share_comes_last_and_by_quality() -> None:
 
 
 LEARNED = {
-    "technical": {"a": Learned(0.9), "b": Learned(0.6)},
-    "creative": {"a": Learned(0.8), "b": Learned(0.79)},
+    "technical": {"a": RankedModel(0.9), "b": RankedModel(0.6)},
+    "creative": {"a": RankedModel(0.8), "b": RankedModel(0.79)},
 }
 
 
@@ -85,7 +85,7 @@ def test_where_others_were_learned_a_newcomer_is_worth_less_than_any_of_them() -
 
 
 def test_a_bounded_model_gets_no_more_than_its_share() -> None:
-    learned = {"technical": {"a": Learned(0.9), "b": Learned(0.1, 0.05, 0.05)}}
+    learned = {"technical": {"a": RankedModel(0.9), "b": RankedModel(0.1, 0.05, 0.05)}}
     work = Work({"technical": 1000}, {"a": 1.0, "b": 1.0}, {}, learned)
     assert bounds(work) == {"b": {"technical": 0.05}}
     order, pulled = PullOrder(places={}), 0
@@ -110,15 +110,15 @@ def test_a_bounded_model_does_not_save_its_share_up() -> None:
 
 
 def test_there_is_no_bound_where_nobody_else_can_do_the_work() -> None:
-    learned = {"technical": {"a": Learned(0.9), "b": Learned(0.1, 0.05, 0.05)}}
+    learned = {"technical": {"a": RankedModel(0.9), "b": RankedModel(0.1, 0.05, 0.05)}}
     assert bounds(Work({"technical": 10}, {"a": 0.0, "b": 1.0}, {}, learned)) == {}
     assert shares(Work({"technical": 10}, {"a": 0.0, "b": 1.0}, {}, learned))["b"] == {"technical": 1.0}
 
 
 def test_who_has_to_prove_itself_gets_its_least_share() -> None:
     learned = {
-        "technical": {"a": Learned(0.9), "b": Learned(0.5, 0.05)},
-        "creative": {"a": Learned(0.5), "b": Learned(0.9)},
+        "technical": {"a": RankedModel(0.9), "b": RankedModel(0.5, 0.05)},
+        "creative": {"a": RankedModel(0.5), "b": RankedModel(0.9)},
     }
     work = Work({"technical": 1000, "creative": 1000}, {"a": 1.0, "b": 1.0}, {}, learned)
     assert shares(work)["b"]["technical"] == pytest.approx(0.05)
@@ -133,7 +133,7 @@ def test_pulling_comes_near_the_optimum_in_two_hundred_drains() -> None:
             [f"m{n}" for n in range(draw.randint(2, 10))],
             ["technical", "creative", "general"],
         )
-        learned = {c: {m: Learned(draw.uniform(0.3, 0.95)) for m in models} for c in categories}
+        learned = {c: {m: RankedModel(draw.uniform(0.3, 0.95)) for m in models} for c in categories}
         backlog = {c: draw.randint(100, 800) for c in categories}
         work = Work(backlog, {m: draw.uniform(0.2, 5) for m in models}, {}, learned)
         worth, done = drained(work)

@@ -5,7 +5,7 @@
 -- needed for progress. What is taken is marked by claimed_at, and is nobody else's until a second is over.
 
 -- Tasks to be given a category, the most urgent first; at most p_limit. Of a long prompt the beginning and the end.
-CREATE OR REPLACE FUNCTION take_uncategorised(p_limit integer)
+CREATE OR REPLACE FUNCTION claim_uncategorized(p_limit integer)
 RETURNS TABLE (task_id bigint, prompt_version integer, prompt text)
 LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off AS $$
 #variable_conflict use_column
@@ -32,14 +32,14 @@ END
 $$;
 
 -- A categoriser starts, and may take tasks within p_seconds.
-CREATE OR REPLACE FUNCTION starts_categorising(p_seconds double precision) RETURNS void
+CREATE OR REPLACE FUNCTION announce_classifier(p_seconds double precision) RETURNS void
 LANGUAGE sql AS $$
     UPDATE categorising SET starts_until = greatest(starts_until, clock_timestamp() + make_interval(secs => p_seconds))
 $$;
 
 -- Let these tasks into the lanes of their categories, in the order in which they came. One that was edited meanwhile
 -- waits for its own; a category that the config does not know is the default one. Returns how many had none yet.
-CREATE OR REPLACE FUNCTION keep_categories(
+CREATE OR REPLACE FUNCTION assign_categories(
     p_task_ids bigint[], p_versions integer[], p_categories text[], p_confidences real[], p_reasons text[]) RETURNS integer
 LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
@@ -84,7 +84,7 @@ $$;
 
 -- Tasks whose time is over take the default category; at most p_limit. Returns how many. Not while a categoriser is at
 -- work, which then takes the backlog in its order; while one starts, only a few, to have something to do.
-CREATE OR REPLACE FUNCTION default_uncategorised(p_limit integer DEFAULT 1000) RETURNS integer
+CREATE OR REPLACE FUNCTION apply_default_category(p_limit integer DEFAULT 1000) RETURNS integer
 LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off AS $$
 DECLARE
     categoriser categorising;
@@ -108,6 +108,6 @@ BEGIN
     IF due.ids IS NULL THEN
         RETURN 0;
     END IF;
-    RETURN keep_categories(due.ids, due.versions, due.categories, due.confidences, due.reasons);
+    RETURN assign_categories(due.ids, due.versions, due.categories, due.confidences, due.reasons);
 END
 $$;

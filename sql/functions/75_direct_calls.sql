@@ -43,7 +43,7 @@ $$;
 
 -- Close calls without a task whose maker must have died: open for longer than p_seconds, of those from p_from until
 -- p_end. Returns how many. If one ends after all, its real outcome replaces this one.
-CREATE OR REPLACE FUNCTION lose_calls(p_from uuid, p_end uuid, p_seconds double precision) RETURNS bigint
+CREATE OR REPLACE FUNCTION mark_calls_lost(p_from uuid, p_end uuid, p_seconds double precision) RETURNS bigint
 LANGUAGE sql AS $$
     WITH lost AS (
         UPDATE model_calls c

@@ -32,7 +32,7 @@ $$;
 
 -- Until when a task is kept from the lanes, to be given a category; NULL if its producer has named one, or if none are
 -- given. Then it takes the default one.
-CREATE OR REPLACE FUNCTION uncategorised_until(p_category text) RETURNS timestamptz
+CREATE OR REPLACE FUNCTION uncategorized_until(p_category text) RETURNS timestamptz
 LANGUAGE sql VOLATILE AS $$
     SELECT clock_timestamp() + make_interval(secs => s.categorise_seconds)
       FROM queue_settings s WHERE p_category IS NULL AND s.categorise
@@ -86,7 +86,7 @@ LANGUAGE sql IMMUTABLE AS $$
 $$;
 
 -- The first UUID of a moment, to ask the call log for what is newer.
-CREATE OR REPLACE FUNCTION call_id_floor(p_at timestamptz) RETURNS uuid
+CREATE OR REPLACE FUNCTION first_call_id(p_at timestamptz) RETURNS uuid
 LANGUAGE sql IMMUTABLE AS $$
     SELECT (lpad(to_hex((extract(epoch FROM p_at) * 1000)::bigint), 12, '0') || '00000000000000000000')::uuid
 $$;

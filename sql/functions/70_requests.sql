@@ -11,7 +11,7 @@
 -- Insert a prompt as a task that the first call of its asking holds; nothing is sent before. Raises RT001 if the asker
 -- has lost its lease, RT003 if the prompt can be sent to no model. Commits asynchronously: the asker is told of it, and
 -- every answer commits for good.
-CREATE OR REPLACE FUNCTION ask_task(
+CREATE OR REPLACE FUNCTION begin_request(
     p_prompt text, p_deadline_seconds double precision, p_call_id uuid, p_model text, p_role text, p_rank smallint,
     p_category text, p_confidence real, p_worker text, p_reserved_tokens integer, p_preferred text, p_fallback text)
 RETURNS TABLE (task_id bigint, prompt_version integer)
@@ -29,7 +29,7 @@ BEGIN
         RAISE EXCEPTION 'worker % has lost its lease and may not ask: start again under a new name', p_worker
             USING ERRCODE = 'RT001';
     END IF;
-    PERFORM set_config('router.asking', 'on', true);  -- it is held from the start: nobody need be woken
+    PERFORM set_config('router.interactive', 'on', true);  -- it is held from the start: nobody need be woken
     INSERT INTO tasks (prompt, category, deadline_at)
     VALUES (p_prompt, p_category, clock_timestamp() + make_interval(secs => p_deadline_seconds))
     RETURNING id, tasks.prompt_version INTO added;
@@ -45,7 +45,7 @@ END
 $$;
 
 -- Write the log's row of another call of an asking, before it is sent.
-CREATE OR REPLACE FUNCTION ask_call(
+CREATE OR REPLACE FUNCTION add_request_call(
     p_call_id uuid, p_task_id bigint, p_prompt_version integer, p_model text, p_role text, p_rank smallint,
     p_category text, p_confidence real, p_worker text, p_attempt integer, p_reserved_tokens integer,
     p_preferred text, p_fallback text) RETURNS void
@@ -63,7 +63,7 @@ $$;
 -- Close a call of an asking, and its task as settle_call does. If this call holds the task and does not solve it, the
 -- task goes to p_heir, if that call is still open, else its attempts are used up. p_late: the asker had its answer
 -- before. Returns settle_call's word, and 'passed' for a call that failed while another one holds the task.
-CREATE OR REPLACE FUNCTION settle_asked(
+CREATE OR REPLACE FUNCTION settle_request_call(
     p_call_id uuid, p_outcome text, p_answer text, p_prompt_tokens integer, p_completion_tokens integer,
     p_cost double precision, p_latency_seconds double precision, p_error text, p_task_id bigint, p_model text,
     p_role text, p_rank smallint, p_prompt_version integer, p_reserved_tokens integer, p_late boolean,
@@ -101,7 +101,7 @@ END
 $$;
 
 -- An asking whose reply was lost on the way: if it was begun, end it. Whether it was.
-CREATE OR REPLACE FUNCTION forget_asked(p_call_id uuid, p_error text) RETURNS boolean
+CREATE OR REPLACE FUNCTION discard_request_call(p_call_id uuid, p_error text) RETURNS boolean
 LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
     begun record;
@@ -111,7 +111,7 @@ BEGIN
     IF NOT FOUND THEN
         RETURN false;
     END IF;
-    PERFORM settle_asked(p_call_id, 'unsent', NULL, NULL, NULL, NULL, NULL, p_error, begun.task_id, begun.model, begun.role,
+    PERFORM settle_request_call(p_call_id, 'unsent', NULL, NULL, NULL, NULL, NULL, p_error, begun.task_id, begun.model, begun.role,
                          begun.rank, begun.prompt_version, begun.reserved_tokens, false);
     RETURN true;
 END
@@ -127,7 +127,7 @@ $$;
 
 -- Tasks whose deadline is at most p_ahead_seconds off and that no model has answered, the earliest first. They are
 -- taken for p_hold_seconds: if nothing is said until then, another process may take them.
-CREATE OR REPLACE FUNCTION take_deadlines(p_ahead_seconds double precision, p_hold_seconds double precision, p_limit integer)
+CREATE OR REPLACE FUNCTION claim_due_deadlines(p_ahead_seconds double precision, p_hold_seconds double precision, p_limit integer)
 RETURNS TABLE (task_id bigint, prompt text, prompt_version integer, category text, confidence real,
                max_tokens integer, seconds_left double precision)
 LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
@@ -155,7 +155,7 @@ END
 $$;
 
 -- Whoever serves the deadline is still at it: nobody else takes it meanwhile.
-CREATE OR REPLACE FUNCTION hold_deadline(
+CREATE OR REPLACE FUNCTION extend_deadline_claim(
     p_task_id bigint, p_prompt_version integer, p_ahead_seconds double precision, p_hold_seconds double precision)
 RETURNS void
 LANGUAGE sql AS $$
@@ -166,7 +166,7 @@ $$;
 
 -- The deadline of this prompt was served: what could be had is kept. One that was moved away meanwhile is still to come,
 -- and so is that of an edited prompt.
-CREATE OR REPLACE FUNCTION deadline_served(p_task_id bigint, p_prompt_version integer, p_ahead_seconds double precision)
+CREATE OR REPLACE FUNCTION complete_deadline(p_task_id bigint, p_prompt_version integer, p_ahead_seconds double precision)
 RETURNS void
 LANGUAGE sql AS $$
     UPDATE queue q

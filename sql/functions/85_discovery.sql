@@ -16,7 +16,7 @@ LANGUAGE sql STABLE AS $$
 $$;
 
 -- Keep what a search found of a model in a category, unless the newest finding says the same. Returns whether it is news.
-CREATE OR REPLACE FUNCTION keep_candidate(
+CREATE OR REPLACE FUNCTION record_candidate(
     p_search bigint, p_model text, p_category text, p_catalogue text, p_verdict text, p_reason text, p_trial jsonb)
 RETURNS boolean
 LANGUAGE plpgsql AS $$
@@ -33,7 +33,7 @@ END
 $$;
 
 -- Models that were tried for the category within so many nights, or taken and undone: they are left in peace.
-CREATE OR REPLACE FUNCTION resting_candidates(p_category text, p_nights integer) RETURNS TABLE (model text, why text)
+CREATE OR REPLACE FUNCTION recently_tried(p_category text, p_nights integer) RETURNS TABLE (model text, why text)
 LANGUAGE sql STABLE AS $$
     SELECT DISTINCT ON (r.model) r.model, r.why
       FROM (SELECT c.model, c.at, format('lost on %s: %s', to_char(c.at, 'YYYY-MM-DD'), c.reason) AS why
@@ -53,12 +53,12 @@ LANGUAGE sql STABLE AS $$
            spent.trials + greatest(0, spent.judging - coalesce((SELECT sum(j.cost) FROM judgements j WHERE j.at >= p_since), 0))
       FROM (SELECT coalesce(sum(c.cost) FILTER (WHERE c.purpose = 'trial'), 0) ::float8 AS trials,
                    coalesce(sum(c.cost) FILTER (WHERE c.purpose = 'judge'), 0)::float8 AS judging
-              FROM model_calls c WHERE c.call_id >= (SELECT call_id_floor(p_since))) AS spent
+              FROM model_calls c WHERE c.call_id >= (SELECT first_call_id(p_since))) AS spent
 $$;
 
 -- Take a model on: on probation, last in the category, with a bounded share. p_model: a row of the roster. Returns the
 -- event; NULL if the roster has the name already, but for this search's own taking of it for another category.
-CREATE OR REPLACE FUNCTION take_candidate(
+CREATE OR REPLACE FUNCTION admit_candidate(
     p_search bigint, p_by text, p_model jsonb, p_category text, p_share float8, p_why text, p_known jsonb) RETURNS bigint
 LANGUAGE plpgsql AS $$
 DECLARE
