@@ -38,15 +38,15 @@ from local.postgres import start_postgres
 from local.redis import start_redis
 from models_backend.latency import latency_seconds
 from models_backend.process import BackendServer, start_backend
-from router.answering.router import Answer, Router
+from router.answering import Answer, Router
 from router.database import connect, rows
 from router.errors import RouterError
-from router.limiter.limiter import TrafficLimiter
+from router.limiter import TrafficLimiter
 from router.migrations import migrate
-from router.models.roster import sync_roster
-from router.settings.environment import Addresses
+from router.models import sync_roster
+from router.settings import Addresses, FallbackSettings, RouterConfig
 from router.settings.models import ModelSettings
-from router.settings.router import AnsweringSettings, FallbackSettings, RouterConfig
+from router.settings.router import AnsweringSettings
 from router.task import AnswerRank, Outcome
 
 PREFERRED, NEXT, CHEAP = "deepseek-v3", "llama-3.3-70b", "llama-3.1-8b"

@@ -40,7 +40,7 @@ from bench.console_fill import Mover, fill, write_models
 from bench.console_lookers import OPEN_SECONDS, VIEWS, Looker, Seen, updates, while_looking
 from local.stack import Stack
 from local.stack_plan import StackOptions
-from router.settings.environment import DEFAULT_CONFIG_FOLDER
+from router.settings import DEFAULT_CONFIG_FOLDER
 
 MOST_ANSWER_SECONDS = 0.1
 MOST_CORE = 0.05

@@ -11,7 +11,7 @@ from typing import Any
 import psycopg2
 import yaml
 
-from router.settings.environment import DEFAULT_CONFIG_FOLDER
+from router.settings import DEFAULT_CONFIG_FOLDER
 
 CHUNK = 100_000
 CATEGORIES = ("technical", "creative", "general")

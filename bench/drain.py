@@ -30,10 +30,10 @@ from local.airflow_api import AirflowApi
 from local.stack import Stack
 from local.stack_plan import StackOptions
 from router.database import connect, rows
-from router.limiter.settings import LimiterSettings
-from router.models.roster import sync_roster
+from router.limiter import LimiterSettings
+from router.models import sync_roster
+from router.settings import RouterConfig, load_config
 from router.settings.models import ModelSettings
-from router.settings.router import RouterConfig, load_config
 from router.traffic import TrafficTarget
 
 NEWCOMER = "newcomer-7b"

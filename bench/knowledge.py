@@ -35,7 +35,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.knowledge_rivals import ENGINES, Engine, NotThere
-from router.knowledge.evaluation import Collection, read_collection
+from router.knowledge import read_collection
+from router.knowledge.evaluation import Collection
 from router.knowledge.relevance import STOP_WORDS
 
 VOCABULARY = 300_000

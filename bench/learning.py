@@ -35,8 +35,7 @@ if not __package__:  # run by its path
 from bench.learning_replay import Ints, Replay, RouterReplay, Table, read_table, worths
 from router.errors import ConfigError
 from router.learning.ranking import Key
-from router.settings.learning import LearningSettings, load_learning
-from router.settings.router import load_config
+from router.settings import LearningSettings, load_config, load_learning
 
 FAILING_DAYS = 5
 RESAMPLES = 2000

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from router.learning import Placed
 from router.learning.evidence import Evidence, Moments, PeriodStats, decayed
-from router.learning.ranking import Candidate, Key, Placed, Standing, rank
+from router.learning.ranking import Candidate, Key, Standing, rank
 from router.learning.utility import Prior, beneath, usual
-from router.settings.learning import LearningSettings
+from router.settings import LearningSettings
 
 FAILING_SUCCESS = 0.2
 TOPIC_PRIOR_CALLS = 60.0

@@ -40,7 +40,7 @@ from bench.side_by_side import ENDPOINT, SHAPES, Bench, Parts, Result, drawn_lat
 from local.postgres import start_postgres
 from local.redis import start_redis
 from models_backend.quota import Quotas
-from router.settings.environment import ROOT
+from router.settings import ROOT
 from router.traffic import TrafficTarget
 
 AIM = 0.97

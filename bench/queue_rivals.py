@@ -25,7 +25,7 @@ import asyncpg
 from local.postgres import PostgresServer
 from router.database import connect, open_pool, rows
 from router.migrations import migrate
-from router.queue.task_queue import TaskQueue
+from router.queue import TaskQueue
 from router.task import CallResult, Outcome, new_call_id
 
 CATEGORIES = ("technical", "creative", "general")

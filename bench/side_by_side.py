@@ -25,12 +25,10 @@ from models_backend.latency import latency_seconds
 from models_backend.process import start_backend
 from router.database import connect, rows
 from router.migrations import migrate
-from router.models.roster import sync_roster
-from router.settings.environment import ROOT, Addresses
+from router.models import sync_roster
+from router.settings import ROOT, Addresses, RouterConfig
 from router.settings.models import ModelSettings
-from router.settings.router import RouterConfig
-from router.workers.engine import Engine
-from router.workers.worker import Worker
+from router.workers import Engine, Worker
 
 ENDPOINT = "bench"
 MODELS = tuple(f"model-{number:02}" for number in range(1, 11))

@@ -9,7 +9,7 @@ from airflow.providers.postgres.hooks.postgres import PostgresHook
 from airflow.sdk import dag, task
 from model_worker import ModelWorker, WaitForWork
 
-from router.workers.runs import begin_run, run_report
+from router.workers import begin_run, run_report
 
 DOC = """
 ### solve_tasks

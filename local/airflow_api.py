@@ -7,7 +7,7 @@ from typing import Any
 import requests
 
 from router.errors import AirflowError as AirflowApiError
-from router.models.airflow_api import AirflowApi as VariablesApi
+from router.models import AirflowApi as VariablesApi
 
 __all__ = ["AirflowApi", "AirflowApiError"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from local.airflow_api import AirflowApi
-from router.settings.router import load_config
+from router.settings import load_config
 from router.traffic import GRAMMAR
 
 PREFIX = "traffic."

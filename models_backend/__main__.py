@@ -18,8 +18,7 @@ from models_backend.check import check
 from models_backend.latency import SHAPES
 from models_backend.settings import StandInSettings, provider_from_environment, served_models
 from router.errors import ConfigError, RouterError
-from router.settings.environment import DEFAULT_CONFIG_FOLDER
-from router.settings.router import load_config
+from router.settings import DEFAULT_CONFIG_FOLDER, load_config
 from router.traffic import TrafficTarget
 
 KEEPALIVE_SECONDS = 75

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from models_backend.latency import parse_shape
 from router.errors import ConfigError
-from router.settings.router import RouterConfig
+from router.settings import RouterConfig
 from router.traffic import TrafficTarget
 
 

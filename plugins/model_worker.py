@@ -15,11 +15,9 @@ from airflow.sdk import BaseOperator, BaseOperatorLink, Connection, Variable
 from airflow.sdk.definitions.context import Context
 from airflow.triggers.base import BaseTrigger, TaskSuccessEvent, TriggerEvent
 
-from router.models.targets import VARIABLE_PREFIX
-from router.settings.environment import Addresses, config_folder, data_folder
-from router.settings.router import load_config
-from router.workers.engine import Engine
-from router.workers.worker import Worker, wait_for_work
+from router.models import VARIABLE_PREFIX
+from router.settings import Addresses, config_folder, data_folder, load_config
+from router.workers import Engine, Worker, wait_for_work
 
 LINGER_SECONDS = 30.0  # the next run follows within seconds and finds the engine warm
 
@@ -75,7 +73,7 @@ class SharedEngine:
                 engine = Engine(await addresses_from_connections(), load_config(), read_traffic_variables)
                 await engine.start()
                 # Not in processes that only load plugins: it brings the search engine with it.
-                from router.workers.deadlines import DeadlineJob  # noqa: PLC0415
+                from router.workers import DeadlineJob  # noqa: PLC0415
 
                 DeadlineJob(engine, config_folder(), data_folder()).start()
                 self._engine = engine

@@ -21,9 +21,14 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException, Airfl
 from model_worker import addresses_of
 
 from router.errors import AirflowError, ConfigError, InputError, RouterError, SchemaError
-from router.settings.environment import Addresses, config_folder
-from router.settings.learning import LearningSettings, load_learning
-from router.settings.router import RouterConfig, load_config
+from router.settings import (
+    Addresses,
+    LearningSettings,
+    RouterConfig,
+    config_folder,
+    load_config,
+    load_learning,
+)
 
 BY = "nightly_review"
 MOST_LINES = 60  # of one step in the report; its own log has them all
@@ -57,15 +62,15 @@ class Night:
 
 def grade(night: Night) -> list[str]:
     """Cheap checks of a sample of the answers."""
-    from router.learning.review import grade_answers  # noqa: PLC0415 - see above
+    from router.learning import grade_answers  # noqa: PLC0415 - see above
 
     return [f"{grade_answers(night.url, night.learning):,} answers graded by cheap checks"]
 
 
 def judge(night: Night) -> list[str]:
     """Another model judges some of them, within the night's budget."""
-    from router.learning.judging import Judged, judge_answers  # noqa: PLC0415 - see above
-    from router.models.direct_calls import DirectCaller  # noqa: PLC0415 - see above
+    from router.learning import Judged, judge_answers  # noqa: PLC0415 - see above
+    from router.models import DirectCaller  # noqa: PLC0415 - see above
 
     async def judged() -> Judged:
         async with DirectCaller(night.addresses, night.config) as caller:
@@ -79,14 +84,14 @@ def judge(night: Night) -> list[str]:
 
 def sum_up(night: Night) -> list[str]:
     """The log becomes evidence."""
-    from router.learning.review import sum_evidence  # noqa: PLC0415 - see above
+    from router.learning import sum_evidence  # noqa: PLC0415 - see above
 
     return [f"{sum_evidence(night.url, night.learning):,} calls summed up"]
 
 
 def rank(night: Night) -> list[str]:
     """Evidence becomes an order, in force in one transaction; a dry run does all that, and keeps nothing."""
-    from router.learning.review import rank_models, run_review  # noqa: PLC0415 - see above
+    from router.learning import rank_models, run_review  # noqa: PLC0415 - see above
 
     if night.dry_run:
         done = run_review(night.url, night.learning, by=BY, dry_run=True)
@@ -98,12 +103,12 @@ def rank(night: Night) -> list[str]:
 
 def search(night: Night) -> list[str]:
     """Look for better models, try them, take on what wins."""
-    from router.discovery.search import search as search_models  # noqa: PLC0415 - see above
-    from router.settings.discovery import load_discovery  # noqa: PLC0415 - see above
+    from router.discovery import run_search  # noqa: PLC0415 - see above
+    from router.settings import load_discovery  # noqa: PLC0415 - see above
 
     if not night.params.get("search", True):
         return ["not asked for"]
-    done = search_models(
+    done = run_search(
         night.addresses, night.config, night.learning, load_discovery(night.folder, night.config.categories),
         night.folder, categories=night.params.get("categories") or None, by=BY, dry_run=night.dry_run,
         variables=AirflowVariables(), since=night.began,
@@ -121,8 +126,8 @@ def search(night: Night) -> list[str]:
 
 def probation(night: Night) -> list[str]:
     """Models that the search took are promoted or retired by their log."""
-    from router.discovery.probation import review_probation  # noqa: PLC0415 - see above
-    from router.settings.discovery import load_discovery  # noqa: PLC0415 - see above
+    from router.discovery import review_probation  # noqa: PLC0415 - see above
+    from router.settings import load_discovery  # noqa: PLC0415 - see above
 
     decisions = review_probation(
         night.url, night.folder, night.config, night.learning,
@@ -136,7 +141,7 @@ def probation(night: Night) -> list[str]:
 
 def retention(night: Night) -> list[str]:
     """Old days of the log go, once they are summed up."""
-    from router.learning.retention import drop_old_calls  # noqa: PLC0415 - see above
+    from router.learning import drop_old_calls  # noqa: PLC0415 - see above
 
     done = drop_old_calls(night.url, night.learning, dry_run=night.dry_run)
     return [str(done), *done.days, *(f"kept {kept}" for kept in done.kept)]

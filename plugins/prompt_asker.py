@@ -12,11 +12,10 @@ from airflow.sdk.exceptions import AirflowFailException
 from model_worker import addresses_of
 
 from router.errors import InputError
-from router.settings.environment import config_folder, data_folder
-from router.settings.router import load_config
+from router.settings import config_folder, data_folder, load_config
 
 if TYPE_CHECKING:
-    from router.answering.router import Answer, Event, Router
+    from router.answering import Answer, Event, Router
 
 GRACE_SECONDS = 1.0  # for calls that can bring no better answer, so that their cost is known
 OPTIONS = ("category", "model", "deadline_seconds")
@@ -52,7 +51,7 @@ class AskPrompt(BaseOperator):
 
     def _router(self) -> Router:
         # Not in processes that only load plugins: it brings the search engine with it.
-        from router.answering.router import Router  # noqa: PLC0415
+        from router.answering import Router  # noqa: PLC0415
 
         names = ("router_db", "router_redis", "models_backend")
         addresses = addresses_of(*(Connection.get(name) for name in names))

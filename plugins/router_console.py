@@ -38,7 +38,7 @@ class LazyConsole:
     async def close(self) -> None:
         """End what the console has begun, if anybody has ever looked at it."""
         if self._console is not None:
-            await self._console.close()
+            await self._console.state.close()
 
 
 def _build() -> Console:

@@ -13,7 +13,7 @@ import logging
 from airflow.plugins_manager import AirflowPlugin
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from router.settings.environment import Addresses
+from router.settings import Addresses
 
 log = logging.getLogger("router.traffic_variables")
 
@@ -28,7 +28,7 @@ def read_variables() -> tuple[dict[str, str | None], bool | None, int]:
     from airflow.utils.session import create_session  # noqa: PLC0415 - the same
     from sqlalchemy import func, select  # noqa: PLC0415 - the same
 
-    from router.models.targets import VARIABLE_PREFIX  # noqa: PLC0415 - the same
+    from router.models import VARIABLE_PREFIX  # noqa: PLC0415 - the same
 
     with create_session() as session:
         now = session.scalar(select(func.now()))
@@ -53,8 +53,8 @@ async def watch() -> None:
 
 
 async def _watch_until_trouble() -> None:
-    from router.models.services import open_services  # noqa: PLC0415 - not in processes that only parse
-    from router.settings.router import load_config  # noqa: PLC0415 - the same
+    from router.models import open_services  # noqa: PLC0415 - not in processes that only parse
+    from router.settings import load_config  # noqa: PLC0415 - the same
 
     addresses = await asyncio.to_thread(_addresses)
     async with open_services(addresses, load_config(), connections=2) as services:

@@ -15,7 +15,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_r
 
 from router.database import Connection, _first_line, connect, rows
 from router.errors import SchemaError
-from router.settings.environment import ROOT
+from router.settings import ROOT
 
 SQL_FOLDER = ROOT / "sql"
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from router.database import Connection, rows
 from router.errors import first_line
-from router.limiter.permit import WaitReason
+from router.limiter import WaitReason
 from router.traffic import TrafficTarget
 
 if TYPE_CHECKING:
-    from router.limiter.limiter import ModelTraffic
+    from router.limiter import ModelTraffic
 
 RECENT_CALLS = 5000  # the newest calls that are looked through for troubles
 RECENT_MINUTES = 10
@@ -115,10 +115,21 @@ class Status:
     held: bool
     notes: tuple[str, ...] = field(default=())
 
+    def as_json(self) -> dict[str, object]:
+        """The status as `--json` prints it: models by name."""
+        return {
+            "tasks": self.tasks,
+            "categories": self.categories,
+            "models": {model.model: model for model in self.models},
+            "workers": self.workers,
+            "held": self.held,
+            "notes": self.notes,
+        }
+
 
 def read_status(connection: Connection, redis_url: str | None) -> Status:
     """The status of this moment. A Redis that is away is a note, not an error."""
-    from router.limiter.inspection import read_limiter  # noqa: PLC0415 - it takes half a second
+    from router.limiter import read_limiter  # noqa: PLC0415 - it takes half a second
 
     rows(connection, "SET LOCAL statement_timeout = '10s'")
     counts = {row.pop("category"): row for row in rows(connection, _COUNTS)}

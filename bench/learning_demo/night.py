@@ -11,12 +11,10 @@ from typing import NamedTuple
 
 from bench.learning_demo.script import Script
 from router.database import connect, rows
-from router.discovery.probation import Decision, review_probation
+from router.discovery import Decision, SearchReport, review_probation, run_search
 from router.discovery.probation_rules import Step
-from router.discovery.search import SearchReport, search
-from router.learning.review import RankChange, run_review
-from router.settings.environment import Addresses
-from router.settings.router import RouterConfig
+from router.learning import RankChange, run_review
+from router.settings import Addresses, RouterConfig
 
 BY = "the demo"
 MOST_NAMES = 5
@@ -92,7 +90,7 @@ async def spend_night(
 
 def _search(addresses: Addresses, config: RouterConfig, script: Script, folder: Path) -> list[str]:
     settings = script.search()
-    report = search(addresses, config, script.learning(), settings, folder, by=BY, today=script.today)
+    report = run_search(addresses, config, script.learning(), settings, folder, by=BY, today=script.today)
     return [*_counts(report), *_tried(report)]
 
 

@@ -15,7 +15,8 @@ from bench.learning_demo.night import Night, Stands
 from bench.learning_demo.script import Script
 from bench.learning_demo.side import SideDay, share_good
 from bench.learning_demo.story import NAMES, SIDES, Day, Story
-from router.learning.review import BOUNDED, RankChange
+from router.learning import RankChange
+from router.learning.review import BOUNDED
 
 MOST_REASONS = 6
 LAST = Stands(10**6, "", "")

@@ -29,18 +29,18 @@ from bench.learning_demo.cast import (
     Newcomer,
 )
 from router.discovery.trial_prompts import read_trial_prompts
-from router.settings.discovery import DiscoverySettings, load_discovery
-from router.settings.environment import DEFAULT_CONFIG_FOLDER
-from router.settings.learning import LearningSettings, load_learning
-from router.settings.models import ModelSettings
-from router.settings.router import (
-    AnsweringSettings,
+from router.settings import (
+    DEFAULT_CONFIG_FOLDER,
+    DiscoverySettings,
     FallbackSettings,
+    LearningSettings,
     RouterConfig,
-    TrafficSettings,
-    WorkerSettings,
     load_config,
+    load_discovery,
+    load_learning,
 )
+from router.settings.models import ModelSettings
+from router.settings.router import AnsweringSettings, TrafficSettings, WorkerSettings
 
 PROMPTS = Path(__file__).parents[1] / "demo_prompts.jsonl"
 TODAY = date(2026, 1, 1)  # so that the catalogue's models do not grow old

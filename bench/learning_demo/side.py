@@ -12,14 +12,12 @@ from pathlib import Path
 from typing_extensions import Self
 
 from bench.learning_demo.script import Task
-from router.answering.router import Router
+from router.answering import Router
 from router.background import cancel_and_wait
 from router.database import connect
-from router.models.roster import sync_roster
-from router.settings.environment import Addresses
-from router.settings.router import RouterConfig
-from router.workers.engine import Engine
-from router.workers.worker import Worker
+from router.models import sync_roster
+from router.settings import Addresses, RouterConfig
+from router.workers import Engine, Worker
 
 LONGEST_DAY_SECONDS = 120.0
 LOOK_SECONDS = 0.05

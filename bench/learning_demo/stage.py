@@ -26,7 +26,7 @@ from local.redis import redis_answers
 from local.stack import StackError, StopRequested
 from local.stack_plan import Plan, StackOptions
 from router.migrations import migrate
-from router.settings.environment import Addresses
+from router.settings import Addresses
 
 START_SECONDS = 60.0
 LOOK_SECONDS = 0.05

@@ -26,7 +26,7 @@ from typing import Any
 
 import redis.asyncio
 
-from router.limiter.limiter import LimiterSettings, Permit, Slacks, TrafficLimiter
+from router.limiter import LimiterSettings, Permit, Slacks, TrafficLimiter
 from router.traffic import RequestLimit, TokenLimit, TrafficTarget
 
 CONNECTIONS = 300  # at most, a process: one for each that waits, where a library asks for each

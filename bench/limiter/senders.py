@@ -13,7 +13,7 @@ import redis.asyncio
 from bench.limiter.arrival_server import RECORD
 from router.background import freeze_garbage_collector
 from router.errors import PermitExpired
-from router.limiter.limiter import TrafficLimiter
+from router.limiter import TrafficLimiter
 
 MODELS = ("minute", "second", "mixed")
 WRONG_BY_HOURS = (0.0, 5.0, -3.0, 26.0, 0.5, -2.0, 1000.0, 0.0)

@@ -31,7 +31,7 @@ from bench.judge import TargetChange, Verdict, judge, print_verdict
 from bench.limiter.arrival_server import Door, arrivals_of, read_log
 from bench.limiter.senders import MODELS, Crew, run_crew
 from local.redis import start_redis
-from router.limiter.limiter import TrafficLimiter
+from router.limiter import TrafficLimiter
 from router.traffic import TrafficTarget
 
 GRACE_SECONDS = 0.5  # what was sent has arrived by then

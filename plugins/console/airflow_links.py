@@ -12,7 +12,7 @@ from airflow.utils.session import create_session
 from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 
-from router.queue.call_log import LoggedCall
+from router.queue import LoggedCall
 
 from .auth import SOLVE_DAG
 

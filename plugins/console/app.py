@@ -3,38 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import logging
 import secrets
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from airflow.models.connection import Connection
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from model_worker import addresses_of
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from router.database import Connection as Database
-from router.database import connect
 from router.errors import CapacityExceeded, ConfigError, DatabaseError, InputError, RouterError
-from router.queue.tasks import Retried
-from router.settings.environment import Addresses, config_folder
 
-from . import auth, dashboard, discovery, routes, tasks
-from .ask import Asks
-from .live import Kept, Live, as_line
-from .readers import Reads
-from .variables import TrafficVariables
+from . import auth, routes
+from .state import ConsoleState
 
 log = logging.getLogger("router.console")
 
 FOLDER = Path(__file__).parent
-KEPT_SECONDS = 5.0  # of what changes once a night
 STATIC = {
     "page": ("page.html", "text/html; charset=utf-8"),
     **{
@@ -69,17 +56,9 @@ class Console:
     """ASGI application; `app` is the FastAPI application behind its careful door."""
 
     def __init__(self) -> None:
-        self.reads = Reads(lambda: addresses().database_url)
-        self.variables = TrafficVariables()
-        self._board = dashboard.Board()
-        self.history = dashboard.History()
-        reviews, criteria = tasks.Reviews(), discovery.Criteria(config_folder())
-        self.priorities = self._kept(lambda connection: tasks.priorities(connection, reviews))
-        self.search = self._kept(lambda connection: discovery.found(connection, criteria))
-        self.live = Live(self._read_board)
-        self.asks = Asks(addresses)
+        self.state = ConsoleState()
         self.app = FastAPI(title="Router console", openapi_url=None, docs_url=None, redoc_url=None)
-        self.app.state.console = self
+        self.app.state.console = self.state
         self.app.include_router(routes.api, prefix="/api")
         for path in STATIC:
             self.app.add_api_route(f"/{path}", _static, methods=["GET"], name=path)
@@ -92,31 +71,6 @@ class Console:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._door(scope, receive, send)
-
-    async def close(self) -> None:
-        """End what is under way, and disconnect."""
-        await self.live.close()
-        await self.asks.close()
-        await asyncio.to_thread(self.reads.close)
-
-    async def retry(self, category: str | None, task_ids: list[int] | None) -> Retried:
-        """Set failed tasks back to unsolved."""
-
-        def write() -> Retried:
-            with connect(addresses().database_url) as connection:
-                return tasks.retry(connection, category, task_ids)
-
-        return await asyncio.to_thread(write)
-
-    def _kept(self, read: Callable[[Database], dict[str, Any]]) -> Kept:
-        return Kept(lambda: self.reads.run(lambda connection: as_line(read(connection))), KEPT_SECONDS)
-
-    async def _read_board(self) -> dict[str, Any]:
-        redis_url = await asyncio.to_thread(lambda: addresses().redis_url)
-        now = await self.reads.run(lambda connection: self._board.read(connection, redis_url))
-        with contextlib.suppress(Exception):  # without it the targets in force are shown all the same
-            now["variables"] = await asyncio.to_thread(self.variables.read)
-        return now
 
 
 class Careful:
@@ -179,9 +133,3 @@ async def _refuse(_request: Request, error: Exception) -> JSONResponse:
         return JSONResponse({"error": str(error)}, 503)
     log.warning("the console cannot do it: %s", error)
     return JSONResponse({"error": "This cannot be done now. The api-server's log says why."}, 503)
-
-
-def addresses() -> Addresses:
-    """What the three Connections hold; they are asked each time, as they may be edited."""
-    names = ("router_db", "router_redis", "models_backend")
-    return addresses_of(*(Connection.get_connection_from_secrets(name) for name in names))

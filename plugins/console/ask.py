@@ -15,13 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from router.background import cancel_and_wait
 from router.errors import CapacityExceeded, RouterError
-from router.settings.environment import Addresses, config_folder, data_folder
-from router.settings.router import load_config
+from router.settings import Addresses, config_folder, data_folder, load_config
 
 from .live import as_line
 
 if TYPE_CHECKING:
-    from router.answering.router import Answer, Event, Router
+    from router.answering import Answer, Event, Router
 
 log = logging.getLogger("router.console")
 

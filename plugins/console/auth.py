@@ -21,7 +21,7 @@ from airflow.configuration import conf
 from fastapi import Depends, HTTPException, Request
 from pydantic import BaseModel, ValidationError
 
-from router.models.targets import VARIABLE_PREFIX
+from router.models import VARIABLE_PREFIX
 
 SOLVE_DAG = "solve_tasks"
 ASK_DAG = "ask_prompt"

@@ -10,7 +10,6 @@ from datetime import datetime, timedelta, timezone
 from functools import lru_cache
 from typing import Any
 
-from router.cli.status import as_object
 from router.database import Connection, rows
 from router.status import Status, read_status
 from router.traffic import TrafficTarget
@@ -67,7 +66,7 @@ class Board:
             for m in status.models
         }
         return {
-            **as_object(status),
+            **status.as_json(),
             "models": models,
             "at": now,
             "category_names": seldom.category_names,

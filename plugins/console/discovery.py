@@ -9,7 +9,7 @@ from typing import Any
 
 from router.database import Connection, rows
 from router.errors import ConfigError
-from router.settings.discovery import ProbationSettings, load_discovery
+from router.settings import ProbationSettings, load_discovery
 
 AMONG_FINDINGS = 20_000  # the newest, of all searches
 EACH_VERDICT = 50

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from router.background import cancel_and_wait
-from router.cli.terminal import as_json
+from router.cli import as_json
 from router.errors import RouterError
 
 log = logging.getLogger("router.console")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, HTTPException, Query, Request
 from fastapi.responses import Response, StreamingResponse
@@ -16,9 +16,7 @@ from router.traffic import GRAMMAR, LONGEST_LINE_CHARACTERS, TrafficTarget
 from . import airflow_links, auth, tasks
 from .ask import Asked
 from .live import as_line
-
-if TYPE_CHECKING:
-    from .app import Console
+from .state import ConsoleState
 
 MOST_BYTES = 4_096
 MOST_ASK_BYTES = 4_200_000  # a prompt of a million characters, in UTF-8 or escaped
@@ -48,8 +46,8 @@ class Retry(BaseModel):
     category: str | None = Field(default=None, max_length=LONGEST_NAME)
 
 
-def _console(request: Request) -> Console:
-    console: Console = request.app.state.console
+def _console(request: Request) -> ConsoleState:
+    console: ConsoleState = request.app.state.console
     return console
 
 

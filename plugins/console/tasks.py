@@ -10,8 +10,7 @@ from typing import Any
 
 from router.database import Connection, rows
 from router.errors import InputError
-from router.queue.call_log import LoggedCall, read_calls
-from router.queue.tasks import Retried, retry_failed
+from router.queue import LoggedCall, Retried, read_calls, retry_failed
 from router.task import Role
 
 AMONG_CALLS = 20_000  # the newest, to be looked through for those that fit

@@ -18,7 +18,7 @@ from airflow.models.variable import Variable
 from airflow.utils.session import create_session
 from sqlalchemy import select
 
-from router.models.targets import VARIABLE_PREFIX
+from router.models import VARIABLE_PREFIX
 
 EVENTS = ("post_variable", "patch_variable", "delete_variable", "bulk_variables", "import_variables")
 NEWEST_EVENTS = 500  # of Variables, in the audit log; looked through once a process

@@ -12,8 +12,8 @@ from router.answering.policy import AttemptState
 from router.answering.store import CallRow
 from router.answering.task_record import TaskRecord
 from router.errors import DatabaseError, InputError, LimiterError, RouterError, SendingPaused
-from router.limiter.limiter import Permit
-from router.models.dispatch import CallRequest, availability, send_permitted
+from router.limiter import Permit
+from router.models import CallRequest, availability, send_permitted
 from router.task import CallResult, Outcome
 
 log = logging.getLogger("router.answering")

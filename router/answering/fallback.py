@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from router.background import result_or_none
-from router.settings.router import FallbackSettings
+from router.settings import FallbackSettings
 
 log = logging.getLogger("router.answering")
 
@@ -20,7 +20,7 @@ do not help, answer from what you know, and say so if you do not know.
 
 {passages}
 
-RequestOptions:
+Question:
 {prompt}"""
 
 

@@ -10,10 +10,9 @@ from router.answering import policy as race
 from router.answering.fallback import Knowledge
 from router.answering.store import CallRow
 from router.answering.task_record import RequestContext
-from router.classification.classifier import Classification
-from router.models.dispatch import CallRequest
-from router.models.roster import Roster
-from router.settings.router import RouterConfig
+from router.classification import Classification
+from router.models import CallRequest, Roster
+from router.settings import RouterConfig
 from router.task import AnswerRank, Role
 
 PASSAGES_SOURCE = "knowledge"  # stands where a model's name would
@@ -87,7 +86,7 @@ class RoutingPlan:
         )  # fmt: skip
 
 
-def order(
+def call_request(
     roster: Roster, call_id: uuid.UUID, model: str, prompt: str, *most_tokens: int | None
 ) -> CallRequest:
     """What is sent to a model: its own longest answer, unless one of `most_tokens` is less."""

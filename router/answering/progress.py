@@ -12,10 +12,9 @@ from router.answering.attempt import Attempt
 from router.answering.fallback import Found, NothingFound, sources
 from router.answering.plan import RoutingPlan
 from router.answering.policy import AttemptState
-from router.classification.classifier import Classification
+from router.classification import Classification
 from router.errors import BackendUnavailable, CapacityExceeded, ModelFailed, RouterError
-from router.models.backend import NO_CONNECTION
-from router.models.dispatch import Availability
+from router.models import NO_CONNECTION, Availability
 from router.task import AnswerRank, Outcome, Role
 
 log = logging.getLogger("router.answering")

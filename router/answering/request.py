@@ -27,9 +27,9 @@ from router.answering.policy import (
 from router.answering.progress import Progress, tell
 from router.answering.task_record import TaskRecord
 from router.background import Broadcast, TrackedTasks, wait_for_event
-from router.classification.classifier import Classification
+from router.classification import Classification
 from router.errors import CapacityExceeded, RouterError
-from router.models.dispatch import CallRequest, availability
+from router.models import CallRequest, availability
 from router.task import AnswerRank, CallResult, Outcome, Role
 
 CATEGORISE_SHARE = 0.2  # of the deadline
@@ -187,7 +187,7 @@ class Request:
     def _runner(self, model: str, role: Role, prompt: str, most_tokens: int | None = None) -> Attempt:
         means = self._desk.means
         call_id, attempt = means.new_call_id(), len(self._account.chosen) + 1
-        order = line_up.order(
+        order = line_up.call_request(
             self._desk.roster, call_id, model, prompt, most_tokens, self.question.max_tokens
         )
         row = self._line_up.row(order, role, worker=means.worker(), attempt=attempt)

@@ -24,11 +24,17 @@ from router.answering.plan import RequestOptions
 from router.answering.request import Request
 from router.answering.service import AnsweringService
 from router.background import result_or_none
-from router.classification.classifier import Classification
+from router.classification import Classification
 from router.errors import CapacityExceeded, InputError, ModelFailed
-from router.models.roster import RosterModel
-from router.settings.environment import Addresses, addresses_from_environment, config_folder, data_folder
-from router.settings.router import RouterConfig, load_config
+from router.models import RosterModel
+from router.settings import (
+    Addresses,
+    RouterConfig,
+    addresses_from_environment,
+    config_folder,
+    data_folder,
+    load_config,
+)
 from router.task import Role
 
 __all__ = ["Answer", "CallSummary", "Event", "EventKind", "Listener", "Role", "Router"]

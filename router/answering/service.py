@@ -20,16 +20,13 @@ from router.answering.fallback import Knowledge as Searched
 from router.answering.plan import Desk
 from router.answering.task_record import RequestContext
 from router.background import PeriodicJobs, freeze_garbage_collector, result_or_none
-from router.classification.classifier import Classification
-from router.classification.process import ClassifierProcess
+from router.classification import Classification, ClassifierProcess
 from router.database import UNAVAILABLE_ERRORS
 from router.errors import RouterError
-from router.knowledge.knowledge import Knowledge
-from router.models.roster import Roster, read_roster, roster_version
-from router.models.services import open_services
-from router.queue.task_queue import TaskQueue
-from router.settings.environment import Addresses
-from router.settings.router import RouterConfig
+from router.knowledge import Knowledge
+from router.models import Roster, open_services, read_roster, roster_version
+from router.queue import TaskQueue
+from router.settings import Addresses, RouterConfig
 from router.task import new_call_id
 
 log = logging.getLogger("router.answering")

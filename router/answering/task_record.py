@@ -14,8 +14,8 @@ from router.answering import store as asking
 from router.answering.store import CallRow, RequestTask
 from router.database import InvalidValue, LeaseLost
 from router.errors import DatabaseError, InputError
-from router.limiter.limiter import TrafficLimiter
-from router.models.backend import ModelsBackend
+from router.limiter import TrafficLimiter
+from router.models import ModelsBackend
 from router.task import AnswerRank, CallResult, Outcome
 
 T = TypeVar("T")

@@ -20,7 +20,7 @@ from router.classification import linear_model as classifier
 from router.classification.examples import Example, example_files, read_examples
 from router.classification.features import SHAPES, cut, normal, plain_words, shapes
 from router.classification.linear_model import Features, LinearModel, Numbers, kept
-from router.settings.classification import ClassificationSettings
+from router.settings import ClassificationSettings
 
 CERTAIN = 0.99  # no rule is surer than this
 CLEARLY = 0.5

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from router.errors import ConfigError
-from router.settings.classification import ClassificationSettings
+from router.settings import ClassificationSettings
 
 FEWEST_EXAMPLES = 3  # of each category
 

@@ -26,8 +26,7 @@ from router.background import cancel_and_wait
 from router.classification.classifier import Classification, Classifier
 from router.classification.features import cut
 from router.errors import RouterError
-from router.settings.classification import ClassificationSettings
-from router.settings.environment import classifier_folder
+from router.settings import ClassificationSettings, classifier_folder
 
 log = logging.getLogger("router.classification.process")
 

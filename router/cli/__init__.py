@@ -1,5 +1,6 @@
-"""The command line."""
+"""The command line: `router`."""
 
 from router.cli.main import main
+from router.cli.terminal import as_json
 
-__all__ = ["main"]
+__all__ = ["as_json", "main"]

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 from rich.text import Text
 
-from router.answering.answer import Answer, Event, EventKind
+from router.answering import Answer, Event, EventKind
 from router.cli import terminal
 from router.errors import InputError
 from router.task import AnswerRank
 
 if TYPE_CHECKING:
-    from router.answering.router import Router
+    from router.answering import Router
 
 GRACE_SECONDS = 1.0  # for calls that can bring no better answer, so that their cost is known
 ASK_HELP = """
@@ -95,7 +95,7 @@ def ask(
 
 async def _ask(asked: _Asked) -> None:
     # Not at the top: it takes a second, and every other verb would wait for it.
-    from router.answering.router import Router  # noqa: PLC0415
+    from router.answering import Router  # noqa: PLC0415
 
     router = Router.from_config(asked.config)
     prompt = (

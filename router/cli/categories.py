@@ -14,11 +14,10 @@ import typer
 
 from router.cli import terminal
 from router.errors import InputError
-from router.settings.classification import ClassificationSettings, load_categories
-from router.settings.environment import classifier_folder
+from router.settings import ClassificationSettings, classifier_folder, load_categories
 
 if TYPE_CHECKING:
-    from router.classification.classifier import Classification, Classifier, Explanation
+    from router.classification import Classification, Classifier, Explanation
 
 BINS = 10
 
@@ -143,7 +142,7 @@ def _row(line: str, where: str, names: Sequence[str]) -> Row:
 
 def _built(settings: ClassificationSettings) -> Classifier:
     # Not at the top: it brings numpy and scipy, and every other verb would wait for them.
-    from router.classification.classifier import Classifier  # noqa: PLC0415
+    from router.classification import Classifier  # noqa: PLC0415
 
     return Classifier.build(settings, classifier_folder())
 

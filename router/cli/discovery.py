@@ -9,13 +9,10 @@ import typer
 from rich.text import Text
 
 from router.cli import terminal
-from router.settings.environment import addresses_from_environment
-from router.settings.learning import load_learning
-from router.settings.router import load_config
+from router.settings import addresses_from_environment, load_config, load_learning
 
 if TYPE_CHECKING:
-    from router.discovery.probation import Decision
-    from router.discovery.search import SearchReport
+    from router.discovery import Decision, SearchReport
 
 SHOWN = ("taken", "lost", "unreachable")
 
@@ -85,8 +82,8 @@ def search(
     airflow_password: terminal.AirflowPassword = None,
 ) -> None:
     # Not at the top: it takes a second, and every other verb would wait for it.
-    from router.discovery.search import search as search_now  # noqa: PLC0415
-    from router.settings.discovery import load_discovery  # noqa: PLC0415 - the same
+    from router.discovery import run_search  # noqa: PLC0415
+    from router.settings import load_discovery  # noqa: PLC0415 - the same
 
     settings = load_config(config)
     learning = load_learning(config, settings.categories)
@@ -96,7 +93,7 @@ def search(
         pass  # says so if the schema is not there
     if not dry_run and not as_json:
         terminal.note("Candidates are tried; that can take many minutes.")
-    report = search_now(
+    report = run_search(
         addresses, settings, learning, looking_for, config, categories=category, by=terminal.who(by),
         dry_run=dry_run, variables=terminal.airflow(airflow, airflow_user, airflow_password),
     )  # fmt: skip
@@ -155,7 +152,7 @@ def promote(
     airflow_user: terminal.AirflowUser = None,
     airflow_password: terminal.AirflowPassword = None,
 ) -> None:
-    from router.discovery.probation import promote as promote_now  # noqa: PLC0415 - as in search
+    from router.discovery import promote as promote_now  # noqa: PLC0415 - as in search
 
     variables = terminal.airflow(airflow, airflow_user, airflow_password)
     url = terminal.database_url(database)
@@ -175,7 +172,7 @@ def retire(
     airflow_user: terminal.AirflowUser = None,
     airflow_password: terminal.AirflowPassword = None,
 ) -> None:
-    from router.discovery.probation import retire as retire_now  # noqa: PLC0415 - as in search
+    from router.discovery import retire as retire_now  # noqa: PLC0415 - as in search
 
     variables = terminal.airflow(airflow, airflow_user, airflow_password)
     url = terminal.database_url(database)
@@ -207,7 +204,7 @@ def undo(
     airflow_user: terminal.AirflowUser = None,
     airflow_password: terminal.AirflowPassword = None,
 ) -> None:
-    from router.discovery.probation import undo_search  # noqa: PLC0415 - as in search
+    from router.discovery import undo_search  # noqa: PLC0415 - as in search
 
     if model is not None and number is not None:
         raise typer.BadParameter("either MODEL or --search")

@@ -12,11 +12,21 @@ import typer
 
 from router.cli import terminal
 from router.errors import InputError, RouterError
-from router.knowledge.evaluation import evaluate_retrieval, read_collection
-from router.knowledge.files import KnowledgeFile, Refused, files_in, read_file
-from router.knowledge.knowledge import Found, Knowledge
-from router.knowledge.sources import add_file, remove_path, source_name, sources
-from router.settings.environment import data_folder
+from router.knowledge import (
+    Found,
+    Knowledge,
+    KnowledgeFile,
+    Refused,
+    add_file,
+    evaluate_retrieval,
+    files_in,
+    read_collection,
+    read_file,
+    read_sources,
+    remove_path,
+    source_name,
+)
+from router.settings import data_folder
 
 KNOWLEDGE_HELP = """
 What the router answers with when no model does.
@@ -138,7 +148,7 @@ def remove(paths: Paths, *, as_json: terminal.Json = False, database: terminal.D
 @knowledge.command("list", help=LIST_HELP)
 def list_sources(*, as_json: terminal.Json = False, database: terminal.Database = None) -> None:
     with terminal.database(database) as connection:
-        found = sources(connection)
+        found = read_sources(connection)
     if as_json:
         terminal.print_json(found)
         return

@@ -18,9 +18,19 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from router.cli import terminal
 from router.database import Connection
 from router.errors import InputError
-from router.queue.ingest import LARGEST_PRIORITY, IngestDefaults, InvalidRow, NewTask, read_tasks
-from router.queue.prompt_files import Format, detect_format, unpacked
-from router.queue.tasks import categories, enqueue, longest_prompt_bytes
+from router.queue import (
+    LARGEST_PRIORITY,
+    Format,
+    IngestDefaults,
+    InvalidRow,
+    NewTask,
+    category_names,
+    detect_format,
+    enqueue,
+    longest_prompt_bytes,
+    read_tasks,
+    unpacked,
+)
 
 BATCH_TASKS = 2000
 BATCH_CHARACTERS = 4 * 1024 * 1024
@@ -96,7 +106,7 @@ def load(
     with ExitStack() as stack:
         opened = [_open(name, stack) for name in files]  # all of them, before anything is added
         connection = stack.enter_context(terminal.database(database))
-        names = categories(connection)
+        names = category_names(connection)
         if category is not None:
             terminal.known(category, names, "category")
         rules = IngestDefaults(category, priority, longest_prompt_bytes(connection), id_prefix)

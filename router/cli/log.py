@@ -9,8 +9,7 @@ import typer
 
 from router.cli import terminal
 from router.errors import InputError
-from router.queue.call_log import MOST_ROWS, LoggedCall, read_calls
-from router.queue.tasks import categories
+from router.queue import MOST_ROWS, LoggedCall, category_names, read_calls
 
 LOG_HELP = """
 Show the calls that were made to models, the newest first.
@@ -58,7 +57,7 @@ def log(
         raise InputError("A task's number is at most 9223372036854775807.")
     with terminal.database(database) as connection:
         if category is not None:
-            terminal.known(category, categories(connection), "category")
+            terminal.known(category, category_names(connection), "category")
         calls = read_calls(
             connection, task_id=task, model=model, category=category, since_seconds=seconds, limit=limit
         )

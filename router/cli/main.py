@@ -29,8 +29,8 @@ from router.cli.status import STATUS_HELP, WATCH_HELP, status, watch
 from router.cli.tasks import EXPORT_HELP, RETRY_HELP, export, retry
 from router.database import connect
 from router.migrations import migrate as migrate_schema
-from router.models.roster import sync_roster
-from router.settings.router import load_config
+from router.models import sync_roster
+from router.settings import load_config
 
 HELP = """
 Solve LLM prompts at scale and under control.

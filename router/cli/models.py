@@ -13,10 +13,8 @@ from rich.text import Text
 from router.cli import terminal
 from router.database import Connection, rows
 from router.errors import AirflowError, ConfigError, RouterError, first_line
-from router.models.airflow_api import AirflowApi
-from router.models.roster import sync_roster
-from router.settings.models import read_discovered
-from router.settings.router import load_config
+from router.models import AirflowApi, sync_roster
+from router.settings import load_config, read_discovered
 from router.status import ModelStatus, Status, read_status
 from router.traffic import GRAMMAR, TrafficTarget
 
@@ -115,7 +113,7 @@ def _await(model: str, wanted: TrafficTarget, redis: str | None, now: Status, *,
         terminal.note(warning)
     seconds = None
     if redis:
-        from router.limiter.inspection import seconds_until_in_force  # noqa: PLC0415 - it takes half a second
+        from router.limiter import seconds_until_in_force  # noqa: PLC0415 - it takes half a second
 
         seconds = seconds_until_in_force(redis, model, str(wanted), at_most_seconds=PATIENCE_SECONDS)
     if seconds is None and redis and now.workers and not now.held:

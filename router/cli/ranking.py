@@ -11,7 +11,7 @@ from rich.text import Text
 from router.cli import terminal
 from router.database import Connection, rows
 from router.errors import RouterError
-from router.learning.review import RankChange
+from router.learning import RankChange
 
 OptionalText = Optional[str]  # noqa: UP045 - typer evaluates it at run time, also on 3.10
 Category = Annotated[OptionalText, typer.Option("--category", "-c", help="Only this category.")]

@@ -9,9 +9,8 @@ import typer
 from router.cli import terminal
 from router.database import rows
 from router.errors import InputError
-from router.learning.review import run_review
-from router.settings.learning import load_learning
-from router.settings.router import load_config
+from router.learning import run_review
+from router.settings import load_config, load_learning
 
 WORDS = {"good": 1.0, "bad": 0.0}
 

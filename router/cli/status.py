@@ -54,7 +54,7 @@ def status(
     with terminal.database(database) as connection:
         now = read_status(connection, redis)
     if as_json:
-        terminal.print_json(as_object(now))
+        terminal.print_json(now.as_json())
     else:
         terminal.out().print(rendered(now))
 
@@ -89,7 +89,7 @@ class _Watching:
         if as_json:
             while True:
                 now = self._read()
-                terminal.print_json({"error": now} if isinstance(now, str) else as_object(now), indent=None)
+                terminal.print_json({"error": now} if isinstance(now, str) else now.as_json(), indent=None)
                 if not self._pause():
                     return
         with Live(console=terminal.out(), auto_refresh=False, vertical_overflow="crop") as screen:
@@ -126,18 +126,6 @@ class _Watching:
             return False
         time.sleep(min(left, REFRESH_SECONDS))
         return True
-
-
-def as_object(now: Status) -> dict[str, object]:
-    """The status as `--json` prints it: models and categories by name."""
-    return {
-        "tasks": now.tasks,
-        "categories": now.categories,
-        "models": {model.model: model for model in now.models},
-        "workers": now.workers,
-        "held": now.held,
-        "notes": now.notes,
-    }
 
 
 def rendered(now: Status, solved_per_second: float | None = None) -> RenderableType:

@@ -11,8 +11,16 @@ import typer
 from router.cli import terminal
 from router.database import Connection
 from router.errors import InputError
-from router.queue.export import output_line, write_lines
-from router.queue.tasks import Retried, categories, failed_tasks, finished_tasks, retry_failed, statuses
+from router.queue import (
+    Retried,
+    category_names,
+    failed_tasks,
+    finished_tasks,
+    output_line,
+    retry_failed,
+    statuses,
+    write_lines,
+)
 from router.task import TaskStatus
 
 EXPORT_HELP = """
@@ -87,7 +95,7 @@ def retry(
         raise typer.BadParameter("name tasks, or give --category or --all; one of the three")
     with terminal.database(database) as connection:
         if category is not None:
-            terminal.known(category, categories(connection), "category")
+            terminal.known(category, category_names(connection), "category")
         not_failed = _not_failed(connection, task_ids or [])
         for task_id, why in not_failed.items():
             terminal.complain(f"Task {task_id} {why}")

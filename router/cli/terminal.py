@@ -25,9 +25,9 @@ from rich.table import Table
 
 from router.database import Connection, connect
 from router.errors import ConfigError, InputError, RouterError
-from router.models.airflow_api import AirflowApi
-from router.queue.tasks import require_schema
-from router.settings.environment import DEFAULT_CONFIG_FOLDER
+from router.models import AirflowApi
+from router.queue import require_schema
+from router.settings import DEFAULT_CONFIG_FOLDER
 
 EXIT_FAILED = 1
 EXIT_SOME_BAD = 3

@@ -21,13 +21,13 @@ from router.discovery.catalog_entry import CatalogModel, Reading, Refusal, merge
 from router.discovery.catalog_text import json_entries, yaml_entries
 from router.discovery.model_names import same_model
 from router.errors import CatalogError, InputError
-from router.settings.discovery import (
+from router.settings import (
+    DEFAULT_CONFIG_FOLDER,
     MEGABYTE,
     DiscoverySettings,
     FileCatalogSettings,
     ProviderCatalogSettings,
 )
-from router.settings.environment import DEFAULT_CONFIG_FOLDER
 
 __all__ = [
     "Catalog",

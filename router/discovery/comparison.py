@@ -18,8 +18,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from router.learning.utility import call_utility
-from router.settings.discovery import TrialSettings
-from router.settings.learning import UtilitySettings
+from router.settings import TrialSettings, UtilitySettings
 from router.task import Outcome
 
 WIDE_SPREAD = 0.3  # of differences of worth

@@ -12,7 +12,7 @@ from datetime import date
 
 from router.discovery.catalog_entry import CatalogModel, Refusal, merged
 from router.discovery.model_names import untuned_name
-from router.settings.discovery import CriteriaSettings, DiscoverySettings
+from router.settings import CriteriaSettings, DiscoverySettings
 
 
 def passing(

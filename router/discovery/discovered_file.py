@@ -19,8 +19,7 @@ from typing import Any
 import yaml
 
 from router.errors import ConfigError
-from router.settings.models import DISCOVERED
-from router.settings.router import load_config
+from router.settings import DISCOVERED, load_config
 
 HEADER = """\
 # The models that the search found, with when, by whom and why each was taken on, promoted or retired. Only

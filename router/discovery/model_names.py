@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 
 from router.errors import InputError
-from router.settings.models import MODEL_NAME_PATTERN
+from router.settings import MODEL_NAME_PATTERN
 
 MOST_PARTS = 6  # of an id like accounts/host/models/name
 

@@ -21,8 +21,7 @@ from router.discovery.store import Finding
 from router.discovery.trial_prompts import TrialPrompt, read_trial_prompts
 from router.discovery.trials import TrialModel
 from router.errors import CatalogError, ConfigError
-from router.settings.discovery import DiscoverySettings
-from router.settings.router import load_config
+from router.settings import DiscoverySettings, load_config
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,11 +17,8 @@ from router.discovery.discovered_file import require_writable
 from router.discovery.probation_rules import ProbationVerdict, Stand, Step, probation_verdict, stand_in
 from router.discovery.publishing import Variables, line_of, publish
 from router.errors import InputError
-from router.learning.ranking import Placed
-from router.learning.review import order_by_evidence
-from router.settings.discovery import DiscoverySettings
-from router.settings.learning import LearningSettings
-from router.settings.router import RouterConfig
+from router.learning import Placed, order_by_evidence
+from router.settings import DiscoverySettings, LearningSettings, RouterConfig
 
 NIGHT_SECONDS = 86_400.0
 

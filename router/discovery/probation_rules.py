@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from router.learning.ranking import Placed, Standing
-from router.settings.discovery import ProbationSettings
+from router.settings import ProbationSettings
 
 
 class Step(str, enum.Enum):

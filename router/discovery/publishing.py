@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from router.database import Connection, rows
 from router.discovery.discovered_file import write_discovered, writing
 from router.errors import AirflowError
-from router.settings.router import load_config
+from router.settings import load_config
 from router.traffic import GRAMMAR
 
 VARIABLE_PREFIX = "traffic."

@@ -29,11 +29,8 @@ from router.discovery.publishing import VARIABLE_PREFIX, Variables, line_of, pub
 from router.discovery.store import Finding
 from router.discovery.trials import Budget, CandidateTrial, TrialModel, TrialSetup, run_trial
 from router.errors import AirflowError, ConfigError, InputError, RouterError
-from router.models.direct_calls import DirectCaller
-from router.settings.discovery import DiscoverySettings
-from router.settings.environment import Addresses
-from router.settings.learning import LearningSettings
-from router.settings.router import RouterConfig
+from router.models import DirectCaller
+from router.settings import Addresses, DiscoverySettings, LearningSettings, RouterConfig
 
 SEARCH_LOCK = 7_205_759_405
 LONGEST_SECONDS = 3600.0  # after which a night begins no further category
@@ -83,7 +80,7 @@ class _Search:
         self.note(*publish(self.connection, self.folder, self.variables))
 
 
-def search(
+def run_search(
     addresses: Addresses, config: RouterConfig, learning: LearningSettings,
     search_settings: DiscoverySettings,
     folder: Path, *, categories: Collection[str] | None = None, by: str, dry_run: bool = False,

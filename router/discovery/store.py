@@ -16,9 +16,8 @@ import psycopg2.extras
 from router.database import Connection, rows
 from router.discovery.catalog_entry import CatalogModel
 from router.discovery.trials import Grade, TrialModel
-from router.models.roster import RosterModel
-from router.settings.discovery import ProbationSettings
-from router.settings.router import RouterConfig
+from router.models import RosterModel
+from router.settings import ProbationSettings, RouterConfig
 
 Verdict = Literal["refused", "unreachable", "lost", "taken", "known"]
 LONGEST_NAME = 200

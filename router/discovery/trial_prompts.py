@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from router.errors import ConfigError
-from router.settings.environment import DEFAULT_CONFIG_FOLDER
+from router.settings import DEFAULT_CONFIG_FOLDER
 
 LARGEST_FILE_BYTES = 4 * 1024 * 1024
 LONGEST_PROMPT = 20_000  # characters

@@ -19,10 +19,9 @@ from typing import Any
 from router.background import cancel_and_wait
 from router.discovery.comparison import TrialCall, is_enough
 from router.discovery.trial_prompts import TrialPrompt
-from router.learning.grading import Judgement, against_reference, check, judge_prompts, parse_verdict
-from router.models.direct_calls import DirectCaller, DirectResult
-from router.models.roster import RosterModel
-from router.settings.discovery import TrialSettings
+from router.learning import Judgement, against_reference, check, judge_prompts, parse_verdict
+from router.models import DirectCaller, DirectResult, RosterModel
+from router.settings import TrialSettings
 
 JUDGE_TOKENS = 300
 MILLION = 1e6

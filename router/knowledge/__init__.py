@@ -1,1 +1,29 @@
-"""Retrieval: indexing what the router knows and searching it."""
+"""Retrieval over files, added sources and solved tasks."""
+
+from typing import TYPE_CHECKING
+
+from router.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from router.knowledge.evaluation import evaluate_retrieval as evaluate_retrieval
+    from router.knowledge.evaluation import read_collection as read_collection
+    from router.knowledge.files import KnowledgeFile as KnowledgeFile
+    from router.knowledge.files import Refused as Refused
+    from router.knowledge.files import files_in as files_in
+    from router.knowledge.files import read_file as read_file
+    from router.knowledge.knowledge import Found as Found
+    from router.knowledge.knowledge import Knowledge as Knowledge
+    from router.knowledge.sources import add_file as add_file
+    from router.knowledge.sources import read_sources as read_sources
+    from router.knowledge.sources import remove_path as remove_path
+    from router.knowledge.sources import source_name as source_name
+else:
+    __getattr__ = lazy_names(
+        __name__,
+        {
+            "evaluation": "evaluate_retrieval read_collection",
+            "files": "KnowledgeFile Refused files_in read_file",
+            "knowledge": "Found Knowledge",
+            "sources": "add_file read_sources remove_path source_name",
+        },
+    )

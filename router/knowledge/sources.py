@@ -51,7 +51,7 @@ def remove_path(connection: Connection, path: Path) -> list[str]:
     return [row["source"] for row in rows(connection, _REMOVE, (name, f"{name.rstrip('/')}/"))]
 
 
-def sources(connection: Connection) -> list[Source]:
+def read_sources(connection: Connection) -> list[Source]:
     """All files that were added, by path."""
     return [Source(**row) for row in rows(connection, _SOURCES)]
 

@@ -24,10 +24,8 @@ from router.learning.grading import (
     judge_prompts,
     parse_verdict,
 )
-from router.models import roster as roster_of
-from router.models.direct_calls import DirectCaller, DirectResult
-from router.models.roster import Roster
-from router.settings.learning import JudgingSettings, LearningSettings
+from router.models import DirectCaller, DirectResult, Roster, read_roster
+from router.settings import JudgingSettings, LearningSettings
 from router.task import Outcome
 
 CALLS_AN_ANSWER = 3  # the opponent's answer, and the judge in both orders
@@ -116,7 +114,7 @@ async def judge_answers(caller: DirectCaller, learning: LearningSettings) -> Jud
     judging = _Judging(
         caller,
         settings,
-        await roster_of.read_roster(pool),
+        await read_roster(pool),
         _Budget(settings.calls - spent["calls"], settings.cost_usd - spent["usd"]),
         {row["model"]: (row["input_price"], row["output_price"]) for row in prices},
     )

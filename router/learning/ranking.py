@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from router.learning.evidence import Evidence
 from router.learning.utility import Prior, Utility, usual, worth
-from router.settings.learning import LearningSettings
+from router.settings import LearningSettings
 
 ALL = 1.0  # of the tasks: no bound
 

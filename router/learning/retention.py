@@ -16,7 +16,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_r
 from router.database import Connection, rows
 from router.errors import TrafficTargetError
 from router.learning.review import alone
-from router.settings.learning import LearningSettings
+from router.settings import LearningSettings
 from router.traffic import TrafficTarget
 
 DAY_SECONDS = 86_400

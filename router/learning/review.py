@@ -22,7 +22,7 @@ from router.errors import RouterError
 from router.learning.evidence import Moments, PeriodStats, decayed
 from router.learning.grading import check
 from router.learning.ranking import Candidate, Key, Placed, Standing, rank
-from router.settings.learning import LearningSettings
+from router.settings import LearningSettings
 
 REVIEW_LOCK = 7_205_759_404  # any number that no other part uses as an advisory lock
 ANSWERS_AT_ONCE = 500

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from router.learning.evidence import Evidence, Moments
-from router.settings.learning import UtilitySettings
+from router.settings import UtilitySettings
 
 USUAL_SUCCESS = 0.95  # where nothing is known of any model
 USUAL_SCORE = 0.8

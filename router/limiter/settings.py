@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from router.limiter.breaker import BreakerSettings
-from router.settings.router import RouterConfig
+from router.settings import RouterConfig
 from router.traffic import TrafficTarget
 
 MICRO = 1_000_000

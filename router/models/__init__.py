@@ -1,1 +1,40 @@
-"""The models in use: roster, traffic targets, and calling one through the Models Backend."""
+"""Which models are in use, what each may be sent, and how one is called under a permit."""
+
+from typing import TYPE_CHECKING
+
+from router.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from router.models.airflow_api import AirflowApi as AirflowApi
+    from router.models.backend import NO_CONNECTION as NO_CONNECTION
+    from router.models.backend import ModelsBackend as ModelsBackend
+    from router.models.direct_calls import DirectCaller as DirectCaller
+    from router.models.direct_calls import DirectResult as DirectResult
+    from router.models.dispatch import Availability as Availability
+    from router.models.dispatch import CallRequest as CallRequest
+    from router.models.dispatch import availability as availability
+    from router.models.dispatch import send_permitted as send_permitted
+    from router.models.roster import Roster as Roster
+    from router.models.roster import RosterModel as RosterModel
+    from router.models.roster import read_roster as read_roster
+    from router.models.roster import read_solved as read_solved
+    from router.models.roster import record_model_error as record_model_error
+    from router.models.roster import roster_version as roster_version
+    from router.models.roster import sync_roster as sync_roster
+    from router.models.services import open_services as open_services
+    from router.models.targets import VARIABLE_PREFIX as VARIABLE_PREFIX
+    from router.models.targets import read_targets as read_targets
+else:
+    __getattr__ = lazy_names(
+        __name__,
+        {
+            "airflow_api": "AirflowApi",
+            "backend": "ModelsBackend NO_CONNECTION",
+            "direct_calls": "DirectCaller DirectResult",
+            "dispatch": "Availability CallRequest availability send_permitted",
+            "roster": "Roster RosterModel read_roster read_solved "
+            "record_model_error roster_version sync_roster",
+            "services": "open_services",
+            "targets": "VARIABLE_PREFIX read_targets",
+        },
+    )

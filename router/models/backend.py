@@ -34,7 +34,7 @@ from router.models.responses import (
     _refused,
     _words,
 )
-from router.settings.router import BackendSettings
+from router.settings import BackendSettings
 from router.task import CallResult, Outcome
 
 KEEPALIVE_SECONDS = 4.0  # below the 5 s after which uvicorn closes an idle connection: reuse never races that

@@ -22,12 +22,11 @@ from typing_extensions import Self
 from router.background import cancel_and_wait, result_or_none
 from router.database import fetch, fetch_one, retry_while_unavailable, settled_values
 from router.errors import DatabaseError, LimiterError
-from router.limiter.limiter import Permit
+from router.limiter import Permit
 from router.models.dispatch import CallRequest, availability, send_permitted
 from router.models.roster import RosterModel, read_roster
 from router.models.services import open_services
-from router.settings.environment import Addresses
-from router.settings.router import RouterConfig
+from router.settings import Addresses, RouterConfig
 from router.task import CallResult, Outcome, new_call_id
 
 Purpose = Literal["trial", "judge"]

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 
 from router.background import result_or_none
 from router.errors import LimiterError, PermitExpired
-from router.limiter.limiter import Permit, TrafficLimiter, WaitReason
-from router.limiter.permit import UNAVAILABLE_REASONS
-from router.limiter.settings import AFTER_TIMEOUT_SECONDS
+from router.limiter import AFTER_TIMEOUT_SECONDS, UNAVAILABLE_REASONS, Permit, TrafficLimiter, WaitReason
 from router.models.backend import ModelsBackend
 from router.task import CallResult, Outcome
 from router.traffic import LARGEST_COUNT

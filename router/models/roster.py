@@ -14,7 +14,7 @@ import asyncpg
 
 from router.database import Connection, fetch, rows
 from router.models.ranked import RankedModel, Rankings
-from router.settings.router import RouterConfig
+from router.settings import RouterConfig
 
 NOTHING_THERE = RankedModel(quality=1.0, most_share=0.0)  # of no weight beside what was learned of others
 

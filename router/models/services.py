@@ -11,12 +11,10 @@ import asyncpg
 
 from router.background import close_with_timeout
 from router.database import fetch, open_pool
-from router.limiter.limiter import LimiterSettings, PastCall, TrafficLimiter
-from router.limiter.script import redis_client
+from router.limiter import LimiterSettings, PastCall, TrafficLimiter, redis_client
 from router.models.backend import ModelsBackend
 from router.models.targets import TargetSync
-from router.settings.environment import Addresses
-from router.settings.router import RouterConfig
+from router.settings import Addresses, RouterConfig
 
 CLOSE_SECONDS = 3.0
 

@@ -15,7 +15,7 @@ import asyncpg
 
 from router.database import fetch, postgres_text
 from router.errors import InputError, LimiterError, TrafficTargetError
-from router.limiter.limiter import TrafficLimiter
+from router.limiter import TrafficLimiter
 from router.models.roster import Roster
 from router.traffic import TrafficTarget
 

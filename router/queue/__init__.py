@@ -1,1 +1,47 @@
 """The task queue in Postgres: tasks in, claimed, settled, and answers out."""
+
+from typing import TYPE_CHECKING
+
+from router.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from router.queue.call_log import MOST_ROWS as MOST_ROWS
+    from router.queue.call_log import LoggedCall as LoggedCall
+    from router.queue.call_log import read_calls as read_calls
+    from router.queue.chat import prompt_of as prompt_of
+    from router.queue.export import output_line as output_line
+    from router.queue.export import write_lines as write_lines
+    from router.queue.ingest import LARGEST_PRIORITY as LARGEST_PRIORITY
+    from router.queue.ingest import IngestDefaults as IngestDefaults
+    from router.queue.ingest import InvalidRow as InvalidRow
+    from router.queue.ingest import NewTask as NewTask
+    from router.queue.ingest import read_tasks as read_tasks
+    from router.queue.prompt_files import Format as Format
+    from router.queue.prompt_files import detect_format as detect_format
+    from router.queue.prompt_files import unpacked as unpacked
+    from router.queue.task_queue import QueueState as QueueState
+    from router.queue.task_queue import TaskQueue as TaskQueue
+    from router.queue.task_queue import listening as listening
+    from router.queue.tasks import Retried as Retried
+    from router.queue.tasks import category_names as category_names
+    from router.queue.tasks import enqueue as enqueue
+    from router.queue.tasks import failed_tasks as failed_tasks
+    from router.queue.tasks import finished_tasks as finished_tasks
+    from router.queue.tasks import longest_prompt_bytes as longest_prompt_bytes
+    from router.queue.tasks import require_schema as require_schema
+    from router.queue.tasks import retry_failed as retry_failed
+    from router.queue.tasks import statuses as statuses
+else:
+    __getattr__ = lazy_names(
+        __name__,
+        {
+            "call_log": "LoggedCall MOST_ROWS read_calls",
+            "chat": "prompt_of",
+            "export": "output_line write_lines",
+            "ingest": "IngestDefaults InvalidRow LARGEST_PRIORITY NewTask read_tasks",
+            "prompt_files": "Format detect_format unpacked",
+            "task_queue": "QueueState TaskQueue listening",
+            "tasks": "Retried category_names enqueue failed_tasks finished_tasks "
+            "longest_prompt_bytes require_schema retry_failed statuses",
+        },
+    )

@@ -79,7 +79,7 @@ def longest_prompt_bytes(connection: Connection) -> int:
     return int(rows(connection, "SELECT max_prompt_bytes FROM queue_settings")[0]["max_prompt_bytes"])
 
 
-def categories(connection: Connection) -> list[str]:
+def category_names(connection: Connection) -> list[str]:
     """The categories that the router knows, the default last."""
     return [row["name"] for row in rows(connection, "SELECT name FROM categories ORDER BY is_default, name")]
 

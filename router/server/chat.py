@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
-from router.answering.answer import Answer
+from router.answering import Answer
 from router.background import cancel_and_wait
 from router.errors import (
     BackendUnavailable,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from router.errors import InputError
-from router.queue.chat import prompt_of
+from router.queue import prompt_of
 from router.server.responses import ApiError
 from router.task import AnswerRank
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from router.answering.answer import Answer
+from router.answering import Answer
 
 PASSAGES_MODEL = "passages"  # stands for `model` where no model answered
 PIECE_CHARACTERS = 200

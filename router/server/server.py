@@ -19,7 +19,7 @@ from starlette.routing import Route
 from starlette.routing import Router as Routes
 from starlette.types import Receive, Scope, Send
 
-from router.answering.router import Router
+from router.answering import Router
 from router.background import PeriodicJobs
 from router.errors import ConfigError
 from router.server.api_keys import ApiKeys
@@ -45,7 +45,7 @@ class ServeOptions:
     config: Path
 
 
-async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None:
+async def run_server(options: ServeOptions, listening: Callable[[str], None]) -> None:
     """Serve until SIGINT or SIGTERM; `listening` is told the URL. ConfigError says why it cannot begin."""
     with contextlib.closing(_listen(options.host, options.port)) as door:
         router = Router.from_config(options.config)

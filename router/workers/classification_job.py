@@ -6,9 +6,9 @@ import logging
 from collections import Counter
 from contextlib import AsyncExitStack
 
-from router.classification.process import ClassifierProcess
-from router.queue.task_queue import TaskQueue
-from router.settings.classification import ClassificationSettings
+from router.classification import ClassifierProcess
+from router.queue import TaskQueue
+from router.settings import ClassificationSettings
 
 log = logging.getLogger("router.workers.classification_job")
 

@@ -12,20 +12,30 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from router.answering import plan as line_up
-from router.answering import policy as race
-from router.answering import store as asking
-from router.answering.attempt import Attempt
-from router.answering.fallback import Found, Knowledge, prompt_with, search
-from router.answering.plan import PASSAGES_SOURCE, RoutingPlan
-from router.answering.policy import AttemptState
-from router.answering.store import DueTask, RequestTask
-from router.answering.task_record import RequestContext, TaskRecord
+from router.answering import (
+    PASSAGES_SOURCE,
+    Attempt,
+    AttemptState,
+    DueTask,
+    Found,
+    Knowledge,
+    RequestContext,
+    RequestTask,
+    RoutingPlan,
+    TaskRecord,
+    call_request,
+    claim_due_deadlines,
+    complete_deadline,
+    extend_deadline_claim,
+    permit_patience,
+    prompt_with,
+    search,
+)
 from router.background import cancel_and_wait
-from router.classification.classifier import Classification
+from router.classification import Classification
 from router.errors import DatabaseError, RouterError
-from router.knowledge.knowledge import Knowledge as KeptKnowledge
-from router.models.dispatch import CallRequest
+from router.knowledge import Knowledge as KeptKnowledge
+from router.models import CallRequest
 from router.task import CallResult, Outcome, Role, new_call_id
 from router.workers.engine import Engine
 
@@ -66,7 +76,7 @@ class DeadlineJob:
         room = MOST_AT_ONCE - len(self._serving)
         if room <= 0 or not self._engine.may_send():
             return
-        due = await asking.claim_due_deadlines(
+        due = await claim_due_deadlines(
             self._engine.pool, ahead_seconds=self._ahead_seconds, hold_seconds=HOLD_SECONDS, limit=room
         )  # fmt: skip
         for task in due:
@@ -114,13 +124,13 @@ class DeadlineJob:
         finally:
             await cancel_and_wait(asking_models, holding)
         if answered or not self._engine.held_back():  # else it was cut short, and is taken up again later
-            await asking.complete_deadline(self._engine.pool, due, ahead_seconds=self._ahead_seconds)
+            await complete_deadline(self._engine.pool, due, ahead_seconds=self._ahead_seconds)
 
     async def _hold(self, due: DueTask) -> None:
         while True:
             await asyncio.sleep(HOLD_SECONDS / 3)
             with contextlib.suppress(DatabaseError):
-                await asking.extend_deadline_claim(
+                await extend_deadline_claim(
                     self._engine.pool, due, ahead_seconds=self._ahead_seconds, hold_seconds=HOLD_SECONDS
                 )
 
@@ -138,11 +148,11 @@ class DeadlineJob:
         """Ask one cheap model after the other; whether one answered."""
         config = self._engine.config
         until = time.monotonic() + max(LEAST_SECONDS, due.seconds_left)
-        patience = race.permit_patience(max(LEAST_SECONDS, due.seconds_left), config.answering.permit_seconds)
+        patience = permit_patience(max(LEAST_SECONDS, due.seconds_left), config.answering.permit_seconds)
         for model in who.cheap:
             if self._engine.held_back():
                 return False
-            order = line_up.order(
+            order = call_request(
                 self._engine.roster, self._means.new_call_id(), model, prompt,
                 config.fallback.max_tokens, due.max_tokens,
             )  # fmt: skip

@@ -19,12 +19,9 @@ from typing import Any, TypeVar
 
 from router.background import PeriodicJobs, Step, cancel_and_wait, freeze_garbage_collector, wait_for_event
 from router.errors import RouterError, SendingPaused
-from router.models.roster import Roster, read_roster, read_solved
-from router.models.services import open_services
-from router.models.targets import read_targets
-from router.queue.task_queue import QueueState, TaskQueue, listening
-from router.settings.environment import Addresses
-from router.settings.router import RouterConfig
+from router.models import Roster, open_services, read_roster, read_solved, read_targets
+from router.queue import QueueState, TaskQueue, listening
+from router.settings import Addresses, RouterConfig
 from router.traffic import TrafficTarget
 from router.workers.assignment import Work, bounds, shares
 from router.workers.classification_job import ClassificationJob

@@ -15,9 +15,8 @@ from collections.abc import Set as AbstractSet
 
 from router.background import cancel_and_wait
 from router.errors import DatabaseError, LimiterError, RouterError, SendingPaused
-from router.limiter.limiter import Permit
-from router.models.dispatch import CallRequest, send_permitted
-from router.models.roster import record_model_error
+from router.limiter import Permit
+from router.models import CallRequest, record_model_error, send_permitted
 from router.task import CallResult, Claim, Outcome
 from router.workers.assignment import PullOrder
 from router.workers.engine import ROSTER_CHANGED, Engine

@@ -23,7 +23,7 @@ PREFERRED, SECOND, THIRD, CHEAP = "deepseek-v3", "llama-3.3-70b", "qwen-2.5-72b"
 
 
 def asking_config(
-    *, asking: dict[str, Any] | None = None, fallback: dict[str, Any] | None = None, **targets: str
+    *, answering: dict[str, Any] | None = None, fallback: dict[str, Any] | None = None, **targets: str
 ) -> RouterConfig:
     """Three models in rank, and a cheap one that is nobody's first choice."""
     places = {PREFERRED: 1, SECOND: 2, THIRD: 3, CHEAP: 9}
@@ -38,7 +38,7 @@ def asking_config(
     return RouterConfig(
         models=models,
         worker=WorkerSettings(lease_seconds=2.0, heartbeat_seconds=0.5),
-        answering=AnsweringSettings(**{"default_deadline_seconds": 5, "late_seconds": 10, **(asking or {})}),
+        answering=AnsweringSettings(**{"default_deadline_seconds": 5, "late_seconds": 10, **(answering or {})}),
         fallback=FallbackSettings(**{"models": (CHEAP,), **(fallback or {})}),
     )
 

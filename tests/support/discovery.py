@@ -19,7 +19,7 @@ import yaml
 
 from models_backend.process import BackendServer
 from router.database import connect, rows
-from router.discovery.search import SearchReport, search
+from router.discovery.search import SearchReport, run_search
 from router.models.airflow_api import AirflowApi
 from router.models.roster import sync_roster
 from router.settings.discovery import load_discovery
@@ -181,7 +181,7 @@ class Searching:
         """The same, to be begun later; it writes its file into `folder`."""
         config = self.config
         return partial(
-            search, self.addresses, config, load_learning(self.folder, config.categories),
+            run_search, self.addresses, config, load_learning(self.folder, config.categories),
             load_discovery(self.folder, config.categories), folder,
             **{"categories": categories or ("general",), "by": "a test",
                "variables": self.airflow and self.airflow.api, **options},

@@ -41,7 +41,7 @@ async def engine(
     addresses = Addresses(database_url=database, redis_url=redis_server.url, backend_url=backend.url)
     engine = Engine(addresses, config)
     await engine.start()
-    DeadlineJob(engine, tmp_path, None).take_up()
+    DeadlineJob(engine, tmp_path, None).start()
     yield engine
     await engine.stop()
 

@@ -1,0 +1,163 @@
+"""The packages: what the import contracts cannot say."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("router", "models_backend", "local", "bench", "plugins", "dags")
+PACKAGES = sorted(path.parent.name for path in (ROOT / "router").glob("*/__init__.py"))
+MAX_LINES = 400
+MAX_ENTRIES = 22
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the product by its import name."""
+    found = {}
+    for folder in FOLDERS:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            # Airflow puts these two folders themselves on the path.
+            base = ROOT / folder if folder in {"plugins", "dags"} else ROOT
+            parts = path.relative_to(base).with_suffix("").parts
+            found[".".join(part for part in parts if part != "__init__")] = path
+    return found
+
+
+MODULES = modules()
+PURE = frozenset(
+    re.findall(
+        r'"(router[.\w]+)"',
+        re.split(
+            r"source_modules|forbidden_modules",
+            (ROOT / "pyproject.toml").read_text().split("Decisions are pure")[1],
+        )[1],
+    )
+)
+
+
+def imported(module: str) -> Iterator[str]:
+    """The product's modules that this one imports, wherever the statement stands."""
+    path = MODULES[module]
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = ".".join(
+                    [*package.split(".")[: len(package.split(".")) - node.level + 1], base]
+                ).strip(".")
+            names = [
+                f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base for alias in node.names
+            ]
+        else:
+            continue
+        yield from (name for name in names if name in MODULES and name != module)
+
+
+GRAPH = {module: frozenset(imported(module)) for module in MODULES}
+
+
+def cycle(graph: dict[str, frozenset[str]]) -> list[str]:
+    """One cycle of the graph, or nothing."""
+    done: set[str] = set()
+
+    def visit(node: str, path: list[str]) -> list[str]:
+        if node in path:
+            return [*path[path.index(node) :], node]
+        if node not in done:
+            for other in sorted(graph[node]):
+                if found := visit(other, [*path, node]):
+                    return found
+            done.add(node)
+        return []
+
+    return next(filter(None, (visit(node, []) for node in sorted(graph))), [])
+
+
+def test_router_can_be_read_off_its_folder() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "router"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.split()
+    assert len({name.split("/")[1] for name in listed}) <= MAX_ENTRIES
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_states_its_charter_in_one_sentence(package: str) -> None:
+    charter = importlib.import_module(f"router.{package}").__doc__ or ""
+    assert charter.strip().endswith(".")
+    assert "\n" not in charter.strip()
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_public_name_of_a_package_can_be_imported(package: str) -> None:
+    face = importlib.import_module(f"router.{package}")
+    tree = ast.parse(Path(str(face.__file__)).read_text(encoding="utf-8"))
+    names = [
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"router.{package}.")
+        for alias in node.names
+    ]
+    assert names
+    for name in names:
+        assert getattr(face, name).__class__ is not type(face), (
+            f"{name} is a module, not what the type checker sees"
+        )
+
+
+def test_other_packages_are_imported_by_their_public_names() -> None:
+    """The pure modules alone name files: a package's other names would bring its I/O into their contract."""
+    reached_into = []
+    for module, others in GRAPH.items():
+        own = module.split(".")[:2]
+        for other in others:
+            parts = other.split(".")
+            inside = parts[0] == "router" and len(parts) > 2 and parts[1] in PACKAGES
+            if inside and parts[:2] != own and module not in PURE and not module.startswith("bench"):
+                reached_into.append(f"{module} imports {other}")
+    assert not reached_into
+
+
+def test_top_level_folders_import_one_another_in_one_direction() -> None:
+    folders = {path: path.relative_to(ROOT).parts[0] for path in MODULES.values()}
+    graph: dict[str, set[str]] = {folder: set() for folder in FOLDERS}
+    for module, others in GRAPH.items():
+        folder = folders[MODULES[module]]
+        graph[folder] |= {folders[MODULES[other]] for other in others} - {folder}
+    assert not cycle({folder: frozenset(others) for folder, others in graph.items()})
+
+
+def test_modules_import_one_another_in_one_direction() -> None:
+    # A package's __init__ names its own modules, and they may import the package's parent: no edge there.
+    graph = {
+        module: frozenset(
+            other
+            for other in others
+            if not module.startswith(f"{other}.") and not other.startswith(f"{module}.")
+        )
+        for module, others in GRAPH.items()
+    }
+    assert not cycle(graph)
+
+
+def test_no_file_is_too_long_to_be_read_at_once() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", *FOLDERS, "sql"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.split()
+    long = {
+        name: lines
+        for name in listed
+        if name.endswith((".py", ".js", ".sql", ".css", ".html", ".lua"))
+        and name != "router/limiter/limiter.lua"
+        if (lines := (ROOT / name).read_text(encoding="utf-8").count("\n")) > MAX_LINES
+    }
+    assert not long
