@@ -8,10 +8,15 @@
 
 from typing import TYPE_CHECKING
 
-from router.lazy import lazy_names
+from lazy_loader import attach
 
 if TYPE_CHECKING:
     from router.answering import Answer as Answer
     from router.answering import Router as Router
 else:
-    __getattr__ = lazy_names(__name__, {"answering": "Answer Router"})
+    __getattr__, __dir__, __all__ = attach(
+        __name__,
+        submod_attrs={
+            "answering": ["Answer", "Router"],
+        },
+    )

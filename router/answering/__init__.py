@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from router.lazy import lazy_names
+from lazy_loader import attach
 
 if TYPE_CHECKING:
     from router.answering.answer import Answer as Answer
@@ -27,16 +27,22 @@ if TYPE_CHECKING:
     from router.answering.task_record import RequestContext as RequestContext
     from router.answering.task_record import TaskRecord as TaskRecord
 else:
-    __getattr__ = lazy_names(
+    __getattr__, __dir__, __all__ = attach(
         __name__,
-        {
-            "answer": "Answer Event EventKind",
-            "attempt": "Attempt",
-            "fallback": "Found Knowledge prompt_with search",
-            "plan": "PASSAGES_SOURCE RoutingPlan call_request",
-            "policy": "AttemptState permit_patience",
-            "router": "Router",
-            "store": "DueTask RequestTask claim_due_deadlines complete_deadline extend_deadline_claim",
-            "task_record": "RequestContext TaskRecord",
+        submod_attrs={
+            "answer": ["Answer", "Event", "EventKind"],
+            "attempt": ["Attempt"],
+            "fallback": ["Found", "Knowledge", "prompt_with", "search"],
+            "plan": ["PASSAGES_SOURCE", "RoutingPlan", "call_request"],
+            "policy": ["AttemptState", "permit_patience"],
+            "router": ["Router"],
+            "store": [
+                "DueTask",
+                "RequestTask",
+                "claim_due_deadlines",
+                "complete_deadline",
+                "extend_deadline_claim",
+            ],
+            "task_record": ["RequestContext", "TaskRecord"],
         },
     )

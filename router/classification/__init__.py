@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from router.lazy import lazy_names
+from lazy_loader import attach
 
 if TYPE_CHECKING:
     from router.classification.classifier import Classification as Classification
@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from router.classification.classifier import Explanation as Explanation
     from router.classification.process import ClassifierProcess as ClassifierProcess
 else:
-    __getattr__ = lazy_names(
+    __getattr__, __dir__, __all__ = attach(
         __name__,
-        {
-            "classifier": "Classification Classifier Explanation",
-            "process": "ClassifierProcess",
+        submod_attrs={
+            "classifier": ["Classification", "Classifier", "Explanation"],
+            "process": ["ClassifierProcess"],
         },
     )

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from router.lazy import lazy_names
+from lazy_loader import attach
 
 if TYPE_CHECKING:
     from router.discovery.probation import Decision as Decision
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from router.discovery.search import SearchReport as SearchReport
     from router.discovery.search import run_search as run_search
 else:
-    __getattr__ = lazy_names(
+    __getattr__, __dir__, __all__ = attach(
         __name__,
-        {
-            "probation": "Decision promote retire review_probation undo_search",
-            "search": "SearchReport run_search",
+        submod_attrs={
+            "probation": ["Decision", "promote", "retire", "review_probation", "undo_search"],
+            "search": ["SearchReport", "run_search"],
         },
     )

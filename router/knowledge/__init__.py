@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from router.lazy import lazy_names
+from lazy_loader import attach
 
 if TYPE_CHECKING:
     from router.knowledge.evaluation import evaluate_retrieval as evaluate_retrieval
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from router.knowledge.sources import remove_path as remove_path
     from router.knowledge.sources import source_name as source_name
 else:
-    __getattr__ = lazy_names(
+    __getattr__, __dir__, __all__ = attach(
         __name__,
-        {
-            "evaluation": "evaluate_retrieval read_collection",
-            "files": "KnowledgeFile Refused files_in read_file",
-            "knowledge": "Found Knowledge",
-            "sources": "add_file read_sources remove_path source_name",
+        submod_attrs={
+            "evaluation": ["evaluate_retrieval", "read_collection"],
+            "files": ["KnowledgeFile", "Refused", "files_in", "read_file"],
+            "knowledge": ["Found", "Knowledge"],
+            "sources": ["add_file", "read_sources", "remove_path", "source_name"],
         },
     )

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from router.lazy import lazy_names
+from lazy_loader import attach
 
 if TYPE_CHECKING:
     from router.learning.grading import Judgement as Judgement
@@ -21,13 +21,20 @@ if TYPE_CHECKING:
     from router.learning.review import run_review as run_review
     from router.learning.review import sum_evidence as sum_evidence
 else:
-    __getattr__ = lazy_names(
+    __getattr__, __dir__, __all__ = attach(
         __name__,
-        {
-            "grading": "Judgement against_reference check judge_prompts parse_verdict",
-            "judging": "Judged judge_answers",
-            "ranking": "Placed",
-            "retention": "drop_old_calls",
-            "review": "RankChange grade_answers order_by_evidence rank_models run_review sum_evidence",
+        submod_attrs={
+            "grading": ["Judgement", "against_reference", "check", "judge_prompts", "parse_verdict"],
+            "judging": ["Judged", "judge_answers"],
+            "ranking": ["Placed"],
+            "retention": ["drop_old_calls"],
+            "review": [
+                "RankChange",
+                "grade_answers",
+                "order_by_evidence",
+                "rank_models",
+                "run_review",
+                "sum_evidence",
+            ],
         },
     )

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from router.lazy import lazy_names
+from lazy_loader import attach
 
 if TYPE_CHECKING:
     from router.limiter.inspection import read_limiter as read_limiter
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from router.limiter.settings import Slacks as Slacks
     from router.limiter.snapshot import ModelTraffic as ModelTraffic
 else:
-    __getattr__ = lazy_names(
+    __getattr__, __dir__, __all__ = attach(
         __name__,
-        {
-            "inspection": "read_limiter seconds_until_in_force",
-            "limiter": "TrafficLimiter",
-            "permit": "PastCall Permit UNAVAILABLE_REASONS Wait WaitReason",
-            "recovery": "History",
-            "script": "redis_client",
-            "settings": "AFTER_TIMEOUT_SECONDS LimiterSettings Slacks",
-            "snapshot": "ModelTraffic",
+        submod_attrs={
+            "inspection": ["read_limiter", "seconds_until_in_force"],
+            "limiter": ["TrafficLimiter"],
+            "permit": ["PastCall", "Permit", "UNAVAILABLE_REASONS", "Wait", "WaitReason"],
+            "recovery": ["History"],
+            "script": ["redis_client"],
+            "settings": ["AFTER_TIMEOUT_SECONDS", "LimiterSettings", "Slacks"],
+            "snapshot": ["ModelTraffic"],
         },
     )

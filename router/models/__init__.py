@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from router.lazy import lazy_names
+from lazy_loader import attach
 
 if TYPE_CHECKING:
     from router.models.airflow_api import AirflowApi as AirflowApi
@@ -25,16 +25,23 @@ if TYPE_CHECKING:
     from router.models.targets import VARIABLE_PREFIX as VARIABLE_PREFIX
     from router.models.targets import read_targets as read_targets
 else:
-    __getattr__ = lazy_names(
+    __getattr__, __dir__, __all__ = attach(
         __name__,
-        {
-            "airflow_api": "AirflowApi",
-            "backend": "ModelsBackend NO_CONNECTION",
-            "direct_calls": "DirectCaller DirectResult",
-            "dispatch": "Availability CallRequest availability send_permitted",
-            "roster": "Roster RosterModel read_roster read_solved "
-            "record_model_error roster_version sync_roster",
-            "services": "open_services",
-            "targets": "VARIABLE_PREFIX read_targets",
+        submod_attrs={
+            "airflow_api": ["AirflowApi"],
+            "backend": ["ModelsBackend", "NO_CONNECTION"],
+            "direct_calls": ["DirectCaller", "DirectResult"],
+            "dispatch": ["Availability", "CallRequest", "availability", "send_permitted"],
+            "roster": [
+                "Roster",
+                "RosterModel",
+                "read_roster",
+                "read_solved",
+                "record_model_error",
+                "roster_version",
+                "sync_roster",
+            ],
+            "services": ["open_services"],
+            "targets": ["VARIABLE_PREFIX", "read_targets"],
         },
     )

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from router.lazy import lazy_names
+from lazy_loader import attach
 
 if TYPE_CHECKING:
     from router.queue.call_log import MOST_ROWS as MOST_ROWS
@@ -32,16 +32,25 @@ if TYPE_CHECKING:
     from router.queue.tasks import retry_failed as retry_failed
     from router.queue.tasks import statuses as statuses
 else:
-    __getattr__ = lazy_names(
+    __getattr__, __dir__, __all__ = attach(
         __name__,
-        {
-            "call_log": "LoggedCall MOST_ROWS read_calls",
-            "chat": "prompt_of",
-            "export": "output_line write_lines",
-            "ingest": "IngestDefaults InvalidRow LARGEST_PRIORITY NewTask read_tasks",
-            "prompt_files": "Format detect_format unpacked",
-            "task_queue": "QueueState TaskQueue listening",
-            "tasks": "Retried category_names enqueue failed_tasks finished_tasks "
-            "longest_prompt_bytes require_schema retry_failed statuses",
+        submod_attrs={
+            "call_log": ["LoggedCall", "MOST_ROWS", "read_calls"],
+            "chat": ["prompt_of"],
+            "export": ["output_line", "write_lines"],
+            "ingest": ["IngestDefaults", "InvalidRow", "LARGEST_PRIORITY", "NewTask", "read_tasks"],
+            "prompt_files": ["Format", "detect_format", "unpacked"],
+            "task_queue": ["QueueState", "TaskQueue", "listening"],
+            "tasks": [
+                "Retried",
+                "category_names",
+                "enqueue",
+                "failed_tasks",
+                "finished_tasks",
+                "longest_prompt_bytes",
+                "require_schema",
+                "retry_failed",
+                "statuses",
+            ],
         },
     )

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from router.lazy import lazy_names
+from lazy_loader import attach
 
 if TYPE_CHECKING:
     from router.server.api_keys import ENVIRONMENT_CLIENT as ENVIRONMENT_CLIENT
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from router.server.server import ServeOptions as ServeOptions
     from router.server.server import run_server as run_server
 else:
-    __getattr__ = lazy_names(
+    __getattr__, __dir__, __all__ = attach(
         __name__,
-        {
-            "api_keys": "ApiKeys ENVIRONMENT_CLIENT add_key read_keys remove_key",
-            "middleware": "Limits",
-            "server": "ServeOptions run_server",
+        submod_attrs={
+            "api_keys": ["ApiKeys", "ENVIRONMENT_CLIENT", "add_key", "read_keys", "remove_key"],
+            "middleware": ["Limits"],
+            "server": ["ServeOptions", "run_server"],
         },
     )

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from router.lazy import lazy_names
+from lazy_loader import attach
 
 if TYPE_CHECKING:
     from router.workers.deadlines import DeadlineJob as DeadlineJob
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from router.workers.worker import Worker as Worker
     from router.workers.worker import wait_for_work as wait_for_work
 else:
-    __getattr__ = lazy_names(
+    __getattr__, __dir__, __all__ = attach(
         __name__,
-        {
-            "deadlines": "DeadlineJob",
-            "engine": "Engine",
-            "runs": "begin_run run_report",
-            "worker": "Worker wait_for_work",
+        submod_attrs={
+            "deadlines": ["DeadlineJob"],
+            "engine": ["Engine"],
+            "runs": ["begin_run", "run_report"],
+            "worker": ["Worker", "wait_for_work"],
         },
     )

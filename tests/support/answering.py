@@ -38,7 +38,9 @@ def asking_config(
     return RouterConfig(
         models=models,
         worker=WorkerSettings(lease_seconds=2.0, heartbeat_seconds=0.5),
-        answering=AnsweringSettings(**{"default_deadline_seconds": 5, "late_seconds": 10, **(answering or {})}),
+        answering=AnsweringSettings(
+            **{"default_deadline_seconds": 5, "late_seconds": 10, **(answering or {})}
+        ),
         fallback=FallbackSettings(**{"models": (CHEAP,), **(fallback or {})}),
     )
 
