@@ -171,20 +171,20 @@ def freeze_garbage_collector() -> None:
 
 
 class Broadcast:
-    """Wakes all who wait, once a ring."""
+    """Wakes all that wait, once per notification."""
 
     def __init__(self) -> None:
         self._waiting: set[asyncio.Future[None]] = set()
 
-    def ring(self) -> None:
-        """Wake everyone who waits now."""
+    def notify_all(self) -> None:
+        """Wakes all that wait now."""
         waiting, self._waiting = self._waiting, set()
         for future in waiting:
             if not future.done():
                 future.set_result(None)
 
     async def wait(self, seconds: float) -> None:
-        """Return at the next ring, or after `seconds`."""
+        """Returns at the next notification, or after `seconds`."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
         self._waiting.add(future)

@@ -76,7 +76,7 @@ async def _send(  # noqa: PLR0917 - private: send_permitted's own arguments
 ) -> CallResult:
     sent = False
     # A call that outlives its place in the limiter would let one too many through.
-    longest = limiter.settings.call_longest_seconds - AFTER_TIMEOUT_SECONDS
+    longest = limiter.settings.max_call_seconds - AFTER_TIMEOUT_SECONDS
 
     def before_send() -> None:
         nonlocal sent

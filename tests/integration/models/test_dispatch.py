@@ -25,7 +25,7 @@ from router.task import Outcome
 MODEL = "phi-4"
 LONGEST_SECONDS = 0.5
 SETTINGS = LimiterSettings(
-    call_longest_seconds=AFTER_TIMEOUT_SECONDS + LONGEST_SECONDS,
+    max_call_seconds=AFTER_TIMEOUT_SECONDS + LONGEST_SECONDS,
     breaker=BreakerSettings(failure_threshold=1, initial_cooldown_seconds=0.2),
 )
 

@@ -70,7 +70,7 @@ async def test_the_limiter_refuses_a_name_and_asks_redis_nothing(
         lambda: limiter.cool_down(name, 5, "429"),
         lambda: limiter.snapshot([name]),
     ):
-        with pytest.raises(InputError, match="is no model name: letters, digits") as caught:
+        with pytest.raises(InputError, match="is not a valid model name: letters, digits") as caught:
             await asking()
         assert len(str(caught.value)) < 250
         assert "\n" not in str(caught.value)
@@ -129,7 +129,9 @@ async def test_a_variable_with_a_bad_name_keeps_no_other_from_being_read(
         assert set(watch.troubles) == {"my\nmodel", LONG}
         said = [record.getMessage() for record in caplog.records]
         assert len(said) == 2  # once each, not at each reading
-        assert all("is no model name" in line and "\n" not in line and len(line) < 400 for line in said)
+        assert all(
+            "is not a valid model name" in line and "\n" not in line and len(line) < 400 for line in said
+        )
     finally:
         await pool.close()
 
