@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from router.limiter.breaker import BreakerSettings, Verdict
@@ -21,21 +21,6 @@ _GRANT = struct.Struct("<2d")
 _ONE_PERMIT = struct.Struct("<6d")
 _RELEASE = struct.Struct("<4d")
 _SNAPSHOT_HEAD = 10
-
-
-class Decision(NamedTuple):
-    """Head of the reply to `reserve` and `peek`. `wait` is negative if only a change can help."""
-
-    status: float
-    generation: float
-    head: float
-    version: float
-    wait: float
-    reason: float
-    send_slack: float
-    clock: float
-    failures: float
-    trips: float
 
 
 class Breaker(NamedTuple):
@@ -76,9 +61,9 @@ def pack_reserve(  # noqa: PLR0917 - the layout itself; keywords would cost on t
     )
 
 
-def unpack_decision(reply: bytes) -> Decision:
-    """Unpacks the head of a reply; `unpack_grants` the rest."""
-    return Decision._make(_DECISION.unpack_from(reply))
+# Head of a reply: status, generation, head, target version, wait (negative if only a change can help),
+# reason, send slack, clock, failures, trips. A plain tuple: a named one takes 2 us of a decision's 90.
+unpack_decision: Callable[[bytes], tuple[float, ...]] = _DECISION.unpack_from
 
 
 def unpack_grants(reply: bytes) -> Iterator[tuple[float, float]]:

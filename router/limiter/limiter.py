@@ -105,9 +105,7 @@ class TrafficLimiter:
         `tokens` is an upper bound of what the call can use, `holder_seconds` of how long it can take.
         """
         _check_tokens(tokens)
-        state = self._tracker.state(model)
-        permits, wait = await self._reservations.reserve(state, (tokens,), holder_seconds)
-        return permits[0] if permits else wait
+        return await self._reservations.reserve(self._tracker.state(model), tokens, holder_seconds)
 
     async def acquire(self, model: str, tokens: int = 0, *, timeout_seconds: float | None = None) -> Permit:
         """Waits for a permit and returns at its send time.

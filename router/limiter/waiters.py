@@ -158,7 +158,7 @@ class WaitQueue:
             try:
                 await self._notifications.listen()
                 tokens = tuple(waiter.tokens for waiter in self._requested)
-                permits, wait = await self._reservations.reserve(state, tokens)
+                permits, wait = await self._reservations.reserve_many(state, tokens)
             except LimiterUnavailable:
                 failures += 1
                 self._put_back(self._requested)

@@ -33,7 +33,7 @@ from tests.support.limiter.specification import MICRO, LimiterSpec, micros
 
 async def reserve_many(limiter: TrafficLimiter, tokens: tuple[int, ...]) -> tuple[list[Permit], Wait]:
     """Reserves a permit per element of `tokens`, in one round trip."""
-    return await limiter._reservations.reserve(limiter._tracker.state(MODEL), tokens)
+    return await limiter._reservations.reserve_many(limiter._tracker.state(MODEL), tokens)
 
 
 @dataclass
