@@ -68,16 +68,21 @@ class Outcome:
     soak: Soak
     sent: int
     arrived: int
-    died: dict[str, int]
+    expired: dict[str, int]
     transit_ms: dict[str, float]
     seconds: float
     target_changes: int
     verdict: Verdict
 
     def as_json(self) -> dict[str, Any]:
-        rest = {"sent": self.sent, "arrived": self.arrived, "died": self.died, "transit_ms": self.transit_ms}
+        counts = {
+            "sent": self.sent,
+            "arrived": self.arrived,
+            "died": self.expired,
+            "transit_ms": self.transit_ms,
+        }
         more = {"seconds": self.seconds, "target_changes": self.target_changes}
-        return {"soak": asdict(self.soak), **rest, **more, **self.verdict.as_json()}
+        return {"soak": asdict(self.soak), **counts, **more, **self.verdict.as_json()}
 
 
 def lines(soak: Soak, chance: random.Random) -> dict[str, str]:
@@ -157,12 +162,12 @@ def run(soak: Soak, folder: Path) -> Outcome:
     percentiles = (
         {str(p): float(np.percentile(transit, p)) for p in (50, 99, 99.9, 100)} if len(transit) else {}
     )
-    died = {model: sum(died[model] for _, died in counts) for model in MODELS}
+    expired = {model: sum(one[model] for _, one in counts) for model in MODELS}
     return Outcome(
         soak,
         sum(sent for sent, _ in counts),
         len(arrivals),
-        died,
+        expired,
         percentiles,
         max(times, default=0.0) - min(times, default=0.0),
         len(changes),
@@ -177,7 +182,7 @@ def print_outcome(outcome: Outcome) -> None:
     transit = ", ".join(f"p{p} {ms:.2f} ms" for p, ms in outcome.transit_ms.items())
     console.print(
         f"{outcome.sent:,} sent, {outcome.arrived:,} arrived in {outcome.seconds:.0f} s; "
-        f"{sum(outcome.died.values()):,} permits expired; {outcome.target_changes} changes of targets"
+        f"{sum(outcome.expired.values()):,} permits expired; {outcome.target_changes} changes of targets"
     )
     console.print(f"transit from the permit check to arrival: {transit}")
 

@@ -169,8 +169,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     ):
         for offset, kind in ((-0.2, "at_once"), (0.2, "delayed")):
             rows = result["door"][kind]
-            places = [_names(result).index(name) - offset for name in rows]
-            panel.barh(places, [row[key] for row in rows.values()], height=0.4, label=kind.replace("_", " "))
+            rows_at = [_names(result).index(name) - offset for name in rows]
+            panel.barh(rows_at, [row[key] for row in rows.values()], height=0.4, label=kind.replace("_", " "))
         panel.set_yticks(range(len(_names(result))), _names(result))
         panel.axvline(1.0, color="tab:red", linestyle="--")
         panel.set_xlabel(label)

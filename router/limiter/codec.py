@@ -33,7 +33,7 @@ class Breaker(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """Reply to `loss`. `known` says that somebody had seen what was lost; `longest` is the longest period."""
+    """Reply to `loss`. `known`: a process had seen the lost state; `longest` is the longest period."""
 
     live: float
     lost_for: float
@@ -43,17 +43,10 @@ class Loss(NamedTuple):
     generation: float
 
 
-# -- reserve and peek ----------------------------------------------------------------------------------
-
-
 def pack_reserve(  # noqa: PLR0917 - the layout itself; keywords would cost on the hot path
-    generation: float,
-    clock_bound: float,
-    head: float,
-    look_ahead_seconds: float,
-    call_seconds: float,
-    tokens: tuple[int, ...],
-) -> bytes:
+    generation: float, clock_bound: float, head: float,
+    look_ahead_seconds: float, call_seconds: float, tokens: tuple[int, ...],
+) -> bytes:  # fmt: skip
     """Packs a request for a permit per element of `tokens`."""
     layout = _ONE_PERMIT if len(tokens) == 1 else struct.Struct(f"<{5 + len(tokens)}d")
     return layout.pack(
@@ -69,9 +62,6 @@ unpack_decision: Callable[[bytes], tuple[float, ...]] = _DECISION.unpack_from
 def unpack_grants(reply: bytes) -> Iterator[tuple[float, float]]:
     """Yields the number of each granted send, and the microseconds until it may leave."""
     return _GRANT.iter_unpack(reply[_DECISION.size :])
-
-
-# -- targets -------------------------------------------------------------------------------------------
 
 
 def pack_set_target(version: int | None, settings: LimiterSettings) -> bytes:
@@ -104,9 +94,6 @@ def unpack_set_target(reply: bytes) -> tuple[bool, float]:
     return bool(applied), version
 
 
-# -- releases and outcomes -----------------------------------------------------------------------------
-
-
 def pack_release(permit: Permit, used: float, *, unused: bool) -> bytes:
     """Packs one released permit; `used` is negative if the tokens used are unknown."""
     return _RELEASE.pack(permit.generation, permit.number, used, float(unused))
@@ -136,9 +123,6 @@ def unpack_breaker(reply: bytes) -> Breaker:
     return Breaker._make(struct.unpack("<4d", reply))
 
 
-# -- recovery ------------------------------------------------------------------------------------------
-
-
 def pack_loss(*, known: bool, settings: LimiterSettings) -> bytes:
     """Packs the report of lost state; `known` says that the sender had seen it."""
     return struct.pack("<2d", float(known), settings.max_call_seconds * MICRO)
@@ -166,9 +150,6 @@ def pack_history(calls: Iterable[PastCall], clock: float) -> tuple[bytes, bytes,
     send_times = array("d", (clock - max(0.0, call.age_seconds_latest) * MICRO for call in ordered))
     tokens = struct.pack(f"<{len(ordered)}I", *(call.tokens for call in ordered))
     return send_times.tobytes(), tokens, bytes(call.open for call in ordered)
-
-
-# -- snapshot ------------------------------------------------------------------------------------------
 
 
 def unpack_snapshot(model: str, line: bytes, cooldown_reason: bytes, packed: bytes) -> ModelTraffic:

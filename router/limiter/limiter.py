@@ -27,7 +27,6 @@ from router.limiter.reservations import Reservations
 from router.limiter.script import RedisScript
 from router.limiter.settings import LimiterSettings
 from router.limiter.snapshot import ModelTraffic
-from router.limiter.tasks import SideTasks
 from router.limiter.tracker import ModelTracker
 from router.limiter.waiters import WaitQueue
 from router.task import Outcome
@@ -55,13 +54,11 @@ class TrafficLimiter:
     ) -> None:
         self.settings = settings or LimiterSettings()
         self._clock = clock
-        self._tasks = SideTasks()
         self._script = RedisScript(redis, SCRIPT, sender=uuid.uuid4().hex)
-        self._tracker = ModelTracker(self._script, self.settings, self._tasks, clock)
-        self._notifications = Notifications(redis, self._script.sender, self._tracker, self.settings)
-        self._releases = Releases(self._script, self._tracker, self._tasks)
-        recovery = Recovery(self._script, self._tracker, history, self.settings, clock)
-        self._reservations = Reservations(self._script, self._tracker, recovery, self.settings, clock)
+        self._tracker = ModelTracker(self._script, self.settings, clock)
+        self._notifications = Notifications(redis, self._tracker)
+        self._releases = Releases(self._tracker)
+        self._reservations = Reservations(self._tracker, Recovery(self._tracker, history))
         self._queues: dict[str, WaitQueue] = {}
         self._snapshots: dict[str, asyncio.Task[ModelTraffic]] = {}
 
@@ -77,7 +74,7 @@ class TrafficLimiter:
         """Returns permits in flight and ends all tasks; the Redis client stays the caller's."""
         for queue in self._queues.values():
             await queue.close()
-        await self._tasks.wait()
+        await self._tracker.tasks.wait()
         await self._releases.close()
         await self._notifications.close()
         await self._script.close()
@@ -132,7 +129,7 @@ class TrafficLimiter:
         return waiting.result()
 
     async def wait_until_available(self, model: str) -> None:
-        """Returns once a send looks possible within the look-ahead; reserves nothing, rarely asks Redis."""
+        """Returns once a send looks possible within the look-ahead; reserves nothing, rarely calls Redis."""
         state = self._tracker.state(model)
         while True:
             changes = state.changes
@@ -206,7 +203,7 @@ class TrafficLimiter:
         reading = self._snapshots.get(model)
         if reading is None:
             work = self._tracker.snapshot(self._tracker.state(model))
-            reading = self._tasks.start(work, f"snapshot of {model}")
+            reading = self._tracker.tasks.start(work, f"snapshot of {model}")
             self._snapshots[model] = reading
             reading.add_done_callback(lambda _: self._snapshots.pop(model))
         return await asyncio.shield(reading)
@@ -214,10 +211,10 @@ class TrafficLimiter:
     def _queue(self, model: str) -> WaitQueue:
         queue = self._queues.get(model)
         if queue is None:
-            state = self._tracker.state(model)
             queue = self._queues[model] = WaitQueue(
-                state, self._reservations, self._releases, self._notifications, self.settings, self._clock
-            )
+                self._tracker.state(model), self._tracker,
+                self._reservations, self._releases, self._notifications,
+            )  # fmt: skip
         return queue
 
 

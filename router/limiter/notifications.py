@@ -9,7 +9,6 @@ from typing import Any
 import redis.asyncio
 
 from router.limiter.script import REDIS_ERRORS
-from router.limiter.settings import LimiterSettings
 from router.limiter.tracker import ModelTracker
 
 CHANNEL = "router:traffic"
@@ -19,16 +18,13 @@ READ_SECONDS = 30.0
 class Notifications:
     """Tells the tracker which model changed, and that any may have when notifications were missed.
 
-    A message is `<key> <sender>`. Those of `sender` itself are ignored.
+    A message is `<key> <sender>`. Those of this process are ignored.
     """
 
-    def __init__(
-        self, client: redis.asyncio.Redis, sender: str, tracker: ModelTracker, settings: LimiterSettings
-    ) -> None:
+    def __init__(self, client: redis.asyncio.Redis, tracker: ModelTracker) -> None:
         self._redis: Any = client
-        self._sender = sender
         self._tracker = tracker
-        self._settings = settings
+        self._settings = tracker.settings
         self._listener: asyncio.Task[None] | None = None
         self._subscribed = asyncio.Event()
 
@@ -65,5 +61,5 @@ class Notifications:
     def _receive(self, data: bytes | str) -> None:
         text = data.decode(errors="replace") if isinstance(data, bytes) else data
         key, _, sender = text.partition(" ")
-        if sender != self._sender:
+        if sender != self._tracker.script.sender:
             self._tracker.changed(key)

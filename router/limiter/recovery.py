@@ -8,9 +8,7 @@ from collections.abc import Awaitable, Callable
 
 from router.errors import LimiterUnavailable
 from router.limiter.codec import MICRO, Loss, pack_history, pack_loss, pack_rebuild, unpack_loss
-from router.limiter.permit import Clock, PastCall, WaitReason
-from router.limiter.script import RedisScript
-from router.limiter.settings import LimiterSettings
+from router.limiter.permit import PastCall, WaitReason
 from router.limiter.state import ModelState
 from router.limiter.tracker import ModelTracker
 
@@ -23,19 +21,10 @@ MIN_HISTORY_SECONDS = 61.0  # so that a target with a window of a minute, set af
 class Recovery:
     """Rebuilds a model's state once all permits of the lost state have expired."""
 
-    def __init__(
-        self,
-        script: RedisScript,
-        tracker: ModelTracker,
-        history: History | None,
-        settings: LimiterSettings,
-        clock: Clock,
-    ) -> None:
-        self._script = script
+    def __init__(self, tracker: ModelTracker, history: History | None) -> None:
         self._tracker = tracker
+        self._script, self._settings, self._clock = tracker.script, tracker.settings, tracker.clock
         self._history = history
-        self._settings = settings
-        self._clock = clock
         self._locks: dict[str, asyncio.Lock] = {}
         self._logged: set[str] = set()
         self._noticed: dict[str, tuple[tuple[int, float], float]] = {}

@@ -11,11 +11,10 @@ from router.limiter.codec import pack_release, unpack_release
 from router.limiter.permit import Permit, WaitReason
 from router.limiter.script import RedisScript
 from router.limiter.state import FREED_BY_OTHERS, ModelState
-from router.limiter.tasks import SideTasks
 from router.limiter.tracker import ModelTracker
 
 MAX_BATCH = 500
-MAX_UNSENT = 10_000  # releases kept during an outage; permits beyond it end by themselves
+MAX_UNSENT = 10_000  # releases kept during an outage; permits beyond that expire
 RETRY_SECONDS = 0.5
 _FREED = FREED_BY_OTHERS | {WaitReason.TOKENS}
 
@@ -23,24 +22,25 @@ _FREED = FREED_BY_OTHERS | {WaitReason.TOKENS}
 class Releases:
     """Releases and cancels permits, each at most once."""
 
-    def __init__(self, script: RedisScript, tracker: ModelTracker, tasks: SideTasks) -> None:
-        self._script = script
+    def __init__(self, tracker: ModelTracker) -> None:
         self._tracker = tracker
-        self._tasks = tasks
         self._batches: dict[str, _Batch] = {}
         self._retry: asyncio.Task[None] | None = None
 
     async def release(self, permit: Permit, tokens: int | None) -> None:
-        """Ends a call that used so many tokens. LimiterUnavailable if Redis is away: it is sent later."""
+        """Releases the permit of a call that used `tokens` (None: unknown).
+
+        Raises LimiterUnavailable if Redis is unavailable; the release is sent later.
+        """
         await self._send(permit, -1 if tokens is None else tokens, unused=False)
 
     async def cancel(self, permit: Permit) -> None:
-        """Takes back a permit by which nothing was sent. LimiterUnavailable as for `release`."""
+        """Cancels a permit by which nothing was sent. Raises LimiterUnavailable as `release` does."""
         await self._send(permit, 0, unused=True)
 
     def cancel_later(self, permit: Permit) -> asyncio.Task[None]:
-        """Cancels a permit in a task; if Redis is away it stays counted, which is safe."""
-        return self._tasks.start(self._cancel_quietly(permit), f"cancel a permit of {permit.model}")
+        """Cancels a permit in a task; if Redis is unavailable it stays counted, which is safe."""
+        return self._tracker.tasks.start(self._cancel_quietly(permit), f"cancel a permit of {permit.model}")
 
     async def close(self) -> None:
         """Waits for releases in flight; unsent ones end by themselves."""
@@ -59,7 +59,9 @@ class Releases:
             return
         batch = self._batches.get(permit.model)
         if batch is None:
-            batch = self._batches[permit.model] = _Batch(self._script, self._tracker.state(permit.model))
+            batch = self._batches[permit.model] = _Batch(
+                self._tracker.script, self._tracker.state(permit.model)
+            )
         permit.returned = True
         item = pack_release(permit, used, unused=unused)
         try:

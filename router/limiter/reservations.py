@@ -6,10 +6,8 @@ import contextlib
 
 from router.errors import LimiterUnavailable
 from router.limiter.codec import LOST, MICRO, pack_reserve, unpack_decision, unpack_grants
-from router.limiter.permit import Clock, Permit, Wait, WaitReason
+from router.limiter.permit import Permit, Wait, WaitReason
 from router.limiter.recovery import Recovery
-from router.limiter.script import RedisScript
-from router.limiter.settings import LimiterSettings
 from router.limiter.state import NEVER, ModelState
 from router.limiter.tracker import ModelTracker
 
@@ -19,21 +17,12 @@ _LOST_REASONS = frozenset({WaitReason.REBUILDING, WaitReason.NO_TARGET})
 
 
 class Reservations:
-    """Permits of all models, as many per round trip as are asked for."""
+    """Permits of all models, as many per round trip as requested."""
 
-    def __init__(
-        self,
-        script: RedisScript,
-        tracker: ModelTracker,
-        recovery: Recovery,
-        settings: LimiterSettings,
-        clock: Clock,
-    ) -> None:
-        self._script = script
+    def __init__(self, tracker: ModelTracker, recovery: Recovery) -> None:
         self._tracker = tracker
+        self._script, self._settings, self._clock = tracker.script, tracker.settings, tracker.clock
         self._recovery = recovery
-        self._settings = settings
-        self._clock = clock
 
     async def reserve(self, state: ModelState, tokens: int, call_seconds: float | None) -> Permit | Wait:
         """Returns a permit, or why there is none."""
@@ -71,7 +60,7 @@ class Reservations:
             again = await self._recovery.recover(state, reason)
         now = self._clock()
         state.available_at = None if again is None else now + again
-        # After a recovery the prediction is a guess: the next peek asks again.
+        # After a recovery this is a guess, so the next call peeks again.
         state.available_known_at = NEVER if again == 0 else now
 
     async def _request(

@@ -30,15 +30,16 @@ MAX_REASON_CHARACTERS = 200
 
 
 class ModelTracker:
-    """Holds a `ModelState` per model, and puts back into Redis what Redis lost and this process knows."""
+    """Holds a `ModelState` per model, and restores in Redis what Redis lost and this process knows.
 
-    def __init__(
-        self, script: RedisScript, settings: LimiterSettings, tasks: SideTasks, clock: Clock
-    ) -> None:
-        self._script = script
-        self._settings = settings
-        self._tasks = tasks
-        self._clock = clock
+    Script, settings, clock and side tasks are shared by all parts of a limiter.
+    """
+
+    def __init__(self, script: RedisScript, settings: LimiterSettings, clock: Clock) -> None:
+        self.script = script
+        self.settings = settings
+        self.clock = clock
+        self.tasks = SideTasks()
         self._states: dict[str, ModelState] = {}
         self._by_key: dict[str, ModelState] = {}
 
@@ -68,18 +69,18 @@ class ModelTracker:
         """Records a generation or a target version that is new to this process."""
         if generation > state.generation:
             state.generation, state.head, state.clock_offset = generation, 0.0, None
-            if state.cooldown_until > self._clock():
-                self._tasks.start(self._restore_cooldown(state), f"restore the cool-down of {state.model}")
+            if state.cooldown_until > self.clock():
+                self.tasks.start(self._restore_cooldown(state), f"restore the cool-down of {state.model}")
         if version > state.version:
             state.version = version
-            self._tasks.start(self._learn_target(state), f"learn the target of {state.model}")
+            self.tasks.start(self._learn_target(state), f"learn the target of {state.model}")
 
     async def set_target(self, state: ModelState, target: TrafficTarget, version: int | None) -> bool:
         """Applies a target; False if a newer version is applied already."""
-        packed = pack_target(target, self._settings)
-        request = pack_set_target(version, self._settings)
-        sender = self._script.sender
-        reply = await self._script.call(state.key, "target", request, packed, str(target), sender)
+        packed = pack_target(target, self.settings)
+        request = pack_set_target(version, self.settings)
+        sender = self.script.sender
+        reply = await self.script.call(state.key, "target", request, packed, str(target), sender)
         applied, version_now = unpack_set_target(reply)
         if applied:
             state.version, state.target = version_now, target
@@ -97,30 +98,30 @@ class ModelTracker:
         self, state: ModelState, verdict: Verdict, reason: str, send: tuple[int, int] | None = None
     ) -> None:
         """Reports a verdict on a model; `send` is the (generation, number) that it is about."""
-        now = self._clock()
+        now = self.clock()
         verdict = Verdict(verdict.signal, min(verdict.cooldown_seconds, MAX_COOLDOWN_SECONDS))
         reason = reason[:MAX_REASON_CHARACTERS]
-        if verdict.cooldown_seconds > 0:  # before the call: if Redis is away, it is restored later
+        if verdict.cooldown_seconds > 0:  # before the call: it is restored later if Redis is unavailable
             state.cooldown_until = max(state.cooldown_until, now + verdict.cooldown_seconds)
             state.cooldown_reason = reason
         request = pack_outcome(
             verdict, state.generation, state.clock_bound(now),
-            send=send, trips=state.trips, breaker=self._settings.breaker,
+            send=send, trips=state.trips, breaker=self.settings.breaker,
         )  # fmt: skip
-        reply = await self._script.call(state.key, "outcome", request, reason, self._script.sender)
+        reply = await self.script.call(state.key, "outcome", request, reason, self.script.sender)
         breaker = unpack_breaker(reply)
         if not breaker.status:
             state.failures, state.trips = breaker.failures, breaker.trips
-            state.cooldown_until = self._clock() + breaker.cooldown / MICRO
+            state.cooldown_until = self.clock() + breaker.cooldown / MICRO
         state.changed()
 
     async def snapshot(self, state: ModelState) -> ModelTraffic:
         """Reads target and usage from Redis."""
-        line, cooldown_reason, packed = await self._script.call(state.key, "snapshot", b"")
+        line, cooldown_reason, packed = await self.script.call(state.key, "snapshot", b"")
         return unpack_snapshot(state.model, line, cooldown_reason, packed)
 
     async def _restore_cooldown(self, state: ModelState) -> None:
-        verdict = Verdict(Signal.RESTORE, state.cooldown_until - self._clock())
+        verdict = Verdict(Signal.RESTORE, state.cooldown_until - self.clock())
         with contextlib.suppress(LimiterUnavailable):
             await self.report(state, verdict, state.cooldown_reason)
 

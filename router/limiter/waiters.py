@@ -9,11 +9,11 @@ from collections import deque
 from router.background import finish
 from router.errors import LimiterError, LimiterUnavailable, PermitExpired
 from router.limiter.notifications import Notifications
-from router.limiter.permit import UNAVAILABLE_REASONS, Clock, Permit, Wait, WaitReason
+from router.limiter.permit import UNAVAILABLE_REASONS, Permit, Wait, WaitReason
 from router.limiter.releases import Releases
 from router.limiter.reservations import Reservations
-from router.limiter.settings import LimiterSettings
 from router.limiter.state import ModelState
+from router.limiter.tracker import ModelTracker
 
 SAME_TIME_SECONDS = 0.005  # two replies differ by up to this in what they call the same send time
 ONE_AFTER_ANOTHER_SECONDS = 1e-6
@@ -34,21 +34,19 @@ class _Waiter:
 class WaitQueue:
     """Waiters of one model, first in first out. One task requests permits for as many as it can."""
 
-    def __init__(  # noqa: PLR0917 - the parts that it works with, as in every part of the limiter
+    def __init__(
         self,
         state: ModelState,
+        tracker: ModelTracker,
         reservations: Reservations,
         releases: Releases,
         notifications: Notifications,
-        settings: LimiterSettings,
-        clock: Clock,
     ) -> None:
         self._state = state
+        self._settings, self._clock = tracker.settings, tracker.clock
         self._reservations = reservations
         self._releases = releases
         self._notifications = notifications
-        self._settings = settings
-        self._clock = clock
         self._waiters: deque[_Waiter] = deque()
         self._requested: list[_Waiter] = []  # those that the request in flight is for
         self._runner: asyncio.Task[None] | None = None
@@ -56,7 +54,7 @@ class WaitQueue:
         self._paused_until = 0.0  # void once the model changed
         self._paused_at_change = -1
         self._tickets = 0
-        self._max_batch = settings.max_permits_per_request
+        self._max_batch = self._settings.max_permits_per_request
         self._some_expired = False
         self._left_at = float("-inf")
         self._sleeping = 0

@@ -239,7 +239,7 @@ async def test_cooldown_survives_lost_redis_state(redis_client: redis.asyncio.Re
     ):
         await knows.set_target("llama", LINE)
         await granted(rebuilds)
-        await rebuilds._tasks.wait()  # it has learned the target
+        await rebuilds._tracker.tasks.wait()  # it has learned the target
         await knows.record_outcome("llama", Outcome.RATE_LIMITED, 20)
         await redis_client.flushall()
         await rebuilds.acquire("llama", timeout_seconds=3)  # it does not know of the cool-down

@@ -261,7 +261,7 @@ async def test_cancelled_waiter_returns_its_permit(limiter: TrafficLimiter):
     leaving.cancel()
     with pytest.raises(asyncio.CancelledError):
         await leaving
-    await eventually(lambda: not limiter._tasks)
+    await eventually(lambda: not limiter._tracker.tasks)
     assert (await limiter.snapshot(["llama"]))["llama"].sent == {"4/s": 1}
 
 
@@ -380,8 +380,8 @@ async def _move_back_redis_clock(client: redis.asyncio.Redis, seconds: float) ->
     await client.hset("router:{llama}", "now", bytes(packed))
     chunk = bytearray(await client.get("router:{llama}:m:0"))
     for number in range(2):
-        moment = struct.unpack_from("<d", chunk, 125 + 8 * number)[0]
-        struct.pack_into("<d", chunk, 125 + 8 * number, moment + seconds * 1e6)
+        send_at = struct.unpack_from("<d", chunk, 125 + 8 * number)[0]
+        struct.pack_into("<d", chunk, 125 + 8 * number, send_at + seconds * 1e6)
     await client.set("router:{llama}:m:0", bytes(chunk))
 
 
@@ -454,11 +454,11 @@ async def test_lost_chunk_counts_as_lost_state(limiter: TrafficLimiter, redis_cl
 
 
 async def test_windows_are_rebuilt_from_the_history(redis_client: redis.asyncio.Redis):
-    asked: list[tuple[str, float]] = []
+    requested: list[tuple[str, float]] = []
     calls: list[PastCall] = []
 
     async def history(model: str, seconds: float) -> list[PastCall]:
-        asked.append((model, seconds))
+        requested.append((model, seconds))
         return calls
 
     async with TrafficLimiter(redis_client, history) as limiter:
@@ -475,8 +475,8 @@ async def test_windows_are_rebuilt_from_the_history(redis_client: redis.asyncio.
         assert wait.reason is WaitReason.REBUILDING
         assert 0 < (wait.again_seconds or 0) <= 0.36
         await limiter.acquire("llama", 20, timeout_seconds=2)
-        assert asked[-1][0] == "llama"
-        assert asked[-1][1] >= 60.25
+        assert requested[-1][0] == "llama"
+        assert requested[-1][1] >= 60.25
         now = (await limiter.snapshot(["llama"]))["llama"]
         assert (now.sent, now.tokens, now.in_flight) == ({"5/min": 5}, {"100 tokens/min": 100}, 3)
         assert (await refused(limiter)).reason is WaitReason.CONCURRENCY

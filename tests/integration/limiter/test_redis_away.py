@@ -108,10 +108,10 @@ async def test_cancelled_request_affects_no_other(client: redis.asyncio.Redis):
         await limiter.set_target("llama", "100/min, burst")
         await limiter.reserve("llama")
         for _ in range(20):
-            asking = asyncio.create_task(limiter.reserve("llama"))
+            pending = asyncio.create_task(limiter.reserve("llama"))
             await asyncio.sleep(0)  # the request was written
-            asking.cancel()
-            await asyncio.gather(asking, return_exceptions=True)
+            pending.cancel()
+            await asyncio.gather(pending, return_exceptions=True)
         now = (await limiter.snapshot(["llama"]))["llama"]
         assert now.sent["100/min"] <= 21
         assert await limiter.reserve("llama")

@@ -27,7 +27,7 @@ def test_no_window_is_exceeded_in_a_short_run(late: bool, tmp_path: Path) -> Non
     outcome = run(Soak(4, 300, 3, late, change_seconds=(0.7, 1.5), minute_bursts=True), tmp_path)
     holds(outcome)
     assert outcome.sent > 200
-    assert sum(outcome.died.values()) > 0 or not late
+    assert sum(outcome.expired.values()) > 0 or not late
 
 
 @pytest.mark.soak
@@ -40,5 +40,5 @@ def test_no_window_is_exceeded_in_a_million_sends(late: bool, tmp_path: Path) ->
     assert outcome.sent > 1_000_000
     for model, least in MIN_USAGE.items():
         verdict = outcome.verdict.models[model]
-        died = outcome.died[model] / max(1, verdict.ideal_sends)
-        assert (verdict.use or 0) >= least - died
+        expired = outcome.expired[model] / max(1, verdict.ideal_sends)
+        assert (verdict.use or 0) >= least - expired

@@ -21,7 +21,7 @@ async def test_queue_requests_no_more_than_its_process_can_use(redis_client: red
             time.sleep(0.002)  # blocks the process: 12 permits at a time stay valid
 
         await asyncio.gather(*[use() for _ in range(250)])
-        await limiter._tasks.wait()
+        await limiter._tracker.tasks.wait()
         granted = limiter._tracker.state("llama").head
         assert granted < 250 * 4
 

@@ -56,7 +56,7 @@ class Following:
     jumped: bool
     disturbed_until: int
     known_from: int
-    memory: int
+    retention: int
     state: str
     generation: float
     clock_reading: tuple[int, float]
@@ -80,7 +80,7 @@ class Following:
     def _follow(self, call: ScriptCall, needs: tuple[int, ...]) -> None:  # noqa: C901 - one branch per verb
         if call.verb == "reserve":
             if self.jumped:
-                self.jumped, self.disturbed_until = False, call.at + self.memory
+                self.jumped, self.disturbed_until = False, call.at + self.retention
             self._follow_reserve(call, needs)
         elif call.verb == "release":
             if self.state != "gone":
@@ -128,7 +128,7 @@ class Following:
     def _check_rebuild_time(self, at: int) -> None:
         """Recovery may take until permits expired and, without a history, the windows are over."""
         noticed = self.noticed.setdefault(self.current, at)
-        longest = 0.35 if self.with_history else 0.35 + self.memory / MICRO
+        longest = 0.35 if self.with_history else 0.35 + self.retention / MICRO
         self._require(at - noticed <= micros(4 * longest), f"the state is lost for {at - noticed} us")
 
     def _follow_grant(self, at: int, number: int, wait: int, need: int, *, exact: bool) -> None:

@@ -152,7 +152,7 @@ class _Steps:
         elif kind < 0.97:
             micro = self.chance.choice([1, 1_000, 20_000, 100_000, 400_000, 900_000])
         else:
-            micro = self.chance.randint(1_000_000, world.memory + 2_000_000)
+            micro = self.chance.randint(1_000_000, world.retention + 2_000_000)
         world.pass_time(max(0, micro))
         return str(micro)
 

@@ -69,7 +69,7 @@ class World(Following):
         self.rows: list[PastCall] = []
         targets = [TrafficTarget.parse(line) for line in self.lines]
         self.longest = max((target.longest_window_seconds for target in targets), default=0)
-        self.memory = micros(max(self.longest + 0.25, SETTINGS.max_call_seconds))
+        self.retention = micros(max(self.longest + 0.25, SETTINGS.max_call_seconds))
         self.transit = micros(
             min(
                 (
@@ -254,7 +254,7 @@ class World(Following):
         for call in self.redis.calls:
             self._follow(call, needs)
         self.steps += 1
-        self.spec.forget_before(self.now - self.memory - 2 * MICRO)
+        self.spec.forget_before(self.now - self.retention - 2 * MICRO)
         return result
 
     # -- lost state ----
@@ -281,13 +281,13 @@ class World(Following):
         keys = [key.decode() for key in self.redis.do("KEYS", f"{KEY}*")]
         self.saved = {key: self.redis.do("DUMP", key) for key in keys}
         self.saved_seen = max(self.seen(who) for who in range(len(self.limiters)))
-        self.saved_rest = (self.spec.target, self.spec.version, self.spec.cooldown_until)
+        self.saved_target = (self.spec.target, self.spec.version, self.spec.cooldown_until)
 
     def _restore(self) -> None:
         self.redis.do("FLUSHALL")
         for key, dump in getattr(self, "saved", {}).items():
             self.redis.do("RESTORE", key, 0, dump)
-        kept = getattr(self, "saved_rest", (None, 0.0, 0))
+        kept = getattr(self, "saved_target", (None, 0.0, 0))
         self.spec.target, self.spec.version, self.spec.cooldown_until = kept
         if self.spec.target is not None:
             self.changes.append(TargetChange(self.now / MICRO, MODEL, self.spec.target))
