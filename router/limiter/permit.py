@@ -36,7 +36,7 @@ _REASON_TEXTS = {
     WaitReason.WINDOW: "request window used up, or paced",
     WaitReason.TOKENS: "token window used up",
     WaitReason.CONCURRENCY: "concurrency limit reached",
-    WaitReason.STOPPED: "stopped by a traffic target of 0",
+    WaitReason.STOPPED: "traffic target is 0",
     WaitReason.COOLING_DOWN: "cooling down after a 429 or 503, or repeated failures",
     WaitReason.TOO_MANY_TOKENS: "the call needs more tokens than a whole window allows",
     WaitReason.REBUILDING: "rebuilding rate-limit state after a Redis restart",
