@@ -1,4 +1,4 @@
-"""The stand-in's weather: models that fail, are slow, dear, worse or away; what it knows of its answers."""
+"""The stand-in's simulated conditions: models that fail, are slow, expensive, worse or missing."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from router.task import CallResult, Outcome
 
 PROMPT = "Describe the harbour of Genoa"  # of no category that words would tell
 KNOWN = [{"prompt": f"{PROMPT} {number}", "category": "technical"} for number in range(40)]
-SetWeather = Callable[..., Any]
+SetConditions = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BackendServer]:
-    folder = tmp_path_factory.mktemp("weather")
+    folder = tmp_path_factory.mktemp("conditions")
     references = folder / "references.jsonl"
     references.write_text("".join(json.dumps(row) + "\n" for row in KNOWN))
     server = start_backend(
@@ -41,11 +41,11 @@ async def http() -> AsyncIterator[aiohttp.ClientSession]:
 
 
 @pytest.fixture
-async def weather(server: BackendServer, http: aiohttp.ClientSession) -> AsyncIterator[SetWeather]:
+async def conditions(server: BackendServer, http: aiohttp.ClientSession) -> AsyncIterator[SetConditions]:
     """Puts orders in force; it is fine again after the test."""
 
     async def put(*orders: dict[str, Any]) -> int:
-        async with http.put(f"{server.url}/weather", json=orders) as response:
+        async with http.put(f"{server.url}/conditions", json=orders) as response:
             return response.status
 
     yield put
@@ -61,9 +61,9 @@ async def ask(server: BackendServer, prompt: str = KNOWN[0]["prompt"], model: st
 
 
 async def test_a_share_of_calls_fails_in_one_category_only(
-    server: BackendServer, weather: SetWeather
+    server: BackendServer, conditions: SetConditions
 ) -> None:
-    await weather({"model": "phi-4", "category": "technical", "failing": 0.5})
+    await conditions({"model": "phi-4", "category": "technical", "failing": 0.5})
     results = await asyncio.gather(*(ask(server, row["prompt"]) for row in KNOWN))
     failed = [result.outcome for result in results].count(Outcome.ERROR)
     assert 5 < failed < 35
@@ -73,10 +73,10 @@ async def test_a_share_of_calls_fails_in_one_category_only(
 
 
 async def test_latency_price_and_quality(
-    server: BackendServer, weather: SetWeather, http: aiohttp.ClientSession
+    server: BackendServer, conditions: SetConditions, http: aiohttp.ClientSession
 ) -> None:
     usual = await ask(server, model="newcomer")
-    await weather(
+    await conditions(
         {"model": "newcomer", "latency_factor": 8, "price_factor": 3, "quality": 1.0},
         {"model": "phi-4", "category": "technical", "quality": 0.0},
     )
@@ -99,14 +99,14 @@ async def test_latency_price_and_quality(
 
 
 async def test_a_model_that_is_away_is_not_named_and_not_known(
-    server: BackendServer, weather: SetWeather
+    server: BackendServer, conditions: SetConditions
 ) -> None:
     async with ModelsBackend(server.url, BackendSettings()) as backend:
         assert "newcomer" in await backend.models()
-        await weather({"model": "newcomer", "served": False})
+        await conditions({"model": "newcomer", "served": False})
         assert "newcomer" not in await backend.models()
         assert (await ask(server, model="newcomer")).outcome is Outcome.UNKNOWN_MODEL
-        await weather()
+        await conditions()
         assert "newcomer" in await backend.models()
 
 
@@ -121,11 +121,15 @@ async def test_a_model_that_is_away_is_not_named_and_not_known(
     ],
 )
 async def test_an_order_that_cannot_be_is_refused_and_changes_nothing(
-    server: BackendServer, weather: SetWeather, http: aiohttp.ClientSession, orders: list[Any], status: int
+    server: BackendServer,
+    conditions: SetConditions,
+    http: aiohttp.ClientSession,
+    orders: list[Any],
+    status: int,
 ) -> None:
-    await weather({"model": "phi-4", "quality": 0.5})
-    assert await weather(*orders) == status
-    async with http.get(f"{server.url}/weather") as response:
+    await conditions({"model": "phi-4", "quality": 0.5})
+    assert await conditions(*orders) == status
+    async with http.get(f"{server.url}/conditions") as response:
         (order,) = await response.json()
     assert (order["model"], order["quality"]) == ("phi-4", 0.5)
 

@@ -405,7 +405,7 @@ def test_a_good_answer_states_the_reference_and_a_bad_one_does_not() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--latency", "often"), "no latency shape"),
+        (("--latency", "often"), "not a latency shape"),
         (("--time-scale", "0"), "time scale"),
         (("--quota", "phi-4"), "MODEL=TARGET"),
         (("--quota", "nobody=1/s"), "'nobody' is not served"),
