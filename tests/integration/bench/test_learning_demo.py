@@ -66,7 +66,7 @@ def test_a_failing_model_gets_no_more_than_the_exploration_share(played: tuple[S
     story, _ = played
     share = SHORT.learning().exploration.share
     tasks = sum(task.category == "technical" for task in SHORT.day(1))
-    ahead = 4 / tasks  # two calls that a bounded model may save up, and what was ahead
+    ahead = 4 / tasks  # two calls that a bounded model may save up, and calls ahead
     failing = story.failing
     assert failing["shares"]
     assert max(failing["shares"]) <= share + ahead
@@ -119,7 +119,7 @@ def test_the_results_are_written_as_json_and_as_a_picture(played: tuple[Story, s
 
 @pytest.fixture
 def temporary(tmp_path: Path) -> Iterator[Path]:
-    """Where the demo keeps its data; PostgreSQL's own user must get there."""
+    """The demo's data folder, which PostgreSQL's own user has to reach."""
     folder = Path(tempfile.mkdtemp(prefix="router-test-demo-"))
     yield folder
     folder.rmdir()  # fails if anything was left behind

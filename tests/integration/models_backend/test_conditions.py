@@ -17,7 +17,7 @@ from router.models.backend import ModelsBackend
 from router.settings.router import BackendSettings
 from router.task import CallResult, Outcome
 
-PROMPT = "Describe the harbour of Genoa"  # of no category that words would tell
+PROMPT = "Describe the harbour of Genoa"  # its words suggest no category
 KNOWN = [{"prompt": f"{PROMPT} {number}", "category": "technical"} for number in range(40)]
 SetConditions = Callable[..., Any]
 
@@ -42,7 +42,7 @@ async def http() -> AsyncIterator[aiohttp.ClientSession]:
 
 @pytest.fixture
 async def conditions(server: BackendServer, http: aiohttp.ClientSession) -> AsyncIterator[SetConditions]:
-    """Puts orders in force; it is fine again after the test."""
+    """Sets conditions; they end with the test."""
 
     async def put(*orders: dict[str, Any]) -> int:
         async with http.put(f"{server.url}/conditions", json=orders) as response:
@@ -72,7 +72,7 @@ async def test_a_share_of_calls_fails_in_one_category_only(
     assert {result.outcome for result in others} == {Outcome.ANSWERED}
 
 
-async def test_latency_price_and_quality(
+async def test_conditions_change_latency_price_and_quality(
     server: BackendServer, conditions: SetConditions, http: aiohttp.ClientSession
 ) -> None:
     usual = await ask(server, model="newcomer")
@@ -95,10 +95,10 @@ async def test_latency_price_and_quality(
     assert flawed["flaw"] is not None
     async with http.get(f"{server.url}/flaws", params={"since": page["next"] - 1}) as response:
         assert await response.json() == {"next": page["next"], "answers": [flawed]}
-    assert bad.outcome in (Outcome.ANSWERED, Outcome.GARBAGE)  # an empty one is no answer
+    assert bad.outcome in (Outcome.ANSWERED, Outcome.GARBAGE)  # an empty answer is not an answer
 
 
-async def test_a_model_that_is_away_is_not_named_and_not_known(
+async def test_a_model_that_is_not_served_is_not_listed_and_unknown(
     server: BackendServer, conditions: SetConditions
 ) -> None:
     async with ModelsBackend(server.url, BackendSettings()) as backend:
@@ -120,7 +120,7 @@ async def test_a_model_that_is_away_is_not_named_and_not_known(
         ([{"model": "phi-4", "colour": "grey"}], 422),
     ],
 )
-async def test_an_order_that_cannot_be_is_refused_and_changes_nothing(
+async def test_an_invalid_condition_is_refused_and_changes_nothing(
     server: BackendServer,
     conditions: SetConditions,
     http: aiohttp.ClientSession,
@@ -140,7 +140,7 @@ def test_a_price_that_does_not_parse_is_refused(also: str, capsys: pytest.Captur
     assert "INPUT/OUTPUT" in capsys.readouterr().err
 
 
-def test_a_line_of_references_without_anything_known_is_refused(
+def test_a_reference_line_without_content_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "references.jsonl"
