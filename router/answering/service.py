@@ -144,7 +144,7 @@ class AnsweringService:
 
     async def close(self) -> None:
         """End the duties, give the lease back and close everything, within seconds whatever hangs."""
-        await self._duties.end()
+        await self._duties.stop()
         if hasattr(self, "queue"):
             with contextlib.suppress(RouterError):
                 await result_or_none(self._unconfirmed_step(), CLOSE_SECONDS, "router unconfirmed calls")

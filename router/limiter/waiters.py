@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 
-from router.background import Broadcast, finish
+from router.background import Broadcast, resolve_future
 from router.errors import LimiterError, LimiterUnavailable, PermitExpired
 from router.limiter.permit import Permit, Wait, WaitReason
 from router.limiter.settings import LimiterSettings
@@ -124,7 +124,7 @@ class WaitQueue:
         future: asyncio.Future[None] = loop.create_future()
         if self._clock_ahead is None:  # once: two readings a timer would put timers out of order
             self._clock_ahead = max(0.0, loop.time() - time.monotonic())
-        timer = loop.call_at(at + self._clock_ahead, finish, future)
+        timer = loop.call_at(at + self._clock_ahead, resolve_future, future)
         self._asleep += 1
         try:
             await future
@@ -140,7 +140,7 @@ class WaitQueue:
         """Something changed: whatever was known about when to ask no longer holds."""
         self.pokes += 1
         self._ask_at = 0.0
-        self.bell.ring()
+        self.bell.notify_all()
 
     async def _serve(self) -> None:
         failures = 0
@@ -195,7 +195,7 @@ class WaitQueue:
         self.replies += 1
         if wait.reason is not self.waiting_for:
             self.waiting_for = wait.reason
-            self.bell.ring()
+            self.bell.notify_all()
         if left and self.waiting_for is WaitReason.TOO_MANY_TOKENS:
             self._refuse(left.pop(0))
         self._put_back(left)

@@ -130,7 +130,7 @@ class Engine:
         await cancel_and_wait(*self._pulls_handed_over.values())
         if self._calls:
             await asyncio.wait(self._calls, timeout=grace_seconds)
-        await self._duties.end()
+        await self._duties.stop()
         await cancel_and_wait(*self._calls)
         with contextlib.suppress(RouterError):
             await self.queue.release()
