@@ -18,11 +18,9 @@ from typing import Any
 
 import asyncpg
 
-from router.database import InvalidValue, LeaseLost, fetch, fetch_one, retry_while_unavailable, settled_values
-from router.errors import DatabaseError
+from router.database import fetch, fetch_one, retry_while_unavailable, settled_values
+from router.errors import DatabaseError, LeaseLost
 from router.task import CallResult, Claim, Outcome, new_call_id
-
-__all__ = ["InvalidValue", "LeaseLost", "QueueState", "TaskQueue", "listening"]
 
 CHANNELS = ("router_tasks", "router_control")
 OVERLOOKED_SECONDS = 60.0

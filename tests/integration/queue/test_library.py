@@ -12,8 +12,8 @@ import asyncpg
 import pytest
 
 from router.database import open_pool
-from router.errors import DatabaseError
-from router.queue.task_queue import InvalidValue, LeaseLost, TaskQueue, listening
+from router.errors import DatabaseError, InvalidValue, LeaseLost
+from router.queue.task_queue import TaskQueue, listening
 from router.task import CallResult, Outcome
 from tests.support.queue import Probe
 
