@@ -108,7 +108,7 @@ def test_a_target_edited_here_changes_what_arrives(solving: Solving, admin: Brow
     field = admin.find(f'[id="target-{model}"]')
     field.send_keys(Keys.CONTROL, "a")
     field.send_keys("1/parsec", Keys.ENTER)
-    admin.until_text("'parsec' is no unit of time", "p.error")
+    admin.until_text("'parsec' is not a unit of time", "p.error")
     assert field.get_attribute("aria-invalid") == "true"
     field.send_keys(Keys.CONTROL, "a")
     field.send_keys("30/min", Keys.ENTER)

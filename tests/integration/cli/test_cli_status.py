@@ -336,7 +336,7 @@ def test_a_line_that_does_not_parse_is_refused_with_its_place_before_anything_is
     traffic: CommandLine, airflow: AirflowPart
 ):
     said = traffic("traffic", "phi-4", "120/mn")
-    assert (said.code, "'mn' is no unit of time; did you mean 'min'? at column 5" in said.err) == (1, True)
+    assert (said.code, "'mn' is not a unit of time; did you mean 'min'? at column 5" in said.err) == (1, True)
     assert "90k tokens/min" in said.err  # the grammar
     assert airflow.variables == {}
 

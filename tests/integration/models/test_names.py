@@ -41,7 +41,7 @@ BAD_NAMES = {
     "1 kB": LONG,
 }
 bad_name = pytest.mark.parametrize("name", BAD_NAMES.values(), ids=BAD_NAMES.keys())
-LOOSE = "10000/min never binds: 1/s already allows no more than that."
+LOOSE = "10000/min never binds: 1/s is always tighter."
 
 
 @pytest.fixture
