@@ -60,7 +60,7 @@ async def _watch_until_trouble() -> None:
     async with open_services(addresses, load_config(), connections=2) as services:
         while True:
             lines, paused, version = await asyncio.to_thread(read_variables)
-            await services.targets.step(lines, paused=paused, version=version)
+            await services.targets.sync(lines, paused=paused, version=version)
             await asyncio.sleep(WATCH_SECONDS)
 
 

@@ -164,7 +164,7 @@ class AnsweringService:
             self.roster = await read_roster(self._pool)
             self._first_targets_done = False
         if not self._first_targets_done:
-            await self._watch.begin(self.roster)
+            await self._watch.restore(self.roster)
             self._first_targets_done = True
 
     async def _unconfirmed_step(self) -> None:

@@ -8,10 +8,10 @@ if TYPE_CHECKING:
     from router.models.airflow_api import AirflowApi as AirflowApi
     from router.models.backend import NO_CONNECTION as NO_CONNECTION
     from router.models.backend import ModelsBackend as ModelsBackend
+    from router.models.call_request import CallRequest as CallRequest
     from router.models.direct_calls import DirectCaller as DirectCaller
     from router.models.direct_calls import DirectResult as DirectResult
     from router.models.dispatch import Availability as Availability
-    from router.models.dispatch import CallRequest as CallRequest
     from router.models.dispatch import availability as availability
     from router.models.dispatch import send_permitted as send_permitted
     from router.models.roster import Roster as Roster
@@ -30,8 +30,9 @@ else:
         submod_attrs={
             "airflow_api": ["AirflowApi"],
             "backend": ["ModelsBackend", "NO_CONNECTION"],
+            "call_request": ["CallRequest"],
             "direct_calls": ["DirectCaller", "DirectResult"],
-            "dispatch": ["Availability", "CallRequest", "availability", "send_permitted"],
+            "dispatch": ["Availability", "availability", "send_permitted"],
             "roster": [
                 "Roster",
                 "RosterModel",

@@ -20,11 +20,12 @@ Settings = TypeVar("Settings", bound=BaseModel)
 class Frozen(BaseModel):
     """Settings that never change and refuse unknown keys.
 
-    `renamed_keys` maps a key of the release before to its present name: it is accepted, with a warning.
+    `renamed_keys` maps a key of the previous release to its new name, or to None if it was removed. Such a
+    key is accepted with a warning.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    renamed_keys: ClassVar[Mapping[str, str]] = {}
+    renamed_keys: ClassVar[Mapping[str, str | None]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -34,6 +35,9 @@ class Frozen(BaseModel):
         renamed = {}
         for key, value in data.items():
             new = cls.renamed_keys.get(key, key)
+            if new is None:
+                log.warning("%s: %s is no longer used; remove it before the next release", info.context, key)
+                continue
             if new != key:
                 if new in data:
                     raise ValueError(f"{key} is the former name of {new}: keep only {new}")

@@ -23,10 +23,10 @@ from router.settings.models import MODEL_NAME_PATTERN, DiscoveredModel, ModelSet
 class BackendPaths(Frozen):
     """Where the existing Models Backend serves what."""
 
+    renamed_keys: ClassVar = {"batch": None, "health": None}
+
     single: str = "/single"
-    batch: str = "/batch"
     models: str = "/models"
-    health: str = "/health"
 
 
 class BackendFields(Frozen):

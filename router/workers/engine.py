@@ -97,7 +97,7 @@ class Engine:
         await self.queue.start()
         self._alive_at = time.monotonic()
         self.roster: Roster = await read_roster(self.pool)
-        await self.watch.begin(self.roster)
+        await self.watch.restore(self.roster)
         self.state = await self.queue.state([])
         self._classification = ClassificationJob(self.queue, self.config.classification)
         await self._classification.start(self._open)
@@ -291,7 +291,7 @@ class Engine:
         state = await self.queue.state(list(self._runs))
         if state.roster_version != self.roster.version:
             self.roster = await read_roster(self.pool)
-            await self.watch.begin(self.roster)
+            await self.watch.restore(self.roster)
         changed = self.state is None or (state.held, state.left_runs) != (
             self.state.held,
             self.state.left_runs,

@@ -16,7 +16,7 @@ from collections.abc import Set as AbstractSet
 from router.background import cancel_and_wait
 from router.errors import DatabaseError, LimiterError, RouterError, SendingPaused
 from router.limiter import Permit
-from router.models import CallRequest, record_model_error, send_permitted
+from router.models import CallRequest, RosterModel, record_model_error, send_permitted
 from router.task import CallResult, Claim, Outcome
 from router.workers.assignment import PullOrder
 from router.workers.engine import ROSTER_CHANGED, Engine
@@ -113,8 +113,7 @@ class Worker:
             await engine.woken(engine.config.worker.poll_seconds, news)
             return
         self._order.took(claim.category)
-        call = self._solve(claim, roster_model.endpoint, roster_model.timeout_seconds)
-        engine.spawn(call, claim.call_id)
+        engine.spawn(self._solve(claim, roster_model), claim.call_id)
 
     def _aim(self) -> None:
         engine = self._engine
@@ -145,11 +144,11 @@ class Worker:
         else:
             self._ahead.release()
 
-    async def _solve(self, claim: Claim, endpoint: str, timeout_seconds: float) -> None:
+    async def _solve(self, claim: Claim, roster_model: RosterModel) -> None:
         engine = self._engine
         sent = False
 
-        def going_out(permit: Permit) -> None:
+        def before_send(permit: Permit) -> None:
             nonlocal sent
             engine.check_may_send()
             permit.check()
@@ -165,13 +164,9 @@ class Worker:
             self._not_before = time.monotonic() + TROUBLE_SECONDS  # no send paces this
             return
         try:
-            order = CallRequest(
-                claim.call_id, self.model, endpoint, claim.prompt, claim.max_tokens, claim.reserved_tokens,
-                timeout_seconds,
-            )  # fmt: skip
             done = await send_permitted(
-                engine.limiter, engine.backend, order,
-                permit_seconds=LONGEST_HOLD_SECONDS, going_out=going_out,
+                engine.limiter, engine.backend, CallRequest.of_claim(claim, roster_model),
+                permit_seconds=LONGEST_HOLD_SECONDS, before_send=before_send,
             )  # fmt: skip
         except (SendingPaused, LimiterError, asyncio.TimeoutError):
             done = None
