@@ -139,7 +139,7 @@ async def _library(url: str, connections: int, open_until: AsyncExitStack) -> li
     pool = await open_pool(url, connections=connections)
     open_until.push_async_callback(pool.close)
     queue = TaskQueue(pool, host="bench")
-    await queue.start()
+    await queue.renew_lease()
 
     async def take() -> None:
         claim = await queue.claim("bench", ["general"], max_tokens=512)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import secrets
 import time
 import uuid
@@ -21,6 +22,8 @@ import asyncpg
 from router.database import fetch, fetch_one, retry_while_unavailable, settled_values
 from router.errors import DatabaseError, LeaseLost
 from router.task import CallResult, Claim, Outcome, new_call_id
+
+log = logging.getLogger("router.queue")
 
 CHANNELS = ("router_tasks", "router_control")
 OVERLOOKED_SECONDS = 60.0
@@ -59,10 +62,15 @@ class TaskQueue:
     def _new_name(self) -> str:
         return f"{self._host}:{secrets.token_hex(6)}"
 
-    async def start(self) -> None:
-        """Begin the lease, and learn what the database's clock says."""
+    async def renew_lease(self) -> None:
+        """Begins or extends the lease. If it has expired, begins a new one under a new name.
+
+        Claims under the former name are fenced off.
+        """
+        worker = self.worker
         if not await self.heartbeat():
-            self.worker = self._new_name()
+            log.warning("lease of worker %s expired, continuing under a new name", worker)
+            self.rename(worker)
             await self.heartbeat()
 
     def database_time(self) -> float:

@@ -94,7 +94,7 @@ class Engine:
         self.pool, self.limiter, self.backend = services.pool, services.limiter, services.backend
         self.watch = services.targets
         self.queue = TaskQueue(self.pool, host=socket.gethostname())
-        await self.queue.start()
+        await self.queue.renew_lease()
         self._alive_at = time.monotonic()
         self.roster: Roster = await read_roster(self.pool)
         await self.watch.restore(self.roster)
@@ -270,11 +270,8 @@ class Engine:
         woken.set()
 
     async def _heartbeat_step(self) -> None:
-        asked_at, worker = time.monotonic(), self.queue.worker
-        if not await self.queue.heartbeat():
-            log.warning("the lease was lost; going on under a new name, old claims are fenced off")
-            self.queue.rename(worker)
-            await self.queue.heartbeat()
+        asked_at = time.monotonic()
+        await self.queue.renew_lease()
         if not self._lease_is_sure():
             self._release_from = asked_at + TOLERATED_HEARTBEATS * self.config.worker.heartbeat_seconds
         self._alive_at = asked_at

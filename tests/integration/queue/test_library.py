@@ -37,7 +37,7 @@ async def pool(database: str) -> AsyncIterator[asyncpg.Pool]:
 @pytest.fixture
 async def queue(pool: asyncpg.Pool) -> TaskQueue:
     started = TaskQueue(pool, host="here")
-    await started.start()
+    await started.renew_lease()
     return started
 
 
@@ -119,6 +119,14 @@ async def test_a_worker_whose_lease_was_lost_goes_on_under_a_new_name(queue: Tas
     assert queue.worker != old
     assert await queue.heartbeat()
     assert await queue.claim("m1", ["general"], max_tokens=100) is not None
+
+
+async def test_renewing_a_lost_lease_begins_one_under_a_new_name(queue: TaskQueue, probe: Probe) -> None:
+    lost = queue.worker
+    await probe.lose_lease(lost)
+    await queue.renew_lease()
+    assert queue.worker != lost
+    assert await queue.claim("m1", ["general"], max_tokens=100) is None
 
 
 async def test_of_several_who_find_the_lease_gone_one_renames(queue: TaskQueue) -> None:
