@@ -140,7 +140,7 @@ def test_without_redis_it_says_so_and_counts_from_the_log(router: CommandLine, a
 def test_what_stands_still_is_said(router: CommandLine, ask: Ask, clean_redis: str):
     send(clean_redis, "5/min", 0)
     said = router("status").out
-    assert "No worker is alive" in said
+    assert "No worker is running" in said
     assert "rebuilding state" not in said  # nobody has asked the limiter yet
     ask("SELECT heartbeat('w')")
     assert "rebuilding state" in router("status").out
@@ -157,7 +157,7 @@ def test_troubles_are_shown_beside_their_models(router: CommandLine, ask: Ask):
     ask("SELECT * FROM claim_task('gpt-4o-mini', '{general}', 'w', %s, 100)", call_id)
     ask("SELECT settle_call(%s, 'timeout', NULL, p_error => 'no answer in 180 s')", call_id)
     models = router("status", "--json").json["models"]
-    assert models["phi-4"]["trouble"] == "its Variable does not parse: 'mn' is no unit of time."
+    assert models["phi-4"]["trouble"] == "invalid traffic Variable: 'mn' is no unit of time."
     assert models["deepseek-v3"]["trouble"] == "the backend does not know it"
     assert models["gpt-4o-mini"]["last_error"] == "timeout: no answer in 180 s"
     assert (models["gpt-4o-mini"]["calls"], models["gpt-4o-mini"]["failed_calls"]) == (1, 1)
