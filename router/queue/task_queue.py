@@ -210,7 +210,7 @@ class TaskQueue:
 
         A claim whose reply was lost can be made after it was given back.
         """
-        held = await self._many("SELECT call_id FROM held_claims($1, $2)", self.worker, OVERLOOKED_SECONDS)
+        held = await self._many("SELECT call_id FROM worker_claims($1, $2)", self.worker, OVERLOOKED_SECONDS)
         overlooked = [row["call_id"] for row in held if row["call_id"] not in in_flight]
         for call_id in overlooked:
             await self.unclaim(call_id)

@@ -41,7 +41,7 @@ _RETRY = """
 UPDATE tasks SET status = 'unsolved'
  WHERE id IN (SELECT id FROM tasks
                WHERE status = 'failed' AND id > %s AND id <= %s
-                 AND (%s::text IS NULL OR known_category(category) = %s)
+                 AND (%s::text IS NULL OR resolve_category(category) = %s)
                  AND (%s::bigint[] IS NULL OR id = ANY (%s))
                ORDER BY id LIMIT %s FOR UPDATE SKIP LOCKED)
 RETURNING id, status"""

@@ -22,7 +22,7 @@ SELECT category, sum(unsolved)::bigint AS unsolved, sum(solved)::bigint AS solve
        sum(failed)::bigint AS failed
   FROM (SELECT category, count(*) AS unsolved, 0 AS solved, 0 AS failed FROM queue GROUP BY 1
         UNION ALL
-        SELECT known_category(category), 0, count(*) FILTER (WHERE status = 'solved'),
+        SELECT resolve_category(category), 0, count(*) FILTER (WHERE status = 'solved'),
                count(*) FILTER (WHERE status = 'failed') FROM tasks GROUP BY 1) AS parts
  GROUP BY category
 """
