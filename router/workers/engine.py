@@ -110,7 +110,7 @@ class Engine:
         self._duties.start(self._classification.step, CATEGORISE_SECONDS, "categorise", wake=self._tasks_came)
         self._duties.start(self._house_step, HOUSE_SECONDS, "house")
         self._duties.start(self._reconcile_step, RECONCILE_SECONDS, "reconcile")
-        self._duties.start(self.queue.keep_partitions, PARTITION_SECONDS, "partitions")
+        self._duties.start(self.queue.create_partitions, PARTITION_SECONDS, "partitions")
         self._duties.start(self._overlooked_step, OVERLOOKED_SECONDS, "overlooked claims")
         self._duties.start(self._summary_step, SUMMARY_SECONDS, "summary")
         if self._read_variables is not None:

@@ -161,7 +161,7 @@ class Worker:
         if room is not None and claim.reserved_tokens > room:
             self._one_less_ahead()
             why = f"the call reserves {claim.reserved_tokens} tokens, and the model's target allows {room}"
-            await engine.queue.give_up(claim, why)
+            await engine.queue.reject(claim, why)
             self._not_before = time.monotonic() + TROUBLE_SECONDS  # no send paces this
             return
         try:
