@@ -19,17 +19,17 @@ from router.cli import terminal
 from router.database import Connection
 from router.errors import InputError
 from router.queue import (
-    LARGEST_PRIORITY,
+    MAX_PRIORITY,
     Format,
     IngestDefaults,
     InvalidRow,
     NewTask,
     category_names,
+    decompressed,
     detect_format,
     enqueue,
-    longest_prompt_bytes,
+    max_prompt_bytes,
     read_tasks,
-    unpacked,
 )
 
 BATCH_TASKS = 2000
@@ -95,9 +95,7 @@ def load(
     ] = None,
     priority: Annotated[
         int,
-        typer.Option(
-            min=-LARGEST_PRIORITY, max=LARGEST_PRIORITY, help="For rows that name none; higher goes first."
-        ),
+        typer.Option(min=-MAX_PRIORITY, max=MAX_PRIORITY, help="For rows that name none; higher goes first."),
     ] = 0,
     id_prefix: Annotated[str, typer.Option(help="Put before the ids that rows name. Default: nothing.")] = "",
     as_json: terminal.Json = False,
@@ -109,7 +107,7 @@ def load(
         names = category_names(connection)
         if category is not None:
             terminal.known(category, names, "category")
-        rules = IngestDefaults(category, priority, longest_prompt_bytes(connection), id_prefix)
+        rules = IngestDefaults(category, priority, max_prompt_bytes(connection), id_prefix)
         connection.commit()
         loading = _Loading(connection, rules, frozenset(names), as_json=as_json)
         for name, stream in opened:
@@ -171,7 +169,7 @@ class _Loading:
     def _batches(
         self, name: str, stream: io.BufferedReader, file_format: Format | None
     ) -> Iterator[list[NewTask]]:
-        content = unpacked(stream)
+        content = decompressed(stream)
         kind = file_format or detect_format(name, content)
         batch: list[NewTask] = []
         characters = 0
@@ -200,12 +198,12 @@ class _Loading:
         result = enqueue(self._connection, batch)
         self._done.added += result.added
         self._done.known += result.known
-        for clash in result.clashes:
+        for conflict in result.conflicts:
             problem = (
-                f"the id {clash.external_id!r} belongs to task {clash.task_id}, which has another prompt;"
-                " give it an id of its own, or load with --id-prefix"
+                f"the id {conflict.external_id!r} belongs to task {conflict.task_id},"
+                " which has another prompt; give it an id of its own, or load with --id-prefix"
             )
-            self._bad(name, clash.line, problem)
+            self._bad(name, conflict.line, problem)
 
     def _bad(self, name: str, line: int, problem: str) -> None:
         self._done.bad += 1

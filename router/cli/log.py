@@ -9,7 +9,7 @@ import typer
 
 from router.cli import terminal
 from router.errors import InputError
-from router.queue import MOST_ROWS, LoggedCall, category_names, read_calls
+from router.queue import MAX_ROWS, LoggedCall, category_names, read_calls
 
 LOG_HELP = """
 Show the calls that were made to models, the newest first.
@@ -48,7 +48,7 @@ def log(
         Optional[str],  # noqa: UP045 - as above
         typer.Option(metavar="AGE", help="Not older than, e.g. 90s, 30min, 2h, 7d."),
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, max=MOST_ROWS, help="At most so many calls.")] = 50,
+    limit: Annotated[int, typer.Option(min=1, max=MAX_ROWS, help="At most so many calls.")] = 50,
     as_json: terminal.Json = False,
     database: terminal.Database = None,
 ) -> None:

@@ -27,7 +27,7 @@ class ClassificationJob:
 
     async def start(self, stack: AsyncExitStack) -> None:
         """Starts the classifier process, if tasks are to be classified; `stack` ends it."""
-        if self._settings is None or not await self._queue.wants_categories():
+        if self._settings is None or not await self._queue.classification_enabled():
             return
         await self._queue.announce_classifier(START_SECONDS)
         self._process = await stack.enter_async_context(ClassifierProcess(self._settings))

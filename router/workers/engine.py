@@ -116,7 +116,7 @@ class Engine:
         start(self._classification.step, CLASSIFICATION_SECONDS, "classification", wake=self._new_tasks)
         start(self._maintenance_step, MAINTENANCE_SECONDS, "maintenance")
         start(self._reconcile_step, RECONCILE_SECONDS, "reconcile")
-        start(self.queue.keep_partitions, PARTITION_SECONDS, "partitions")
+        start(self.queue.create_partitions, PARTITION_SECONDS, "partitions")
         start(self._orphans_step, ORPHAN_SECONDS, "orphaned claims")
         start(self._summary_step, SUMMARY_SECONDS, "summary")
         if self._read_variables is not None:

@@ -174,7 +174,7 @@ class PullLoop:
         if max_tokens is not None and claim.reserved_tokens > max_tokens:
             self._release_ahead()
             reserved = f"the call reserves {claim.reserved_tokens} tokens"
-            await host.queue.give_up(claim, f"{reserved}, but the model's target allows {max_tokens}")
+            await host.queue.reject(claim, f"{reserved}, but the model's target allows {max_tokens}")
             self._not_before = time.monotonic() + PAUSE_SECONDS  # there is no send that would pace this
             return
         try:

@@ -79,7 +79,7 @@ def test_bad_lines_are_named_by_file_and_line_and_the_rest_is_loaded(
     file.write_text('{"prompt": "good"}\nbad\n{"prompt": "good too"}\n{"prompt": ""}\n')
     said = router("load", file)
     assert said.code == 3
-    assert f"{file}:2: the line is no JSON" in said.err
+    assert f"{file}:2: the line is not valid JSON" in said.err
     assert f"{file}:4: the prompt is empty" in said.err
     assert "2 added · 2 bad" in said.out
     assert prompts_in(ask) == ["good", "good too"]
@@ -88,7 +88,7 @@ def test_bad_lines_are_named_by_file_and_line_and_the_rest_is_loaded(
 def test_of_many_bad_lines_the_first_are_shown_and_all_are_counted(router: CommandLine, tmp_path: Path):
     (tmp_path / "a.jsonl").write_text("bad\n" * 100)
     said = router("load", tmp_path / "a.jsonl")
-    assert (said.code, said.err.count("no JSON")) == (3, 20)
+    assert (said.code, said.err.count("not valid JSON")) == (3, 20)
     result = router("load", tmp_path / "a.jsonl", "--json")
     assert (result.json["bad"], len(result.json["errors"]), result.err) == (100, 20, "")
 
