@@ -84,7 +84,7 @@ class Router(Engine):
             writer.commit()
 
     def search(self, question: str, limit: int) -> list[int]:
-        return [int(hit.source) for hit in self.index.search(question, limit).hits]
+        return [int(passage.source) for passage in self.index.search(question, limit).passages]
 
 
 class StemsAlone(Router):
@@ -274,7 +274,7 @@ class RouterAndWordLlama(Engine):
         self.meaning.build(texts)
 
     def search(self, question: str, limit: int) -> list[int]:
-        hits = self.words.index.search(question, self.FIRST).hits
+        hits = self.words.index.search(question, self.FIRST).passages
         meant = self.meaning.scores(question)
         best = hits[0].score if hits else 1.0
         scores = {int(hit.source): hit.score / best + self.SHARE * meant[int(hit.source)] for hit in hits}

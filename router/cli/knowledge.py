@@ -13,10 +13,10 @@ import typer
 from router.cli import terminal
 from router.errors import InputError, RouterError
 from router.knowledge import (
-    Found,
     Knowledge,
     KnowledgeFile,
     Refused,
+    SearchResult,
     add_file,
     evaluate_retrieval,
     files_in,
@@ -175,17 +175,17 @@ def search(
 ) -> None:
     found, entries = asyncio.run(_search(question, limit, database, config))
     if as_json:
-        terminal.print_json({**dataclasses.asdict(found), "knows": found.knows, "entries": entries})
+        terminal.print_json({**dataclasses.asdict(found), "knows": found.is_relevant, "entries": entries})
         return
     for place, passage in enumerate(found.passages, 1):
         typer.echo(f"[{place}] {passage.source}   score {passage.score:.2f}")
         for line in passage.text.splitlines()[:SHOWN_LINES]:
             typer.echo(f"    {line}")
-    word = "knows" if found.knows else "no knowledge"
+    word = "knows" if found.is_relevant else "no knowledge"
     typer.echo(f"{word}: confidence {found.confidence:.0%}, {entries:,} entries searched")
 
 
-async def _search(question: str, limit: int, database: str | None, config: Path) -> tuple[Found, int]:
+async def _search(question: str, limit: int, database: str | None, config: Path) -> tuple[SearchResult, int]:
     opening = Knowledge.open(
         config / "knowledge", database_url=database, data_folder=data_folder(), follow=False
     )

@@ -70,7 +70,7 @@ def evaluate_retrieval(collection: Collection) -> RetrievalReport:
     took: list[float] = []
     for key, text in collection.questions:
         asked = time.perf_counter()
-        found = [hit.source for hit in index.search(text, DEPTH).hits]
+        found = [passage.source for passage in index.search(text, DEPTH).passages]
         took.append((time.perf_counter() - asked) * MILLISECONDS)
         places.append(_first_place(found, collection.relevant[key]))
     return RetrievalReport(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,11 @@ from router.knowledge.relevance import (
     WEIGHTS,
     Evidence,
     Views,
+    confidence,
     rarity,
     views,
 )
+from router.knowledge.results import Passage, SearchResult
 
 FORMAT = "1"  # of the fields below; with the engine's own it names the folder
 ENGINE = version("tantivy")
@@ -43,24 +44,7 @@ class IndexBroken(RouterError):  # noqa: N818 - a state of the world, read as on
     """The index on disk cannot be read or written; made anew it will be."""
 
 
-@dataclass(frozen=True, slots=True)
-class Hit:
-    """One entry that was found, with its BM25 score."""
-
-    text: str
-    source: str
-    score: float
-
-
-@dataclass(frozen=True, slots=True)
-class Hits:
-    """What was found, best first, and what the best one's relevance is judged by."""
-
-    hits: tuple[Hit, ...]
-    evidence: Evidence
-
-
-NOTHING = Hits((), Evidence(0.0, 0.0))
+NO_EVIDENCE = Evidence(0.0, 0.0)
 
 
 class KnowledgeIndex:
@@ -87,21 +71,26 @@ class KnowledgeIndex:
             self._index.reload()
             self._searcher = self._index.searcher()
 
-    def search(self, question: str, limit: int) -> Hits:
-        """The best entries for the question, at most `limit`, no two of the same text."""
+    def search(self, query: str, limit: int) -> SearchResult:
+        """Returns the best entries for `query`, at most `limit`, no two with the same text."""
+        passages, evidence = self.rank(query, limit)
+        return SearchResult(passages, confidence(evidence))
+
+    def rank(self, query: str, limit: int) -> tuple[tuple[Passage, ...], Evidence]:
+        """Returns passages as `search` does, and the evidence that their confidence is computed from."""
         searcher = self._searcher
         entries = int(searcher.num_docs)
-        asked = _affordable(self._asked(searcher, views(question[:QUESTION_CHARACTERS])))
-        known = [term for term, holding in asked.items() if holding]
+        frequencies = _affordable(self._asked(searcher, views(query[:QUESTION_CHARACTERS])))
+        known = [term for term, holding in frequencies.items() if holding]
         if not known or limit < 1:
-            return NOTHING
+            return (), NO_EVIDENCE
         with _told():
             found = searcher.search(self._query(known), limit * SPARE_HITS + 1, count=False).hits
-            hits = [_hit(score, searcher.doc(address)) for score, address in found]
-        if not hits:
-            return NOTHING  # what holds the words was forgotten since; the counts learn of it later
-        distinct = list({hit.text: hit for hit in reversed(hits)}.values())[::-1]
-        return Hits(tuple(distinct[:limit]), _evidence(asked, entries, distinct))
+            passages = [_passage(score, searcher.doc(address)) for score, address in found]
+        if not passages:  # all matching entries are deleted, and a merge has yet to update the frequencies
+            return (), NO_EVIDENCE
+        distinct = list({passage.text: passage for passage in reversed(passages)}.values())[::-1]
+        return tuple(distinct[:limit]), _evidence(frequencies, entries, distinct)
 
     @contextmanager
     def writing(self, *, heap_bytes: int = WRITER_BYTES) -> Iterator[Writer]:
@@ -217,9 +206,9 @@ def _analyzer() -> Any:
     return tantivy.TextAnalyzerBuilder(tantivy.Tokenizer.whitespace())
 
 
-def _hit(score: float, document: Any) -> Hit:
+def _passage(score: float, document: Any) -> Passage:
     text, source = json.loads(bytes(document.get_first("shown")))
-    return Hit(text, source, float(score))
+    return Passage(text, source, float(score))
 
 
 def _affordable(asked: dict[Term, int]) -> dict[Term, int]:
@@ -234,15 +223,15 @@ def _affordable(asked: dict[Term, int]) -> dict[Term, int]:
     return kept
 
 
-def _evidence(asked: dict[Term, int], entries: int, hits: list[Hit]) -> Evidence:
+def _evidence(asked: dict[Term, int], entries: int, passages: list[Passage]) -> Evidence:
     """How much of what the question asks the best entry holds, and how far it is ahead of the next."""
     most = sum(
         WEIGHTS[field] * rarity(holding, entries) * (BM25_K1 + 1)
         for (field, _), holding in asked.items()
         if holding or field == "stems"
     )
-    best = hits[0].score
-    second = hits[1].score if len(hits) > 1 else 0.0
+    best = passages[0].score
+    second = passages[1].score if len(passages) > 1 else 0.0
     return Evidence(best / most, (best - second) / best)
 
 

@@ -2,7 +2,7 @@
 
     async with Knowledge.open(config / "knowledge", database_url=url, data_folder=data) as knowledge:
         found = await knowledge.search("How do I pause a model?")
-        found.knows, found.confidence, found.passages, found.says()
+        found.passages, found.confidence, found.is_relevant, found.as_answer()
 
 It searches the files of config/knowledge, what people added (`router knowledge add`), and tasks that were
 solved well before. The last two are in Postgres; each host keeps an index of all three on disk, which a child
@@ -22,62 +22,23 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from router.errors import RouterError
 from router.knowledge.files import Refused, Stamp, read_folder, stamp
-from router.knowledge.index import ENGINE, FORMAT, Hits, IndexBroken, KnowledgeIndex
-from router.knowledge.relevance import confidence
+from router.knowledge.index import ENGINE, FORMAT, IndexBroken, KnowledgeIndex
+from router.knowledge.results import SearchResult
 from router.knowledge.storage import IndexFolder
 
 EVERY_SECONDS = 30.0
 LONGEST_PASS_SECONDS = 3600.0
 LEAVE_SECONDS = 5.0
 THREADS = 2
-KNOWS_FROM = 0.3  # confidence
-SAID_PASSAGES = 3
-SAID_SHARE = 0.5  # of the best score
-NO_KNOWLEDGE = "No knowledge: nothing that is kept here answers this."
 
 T = TypeVar("T")
 
 log = logging.getLogger("router.knowledge")
-
-
-@dataclass(frozen=True, slots=True)
-class Passage:
-    """One entry as it was found. Scores compare within one search only."""
-
-    text: str
-    source: str
-    score: float
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What was found, best first; `confidence` is how likely the first passage is to the point, 0 to 1."""
-
-    passages: tuple[Passage, ...]
-    confidence: float
-
-    @property
-    def knows(self) -> bool:
-        """Whether this is worth being shown, or given to a model, at all."""
-        return bool(self.passages) and self.confidence >= KNOWS_FROM
-
-    def says(self) -> str:
-        """The passages as an answer of the last resort, with their sources; or that there is no knowledge."""
-        if not self.knows:
-            return NO_KNOWLEDGE
-        enough = self.passages[0].score * SAID_SHARE
-        said = [passage for passage in self.passages[:SAID_PASSAGES] if passage.score >= enough]
-        parts = [
-            f"[{place}] {passage.text}\n(from {passage.source})" for place, passage in enumerate(said, 1)
-        ]
-        head = f"No model answered. From what is kept here (to the point with {self.confidence:.0%}):"
-        return "\n\n".join([head, *parts])
 
 
 class Knowledge:
@@ -137,11 +98,9 @@ class Knowledge:
         if self._passes is not None:
             await self._pass(self._passes)
 
-    async def search(self, query: str, limit: int = 5) -> Found:
-        """The best passages for `query`, at most `limit`. No query makes it raise."""
-        hits = await self._in_thread(self._search, query, limit)
-        passages = tuple(Passage(hit.text, hit.source, hit.score) for hit in hits.hits)
-        return Found(passages, confidence(hits.evidence) if passages else 0.0)
+    async def search(self, query: str, limit: int = 5) -> SearchResult:
+        """Returns the best passages for `query`, at most `limit`. Never raises because of the query."""
+        return await self._in_thread(self._search, query, limit)
 
     @property
     def entries(self) -> int:
@@ -151,7 +110,7 @@ class Knowledge:
     async def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
 
-    def _search(self, query: str, limit: int) -> Hits:
+    def _search(self, query: str, limit: int) -> SearchResult:
         if self._whole is not None:
             try:
                 return self._whole.search(query, limit)

@@ -18,9 +18,10 @@ import pytest
 
 from router.database import connect
 from router.knowledge.files import read_file
-from router.knowledge.index import Hits, KnowledgeIndex
+from router.knowledge.index import KnowledgeIndex
 from router.knowledge.indexer import Indexer, IndexReport, catch_up
-from router.knowledge.knowledge import NO_KNOWLEDGE, Found, Knowledge, Passage
+from router.knowledge.knowledge import Knowledge
+from router.knowledge.results import NO_PASSAGES, Passage, SearchResult
 from router.knowledge.sources import add_file, remove_path
 from router.knowledge.storage import IndexFolder
 from router.settings.environment import DEFAULT_CONFIG_FOLDER
@@ -64,16 +65,16 @@ async def solve(probe: Probe, prompt: str, answer: str) -> int:
 
 
 def indexed(home: Path, question: str) -> list[str]:
-    return [hit.source for hit in IndexFolder(home).read_index().search(question, 5).hits]
+    return [passage.source for passage in IndexFolder(home).read_index().search(question, 5).passages]
 
 
 async def test_files_are_enough(notes: Path):
     async with Knowledge.open(notes) as knowledge:
         found = await knowledge.search("When does a cat purr?")
-    assert found.knows
+    assert found.is_relevant
     assert found.passages[0].source == "cats.md: Cats"
-    assert "A cat purrs when it is content." in found.says()
-    assert "(from cats.md: Cats)" in found.says()
+    assert "A cat purrs when it is content." in found.as_answer()
+    assert "(from cats.md: Cats)" in found.as_answer()
 
 
 async def test_what_is_not_known_is_not_made_up(notes: Path):
@@ -84,19 +85,19 @@ async def test_what_is_not_known_is_not_made_up(notes: Path):
             "\x00",
             "tail of the comet that Halley saw long ago",
         ):
-            assert (await knowledge.search(question)).says() == NO_KNOWLEDGE
+            assert (await knowledge.search(question)).as_answer() == NO_PASSAGES
 
 
 @pytest.mark.parametrize(("confidence", "knows"), [(0.29, False), (0.31, True)])
 def test_an_unsure_passage_is_not_said(confidence: float, knows: bool):
-    found = Found((Passage("It may be so.", "a.md", 1.0),), confidence)
-    assert found.knows is knows
-    assert ("It may be so." in found.says()) is knows
+    found = SearchResult((Passage("It may be so.", "a.md", 1.0),), confidence)
+    assert found.is_relevant is knows
+    assert ("It may be so." in found.as_answer()) is knows
 
 
 def test_only_passages_near_the_best_are_said():
     passages = tuple(Passage(f"text {place}", "a.md", score) for place, score in enumerate((9.0, 8.0, 3.0)))
-    said = Found(passages, 0.9).says()
+    said = SearchResult(passages, 0.9).as_answer()
     assert "text 0" in said
     assert "text 1" in said
     assert "text 2" not in said
@@ -114,7 +115,7 @@ async def test_no_folder_and_bad_files_leave_less_knowledge(
     assert "image.png is none of .md" in caplog.text
     assert "latin.md is not UTF-8 text: line 1 holds the byte 0xfc" in caplog.text
     async with Knowledge.open(tmp_path / "nowhere") as knowledge:
-        assert (await knowledge.search("cat")).says() == NO_KNOWLEDGE
+        assert (await knowledge.search("cat")).as_answer() == NO_PASSAGES
 
 
 async def test_a_changed_file_is_found_without_a_restart(notes: Path):
@@ -132,14 +133,14 @@ async def test_the_shipped_files_answer_operators():
             "What does a 429 from the provider do?": "Retry-After",
             "difference between mean and median": "in the middle",
         }.items():
-            assert part in (await knowledge.search(question)).says(), question
+            assert part in (await knowledge.search(question)).as_answer(), question
 
 
 async def test_searching_leaves_the_event_loop_free(notes: Path):
     seen: set[int] = set()
     index_search = KnowledgeIndex.search
 
-    def noting(self: KnowledgeIndex, question: str, limit: int) -> Hits:
+    def noting(self: KnowledgeIndex, question: str, limit: int) -> SearchResult:
         seen.add(threading.get_ident())
         return index_search(self, question, limit)
 
@@ -277,8 +278,8 @@ async def test_a_task_solved_anew_has_its_new_answer(notes: Path, home: Path, da
     await probe.run("UPDATE tasks SET status = 'unsolved' WHERE id = $1", task_id)
     assert await probe.settle(await probe.must_claim("general"), answer="A wolf does.") == "solved"
     await _pass(home, notes, database)
-    hits = IndexFolder(home).read_index().search("marmot", 5).hits
-    assert [hit.text for hit in hits] == ["Question: What eats a marmot?\nAnswer: A wolf does."]
+    passages = IndexFolder(home).read_index().search("marmot", 5).passages
+    assert [passage.text for passage in passages] == ["Question: What eats a marmot?\nAnswer: A wolf does."]
 
 
 async def test_no_task_is_missed_or_doubled_whatever_the_slices(

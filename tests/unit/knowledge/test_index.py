@@ -11,7 +11,7 @@ import pytest
 from router.knowledge.chunking import Entry, task_entry
 from router.knowledge.evaluation import evaluate_retrieval, read_collection
 from router.knowledge.index import MOST_LOOKED_AT, IndexBroken, KnowledgeIndex, _affordable
-from router.knowledge.relevance import confidence, views
+from router.knowledge.relevance import views
 
 NOTES = {
     "pause": "A model is paused by setting its traffic target to zero.",
@@ -38,8 +38,8 @@ def index() -> KnowledgeIndex:
 
 
 def first(index: KnowledgeIndex, question: str) -> str:
-    hits = index.search(question, 3).hits
-    return hits[0].source if hits else ""
+    passages = index.search(question, 3).passages
+    return passages[0].source if passages else ""
 
 
 @pytest.mark.parametrize(
@@ -73,8 +73,8 @@ def test_the_right_entry_comes_first(index: KnowledgeIndex, question: str, sourc
 )
 def test_nothing_is_found_for_nothing(index: KnowledgeIndex, question: str):
     found = index.search(question, 5)
-    assert found.hits == ()
-    assert confidence(found.evidence) == 0
+    assert found.passages == ()
+    assert found.confidence == 0
 
 
 def test_unknown_words_do_not_crowd_out_known_ones(index: KnowledgeIndex):
@@ -98,17 +98,18 @@ def test_of_a_prompt_of_megabytes_the_beginning_is_asked(index: KnowledgeIndex):
 
 
 def test_a_question_that_is_answered_is_surer_than_a_foreign_one(index: KnowledgeIndex):
-    sure = confidence(index.search("How is a model paused by its traffic target?", 3).evidence)
-    unsure = confidence(
-        index.search("What did the model wear in Paris on the runway last summer?", 3).evidence
-    )
+    sure = index.search("How is a model paused by its traffic target?", 3).confidence
+    unsure = index.search("What did the model wear in Paris on the runway last summer?", 3).confidence
     assert sure > 0.8
     assert unsure < 0.3
 
 
 def test_the_same_text_is_found_once():
     index = index_of({"a": "Cats purr.", "b": "Cats purr.", "c": "Cats sleep."})
-    assert sorted(hit.text for hit in index.search("cats", 5).hits) == ["Cats purr.", "Cats sleep."]
+    assert sorted(passage.text for passage in index.search("cats", 5).passages) == [
+        "Cats purr.",
+        "Cats sleep.",
+    ]
 
 
 def test_entries_of_a_key_are_forgotten_together(tmp_path: Path):
