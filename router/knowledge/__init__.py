@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from router.knowledge.evaluation import evaluate_retrieval as evaluate_retrieval
     from router.knowledge.evaluation import read_collection as read_collection
     from router.knowledge.files import KnowledgeFile as KnowledgeFile
-    from router.knowledge.files import Refused as Refused
+    from router.knowledge.files import RejectedFile as RejectedFile
     from router.knowledge.files import files_in as files_in
     from router.knowledge.files import read_file as read_file
     from router.knowledge.knowledge import Knowledge as Knowledge
@@ -23,7 +23,7 @@ else:
         __name__,
         submod_attrs={
             "evaluation": ["evaluate_retrieval", "read_collection"],
-            "files": ["KnowledgeFile", "Refused", "files_in", "read_file"],
+            "files": ["KnowledgeFile", "RejectedFile", "files_in", "read_file"],
             "knowledge": ["Knowledge"],
             "results": ["Passage", "SearchResult"],
             "sources": ["add_file", "read_sources", "remove_path", "source_name"],
