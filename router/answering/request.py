@@ -251,7 +251,7 @@ class Request:
         row = self._line_up.row(no_order, Role.PASSAGES, worker=means.worker(), attempt=attempt)
         try:
             row = await self._ledger.write(row)
-            said = CallResult(Outcome.ANSWERED, answer=self._account.found.says())
+            said = CallResult(Outcome.ANSWERED, answer=self._account.found.as_answer())
             await self._ledger.settle(row, said, late=False)
         except RouterError as error:
             self._account.tell(EventKind.TROUBLE, f"this answer is not in the log: {error}")

@@ -175,4 +175,4 @@ class DeadlineJob:
         order = CallRequest(self._means.new_call_id(), PASSAGES_SOURCE, "", "", 0, 0, 0.0)
         row = who.row(order, Role.PASSAGES, worker=self._means.worker(), attempt=0)
         row = await ledger.write(replace(row, confidence=due.confidence))
-        await ledger.settle(row, CallResult(Outcome.ANSWERED, answer=found.says()), late=False)
+        await ledger.settle(row, CallResult(Outcome.ANSWERED, answer=found.as_answer()), late=False)

@@ -226,5 +226,5 @@ def test_a_broken_file_is_told_and_keeps_nobody_from_working(router: CommandLine
 def test_the_file_is_not_written_by_people(world: Searching) -> None:
     """A key of models.yaml cannot smuggle in what the search found."""
     (world.folder / "models.yaml").write_text(yaml.safe_dump(people(discovered={})))
-    with pytest.raises(Exception, match="what a search found stands in discovered"):
+    with pytest.raises(Exception, match="discovered models are stored in discovered"):
         world.sync()

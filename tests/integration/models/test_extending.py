@@ -179,7 +179,7 @@ def test_invalid_config_is_reported_with_file_and_key(router: CommandLine, folde
     models, categories = folder / "models.yaml", folder / "categories.yaml"
     whole = {file: file.read_text(encoding="utf-8") for file in (models, categories)}
     for file, old, new, words in (
-        (models, "  phi-4:\n", "  gpt-4o-mini:\n", "the key 'gpt-4o-mini' stands twice"),
+        (models, "  phi-4:\n", "  gpt-4o-mini:\n", "duplicate key 'gpt-4o-mini'"),
         (models, "{technical: 5,", "{sport: 5,", "models.phi-4.ranks.sport: no such category"),
         (models, "    single: /single", "    singel: /single", "backend.paths.singel"),
         (categories, "default_category: general", "default_category: sport", "'sport' is not among"),

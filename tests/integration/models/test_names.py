@@ -83,7 +83,7 @@ def test_config_rejects_a_name_and_names_the_file(tmp_path: Path, name: str):
     some = next(iter(config["models"]))
     config["models"] = {**config["models"], name: config["models"][some]}
     (tmp_path / "models.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(ConfigError, match="no model name: letters, digits") as caught:
+    with pytest.raises(ConfigError, match="not a model name: letters, digits") as caught:
         load_config(tmp_path)
     assert str(tmp_path / "models.yaml") in str(caught.value)
     assert len(str(caught.value)) < 350 + len(str(tmp_path))
