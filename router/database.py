@@ -7,6 +7,7 @@ Two drivers, one a purpose: asyncpg where calls overlap (workers, asking), psyco
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import psycopg2.errors
 import psycopg2.extensions
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
-from router.errors import ConfigError, DatabaseError
+from router.errors import ConfigError, DatabaseError, RouterError
 from router.task import CallResult
 
 Connection = psycopg2.extensions.connection
@@ -76,6 +77,22 @@ def transaction(connection: Connection) -> Iterator[None]:
         rows(connection, "ROLLBACK")
         raise
     rows(connection, "COMMIT")
+
+
+@contextmanager
+def advisory_lock(connection: Connection, key: int, busy: RouterError) -> Iterator[None]:
+    """Holds an advisory lock of the session during the block; raises `busy` if another session holds it.
+
+    What the block left uncommitted is rolled back.
+    """
+    if not rows(connection, "SELECT pg_try_advisory_lock(%s) AS acquired", (key,))[0]["acquired"]:
+        raise busy
+    try:
+        yield
+    finally:  # closing the connection would free it as well, but later
+        with contextlib.suppress(psycopg2.Error):
+            connection.rollback()
+            rows(connection, "SELECT pg_advisory_unlock(%s)", (key,))
 
 
 async def open_pool(url: str, *, connections: int, at_first: int = 1) -> asyncpg.Pool:
