@@ -49,6 +49,12 @@ def config_folder(environment: Mapping[str, str] | None = None) -> Path:
     return Path(environment.get("ROUTER_CONFIG") or DEFAULT_CONFIG_FOLDER)
 
 
+def own_or_shipped(folder: Path, name: str) -> Path:
+    """The file of that name in `folder`, or the shipped one where `folder` has none."""
+    own, shipped = folder / name, DEFAULT_CONFIG_FOLDER / name
+    return shipped if not own.exists() and shipped.exists() else own
+
+
 def data_folder(environment: Mapping[str, str] | None = None) -> Path:
     """Where this host keeps what can be made anew: `ROUTER_DATA`, or `router` in the user's cache."""
     environment = os.environ if environment is None else environment
