@@ -31,6 +31,7 @@ from router.settings import (
 
 CONNECT_SECONDS = 5.0
 MAX_DEPTH = 20  # levels of nested YAML
+LIST_DEPTH = 3  # of open collections in which the list of entries is found
 MIN_SECRET = 8  # characters; a shorter key could match innocent text
 LIST_KEYS = ("models", "data")  # keys that may hold the list; OpenAI uses the second
 
@@ -210,7 +211,7 @@ def yaml_entries(content: bytes, limit: int) -> list[Any]:
     """
     try:
         text = _text(content)
-        _refuse_expansion(text)
+        _refuse_excess(text, limit)
         document = yaml.load(text, Loader=_EntryLoader)  # noqa: S506 - constructs text, lists and mappings only
     except yaml.YAMLError as error:
         raise InputError(f"not valid YAML: {' '.join(printable(str(error), 300).split('?'))}") from error
@@ -230,7 +231,7 @@ def _entries(document: Any, limit: int) -> list[Any]:
     if not isinstance(document, list):
         raise InputError(f"no list of models at the top or under {' or '.join(LIST_KEYS)}")
     if len(document) > limit:
-        raise InputError(f"{len(document)} entries, more than the limit of {limit} (max_models)")
+        raise InputError(f"more than {limit} entries (max_models)")
     return document
 
 
@@ -259,12 +260,19 @@ class _EntryLoader(_Loader):  # type: ignore[misc]
         )
 
 
-def _refuse_expansion(text: str) -> None:
-    depth = 0
+def _refuse_excess(text: str, limit: int) -> None:
+    """Refuses, before anything is built, what would take far more memory than the text."""
+    sizes = [0]  # nodes in each open collection
     for event in yaml.parse(text, Loader=_Loader):
         line = event.start_mark.line + 1 if event.start_mark else 0
         if isinstance(event, yaml.AliasEvent):
             raise InputError(f"line {line}: an alias (*{printable(event.anchor, 30)}); write out its value")
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > MAX_DEPTH:
+        sizes[-1] += isinstance(event, yaml.NodeEvent)
+        if len(sizes) <= LIST_DEPTH and sizes[-1] > 2 * limit:  # a mapping has two nodes per key
+            raise InputError(f"more than {limit} entries (max_models)")
+        if isinstance(event, yaml.CollectionStartEvent):
+            sizes.append(0)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            sizes.pop()
+        if len(sizes) > MAX_DEPTH + 1:
             raise InputError(f"line {line}: nested more than {MAX_DEPTH} levels deep")

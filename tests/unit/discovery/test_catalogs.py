@@ -146,7 +146,8 @@ def test_a_bad_entry_is_refused_with_its_reason_and_the_others_are_read(
         ("mine.json", '{"models": [', "not valid JSON"),
         ("mine.json", '{"error": {"message": "no"}}', "no list of models"),
         ("mine.json", "[" * 100_000, "nested too deeply"),
-        ("mine.yaml", "- {name: a}\n" * 6, "6 entries, more than the limit of 5"),
+        ("mine.yaml", "- {name: a}\n" * 6, "more than 5 entries"),
+        ("mine.yaml", "models:\n" + "- {}\n" * 100_000, "more than 5 entries"),
     ],
 )
 def test_an_unreadable_catalog_is_named_with_the_next_step(
