@@ -284,7 +284,7 @@ def test_asking_tells_what_happens_as_it_happens(solving: Solving, admin: Visito
 def slow_first(solving: Solving) -> Iterator[str]:
     """The first model for `general`, whose answers take 0.4 to 8 s meanwhile."""
     first = solving.value("SELECT model FROM rankings WHERE category = 'general' ORDER BY place LIMIT 1")
-    weather = f"{solving.stack.backend_url}/weather"
+    weather = f"{solving.stack.backend_url}/conditions"
     requests.put(weather, json=[{"model": first, "latency_factor": 8}], timeout=5).raise_for_status()
     yield first
     requests.put(weather, json=[], timeout=5).raise_for_status()
