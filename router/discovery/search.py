@@ -270,7 +270,7 @@ def _taken(  # noqa: PLR0917 - private: what _decided has at hand
     if said is not None:
         return _finding(plan, model, "known", said)
     assert plan.incumbent is not None
-    why = f"better than {plan.incumbent.name} for {plan.category}: {result.reason} (by {model.catalogue})"
+    why = f"better than {plan.incumbent.name} for {plan.category}: {result.reason} (by {model.catalog})"
     event = kept.take(
         about.connection, about.number, contender, context_tokens=model.context_tokens,
         category=plan.category, by=about.by, why=why, share=about.learning.exploration.share / 2, known=line,
@@ -288,4 +288,4 @@ def _finding(
     result: TrialResult | None = None,
 ) -> Finding:
     trial = None if result is None else result.as_json()
-    return Finding(model.name, plan.category, model.catalogue, verdict, reason, trial)
+    return Finding(model.name, plan.category, model.catalog, verdict, reason, trial)
