@@ -212,10 +212,10 @@ def _model_status(
         sent=traffic.sent if traffic is not None else None,
         tokens=traffic.tokens if traffic is not None else None,
         sent_last_minute=last_minute,
-        in_flight=traffic.at_once if traffic is not None and limited else claimed,
+        in_flight=traffic.in_flight if traffic is not None and limited else claimed,
         at_once=at_once,
         waiting_for=_waiting_for(traffic),
-        resting_seconds=traffic.resting_seconds if traffic is not None else 0.0,
+        resting_seconds=traffic.cooldown_seconds if traffic is not None else 0.0,
         calls=calls["calls"],
         failed_calls=calls["failed"],
         last_error=first_line(calls["last_error"] or "") or None,
@@ -244,6 +244,6 @@ def _trouble(row: Mapping[str, Any], traffic: ModelTraffic | None) -> str | None
         return f"invalid traffic Variable: {first_line(row['bad_problem'])}"
     if row["trouble"]:
         return str(row["trouble"])
-    if traffic is not None and traffic.resting_seconds > 0:
-        return f"cooling down {traffic.resting_seconds:.0f} s: {traffic.rest_reason or '429 or 503'}"
+    if traffic is not None and traffic.cooldown_seconds > 0:
+        return f"cooling down {traffic.cooldown_seconds:.0f} s: {traffic.cooldown_reason or '429 or 503'}"
     return None

@@ -113,9 +113,9 @@ def _await(model: str, wanted: TrafficTarget, redis: str | None, now: Status, *,
         terminal.note(warning)
     seconds = None
     if redis:
-        from router.limiter import seconds_until_in_force  # noqa: PLC0415 - it takes half a second
+        from router.limiter import seconds_until_applied  # noqa: PLC0415 - it takes half a second
 
-        seconds = seconds_until_in_force(redis, model, str(wanted), at_most_seconds=PATIENCE_SECONDS)
+        seconds = seconds_until_applied(redis, model, str(wanted), timeout_seconds=PATIENCE_SECONDS)
     if seconds is None and redis and now.workers and not now.held:
         raise RouterError(
             f"The Variable is set, but {model} does not work by it after {PATIENCE_SECONDS:g} s."

@@ -66,7 +66,7 @@ async def _send(
 ) -> CallResult:
     sent = False
     # A call that outlives its slot in the limiter would let one too many through.
-    longest = limiter.settings.call_longest_seconds - AFTER_TIMEOUT_SECONDS
+    longest = limiter.settings.max_call_seconds - AFTER_TIMEOUT_SECONDS
     request = replace(request, timeout_seconds=min(request.timeout_seconds, longest))
 
     def check() -> None:

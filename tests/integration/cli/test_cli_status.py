@@ -131,7 +131,7 @@ def test_without_redis_it_says_so_and_counts_from_the_log(router: CommandLine, a
     ask("SELECT * FROM claim_task('phi-4', '{general}', 'w', %s, 100)", str(new_call_id(time.time())))
     said = router("status", "--redis", NOWHERE, "--json")
     model = said.json["models"]["phi-4"]
-    assert (said.code, "Redis is away" in said.json["notes"][0]) == (0, True)
+    assert (said.code, "Redis is unavailable" in said.json["notes"][0]) == (0, True)
     assert (model["target"], model["target_kept"], model["sent_last_minute"]) == ("7/min", True, 1)
     assert "7/min; 1 in the last minute" in router("status", "--redis", NOWHERE).out
     assert "ROUTER_REDIS_URL is not set" in router("status", "--redis", "").out

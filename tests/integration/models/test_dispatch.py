@@ -26,7 +26,7 @@ MODEL = "phi-4"
 REQUEST = call_request(MODEL, max_tokens=16, reserved_tokens=21, timeout_seconds=600.0)
 LONGEST_SECONDS = 0.5
 SETTINGS = LimiterSettings(
-    call_longest_seconds=AFTER_TIMEOUT_SECONDS + LONGEST_SECONDS,
+    max_call_seconds=AFTER_TIMEOUT_SECONDS + LONGEST_SECONDS,
     breaker=BreakerSettings(failure_threshold=1, initial_cooldown_seconds=0.2),
 )
 

@@ -70,7 +70,7 @@ async def test_limiter_rejects_a_name_without_a_command_to_redis(
         lambda: limiter.cool_down(name, 5, "429"),
         lambda: limiter.snapshot([name]),
     ):
-        with pytest.raises(InputError, match="is no model name: letters, digits") as caught:
+        with pytest.raises(InputError, match="is not a valid model name: letters, digits") as caught:
             await command()
         assert len(str(caught.value)) < 250
         assert "\n" not in str(caught.value)

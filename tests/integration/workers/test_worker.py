@@ -255,7 +255,7 @@ async def test_429_cools_the_model_down_and_costs_no_attempt(addresses: Addresse
     insert(addresses, 30)
     async with running(addresses, config()) as engine, working(engine, "phi-4"):
         await until(lambda: calls(addresses, "outcome = 'rate_limited'") >= 1)
-        assert (await engine.limiter.snapshot(["phi-4"]))["phi-4"].resting_seconds > 0
+        assert (await engine.limiter.snapshot(["phi-4"]))["phi-4"].cooldown_seconds > 0
         assert ask(addresses, "SELECT max(attempt) AS n FROM queue WHERE state = 'ready'") == [{"n": 0}]
         trouble = ask(addresses, "SELECT trouble FROM roster WHERE model = 'phi-4'")[0]["trouble"]
         assert trouble.startswith("rate_limited")
