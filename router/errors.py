@@ -22,6 +22,9 @@ What a call to a model came to is never an exception but a value: `router.task.C
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class RouterError(Exception):
     """Base of all errors that the router raises on purpose. Its text is meant for people."""
@@ -89,6 +92,14 @@ class InputError(RouterError):
 
 class SendingPaused(Exception):  # noqa: N818 - a state of the world, read as one
     """Nothing may be sent now: the batch is held, or this process is not sure of its lease."""
+
+
+def unknown(name: str, known: Iterable[str], what: str) -> InputError:
+    """Returns the error for a name that is not among `known`: it offers the closest one, or lists them all."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known) or 'none'}."
+    return InputError(f"There is no {what} {name[:100]!r}; {hint}")
 
 
 def first_line(text: str) -> str:

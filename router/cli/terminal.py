@@ -7,7 +7,6 @@ lines or tasks, each of which was named.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import getpass
 import json
 import os
@@ -24,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from router.database import Connection, connect
-from router.errors import ConfigError, InputError, RouterError
+from router.errors import ConfigError, RouterError, unknown
 from router.models import AirflowApi
 from router.queue import require_schema
 from router.settings import DEFAULT_CONFIG_FOLDER
@@ -167,13 +166,11 @@ def database_url(url: str | None) -> str:
 
 
 def known(name: str, names: Iterable[str], what: str) -> str:
-    """`name`, if it is among `names`; InputError offers the nearest, or lists them all."""
+    """Returns `name` if it is one of `names`. Raises InputError that offers the closest, or lists them all."""
     names = list(names)
-    if name in names:
-        return name
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names) or 'none'}."
-    raise InputError(f"There is no {what} {name[:120]!r}; {hint}")
+    if name not in names:
+        raise unknown(name, names, what)
+    return name
 
 
 def quiet_table(*columns: str, right: Iterable[str] = ()) -> Table:

@@ -28,7 +28,7 @@ from router.discovery.plan import CategoryPlan, known_names, plan_category, read
 from router.discovery.publishing import VARIABLE_PREFIX, Variables, line_of, publish
 from router.discovery.store import Finding
 from router.discovery.trials import Budget, CandidateTrial, TrialModel, TrialSetup, run_trial
-from router.errors import AirflowError, ConfigError, InputError, RouterError
+from router.errors import AirflowError, ConfigError, RouterError, unknown
 from router.models import DirectCaller
 from router.settings import Addresses, DiscoverySettings, LearningSettings, RouterConfig
 
@@ -159,8 +159,7 @@ def _alone(url: str) -> Iterator[Connection]:
 def _wanted(config: RouterConfig, categories: Collection[str] | None) -> list[str]:
     for category in categories or ():
         if category not in config.categories:
-            known = ", ".join(config.categories)
-            raise InputError(f"There is no category {category[:60]!r}; known are {known}.")
+            raise unknown(category, config.categories, "category")
     return [category for category in config.categories if not categories or category in categories]
 
 
