@@ -16,12 +16,12 @@ import asyncpg
 from router.database import fetch, postgres_text
 from router.errors import InputError, LimiterError, TrafficTargetError
 from router.limiter import TrafficLimiter
+from router.models.airflow_api import VARIABLE_PREFIX
 from router.models.roster import Roster
 from router.traffic import TrafficTarget
 
 log = logging.getLogger("router.traffic")
 
-VARIABLE_PREFIX = "traffic."
 LONGEST_NAME = 100
 TELL_WATCHING_SECONDS = 2.5
 REASSERT_SECONDS = 5.0  # a Redis that lost its memory hears the target again
