@@ -95,7 +95,7 @@ class SendingPaused(Exception):  # noqa: N818 - a state of the world, read as on
 
 
 def unknown(name: str, known: Iterable[str], what: str) -> InputError:
-    """Returns the error for a name that is not among `known`: it offers the closest one, or lists them all."""
+    """Returns the error for a name that is not in `known`; its text offers the closest or lists them all."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known) or 'none'}."

@@ -81,7 +81,7 @@ def test_bad_lines_are_named_by_file_and_line_and_the_rest_is_loaded(
     assert said.code == 3
     assert f"{file}:2: the line is no JSON" in said.err
     assert f"{file}:4: the prompt is empty" in said.err
-    assert "2 added · 2 bad" in said.out
+    assert "2 added · 2 invalid" in said.out
     assert prompts_in(ask) == ["good", "good too"]
 
 

@@ -121,7 +121,7 @@ def test_a_target_above_the_providers_quota_is_said(router: CommandLine, clean_r
     assert any("above what the provider allows" in warning for warning in model["warnings"])
     said = " ".join(router("status").out.split())
     assert "2 of its calls refused (429)" in said
-    assert "rests" in said
+    assert "cooling down" in said
 
 
 def test_without_redis_it_says_so_and_counts_from_the_log(router: CommandLine, ask: Ask):
@@ -161,7 +161,7 @@ def test_troubles_are_shown_beside_their_models(router: CommandLine, ask: Ask):
     assert models["deepseek-v3"]["trouble"] == "the backend does not know it"
     assert models["gpt-4o-mini"]["last_error"] == "timeout: no answer in 180 s"
     assert (models["gpt-4o-mini"]["calls"], models["gpt-4o-mini"]["failed_calls"]) == (1, 1)
-    assert "1 of 1 calls failed lately; the last: timeout: no answer in 180 s" in router("status").out
+    assert "1 of 1 recent calls failed, last: timeout: no answer in 180 s" in router("status").out
 
 
 # -- watch ------------------------------------------------------------------------------------------------
@@ -323,7 +323,7 @@ def test_a_target_is_set_and_waited_for(
 ):
     with watching(airflow, database, clean_redis):
         said = traffic("traffic", "phi-4", "120/min,", "4/s")  # as typed without quotes
-        assert (said.code, said.out.startswith("phi-4: 120/min, 4/s, in force after ")) == (0, True)
+        assert (said.code, said.out.startswith("phi-4: 120/min, 4/s, active after ")) == (0, True)
         assert airflow.variables == {"traffic.phi-4": "120/min, 4/s"}
         result = traffic("traffic", "phi-4", "0", "--json").json
         assert (result["target"], result["in_force"], result["seconds"] < 3) == ("0", True, True)
@@ -344,12 +344,12 @@ def test_a_line_that_does_not_parse_is_refused_with_its_place_before_anything_is
 def test_a_target_that_a_live_worker_does_not_take_is_an_error(traffic: CommandLine, ask: Ask):
     ask("SELECT heartbeat('w')")
     said = traffic("traffic", "phi-4", "5/min")
-    assert (said.code, "does not work by it after 3 s" in said.err) == (1, True)
+    assert (said.code, "is not active after 3 s" in said.err) == (1, True)
 
 
 def test_without_a_worker_it_is_set_for_when_one_comes(traffic: CommandLine, airflow: AirflowPart):
     said = traffic("traffic", "phi-4", "5/min")
-    assert (said.code, "in force as soon as a worker reads it" in said.out) == (0, True)
+    assert (said.code, "applies when a worker reads it" in said.out) == (0, True)
     assert airflow.variables == {"traffic.phi-4": "5/min"}
 
 
@@ -360,9 +360,9 @@ def test_what_the_variables_say_is_shown_where_it_differs(
     airflow.variables = {"traffic.phi-4": "60/1min", "traffic.deepseek-v3": "nonsense", "other": "x"}
     said = traffic("traffic").out
     lines = {line.split()[0]: line for line in said.splitlines() if line}
-    assert "the same" in lines["phi-4"]
+    assert "same" in lines["phi-4"]
     assert "nonsense" in lines["deepseek-v3"]
-    assert "the last target stays" in lines["gpt-4o-mini"]
+    assert "the last target stays active" in lines["gpt-4o-mini"]
     assert "gpt-4o-mini" not in traffic("traffic", "phi-4").out
 
 
@@ -374,7 +374,7 @@ def test_a_model_that_is_not_there_and_an_airflow_that_is_not_there_are_named(
     away = ("--airflow", "http://127.0.0.1:9")
     assert "cannot be reached: no connection" in traffic("traffic", "phi-4", "5/min", *away).err
     shown = traffic("traffic", *away)
-    assert (shown.code, "What the Variables say is not known" in shown.err) == (0, True)
+    assert (shown.code, "The Variables could not be read" in shown.err) == (0, True)
     wrong = traffic("traffic", "phi-4", "5/min", "--airflow-password", "wrong")
     assert (wrong.code, "Invalid credentials" in wrong.err) == (1, True)
 

@@ -159,7 +159,7 @@ def test_it_asks_first_and_changes_nothing_on_a_no(router: CommandLine, ask: Ask
     ask("INSERT INTO tasks (prompt) VALUES ('a'), ('b')")
     fail_all(ask)
     said = router("retry", "--all", answer="n\n")
-    assert (said.code, "Set 2 failed tasks back to unsolved?" in said.err) == (1, True)
+    assert (said.code, "Retry 2 failed tasks?" in said.err) == (1, True)
     assert ask("SELECT count(*) AS n FROM tasks WHERE status = 'failed'")[0]["n"] == 2
     assert router("retry", "--all", answer="y\n").code == 0
     assert ask("SELECT count(*) AS n FROM tasks WHERE status = 'failed'")[0]["n"] == 0
