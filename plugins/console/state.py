@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from airflow.models.connection import Connection
-from model_worker import addresses_of
+from connections import read_addresses
 
 from router.database import Connection as Database
 from router.database import connect
@@ -65,6 +65,5 @@ class ConsoleState:
 
 
 def addresses() -> Addresses:
-    """What the three Connections hold; they are asked each time, as they may be edited."""
-    names = ("router_db", "router_redis", "models_backend")
-    return addresses_of(*(Connection.get_connection_from_secrets(name) for name in names))
+    """Returns the addresses in Airflow's Connections. Read at each use, because they may be edited."""
+    return read_addresses(Connection.get_connection_from_secrets)

@@ -32,7 +32,7 @@ from airflow.dag_processing.dagbag import DagBag
 DagBag(sys.argv[1])  # a DAG processor has all imports behind it, too, once it has loaded the plugins
 bag = DagBag(sys.argv[1])
 from airflow.models.connection import Connection
-from model_worker import addresses_of
+from connections import addresses_of
 from router_console import _build
 urls = ["https://a", "https://a:8443", "http://a:80", "http://a/api"]
 connections = [Connection(uri=url) for url in urls]
