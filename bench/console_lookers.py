@@ -11,16 +11,16 @@ from typing import Any
 
 import aiohttp
 
-VIEWS = ("traffic", "work", "priorities", "traffic", "work", "story", "traffic", "work", "priorities", "ask")
+VIEWS = ("models", "queue", "ranking", "models", "queue", "task", "models", "queue", "ranking", "ask")
 PARTS = (
-    "page", "console.css", "console.js", "draw.js", "traffic.js", "model_row.js", "work.js", "lists.js",
-    "story.js", "priorities.js", "search.js", "ask.js",
+    "page", "console.css", "console.js", "draw.js", "models.js", "model_row.js", "queue.js", "lists.js",
+    "task.js", "ranking.js", "discovery.js", "ask.js",
 )  # fmt: skip
 # view -> what it asks again and again, and after how many seconds.
 AGAIN: dict[str, tuple[tuple[str, float], ...]] = {
-    "work": (("calls?limit=30", 3.0),),
-    "priorities": (("priorities", 15.0), ("search", 15.0)),
-    "story": (("tasks/{task}", 2.0),),
+    "queue": (("calls?limit=30", 3.0),),
+    "ranking": (("priorities", 15.0), ("search", 15.0)),
+    "task": (("tasks/{task}", 2.0),),
 }
 PROBED = (
     "me", "status", "history", "calls?limit=30", "calls?limit=30&outcome=wrong&model=llm-07",
@@ -65,7 +65,7 @@ class Looker:
         for part in PARTS:
             await self._get(part)
         await self.api("me")
-        if self._view == "traffic":
+        if self._view == "models":
             await self.api("history")
         again = [self._again(path, seconds) for path, seconds in AGAIN.get(self._view, ())]
         await asyncio.gather(self._listen(), *again)
@@ -103,7 +103,7 @@ class Looker:
                     now = json.loads(line)["tasks"]["failed"]
                     self._heard.setdefault(now, time.monotonic())
                     at = time.monotonic()
-                    if self._view == "work" and now != failed and at - asked_at > FAILURES_SECONDS:
+                    if self._view == "queue" and now != failed and at - asked_at > FAILURES_SECONDS:
                         failed, asked_at = now, at
                         asking = self.api("failures?limit=20")
                         self._aside = asyncio.create_task(asking, name="console bench failures")
