@@ -195,7 +195,7 @@ async def _looked_at(stack: Stack, options: argparse.Namespace, mover: Mover, ou
 
 async def _busy(stack: Stack, seconds: float) -> dict[str, float]:
     """Each part's share of a core over so many seconds, all its processes together."""
-    pids = {name: stack.part(name).pid for name in ("api-server", "postgres", "redis")}
+    pids = {name: stack.process(name).pid for name in ("api-server", "postgres", "redis")}
     before = {name: _cpu_seconds(pid) for name, pid in pids.items()}
     began = time.monotonic()
     await asyncio.sleep(seconds)

@@ -21,7 +21,7 @@ from typing_extensions import Self
 
 from local import databases
 from local.postgres import PostgresServer, prepare_postgres
-from local.processes import Part, PartSpec, start_part, stop_parts
+from local.processes import GuardedProcess, ProcessSpec, start_process, stop_processes
 from local.redis import redis_answers
 from local.stack import StackError, StopRequested
 from local.stack_plan import Plan, StackOptions
@@ -58,7 +58,7 @@ class LearningStage:
             backend_arguments=backend_arguments(self.folder),
             postgres_settings=POSTGRES_SETTINGS,
         )
-        self._parts: list[Part] = []
+        self._parts: list[GuardedProcess] = []
         self._server: PostgresServer | None = None
         self._http = requests.Session()
         self._http.trust_env = False  # a proxy has no part in this
@@ -80,15 +80,15 @@ class LearningStage:
     def stop(self) -> None:
         """End every part and take the folder away. Twice is the same as once."""
         parts, self._parts = self._parts, []
-        stop_parts(parts)
+        stop_processes(parts)
         if self._server is not None:
-            self._server.tidy()
+            self._server.remove_socket_folder()
             self._server = None
         self._http.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def check(self) -> None:
-        """PartDied, with the end of its log, if a part ended by itself."""
+        """ProcessDied, with the end of its log, if a part ended by itself."""
         for part in self._parts:
             if not part.running:
                 raise part.death()
@@ -121,7 +121,7 @@ class LearningStage:
         self._server = replace(prepare_postgres(self.folder / "postgres"), port=first.ports["postgres"])
         self._run(first.postgres(self._server))
         server = self._server
-        self._wait("postgres", lambda: databases.answers(server))
+        self._wait("postgres", lambda: databases.accepts_connections(server))
         for side, plan in plans.items():
             url = server.create_database(side)
             migrate(url)
@@ -139,8 +139,8 @@ class LearningStage:
         self._run(replace(plan.redis(), name=f"redis-{side}"))
         return plan
 
-    def _run(self, spec: PartSpec) -> None:
-        self._parts.append(start_part(spec, self.folder / "logs"))
+    def _run(self, spec: ProcessSpec) -> None:
+        self._parts.append(start_process(spec, self.folder / "logs"))
 
     def _wait(self, name: str, well: Callable[[], bool]) -> None:
         deadline = time.monotonic() + START_SECONDS
