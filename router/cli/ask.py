@@ -36,11 +36,15 @@ Examples:
   router ask --json "Why is the sky blue?" | jq -r .answer
 
 \b
---json prints one object with answer, model (null: passages), rank (passages, fallback_model, chosen_model),
-provisional, is_fallback, category, confidence, reason, preferred, fallback, seconds, cost_usd, prompt_tokens,
-completion_tokens, sources, task_id (null: not logged), calls (call_id, model, role, rank, started_seconds,
-sent_seconds, ended_seconds, outcome, error, cost_usd, prompt_tokens, completion_tokens), and late: a better
-answer that arrived within --late, with the same keys, or null.
+Keys of --json:
+  answer, category, confidence, reason, preferred, fallback, seconds, cost_usd,
+  prompt_tokens, completion_tokens, sources, provisional, is_fallback
+  model    null for passages
+  rank     passages, fallback_model or chosen_model
+  task_id  null if the request was not logged
+  calls    call_id, model, role, rank, started_seconds, sent_seconds, ended_seconds,
+           outcome, error, cost_usd, prompt_tokens, completion_tokens
+  late     a better answer that arrived within --late, with the same keys, or null
 """
 _STYLES = {EventKind.TROUBLE: "yellow", EventKind.ANSWERED: "green", EventKind.LATE: "green"}
 

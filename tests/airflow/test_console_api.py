@@ -197,9 +197,9 @@ def test_a_failed_task_is_retried_and_its_details_shown(solving: Solving, admin:
     solving.insert(200)  # tasks that run before the workers have no Airflow task
     wait_until(lambda: workers_are_there(solving), 40, "all workers at work")
     solving.rows("DELETE FROM tasks WHERE status = 'unsolved'")
-    solving.rows("INSERT INTO tasks (prompt, status, failure) VALUES ('Why?', 'failed', 'the test said so')")
+    solving.rows("INSERT INTO tasks (prompt, status, failure) VALUES ('Why?', 'failed', 'set by the test')")
     (failure,) = admin("GET", "/api/failures").json()["failures"]
-    assert failure["failure"] == "the test said so"
+    assert failure["failure"] == "set by the test"
     task = failure["task_id"]
     asked = {"task_ids": [task]}
     assert admin("POST", "/api/failures/retry", headers=WRITE, json=asked).json()["unsolved"] == 1

@@ -151,6 +151,7 @@ def test_a_failed_task_is_retried(solving: Solving, admin: Browser) -> None:
     solving.rows(f"INSERT INTO tasks (prompt, status, failure) VALUES ('Why?', 'failed', $${EVIL}$$)")
     console(admin, "queue")
     admin.until_text(EVIL, "[aria-label=Failures]")
+    admin.show("queue")
     assert admin.run("return window.pwned ?? null") is None
     admin.click("[aria-label=Failures] td button")
     admin.until_text("1 requeued", "[aria-label=Failures]")

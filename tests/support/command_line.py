@@ -18,7 +18,7 @@ REMOVED = ("ROUTER_DATABASE_URL", "ROUTER_REDIS_URL", "ROUTER_AIRFLOW_URL", "ROU
 
 
 @dataclass(frozen=True)
-class Said:
+class CommandResult:
     """Output and exit code of a call."""
 
     code: int
@@ -36,7 +36,7 @@ class CommandLine:
 
     environment: Mapping[str, str]
 
-    def __call__(self, *arguments: object, answer: str | None = None) -> Said:
+    def __call__(self, *arguments: object, answer: str | None = None) -> CommandResult:
         """Runs a command in this process; `answer` is its standard input."""
         environment = {**dict.fromkeys(REMOVED), "COLUMNS": "100", **self.environment}
         result = CliRunner().invoke(
@@ -44,7 +44,7 @@ class CommandLine:
         )
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
-        return Said(result.exit_code, result.stdout, result.stderr)
+        return CommandResult(result.exit_code, result.stdout, result.stderr)
 
     def start(self, *arguments: object, **options: Any) -> subprocess.Popen[bytes]:
         """Starts a command as a process."""

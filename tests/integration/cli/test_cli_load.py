@@ -15,7 +15,7 @@ import pytest
 from router.database import connect, rows
 from router.queue.ingest import NewTask
 from router.queue.tasks import enqueue
-from tests.support.command_line import CommandLine, Said
+from tests.support.command_line import CommandLine, CommandResult
 from tests.support.waiting import until
 
 
@@ -180,7 +180,7 @@ def test_concurrent_loads_of_the_same_ids_succeed(database: str, ask: Any):
     assert ask("SELECT count(*) AS n FROM tasks")[0]["n"] == 9000
 
 
-def error_of(result: Said) -> str:
+def error_of(result: CommandResult) -> str:
     assert result.code == 1
     assert result.out == ""
     assert "Traceback" not in result.err

@@ -51,8 +51,8 @@ def test_dry_run_review_and_undo(router: CommandLine, log: Log) -> None:
 
 def test_ranking_and_explain(router: CommandLine, log: Log) -> None:
     assert "as config" in router("ranking").out
-    said = router("ranking", "explain", FIRST, "general")
-    assert "No review has ranked it there" in said.out
+    result = router("ranking", "explain", FIRST, "general")
+    assert "No review has ranked it there" in result.out
     router("review")
     order = router("ranking", "--category", "general", "--json").json
     assert list(order) == ["general"]
@@ -80,9 +80,9 @@ def test_ranking_and_explain(router: CommandLine, log: Log) -> None:
 def test_invalid_arguments_are_reported(
     router: CommandLine, log: Log, arguments: tuple[str, ...], words: str
 ) -> None:
-    said = router(*arguments)
-    assert said.code == 1
-    assert words in said.err
+    result = router(*arguments)
+    assert result.code == 1
+    assert words in result.err
 
 
 def test_feedback_is_recorded_for_the_model_that_answered(router: CommandLine, log: Log) -> None:
