@@ -14,35 +14,13 @@ from airflow.configuration import conf
 from airflow.sdk import BaseOperator, BaseOperatorLink, Connection, Variable
 from airflow.sdk.definitions.context import Context
 from airflow.triggers.base import BaseTrigger, TaskSuccessEvent, TriggerEvent
+from connections import NAMES, addresses_of
 
 from router.models import VARIABLE_PREFIX
-from router.settings import Addresses, config_folder, data_folder, load_config
+from router.settings import config_folder, data_folder, load_config
 from router.workers import Engine, Worker, wait_for_work
 
 LINGER_SECONDS = 30.0  # the next run starts within seconds and reuses the engine
-
-
-async def addresses_from_connections() -> Addresses:
-    """Reads the addresses from the Connections router_db, router_redis and models_backend."""
-    return addresses_of(
-        await Connection.async_get("router_db"),
-        await Connection.async_get("router_redis"),
-        await Connection.async_get("models_backend"),
-    )
-
-
-def addresses_of(database: Connection, redis: Connection, backend: Connection) -> Addresses:
-    """Builds the addresses from three Connections."""
-    return Addresses(
-        database_url=database.get_uri().replace("postgres://", "postgresql://", 1),
-        redis_url=redis.get_uri(),
-        backend_url=f"{_scheme(backend)}://{backend.host}" + (f":{backend.port}" if backend.port else ""),
-    )
-
-
-def _scheme(backend: Connection) -> str:
-    """Reads the scheme from the form's schema, or from the type of a Connection that is given as a URL."""
-    return "https" if "https" in {backend.schema, backend.conn_type} else "http"
 
 
 async def read_traffic_variables(models: list[str]) -> Mapping[str, str | None]:
@@ -69,7 +47,8 @@ class SharedEngine:
             self._loop, self._lock, self._engine, self._closer = loop, asyncio.Lock(), None, None
         async with self._lock:
             if self._engine is None:
-                engine = Engine(await addresses_from_connections(), load_config(), read_traffic_variables)
+                addresses = addresses_of(*[await Connection.async_get(name) for name in NAMES])
+                engine = Engine(addresses, load_config(), read_traffic_variables)
                 await engine.start()
                 # Not in processes that only load plugins: it imports the search engine.
                 from router.workers import DeadlineJob  # noqa: PLC0415

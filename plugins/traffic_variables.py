@@ -66,10 +66,9 @@ async def _watch_until_error() -> None:
 
 def _addresses() -> Addresses:
     from airflow.models.connection import Connection  # noqa: PLC0415 - not in processes that only parse
-    from model_worker import addresses_of  # noqa: PLC0415 - the same
+    from connections import read_addresses  # noqa: PLC0415 - the same
 
-    names = ("router_db", "router_redis", "models_backend")
-    return addresses_of(*map(Connection.get_connection_from_secrets, names))
+    return read_addresses(Connection.get_connection_from_secrets)
 
 
 class WatchWhileServing:

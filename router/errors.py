@@ -24,6 +24,9 @@ The outcome of a call to a model is a value and not an exception: `router.task.C
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class RouterError(Exception):
     """Base of all errors that the router raises on purpose. Its text is written for users."""
@@ -99,6 +102,14 @@ class InputError(RouterError):
 
 class SendingPaused(Exception):  # noqa: N818 - names a state
     """Nothing may be sent now: the batch is paused, or this process may have lost its lease."""
+
+
+def unknown(name: str, known: Iterable[str], what: str) -> InputError:
+    """Returns the error for a name that is not in `known`; its text offers the closest or lists them all."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known) or 'none'}."
+    return InputError(f"There is no {what} {name[:100]!r}; {hint}")
 
 
 def first_line(message: str | BaseException) -> str:

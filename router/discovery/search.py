@@ -25,11 +25,11 @@ from router.discovery.comparison import TrialResult, TrialVerdict, judge_trial
 from router.discovery.discovered_file import require_writable
 from router.discovery.model_names import normal_name
 from router.discovery.plan import CategoryPlan, known_names, plan_category, read_catalogs, why_known
-from router.discovery.publishing import VARIABLE_PREFIX, Variables, line_of, publish
+from router.discovery.publishing import Variables, line_of, publish
 from router.discovery.store import Finding
 from router.discovery.trials import Budget, CandidateTrial, TrialModel, TrialSetup, run_trial
-from router.errors import AirflowError, ConfigError, InputError, RouterError
-from router.models import DirectCaller
+from router.errors import AirflowError, ConfigError, RouterError, unknown
+from router.models import VARIABLE_PREFIX, DirectCaller
 from router.settings import Addresses, DiscoverySettings, LearningSettings, RouterConfig
 
 SEARCH_LOCK = 7_205_759_405
@@ -159,8 +159,7 @@ def _alone(url: str) -> Iterator[Connection]:
 def _wanted(config: RouterConfig, categories: Collection[str] | None) -> list[str]:
     for category in categories or ():
         if category not in config.categories:
-            known = ", ".join(config.categories)
-            raise InputError(f"There is no category {category[:60]!r}; known are {known}.")
+            raise unknown(category, config.categories, "category")
     return [category for category in config.categories if not categories or category in categories]
 
 

@@ -10,6 +10,7 @@ from typing_extensions import Self
 
 from router.errors import AirflowError
 
+VARIABLE_PREFIX = "traffic."  # of the Variable that holds a model's traffic target
 TIMEOUT_SECONDS = 30.0
 MAX_ERROR_CHARACTERS = 500
 

@@ -16,12 +16,12 @@ import asyncpg
 from router.database import fetch, postgres_text
 from router.errors import InputError, LimiterError, TrafficTargetError, first_line
 from router.limiter import TrafficLimiter
+from router.models.airflow_api import VARIABLE_PREFIX
 from router.models.roster import Roster
 from router.traffic import TrafficTarget
 
 log = logging.getLogger("router.traffic")
 
-VARIABLE_PREFIX = "traffic."
 MAX_NAME_CHARACTERS = 100
 DEFAULT_VERSION = 1  # of a model's default target: the read of any Variable is newer
 HEARTBEAT_SECONDS = 2.5
