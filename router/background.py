@@ -16,7 +16,7 @@ from router.errors import RouterError
 log = logging.getLogger("router.background")
 
 CANCEL_AGAIN_SECONDS = 0.25
-LOOP_END_SECONDS = 3.0  # for the clean-up of tasks that are cancelled together with the whole loop
+LOOP_END_SECONDS = 3.0  # for the clean-up of tasks that are canceled together with the whole loop
 
 Step = Callable[[], Awaitable[Any]]
 T = TypeVar("T")
@@ -69,7 +69,7 @@ class TrackedTasks:
             while self.tasks:
                 await asyncio.wait(set(self.tasks))
         except asyncio.CancelledError:
-            # The loop ends: the other tasks are cancelled as well and clean up.
+            # The loop ends: the other tasks are canceled as well and clean up.
             last = time.monotonic() + LOOP_END_SECONDS
             while self.tasks and (left := last - time.monotonic()) > 0:
                 await asyncio.wait(set(self.tasks), timeout=left)
@@ -148,7 +148,7 @@ async def result_or_none(work: Awaitable[T], seconds: float, name: str) -> T | N
         if not task.done():
             task.cancel()
         elif not task.cancelled():
-            task.exception()  # retrieved, in case the caller was cancelled at the same time
+            task.exception()  # retrieved, in case the caller was canceled at the same time
 
 
 async def close_with_timeout(
