@@ -61,7 +61,7 @@ class SharedEngine:
         """Stops the engine once it has been idle for LINGER_SECONDS."""
         if self._closer is None or self._closer.done():
             closing = self._close_when_idle()
-            self._closer = asyncio.get_running_loop().create_task(closing, name="router close when idle")
+            self._closer = asyncio.create_task(closing, name="router close when idle")
 
     async def _close_when_idle(self) -> None:
         while True:
