@@ -108,7 +108,7 @@ class ModelLink(BaseOperatorLink):
 
     def get_link(self, operator: Any, *, ti_key: Any) -> str:  # noqa: ARG002 - Airflow's signature
         base = conf.get("api", "base_url", fallback="").rstrip("/")
-        return f"{base}/router/page#traffic/{operator.assigned['model']}"
+        return f"{base}/router/page#models/{operator.assigned['model']}"
 
 
 class ModelWorker(BaseOperator):
