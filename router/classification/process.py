@@ -107,6 +107,8 @@ class ClassifierProcess:
             within = f"no category within {self.settings.timeout_seconds:g} s"
             return self._default(len(prompts), f"{within}: the classifier {state}")
         finally:
+            if result.done() and not result.cancelled():
+                result.exception()  # marks it as retrieved, also if the prompt was never sent
             self._results.pop(number, None)
             self._waiting_prompts -= len(prompts)
 
