@@ -1,10 +1,10 @@
 """Compares search engines for knowledge: quality on real collections, and cost on synthetic ones.
 
 First table: quality on real collections (folders with corpus.jsonl, queries.jsonl and qrels.tsv). Second
-table: cost on synthetic entries, each engine in its own process. Words are drawn by Zipf's law (exponent 1.05)
-from 300,000, the most common ones being English stop words; lengths are log-normal with a median of 55 words.
-A question has six words of one entry, in its order, and two random words. One caller; the first questions are
-warm-up: 50 of 350, or a tenth of those that ran within two minutes.
+table: cost on synthetic entries, each engine in its own process. Words are drawn by Zipf's law (exponent
+1.05) from 300,000, the most common ones being English stop words; lengths are log-normal with a median of 55
+words. A question has six words of one entry, in its order, and two random words. One caller; the first
+questions are warm-up: 50 of 350, or a tenth of those that ran within two minutes.
 
     pip install bm25s PyStemmer wordllama     # optional; missing engines are reported and skipped
     python -m bench.knowledge COLLECTION... [--entries 100000 1000000] [--engines router ...] [--json FILE]
