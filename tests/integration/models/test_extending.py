@@ -201,4 +201,4 @@ def test_what_is_wrong_is_refused_with_file_and_key(router: CommandLine, folder:
     said = router("categories", "explain", "x")
     assert said.code == 1
     assert "legal.jsonl" in said.err
-    assert "'legal' is not named in categories.yaml" in said.err
+    assert "'legal' is not defined in categories.yaml" in said.err
