@@ -18,11 +18,12 @@ log = logging.getLogger("router.settings")
 class Frozen(BaseModel):
     """Immutable settings that reject unknown keys.
 
-    `renamed_keys` maps keys of the previous release to their new names: they are accepted with a warning.
+    `renamed_keys` maps a key of the previous release to its new name, or to None if it was removed. Such a
+    key is accepted with a warning.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    renamed_keys: ClassVar[Mapping[str, str]] = {}
+    renamed_keys: ClassVar[Mapping[str, str | None]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -33,13 +34,16 @@ class Frozen(BaseModel):
 Settings = TypeVar("Settings", bound=Frozen)
 
 
-def with_new_names(data: Any, renamed_keys: Mapping[str, str], info: ValidationInfo) -> Any:
+def with_new_names(data: Any, renamed_keys: Mapping[str, str | None], info: ValidationInfo) -> Any:
     """Renames former keys of a mapping and logs a warning for each; raises ValueError if both names occur."""
     if not isinstance(data, dict) or not renamed_keys.keys() & data.keys():
         return data
     renamed = {}
     for key, value in data.items():
         new = renamed_keys.get(key, key)
+        if new is None:
+            log.warning("%s: %s is no longer used; remove it before the next release", info.context, key)
+            continue
         if new != key:
             if new in data:
                 raise ValueError(f"{key} is the former name of {new}: keep only {new}")

@@ -23,10 +23,10 @@ Deadline = Annotated[float, Field(gt=0, le=3600)]
 class BackendPaths(Frozen):
     """Paths of the Models Backend's endpoints."""
 
+    renamed_keys: ClassVar = {"batch": None, "health": None}
+
     single: str = "/single"
-    batch: str = "/batch"
     models: str = "/models"
-    health: str = "/health"
 
 
 class BackendFields(Frozen):

@@ -410,7 +410,7 @@ async def test_queue_claims_unclassified_tasks(probe: Probe, database: str) -> N
     await probe.add(POEM)
     async with asyncpg.create_pool(database, min_size=1, max_size=1) as pool:
         queue = TaskQueue(pool, host="here")
-        assert await queue.wants_categories()
+        assert await queue.classification_enabled()
         (row,) = await queue.claim_uncategorized(5)
         assert isinstance(row, UnclassifiedTask)
         assert (

@@ -152,8 +152,8 @@ async def test_on_probation_it_gets_its_share_where_it_was_taken_on_and_nothing_
     bounded = bounds(Work({"general": 100, "creative": 100}, rates, roster.places, roster.learned))
     assert bounded == {NEW: {"general": 0.025, "technical": 0.0, "creative": 0.0}}
     order = PullOrder(places={"general": 3})
-    order.bound(bounded[NEW], {"general": 0, "creative": 0})
-    order.bound(bounded[NEW], {"general": 100, "creative": 100})
+    order.set_bounds(bounded[NEW], {"general": 0, "creative": 0})
+    order.set_bounds(bounded[NEW], {"general": 100, "creative": 100})
     assert order.categories(("creative", "general")) == ["general"]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from router.limiter.limiter import LimiterSettings
+from router.limiter import LimiterSettings
 from router.limiter.settings import Slacks
 from router.settings.router import TrafficSettings, load_config
 from router.traffic import TrafficTarget

@@ -19,7 +19,8 @@ def subclasses(kind: type[Frozen]) -> list[type[Frozen]]:
 
 
 CLASSES = [kind for kind in subclasses(Frozen) if kind.__module__.startswith("router.")]
-RENAMED = [(kind, old, new) for kind in CLASSES for old, new in kind.renamed_keys.items()]
+RENAMED = [(kind, old, new) for kind in CLASSES for old, new in kind.renamed_keys.items() if new is not None]
+REMOVED = [(kind, old) for kind in CLASSES for old, new in kind.renamed_keys.items() if new is None]
 FILE = Path("/etc/router/some.yaml")
 
 
@@ -32,7 +33,7 @@ def test_every_settings_class_is_immutable_and_strict(kind: type[Frozen]) -> Non
         validated(kind, {"some_key": 1}, FILE)
     assert str(FILE) in str(caught.value)
     assert kind.renamed_keys.keys().isdisjoint(kind.model_fields)
-    assert set(kind.renamed_keys.values()) <= set(kind.model_fields)
+    assert set(kind.renamed_keys.values()) <= {None, *kind.model_fields}
 
 
 @pytest.mark.parametrize(("kind", "old", "new"), RENAMED)
@@ -51,6 +52,14 @@ def test_former_key_is_accepted_with_a_warning(
 def test_former_and_new_key_together_are_an_error(kind: type[Frozen], old: str, new: str) -> None:
     with pytest.raises(ConfigError, match=f"{old} is the former name of {new}: keep only {new}"):
         validated(kind, {old: 1, new: 1}, FILE)
+
+
+@pytest.mark.parametrize(("kind", "old"), REMOVED)
+def test_removed_key_is_ignored_with_a_warning(
+    kind: type[Frozen], old: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert validated(kind, {old: 1}, FILE) == kind()
+    assert caplog.messages == [f"{FILE}: {old} is no longer used; remove it before the next release"]
 
 
 def test_value_of_a_former_key_is_used() -> None:

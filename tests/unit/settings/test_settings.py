@@ -147,3 +147,9 @@ def test_invalid_database_url_is_reported_without_its_password(url: str) -> None
         pass
     assert "SECRET" not in str(refused.value)
     assert refused.value.__suppress_context__
+
+
+def test_removed_key_is_accepted_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "models.yaml").write_text(MODEL + "backend: {paths: {single: /x, health: /up}}\n")
+    assert load_config(tmp_path).backend.paths.single == "/x"
+    assert "health is no longer used; remove it" in caplog.text
