@@ -34,7 +34,9 @@ Examples:
   router categories evaluate prompts.jsonl --json | jq .mean
 """
 EXPLAIN_HELP = """
-Show a prompt's category and why: matching rules, and words that speak for or against the category.
+Show a prompt's category and the reasons.
+
+Reasons are matching rules, and words that speak for or against the category.
 
 \b
 Examples:
