@@ -35,9 +35,10 @@ Sources are the files of config/knowledge, files added here, and solved tasks. A
 Postgres and searchable on every host within a minute.
 """
 ADD_HELP = """
-Add files, or all files of folders: Markdown, text, reStructuredText, or JSON Lines with "text" and "title".
+Add files, or all files below folders.
 
-Adding a file again replaces its entries. A file that is not text is reported and skipped (exit code 3).
+Formats are Markdown, text, reStructuredText, and JSON Lines with "text" and "title". Adding a file again
+replaces its entries. A file that is not text is reported and skipped (exit code 3).
 
 \b
 Examples:
@@ -45,7 +46,7 @@ Examples:
   router knowledge add notes/ faq.jsonl
 """
 REMOVE_HELP = """
-Remove added files, or all added files below a folder. They may be deleted from disk already.
+Remove added files, or all added files below a folder. They need not exist on disk.
 
 \b
 Examples:
@@ -61,9 +62,10 @@ Examples:
   router knowledge list --json | jq -r .[].source
 """
 SEARCH_HELP = """
-Search for passages and show the confidence that they are relevant.
+Search for passages.
 
-Without a database, only config/knowledge is searched.
+Shows the best passages, and the confidence that the first one is relevant. Without a database, only
+config/knowledge is searched.
 
 \b
 Examples:
@@ -71,10 +73,11 @@ Examples:
   router knowledge search "refund after 30 days" --limit 3 --json
 """
 EVALUATE_HELP = """
-Measure retrieval quality on a folder with corpus.jsonl, queries.jsonl and qrels.tsv (the BEIR format).
+Measure retrieval quality.
 
-Prints hit@1 and hit@5 (the share of questions with a relevant document first, or among the first five),
-the mean reciprocal rank (MRR), and times.
+The folder must contain corpus.jsonl, queries.jsonl and qrels.tsv (the BEIR format). Prints hit@1 and
+hit@5 (the share of questions with a relevant document first, or among the first five), the mean reciprocal
+rank (MRR), and times.
 
 \b
 Examples:

@@ -8,17 +8,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from router.settings.environment import config_folder, own_or_shipped
-from router.settings.files import (
-    Frozen,
-    check_categories,
-    check_overrides,
-    overridden,
-    read_yaml,
-    validated,
-    with_new_names,
-)
+from router.settings.files import Frozen, with_new_names
 from router.settings.models import TrafficTargetLine
+from router.settings.overrides import WithOverrides, check_overrides, load_with_overrides, overridden
 
 CATALOG_NAME = r"^[a-z][a-z0-9_-]{0,49}$"
 VARIABLE_NAME = r"^[A-Za-z_][A-Za-z0-9_]{0,99}$"
@@ -66,7 +58,7 @@ class CriteriaSettings(Frozen):
     context_min: int = Field(default=1, ge=1)
     input_price_max: float | None = Field(default=None, ge=0)
     output_price_max: float | None = Field(default=None, ge=0)
-    benchmarks: dict[str, float] = Field(default={})  # benchmark -> weight
+    benchmarks: dict[str, Annotated[float, Field(gt=0, le=1000)]] = Field(default={})  # weights
     benchmarks_share: float = Field(default=0.5, gt=0, le=1)
     score_min: float = Field(default=0.0, ge=0, le=1)
     age_days_max: int | None = Field(default=None, ge=1)
@@ -80,14 +72,6 @@ class CriteriaSettings(Frozen):
         return (
             ["license" if fact == "licence" else fact for fact in facts] if isinstance(facts, list) else facts
         )
-
-    @field_validator("benchmarks")
-    @classmethod
-    def _weights_are_weights(cls, benchmarks: dict[str, float]) -> dict[str, float]:
-        for benchmark, weight in benchmarks.items():
-            if not 0 < weight <= 1000:  # noqa: PLR2004 - a bound that catches typing errors
-                raise ValueError(f"{benchmark}: {weight:g} is not above 0 and at most 1000")
-        return benchmarks
 
     @model_validator(mode="after")
     def _bounds_are_consistent(self) -> CriteriaSettings:
@@ -139,14 +123,13 @@ class ProbationSettings(Frozen):
     margin: float = Field(default=0.0, ge=0, lt=1)
 
 
-class DiscoverySettings(Frozen):
-    """Contents of `config/search.yaml`."""
+class DiscoverySettings(WithOverrides):
+    """Contents of `config/search.yaml`; categories override `criteria`."""
 
     renamed_keys: ClassVar = {"catalogues": "catalogs"}
 
     catalogs: tuple[CatalogSettings, ...] = ()
     criteria: CriteriaSettings = CriteriaSettings()
-    categories: dict[str, dict[str, Any]] = Field(default={})  # category -> overrides of `criteria`
     trials: TrialSettings = TrialSettings()
     probation: ProbationSettings = ProbationSettings()
 
@@ -177,13 +160,5 @@ class DiscoverySettings(Frozen):
 
 
 def load_discovery(folder: Path | None, categories: Collection[str]) -> DiscoverySettings:
-    """Loads `search.yaml` from `folder`, or the shipped file.
-
-    Raises ConfigError with file and key, also for overrides of a category that is not among `categories`.
-    """
-    folder = folder or config_folder()
-    path = own_or_shipped(folder, "search.yaml")
-    settings = validated(DiscoverySettings, read_yaml(path), path)
-    if path.parent == folder:  # the shipped file may name other categories
-        check_categories(settings.categories, categories, path)
-    return settings
+    """Loads `search.yaml`; see `load_with_overrides`."""
+    return load_with_overrides(DiscoverySettings, "search.yaml", folder, categories)

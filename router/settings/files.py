@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -52,29 +52,6 @@ def with_new_names(data: Any, renamed_keys: Mapping[str, str | None], info: Vali
     return renamed
 
 
-def overridden(usual: Settings, overrides: Mapping[str, Any]) -> Settings:
-    """Returns `usual` with some values replaced. Raises ValidationError."""
-    return type(usual).model_validate({**usual.model_dump(), **overrides})
-
-
-def check_overrides(usual: Frozen, categories: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises ValueError with the key of the first override of a category that is invalid."""
-    category = ""
-    try:
-        for category, overrides in categories.items():  # noqa: B007 - named in the error
-            overridden(usual, overrides)
-    except ValidationError as error:
-        key, message = _first_problem(error)
-        raise ValueError(f"categories.{category}{'.' + key if key else ''}: {message}") from error
-
-
-def check_categories(named: Collection[str], known: Collection[str], path: Path) -> None:
-    """Raises ConfigError if a file has settings for a category that does not exist."""
-    for category in named:
-        if category not in known:
-            raise ConfigError(f"{path}: categories.{category}: no such category; known: {sorted(known)}")
-
-
 class _UniqueKeyLoader(yaml.SafeLoader):
     """Safe loader that rejects duplicate keys, of which YAML silently keeps the last."""
 
@@ -115,11 +92,11 @@ def validated(kind: type[Settings], data: Any, path: Path) -> Settings:
     try:
         return kind.model_validate(data, context=path)
     except ValidationError as error:
-        key, message = _first_problem(error)
+        key, message = first_problem(error)
         raise ConfigError(f"{path}: {key + ': ' if key else ''}{message}") from error
 
 
-def _first_problem(error: ValidationError) -> tuple[str, str]:
+def first_problem(error: ValidationError) -> tuple[str, str]:
     """Returns the dotted key and the message of the first error; no key if it concerns the whole."""
     first = error.errors()[0]
     return ".".join(map(str, first["loc"])), str(first["msg"]).removeprefix("Value error, ")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from router.settings.environment import config_folder, own_or_shipped
-from router.settings.files import Frozen, check_categories, check_overrides, overridden, read_yaml, validated
+from router.settings.files import Frozen
+from router.settings.overrides import WithOverrides, check_overrides, load_with_overrides, overridden
 
-GRADE_SOURCES = ("check", "reference", "judge", "feedback")
+GradeSource = Annotated[str, Field(pattern="^(check|reference|judge|feedback)$")]
+Weight = Annotated[float, Field(ge=0, le=1000)]  # a bound that catches typing errors
 
 
 class UtilitySettings(Frozen):
@@ -50,17 +52,9 @@ class GradingSettings(Frozen):
     """Number of answers graded per model, category and period, and weights of grades by source."""
 
     answers: int = Field(default=300, ge=0, le=100_000)
-    sources: dict[str, float] = Field(default={"check": 1, "reference": 2, "judge": 2, "feedback": 3})
-
-    @field_validator("sources")
-    @classmethod
-    def _weights_are_weights(cls, sources: dict[str, float]) -> dict[str, float]:
-        for source, weight in sources.items():
-            if source not in GRADE_SOURCES:
-                raise ValueError(f"{source!r} is none of {', '.join(GRADE_SOURCES)}")
-            if not 0 <= weight <= 1000:  # noqa: PLR2004 - a bound that catches typing errors
-                raise ValueError(f"{source}: {weight:g} is not between 0 and 1000")
-        return sources
+    sources: dict[GradeSource, Weight] = Field(
+        default={"check": 1, "reference": 2, "judge": 2, "feedback": 3}
+    )
 
 
 class JudgingSettings(Frozen):
@@ -72,11 +66,10 @@ class JudgingSettings(Frozen):
     cost_usd: float = Field(default=0.5, ge=0, le=1e6)
 
 
-class LearningSettings(Frozen):
-    """Contents of `config/learning.yaml`."""
+class LearningSettings(WithOverrides):
+    """Contents of `config/learning.yaml`; categories override `utility`."""
 
     utility: UtilitySettings = UtilitySettings()
-    categories: dict[str, dict[str, float]] = Field(default={})  # category -> overrides of `utility`
     period_hours: float = Field(default=24.0, ge=0.001, le=24 * 31)
     half_life_periods: float = Field(default=14.0, gt=0)
     memory_periods: int = Field(default=56, ge=1, le=400)
@@ -109,13 +102,5 @@ class LearningSettings(Frozen):
 
 
 def load_learning(folder: Path | None, categories: Collection[str]) -> LearningSettings:
-    """Loads `learning.yaml` from `folder`, or the shipped file.
-
-    Raises ConfigError with file and key, also for overrides of a category that is not among `categories`.
-    """
-    folder = folder or config_folder()
-    path = own_or_shipped(folder, "learning.yaml")
-    settings = validated(LearningSettings, read_yaml(path), path)
-    if path.parent == folder:  # the shipped file may name other categories
-        check_categories(settings.categories, categories, path)
-    return settings
+    """Loads `learning.yaml`; see `load_with_overrides`."""
+    return load_with_overrides(LearningSettings, "learning.yaml", folder, categories)

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from router.errors import ConfigError
 from router.settings.classification import ClassificationSettings, check_category_names, load_categories
 from router.settings.environment import config_folder
 from router.settings.files import Frozen, read_yaml, validated
 from router.settings.models import MODEL_NAME_PATTERN, DiscoveredModel, ModelSettings, read_discovered
+
+Deadline = Annotated[float, Field(gt=0, le=3600)]
 
 
 class BackendPaths(Frozen):
@@ -97,21 +99,13 @@ class AnsweringSettings(Frozen):
 
     renamed_keys: ClassVar = {"most_models": "max_models", "most_at_once": "max_concurrency"}
 
-    deadline_seconds: dict[str, float] = Field(default={})  # category -> deadline
-    default_deadline_seconds: float = Field(default=30.0, gt=0, le=3600)
+    deadline_seconds: dict[str, Deadline] = Field(default={})  # category -> deadline
+    default_deadline_seconds: Deadline = 30.0
     permit_seconds: float = Field(default=2.0, gt=0, le=60)
     late_seconds: float = Field(default=120.0, ge=0, le=3600)
     max_models: int = Field(default=3, ge=1, le=20)
     max_concurrency: int = Field(default=500, ge=1, le=100_000)
     max_prompt_bytes: int = Field(default=1_048_576, ge=1, le=16_777_216)
-
-    @field_validator("deadline_seconds")
-    @classmethod
-    def _deadlines_are_times(cls, deadlines: dict[str, float]) -> dict[str, float]:
-        for category, seconds in deadlines.items():
-            if not 0 < seconds <= 3600:  # noqa: PLR2004 - as default_deadline_seconds
-                raise ValueError(f"{category}: {seconds:g} is not above 0 and at most 3600")
-        return deadlines
 
     def deadline_of(self, category: str) -> float:
         """Returns the deadline of a category in seconds."""

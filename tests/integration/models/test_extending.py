@@ -197,4 +197,4 @@ def test_invalid_config_is_reported_with_file_and_key(router: CommandLine, folde
     result = router("categories", "explain", "x")
     assert result.code == 1
     assert "legal.jsonl" in result.err
-    assert "'legal' is not named in categories.yaml" in result.err
+    assert "'legal' is not defined in categories.yaml" in result.err

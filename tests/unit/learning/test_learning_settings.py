@@ -42,8 +42,14 @@ def test_category_overrides_the_usual_settings(tmp_path: Path) -> None:
         ("categories: {creative: {colour: 1}}", "categories.creative.colour"),
         ("utility: {score: 0, success: 0, latency: 0, cost: 0}", "all 0"),
         ("exploration: {share: 0.9}", "exploration.share"),
-        ("grading: {sources: {rumour: 1}}", "'rumour' is none of"),
-        ("grading: {sources: {judge: -1}}", "judge: -1"),
+        (
+            "grading: {sources: {rumour: 1}}",
+            "grading.sources.rumour.[key]: String should match pattern",
+        ),
+        (
+            "grading: {sources: {judge: -1}}",
+            "grading.sources.judge: Input should be greater",
+        ),
     ],
 )
 def test_invalid_setting_is_reported_with_its_key(tmp_path: Path, text: str, words: str) -> None:
