@@ -1,7 +1,7 @@
-"""A door for millions of sends: each is a datagram, stamped by the kernel when it arrives.
+"""Arrival server for millions of sends: one datagram each, timestamped by the kernel.
 
-A server in Python would stamp late whenever the machine is busy, and the judge would see windows that never
-were. The kernel's stamp is of the wall clock; it is moved to the monotonic one as it is read.
+Timestamps by Python would be late on a busy machine, and the judge would see windows that never were. The
+kernel uses the wall clock; timestamps are converted to the monotonic clock as they are read.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from numpy.typing import NDArray
 from bench.judge import Arrival
 from bench.judge.arrivals import NANOSECONDS
 
-# kind (0 a call begins, 1 it ends), model, number within the process, when its permit was checked, its tokens
+# kind (0 start of a call, 1 end), model, number within the process, time of the permit check, tokens
 RECORD = struct.Struct("<BBIqI")
 LOG = np.dtype([("process", "<u4"), ("kind", "u1"), ("model", "u1"), ("number", "<u4"), ("checked_at", "<i8"),
                 ("tokens", "<u4"), ("at", "<i8")])  # fmt: skip
 _ROW = struct.Struct("<IBBIqIq")
-_SO_TIMESTAMPNS = 35  # Linux; Python has no name for it
+_SO_TIMESTAMPNS = 35  # Linux; not defined by Python
 _STAMP = struct.Struct("@qq")
 _BUFFER_BYTES = 8 << 20
-_GOODBYE = b"close"
+_STOP = b"close"
 
 
-class Door:
-    """One socket a sender, so that no one's burst fills another's buffer."""
+class ArrivalServer:
+    """One socket per sender, so that no burst fills the buffer of another."""
 
     def __init__(self, log: Path, senders: int) -> None:
         self._log = log
@@ -41,14 +41,14 @@ class Door:
         self.ports: list[int] = [one.getsockname()[1] for one in self._sockets]
 
     def close(self) -> None:
-        """Let `keep` end."""
+        """Ends `serve`."""
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as out:
-            out.sendto(_GOODBYE, ("127.0.0.1", self.ports[0]))
+            out.sendto(_STOP, ("127.0.0.1", self.ports[0]))
         for one in self._sockets:
             one.close()
 
-    def keep(self) -> None:
-        """Write down what arrives until `close`."""
+    def serve(self) -> None:
+        """Logs arrivals until `close`."""
         with self._log.open("wb", buffering=1 << 20) as log:
             for sender, data, at in self._arrivals():
                 log.write(_ROW.pack(sender, *RECORD.unpack(data), at))
@@ -62,12 +62,12 @@ class Door:
                 ready: Any = key.fileobj
                 while True:
                     try:
-                        data, told, _, _ = ready.recvmsg(RECORD.size, 64)
+                        data, ancillary, _, _ = ready.recvmsg(RECORD.size, 64)
                     except BlockingIOError:
                         break
-                    if data == _GOODBYE:
+                    if data == _STOP:
                         return
-                    yield key.data, data, _at(told)
+                    yield key.data, data, _arrived_at(ancillary)
 
 
 def _listening() -> socket.socket:
@@ -80,10 +80,10 @@ def _listening() -> socket.socket:
     return one
 
 
-def _at(told: list[tuple[int, int, bytes]]) -> int:
-    """The stamp on the monotonic clock, in nanoseconds; now, if there is none."""
+def _arrived_at(ancillary: list[tuple[int, int, bytes]]) -> int:
+    """Returns the timestamp on the monotonic clock, in nanoseconds; now, if there is none."""
     now = time.monotonic_ns()
-    for level, kind, data in told:
+    for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == _SO_TIMESTAMPNS:
             seconds, nanoseconds = _STAMP.unpack(data)
             return now - (time.time_ns() - int(seconds) * NANOSECONDS - int(nanoseconds))
@@ -91,12 +91,12 @@ def _at(told: list[tuple[int, int, bytes]]) -> int:
 
 
 def read_log(path: Path) -> NDArray[Any]:
-    """The log as columns of `LOG`."""
+    """Reads the log as columns of `LOG`."""
     return np.fromfile(path, dtype=LOG)
 
 
 def arrivals_of(log: NDArray[Any], models: tuple[str, ...]) -> list[Arrival]:
-    """The calls of a log for the judge; one whose end is not told ends as it begins."""
+    """Converts a log for the judge; a call without an end ends as it starts."""
     ends = {}
     for row in log[log["kind"] == 1]:
         ends[int(row["process"]), int(row["model"]), int(row["number"])] = int(row["at"]) / NANOSECONDS

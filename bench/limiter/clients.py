@@ -1,9 +1,9 @@
-"""A process full of clients of one limiter: they wait in line, and send to a door if the job names one.
+"""A process with many clients of one limiter, which wait for permits and may send to a backend.
 
     python -m bench.limiter.clients
 
-Takes one job after the other from stdin, until it ends: a line that holds a `Job` as JSON, answered with
-`ready`; then a line with the moment to begin at (monotonic clock, seconds), answered with what was seen.
+Reads jobs from stdin until it ends: a line with a `Job` as JSON, answered with `ready`; then a line with the
+start time (monotonic clock, seconds), answered with the results.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ import aiohttp
 
 from bench.limiter.rivals import MODEL, Gate, Limits, Router, rival_gate
 
-ENDING_SECONDS = 2.0  # for what was sent before the end to come back
+ENDING_SECONDS = 2.0  # for calls in flight at the end
 ONE, THREE = "router, one dimension", "router, three dimensions"
 PACED, BURST = "router", "router, burst"
-TOLD = "router, told of the delays"  # its slack for late sends is the longest delay
-OURS = (ONE, THREE, PACED, BURST, TOLD)
+SLACK = "router, slack for delays"  # its send slack is the longest delay
+OURS = (ONE, THREE, PACED, BURST, SLACK)
 BODY = {"prompt": "Say one word.", "max_tokens": 1}
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the clients do. `delay_ms`: drawn evenly, from the grant until the send."""
+    """Work of the clients. `delay_ms` is the range of random delays between grant and send."""
 
     contender: str
     redis_url: str
@@ -38,8 +38,8 @@ class Job:
     clients: int
     seconds: float
     number: int = 0
-    door_url: str | None = None
-    door_model: str = MODEL
+    backend_url: str | None = None
+    backend_model: str = MODEL
     delay_ms: tuple[float, float] = (0.0, 0.0)
 
     def as_line(self) -> str:
@@ -47,24 +47,24 @@ class Job:
 
     @classmethod
     def of(cls, line: str) -> Job:
-        """The job of a line, which our own parent wrote."""
+        """Parses the line of a job."""
         values = json.loads(line)
         limits, delay = Limits(**values.pop("limits")), tuple(values.pop("delay_ms"))
         return cls(limits=limits, delay_ms=delay, **values)
 
 
 def gate_of(contender: str, url: str, limits: Limits, *, late_seconds: float = 0.0) -> Gate:
-    """The gate of a contender of the tables: ours in one of its variants, or a rival."""
+    """Returns the gate of a limiter in the tables: a variant of ours, or a rival."""
     if contender not in OURS:
         return rival_gate(contender, url, limits)
-    late = late_seconds if contender == TOLD else 0.0
+    late = late_seconds if contender == SLACK else 0.0
     return Router(
-        url, limits, paced=contender in (PACED, TOLD), late=late, dimensions=3 if contender == THREE else 1
+        url, limits, paced=contender in (PACED, SLACK), late=late, dimensions=3 if contender == THREE else 1
     )
 
 
 class Clients:
-    """All clients of this process, and what they saw."""
+    """Clients of this process and their results."""
 
     def __init__(self, job: Job, gate: Gate, start_at: float) -> None:
         self._job = job
@@ -73,19 +73,19 @@ class Clients:
         self._random = random.Random(job.number)
         self._tickets = self._newest = 0
         self._session: aiohttp.ClientSession | None = None
-        self._in_line: set[asyncio.Task[None]] = set()
+        self._waiting: set[asyncio.Task[None]] = set()
         self.grants = self.overtaken = self.unused = 0
         self.sent: list[tuple[str, float]] = []
 
     async def run(self) -> None:
-        """Let all clients wait, send and wait again until the end."""
-        if self._job.door_url is not None:
+        """Runs all clients until the end."""
+        if self._job.backend_url is not None:
             connector = aiohttp.TCPConnector(limit=0)
-            self._session = aiohttp.ClientSession(self._job.door_url, connector=connector)
+            self._session = aiohttp.ClientSession(self._job.backend_url, connector=connector)
         clients = [asyncio.create_task(self._client(), name=f"client {n}") for n in range(self._job.clients)]
         left = self._end_at - time.monotonic()
         done, busy = await asyncio.wait(clients, timeout=left, return_when=asyncio.FIRST_EXCEPTION)
-        for client in self._in_line:
+        for client in self._waiting:
             client.cancel()
         if busy:
             await asyncio.wait(busy, timeout=ENDING_SECONDS)
@@ -95,7 +95,7 @@ class Clients:
         if self._session is not None:
             await self._session.close()
         for client in done:
-            client.result()  # a limiter that failed is not a slow one
+            client.result()  # raises if the limiter failed
 
     async def _client(self) -> None:
         me = asyncio.current_task()
@@ -103,9 +103,9 @@ class Clients:
         while True:
             self._tickets += 1
             ticket = self._tickets
-            self._in_line.add(me)
+            self._waiting.add(me)
             leave = await self._gate.enter()
-            self._in_line.discard(me)
+            self._waiting.discard(me)
             if time.monotonic() >= self._end_at:
                 return
             self.grants += 1
@@ -116,8 +116,8 @@ class Clients:
                 continue
             await self._gate.leave(leave)
 
-    async def _send(self, door: aiohttp.ClientSession, leave: Any) -> bool:
-        """Send after the delay; False if the leave was dead by then, or the time is over."""
+    async def _send(self, backend: aiohttp.ClientSession, leave: Any) -> bool:
+        """Sends after the delay; False if the permit expired or the time is over."""
         await asyncio.sleep(self._random.uniform(*self._job.delay_ms) / 1000)
         sent_at = time.monotonic()
         if sent_at >= self._end_at or not self._gate.may_send(leave):
@@ -126,19 +126,19 @@ class Clients:
             return False
         request_id = f"{self._job.number}-{len(self.sent)}"
         self.sent.append((request_id, sent_at))
-        call = {**BODY, "model": self._job.door_model, "request_id": request_id}
-        async with door.post("/single", json=call) as reply:
+        call = {**BODY, "model": self._job.backend_model, "request_id": request_id}
+        async with backend.post("/single", json=call) as reply:
             await reply.read()
         return True
 
-    def seen(self) -> dict[str, Any]:
-        """What the parent wants to know."""
+    def results(self) -> dict[str, Any]:
+        """Returns the results for the parent."""
         counts = {"grants": self.grants, "overtaken": self.overtaken, "unused": self.unused}
         return {**counts, "sent": self.sent}
 
 
 async def do(job: Job) -> dict[str, Any]:
-    """Open the gate, wait for the word, let the clients run."""
+    """Opens the gate, waits for the start time, runs the clients."""
     gate = gate_of(job.contender, job.redis_url, job.limits, late_seconds=job.delay_ms[1] / 1000)
     await gate.open()
     try:
@@ -147,7 +147,7 @@ async def do(job: Job) -> dict[str, Any]:
         await asyncio.sleep(max(0.0, start_at - time.monotonic()))
         clients = Clients(job, gate, start_at)
         await clients.run()
-        return clients.seen()
+        return clients.results()
     finally:
         await gate.close()
 

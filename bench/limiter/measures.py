@@ -1,7 +1,7 @@
-"""What bench/limiter measures of each limiter, all against one Redis.
+"""Measurements of each limiter, all against one Redis.
 
-Round trips are Redis's own count of reads from its clients (`total_reads_processed`): a script call is one, a
-pipeline is one, and what a script does inside is none.
+Round trips are Redis's count of reads from clients (`total_reads_processed`): a script call or a pipeline is
+one, commands inside a script are none.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from models_backend.process import ROOT, start_backend
 BASELINE = "INCRBY"
 START_SECONDS = 0.2
 CLIENT_SECONDS = 60.0
-LONGEST_LINE = 64 * 1024 * 1024
-NEVER_BINDS = Limits(10_000_000, 1)
+MAX_LINE = 64 * 1024 * 1024
+UNLIMITED = Limits(10_000_000, 1)
 LONG_WINDOW_SECONDS = 3600
 TOKENS_A_CALL = 100
-FEW = 300  # sends, where each token costs memory of its own
+FEW = 300  # sends, where each token costs memory
 
 
 async def reads(client: redis.asyncio.Redis) -> int:
-    """Round trips that Redis has seen; this one is the last of them."""
+    """Returns the round trips so far, including this one."""
     return int((await client.info("stats"))["total_reads_processed"])
 
 
@@ -52,13 +52,13 @@ class _Contender:
 async def decision_rates(
     url: str, rivals: Sequence[str], *, rounds: int, slice_seconds: float
 ) -> dict[str, Any]:
-    """Decisions one after another, and what share of a bare INCRBY's rate they reach.
+    """Measures sequential decisions, also relative to the rate of a bare INCRBY.
 
-    In turns: each slice stands between two of the INCRBY, through the same client, and is compared with both.
+    Each slice is between two slices of INCRBY through the same client, and is compared with both.
     """
     server = url.rpartition("/")[0]
     contenders = [
-        _Contender(name, gate_of(name, f"{server}/{database}", NEVER_BINDS), [], [])
+        _Contender(name, gate_of(name, f"{server}/{database}", UNLIMITED), [], [])
         for database, name in enumerate((THREE, ONE, *rivals), start=1)
     ]
     incrby: list[float] = []
@@ -97,7 +97,7 @@ def _rate(contender: _Contender) -> dict[str, Any]:
 
 
 async def _slice(act: Any, seconds: float) -> tuple[float, int]:
-    """(times a second, times) that `act` was done within so many seconds."""
+    """Repeats `act` for a duration; returns (times per second, times)."""
     began = time.perf_counter()
     done = 0
     while (now := time.perf_counter()) - began < seconds or not done:
@@ -107,24 +107,24 @@ async def _slice(act: Any, seconds: float) -> tuple[float, int]:
 
 
 class Crew:
-    """Processes full of clients, started once and used for one job after the other."""
+    """Client processes, started once and used for all jobs."""
 
     def __init__(self, url: str) -> None:
         self._children: list[asyncio.subprocess.Process] = []
         self._client: redis.asyncio.Redis = redis.asyncio.Redis.from_url(url)
 
     async def start(self, processes: int) -> None:
-        """Start the processes; they wait for jobs."""
+        """Starts the processes, which wait for jobs."""
         command = (sys.executable, "-m", "bench.limiter.clients")
         for _ in range(processes):
             child = await asyncio.create_subprocess_exec(
                 *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, cwd=ROOT,
-                limit=LONGEST_LINE,
+                limit=MAX_LINE,
             )  # fmt: skip
             self._children.append(child)
 
     async def stop(self) -> None:
-        """End the processes; they leave when nothing more can come."""
+        """Ends the processes by closing their stdin."""
         for child in self._children:
             if child.stdin is not None:
                 child.stdin.close()
@@ -138,40 +138,40 @@ class Crew:
         await self._client.aclose()
 
     async def do(self, job: Job, processes: int) -> dict[str, Any]:
-        """Let `processes` do the job at the same time, on an empty Redis; what they saw, added up."""
+        """Runs the job in several processes on an empty Redis; returns the summed results."""
         await self._client.flushall()
         children = self._children[:processes]
         for number, child in enumerate(children):
-            _say(child, replace(job, number=number).as_line())
+            _write(child, replace(job, number=number).as_line())
         for child in children:
-            await _hear(child, CLIENT_SECONDS)
+            await _read(child, CLIENT_SECONDS)
         start_at = time.monotonic() + START_SECONDS
         before = await reads(self._client)
         for child in children:
-            _say(child, f"{start_at}")
+            _write(child, f"{start_at}")
         await asyncio.sleep(start_at + job.seconds - time.monotonic())
         round_trips = await reads(self._client) - before - 1
-        seen = [json.loads(await _hear(child, CLIENT_SECONDS)) for child in children]
+        seen = [json.loads(await _read(child, CLIENT_SECONDS)) for child in children]
         added = {name: sum(one[name] for one in seen) for name in ("grants", "overtaken", "unused")}
         sent = dict(pair for one in seen for pair in one["sent"])
         return {**added, "sent": sent, "start_at": start_at, "round_trips": round_trips}
 
 
-def _say(child: asyncio.subprocess.Process, line: str) -> None:
+def _write(child: asyncio.subprocess.Process, line: str) -> None:
     assert child.stdin is not None
     child.stdin.write(f"{line}\n".encode())
 
 
-async def _hear(child: asyncio.subprocess.Process, seconds: float) -> str:
+async def _read(child: asyncio.subprocess.Process, seconds: float) -> str:
     assert child.stdout is not None
     line = await asyncio.wait_for(child.stdout.readline(), seconds)
     if not line:
-        raise RuntimeError("A client process ended early; what it said stands above.")
+        raise RuntimeError("A client process ended early; see its output above.")
     return line.decode().strip()
 
 
 async def waiters(crew: Crew, jobs: Sequence[Job], processes: int) -> dict[str, Any]:
-    """Grants a second to clients that all wait for one model, and what a grant costs, by contender."""
+    """Measures grants per second to clients that wait for one model, and the cost of a grant."""
     result = {}
     for job in jobs:
         seen = await crew.do(job, processes)
@@ -184,20 +184,22 @@ async def waiters(crew: Crew, jobs: Sequence[Job], processes: int) -> dict[str, 
     return result
 
 
-async def at_the_door(crew: Crew, jobs: Sequence[Job], folder: Path, processes: int) -> list[dict[str, Any]]:
-    """For each job the worst rolling window of what arrives at a stand-in of the backend, and the use."""
+async def arrivals_at_backend(
+    crew: Crew, jobs: Sequence[Job], folder: Path, processes: int
+) -> list[dict[str, Any]]:
+    """Measures for each job the worst rolling window of arrivals at a simulated backend, and the usage."""
     names = [f"bench-{number}" for number in range(len(jobs))]
     also = [argument for name in names for argument in ("--also", name)]
-    door = start_backend(folder, *also, "--latency", "even:1:2", "--time-scale", "1000")
+    backend = start_backend(folder, *also, "--latency", "even:1:2", "--time-scale", "1000")
     try:
         seen = [
-            await crew.do(replace(job, door_url=door.url, door_model=name), processes)
+            await crew.do(replace(job, backend_url=backend.url, backend_model=name), processes)
             for job, name in zip(jobs, names, strict=True)
         ]
     finally:
-        door.stop()
+        backend.stop()
     calls: dict[str, list[Arrival]] = {name: [] for name in names}
-    for call in door.arrivals():
+    for call in backend.arrivals():
         calls[call["model"]].append(Arrival(call["at"], call["ended_at"], MODEL, call["request_id"]))
     return [_judged(job, one, calls[name]) for job, one, name in zip(jobs, seen, names, strict=True)]
 
@@ -224,7 +226,7 @@ def _judged(job: Job, seen: dict[str, Any], arrivals: Sequence[Arrival]) -> dict
 
 
 def _transit_slack(job: Job) -> float:
-    """How long the way to the door may be for the promise to hold; 0 where the library promises none."""
+    """Returns the transit slack of ours; 0 for rivals, which have none."""
     if job.contender not in OURS:
         return 0.0
     gate = gate_of(job.contender, job.redis_url, job.limits, late_seconds=job.delay_ms[1] / 1000)
@@ -233,7 +235,7 @@ def _transit_slack(job: Job) -> float:
 
 
 async def bytes_a_send(url: str, rivals: Sequence[str], *, sends: int) -> dict[str, Any]:
-    """What Redis holds for each send within the window: all keys' MEMORY USAGE / sends."""
+    """Measures Redis's memory per send within the window: MEMORY USAGE of all keys / sends."""
     result: dict[str, Any] = {}
     for name in (BURST, *rivals):
         plain = await _memory(name, url, Limits(4 * sends, LONG_WINDOW_SECONDS), sends, 0)

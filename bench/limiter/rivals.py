@@ -1,8 +1,8 @@
-"""The limiters that bench/limiter measures side by side, each used as its documentation advises.
+"""The compared limiters, each used as its documentation advises.
 
-Of several algorithms that a library has, the one is taken that promises most in a rolling window: the log of
-`limits` (its moving window) and of pyrate-limiter, the sliding window of throttled-py. token-throttle has a
-bucket only. All speak to the same Redis through redis-py's asyncio client, with as many connections.
+Of a library's algorithms the strictest one in a rolling window is used: the log of `limits` (its moving
+window) and of pyrate-limiter, the sliding window of throttled-py. token-throttle has only a bucket. All use
+redis-py's asyncio client with the same number of connections.
 
     gate = await open_gate("limits", url, Limits(100, 2))
     while not gate.may_send(leave := await gate.enter()):
@@ -29,16 +29,16 @@ import redis.asyncio
 from router.limiter import LimiterSettings, Permit, Slacks, TrafficLimiter
 from router.traffic import RequestLimit, TokenLimit, TrafficTarget
 
-CONNECTIONS = 300  # at most, a process: one for each that waits, where a library asks for each
+CONNECTIONS = 300  # maximum per process; some libraries use one per waiter
 MODEL = "bench"
-PATIENCE_SECONDS = 600.0
+TIMEOUT_SECONDS = 600.0
 LOCK_SECONDS = 60.0
-MOST_AT_ONCE = 1_000_000
+MAX_CONCURRENCY = 1_000_000
 
 
 @dataclass(frozen=True)
 class Limits:
-    """At most `count` requests, and `tokens` of tokens if not 0, in any `window_seconds`."""
+    """At most `count` requests, and `tokens` tokens if not 0, in any `window_seconds`."""
 
     count: int
     window_seconds: int
@@ -46,54 +46,54 @@ class Limits:
 
     @property
     def target(self) -> TrafficTarget:
-        """The same as a target, for the judge: without a pace, which no promise depends on."""
+        """Target for the judge, without pacing."""
         tokens = (TokenLimit(self.tokens, self.window_seconds),) if self.tokens else ()
         return TrafficTarget((RequestLimit(self.count, self.window_seconds),), tokens, burst=True)
 
 
 class Gate(ABC):
-    """One limiter in one process. `can_wait`: the library itself waits for a free place."""
+    """One limiter in one process. `can_wait`: the library itself waits for a permit."""
 
     can_wait = True
-    own_cost_of_tokens = True  # memory is measured with fewer sends where each token costs something
+    own_cost_of_tokens = True  # each token costs memory, so fewer sends are measured
 
     def __init__(self, url: str, limits: Limits) -> None:
         self.limits = limits
         self.url = url
         pool: Any = redis.asyncio.BlockingConnectionPool.from_url(
-            url, max_connections=CONNECTIONS, timeout=PATIENCE_SECONDS
+            url, max_connections=CONNECTIONS, timeout=TIMEOUT_SECONDS
         )
         self.redis: Any = redis.asyncio.Redis.from_pool(pool)
 
     @abstractmethod
     async def open(self) -> None:
-        """Connect, and put the limits in force."""
+        """Connects and applies the limits."""
 
     @abstractmethod
     async def decide(self, tokens: int = 0) -> Any:
-        """One decision, without waiting: the leave to send one call, which there must be."""
+        """Reserves one permit, which must be available, without waiting."""
 
     @abstractmethod
     async def enter(self) -> Any:
-        """Wait for the leave to send one call."""
+        """Waits for a permit."""
 
-    def may_send(self, leave: Any) -> bool:  # noqa: ARG002 - only ours can say no
-        """Whether the leave still holds; asked immediately before sending."""
+    def may_send(self, leave: Any) -> bool:  # noqa: ARG002 - only our permits expire
+        """Whether the permit is still valid; called immediately before sending."""
         return True
 
-    async def unused(self, leave: Any) -> None:  # noqa: B027 - most have nothing to say then
-        """Nothing was sent by the leave."""
+    async def unused(self, leave: Any) -> None:  # noqa: B027 - optional
+        """Cancels a permit by which nothing was sent."""
 
-    async def leave(self, leave: Any) -> None:  # noqa: B027 - the same
-        """The call ended."""
+    async def leave(self, leave: Any) -> None:  # noqa: B027 - optional
+        """Releases the permit of a call that ended."""
 
     async def close(self) -> None:
-        """End what the limiter has under way, and close its connections."""
+        """Ends the limiter's tasks and closes its connections."""
         await self.redis.aclose()
 
 
 class Router(Gate):
-    """Ours. `dimensions` 3: tokens and calls at once are limited too, so high that they never bind."""
+    """Our limiter. With 3 `dimensions`, tokens and concurrency have limits too, which never bind."""
 
     own_cost_of_tokens = False
 
@@ -102,14 +102,14 @@ class Router(Gate):
     ) -> None:
         super().__init__(url, limits)
         slacks = Slacks(send=late, transit=0.150)
-        told = LimiterSettings(minute_slacks=slacks, second_slacks=slacks) if late else LimiterSettings()
-        self.limiter = TrafficLimiter(self.redis, settings=told)
+        settings = LimiterSettings(minute_slacks=slacks, second_slacks=slacks) if late else LimiterSettings()
+        self.limiter = TrafficLimiter(self.redis, settings=settings)
         several = dimensions > 1
         self._tokens = 100 if several else 0
         self.target = TrafficTarget(
             limits.target.requests,
             (TokenLimit(limits.count * 1000, limits.window_seconds),) if several else limits.target.tokens,
-            at_once=MOST_AT_ONCE if several else None,
+            at_once=MAX_CONCURRENCY if several else None,
             burst=not paced,
         )
 
@@ -143,12 +143,12 @@ class Router(Gate):
 
 
 class LimitsGate(Gate):
-    """`limits`: its moving window, a log. It does not wait; whoever must asks it when a place gets free."""
+    """`limits`: its moving window, a log. It does not wait; callers ask it when a slot gets free."""
 
     can_wait = False
 
     async def open(self) -> None:
-        from limits import RateLimitItemPerSecond  # noqa: PLC0415 - a rival's library, wanted here only
+        from limits import RateLimitItemPerSecond  # noqa: PLC0415 - a rival's library, needed here only
         from limits.aio.storage import RedisStorage  # noqa: PLC0415
         from limits.aio.strategies import MovingWindowRateLimiter  # noqa: PLC0415
 
@@ -171,12 +171,12 @@ class LimitsGate(Gate):
 
 
 class ThrottledGate(Gate):
-    """throttled-py: its sliding window, a counter weighted with that of the window before."""
+    """throttled-py: its sliding window, a counter weighted with that of the previous window."""
 
     async def open(self) -> None:
-        import throttled.asyncio as throttled  # noqa: PLC0415 - a rival's library, wanted here only
+        import throttled.asyncio as throttled  # noqa: PLC0415 - a rival's library, needed here only
 
-        pool = {"max_connections": CONNECTIONS, "timeout": PATIENCE_SECONDS}
+        pool = {"max_connections": CONNECTIONS, "timeout": TIMEOUT_SECONDS}
         named = "redis.asyncio.BlockingConnectionPool"
         options = {"CONNECTION_POOL_CLASS": named, "CONNECTION_POOL_KWARGS": pool}
         self._store: Any = throttled.RedisStore(server=self.url, options=options)
@@ -184,7 +184,7 @@ class ThrottledGate(Gate):
         def limit(count: int) -> Any:
             quota = throttled.per_duration(timedelta(seconds=self.limits.window_seconds), count)
             return throttled.Throttled(
-                using="sliding_window", quota=quota, store=self._store, timeout=PATIENCE_SECONDS
+                using="sliding_window", quota=quota, store=self._store, timeout=TIMEOUT_SECONDS
             )
 
         self._requests = limit(self.limits.count)
@@ -200,7 +200,7 @@ class ThrottledGate(Gate):
             pass
 
     async def close(self) -> None:
-        client: Any = self._store._backend.get_client()  # noqa: SLF001 - it offers no close
+        client: Any = self._store._backend.get_client()  # noqa: SLF001 - it has no close
         await client.connection_pool.disconnect()
         await super().close()
 
@@ -235,14 +235,14 @@ class PyrateGate(Gate):
 
 
 class TokenThrottleGate(Gate):
-    """token-throttle: a bucket that fills continuously; what was reserved is settled when the call ended."""
+    """token-throttle: a bucket that refills continuously; reservations are corrected after the call."""
 
     own_cost_of_tokens = False
 
     async def open(self) -> None:
-        import token_throttle  # noqa: PLC0415 - a rival's library, wanted here only
+        import token_throttle  # noqa: PLC0415 - a rival's library, needed here only
 
-        logging.getLogger("token_throttle").setLevel(logging.CRITICAL)  # a line for each that waits
+        logging.getLogger("token_throttle").setLevel(logging.CRITICAL)  # it logs a line per waiter
         window, one = self.limits.window_seconds, {"requests": self.limits.count}
         counted = {**one, "tokens": self.limits.tokens} if self.limits.tokens else one
         quotas = [token_throttle.Quota(metric=m, limit=n, per_seconds=window) for m, n in counted.items()]
@@ -251,7 +251,7 @@ class TokenThrottleGate(Gate):
             backend=token_throttle.RedisBackendBuilder(
                 self.redis,
                 key_prefix="bench",
-                lock_blocking_timeout_seconds=LOCK_SECONDS,  # its own advice when many wait
+                lock_blocking_timeout_seconds=LOCK_SECONDS,  # as it advises for many waiters
             ),
             close_drain_timeout_seconds=0.1,
         )
@@ -281,7 +281,7 @@ RIVALS = tuple(_RIVALS)
 
 
 def missing(rival: str) -> str | None:
-    """Why a rival cannot be measured here, or None."""
+    """Returns why a rival cannot be measured here, or None."""
     if importlib.util.find_spec(_RIVALS[rival][1]) is not None:
         return None
     if rival == "token-throttle" and sys.version_info < (3, 12):
@@ -290,5 +290,5 @@ def missing(rival: str) -> str | None:
 
 
 def rival_gate(rival: str, url: str, limits: Limits) -> Gate:
-    """The rival's gate, not open yet."""
+    """Returns the rival's gate, not opened yet."""
     return _RIVALS[rival][0](url, limits)

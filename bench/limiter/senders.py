@@ -1,4 +1,4 @@
-"""A process full of senders that always have something to send, with clocks that are wrong by hours."""
+"""A process of senders with a constant backlog and a clock that is wrong by hours."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from router.limiter import TrafficLimiter
 MODELS = ("minute", "second", "mixed")
 WRONG_BY_HOURS = (0.0, 5.0, -3.0, 26.0, 0.5, -2.0, 1000.0, 0.0)
 LATE_SHARE, LATE_SECONDS = 0.01, 2.0
-CALL_SECONDS = (0.01, 0.06)  # where calls at once are limited
+CALL_SECONDS = (0.01, 0.06)  # where concurrency is limited
 TOKENS = (1, 1000)
 
 
 @dataclass(frozen=True)
 class Crew:
-    """What one process does; times are of the machine's true monotonic clock. `waiters`: of each model."""
+    """Work of one process; times are on the machine's monotonic clock. `waiters` is per model."""
 
     url: str
     port: int
@@ -37,7 +37,7 @@ class Crew:
 
 
 def run_crew(crew: Crew) -> tuple[int, dict[str, int]]:
-    """Send until the time is over: how many were sent, and how many permits died."""
+    """Sends until the time is over; returns the number of sends, and of expired permits per model."""
     return asyncio.run(_Senders(crew).run())
 
 
@@ -47,9 +47,9 @@ class _Senders:
         self._chance = random.Random(crew.seed * 1000 + crew.number)
         self._wrong_by = 3600 * WRONG_BY_HOURS[crew.number % len(WRONG_BY_HOURS)]
         self._sent = 0
-        self._died = dict.fromkeys(MODELS, 0)
-        self._door = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self._door.connect(("127.0.0.1", crew.port))
+        self._expired = dict.fromkeys(MODELS, 0)
+        self._backend = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._backend.connect(("127.0.0.1", crew.port))
 
     async def run(self) -> tuple[int, dict[str, int]]:
         client = redis.asyncio.Redis.from_url(self._crew.url)
@@ -60,14 +60,14 @@ class _Senders:
                 for index, model in enumerate(MODELS)
                 for _ in range(self._crew.waiters)
             ]
-            freeze_garbage_collector()  # as an engine does
+            freeze_garbage_collector()  # like an engine
             await asyncio.sleep(self._crew.seconds)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         await client.aclose()
-        self._door.close()
-        return self._sent, self._died
+        self._backend.close()
+        return self._sent, self._expired
 
     def _wrong_clock(self) -> float:
         return time.monotonic() + self._wrong_by
@@ -83,12 +83,12 @@ class _Senders:
             try:
                 permit.check()
             except PermitExpired:
-                self._died[model] += 1
+                self._expired[model] += 1
                 await limiter.cancel(permit)
                 continue
-            self._door.send(RECORD.pack(0, index, number, checked_at, tokens))
+            self._backend.send(RECORD.pack(0, index, number, checked_at, tokens))
             self._sent += 1
             if model == "mixed":
                 await asyncio.sleep(self._chance.uniform(*CALL_SECONDS))
-                self._door.send(RECORD.pack(1, index, number, checked_at, 0))
+                self._backend.send(RECORD.pack(1, index, number, checked_at, 0))
                 await limiter.release(permit)

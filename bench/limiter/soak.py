@@ -1,8 +1,8 @@
-"""Many processes, a million sends, targets changed every few seconds: does a window break, what is used?
+"""Soak test: a million sends by several processes while targets change every few seconds.
 
-Each process has a limiter of its own and clocks that are wrong by hours. What is sent is a datagram to a door
-that takes the kernel's stamp of its arrival; `bench/judge` judges all of them, against the history of
-targets. With `--late` one send in a hundred comes 2 s after its permit: those permits are dead.
+Each process has its own limiter and a clock that is wrong by hours. Sends are datagrams that the kernel
+timestamps on arrival; `bench/judge` judges them against the history of targets. With `--late` one send in a
+hundred is 2 s late, after its permit expired.
 
     python -m bench.limiter.soak [--seconds 770] [--rate 1500] [--processes 8] [--late] [--json FILE]
 """
@@ -28,23 +28,23 @@ import redis.asyncio
 from rich.console import Console
 
 from bench.judge import TargetChange, Verdict, judge, print_verdict
-from bench.limiter.arrival_server import Door, arrivals_of, read_log
+from bench.limiter.arrival_server import ArrivalServer, arrivals_of, read_log
 from bench.limiter.senders import MODELS, Crew, run_crew
 from local.redis import start_redis
 from router.limiter import TrafficLimiter
 from router.traffic import TrafficTarget
 
-GRACE_SECONDS = 0.5  # what was sent has arrived by then
-LARGEST_SHARE = 0.52  # of the rate: what one model may be sent
-LEAST_USE = {"minute": 0.995, "second": 0.94}
+GRACE_SECONDS = 0.5  # for the last arrivals
+MAX_SHARE = 0.52  # of the rate, for one model
+MIN_USAGE = {"minute": 0.995, "second": 0.94}
 
 
 @dataclass(frozen=True)
 class Soak:
-    """What is run: `rate` sends a second in all, over `processes`, for `seconds`.
+    """Settings: `rate` sends per second in total, over `processes`, for `seconds`.
 
-    With `minute_bursts` a raised target of a minute lets thousands be sent in one moment, as fast as the
-    processor can: no window may break then either, but what the other models use is no longer the limiter's.
+    With `minute_bursts` a raised target of a minute lets thousands be sent at once, as fast as the processor
+    can. No window may be exceeded then either, but usage of the other models is limited by the processor.
     """
 
     seconds: float = 770.0
@@ -57,13 +57,13 @@ class Soak:
 
     @property
     def waiters(self) -> int:
-        """Of each model in each process: what it may send in a second, so that there always is a backlog."""
-        return max(12, round(self.rate * LARGEST_SHARE / self.processes))
+        """Waiters per model and process: a second of sends, so that there is always a backlog."""
+        return max(12, round(self.rate * MAX_SHARE / self.processes))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of it. Transit is from the check of the permit to the arrival, in milliseconds."""
+    """Result. Transit is from the check of the permit to the arrival, in milliseconds."""
 
     soak: Soak
     sent: int
@@ -81,7 +81,7 @@ class Outcome:
 
 
 def lines(soak: Soak, chance: random.Random) -> dict[str, str]:
-    """A target for each model, near its share of the rate; the tightest limit is another one each time."""
+    """Returns a target per model near its share of the rate, with a varying tightest limit."""
     minute, second, mixed = (share * soak.rate * chance.uniform(0.7, 1.3) for share in (0.4, 0.4, 0.2))
     tokens = minute * 60 * 500 * chance.uniform(0.9, 1.6) / 1000
     burst = chance.choice(["", ", burst"])
@@ -95,7 +95,7 @@ def lines(soak: Soak, chance: random.Random) -> dict[str, str]:
 
 
 async def keep_changing(url: str, soak: Soak, until: float) -> list[TargetChange]:
-    """Set new targets every few seconds, and tell when."""
+    """Sets new targets every few seconds; returns the changes."""
     chance = random.Random(soak.seed)
     changes: list[TargetChange] = []
     client = redis.asyncio.Redis.from_url(url)
@@ -110,19 +110,19 @@ async def keep_changing(url: str, soak: Soak, until: float) -> list[TargetChange
 
 
 def run(soak: Soak, folder: Path) -> Outcome:
-    """Start door, Redis and senders; judge what arrived."""
+    """Starts arrival server, Redis and senders; judges the arrivals."""
     context = multiprocessing.get_context("spawn")
     server = start_redis(folder / "redis")
-    door = Door(folder / "arrivals.bin", soak.processes)
-    keeper = context.Process(target=door.keep, name="door")
-    keeper.start()
-    started = time.monotonic() + 2.0 + soak.processes * 0.5  # interpreters start slowly
+    arrival_server = ArrivalServer(folder / "arrivals.bin", soak.processes)
+    logger = context.Process(target=arrival_server.serve, name="arrival server")
+    logger.start()
+    started = time.monotonic() + 2.0 + soak.processes * 0.5  # for the start of interpreters
     try:
         with context.Pool(soak.processes) as pool:
             crews = [
                 Crew(
                     server.url,
-                    door.ports[number],
+                    arrival_server.ports[number],
                     number,
                     started,
                     soak.seconds,
@@ -132,15 +132,15 @@ def run(soak: Soak, folder: Path) -> Outcome:
                 )
                 for number in range(soak.processes)
             ]
-            told = pool.map_async(run_crew, crews, chunksize=1)
+            counting = pool.map_async(run_crew, crews, chunksize=1)
             changes = asyncio.run(keep_changing(server.url, soak, started + soak.seconds))
-            counts = told.get(timeout=60)
+            counts = counting.get(timeout=60)
         time.sleep(GRACE_SECONDS)
     finally:
-        door.close()
-        keeper.join(10)
-        if keeper.is_alive():
-            keeper.kill()
+        arrival_server.close()
+        logger.join(10)
+        if logger.is_alive():
+            logger.kill()
         server.stop()
     log = read_log(folder / "arrivals.bin")
     arrivals = arrivals_of(log, MODELS)
@@ -171,26 +171,26 @@ def run(soak: Soak, folder: Path) -> Outcome:
 
 
 def print_outcome(outcome: Outcome) -> None:
-    """The judge's table, and beside it what it does not say."""
+    """Prints the judge's table, sends, expired permits and transit."""
     console = Console()
     print_verdict(outcome.verdict, console)
     transit = ", ".join(f"p{p} {ms:.2f} ms" for p, ms in outcome.transit_ms.items())
     console.print(
         f"{outcome.sent:,} sent, {outcome.arrived:,} arrived in {outcome.seconds:.0f} s; "
-        f"{sum(outcome.died.values()):,} permits died; {outcome.target_changes} changes of targets"
+        f"{sum(outcome.died.values()):,} permits expired; {outcome.target_changes} changes of targets"
     )
-    console.print(f"from the check of the permit to the door: {transit}")
+    console.print(f"transit from the permit check to arrival: {transit}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; 1 if a window broke or a datagram was lost."""
+    """Runs the soak test; returns 1 if a window was exceeded or a datagram was lost."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.limiter.soak", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--seconds", type=float, default=Soak.seconds)
-    parser.add_argument("--rate", type=float, default=Soak.rate, help="sends a second, all models together")
+    parser.add_argument("--rate", type=float, default=Soak.rate, help="sends per second, all models together")
     parser.add_argument("--processes", type=int, default=Soak.processes)
-    parser.add_argument("--late", action="store_true", help="one send in a hundred 2 s late")
+    parser.add_argument("--late", action="store_true", help="one send in a hundred is 2 s late")
     parser.add_argument("--seed", type=int, default=Soak.seed)
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)

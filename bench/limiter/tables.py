@@ -1,4 +1,4 @@
-"""The tables, aims and plot of bench/limiter, made from its result alone."""
+"""Tables, goals and plot of a result."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from bench.limiter.clients import BURST, PACED, THREE, TOLD
+from bench.limiter.clients import BURST, PACED, SLACK, THREE
 
 
 class Aim(NamedTuple):
-    """One number to reach; `reached` also where `seen` meets it exactly."""
+    """A goal, and the measured value `seen`."""
 
     what: str
     aim: float
@@ -21,20 +21,20 @@ class Aim(NamedTuple):
 
 
 def aims_of(result: dict[str, Any]) -> list[Aim]:
-    """The aims with what was seen of them."""
+    """Compares the result with the goals."""
     free = result["waiters"]["free"][BURST]
     binding = result["waiters"]["binding"][BURST]
     door, memory = result["door"], result["bytes"][BURST]
     at_once, delayed = door["at_once"], door["delayed"]
-    ours = [at_once[PACED], at_once[BURST], delayed[TOLD], delayed[PACED]]
+    ours = [at_once[PACED], at_once[BURST], delayed[SLACK], delayed[PACED]]
     return [
-        _at_least("x INCRBY, three dimensions", 0.8, result["decisions"][THREE]["of_incrby"]),
+        _at_least("x INCRBY, three limits", 0.8, result["decisions"][THREE]["of_incrby"]),
         _at_least("grants/s to all waiters", 5000, free["grants_per_second"]),
-        _at_most("round trips a grant, target binding", 1, binding["round_trips_per_grant"]),
-        _at_most("of grants overtaken in their process", 0, max(free["overtaken"], binding["overtaken"])),
-        _at_most("sends above the target at the door", 0, sum(row["too_many"] for row in ours)),
-        _at_most("bytes a send", 10, memory["bytes"]),
-        _at_most("bytes a send with tokens", 26, memory["bytes_with_tokens"]),
+        _at_most("round trips per grant, target binding", 1, binding["round_trips_per_grant"]),
+        _at_most("share of grants out of order", 0, max(free["overtaken"], binding["overtaken"])),
+        _at_most("sends above the target at the backend", 0, sum(row["too_many"] for row in ours)),
+        _at_most("bytes per send", 10, memory["bytes"]),
+        _at_most("bytes per send with tokens", 26, memory["bytes_with_tokens"]),
     ]
 
 
@@ -47,10 +47,10 @@ def _at_most(what: str, aim: float, seen: float) -> Aim:
 
 
 def show(result: dict[str, Any], console: Console | None = None) -> None:
-    """Print the tables, and which rivals are left out."""
+    """Prints the tables, and which rivals were skipped."""
     console = console or Console()
     for why in result["left_out"].values():
-        console.print(f"Left out: {why}", markup=False)
+        console.print(f"Skipped: {why}", markup=False)
     console.print(_decisions(result["decisions"]), _waiters(result["waiters"]))
     for delayed in (False, True):
         console.print(_door(result["door"], delayed=delayed))
@@ -72,11 +72,11 @@ def _table(title: str, *columns: str) -> Table:
 
 def _decisions(decisions: dict[str, Any]) -> Table:
     table = _table(
-        "Decisions one after another, all granted",
+        "Sequential decisions, all granted",
         "limiter",
-        "a second",
+        "per second",
         "x INCRBY",
-        "of all rounds",
+        "range",
         "trips",
     )
     for name, row in decisions.items():
@@ -92,10 +92,10 @@ def _decisions(decisions: dict[str, Any]) -> Table:
 def _waiters(waiters: dict[str, Any]) -> Table:
     binding = waiters["binding_per_second"]
     table = _table(
-        f"{waiters['clients']:,} waiters in {waiters['processes']} processes: a target that never binds, and"
+        f"{waiters['clients']:,} waiters in {waiters['processes']} processes: an unlimited target, and"
         f" one of {binding:,.0f}/s",
-        *("limiter", "grants/s", "trips a grant", "overtaken"),
-        *("grants/s, binding", "trips a grant", "overtaken"),
+        *("limiter", "grants/s", "trips per grant", "out of order"),
+        *("grants/s, binding", "trips per grant", "out of order"),
     )
     for name in waiters["free"]:
         cells = [
@@ -115,9 +115,9 @@ def _door(door: dict[str, Any], *, delayed: bool) -> Table:
     low, high = door["delay_ms"]
     how = f"{low:g} to {high:g} ms after the grant" if delayed else "at once when granted"
     table = _table(
-        f"At the door: {door['target'].removesuffix(', burst')}, {door['windows']} windows, sent {how}",
-        *("limiter", "most in a window", "too many", "use", "unused grants", "trips a send"),
-        "way p99.9",
+        f"At the backend: {door['target'].removesuffix(', burst')}, {door['windows']} windows, sent {how}",
+        *("limiter", "most in a window", "too many", "usage", "unused grants", "trips per send"),
+        "transit p99.9",
     )
     for name, row in door["delayed" if delayed else "at_once"].items():
         table.add_row(
@@ -134,21 +134,21 @@ def _door(door: dict[str, Any], *, delayed: bool) -> Table:
 
 
 def _bytes(memory: dict[str, Any]) -> Table:
-    table = _table("Redis bytes a send", "limiter", "requests", "with 100 tokens each")
+    table = _table("Redis bytes per send", "limiter", "requests", "with 100 tokens each")
     for name, row in memory.items():
         table.add_row(name, f"{row['bytes']:,.2f}", f"{row['bytes_with_tokens']:,.2f}")
     return table
 
 
 def _aims(result: dict[str, Any]) -> Table:
-    table = _table("Aims", "what", "aim", "seen", "")
+    table = _table("Goals", "what", "goal", "measured", "")
     for what, aim, seen, reached in aims_of(result):
         table.add_row(what, f"{aim:,g}", f"{seen:,.3g}", "reached" if reached else "MISSED")
     return table
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Three panels: decisions against INCRBY, the worst window at the door, and the use of the target."""
+    """Plots decisions relative to INCRBY, the worst window at the backend, and usage of the target."""
     import matplotlib as mpl  # noqa: PLC0415 - slow to import, wanted here only
 
     mpl.use("Agg")
@@ -164,8 +164,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     rates.axvline(1.0, color="tab:gray", linestyle="--")
     rates.set_xlabel("decisions, x a bare INCRBY (median and range)")
     for panel, key, label in (
-        (worst, "worst_window_ratio", "worst rolling window at the door / N"),
-        (use, "use", "use of the target"),
+        (worst, "worst_window_ratio", "worst rolling window at the backend / N"),
+        (use, "use", "usage of the target"),
     ):
         for offset, kind in ((-0.2, "at_once"), (0.2, "delayed")):
             rows = result["door"][kind]

@@ -1,6 +1,6 @@
-"""Whatever happens to Redis, its clock or a process: no window at the door is broken, and sending resumes.
+"""Faults of Redis, its clock, its link and the event loop: no window is exceeded, and sending resumes.
 
-Two limiters with a backlog each send to a real HTTP door, which stamps what arrives; the judge reads its log.
+Two limiters with a backlog send to a real HTTP backend, which timestamps arrivals; the judge reads its log.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.support.slow_link import SlowLink
 pytestmark = pytest.mark.alone
 
 TARGET = "12/s, 900 tokens/s, 8 at once"
-WIDE = Slacks(send=0.1, transit=0.25)  # a busy test machine is a slow way to the door
+WIDE = Slacks(send=0.1, transit=0.25)  # transit is slow on a busy test machine
 SETTINGS = LimiterSettings(second_slacks=WIDE, minute_slacks=WIDE, max_call_seconds=1.5)
 RESUMES_SECONDS = 2.0
 SENDERS = 8
@@ -40,19 +40,19 @@ SKEWED = (
 
 
 class Drain:
-    """Two limiters that share a log of calls, as the processes of a deployment share Postgres."""
+    """Two limiters that share a call log, as the processes of a deployment share Postgres."""
 
-    def __init__(self, folder: Path, door: BackendServer, model: str) -> None:
-        self.folder, self.door, self.model = folder, door, model
+    def __init__(self, folder: Path, backend: BackendServer, model: str) -> None:
+        self.folder, self.backend, self.model = folder, backend, model
         self.redis = start_redis(folder)
         self.link = SlowLink(self.redis.port)
         self.calls: list[tuple[float, float | None]] = []  # sent at, ended at; on the monotonic clock
         self.stall_seconds = 0.0
-        self.dead = 0
+        self.expired = 0
         self.ending = False
 
     def restart(self, *, kill: bool = True) -> None:
-        """kill -9, and another run of Redis with whatever its folder holds."""
+        """Stops Redis (by kill -9) and starts it again in the same folder."""
         (self.redis.process.kill if kill else self.redis.process.terminate)()
         self.redis.process.wait()
         self.redis = start_redis(self.folder, port=self.redis.port)
@@ -74,18 +74,18 @@ class Drain:
                 return
             if self.stall_seconds:
                 stall, self.stall_seconds = self.stall_seconds, 0.0
-                time.sleep(stall)  # the whole loop stands still between permit and send
+                time.sleep(stall)  # stalls the event loop between permit and send
             number = len(self.calls)
             self.calls.append((time.monotonic(), None))
             try:
                 permit.check()
             except PermitExpired:
                 self.calls[number] = (float("-inf"), float("-inf"))
-                self.dead += 1
+                self.expired += 1
                 await limiter.cancel(permit)
                 continue
             body = {"model": self.model, "prompt": "hello", "tokens_reserved": 75, "request_id": str(number)}
-            async with session.post(f"{self.door.url}/single", json=body) as reply:
+            async with session.post(f"{self.backend.url}/single", json=body) as reply:
                 await reply.read()
             self.calls[number] = (self.calls[number][0], time.monotonic())
             await limiter.release(permit)
@@ -104,11 +104,11 @@ class Drain:
             await asyncio.sleep(0.02)
 
     async def verdict(self) -> ModelVerdict:
-        """The judge's word, from the door's own log."""
+        """Judges the backend's log."""
         async with aiohttp.ClientSession() as session:
             rows, since = [], 0
             while True:
-                async with session.get(f"{self.door.url}/arrivals?since={since}&limit=1000") as reply:
+                async with session.get(f"{self.backend.url}/arrivals?since={since}&limit=1000") as reply:
                     page = await reply.json()
                 rows += page["arrivals"]
                 if page["next"] == since or not page["arrivals"]:
@@ -127,7 +127,7 @@ class Drain:
 
 @asynccontextmanager
 async def draining(drain: Drain) -> AsyncIterator[list[TrafficLimiter]]:
-    """Senders on two limiters, at full traffic."""
+    """Runs senders on two limiters at full traffic."""
     url = f"redis://127.0.0.1:{await drain.link.start()}/0"
     clients = [
         redis.asyncio.Redis.from_url(url, socket_timeout=2, socket_connect_timeout=2) for _ in range(2)
@@ -173,7 +173,7 @@ async def an_old_copy(drain: Drain) -> None:
 
 
 async def failed_over(drain: Drain) -> None:
-    old, drain.redis = drain.redis, start_redis(drain.folder / "replica")  # one that had not been synced
+    old, drain.redis = drain.redis, start_redis(drain.folder / "replica")  # a replica that was not synced
     await drain.link.turn_to(drain.redis.port)
     old.stop()
 
@@ -204,14 +204,14 @@ async def scripts_flushed(drain: Drain) -> None:
 
 
 async def a_slow_link(drain: Drain) -> None:
-    drain.link.delay_seconds = 0.2  # each way: a permit of a quarter second ahead comes back too late
+    drain.link.delay_seconds = 0.2  # each way, so that permits arrive expired
     await asyncio.sleep(1.5)
     drain.link.delay_seconds = 0.0
 
 
 async def a_stalled_loop(drain: Drain) -> None:
     drain.stall_seconds = 2.0
-    await drain.until(lambda: drain.dead > 0, 5, "a permit that died")
+    await drain.until(lambda: drain.expired > 0, 5, "an expired permit")
 
 
 async def clock_back(drain: Drain) -> None:
@@ -246,8 +246,8 @@ FAULTS: list[Fault] = [
 
 
 @pytest.fixture(scope="module")
-def door() -> Iterator[BackendServer]:
-    folder = Path(tempfile.mkdtemp(prefix="router-door-"))
+def backend() -> Iterator[BackendServer]:
+    folder = Path(tempfile.mkdtemp(prefix="router-backend-"))
     also = [word for fault in FAULTS for turn in range(6) for word in ("--also", f"{fault.__name__}-{turn}")]
     server = start_backend(folder, "--time-scale", "10", "--latency", "even:1:4", *also)
     yield server
@@ -255,9 +255,9 @@ def door() -> Iterator[BackendServer]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-async def go_through(fault: Fault, turn: int, door: BackendServer, folder: Path) -> None:
-    """A drain with the fault in its middle."""
-    drain = Drain(folder, door, f"{fault.__name__}-{turn}")
+async def go_through(fault: Fault, turn: int, backend: BackendServer, folder: Path) -> None:
+    """Injects the fault in the middle of a drain."""
+    drain = Drain(folder, backend, f"{fault.__name__}-{turn}")
     started = time.monotonic()
     try:
         async with draining(drain):
@@ -275,22 +275,23 @@ async def go_through(fault: Fault, turn: int, door: BackendServer, folder: Path)
     assert verdict.breaches == []
 
 
-async def test_no_window_is_broken_and_sending_resumes(door: BackendServer, tmp_path: Path) -> None:
-    """All faults side by side, each with a Redis and a model of its own."""
-    beside = [fault for fault in FAULTS if fault is not a_stalled_loop]
+async def test_no_window_is_exceeded_and_sending_resumes(backend: BackendServer, tmp_path: Path) -> None:
+    """Runs all faults in parallel, each with its own Redis and model."""
+    parallel = [fault for fault in FAULTS if fault is not a_stalled_loop]
     ends = await asyncio.gather(
-        *[go_through(fault, 0, door, tmp_path / fault.__name__) for fault in beside], return_exceptions=True
+        *[go_through(fault, 0, backend, tmp_path / fault.__name__) for fault in parallel],
+        return_exceptions=True,
     )
-    failed = {fault.__name__: end for fault, end in zip(beside, ends, strict=True) if end is not None}
+    failed = {fault.__name__: end for fault, end in zip(parallel, ends, strict=True) if end is not None}
     assert failed == {}
 
 
-async def test_a_loop_that_stalls_between_permit_and_send(door: BackendServer, tmp_path: Path) -> None:
-    await go_through(a_stalled_loop, 0, door, tmp_path)
+async def test_stalled_event_loop_between_permit_and_send(backend: BackendServer, tmp_path: Path) -> None:
+    await go_through(a_stalled_loop, 0, backend, tmp_path)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("turn", range(1, 6))
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-async def test_each_fault_five_times(fault: Fault, turn: int, door: BackendServer, tmp_path: Path) -> None:
-    await go_through(fault, turn, door, tmp_path)
+async def test_each_fault_repeatedly(fault: Fault, turn: int, backend: BackendServer, tmp_path: Path) -> None:
+    await go_through(fault, turn, backend, tmp_path)

@@ -1,4 +1,4 @@
-"""A model that fails or refuses is rested for everyone, tried out with single calls, and trusted again."""
+"""Failures and refusals cool a model down in all processes; single probes end the cool-down."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ async def limiter(redis_client: redis.asyncio.Redis) -> AsyncIterator[TrafficLim
 
 @pytest.fixture
 async def another(redis_client: redis.asyncio.Redis) -> AsyncIterator[TrafficLimiter]:
-    """A limiter as another process would have it."""
+    """Limiter of another process."""
     async with TrafficLimiter(redis_client, settings=SETTINGS) as one:
         yield one
 
@@ -51,7 +51,7 @@ async def fail(limiter: TrafficLimiter, outcome: Outcome = Outcome.ERROR, times:
 
 
 async def probe_of(*limiters: TrafficLimiter) -> Permit:
-    """The one permit of a half-open model; whoever else asks, in any process, waits for what comes of it."""
+    """Returns the only permit of a half-open model; all other requests in all processes are denied."""
     answers = [await limiter.reserve("llama") for limiter in (*limiters, *limiters)]
     permits = [answer for answer in answers if isinstance(answer, Permit)]
     assert len(permits) == 1
@@ -65,11 +65,11 @@ async def opened(limiter: TrafficLimiter) -> None:
     assert (await refused(limiter)).reason is WaitReason.COOLING_DOWN
 
 
-async def rested(limiter: TrafficLimiter) -> None:
+async def cooldown_over(limiter: TrafficLimiter) -> None:
     await asyncio.sleep((await limiter.snapshot(["llama"]))["llama"].cooldown_seconds + 0.002)
 
 
-async def test_failures_in_a_row_over_all_processes_open_the_breaker_for_everyone(
+async def test_failures_in_a_row_over_all_processes_open_the_breaker(
     limiter: TrafficLimiter, another: TrafficLimiter
 ):
     for outcome, where in [(Outcome.ERROR, limiter), (Outcome.TIMEOUT, another), (Outcome.GARBAGE, limiter)]:
@@ -83,7 +83,7 @@ async def test_failures_in_a_row_over_all_processes_open_the_breaker_for_everyon
     assert (now.breaker, now.trips, now.cooldown_reason) == ("open", 1, "garbage: it broke")
 
 
-async def test_a_success_in_between_begins_the_count_anew(limiter: TrafficLimiter, another: TrafficLimiter):
+async def test_success_resets_the_failure_count(limiter: TrafficLimiter, another: TrafficLimiter):
     await fail(limiter, times=2)
     await granted(another)
     await another.record_outcome("llama", Outcome.ANSWERED)
@@ -92,17 +92,17 @@ async def test_a_success_in_between_begins_the_count_anew(limiter: TrafficLimite
     assert (await limiter.snapshot(["llama"]))["llama"].failures == 2
 
 
-async def test_a_prompt_that_is_refused_says_nothing_against_the_model(limiter: TrafficLimiter):
+async def test_rejected_prompt_is_not_a_failure(limiter: TrafficLimiter):
     for outcome in (Outcome.REJECTED, Outcome.UNSENT, Outcome.LOST):
         await fail(limiter, outcome, times=5)
     await granted(limiter)
 
 
-async def test_half_open_lets_one_probe_through_and_its_success_closes(
+async def test_half_open_admits_one_probe_whose_success_closes_the_breaker(
     limiter: TrafficLimiter, another: TrafficLimiter
 ):
     await opened(limiter)
-    await rested(limiter)
+    await cooldown_over(limiter)
     waiting = [asyncio.create_task(another.acquire("llama")) for _ in range(3)]
     await asyncio.sleep(0.1)
     assert sum(task.done() for task in waiting) == 1
@@ -112,16 +112,16 @@ async def test_half_open_lets_one_probe_through_and_its_success_closes(
     started = time.monotonic()
     await limiter.record_outcome("llama", Outcome.ANSWERED, permit=probe)
     await asyncio.wait_for(asyncio.gather(*waiting), 1)
-    assert time.monotonic() - started < 0.5  # woken, not found out by looking
+    assert time.monotonic() - started < 0.5  # woken by a notification, not by polling
     assert (await limiter.snapshot(["llama"]))["llama"].breaker == "closed"
 
 
-async def test_a_probe_that_fails_opens_for_longer_up_to_the_cap(
+async def test_failed_probe_doubles_the_cooldown_up_to_the_maximum(
     limiter: TrafficLimiter, another: TrafficLimiter
 ):
     await opened(limiter)
     for longest in (0.6, 0.6):
-        await rested(limiter)
+        await cooldown_over(limiter)
         probe = await probe_of(limiter, another)
         await another.record_outcome("llama", Outcome.ERROR, permit=probe)
         wait = await refused(limiter)
@@ -129,7 +129,7 @@ async def test_a_probe_that_fails_opens_for_longer_up_to_the_cap(
         assert longest - 0.1 < (wait.again_seconds or 0) <= longest
 
 
-async def test_what_was_sent_before_it_opened_neither_closes_nor_prolongs_it(limiter: TrafficLimiter):
+async def test_calls_sent_before_opening_do_not_affect_the_breaker(limiter: TrafficLimiter):
     early = [await granted(limiter) for _ in range(6)]
     for permit in early[:3]:
         await limiter.record_outcome("llama", Outcome.ERROR, permit=permit)
@@ -137,21 +137,21 @@ async def test_what_was_sent_before_it_opened_neither_closes_nor_prolongs_it(lim
     await limiter.record_outcome("llama", Outcome.ANSWERED, permit=early[4])
     now = (await limiter.snapshot(["llama"]))["llama"]
     assert (now.breaker, now.trips) == ("open", 1)
-    await rested(limiter)
+    await cooldown_over(limiter)
     await limiter.record_outcome("llama", Outcome.ANSWERED, permit=early[5])
     await probe_of(limiter)
 
 
-async def test_a_probe_that_was_not_used_is_another_ones(limiter: TrafficLimiter, another: TrafficLimiter):
+async def test_cancelled_probe_is_replaced(limiter: TrafficLimiter, another: TrafficLimiter):
     await opened(limiter)
-    await rested(limiter)
+    await cooldown_over(limiter)
     await limiter.cancel(await probe_of(limiter, another))
     probe = await probe_of(another, limiter)
-    await another.release(probe)  # it ended, and nobody said how
+    await another.release(probe)  # no outcome recorded
     await probe_of(limiter, another)
 
 
-async def test_a_probe_that_was_given_up_is_another_ones(limiter: TrafficLimiter, another: TrafficLimiter):
+async def test_abandoned_probe_is_replaced(limiter: TrafficLimiter, another: TrafficLimiter):
     await fail(limiter, times=3)
     await asyncio.sleep(0.35)
     probe = await probe_of(limiter, another)
@@ -160,11 +160,11 @@ async def test_a_probe_that_was_given_up_is_another_ones(limiter: TrafficLimiter
     assert (await limiter.snapshot(["llama"]))["llama"].breaker == "half-open"
 
 
-async def test_a_probe_whose_process_died_blocks_until_the_longest_call_is_over(
+async def test_probe_of_a_dead_process_blocks_for_at_most_the_longest_call(
     limiter: TrafficLimiter, another: TrafficLimiter
 ):
     await opened(limiter)
-    await rested(limiter)
+    await cooldown_over(limiter)
     assert isinstance(await limiter.reserve("llama", holder_seconds=0.4), Permit)
     wait = await refused(another)
     assert wait.reason is WaitReason.HALF_OPEN
@@ -173,7 +173,7 @@ async def test_a_probe_whose_process_died_blocks_until_the_longest_call_is_over(
 
 
 @pytest.mark.parametrize("outcome", [Outcome.RATE_LIMITED, Outcome.OVERLOADED])
-async def test_retry_after_rests_the_model_for_everyone_and_opens_nothing(
+async def test_retry_after_cools_down_all_processes_without_opening_the_breaker(
     limiter: TrafficLimiter, another: TrafficLimiter, outcome: Outcome
 ):
     for _ in range(BREAKER.failure_threshold + 1):
@@ -185,12 +185,12 @@ async def test_retry_after_rests_the_model_for_everyone_and_opens_nothing(
     assert (now.breaker, now.failures) == ("closed", 0)
 
 
-async def test_a_503_that_names_no_time_is_a_failure(limiter: TrafficLimiter):
+async def test_503_without_retry_after_is_a_failure(limiter: TrafficLimiter):
     await fail(limiter, Outcome.OVERLOADED, times=BREAKER.failure_threshold)
     assert (await limiter.snapshot(["llama"]))["llama"].breaker == "open"
 
 
-async def test_each_429_is_counted_and_said(limiter: TrafficLimiter, another: TrafficLimiter):
+async def test_429s_are_counted_and_reported(limiter: TrafficLimiter, another: TrafficLimiter):
     assert (await limiter.snapshot(["llama"]))["llama"].quota_warning is None
     for where in (limiter, another, limiter):
         await where.record_outcome("llama", Outcome.RATE_LIMITED, 0.05)
@@ -201,25 +201,25 @@ async def test_each_429_is_counted_and_said(limiter: TrafficLimiter, another: Tr
     assert "above what the provider allows" in (now.quota_warning or "")
 
 
-async def test_an_old_429_is_forgotten_after_an_hour_without_another(
+async def test_429_count_ends_after_an_hour_without_another(
     limiter: TrafficLimiter, redis_client: redis.asyncio.Redis
 ):
     await limiter.record_outcome("llama", Outcome.RATE_LIMITED, 0.05)
-    told = float(await redis_client.hget("router:{llama}", "refused_at"))
-    await redis_client.hset("router:{llama}", "refused_at", f"{told - 3601e6:.0f}")
+    refused_at = float(await redis_client.hget("router:{llama}", "refused_at"))
+    await redis_client.hset("router:{llama}", "refused_at", f"{refused_at - 3601e6:.0f}")
     assert (await limiter.snapshot(["llama"]))["llama"].refused == 0
     await limiter.record_outcome("llama", Outcome.RATE_LIMITED, 0.05)
     assert (await limiter.snapshot(["llama"]))["llama"].refused == 1
 
 
-async def test_a_model_that_is_not_there_is_left_alone_for_a_while(limiter: TrafficLimiter):
+async def test_unknown_model_cools_down(limiter: TrafficLimiter):
     await fail(limiter, Outcome.UNKNOWN_MODEL)
     assert (await limiter.snapshot(["llama"]))["llama"].cooldown_seconds == pytest.approx(30, abs=1)
-    await limiter.cool_down("llama", 0, "a person says so")
+    await limiter.cool_down("llama", 0, "operator")
     await granted(limiter)
 
 
-async def test_success_of_a_model_that_nobody_doubts_costs_no_round_trip(
+async def test_success_of_a_healthy_model_costs_no_round_trip(
     limiter: TrafficLimiter, redis_client: redis.asyncio.Redis
 ):
     await granted(limiter)
@@ -232,7 +232,7 @@ async def _no_calls(_model: str, _seconds: float) -> list[PastCall]:
     return []
 
 
-async def test_a_rest_and_an_open_breaker_outlive_redis_losing_its_memory(redis_client: redis.asyncio.Redis):
+async def test_cooldown_survives_lost_redis_state(redis_client: redis.asyncio.Redis):
     async with (
         TrafficLimiter(redis_client, _no_calls, settings=SETTINGS) as knows,
         TrafficLimiter(redis_client, _no_calls, settings=SETTINGS) as rebuilds,
@@ -242,17 +242,17 @@ async def test_a_rest_and_an_open_breaker_outlive_redis_losing_its_memory(redis_
         await rebuilds._tasks.wait()  # it has learned the target
         await knows.record_outcome("llama", Outcome.RATE_LIMITED, 20)
         await redis_client.flushall()
-        await rebuilds.acquire("llama", timeout_seconds=3)  # it had not heard of the rest
-        assert await knows.reserve("llama")  # it learns that the memory is another one, and tells
+        await rebuilds.acquire("llama", timeout_seconds=3)  # it does not know of the cool-down
+        assert await knows.reserve("llama")  # it sees a new generation, and restores the cool-down
 
-        async def rests() -> bool:
+        async def cools_down() -> bool:
             return (await rebuilds.snapshot(["llama"]))["llama"].cooldown_seconds > 10
 
         for _ in range(100):
-            if await rests():
+            if await cools_down():
                 break
             await asyncio.sleep(0.01)
-        assert await rests()
+        assert await cools_down()
         await redis_client.flushall()
         with pytest.raises(Exception, match="cooling down after a 429"):
             await knows.acquire("llama", timeout_seconds=1.5)

@@ -1,4 +1,4 @@
-"""The limiter on a real Redis in cluster mode: a model's keys lie in one slot, and all works as alone."""
+"""The limiter on a real Redis in cluster mode."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from models_backend.process import free_port
 from router.limiter import PastCall, Permit, TrafficLimiter, Wait, WaitReason
 from router.task import Outcome
 
-MODELS = ["llama", "gemma-2", "phi.4", "qwen_2.5"]  # in slots of their own
+MODELS = ["llama", "gemma-2", "phi.4", "qwen_2.5"]  # in different slots
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ async def no_calls(_model: str, _seconds: float) -> list[PastCall]:
     return []
 
 
-async def test_the_limiter_works_on_a_cluster(cluster: redis.asyncio.RedisCluster):
+async def test_limiter_works_on_a_cluster(cluster: redis.asyncio.RedisCluster):
     async with TrafficLimiter(cluster, no_calls) as limiter, TrafficLimiter(cluster, no_calls) as another:
         for model in MODELS:
             await limiter.set_target(model, "100/min, 900 tokens/min, 2 at once, burst")
@@ -48,7 +48,7 @@ async def test_the_limiter_works_on_a_cluster(cluster: redis.asyncio.RedisCluste
             await asyncio.sleep(0.05)
             assert not waiting.done()
             await another.release(second, 20)
-            await asyncio.wait_for(waiting, 2)  # told by Redis, across the cluster's own pub/sub
+            await asyncio.wait_for(waiting, 2)  # notified over the cluster's pub/sub
             await limiter.cancel(first)
             await limiter.record_outcome(model, Outcome.RATE_LIMITED, 1.0)
             refused = await another.reserve(model)

@@ -1,4 +1,4 @@
-"""In any window, at the backend's door, no more than the target: several processes, small windows."""
+"""Several processes never exceed a target in any rolling window of arrivals."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROCESSES = 3
 
 @dataclass(frozen=True)
 class Arrival:
-    """A call at the backend's door; times of the machine's monotonic clock, which all processes share."""
+    """Arrival of a call at the backend, on the machine's monotonic clock, which all processes share."""
 
     at: float
     tokens: int
@@ -35,7 +35,7 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Load:
-    """What one sender process does: `tasks` senders in parallel; none acquires after `seconds`."""
+    """Work of one sender process: `tasks` parallel senders, none of which acquires after `seconds`."""
 
     url: str
     model: str
@@ -56,7 +56,7 @@ async def send(limiter: TrafficLimiter, load: Load, chance: random.Random) -> li
         permit = await limiter.acquire(load.model, tokens)
         await asyncio.sleep(
             chance.choices([0, 0.005, 0.03], [90, 8, 2])[0]
-        )  # some are late at the socket, some too late
+        )  # some are late at the socket, some expire
         try:
             permit.check()
         except PermitExpired:
@@ -86,7 +86,7 @@ def sender_process(load: Load) -> list[Arrival]:
     return asyncio.run(send_in_parallel(load))
 
 
-def most_in_a_window(arrivals: list[Arrival], window_seconds: float) -> int:
+def max_in_a_window(arrivals: list[Arrival], window_seconds: float) -> int:
     times = sorted(arrival.at for arrival in arrivals)
     most, first = 0, 0
     for last, at in enumerate(times):
@@ -96,7 +96,7 @@ def most_in_a_window(arrivals: list[Arrival], window_seconds: float) -> int:
     return most
 
 
-def most_tokens_in_a_window(arrivals: list[Arrival], window_seconds: float) -> int:
+def max_tokens_in_a_window(arrivals: list[Arrival], window_seconds: float) -> int:
     ordered = sorted(arrivals, key=lambda arrival: arrival.at)
     most, first, inside = 0, 0, 0
     for arrival in ordered:
@@ -108,7 +108,7 @@ def most_tokens_in_a_window(arrivals: list[Arrival], window_seconds: float) -> i
     return most
 
 
-def most_at_once(arrivals: list[Arrival]) -> int:
+def max_in_flight(arrivals: list[Arrival]) -> int:
     events = sorted([(a.at, 1) for a in arrivals] + [(a.ended_at, -1) for a in arrivals])
     most = now = 0
     for _, change in events:
@@ -119,7 +119,7 @@ def most_at_once(arrivals: list[Arrival]) -> int:
 
 @pytest.fixture(scope="module")
 def senders() -> Iterator[ProcessPoolExecutor]:
-    """Processes to send from."""
+    """Pool of sender processes."""
     with ProcessPoolExecutor(PROCESSES, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield pool
 
@@ -131,7 +131,7 @@ async def drive(
     processes: int = PROCESSES,
     targets: list[tuple[float, str]] | None = None,
 ) -> list[Arrival]:
-    """Run sender processes while the target changes at the given seconds."""
+    """Runs sender processes while the target changes after the given seconds."""
     loop = asyncio.get_running_loop()
     client = redis.asyncio.Redis.from_url(load.url)
     running = [
@@ -148,32 +148,32 @@ async def drive(
 
 
 @pytest.mark.parametrize("line", ["50/s", "50/s, burst"])
-async def test_three_processes_never_pass_fifty_a_second_and_come_close(
+async def test_three_processes_use_but_never_exceed_fifty_per_second(
     redis_client: redis.asyncio.Redis, redis_server: RedisServer, senders: ProcessPoolExecutor, line: str
 ):
     async with TrafficLimiter(redis_client) as limiter:
         await limiter.set_target("llama", TrafficTarget.parse(line))
     arrivals = await drive(senders, Load(redis_server.url, "llama", tasks=20, seconds=2.2))
-    assert most_in_a_window(arrivals, 1.0) <= 50
+    assert max_in_a_window(arrivals, 1.0) <= 50
     since = min(a.at for a in arrivals) + 1.0
     assert len([a for a in arrivals if since <= a.at <= since + 2]) > 100 * 0.85  # some are late on purpose
 
 
 @pytest.mark.soak
-async def test_two_windows_hold_together(
+async def test_two_windows_apply_together(
     redis_client: redis.asyncio.Redis, redis_server: RedisServer, senders: ProcessPoolExecutor
 ):
     async with TrafficLimiter(redis_client) as limiter:
         await limiter.set_target("llama", TrafficTarget.parse("60/3s, 30/s, burst"))
     load = Load(redis_server.url, "llama", tasks=10, seconds=4.5, window_seconds=1)
     arrivals = await drive(senders, load, processes=2)
-    assert most_in_a_window(arrivals, 1.0) <= 30
-    assert most_in_a_window(arrivals, 3.0) <= 60
+    assert max_in_a_window(arrivals, 1.0) <= 30
+    assert max_in_a_window(arrivals, 3.0) <= 60
     assert len(arrivals) >= 75
 
 
 @pytest.mark.soak
-async def test_a_target_that_changes_holds_from_the_next_decision_and_forgets_nothing(
+async def test_changed_target_applies_at_once_and_keeps_the_log(
     redis_client: redis.asyncio.Redis, redis_server: RedisServer, senders: ProcessPoolExecutor
 ):
     async with TrafficLimiter(redis_client) as limiter:
@@ -188,32 +188,32 @@ async def test_a_target_that_changes_holds_from_the_next_decision_and_forgets_no
     spans = [(0.0, 20), (changed_at[0], 80), (changed_at[1], 10), (changed_at[2], 70)]
     for number, (since, limit) in enumerate(spans):
         until = spans[number + 1][0] if number + 1 < len(spans) else float("inf")
-        later = [a for a in arrivals if since + 0.45 <= a.at <= until]  # the look-ahead, and the way there
+        later = [a for a in arrivals if since + 0.45 <= a.at <= until]  # look-ahead and transit
         for arrival in later:
             inside = [a for a in arrivals if arrival.at - 1.0 < a.at <= arrival.at]
             assert len(inside) <= limit, f"{len(inside)} at {arrival.at - started:.2f} s"
     assert len([a for a in arrivals if a.at > changed_at[2] + 0.5]) > 40
 
 
-async def test_tokens_reserved_never_pass_their_window(
+async def test_reserved_tokens_never_exceed_their_window(
     redis_client: redis.asyncio.Redis, redis_server: RedisServer, senders: ProcessPoolExecutor
 ):
     async with TrafficLimiter(redis_client) as limiter:
         await limiter.set_target("llama", TrafficTarget.parse("10k tokens/s, 200/s, burst"))
     load = Load(redis_server.url, "llama", tasks=15, seconds=2.5, tokens=1000)
     arrivals = await drive(senders, load, processes=2)
-    assert most_tokens_in_a_window(arrivals, 1.0) <= 10_000
-    assert most_in_a_window(arrivals, 1.0) <= 200
+    assert max_tokens_in_a_window(arrivals, 1.0) <= 10_000
+    assert max_in_a_window(arrivals, 1.0) <= 200
     assert sum(a.tokens for a in arrivals) > 20_000
 
 
 @pytest.mark.soak
-async def test_calls_at_once_never_pass_their_number(
+async def test_concurrency_limit_is_never_exceeded(
     redis_client: redis.asyncio.Redis, redis_server: RedisServer, senders: ProcessPoolExecutor
 ):
     async with TrafficLimiter(redis_client) as limiter:
         await limiter.set_target("llama", TrafficTarget.parse("7 at once"))
     load = Load(redis_server.url, "llama", tasks=10, seconds=2.5, call_seconds=0.1)
     arrivals = await drive(senders, load, processes=2)
-    assert most_at_once(arrivals) <= 7
+    assert max_in_flight(arrivals) <= 7
     assert len(arrivals) > 60

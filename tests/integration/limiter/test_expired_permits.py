@@ -1,4 +1,4 @@
-"""A permit that died unused costs nobody its moment."""
+"""Permits that expire unused delay no later send."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STALL_SECONDS = 0.3  # longer than the send slack of a minute's window
 GAP_SECONDS = 0.9  # of 60/min
 
 
-async def test_a_loop_that_stalled_past_a_moment_sends_as_soon_as_it_runs_again(redis_client: Any) -> None:
+async def test_stalled_event_loop_sends_as_soon_as_it_runs_again(redis_client: Any) -> None:
     async with TrafficLimiter(redis_client) as limiter:
         await limiter.set_target("m", "60/min")
         await limiter.acquire("m")
@@ -27,7 +27,7 @@ async def test_a_loop_that_stalled_past_a_moment_sends_as_soon_as_it_runs_again(
     assert GAP_SECONDS + STALL_SECONDS / 2 < waited < GAP_SECONDS * 1.8, waited
 
 
-async def test_a_permit_that_was_too_late_at_the_socket_is_followed_by_one_for_now(redis_client: Any) -> None:
+async def test_expired_permit_at_the_socket_is_replaced_at_once(redis_client: Any) -> None:
     async with TrafficLimiter(redis_client) as limiter:
         await limiter.set_target("m", "60/min")
         await limiter.acquire("m")
@@ -40,7 +40,7 @@ async def test_a_permit_that_was_too_late_at_the_socket_is_followed_by_one_for_n
 
 
 async def stall(permit: Permit) -> None:
-    """Let the permit die."""
+    """Waits until the permit has expired."""
     await asyncio.sleep(STALL_SECONDS)
     with pytest.raises(PermitExpired):
         permit.check()

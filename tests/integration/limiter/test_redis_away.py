@@ -1,4 +1,4 @@
-"""Redis is away, or comes back without its memory: nothing given back is lost, and one line says it."""
+"""Outages of Redis, with and without loss of state: no release is lost, and each outage is logged once."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ async def client(server: RedisServer) -> AsyncIterator[redis.asyncio.Redis]:
     await one.aclose()
 
 
-def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == "router.limiter"]
 
 
-async def test_one_line_says_that_redis_is_away_and_one_that_it_is_back(
+async def test_outage_and_recovery_are_logged_once(
     server: RedisServer, client: redis.asyncio.Redis, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level(logging.INFO, "router.limiter")
@@ -59,14 +59,14 @@ async def test_one_line_says_that_redis_is_away_and_one_that_it_is_back(
             assert time.monotonic() - back_at < 2
         finally:
             again.stop()
-    away, back, lost, counted = said(caplog)
+    away, back, lost, rebuilt = logged(caplog)
     assert away.startswith("Redis is unavailable, nothing is sent until it recovers: ConnectionError")
     assert back.startswith("Redis recovered after")
     assert lost.startswith("Redis lost the sends of llama")
-    assert counted == "rebuilt the sends of llama from 0 logged calls"
+    assert rebuilt == "rebuilt the sends of llama from 0 logged calls"
 
 
-async def test_out_of_memory_grants_nothing_and_is_said_once(
+async def test_out_of_memory_grants_nothing_and_is_logged_once(
     client: redis.asyncio.Redis, caplog: pytest.LogCaptureFixture
 ):
     async with TrafficLimiter(client, no_calls, settings=SETTINGS) as limiter:
@@ -79,37 +79,37 @@ async def test_out_of_memory_grants_nothing_and_is_said_once(
         await client.config_set("maxmemory", 0)
         await limiter.acquire("llama", timeout_seconds=1)
         assert (await limiter.snapshot(["llama"]))["llama"].in_flight == 2
-    assert len(said(caplog)) == 1
+    assert len(logged(caplog)) == 1
 
 
-async def test_what_was_given_back_while_redis_could_not_take_it_arrives_later(client: redis.asyncio.Redis):
+async def test_releases_during_an_outage_arrive_later(client: redis.asyncio.Redis):
     async with TrafficLimiter(client, no_calls, settings=SETTINGS) as limiter:
         await limiter.set_target("llama", "100/min, 100 tokens/min, 1 at once, burst")
         permit = await limiter.acquire("llama", 90)
-        await client.replicaof("127.0.0.1", "1")  # read-only, and knows what it knew
+        await client.replicaof("127.0.0.1", "1")  # read-only, with its state
         with pytest.raises(LimiterUnavailable):
             await limiter.release(permit, tokens=10)
         await client.replicaof("NO", "ONE")
-        await limiter.acquire("llama", 90, timeout_seconds=3)  # its place is free, and its tokens are
+        await limiter.acquire("llama", 90, timeout_seconds=3)  # its slot and its tokens are free
 
 
-async def test_a_script_that_was_flushed_is_loaded_again_in_passing(client: redis.asyncio.Redis):
+async def test_flushed_script_is_loaded_again(client: redis.asyncio.Redis):
     async with TrafficLimiter(client, no_calls, settings=SETTINGS) as limiter:
         await limiter.set_target("llama", "2/min, burst")
         await limiter.reserve("llama")
         await client.script_flush()
         assert await limiter.reserve("llama")
         await client.script_flush()
-        assert not await limiter.reserve("llama")  # and nothing was forgotten
+        assert not await limiter.reserve("llama")  # and the log is kept
 
 
-async def test_a_cancelled_question_harms_no_other(client: redis.asyncio.Redis):
+async def test_cancelled_request_affects_no_other(client: redis.asyncio.Redis):
     async with TrafficLimiter(client, no_calls, settings=SETTINGS) as limiter:
         await limiter.set_target("llama", "100/min, burst")
         await limiter.reserve("llama")
         for _ in range(20):
             asking = asyncio.create_task(limiter.reserve("llama"))
-            await asyncio.sleep(0)  # it has been asked
+            await asyncio.sleep(0)  # the request was written
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
         now = (await limiter.snapshot(["llama"]))["llama"]

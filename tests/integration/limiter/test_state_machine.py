@@ -1,6 +1,6 @@
-"""The real script in the real Redis against the specification of `tests/limiter_spec.py`, in any order.
+"""Compares the script on a real Redis with `tests/support/limiter/specification.py`, in random order.
 
-A difference shows the walk's seed: `take` it again with `Walk.drawn(seed)`. Hypothesis keeps its examples.
+A mismatch names the seed: repeat it with `take(Walk.random(seed), ...)`. Hypothesis stores its examples.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from router.limiter.limiter import SCRIPT
 from router.task import Outcome
 from tests.support.limiter.random_walk import PALETTES, Walk, walks
 from tests.support.limiter.redis import Connection
-from tests.support.limiter.world import Held, World
+from tests.support.limiter.world import IssuedPermit, World
 
 WHO = st.integers(0, 2)
 NEEDS = st.lists(st.sampled_from([0, 1, 5, 10, 20]), min_size=1, max_size=6).map(tuple)
@@ -37,7 +37,7 @@ def connection(redis_server: RedisServer) -> Iterator[Connection]:
 
 
 class Machine(RuleBasedStateMachine):
-    """One world in the hands of Hypothesis, which looks for a short way to a difference."""
+    """World driven by Hypothesis, which shrinks a mismatch to few steps."""
 
     connection: Connection
 
@@ -51,7 +51,7 @@ class Machine(RuleBasedStateMachine):
     def run(self, work: Coroutine[Any, Any, Any]) -> None:
         self.loop.run_until_complete(work)
 
-    def recent(self, back: int) -> Held | None:
+    def recent(self, back: int) -> IssuedPermit | None:
         return self.world.held[-back] if back <= len(self.world.held) else None
 
     @rule(who=WHO, needs=NEEDS)
@@ -64,14 +64,14 @@ class Machine(RuleBasedStateMachine):
 
     @rule(beyond=st.sampled_from([-1, 0, 1]))
     def until_the_next_may_leave(self, beyond: int) -> None:
-        moment = self.world.spec.decide(self.world.now, 0).moment or self.world.now
-        self.world.pass_time(max(0, moment - self.world.now + beyond))
+        send_at = self.world.spec.decide(self.world.now, 0).send_at or self.world.now
+        self.world.pass_time(max(0, send_at - self.world.now + beyond))
 
     @rule(back=RECENT, late=st.sampled_from([0, 24_999, 2_000_000]), slow=st.booleans())
     def send(self, back: int, late: int, slow: bool) -> None:
         held = self.recent(back)
         if held is not None:
-            self.world.now = max(self.world.now, held.moment) + late
+            self.world.now = max(self.world.now, held.send_at) + late
             self.world.send(held, self.world.transit * slow)
 
     @rule(back=RECENT, used=USED, times=st.integers(1, 2))
@@ -87,7 +87,7 @@ class Machine(RuleBasedStateMachine):
             self.run(self.world.cancel(held, times))
 
     @rule(back=RECENT, used=USED, unused=st.booleans())
-    def somebody_says_it_again(self, back: int, used: int | None, unused: bool) -> None:
+    def release_again(self, back: int, used: int | None, unused: bool) -> None:
         held = self.recent(back)
         if held is not None:
             self.run(self.world.end_again(held, used, unused=unused))
@@ -98,7 +98,7 @@ class Machine(RuleBasedStateMachine):
         self.run(self.world.set_target(who, self.world.lines[index % len(self.world.lines)], version))
 
     @rule(who=WHO, seconds=st.sampled_from([0, 0.3, 2.0]))
-    def rest(self, who: int, seconds: float) -> None:
+    def cool_down(self, who: int, seconds: float) -> None:
         self.run(self.world.cool_down(who, seconds))
 
     @rule(
@@ -108,8 +108,8 @@ class Machine(RuleBasedStateMachine):
         self.run(self.world.record_outcome(who, outcome, None, self.recent(back)))
 
     @rule(who=WHO)
-    def look(self, who: int) -> None:
-        self.run(self.world.look(who))
+    def snapshot(self, who: int) -> None:
+        self.run(self.world.check_snapshot(who))
 
     @precondition(lambda self: self.world.state == "sound")
     @rule(kind=st.sampled_from(["flush", "key", "kept", "empty"]))
@@ -119,7 +119,7 @@ class Machine(RuleBasedStateMachine):
         elif kind == "key":
             self.world.lose_key()
         else:
-            self.world.restart(memory=kind)
+            self.world.restart(state=kind)
 
     @rule(micro=JUMPS)
     def the_clock_is_set(self, micro: int) -> None:
@@ -127,34 +127,34 @@ class Machine(RuleBasedStateMachine):
         self.run(self.world.reserve(max(range(3), key=self.world.seen), (0,)))
 
     @rule(who=WHO)
-    def newcomer(self, who: int) -> None:
-        now = self.world.generation  # somebody stays who can say how late it is: the others believe Redis
+    def new_client(self, who: int) -> None:
+        now = self.world.generation  # one client with a clock bound must stay
         if sum(generation == now for generation, _ in map(self.world.seen, range(3))) > 1:
             self.world.restart_client(who)
 
     def teardown(self) -> None:
         self.loop.close()
-        self.world.judge_the_door()
+        self.world.judge_arrivals()
 
 
-def look_for_a_difference(connection: Connection, examples: int, steps: int) -> None:
+def look_for_a_mismatch(connection: Connection, examples: int, steps: int) -> None:
     Machine.connection = connection
     every = settings(max_examples=examples, stateful_step_count=steps, deadline=None, print_blob=True,
                      suppress_health_check=list(HealthCheck))  # fmt: skip
     run_state_machine_as_test(Machine, settings=every)
 
 
-def test_walks_of_twelve_thousand_steps_show_no_difference(connection: Connection) -> None:
-    steps, permits = walks(connection, SCRIPT, [Walk.drawn(seed) for seed in range(48)])
+def test_random_walks_of_12_000_steps_match_the_specification(connection: Connection) -> None:
+    steps, permits = walks(connection, SCRIPT, [Walk.random(seed) for seed in range(48)])
     assert steps == 12_000
     assert permits > 2_500
 
 
-def test_hypothesis_finds_no_difference(connection: Connection) -> None:
-    look_for_a_difference(connection, examples=30, steps=40)
+def test_hypothesis_finds_no_mismatch(connection: Connection) -> None:
+    look_for_a_mismatch(connection, examples=30, steps=40)
 
 
-def test_a_clock_that_is_set_back_while_a_loss_is_waited_for_prolongs_nothing(connection: Connection) -> None:
+def test_clock_set_back_during_recovery_delays_nothing(connection: Connection) -> None:
     Machine.connection = connection
     state = Machine()
     state.the_clock_is_set(micro=-3_600_000_000)
@@ -167,7 +167,7 @@ def test_a_clock_that_is_set_back_while_a_loss_is_waited_for_prolongs_nothing(co
     state.teardown()
 
 
-def test_a_loss_while_the_clock_stands_still_is_not_taken_for_the_last_one(connection: Connection) -> None:
+def test_second_loss_at_the_same_clock_reading_is_a_new_one(connection: Connection) -> None:
     Machine.connection = connection
     state = Machine()
     state.the_clock_is_set(micro=-3_600_000_000)
@@ -175,18 +175,18 @@ def test_a_loss_while_the_clock_stands_still_is_not_taken_for_the_last_one(conne
     state.the_clock_is_set(micro=-3_600_000_000)
     state.lose(kind="kept")
     state.the_clock_is_set(micro=-3_600_000_000)
-    assert state.world.state == "gone", "a permit of the second loss is still out"
+    assert state.world.state == "gone", "a permit of the second loss is still valid"
     state.teardown()
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
-def test_walks_of_a_hundred_thousand_steps_show_no_difference(connection: Connection) -> None:
-    steps, _ = walks(connection, SCRIPT, [Walk.drawn(seed) for seed in range(10_000, 10_400)])
+def test_random_walks_of_100_000_steps_match_the_specification(connection: Connection) -> None:
+    steps, _ = walks(connection, SCRIPT, [Walk.random(seed) for seed in range(10_000, 10_400)])
     assert steps == 100_000
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
-def test_hypothesis_finds_no_difference_in_many_examples(connection: Connection) -> None:
-    look_for_a_difference(connection, examples=800, steps=60)
+def test_hypothesis_finds_no_mismatch_in_many_examples(connection: Connection) -> None:
+    look_for_a_mismatch(connection, examples=800, steps=60)

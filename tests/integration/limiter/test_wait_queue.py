@@ -1,4 +1,4 @@
-"""Many waiters in one process: in order, in few round trips, and no faster than the process can use."""
+"""Many waiters in one process: few round trips, and no more permits than the process can use."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from router.limiter import TrafficLimiter
 
 
 @pytest.mark.alone
-async def test_a_line_asks_for_no_more_than_its_process_can_use(redis_client: redis.asyncio.Redis):
+async def test_queue_requests_no_more_than_its_process_can_use(redis_client: redis.asyncio.Redis):
     async with TrafficLimiter(redis_client) as limiter:
-        await limiter.set_target("llama", "100000/s, burst")  # a permit lives for 25 ms
+        await limiter.set_target("llama", "100000/s, burst")  # permits are valid for 25 ms
 
         async def use() -> None:
             await limiter.acquire("llama")
-            time.sleep(0.002)  # the whole process is busy with each of them: 12 at a time are alive
+            time.sleep(0.002)  # blocks the process: 12 permits at a time stay valid
 
         await asyncio.gather(*[use() for _ in range(250)])
         await limiter._tasks.wait()
@@ -26,7 +26,7 @@ async def test_a_line_asks_for_no_more_than_its_process_can_use(redis_client: re
         assert granted < 250 * 4
 
 
-async def test_a_thousand_waiters_take_less_than_a_round_trip_each(redis_client: redis.asyncio.Redis):
+async def test_thousand_waiters_share_round_trips(redis_client: redis.asyncio.Redis):
     async with TrafficLimiter(redis_client) as limiter:
         await limiter.set_target("llama", "1000000/min, burst, 500 at once")
 

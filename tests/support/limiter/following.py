@@ -1,4 +1,4 @@
-"""The specification at the side of the script: each call of the script is followed, and must be allowed."""
+"""Replays each call of the script on the specification, and compares the replies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from router.limiter.breaker import Signal
 from router.limiter.codec import LOST, unpack_decision, unpack_grants
 from router.limiter.permit import Permit
 from router.traffic import TrafficTarget
-from tests.support.limiter.redis import Asked, ScriptRedis
+from tests.support.limiter.redis import ScriptCall, ScriptRedis
 from tests.support.limiter.specification import MICRO, TIMED, Decision, LimiterSpec, Send, micros
 
 MODEL = "m"
@@ -19,25 +19,25 @@ KEY = f"router:{{{MODEL}}}"
 EPOCH = 1_700_000_000 * MICRO
 SETTINGS = LimiterSettings(max_call_seconds=8.0)
 LOOK = micros(SETTINGS.look_ahead_seconds)
-SETTLE_SECONDS = 0.6  # look-ahead, send slack and transit slack of what was decided before a change
+SETTLE_SECONDS = 0.6  # look-ahead and slacks of what was decided before a change
 SHORT_WAY = 12_000
 MICRO_FLOAT = 1e6
 ONLY_AGAIN = frozenset(
     {WaitReason.CONCURRENCY, WaitReason.HALF_OPEN}
-)  # they wait for an end, not for a moment
+)  # they wait for the end of a call, not for a time
 
 
-class Difference(AssertionError):  # noqa: N818 - a fact about two models, not an error of one
-    """The script did what the specification does not allow."""
+class Mismatch(AssertionError):  # noqa: N818 - of two models, not an error of one
+    """Raised when the script deviates from the specification."""
 
 
 @dataclass
-class Held:
-    """A permit in somebody's hands, and what became of it."""
+class IssuedPermit:
+    """A granted permit and what the client did with it."""
 
     permit: Permit
     client: int
-    moment: int
+    send_at: int
     sent_at: int | None = None
     arrived_at: int = 0
     ended_at: int | None = None
@@ -45,7 +45,7 @@ class Held:
 
 
 class Following:
-    """What is known of the script's state, and whether its replies agree with the specification."""
+    """Expected state of the script, compared with its replies."""
 
     spec: LimiterSpec
     redis: ScriptRedis
@@ -59,16 +59,16 @@ class Following:
     memory: int
     state: str
     generation: float
-    clock_told: tuple[int, float]
+    clock_reading: tuple[int, float]
     noticed: dict[int, int]
     rows: list[PastCall]
     rows_at: int
-    held: list[Held]
+    held: list[IssuedPermit]
     changes: list[TargetChange]
     slack: int
 
     def exact(self, at: int) -> bool:
-        """Whether the script must know everything that the specification knows, to the microsecond."""
+        """Whether the script must match the specification to the microsecond."""
         target = self.spec.target
         if self.jumped or at < self.disturbed_until or target is None:
             return False
@@ -77,160 +77,158 @@ class Following:
         periods = [micros(window + slack + SETTINGS.slacks(window).transit) for window in windows]
         return at - max(periods, default=0) >= self.known_from
 
-    def _follow(self, asked: Asked, needs: tuple[int, ...]) -> None:  # noqa: C901 - one branch a verb
-        if asked.verb == "reserve":
+    def _follow(self, call: ScriptCall, needs: tuple[int, ...]) -> None:  # noqa: C901 - one branch per verb
+        if call.verb == "reserve":
             if self.jumped:
-                self.jumped, self.disturbed_until = False, asked.at + self.memory
-            self._follow_reserve(asked, needs)
-        elif asked.verb == "release":
+                self.jumped, self.disturbed_until = False, call.at + self.memory
+            self._follow_reserve(call, needs)
+        elif call.verb == "release":
             if self.state != "gone":
-                for generation, number, used, unused in struct.iter_unpack("<4d", asked.arguments[0]):  # type: ignore[arg-type]
-                    self._follow_return(generation, int(number), used, unused)
-        elif asked.verb == "target":
-            taken, version = struct.unpack("<2d", asked.reply)
-            line = asked.arguments[2]
+                for generation, number, used, unused in struct.iter_unpack("<4d", call.arguments[0]):  # type: ignore[arg-type]
+                    self._follow_release(generation, int(number), used, unused)
+        elif call.verb == "target":
+            taken, version = struct.unpack("<2d", call.reply)
+            line = call.arguments[2]
             self._follow_target(
-                asked, taken, version, TrafficTarget.parse(line if isinstance(line, str) else line.decode())
+                call, taken, version, TrafficTarget.parse(line if isinstance(line, str) else line.decode())
             )
-        elif asked.verb == "outcome":
+        elif call.verb == "outcome":
             if self.state != "gone":
-                self._follow_heed(asked)
-        elif asked.verb == "loss":
-            live, _, clock, *_ = struct.unpack("<6d", asked.reply)
-            self._agree(not live or self.state != "gone", "a lost memory is held to be live")
-            self.clock_told = (asked.at, clock)
-        elif asked.verb == "rebuild":
-            self._follow_rebuild(asked)
+                self._follow_outcome(call)
+        elif call.verb == "loss":
+            live, _, clock, *_ = struct.unpack("<6d", call.reply)
+            self._require(not live or self.state != "gone", "lost state counts as live")
+            self.clock_reading = (call.at, clock)
+        elif call.verb == "rebuild":
+            self._follow_rebuild(call)
 
-    def _follow_reserve(self, asked: Asked, needs: tuple[int, ...]) -> None:
-        status, generation, head, _, again, reason, slack, *_ = unpack_decision(asked.reply)
+    def _follow_reserve(self, call: ScriptCall, needs: tuple[int, ...]) -> None:
+        status, generation, head, _, again, reason, slack, *_ = unpack_decision(call.reply)
         self.slack = int(slack)
         if status == 2:
-            self._agree(self.spec.target is None, "a target was forgotten")
+            self._require(self.spec.target is None, "a target was lost")
             return
         if status == LOST:
-            seen = struct.unpack_from("<d", asked.arguments[0])[0]  # type: ignore[arg-type]
-            older = seen > self.generation  # built by one who knew less, after the clock was set back
-            self._agree(self.state != "sound" or older, "a sound memory was given up")
+            seen = struct.unpack_from("<d", call.arguments[0])[0]  # type: ignore[arg-type]
+            older = seen > self.generation  # built by a client that knew less, after the clock was set back
+            self._require(self.state != "sound" or older, "sound state was discarded")
             self.state = "gone"
             return
-        self._agree(self.state != "gone", "permits from a lost memory")
+        self._require(self.state != "gone", "permits from lost state")
         self.generation = generation
-        grants = list(unpack_grants(asked.reply))
-        exact = self.exact(asked.at) and self.state == "sound"
+        grants = list(unpack_grants(call.reply))
+        exact = self.exact(call.at) and self.state == "sound"
         for (number, wait), need in zip(grants, needs, strict=False):
-            self._follow_grant(asked.at, int(number), round(wait), need, exact=exact)
-        self._agree(head == self.spec.head, f"the script counts {head} sends, and there are {self.spec.head}")
+            self._follow_grant(call.at, int(number), round(wait), need, exact=exact)
+        self._require(head == self.spec.head, f"the script counts {head} sends, not {self.spec.head}")
         if exact:
             hint = (None if again < 0 else round(again), WaitReason(int(reason)))
-            self._agree_on_the_rest(asked.at, needs[len(grants) :], hint, fresh=not grants)
+            self._require_denial(call.at, needs[len(grants) :], hint, fresh=not grants)
 
-    def _agree_to_wait(self, at: int) -> None:
-        """What is lost is back as soon as its permits are dead and, without a history, its windows over."""
+    def _check_rebuild_time(self, at: int) -> None:
+        """Recovery may take until permits expired and, without a history, the windows are over."""
         noticed = self.noticed.setdefault(self.current, at)
         longest = 0.35 if self.with_history else 0.35 + self.memory / MICRO
-        self._agree(at - noticed <= micros(4 * longest), f"the memory is lost for {at - noticed} us")
+        self._require(at - noticed <= micros(4 * longest), f"the state is lost for {at - noticed} us")
 
     def _follow_grant(self, at: int, number: int, wait: int, need: int, *, exact: bool) -> None:
         decision = self.spec.decide(at, need)
-        said = f"{decision.reason.name} says {self._in(decision, at)}"
-        what = f"send {number} is granted in {wait} us, where {said}"
-        self._agree(number == self.spec.head, f"send {number} is number {self.spec.head}")
-        self._agree(decision.moment is not None and decision.reason not in ONLY_AGAIN, what)
-        soonest = decision.moment or 0
-        grain = 0 if exact else 1  # a clock that was set is corrected to the microsecond
-        self._agree(at + wait >= soonest - grain, what)
-        self._agree(0 <= wait <= LOOK, what)
-        self._agree(not exact or at + wait == soonest, what)
+        expected = f"expected {self._in(decision, at)} us for {decision.reason.name}"
+        what = f"send {number} is granted in {wait} us, {expected}"
+        self._require(number == self.spec.head, f"send {number} should have number {self.spec.head}")
+        self._require(decision.send_at is not None and decision.reason not in ONLY_AGAIN, what)
+        soonest = decision.send_at or 0
+        grain = 0 if exact else 1  # a clock step is corrected to the microsecond
+        self._require(at + wait >= soonest - grain, what)
+        self._require(0 <= wait <= LOOK, what)
+        self._require(not exact or at + wait == soonest, what)
         self.spec.grant(at + wait, need)
 
-    def _agree_on_the_rest(
+    def _require_denial(
         self, at: int, left: tuple[int, ...], hint: tuple[int | None, WaitReason], *, fresh: bool
     ) -> None:
         again, reason = hint
         decision = self.spec.decide(at, left[0] if left else 0)
-        soonest = None if decision.moment is None else decision.moment - at
-        said = (
-            f"the next is said to wait {again} us for {reason.name}, not {soonest} for {decision.reason.name}"
-        )
-        if not left:  # only a hint: it may be too soon, never too late
+        soonest = None if decision.send_at is None else decision.send_at - at
+        what = f"the next send waits {again} us for {reason.name}, not {soonest} for {decision.reason.name}"
+        if not left:  # a prediction: it may be too early, never too late
             in_time = again is not None and soonest is not None and again <= soonest
-            self._agree(in_time or reason is decision.reason or again is None, said)
+            self._require(in_time or reason is decision.reason or again is None, what)
             return
-        held_back = decision.moment is None or decision.reason in ONLY_AGAIN or (soonest or 0) > LOOK
-        self._agree(held_back, said)
+        denied = decision.send_at is None or decision.reason in ONLY_AGAIN or (soonest or 0) > LOOK
+        self._require(denied, what)
         same = reason is decision.reason or {reason, decision.reason} <= TIMED
-        self._agree(same and (again == soonest or not fresh), said)
+        self._require(same and (again == soonest or not fresh), what)
 
-    def _follow_return(self, generation: float, number: int, used: float, unused: float) -> None:
+    def _follow_release(self, generation: float, number: int, used: float, unused: float) -> None:
         if generation == self.generation:
             if unused:
                 self.spec.cancel(number)
             else:
                 self.spec.release(number, None if used < 0 else int(used))
 
-    def _follow_heed(self, asked: Asked) -> None:
-        _, _, sign, rest, generation, number, *_, trips = struct.unpack("<10d", asked.arguments[0])  # type: ignore[arg-type]
+    def _follow_outcome(self, call: ScriptCall) -> None:
+        _, _, signal, cooldown, generation, number, *_, known_trips = struct.unpack("<10d", call.arguments[0])  # type: ignore[arg-type]
         known = int(number) if number >= 0 and generation == self.generation else None
-        if Signal(int(sign)) is Signal.RESTORE:
-            self.spec.breaker.trip = max(self.spec.breaker.trip, int(trips))
-        self.spec.record_outcome(asked.at, Signal(int(sign)), rest / MICRO, known)
-        _, failures, trip, _ = struct.unpack("<4d", asked.reply)
+        if Signal(int(signal)) is Signal.RESTORE:
+            self.spec.breaker.trips = max(self.spec.breaker.trips, int(known_trips))
+        self.spec.record_outcome(call.at, Signal(int(signal)), cooldown / MICRO, known)
+        _, failures, trips, _ = struct.unpack("<4d", call.reply)
         breaker = self.spec.breaker
-        if not self.exact(asked.at) and (failures, trip) != (
+        if not self.exact(call.at) and (failures, trips) != (
             breaker.failures,
-            breaker.trip,
-        ):  # it may still rest there
-            breaker.opened_at = self.spec.head if trip > breaker.trip else breaker.opened_at
-            breaker.failures, breaker.trip = int(failures), int(trip)
-        ours = (breaker.failures, breaker.trip)
-        self._agree((failures, trip) == ours, f"failures and trip are {(failures, trip)}, not {ours}")
+            breaker.trips,
+        ):  # it may still cool down there
+            breaker.opened_at = self.spec.head if trips > breaker.trips else breaker.opened_at
+            breaker.failures, breaker.trips = int(failures), int(trips)
+        ours = (breaker.failures, breaker.trips)
+        self._require((failures, trips) == ours, f"failures and trips are {(failures, trips)}, not {ours}")
 
-    def _follow_target(self, asked: Asked, taken: float, version: float, target: TrafficTarget) -> None:
-        wanted = struct.unpack_from("<d", asked.arguments[0])[0]  # type: ignore[arg-type]
+    def _follow_target(self, call: ScriptCall, taken: float, version: float, target: TrafficTarget) -> None:
+        wanted = struct.unpack_from("<d", call.arguments[0])[0]  # type: ignore[arg-type]
         allowed = wanted == 0 or wanted >= self.spec.version
-        self._agree(bool(taken) == allowed, f"version {wanted:.0f} against {self.spec.version:.0f}: {taken}")
+        self._require(bool(taken) == allowed, f"version {wanted:.0f} over {self.spec.version:.0f}: {taken}")
         if taken:
-            self._agree(version >= self.spec.version, "a version went back")
+            self._require(version >= self.spec.version, "a version decreased")
             self.spec.set_target(target, version)
-            self.changes.append(TargetChange(asked.at / MICRO, MODEL, target))
+            self.changes.append(TargetChange(call.at / MICRO, MODEL, target))
 
-    def _follow_rebuild(self, asked: Asked) -> None:
-        (built,) = struct.unpack("<d", asked.reply)
-        self._agree(bool(built), "the memory was not built")
-        alive = [
+    def _follow_rebuild(self, call: ScriptCall) -> None:
+        (built,) = struct.unpack("<d", call.reply)
+        self._require(bool(built), "the state was not rebuilt")
+        valid = [
             held
             for held in self.held
-            if held.sent_at is None and not held.permit.returned and not self._dead(held)
+            if held.sent_at is None and not held.permit.returned and not self._expired(held)
         ]
-        self._agree(not alive, f"it is rebuilt while {len(alive)} permits are still out")
-        moments = asked.arguments[1]
-        told_at, clock = self.clock_told
+        self._require(not valid, f"rebuilt while {len(valid)} permits are valid")
+        send_times = call.arguments[1]
+        read_at, clock = self.clock_reading
         holder = micros(SETTINGS.max_call_seconds)
         sends = []
-        for number, (moment,) in enumerate(struct.iter_unpack("<d", moments)):  # type: ignore[arg-type]
-            true = told_at + round(moment - clock)
+        for number, (send_at,) in enumerate(struct.iter_unpack("<d", send_times)):  # type: ignore[arg-type]
+            true = read_at + round(send_at - clock)
             sends.append(Send(number, true, 0, true + holder, true))
         ordered = sorted(self.rows, key=lambda row: -row.age_seconds_latest)
-        self._agree(len(ordered) == len(sends), "the history was not taken whole")
+        self._require(len(ordered) == len(sends), "calls of the history are missing")
         for send, row in zip(sends, ordered, strict=True):
             send.tokens, send.returned = row.tokens, not row.open
             soonest = self.rows_at - round(row.age_seconds_latest * MICRO)
-            self._agree(send.moment >= soonest - 1, "a past call is held to be older than it is")
-        *_, rests, trips = struct.unpack("<6d", asked.arguments[0])  # type: ignore[arg-type]
-        self.spec.rebuild(sends, asked.at + round(rests) if rests > 0 else 0, int(trips))
+            self._require(send.send_at >= soonest - 1, "a past call counts as older than it is")
+        *_, cooldown, trips = struct.unpack("<6d", call.arguments[0])  # type: ignore[arg-type]
+        self.spec.rebuild(sends, call.at + round(cooldown) if cooldown > 0 else 0, int(trips))
         self.rows = []
         self.state = "sound"
         self.noticed.clear()
-        since = struct.unpack_from("<2d", asked.arguments[0])[1]  # type: ignore[arg-type]
-        self.known_from = told_at + round(since - clock) if since > 0 else 0
+        since = struct.unpack_from("<2d", call.arguments[0])[1]  # type: ignore[arg-type]
+        self.known_from = read_at + round(since - clock) if since > 0 else 0
 
     def _in(self, decision: Decision, at: int) -> int | None:
-        return None if decision.moment is None else decision.moment - at
+        return None if decision.send_at is None else decision.send_at - at
 
-    def _agree(self, so: bool, otherwise: str) -> None:
-        if not so:
-            raise Difference(
-                f"step {self.steps} {[(asked.verb, asked.at) for asked in self.redis.asked]}, "
-                f"at {self.now} with {self.spec.target}: {otherwise}"
+    def _require(self, condition: bool, message: str) -> None:
+        if not condition:
+            raise Mismatch(
+                f"step {self.steps} {[(call.verb, call.at) for call in self.redis.calls]}, "
+                f"at {self.now} with {self.spec.target}: {message}"
             )

@@ -1,4 +1,4 @@
-"""A long random walk through a `World`: the same seed takes the same steps."""
+"""Random walks through a `World`, reproducible by seed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from router.task import Outcome
 from tests.support.limiter.redis import Connection
-from tests.support.limiter.world import Difference, Held, World
+from tests.support.limiter.world import IssuedPermit, Mismatch, World
 
 PALETTES = [
     ["3/s, burst", "5/s", "2/s, burst", "0"],
@@ -32,7 +32,7 @@ SMALL_CHUNKS = ("SENDS, BITMAP = 16, 2", "KEPT_CHUNKS = 2", "LONG_WALK = 1")
 
 @dataclass(frozen=True)
 class Walk:
-    """How one episode walks: what its world knows, and what may happen in it."""
+    """Settings of one walk: its targets, and the faults that may happen."""
 
     seed: int
     lines: tuple[str, ...]
@@ -43,12 +43,12 @@ class Walk:
     failing: bool = False
     with_history: bool = True
     travel: bool = False
-    small_chunks: bool = False  # so that sends cross from one to the next all the time
+    small_chunks: bool = False  # so that sends often cross chunks
     bulk: int = 4
 
     @classmethod
-    def drawn(cls, seed: int, *, forward: bool = True) -> Walk:
-        """The walk of this seed; about half of them in a world where nothing goes wrong."""
+    def random(cls, seed: int, *, forward: bool = True) -> Walk:
+        """Returns the walk of a seed; about half of them have no faults."""
         chance = random.Random(seed)
         walk = cls(
             seed,
@@ -70,20 +70,20 @@ class Walk:
 
 
 async def take(walk: Walk, connection: Connection, script: str) -> World:
-    """Walk to the end; Difference names the seed and the last steps."""
-    for usual, small in zip(CHUNKS, SMALL_CHUNKS, strict=True) if walk.small_chunks else ():
-        assert script.count(usual) == 1
-        script = script.replace(usual, small)
+    """Takes all steps. Mismatch names the seed and the last steps."""
+    for normal, small in zip(CHUNKS, SMALL_CHUNKS, strict=True) if walk.small_chunks else ():
+        assert script.count(normal) == 1
+        script = script.replace(normal, small)
     world = World(connection, script, list(walk.lines), with_history=walk.with_history)
     steps = _Steps(walk, world)
     try:
         await world.set_target(0, walk.lines[0])
         for _ in range(walk.steps):
             await steps.one()
-        world.judge_the_door()
-    except Difference as difference:
-        told = "\n  ".join(steps.told[-25:])
-        raise Difference(f"{walk}\n  {told}\n{difference}") from difference
+        world.judge_arrivals()
+    except Mismatch as difference:
+        steps_taken = "\n  ".join(steps.log[-25:])
+        raise Mismatch(f"{walk}\n  {steps_taken}\n{difference}") from difference
     return world
 
 
@@ -91,24 +91,24 @@ class _Steps:
     def __init__(self, walk: Walk, world: World) -> None:
         self.walk, self.world = walk, world
         self.chance = random.Random(walk.seed * 7 + 1)
-        self.told: list[str] = []
+        self.log: list[str] = []
         kinds = {
             "reserve": 30,
             "pass": 20,
             "send": 22,
             "end": 14,
             "cancel": 5,
-            "again": 2,
+            "release_again": 2,
             "target": 2,
-            "rest": 0.4,
+            "cool_down": 0.4,
             "outcome": 1.0 + 4 * walk.failing,
-            "look": 1.5,
+            "snapshot": 1.5,
             "forget_scripts": 0.2,
             "save": 0.5 * walk.losses,
             "lose": 0.7 * walk.losses,
             "back": 0.7 * walk.back,
             "forward": 0.7 * walk.forward,
-            "newcomer": 0.3 * walk.with_history,
+            "new_client": 0.3 * walk.with_history,
         }
         self.kinds, self.weights = list(kinds), list(kinds.values())
 
@@ -116,14 +116,14 @@ class _Steps:
         (kind,) = self.chance.choices(self.kinds, self.weights)
         if self.walk.travel:
             self.world.travels = [self.chance.choice([0, 0, 100, 5_000, 12_000]) for _ in range(8)]
-        said = await getattr(self, f"_{kind}")()
-        self.told.append(f"{self.world.now} {kind} {said or ''}")
+        result = await getattr(self, f"_{kind}")()
+        self.log.append(f"{self.world.now} {kind} {result or ''}")
 
     def _who(self) -> int:
-        return self.chance.randrange(len(self.world.everyone))
+        return self.chance.randrange(len(self.world.limiters))
 
-    def _open(self) -> Held | None:
-        """A permit, most likely a recent one."""
+    def _open(self) -> IssuedPermit | None:
+        """Returns a recent permit."""
         held = self.world.held[-12:]
         return self.chance.choice(held) if held else None
 
@@ -131,23 +131,23 @@ class _Steps:
         count = self.chance.randint(1, self.walk.bulk)
         needs = tuple(self.chance.choice([0, 1, 5, 10, 20]) for _ in range(count))
         made = await self.world.reserve(self._knowing(), needs)
-        return f"{needs} {[held.moment for held in made]}"
+        return f"{needs} {[held.send_at for held in made]}"
 
     def _knowing(self) -> int:
-        """Without a history only those who had seen a lost model can know that it is lost."""
+        """Without a history only clients that had seen a model can detect its loss."""
         who = self._who()
         if self.walk.with_history or self.world.state == "sound":
             return who
-        return max(range(len(self.world.everyone)), key=self.world.seen)
+        return max(range(len(self.world.limiters)), key=self.world.seen)
 
     async def _pass(self) -> str:
         world = self.world
-        moments = [held.moment for held in world.held[-5:] if held.moment > world.now]
+        send_times = [held.send_at for held in world.held[-5:] if held.send_at > world.now]
         kind = self.chance.random()
-        if kind < 0.25 and moments:
-            micro = moments[0] - world.now + self.chance.choice([0, 0, 1, 24_000, 25_000, 26_000])
+        if kind < 0.25 and send_times:
+            micro = send_times[0] - world.now + self.chance.choice([0, 0, 1, 24_000, 25_000, 26_000])
         elif kind < 0.5:
-            again = world.spec.decide(world.now, 0).moment or world.now
+            again = world.spec.decide(world.now, 0).send_at or world.now
             micro = again - world.now + self.chance.choice([0, -1, 1, -250_000, -250_001])
         elif kind < 0.97:
             micro = self.chance.choice([1, 1_000, 20_000, 100_000, 400_000, 900_000])
@@ -161,32 +161,32 @@ class _Steps:
         if held is None:
             return ""
         world = self.world
-        if held.sent_at is None and held.moment > world.now:
-            world.now = held.moment + self.chance.choice([0, 0, 24_999, 25_000])
+        if held.sent_at is None and held.send_at > world.now:
+            world.now = held.send_at + self.chance.choice([0, 0, 24_999, 25_000])
         if self.chance.random() < 0.1:
-            world.pass_time(2_000_000)  # the loop stalled
-        return f"{held.moment} {world.send(held, self.chance.choice([0, world.transit, world.transit]))}"
+            world.pass_time(2_000_000)  # the event loop stalled
+        return f"{held.send_at} {world.send(held, self.chance.choice([0, world.transit, world.transit]))}"
 
     async def _end(self) -> str:
         held = self._open()
         used = self.chance.choice([None, 0, 3, 10, 25])
         if held is not None:
             await self.world.end(held, used, self.chance.choice([1, 1, 2]))
-        return f"{held and held.moment} {used}"
+        return f"{held and held.send_at} {used}"
 
     async def _cancel(self) -> str:
         held = self.world.held[-1] if self.world.held and self.chance.random() < 0.5 else self._open()
         if held is not None:
             await self.world.cancel(held, self.chance.choice([1, 1, 2]))
-        return f"{held and held.moment}"
+        return f"{held and held.send_at}"
 
-    async def _again(self) -> str:
+    async def _release_again(self) -> str:
         held = self._open()
         if held is not None:
             await self.world.end_again(
                 held, self.chance.choice([None, 0, 30]), unused=self.chance.random() < 0.5
             )
-        return f"{held and held.moment}"
+        return f"{held and held.send_at}"
 
     async def _target(self) -> str:
         line = self.chance.choice(self.walk.lines)
@@ -196,7 +196,7 @@ class _Steps:
         await self.world.set_target(self._who(), line, version)
         return f"{line} {version}"
 
-    async def _rest(self) -> str:
+    async def _cool_down(self) -> str:
         seconds = self.chance.choice([0, 0.3, 1.0, 2.5])
         await self.world.cool_down(self._who(), seconds)
         return str(seconds)
@@ -214,10 +214,10 @@ class _Steps:
         seconds = self.chance.choice([None, 0.4])
         held = self.chance.choice([None, self._open()])
         await self.world.record_outcome(self._who(), outcome, seconds, held)
-        return f"{outcome} {seconds} {held and held.moment}"
+        return f"{outcome} {seconds} {held and held.send_at}"
 
-    async def _look(self) -> None:
-        await self.world.look(self._who())
+    async def _snapshot(self) -> None:
+        await self.world.check_snapshot(self._who())
 
     async def _forget_scripts(self) -> None:
         self.world.forget_scripts()
@@ -236,9 +236,9 @@ class _Steps:
         elif kind == "chunk":
             world.lose_chunk(self.chance.randrange(10))
         elif kind != "rolled back":
-            world.restart(memory=kind)
+            world.restart(state=kind)
         elif world.roll_back():
-            await world.reserve(max(range(len(world.everyone)), key=world.seen), (0,))
+            await world.reserve(max(range(len(world.limiters)), key=world.seen), (0,))
         return kind
 
     async def _back(self) -> str:
@@ -249,25 +249,25 @@ class _Steps:
     async def _forward(self) -> str:
         micro = self.chance.choice([500_000, 5_000_000, HOURS, 24 * HOURS])
         self.world.jump(micro)
-        await self.world.reserve(max(range(len(self.world.everyone)), key=self.world.seen), (0,))
+        await self.world.reserve(max(range(len(self.world.limiters)), key=self.world.seen), (0,))
         return str(micro)
 
-    async def _newcomer(self) -> None:
+    async def _new_client(self) -> None:
         self.world.restart_client(self._who())
 
 
-def walks(connection: Connection, script: str, drawn: list[Walk]) -> tuple[int, int]:
-    """Take all of them in one loop; the number of steps and of permits."""
+def walks(connection: Connection, script: str, several: list[Walk]) -> tuple[int, int]:
+    """Takes all walks; returns the number of steps and of permits."""
 
-    async def all_of_them() -> tuple[int, int]:
+    async def take_all() -> tuple[int, int]:
         steps = permits = 0
-        for walk in drawn:
+        for walk in several:
             world = await take(walk, connection, script)
             steps, permits = steps + walk.steps, permits + len(world.held)
         return steps, permits
 
     loop = asyncio.new_event_loop()
     try:
-        return loop.run_until_complete(all_of_them())
+        return loop.run_until_complete(take_all())
     finally:
         loop.close()

@@ -1,4 +1,4 @@
-"""The real Redis as the limiter's client sees it, with its clock in our hands: no waiting, any clock."""
+"""Client of a real Redis whose clock the test controls."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Reply = Any
 
 
 def with_our_clock(script: str) -> str:
-    """The script with Redis's clock replaced; it must be read in exactly one place."""
+    """Returns the script with its single read of Redis's clock replaced."""
     assert script.count(CLOCK) == 1
     return script.replace(CLOCK, OUR_CLOCK)
 
 
 class Connection:
-    """A blocking connection: a round trip in some 30 microseconds."""
+    """Blocking connection, with round trips of about 30 microseconds."""
 
     def __init__(self, server: RedisServer) -> None:
         self.server = server
@@ -35,8 +35,8 @@ class Connection:
         self._replies.close()
         self._socket.close()
 
-    def hears(self, seconds: float) -> bool:
-        """Whether something more comes within so long."""
+    def receives(self, seconds: float) -> bool:
+        """Whether another message arrives within `seconds`."""
         self._socket.settimeout(seconds)
         try:
             return bool(self._socket.recv(1, socket.MSG_PEEK))
@@ -44,7 +44,7 @@ class Connection:
             return False
 
     def ask(self, *commands: tuple[bytes | str | int, ...]) -> Reply:
-        """The reply to the last of the commands, all sent in one go."""
+        """Sends the commands in one pipeline, and returns the last reply."""
         parts: list[bytes] = []
         for command in commands:
             parts.append(b"*%d\r\n" % len(command))
@@ -75,8 +75,8 @@ class Connection:
 
 
 @dataclass
-class Asked:
-    """One script call as it happened: at which true time, and what it was and became."""
+class ScriptCall:
+    """One call of the script, at true time `at`, with its reply."""
 
     at: int
     verb: str
@@ -86,15 +86,15 @@ class Asked:
 
 @dataclass
 class ScriptRedis:
-    """What `RedisScript` needs of a client. `wall` is Redis's clock, `travel` lets time pass on the way."""
+    """The part of a client that `RedisScript` uses. `wall` is Redis's clock; `travel` passes transit time."""
 
     connection: Connection
     wall: Callable[[], int]
     now: Callable[[], int]
     travel: Callable[[], None]
-    asked: list[Asked] = field(default_factory=list)
+    calls: list[ScriptCall] = field(default_factory=list)
     run: int = 1
-    _told: int = -1
+    _clock_set_to: int = -1
 
     async def execute_command(self, *command: Any, **_options: Any) -> Reply:
         if command[0] == "INFO":
@@ -104,16 +104,16 @@ class ScriptRedis:
         self.travel()
         wall = self.wall()
         commands = [command]
-        if wall != self._told:
+        if wall != self._clock_set_to:
             seconds, rest = divmod(wall, 1_000_000)
             commands.insert(0, ("HSET", "clock", "seconds", seconds, "micros", rest))
         reply = self.connection.ask(*commands)
-        self._told = wall
-        self.asked.append(Asked(self.now(), command[4], command[5:], reply))
+        self._clock_set_to = wall
+        self.calls.append(ScriptCall(self.now(), command[4], command[5:], reply))
         self.travel()
         return reply
 
     def do(self, *command: bytes | str | int) -> Reply:
-        """Any command, outside of the limiter."""
-        self._told = -1
+        """Runs any command, bypassing the limiter."""
+        self._clock_set_to = -1
         return self.connection.ask(command)

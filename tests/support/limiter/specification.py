@@ -1,14 +1,14 @@
-"""The limiter as one would explain it: a list of sends, counted one by one. Slow, and obviously right.
+"""Specification of the limiter: a plain list of sends, counted one by one. Slow and simple.
 
-All times are whole microseconds of true time: of a clock that neither jumps nor stops. The specification says
-at which moment a call may be sent at the soonest; the script must say the same, number by number.
+All times are whole microseconds of true time, of a clock that never steps. The specification determines the
+earliest send time of each call; the script must return the same.
 
-- A send counts from its moment on for a period: its window, the send slack of the target in force now or when
-  it was decided, whichever is longer, and the window's transit slack. Then it counts no longer: windows are
-  half-open. When a target with a shorter slack comes, what was sent before counts with the longest so far.
-- Tokens count as they were reserved, and as used once the call is released; a cancelled send counts nowhere.
-- A call runs from its decision until it is released or cancelled, at the longest until its `end`.
-- Moments never decrease, and paced ones keep a gap; after the latest was cancelled, from the one before it.
+- A send counts from its send time for a period: its window, the window's transit slack, and the longer of the
+  send slacks of the current target and of the one it was decided with. Windows are half-open. When a target
+  with a shorter slack is applied, earlier sends count with the longest slack so far.
+- Tokens count as reserved, and as used once the call is released. A cancelled send does not count.
+- A call is in flight from its decision until it is released or cancelled, at most until its `end`.
+- Send times never decrease, and paced ones keep a gap; after the latest is cancelled, from the one before it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TIMED = frozenset({WaitReason.WINDOW, WaitReason.TOKENS, WaitReason.COOLING_DOWN
 
 
 def micros(seconds: float) -> int:
-    """`seconds` as the nearest whole number of microseconds."""
+    """Converts seconds to whole microseconds."""
     return round(seconds * MICRO)
 
 
@@ -36,106 +36,106 @@ class Send:
     """One granted permit."""
 
     number: int
-    moment: int
+    send_at: int
     tokens: int
     end: int
-    dead: int  # the latest moment at which it may have been sent
+    expires: int  # the latest time at which it may be sent
     cancelled: bool = False
     returned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The soonest moment of one more send, None if only a change can help; and what it waits for."""
+    """Earliest time of the next send (None if only a change can help), and what it waits for."""
 
-    moment: int | None
+    send_at: int | None
     reason: WaitReason
 
 
 @dataclass
 class Breaker:
-    """Doubt about a model: opened by failures in a row, each time for longer, and probed call by call."""
+    """Circuit breaker: opened by failures in a row, each time for longer, then probed by single calls."""
 
-    trip: int = 0
+    trips: int = 0
     failures: int = 0
-    opened_at: int = 0  # the number that the next send had: earlier ones say nothing about the probes
+    opened_at: int = 0  # number of the next send then: earlier calls do not affect the probe
     probe: int | None = None
     probe_end: int = 0
 
-    def says_nothing(self, number: int | None, *, resting: bool) -> bool:
-        """Whether a call was sent before the breaker opened, as far as anybody knows."""
-        return self.trip > 0 and (resting if number is None else number < self.opened_at)
+    def is_stale(self, number: int | None, *, cooling_down: bool) -> bool:
+        """Whether a call was sent, as far as known, before the breaker opened."""
+        return self.trips > 0 and (cooling_down if number is None else number < self.opened_at)
 
-    def good(self) -> None:
-        self.trip = self.failures = 0
+    def success(self) -> None:
+        self.trips = self.failures = 0
 
-    def bad(self, head: int, settings: BreakerSettings) -> float:
-        """One more failure; the seconds of rest if it opens the breaker (anew)."""
+    def failure(self, head: int, settings: BreakerSettings) -> float:
+        """Records a failure; returns the seconds of cool-down if it opens the breaker."""
         self.failures += 1
-        if not self.trip and self.failures < settings.failure_threshold:
+        if not self.trips and self.failures < settings.failure_threshold:
             return 0.0
-        self.trip, self.failures, self.opened_at = self.trip + 1, 0, head
+        self.trips, self.failures, self.opened_at = self.trips + 1, 0, head
         self.probe, self.probe_end = None, 0
         return float(
-            min(settings.max_cooldown_seconds, settings.initial_cooldown_seconds * 2 ** (self.trip - 1))
+            min(settings.max_cooldown_seconds, settings.initial_cooldown_seconds * 2 ** (self.trips - 1))
         )
 
     def ended(self, number: int | None) -> None:
-        """The probe is over, however it went: another may go."""
-        if self.trip and number is not None and number == self.probe:
+        """Ends the probe, whatever its outcome."""
+        if self.trips and number is not None and number == self.probe:
             self.probe, self.probe_end = None, 0
 
 
 @dataclass
 class LimiterSpec:
-    """One model's limiter. `now` is always given, and never decreases."""
+    """Limiter of one model. `now` never decreases."""
 
     settings: LimiterSettings
     target: TrafficTarget | None = None
     version: float = 0
     sends: list[Send] = field(default_factory=list)
     head: int = 0
-    rest_until: int = 0
-    late_seconds: float = 0.0  # the longest slack of targets before the one in force, and when the last
-    late_until: int = 0  # permit of theirs was dead
+    cooldown_until: int = 0
+    late_seconds: float = 0.0  # longest slack of earlier targets, and when the last
+    late_until: int = 0  # of their permits expires
     breaker: Breaker = field(default_factory=Breaker)
 
-    # -- what operators and backends say ----
+    # -- targets and outcomes ----
 
     def set_target(self, target: TrafficTarget, version: float) -> None:
-        """From now on `target` judges all that was sent; an older version than the one in force loses."""
+        """Applies a target to all sends; a version older than the applied one is ignored."""
         if version < self.version:
             return
         before = self.settings.send_slack(self.target) if self.target is not None else 0.0
         if before > self.settings.send_slack(target) and self.sends:
             self.late_seconds = max(self.late_seconds, before)
             for send in self.sends:
-                send.dead = send.moment + micros(self.late_seconds)
-            self.late_until = self.sends[-1].dead
+                send.expires = send.send_at + micros(self.late_seconds)
+            self.late_until = self.sends[-1].expires
         self.target, self.version = target, version
 
     def cool_down(self, now: int, seconds: float) -> None:
-        """Nothing is sent for so long; a shorter rest does not end a longer one."""
-        self.rest_until = max(self.rest_until, now + micros(seconds))
+        """Starts a cool-down; a shorter one does not end a longer one."""
+        self.cooldown_until = max(self.cooldown_until, now + micros(seconds))
 
-    def record_outcome(self, now: int, sign: Signal, seconds: float, number: int | None) -> None:
-        """What a call came to; `number` is its send, None if that is not known."""
-        if sign is Signal.COOL_DOWN and seconds <= 0:  # an end of all doubt
-            self.rest_until = 0
-            self.breaker.good()
-        elif not self.breaker.says_nothing(number, resting=self.rest_until > now):
-            if sign is Signal.SUCCESS:
-                self.breaker.good()
-            elif sign is Signal.FAILURE:
-                self.cool_down(now, self.breaker.bad(self.head, self.settings.breaker))
+    def record_outcome(self, now: int, signal: Signal, seconds: float, number: int | None) -> None:
+        """Records an outcome; `number` is the call's send, None if unknown."""
+        if signal is Signal.COOL_DOWN and seconds <= 0:  # an operator ends the cool-down
+            self.cooldown_until = 0
+            self.breaker.success()
+        elif not self.breaker.is_stale(number, cooling_down=self.cooldown_until > now):
+            if signal is Signal.SUCCESS:
+                self.breaker.success()
+            elif signal is Signal.FAILURE:
+                self.cool_down(now, self.breaker.failure(self.head, self.settings.breaker))
         if seconds > 0:
             self.cool_down(now, seconds)
         self.breaker.ended(number)
 
     # -- sends ----
 
-    def decide(self, now: int, tokens: int) -> Decision:  # noqa: PLR0911 - one return a reason
-        """When one more send of so many tokens may leave."""
+    def decide(self, now: int, tokens: int) -> Decision:  # noqa: PLR0911 - one return per reason
+        """Decides when one more send with these tokens may leave."""
         target = self.target
         if target is None:
             return Decision(None, WaitReason.NO_TARGET)
@@ -146,31 +146,33 @@ class LimiterSpec:
         if target.at_once is not None and self.running(now) >= target.at_once:
             ends = [send.end for send in self.sends if not send.returned and send.end > now]
             return Decision(min(ends), WaitReason.CONCURRENCY)
-        if self.breaker.trip and self.breaker.probe_end > now:
+        if self.breaker.trips and self.breaker.probe_end > now:
             return Decision(self.breaker.probe_end, WaitReason.HALF_OPEN)
-        least = max(now, self.rest_until)
+        least = max(now, self.cooldown_until)
         if self.sends:
-            least = max(least, self.sends[-1].moment + micros(target.gap_seconds))
-        moment = self._first_that_fits(target, least, tokens)
-        if moment > self._first_that_fits(TrafficTarget(requests=target.requests), least, 0):
-            return Decision(moment, WaitReason.TOKENS)
+            least = max(least, self.sends[-1].send_at + micros(target.gap_seconds))
+        send_at = self._first_that_fits(target, least, tokens)
+        if send_at > self._first_that_fits(TrafficTarget(requests=target.requests), least, 0):
+            return Decision(send_at, WaitReason.TOKENS)
         return Decision(
-            moment, WaitReason.COOLING_DOWN if moment == self.rest_until > now else WaitReason.WINDOW
+            send_at, WaitReason.COOLING_DOWN if send_at == self.cooldown_until > now else WaitReason.WINDOW
         )
 
-    def grant(self, moment: int, tokens: int) -> Send:
-        """Record a send that was decided."""
+    def grant(self, send_at: int, tokens: int) -> Send:
+        """Records a granted send."""
         holder = micros(self.settings.max_call_seconds)
         slack = 0.0 if self.target is None else self.settings.send_slack(self.target)
-        send = Send(self.head, moment, tokens, moment + holder, max(moment + micros(slack), self.late_until))
+        send = Send(
+            self.head, send_at, tokens, send_at + holder, max(send_at + micros(slack), self.late_until)
+        )
         self.sends.append(send)
         self.head += 1
-        if self.breaker.trip:
+        if self.breaker.trips:
             self.breaker.probe, self.breaker.probe_end = send.number, send.end
         return send
 
     def release(self, number: int, used: int | None) -> None:
-        """The call ended having used so many tokens (None: as reserved). Only the first return counts."""
+        """Ends a call that used these tokens (None: as reserved). Only the first return counts."""
         self.breaker.ended(number)
         send = self._find(number)
         if send is not None and not send.returned:
@@ -178,38 +180,38 @@ class LimiterSpec:
             send.tokens = send.tokens if used is None else used
 
     def cancel(self, number: int) -> None:
-        """Nothing was sent by this permit; if nothing followed, the pace goes on from the send before it."""
+        """Cancels a send; if it was the latest, pacing continues from the one before it."""
         self.breaker.ended(number)
         send = self._find(number)
         if send is None or send.returned:
             return
         send.returned = send.cancelled = True
         if send is self.sends[-1] and len(self.sends) > 1:
-            send.moment = self.sends[-2].moment
+            send.send_at = self.sends[-2].send_at
 
-    # -- what is there ----
+    # -- queries ----
 
     def running(self, now: int) -> int:
-        """Calls that may be at work."""
+        """Counts the calls in flight."""
         return sum(not send.returned and send.end > now for send in self.sends)
 
     def counted(self, window_seconds: int, at: int) -> list[Send]:
-        """The sends that count in a window at this moment."""
+        """Returns the sends that count in a window at this time."""
         return [send for send in self.sends if not send.cancelled and at < self.leaves(send, window_seconds)]
 
     def leaves(self, send: Send, window_seconds: int) -> int:
-        """When a send counts no longer: late by today's slack, or by its own if that was longer."""
+        """Returns when a send leaves a window: with the current slack, or with its own if that is longer."""
         assert self.target is not None
         slack, transit = self.settings.send_slack(self.target), self.settings.slacks(window_seconds).transit
-        today = send.moment + micros(window_seconds + slack + transit)
-        return max(today, send.dead - micros(slack) + micros(window_seconds + slack + transit))
+        today = send.send_at + micros(window_seconds + slack + transit)
+        return max(today, send.expires - micros(slack) + micros(window_seconds + slack + transit))
 
     def _first_that_fits(self, target: TrafficTarget, least: int, tokens: int) -> int:
-        """Later is never worse: nothing is added, and what is there leaves. So the first change that fits."""
+        """Finds the first time that fits. Usage only decreases, so a bisection over the changes suffices."""
         windows = {limit.window_seconds for limit in (*target.requests, *target.tokens)}
         changes = {self.leaves(send, window) for send in self.sends for window in windows}
-        moments = [least, *sorted(change for change in changes if change > least)]
-        return moments[bisect.bisect_left(moments, True, key=lambda at: self._fits(target, at, tokens))]
+        send_times = [least, *sorted(change for change in changes if change > least)]
+        return send_times[bisect.bisect_left(send_times, True, key=lambda at: self._fits(target, at, tokens))]
 
     def _fits(self, target: TrafficTarget, at: int, tokens: int) -> bool:
         for limit in target.requests:
@@ -225,16 +227,16 @@ class LimiterSpec:
             return None
         return self.sends[number - self.sends[0].number]
 
-    # -- memory ----
+    # -- recovery ----
 
-    def rebuild(self, sends: Iterable[Send], rest_until: int, trip: int) -> None:
-        """Begin anew with these sends, oldest first: numbers start again, and what was out is dead."""
+    def rebuild(self, sends: Iterable[Send], cooldown_until: int, trips: int) -> None:
+        """Starts again with these sends, oldest first; outstanding permits are void."""
         self.sends = list(sends)
         self.head = len(self.sends)
-        self.rest_until, self.breaker = rest_until, Breaker(trip)
+        self.cooldown_until, self.breaker = cooldown_until, Breaker(trips)
         self.late_seconds, self.late_until = 0.0, 0
 
     def forget_before(self, at: int) -> None:
-        """Drop sends that no window can hold any more, to stay quick; the latest stays for the pace."""
-        old = bisect.bisect_left(self.sends, at, key=lambda send: send.moment)
+        """Drops sends that left all windows, for speed; the latest is kept for pacing."""
+        old = bisect.bisect_left(self.sends, at, key=lambda send: send.send_at)
         del self.sends[: max(0, min(old, len(self.sends) - 2))]

@@ -1,7 +1,7 @@
-"""Some clients, one real Redis, and the specification beside it: whatever is asked of both must agree.
+"""Several clients on one real Redis, compared step by step with the specification.
 
-Time passes only when a step says so. Every step may be asked for in any order; `World` compares each reply of
-the script with the specification, each permit with the clock rules, and at the end the door with the judge.
+Time passes only in explicit steps, which may come in any order. `World` compares each reply of the script
+with the specification, each permit with the clock rules, and finally has the judge check all arrivals.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from tests.support.limiter.following import (
     SETTINGS,
     SETTLE_SECONDS,
     SHORT_WAY,
-    Difference,
     Following,
-    Held,
+    IssuedPermit,
+    Mismatch,
 )
 from tests.support.limiter.redis import Connection, ScriptRedis, with_our_clock
 from tests.support.limiter.specification import MICRO, LimiterSpec, micros
 
 
 async def reserve_many(limiter: TrafficLimiter, tokens: tuple[int, ...]) -> tuple[list[Permit], Wait]:
-    """Reserves a permit per element of `tokens`, in one round trip."""
+    """Reserves a permit per element of `tokens`, in one round trips."""
     return await limiter._reservations.reserve_many(limiter._tracker.state(MODEL), tokens)
 
 
 @dataclass
 class World(Following):
-    """`lines` are the targets that this world will know: they say how long anything can be remembered."""
+    """Simulated deployment. `lines` are all targets that will be set: they determine how long sends count."""
 
     connection: Connection
     script: str
@@ -54,16 +54,16 @@ class World(Following):
         self.redis = ScriptRedis(self.connection, self._wall, lambda: self.now, self._travel)
         self.redis.do("FLUSHALL")
         self.spec = LimiterSpec(SETTINGS)
-        self.everyone: list[TrafficLimiter] = []
-        self.offsets = [0, 3 * 3600 * MICRO, -700 * MICRO]  # clients' clocks have nothing in common
+        self.limiters: list[TrafficLimiter] = []
+        self.offsets = [0, 3 * 3600 * MICRO, -700 * MICRO]  # clients' clocks do not agree
         self.current = 0
-        self.held: list[Held] = []
+        self.held: list[IssuedPermit] = []
         self.changes: list[TargetChange] = []
-        self.state = "gone"  # "sound": the script must know all; "doubtful": it may find out that it does not
+        self.state = "gone"  # "sound": the script has all sends; "doubtful": it may detect a loss
         self.generation = 0.0
-        self.clock_told = (0, 0.0)
-        self.noticed: dict[int, int] = {}  # who knows of a loss, and since when
-        self.jumped = False  # since Redis was last asked
+        self.clock_reading = (0, 0.0)
+        self.noticed: dict[int, int] = {}  # client -> since when it knows of the loss
+        self.jumped = False  # since the last call
         self.disturbed_until = 0
         self.known_from = 0
         self.rows: list[PastCall] = []
@@ -81,7 +81,7 @@ class World(Following):
             )
         )
         for _ in range(self.clients):
-            self.everyone.append(self._newcomer())
+            self.limiters.append(self._new_limiter())
 
     # -- time ----
 
@@ -91,25 +91,25 @@ class World(Following):
     def _travel(self) -> None:
         took = self.travels.pop() if self.travels else 0
         self.now += took
-        self.jumped = self.jumped or took > SHORT_WAY  # for Redis as if its clock had been set forward
+        self.jumped = self.jumped or took > SHORT_WAY  # to the script, a step ahead
 
     def monotonic(self) -> float:
-        """The clock of the client that acts now."""
+        """Clock of the client that acts now."""
         return (self.now + self.offsets[self.current]) / MICRO
 
     def pass_time(self, micro: int) -> None:
         self.now += micro
 
     def jump(self, micro: int) -> None:
-        """Redis's clock is set, forward or back; everybody else's goes on."""
+        """Steps Redis's clock, ahead or back; all other clocks continue."""
         self.skew += micro
         self.jumped = True
         if micro < 0:
-            self.noticed.clear()  # a loss that was noticed later than now begins anew
+            self.noticed.clear()  # a loss noticed later than now starts again
 
     # -- clients ----
 
-    def _newcomer(self) -> TrafficLimiter:
+    def _new_limiter(self) -> TrafficLimiter:
         history = self._history if self.with_history else None
         redis: Any = self.redis
         client = TrafficLimiter(redis, history, settings=SETTINGS, clock=self.monotonic)
@@ -117,13 +117,13 @@ class World(Following):
         return client
 
     def restart_client(self, who: int) -> None:
-        """A new process in the place of another one: it has seen nothing, and what the old one held dies."""
+        """Replaces a process by a new one that has seen nothing; permits of the old one are lost."""
         self.noticed.pop(who, None)
-        self.everyone[who] = self._newcomer()
+        self.limiters[who] = self._new_limiter()
 
     def seen(self, who: int) -> tuple[float, float]:
-        """The newest that a client has seen of the model."""
-        seen = self.everyone[who]._tracker.state(MODEL)
+        """Returns the latest generation and head that a client has seen."""
+        seen = self.limiters[who]._tracker.state(MODEL)
         return (seen.generation, seen.head)
 
     async def _history(self, _model: str, seconds: float) -> list[PastCall]:
@@ -132,42 +132,42 @@ class World(Following):
             if held.sent_at is not None and held.sent_at > self.now - seconds * MICRO:
                 age = (self.now - held.sent_at) / MICRO
                 self.rows.append(PastCall(age, held.permit.tokens, held.ended_at is None))
-            elif held.sent_at is None and not self._dead(held):  # logged before it is sent
+            elif held.sent_at is None and not self._expired(held):  # calls are logged before they are sent
                 self.rows.append(PastCall(0.0, held.permit.tokens, open=True))
         self.rows_at = self.now
         return self.rows
 
-    def _dead(self, held: Held) -> bool:
+    def _expired(self, held: IssuedPermit) -> bool:
         return held.permit.expires_at * MICRO_FLOAT - self.offsets[held.client] < self.now
 
-    # -- what clients do ----
+    # -- actions of clients ----
 
     async def set_target(self, who: int, line: str, version: int | None = None) -> None:
         self.current = who
-        await self._ask(self.everyone[who].set_target(MODEL, line, version=version))
+        await self._ask(self.limiters[who].set_target(MODEL, line, version=version))
 
-    async def reserve(self, who: int, needs: tuple[int, ...]) -> list[Held]:
-        """Ask for permits; each is checked against the clock rules, and held."""
+    async def reserve(self, who: int, needs: tuple[int, ...]) -> list[IssuedPermit]:
+        """Reserves permits, and checks each against the clock rules."""
         self.current = who
-        reply = await self._ask(reserve_many(self.everyone[who], needs), needs)
+        reply = await self._ask(reserve_many(self.limiters[who], needs), needs)
         permits, wait = reply
         if wait.reason is WaitReason.REBUILDING:
-            self._agree_to_wait(self.now)
+            self._check_rebuild_time(self.now)
         made = [
-            Held(permit, who, send.moment)
+            IssuedPermit(permit, who, send.send_at)
             for permit, send in zip(permits, self.spec.sends[-len(permits) :], strict=False)
         ]
         for held, slack in zip(made, [self.slack] * len(made), strict=True):
             offset = self.offsets[who]
-            early = round(held.permit.send_at * MICRO) - offset - held.moment
-            late = round(held.permit.expires_at * MICRO) - offset - held.moment - slack
-            self._agree(early >= 0, f"the client may send {-early} us before the moment")
-            self._agree(late <= 0, f"the permit lives {late} us too long")
+            early = round(held.permit.send_at * MICRO) - offset - held.send_at
+            late = round(held.permit.expires_at * MICRO) - offset - held.send_at - slack
+            self._require(early >= 0, f"the client may send {-early} us before the send time")
+            self._require(late <= 0, f"the permit expires {late} us too late")
         self.held += made
         return made
 
-    def send(self, held: Held, transit: int) -> bool:
-        """Check the permit and write it to the socket now; False if it was dead or too early."""
+    def send(self, held: IssuedPermit, transit: int) -> bool:
+        """Checks the permit and sends now; False if it is expired or early."""
         if held.sent_at is not None or held.permit.returned or held.ended_at is not None:
             return False
         self.current = held.client
@@ -180,20 +180,20 @@ class World(Following):
         held.sent_at, held.arrived_at = self.now, self.now + min(transit, self.transit)
         return True
 
-    async def end(self, held: Held, used: int | None, times: int = 1) -> None:
-        """The call ends now, and its caller says so, maybe more than once."""
-        if held.sent_at is None or held.ended_at is not None or held.moment + micros(8.0) <= self.now:
+    async def end(self, held: IssuedPermit, used: int | None, times: int = 1) -> None:
+        """Ends the call now and releases its permit, maybe more than once."""
+        if held.sent_at is None or held.ended_at is not None or held.send_at + micros(8.0) <= self.now:
             return
         self.now = max(self.now, held.arrived_at + 1)
         held.ended_at, held.used = self.now, used
         await self._return(held, times, lambda client: client.release(held.permit, used))
 
-    async def cancel(self, held: Held, times: int = 1) -> None:
+    async def cancel(self, held: IssuedPermit, times: int = 1) -> None:
         if held.sent_at is None:
             await self._return(held, times, lambda client: client.cancel(held.permit))
 
-    async def end_again(self, held: Held, used: int | None, *, unused: bool) -> None:
-        """A second process reports what another one has reported."""
+    async def end_again(self, held: IssuedPermit, used: int | None, *, unused: bool) -> None:
+        """Releases a permit that was released already."""
         if held.permit.returned:
             call = (
                 (lambda client: client.cancel(held.permit))
@@ -202,62 +202,62 @@ class World(Following):
             )
             await self._return(held, 1, call)
 
-    async def _return(self, held: Held, times: int, call: Any) -> None:
+    async def _return(self, held: IssuedPermit, times: int, call: Any) -> None:
         self.current = held.client
         for _ in range(times):
             held.permit.returned = False
-            await self._ask(call(self.everyone[held.client]))
+            await self._ask(call(self.limiters[held.client]))
 
     async def cool_down(self, who: int, seconds: float) -> None:
         self.current = who
-        await self._ask(self.everyone[who].cool_down(MODEL, seconds, "429"))
+        await self._ask(self.limiters[who].cool_down(MODEL, seconds, "429"))
 
     async def record_outcome(
-        self, who: int, outcome: Outcome, seconds: float | None, held: Held | None
+        self, who: int, outcome: Outcome, seconds: float | None, held: IssuedPermit | None
     ) -> None:
-        """Somebody says what a call came to."""
+        """Records the outcome of a call."""
         self.current = who
         permit = None if held is None else held.permit
-        await self._ask(self.everyone[who].record_outcome(MODEL, outcome, seconds, permit=permit))
+        await self._ask(self.limiters[who].record_outcome(MODEL, outcome, seconds, permit=permit))
 
-    async def look(self, who: int) -> None:
-        """What `snapshot` says must be what is there."""
+    async def check_snapshot(self, who: int) -> None:
+        """Compares `snapshot` with the specification."""
         self.current = who
-        traffic = (await self._ask(self.everyone[who].snapshot([MODEL])))[MODEL]
-        target, at = self.spec.target, self.redis.asked[-1].at
+        traffic = (await self._ask(self.limiters[who].snapshot([MODEL])))[MODEL]
+        target, at = self.spec.target, self.redis.calls[-1].at
         if not self.exact(at) or self.state != "sound" or target is None or target.stopped:
             return
         sent = {str(limit): len(self.spec.counted(limit.window_seconds, at)) for limit in target.requests}
-        latest = max(at, self.spec.sends[-1].moment if self.spec.sends else at)
-        for limit in target.tokens:  # what is over by the latest granted moment may be left out already
+        latest = max(at, self.spec.sends[-1].send_at if self.spec.sends else at)
+        for limit in target.tokens:  # sends that leave by the latest send time may be left out
             most, least = (
                 sum(send.tokens for send in self.spec.counted(limit.window_seconds, when))
                 for when in (at, latest)
             )
             counted = traffic.tokens[str(limit)]
-            self._agree(
+            self._require(
                 least <= counted <= most, f"the snapshot counts {counted} of {limit}, not {least} to {most}"
             )
-        self._agree(traffic.sent == sent, f"the snapshot counts {traffic.sent}, and there are {sent}")
+        self._require(traffic.sent == sent, f"the snapshot counts {traffic.sent}, not {sent}")
         if target.at_once is not None:
             running = self.spec.running(at)
-            self._agree(traffic.in_flight == running, f"{traffic.in_flight} at once for {running}")
+            self._require(traffic.in_flight == running, f"{traffic.in_flight} in flight, not {running}")
 
     async def _ask(self, coroutine: Any, needs: tuple[int, ...] = ()) -> Any:
-        self.redis.asked.clear()
+        self.redis.calls.clear()
         try:
             result = await coroutine
         except LimiterUnavailable as error:
-            raise Difference(f"the script failed: {error}") from error
+            raise Mismatch(f"the script failed: {error}") from error
         for _ in range(3):
-            await asyncio.sleep(0)  # what was begun aside, such as learning a target
-        for asked in self.redis.asked:
-            self._follow(asked, needs)
+            await asyncio.sleep(0)  # side tasks, such as learning a target
+        for call in self.redis.calls:
+            self._follow(call, needs)
         self.steps += 1
         self.spec.forget_before(self.now - self.memory - 2 * MICRO)
         return result
 
-    # -- loss of memory ----
+    # -- lost state ----
 
     def flush(self) -> None:
         self.redis.do("FLUSHALL")
@@ -266,29 +266,29 @@ class World(Following):
     def forget_scripts(self) -> None:
         self.redis.do("SCRIPT", "FLUSH")
 
-    def restart(self, *, memory: str) -> None:
-        """Another run of the server, with `memory` "kept", "empty", or "old" as `save` left it."""
+    def restart(self, *, state: str) -> None:
+        """Restarts the server, with its state "kept", "empty", or "old" as of `save`."""
         self.redis.run += 1
         self.redis.do("SCRIPT", "FLUSH")
-        if memory == "old":
+        if state == "old":
             self._restore()
-        elif memory == "empty":
+        elif state == "empty":
             self.flush()
-        self._gone(target=memory != "empty")
+        self._gone(target=state != "empty")
 
     def save(self) -> None:
-        """What an RDB file would hold now."""
+        """Saves the state, as an RDB file would."""
         keys = [key.decode() for key in self.redis.do("KEYS", f"{KEY}*")]
         self.saved = {key: self.redis.do("DUMP", key) for key in keys}
-        self.saved_seen = max(self.seen(who) for who in range(len(self.everyone)))
-        self.saved_rest = (self.spec.target, self.spec.version, self.spec.rest_until)
+        self.saved_seen = max(self.seen(who) for who in range(len(self.limiters)))
+        self.saved_rest = (self.spec.target, self.spec.version, self.spec.cooldown_until)
 
     def _restore(self) -> None:
         self.redis.do("FLUSHALL")
         for key, dump in getattr(self, "saved", {}).items():
             self.redis.do("RESTORE", key, 0, dump)
         kept = getattr(self, "saved_rest", (None, 0.0, 0))
-        self.spec.target, self.spec.version, self.spec.rest_until = kept
+        self.spec.target, self.spec.version, self.spec.cooldown_until = kept
         if self.spec.target is not None:
             self.changes.append(TargetChange(self.now / MICRO, MODEL, self.spec.target))
 
@@ -297,17 +297,17 @@ class World(Following):
         self._gone(target=False)
 
     def roll_back(self) -> bool:
-        """An older memory in the same run; False if nobody could know that it is older."""
+        """Restores older state in the same run; False if no client could detect it."""
         if getattr(self, "saved_seen", None) is None or self.state != "sound":
             return False
-        if max(self.seen(who) for who in range(len(self.everyone))) <= self.saved_seen:
+        if max(self.seen(who) for who in range(len(self.limiters))) <= self.saved_seen:
             return False
         self._restore()
         self._gone(target=True)
         return True
 
     def lose_chunk(self, which: int) -> bool:
-        """One of the pieces of memory is gone; whoever needs it must find out. False if there is none."""
+        """Deletes a chunk, which the script must detect when it needs it. False if there is none."""
         chunks = sorted(self.redis.do("KEYS", f"{KEY}:m:*"))
         if not chunks or self.state != "sound":
             return False
@@ -316,7 +316,7 @@ class World(Following):
         return True
 
     def lose_holders(self) -> None:
-        """The set of calls in flight is gone; whoever needs a place must find out."""
+        """Deletes the calls in flight, which the script must detect when it needs a slot."""
         self.redis.do("DEL", f"{KEY}:holders")
         self.state = "doubtful"
 
@@ -325,17 +325,17 @@ class World(Following):
         self.noticed.clear()
         self.disturbed_until = max(self.disturbed_until, self.now)
         if not target:
-            self.spec.target, self.spec.version, self.spec.rest_until = None, 0.0, 0
+            self.spec.target, self.spec.version, self.spec.cooldown_until = None, 0.0, 0
 
-    # -- at the door ----
+    # -- arrivals ----
 
-    def judge_the_door(self) -> None:
-        """No window at the door may be overfull, whatever happened."""
+    def judge_arrivals(self) -> None:
+        """Checks that no window of arrivals exceeds its limit."""
         arrivals = []
         for held in self.held:
             if held.sent_at is None:
                 continue
-            ended = held.ended_at if held.ended_at is not None else held.moment + micros(8.0)
+            ended = held.ended_at if held.ended_at is not None else held.send_at + micros(8.0)
             used = held.permit.tokens if held.used is None else min(held.used, held.permit.tokens)
             arrivals.append(
                 Arrival(
@@ -351,7 +351,7 @@ class World(Following):
             arrivals, self.changes, backlog_from=None, backlog_until=None, settle_seconds=SETTLE_SECONDS
         ).models.get(MODEL)
         if verdict is not None and verdict.breach_count:
-            raise Difference(f"{verdict.breach_count} breaches at the door, first {verdict.breaches[0]}")
+            raise Mismatch(f"{verdict.breach_count} breaches, first {verdict.breaches[0]}")
 
 
-__all__ = ["Difference", "Held", "Wait", "World"]
+__all__ = ["IssuedPermit", "Mismatch", "Wait", "World"]

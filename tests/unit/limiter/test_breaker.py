@@ -1,4 +1,4 @@
-"""What each outcome of a call says about its model."""
+"""Verdict of the circuit breaker on each outcome."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SETTINGS = BreakerSettings(default_retry_after_seconds=2, unknown_model_cooldown
 
 
 @pytest.mark.parametrize(
-    ("outcome", "told", "verdict"),
+    ("outcome", "retry_after", "verdict"),
     [
         (Outcome.ANSWERED, None, Verdict(Signal.SUCCESS)),
         (Outcome.REJECTED, None, Verdict(Signal.SUCCESS)),
@@ -28,10 +28,10 @@ SETTINGS = BreakerSettings(default_retry_after_seconds=2, unknown_model_cooldown
         (Outcome.LOST, None, None),
     ],
 )
-def test_what_an_outcome_says(outcome: Outcome, told: float | None, verdict: Verdict | None):
-    assert SETTINGS.verdict(outcome, told) == verdict
+def test_verdict_of_each_outcome(outcome: Outcome, retry_after: float | None, verdict: Verdict | None):
+    assert SETTINGS.verdict(outcome, retry_after) == verdict
 
 
-def test_every_outcome_is_thought_of():
-    said = [outcome for outcome in Outcome if SETTINGS.verdict(outcome, None) is not None]
-    assert set(Outcome) - set(said) == {Outcome.UNSENT, Outcome.LOST}
+def test_only_unsent_and_lost_calls_have_no_verdict():
+    without = {outcome for outcome in Outcome if SETTINGS.verdict(outcome, None) is None}
+    assert without == {Outcome.UNSENT, Outcome.LOST}
