@@ -13,10 +13,10 @@ import typer
 from router.cli import terminal
 from router.errors import InputError, RouterError
 from router.knowledge import (
-    Found,
     Knowledge,
     KnowledgeFile,
     Refused,
+    SearchResult,
     add_file,
     evaluate_retrieval,
     files_in,
@@ -185,7 +185,7 @@ def search(
     typer.echo(f"{word}: confidence {found.confidence:.0%}, {entries:,} entries searched")
 
 
-async def _search(question: str, limit: int, database: str | None, config: Path) -> tuple[Found, int]:
+async def _search(question: str, limit: int, database: str | None, config: Path) -> tuple[SearchResult, int]:
     opening = Knowledge.open(
         config / "knowledge", database_url=database, data_folder=data_folder(), follow=False
     )

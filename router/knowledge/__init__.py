@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from router.knowledge.files import Refused as Refused
     from router.knowledge.files import files_in as files_in
     from router.knowledge.files import read_file as read_file
-    from router.knowledge.knowledge import Found as Found
     from router.knowledge.knowledge import Knowledge as Knowledge
+    from router.knowledge.knowledge import Passage as Passage
+    from router.knowledge.knowledge import SearchResult as SearchResult
     from router.knowledge.sources import add_file as add_file
     from router.knowledge.sources import read_sources as read_sources
     from router.knowledge.sources import remove_path as remove_path
@@ -23,7 +24,7 @@ else:
         submod_attrs={
             "evaluation": ["evaluate_retrieval", "read_collection"],
             "files": ["KnowledgeFile", "Refused", "files_in", "read_file"],
-            "knowledge": ["Found", "Knowledge"],
+            "knowledge": ["Knowledge", "Passage", "SearchResult"],
             "sources": ["add_file", "read_sources", "remove_path", "source_name"],
         },
     )

@@ -56,7 +56,7 @@ class Passage:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class SearchResult:
     """What was found, best first; `confidence` is how likely the first passage is to the point, 0 to 1."""
 
     passages: tuple[Passage, ...]
@@ -137,11 +137,11 @@ class Knowledge:
         if self._passes is not None:
             await self._pass(self._passes)
 
-    async def search(self, query: str, limit: int = 5) -> Found:
+    async def search(self, query: str, limit: int = 5) -> SearchResult:
         """The best passages for `query`, at most `limit`. No query makes it raise."""
         hits = await self._in_thread(self._search, query, limit)
         passages = tuple(Passage(hit.text, hit.source, hit.score) for hit in hits.hits)
-        return Found(passages, confidence(hits.evidence) if passages else 0.0)
+        return SearchResult(passages, confidence(hits.evidence) if passages else 0.0)
 
     @property
     def entries(self) -> int:

@@ -20,7 +20,7 @@ from router.database import connect
 from router.knowledge.files import read_file
 from router.knowledge.index import Hits, KnowledgeIndex
 from router.knowledge.indexer import Indexer, IndexReport, catch_up
-from router.knowledge.knowledge import NO_KNOWLEDGE, Found, Knowledge, Passage
+from router.knowledge.knowledge import NO_KNOWLEDGE, Knowledge, Passage, SearchResult
 from router.knowledge.sources import add_file, remove_path
 from router.knowledge.storage import IndexFolder
 from router.settings.environment import DEFAULT_CONFIG_FOLDER
@@ -89,14 +89,14 @@ async def test_what_is_not_known_is_not_made_up(notes: Path):
 
 @pytest.mark.parametrize(("confidence", "knows"), [(0.29, False), (0.31, True)])
 def test_an_unsure_passage_is_not_said(confidence: float, knows: bool):
-    found = Found((Passage("It may be so.", "a.md", 1.0),), confidence)
+    found = SearchResult((Passage("It may be so.", "a.md", 1.0),), confidence)
     assert found.knows is knows
     assert ("It may be so." in found.says()) is knows
 
 
 def test_only_passages_near_the_best_are_said():
     passages = tuple(Passage(f"text {place}", "a.md", score) for place, score in enumerate((9.0, 8.0, 3.0)))
-    said = Found(passages, 0.9).says()
+    said = SearchResult(passages, 0.9).says()
     assert "text 0" in said
     assert "text 1" in said
     assert "text 2" not in said
