@@ -176,7 +176,7 @@ def healed(backend: BackendServer) -> Iterator[None]:
     requests.delete(f"{backend.url}/faults", timeout=5)
 
 
-def test_a_prompt_is_routed_and_the_answer_says_how(server: Serving) -> None:
+def test_a_completion_reports_its_routing(server: Serving) -> None:
     raw = server.client.chat.completions.with_raw_response.create(
         model="auto",
         messages=[{"role": "user", "content": CODE}],
@@ -198,7 +198,7 @@ def test_a_prompt_is_routed_and_the_answer_says_how(server: Serving) -> None:
     assert task == [{"prompt": CODE, "status": "solved"}]
 
 
-def test_a_stream_is_a_role_pieces_a_reason_and_the_usage(server: Serving) -> None:
+def test_a_stream_has_role_chunks_reason_and_usage(server: Serving) -> None:
     chunks = list(server.chat(stream=True, stream_options={"include_usage": True}))
     assert chunks[0].choices[0].delta.role == "assistant"
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
@@ -209,7 +209,7 @@ def test_a_stream_is_a_role_pieces_a_reason_and_the_usage(server: Serving) -> No
     assert {chunk.id for chunk in chunks} == {chunks[0].id}
 
 
-def test_models_are_those_in_use_and_auto(server: Serving) -> None:
+def test_models_lists_auto_and_the_models_in_use(server: Serving) -> None:
     names = [model.id for model in server.client.models.list()]
     assert names[:2] == ["auto", "auto:creative"]
     assert set(names) > {"qwen-2.5-72b", "phi-4"}
@@ -218,12 +218,12 @@ def test_models_are_those_in_use_and_auto(server: Serving) -> None:
         server.client.models.retrieve("gpt-9")
 
 
-def test_a_model_or_a_category_can_be_named(server: Serving) -> None:
+def test_a_model_or_category_can_be_chosen(server: Serving) -> None:
     assert server.chat(model="phi-4").model == "phi-4"
     assert server.chat(CODE, model="auto:creative").router["category"] == "creative"
 
 
-def test_what_a_program_may_send_along(server: Serving) -> None:
+def test_optional_parameters(server: Serving) -> None:
     completion = server.client.chat.completions.create(
         model="phi-4",
         messages=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}],
@@ -235,7 +235,7 @@ def test_what_a_program_may_send_along(server: Serving) -> None:
     assert prompt == [{"prompt": "Be brief.\n\nWhy?"}]
 
 
-def test_a_model_that_hangs_leaves_a_provisional_answer_of_the_fallback(server: Serving) -> None:
+def test_a_hanging_model_yields_a_provisional_answer(server: Serving) -> None:
     server.fault("hang", "qwen-2.5-72b")
     with server.client.chat.completions.with_streaming_response.create(
         model="auto", messages=[{"role": "user", "content": "Why?"}], stream=True
@@ -251,12 +251,12 @@ def test_a_model_that_hangs_leaves_a_provisional_answer_of_the_fallback(server: 
     assert whole.json()["router"]["provisional"] is True
 
 
-def test_a_model_that_fails_is_answered_for_by_the_next(server: Serving) -> None:
+def test_the_next_model_replaces_a_failed_one(server: Serving) -> None:
     server.fault("error", "qwen-2.5-72b")
     assert server.chat().model == "phi-4"
 
 
-async def test_many_at_once_through_the_asynchronous_client(server: Serving) -> None:
+async def test_concurrent_requests(server: Serving) -> None:
     async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=server.key, max_retries=0) as client:
         asked = [
             client.chat.completions.create(model="phi-4", messages=[{"role": "user", "content": f"{n}?"}])
@@ -267,7 +267,7 @@ async def test_many_at_once_through_the_asynchronous_client(server: Serving) -> 
     assert len({answer.choices[0].message.content for answer in answers}) == 15
 
 
-def test_a_client_that_stops_waiting_has_its_call_given_up(server: Serving) -> None:
+def test_a_disconnected_client_cancels_its_calls(server: Serving) -> None:
     server.fault("hang")
     began = server.log.count("given up")
     with pytest.raises(openai.APITimeoutError):
@@ -283,7 +283,7 @@ def test_a_client_that_stops_waiting_has_its_call_given_up(server: Serving) -> N
     until(lambda: [row["outcome"] for row in server.rows(calls)] == ["abandoned"] * 2, 10)
 
 
-def test_a_client_that_hangs_up_in_the_middle_of_its_request_harms_nobody(server: Serving) -> None:
+def test_a_disconnect_in_the_middle_of_a_request(server: Serving) -> None:
     host = server.url.removeprefix("http://")
     for sent in (b"", b'{"model": "auto", "mess'):
         connection = http.client.HTTPConnection(host, timeout=5)
@@ -307,7 +307,7 @@ def refused(kind: type[openai.APIStatusError], status: int, ask: Any, *arguments
     return caught.value
 
 
-def test_errors_are_those_that_openai_raises(server: Serving) -> None:
+def test_errors_have_openai_types(server: Serving) -> None:
     error = refused(openai.BadRequestError, 400, server.chat, n=3)
     assert (error.param, error.code) == ("n", "unsupported_parameter")
     error = refused(openai.NotFoundError, 404, server.chat, model="gpt-9")
@@ -318,7 +318,7 @@ def test_errors_are_those_that_openai_raises(server: Serving) -> None:
     refused(openai.NotFoundError, 404, server.client.embeddings.create, model="auto", input="x")
 
 
-def test_a_model_without_room_says_when_to_come_again(server: Serving) -> None:
+def test_a_model_at_capacity_reports_when_to_retry(server: Serving) -> None:
     error = refused(openai.RateLimitError, 429, server.chat, model="gemma-2-27b")
     assert error.code == "rate_limit_exceeded"
     assert float(error.response.headers["retry-after"]) > 0
@@ -327,7 +327,7 @@ def test_a_model_without_room_says_when_to_come_again(server: Serving) -> None:
     refused(openai.RateLimitError, 429, server.chat, model="gemma-2-27b", stream=True)
 
 
-def test_a_named_model_that_fails_is_no_answer(server: Serving) -> None:
+def test_a_failed_named_model_is_502(server: Serving) -> None:
     server.fault("error", "phi-4")
     error = refused(openai.InternalServerError, 502, server.chat, model="phi-4")
     assert "phi-4" in str(error)
@@ -335,7 +335,7 @@ def test_a_named_model_that_fails_is_no_answer(server: Serving) -> None:
 
 @pytest.mark.parametrize("key", ["", "Bearer", "Bearer sk-router-wrong", "Basic abc", "bearer  "])
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/auto", "/v1/chat/completions", "/docs", "/"])
-def test_every_path_asks_who_is_there(server: Serving, path: str, key: str) -> None:
+def test_every_path_requires_a_key(server: Serving, path: str, key: str) -> None:
     method = requests.post if path.endswith("completions") else requests.get
     reply = method(f"{server.url}{path}", headers={"Authorization": key}, timeout=5)
     assert reply.status_code == 401
@@ -346,7 +346,7 @@ def test_every_path_asks_who_is_there(server: Serving, path: str, key: str) -> N
 @pytest.mark.parametrize(
     "path", ["/docs", "/redoc", "/openapi.json", "/v1", "/v1/chat/completions/", "/v1/models/"]
 )
-def test_nothing_else_is_served(server: Serving, path: str) -> None:
+def test_other_paths_are_404(server: Serving, path: str) -> None:
     reply = requests.get(f"{server.url}{path}", headers={"Authorization": f"Bearer {server.key}"}, timeout=5)
     assert reply.status_code == 404
     assert reply.json()["error"]["type"] == "invalid_request_error"
@@ -355,7 +355,7 @@ def test_nothing_else_is_served(server: Serving, path: str) -> None:
 ASKS = [{"role": "user", "content": "Why?"}]
 
 
-def test_bad_bodies_are_refused_by_what_is_wrong(server: Serving) -> None:
+def test_invalid_bodies_are_reported(server: Serving) -> None:
     for body in (b"", b"{", b"[1]", b"\xff", b"[" * 100_000, b"null"):
         reply = server.post(data=body, headers={"Content-Type": "application/json"})
         assert reply.status_code == 400, body[:10]
@@ -365,7 +365,7 @@ def test_bad_bodies_are_refused_by_what_is_wrong(server: Serving) -> None:
 
 
 @pytest.mark.parametrize("prompt", ["", "\\n ", "a \\u0000 b", "a \\ud800 b"])
-def test_a_prompt_that_no_model_can_be_sent_is_422(server: Serving, prompt: str) -> None:
+def test_an_unsendable_prompt_is_422(server: Serving, prompt: str) -> None:
     body = f'{{"model": "auto", "messages": [{{"role": "user", "content": "{prompt}"}}]}}'
     reply = server.post(data=body.encode(), headers={"Content-Type": "application/json"})
     assert (reply.status_code, reply.json()["error"]["param"]) == (422, "messages")
@@ -374,19 +374,19 @@ def test_a_prompt_that_no_model_can_be_sent_is_422(server: Serving, prompt: str)
 @pytest.mark.parametrize(
     "prompt", ["'; DROP TABLE tasks; --", "!!python/object:os.system x", "\u202e\x1b[2J", "%s"]
 )
-def test_a_prompt_is_only_ever_a_prompt(server: Serving, prompt: str) -> None:
+def test_prompts_are_stored_unchanged(server: Serving, prompt: str) -> None:
     completion = server.chat(prompt, model="phi-4")
     kept = server.rows("SELECT prompt FROM tasks WHERE id = %s", completion.router["task_id"])
     assert kept == [{"prompt": prompt}]
 
 
-def test_a_body_that_does_not_say_its_size_is_bounded_too(server: Serving) -> None:
+def test_a_chunked_body_is_limited(server: Serving) -> None:
     pieces = (b"x" * 65536 for _ in range(40))
     reply = server.post(data=pieces, headers={"Content-Type": "application/json"})
     assert (reply.status_code, reply.json()["error"]["code"]) == (413, "too_large")
 
 
-async def test_more_at_once_than_there_are_places_are_told_to_come_again(server: Serving) -> None:
+async def test_requests_over_the_limit_get_503_with_retry_after(server: Serving) -> None:
     server.fault("hang")
     more = {"extra_body": {"router": {"deadline_seconds": 2}}}
     async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=server.key, max_retries=0) as client:
@@ -400,7 +400,7 @@ async def test_more_at_once_than_there_are_places_are_told_to_come_again(server:
     assert {error.response.headers["retry-after"] for error in errors} == {"1"}
 
 
-def test_keys_come_and_go_while_it_runs(server: Serving) -> None:
+def test_keys_are_reloaded_at_runtime(server: Serving) -> None:
     def status(key: str) -> int:
         headers = {"Authorization": f"Bearer {key}"}
         return requests.get(f"{server.url}/v1/models", headers=headers, timeout=5).status_code
@@ -417,7 +417,7 @@ def test_keys_come_and_go_while_it_runs(server: Serving) -> None:
 NOBODY_KNOWS = "Zxqv wrtp ghjklm?"
 
 
-def test_if_every_permit_is_too_far_away_it_says_when_to_come_again(server: Serving) -> None:
+def test_rate_limited_models_report_when_to_retry(server: Serving) -> None:
     server.fault("rate_limit", retry_after_seconds=3)
     wish = {"router": {"deadline_seconds": 1}}
     error = refused(openai.InternalServerError, 504, server.chat, NOBODY_KNOWS, extra_body=wish)
@@ -430,7 +430,7 @@ def test_if_every_permit_is_too_far_away_it_says_when_to_come_again(server: Serv
         assert server.chat(model=model).model == model
 
 
-def test_when_told_to_stop_it_ends_what_it_can_and_says_so_to_the_others(
+def test_sigterm_finishes_requests_within_the_grace(
     behind: dict[str, str], backend: BackendServer, tmp_path: Path
 ) -> None:
     with serving(tmp_path, behind, backend, "--no-keys", "--grace", "1") as server:
@@ -462,7 +462,7 @@ def test_when_told_to_stop_it_ends_what_it_can_and_says_so_to_the_others(
         (("--host", "192.0.2.1"), {"ROUTER_API_KEY": "x" * 20}, "Cannot listen on 192.0.2.1, port 8200"),
     ],
 )
-def test_what_cannot_be_served_is_refused_in_a_line(
+def test_invalid_serve_options_are_reported(
     tmp_path: Path, options: tuple[str, ...], environment: dict[str, str], words: str
 ) -> None:
     said = CommandLine({"ROUTER_API_KEYS": str(tmp_path / "none"), **environment})("serve", *options)
@@ -472,7 +472,7 @@ def test_what_cannot_be_served_is_refused_in_a_line(
     assert "hunter2" not in said.err
 
 
-def test_a_config_that_is_wrong_is_refused_with_its_file_and_key(tmp_path: Path) -> None:
+def test_config_errors_name_file_and_key(tmp_path: Path) -> None:
     router = CommandLine({"ROUTER_API_KEY": "x" * 20, "ROUTER_API_KEYS": str(tmp_path / "none"), **NOWHERE})
     for change, words in (
         ({"ranks": {"sport": 1}}, "models.phi-4.ranks.sport: no such category"),
@@ -495,7 +495,7 @@ NOWHERE = {
 }
 
 
-def test_keys_are_made_listed_and_taken_away(tmp_path: Path) -> None:
+def test_keys_commands(tmp_path: Path) -> None:
     router = CommandLine({"ROUTER_API_KEYS": str(tmp_path / "folder" / "api_keys")})
     made = router("keys", "add", "alice")
     assert made.out.startswith("sk-router-")

@@ -67,7 +67,7 @@ async def reads(scope: Scope, receive: Receive, send: Send) -> None:
     await send_json(send, 200, {"size": len(await read_body(scope, receive, Limits(max_body_bytes=10)))})
 
 
-async def test_a_key_says_who_is_there() -> None:
+async def test_a_key_identifies_its_client() -> None:
     client = Client()
     await client.visit(welcome, ApiKeys(None, KEY))
     assert (client.status, json.loads(client.got[1]["body"])) == (200, {"client": "ROUTER_API_KEY"})
@@ -88,15 +88,13 @@ async def test_a_key_says_who_is_there() -> None:
         ({"origin": "http://127.0.0.1:8200"}, 403),
     ],
 )
-async def test_without_keys_only_programs_of_this_machine_come_in(
-    headers: dict[str, str], status: int
-) -> None:
+async def test_without_keys_only_local_programs_are_served(headers: dict[str, str], status: int) -> None:
     client = Client(headers=headers.items())
     await client.visit(welcome)
     assert client.status == status
 
 
-async def test_nothing_is_read_before_the_key_was_seen_and_the_rest_is_thrown_away() -> None:
+async def test_the_body_of_an_unauthorized_request_is_discarded() -> None:
     client = Client(b"a" * 8, b"b" * 8, headers={"authorization": "Bearer wrong"}.items())
     taken_inside = []
 
@@ -107,7 +105,7 @@ async def test_nothing_is_read_before_the_key_was_seen_and_the_rest_is_thrown_aw
     assert (client.status, taken_inside, client.taken) == (401, [], 2)
 
 
-async def test_a_body_is_read_up_to_its_limit() -> None:
+async def test_the_body_size_is_limited() -> None:
     whole = Client(b"12345", b"67890")
     await whole.visit(reads)
     assert json.loads(whole.got[1]["body"]) == {"size": 10}
@@ -116,7 +114,7 @@ async def test_a_body_is_read_up_to_its_limit() -> None:
         assert (client.status, client.error["code"]) == (413, "too_large")
 
 
-async def test_a_request_that_does_not_come_in_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_incomplete_request_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openai_door, "BODY_SECONDS", 0.05)
     monkeypatch.setattr(openai_door, "DISCARD_SECONDS", 0.05)
     client = Client(b"1", ends=False)
@@ -124,7 +122,7 @@ async def test_a_request_that_does_not_come_in_is_given_up(monkeypatch: pytest.M
     assert client.status == 408
 
 
-async def test_a_client_that_takes_nothing_is_given_up(
+async def test_a_client_that_does_not_read_is_dropped(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(openai_door, "SEND_SECONDS", 0.05)
@@ -138,7 +136,7 @@ async def test_a_client_that_takes_nothing_is_given_up(
     assert "the client took nothing of the reply" in caplog.text
 
 
-async def test_a_fault_of_the_program_is_a_500_that_tells_nothing(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_unexpected_error_is_a_500_without_details(caplog: pytest.LogCaptureFixture) -> None:
     async def broken(_scope: Scope, _receive: Receive, _send: Send) -> None:
         raise ZeroDivisionError("the password is hunter2")
 
@@ -150,7 +148,7 @@ async def test_a_fault_of_the_program_is_a_500_that_tells_nothing(caplog: pytest
     assert "ZeroDivisionError" in caplog.text
 
 
-async def test_what_has_begun_is_not_taken_back(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_error_after_the_headers_sends_nothing_more(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
 
     async def late(_scope: Scope, _receive: Receive, send: Send) -> None:
@@ -163,7 +161,7 @@ async def test_what_has_begun_is_not_taken_back(caplog: pytest.LogCaptureFixture
     assert "refused: 429 too late" in caplog.text
 
 
-async def test_when_to_come_again_is_said_in_seconds_and_milliseconds() -> None:
+async def test_retry_after_is_sent_in_seconds_and_milliseconds() -> None:
     async def full(_scope: Scope, _receive: Receive, _send: Send) -> None:
         raise ApiError(429, "later", retry_after_seconds=1.2)
 
@@ -173,14 +171,14 @@ async def test_when_to_come_again_is_said_in_seconds_and_milliseconds() -> None:
     assert (headers[b"retry-after"], headers[b"retry-after-ms"]) == (b"2", b"1200")
 
 
-async def test_other_protocols_are_turned_away() -> None:
+async def test_websockets_are_rejected() -> None:
     client = Client()
     client.scope["type"] = "websocket"
     await client.visit(welcome)
     assert client.got == [{"type": "websocket.close", "code": 1008}]
 
 
-async def test_what_is_thrown_away_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_discarding_a_body_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openai_door, "MOST_UNREAD_BYTES", 100)
     client = Client(*[b"x" * 10] * 50, headers={"authorization": "Bearer wrong"}.items())
     await client.visit(welcome, ApiKeys(None, KEY))

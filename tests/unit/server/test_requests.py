@@ -20,7 +20,7 @@ def refusal(**changes: Any) -> ApiError:
     return caught.value
 
 
-def test_the_least_is_a_model_and_a_message() -> None:
+def test_model_and_messages_are_enough() -> None:
     chat = read_chat(ASKS, CATALOGUE)
     assert (chat.prompt, chat.model, chat.category, chat.max_tokens) == ("Why?", None, None, None)
     assert (chat.stream, chat.include_usage, chat.stops) == (False, False, ())
@@ -30,20 +30,20 @@ def test_the_least_is_a_model_and_a_message() -> None:
     ("name", "model", "category"),
     [("auto", None, None), ("auto:technical", None, "technical"), ("phi-4", "phi-4", None)],
 )
-def test_a_model_is_named_or_left_to_the_router(name: str, model: str | None, category: str | None) -> None:
+def test_model_parameter(name: str, model: str | None, category: str | None) -> None:
     chat = read_chat({**ASKS, "model": name}, CATALOGUE)
     assert (chat.asked_model, chat.model, chat.category) == (name, model, category)
 
 
 @pytest.mark.parametrize("name", ["gpt-5", "auto:", "auto:sport", "phi-4:technical", "AUTO"])
-def test_a_model_that_is_not_there_is_404(name: str) -> None:
+def test_an_unknown_model_is_404(name: str) -> None:
     error = refusal(model=name)
     assert (error.status, error.code, error.param) == (404, "model_not_found", "model")
     assert repr(name) in str(error)
 
 
 @pytest.mark.parametrize("name", ["", None, 7])
-def test_no_model_is_400(name: Any) -> None:
+def test_a_missing_model_is_400(name: Any) -> None:
     assert (refusal(model=name).status, refusal(model=name).param) == (400, "model")
 
 
@@ -77,7 +77,7 @@ def test_no_model_is_400(name: Any) -> None:
         ("messages", [{"role": "tool", "content": "x"}]),
     ],
 )
-def test_what_cannot_be_done_is_refused_by_its_name(param: str, value: Any) -> None:
+def test_unsupported_and_invalid_parameters_are_named(param: str, value: Any) -> None:
     error = refusal(**{param: value})
     assert (error.status, error.param) == (400, param)
     assert param in str(error) or param == "messages"
@@ -92,11 +92,11 @@ def test_what_cannot_be_done_is_refused_by_its_name(param: str, value: Any) -> N
         {"deadline_seconds": 10**400},
     ],
 )
-def test_a_wish_to_the_router_is_checked(wish: dict[str, Any]) -> None:
+def test_router_parameter_is_validated(wish: dict[str, Any]) -> None:
     assert refusal(router=wish).param == f"router.{next(iter(wish))}"
 
 
-def test_what_is_as_usual_or_only_tunes_is_taken() -> None:
+def test_default_and_ignored_parameters_are_accepted() -> None:
     usual = {name: values[0] for name, values in USUAL.items() if values}
     nothing = dict.fromkeys(USUAL)
     ignored = dict.fromkeys(IGNORED, 1)
@@ -104,7 +104,7 @@ def test_what_is_as_usual_or_only_tunes_is_taken() -> None:
         assert read_chat({**ASKS, **more}, CATALOGUE).prompt == "Why?"
 
 
-def test_everything_that_is_read_arrives() -> None:
+def test_all_parameters_are_read() -> None:
     wishes = {"category": "general", "deadline_seconds": 0}
     more = {"max_tokens": 7, "stream": True, "stream_options": {"include_usage": True}, "stop": "\n"}
     chat = read_chat({**ASKS, **more, "router": wishes}, CATALOGUE)
@@ -123,13 +123,13 @@ def test_everything_that_is_read_arrives() -> None:
         (None, AnswerRank.PASSAGES, 7, None),
     ],
 )
-def test_how_long_an_answer_could_be(
+def test_longest_answer_in_tokens(
     model: str | None, rank: AnswerRank, asked: int | None, longest: int | None
 ) -> None:
     assert CATALOGUE.longest(model, rank, asked) == longest
 
 
 @pytest.mark.parametrize("document", [None, [], "x", 7])
-def test_a_body_that_is_no_object_is_400(document: Any) -> None:
+def test_a_body_that_is_not_an_object_is_400(document: Any) -> None:
     with pytest.raises(ApiError, match="must be a JSON object"):
         read_chat(document, CATALOGUE)

@@ -45,7 +45,7 @@ def events(of: Reply, *, include_usage: bool = False) -> list[Any]:
     return [json.loads(line.removeprefix("data: ")) for line in lines]
 
 
-def test_passages_are_told_from_a_models_answer() -> None:
+def test_passages_are_marked_as_such() -> None:
     completion = reply(PASSAGES).completion()
     assert completion["model"] == "passages"
     assert completion["router"]["sources"] == ["sky.md"]
@@ -66,14 +66,14 @@ def test_passages_are_told_from_a_models_answer() -> None:
         (("Because",), None, "", "stop"),
     ],
 )
-def test_an_answer_ends_where_it_should(
+def test_stop_texts_and_finish_reason(
     stops: tuple[str, ...], longest: int | None, text: str, reason: str
 ) -> None:
     (choice,) = reply(stops=stops, longest=longest).completion()["choices"]
     assert (choice["message"]["content"], choice["finish_reason"]) == (text, reason)
 
 
-def test_a_long_answer_comes_in_pieces_and_whole() -> None:
+def test_a_long_answer_is_streamed_in_chunks() -> None:
     text = "Lorem ipsum — dolor. " * 40
     answer = dataclasses.replace(ANSWER, text=text)
     *pieces, last = events(reply(answer))
@@ -85,7 +85,7 @@ def test_a_long_answer_comes_in_pieces_and_whole() -> None:
     assert all("usage" not in event for event in (*pieces, last))
 
 
-def test_the_usage_comes_last_and_only_if_asked_for() -> None:
+def test_usage_is_the_last_chunk_if_requested() -> None:
     *before, usage = events(reply(), include_usage=True)
     assert (usage["choices"], usage["usage"]["total_tokens"]) == ([], 16)
     assert [event["usage"] for event in before] == [None] * len(before)
