@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 from lazy_loader import attach
 
 if TYPE_CHECKING:
+    from router.answering.answer import MAX_DEADLINE_SECONDS as MAX_DEADLINE_SECONDS
+    from router.answering.answer import MAX_TOKENS as MAX_TOKENS
     from router.answering.answer import Answer as Answer
     from router.answering.answer import Event as Event
     from router.answering.answer import EventKind as EventKind
@@ -19,7 +21,7 @@ else:
     __getattr__, __dir__, __all__ = attach(
         __name__,
         submod_attrs={
-            "answer": ["Answer", "Event", "EventKind"],
+            "answer": ["Answer", "Event", "EventKind", "MAX_DEADLINE_SECONDS", "MAX_TOKENS"],
             "context": ["RequestContext"],
             "due_task": ["answer_due_task"],
             "router": ["Router"],

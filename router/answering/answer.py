@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 from router.task import AnswerRank, Outcome, Role
 
+MAX_DEADLINE_SECONDS = 3600.0
+MAX_TOKENS = 1_000_000
+
 
 @dataclass(frozen=True, slots=True)
 class CallSummary:

@@ -16,7 +16,15 @@ from types import TracebackType
 
 from typing_extensions import Self
 
-from router.answering.answer import Answer, CallSummary, Event, EventKind, Listener
+from router.answering.answer import (
+    MAX_DEADLINE_SECONDS,
+    MAX_TOKENS,
+    Answer,
+    CallSummary,
+    Event,
+    EventKind,
+    Listener,
+)
 from router.answering.plan import RequestOptions
 from router.answering.request import Request
 from router.answering.service import AnsweringService
@@ -37,8 +45,6 @@ from router.task import Role
 __all__ = ["Answer", "CallSummary", "Event", "EventKind", "Listener", "Role", "Router"]
 
 MIN_DEADLINE_SECONDS = 0.05
-MAX_DEADLINE_SECONDS = 3600.0
-MAX_TOKENS = 1_000_000
 BUSY_RETRY_SECONDS = 1.0
 MAX_HELD_FACTOR = 20  # times `max_concurrency`: requests held for late answers, or because Postgres hangs
 MAX_PROVISIONAL = 1000  # provisional answers that can still be improved

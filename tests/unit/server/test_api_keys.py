@@ -1,4 +1,4 @@
-"""API keys: made, found, withdrawn, and never kept."""
+"""API keys: created, checked, removed, and stored as hashes only."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_an_invalid_file_leaves_the_keys_unchanged(file: Path) -> None:
     key = add_key(file, "alice")
     keys = ApiKeys(file)
     file.write_text("alice secret\n")
-    with pytest.raises(ConfigError, match=r"api_keys:1: must read NAME sha256:HEX"):
+    with pytest.raises(ConfigError, match=r"api_keys:1: must be NAME sha256:HEX"):
         keys.reload()
     assert keys.client(key) == "alice"
 
@@ -65,10 +65,10 @@ def test_owner_and_mode_of_the_file_are_kept(file: Path) -> None:
 
 def test_duplicate_clients_and_invalid_names_are_rejected(file: Path) -> None:
     add_key(file, "alice")
-    with pytest.raises(InputError, match="has a key"):
+    with pytest.raises(InputError, match="already has a key"):
         add_key(file, "alice")
     for name in ("", "a b", "#a", "a\nb"):
-        with pytest.raises(InputError, match="no client's name"):
+        with pytest.raises(InputError, match="not a valid client name"):
             add_key(file, name)
 
 
@@ -78,7 +78,7 @@ def test_comments_are_allowed_and_duplicates_rejected(file: Path) -> None:
     file.write_text(f"# clients\n\n{line.strip()}  # since May\n")
     assert list(read_keys(file)) == ["alice"]
     file.write_text(line * 2)
-    with pytest.raises(ConfigError, match=r":2: 'alice' stands twice"):
+    with pytest.raises(ConfigError, match=r":2: duplicate client 'alice'"):
         read_keys(file)
 
 
