@@ -33,7 +33,7 @@ from typing import Any
 import requests
 from rich.console import Console
 
-from bench.answering_report import Seen, p99, table
+from bench.answering_report import SceneResult, p99, table
 from local.postgres import start_postgres
 from local.redis import start_redis
 from models_backend.latency import latency_seconds
@@ -70,7 +70,7 @@ NOT_REPLACED = """
 SELECT count(*) AS n FROM tasks t
  WHERE coalesce(t.answer_rank, 0) < 3
    AND EXISTS (SELECT FROM model_calls c WHERE c.task_id = t.id AND c.rank = 3 AND c.outcome = 'answered')"""
-SCENES = ("well", "failing", "hanging", "slow")
+SCENES = ("healthy", "failing", "hanging", "slow")
 
 
 def main() -> int:
@@ -78,19 +78,19 @@ def main() -> int:
     options = _arguments()
     scenes = [options.only] if options.only else list(SCENES)
     console = Console(width=None if sys.stdout.isatty() else 160)
-    seen = []
+    results = []
     with started() as (addresses, backend):
         for scene in scenes:
             playing = play(
                 scene, addresses, backend,
                 asks=options.asks, at_once=options.at_once, deadline=options.deadline, ramp=options.ramp,
             )  # fmt: skip
-            seen.append(asyncio.run(playing))
-            console.print(f"{scene}: {', '.join(seen[-1].faults) or 'passed'}")
-    console.print(table(seen))
+            results.append(asyncio.run(playing))
+            console.print(f"{scene}: {', '.join(results[-1].faults) or 'passed'}")
+    console.print(table(results))
     if options.json:
-        options.json.write_text(json.dumps([asdict(one) for one in seen], indent=2))
-    return 1 if any(one.faults for one in seen) else 0
+        options.json.write_text(json.dumps([asdict(one) for one in results], indent=2))
+    return 1 if any(one.faults for one in results) else 0
 
 
 def _arguments() -> argparse.Namespace:
@@ -152,7 +152,7 @@ async def play(
     at_once: int,
     deadline: float,
     ramp: float = 0.0,
-) -> Seen:
+) -> SceneResult:
     """Runs one scene, waits until all requests have ended, and collects the figures."""
     if scene == "slow":
         deadline, at_once = SLOW_SECONDS, max(1, at_once // SLOW_SHARE)
@@ -281,13 +281,13 @@ def _possible(scene: str, prompt: str, deadline: float, answer: Answer) -> float
 def _sum_up(
     scene: str, deadline: float, prompts: Sequence[str], given: Sequence[Answer | None], *,
     addresses: Addresses, **more: Any,
-) -> Seen:  # fmt: skip
+) -> SceneResult:  # fmt: skip
     answers = [(prompt, answer) for prompt, answer in zip(prompts, given, strict=True) if answer is not None]
     seconds = [answer.seconds for _, answer in answers]
     possible = [_possible(scene, prompt, deadline, answer) for prompt, answer in answers]
     over = [took - could for took, could in zip(seconds, possible, strict=True)]
     with connect(addresses.database_url) as connection:
-        (kept,) = rows(connection, NOT_REPLACED)
+        (replaced,) = rows(connection, NOT_REPLACED)
         tasks = rows(connection, "SELECT status, count(*) AS n FROM tasks GROUP BY 1")
         (calls,) = rows(
             connection,
@@ -295,13 +295,13 @@ def _sum_up(
             " coalesce(sum(cost) FILTER (WHERE role = 'asked'), 0)::float8 AS first,"
             " count(*) FILTER (WHERE outcome IS NULL) AS open FROM model_calls",
         )
-    return Seen(
+    return SceneResult(
         scene=scene, asks=len(prompts), answered=len(answers),
         p50=statistics.median(seconds), p99=p99(seconds), possible_p99=p99(possible), over_p99=p99(over),
         by=dict(Counter(answer.model or "passages" for _, answer in answers)),
         provisional=sum(answer.provisional for _, answer in answers), cost=calls["cost"],
         preferred_alone=calls["first"], tasks={row["status"]: row["n"] for row in tasks},
-        open_calls=calls["open"], not_replaced=kept["n"], **more,
+        open_calls=calls["open"], not_replaced=replaced["n"], **more,
     )  # fmt: skip
 
 

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from rich.table import Table
 
 MAX_OVER_SECONDS = 0.1
+COLUMNS = (
+    *("scene", "answered", "p50", "p99", "possible p99", "over, p99", "machine", "by", "late", "cost"),
+    *("hedge", "left over"),
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class SceneResult:
     """Figures of one scene. Times are in seconds, costs in USD; `over_p99` is beyond the possible time."""
 
     scene: str
@@ -56,25 +60,12 @@ def p99(values: Sequence[float]) -> float:
     return ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))]
 
 
-def table(seen: Sequence[Seen]) -> Table:
+def table(results: Sequence[SceneResult]) -> Table:
     """Returns the scenes as a table; `late` is replaced answers of provisional answers."""
     shown = Table(box=None, pad_edge=False)
-    for name in (
-        "scene",
-        "answered",
-        "p50",
-        "p99",
-        "possible p99",
-        "over, p99",
-        "machine",
-        "by",
-        "late",
-        "cost",
-        "hedge",
-        "left over",
-    ):
+    for name in COLUMNS:
         shown.add_column(name, justify="left" if name in ("scene", "by") else "right")
-    for one in seen:
+    for one in results:
         by = ", ".join(f"{model} {count}" for model, count in sorted(one.by.items(), key=lambda x: -x[1]))
         hedge = (one.cost - one.preferred_alone) / one.cost if one.cost else 0.0
         left = one.open_calls + one.holders + one.asyncio_tasks + one.connections_busy

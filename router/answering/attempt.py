@@ -51,7 +51,7 @@ class Attempt:
         self._record = record
         self._context = context
         self._on_change = on_change
-        self._pending = record.expect_call()
+        self._end_pending = record.expect_call()
         self._written = False
         self._cancel_reason: str | None = None
         self._waiting_for_permit = False
@@ -89,7 +89,7 @@ class Attempt:
 
     def _finish(self, result: CallResult) -> None:
         if self.result is None:
-            self._pending.end()
+            self._end_pending()
             self.result = result
             self.ended_at = time.monotonic()
             self._on_change(self, "ended")
@@ -145,7 +145,7 @@ class Attempt:
         if self._cancel_reason is None:
             self.row = await self._record.write(self.row)
             self._written = True
-            self._pending.end()
+            self._end_pending()
         if self._cancel_reason is not None:
             return self._canceled_result()
         self._sending = asyncio.get_running_loop().create_task(

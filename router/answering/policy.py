@@ -96,7 +96,7 @@ def next_action(state: RequestState) -> Action:
 
 
 def _fallback_is_due(state: RequestState) -> bool:
-    """Tells whether to stop holding the fallback's answer back for a ranked model."""
+    """Returns whether the fallback's answer need not wait for a ranked model any longer."""
     failed = not {AttemptState.FAILED, AttemptState.UNAVAILABLE}.isdisjoint(state.ranked)
     return not _may_try_next(state) and (failed or AttemptState.RUNNING not in state.ranked)
 

@@ -1,7 +1,7 @@
 """Answers one prompt: preferred model and fallback in parallel, the best answer before the deadline.
 
 `policy` decides what happens next. This module starts the attempts, waits for changes, and at the end cancels
-what is not needed or keeps it for a late answer.
+what is not needed and leaves the rest for a late answer.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ class Request:
         self._progress = Progress(on_event)
         self._deadline = options.deadline_seconds or config.answering.default_deadline_seconds
         self._record = TaskRecord(context, options.prompt, self._deadline)
-        self._pending = self._record.expect_call()
+        self._end_pending = self._record.expect_call()
         self._roster = context.roster()
         self._plan = RoutingPlan(self._roster, config.default_category, 0.0, "not classified yet")
         self._changed = Broadcast()
         self._tasks = TrackedTasks(self._changed.ring)
         self._search: asyncio.Task[None] | None = None
         self._storing: asyncio.Task[None] | None = None
-        self._fallback: AttemptState | None = None
+        self._fallback: asyncio.Task[None] | None = None
         self._returned: AnswerRank | None = None
         self._canceled = False
 
@@ -138,8 +138,7 @@ class Request:
         if self._plan.ranking:
             self._try_next_model()
         if self._plan.fallback_models:
-            self._fallback = AttemptState.RUNNING
-            self._tasks.begin(self._call_fallbacks(self._search), "fallback")
+            self._fallback = self._tasks.begin(self._call_fallbacks(self._search), "fallback")
 
     async def _search_knowledge(self) -> None:
         if self._context.knowledge is None or self._options.model is not None:
@@ -160,7 +159,7 @@ class Request:
         return [model for model in self._plan.ranking if model not in tried]
 
     async def _call_fallbacks(self, searching: asyncio.Task[None]) -> None:
-        pending = self._record.expect_call()
+        end_pending = self._record.expect_call()
         try:
             await asyncio.wait({searching})
             prompt = prompt_with(self._options.prompt, self._progress.found, self._context.config.fallback)
@@ -175,10 +174,7 @@ class Request:
                 may_continue=lambda: not self._canceled and self._returned is None,
             )  # fmt: skip
         finally:
-            pending.end()
-            if self._fallback is AttemptState.RUNNING:
-                self._fallback = AttemptState.FAILED
-            self._changed.ring()
+            end_pending()
 
     def _new_attempt(self, role: Role, model: str, prompt: str) -> Attempt:
         attempt = Attempt(
@@ -208,11 +204,19 @@ class Request:
         # If Postgres refused a log row just now, it would refuse the next one as well.
         is_over = self._canceled or any(attempt.unlogged for attempt in ranked)
         return RequestState(
-            ranked=tuple(attempt.state for attempt in ranked), fallback=self._fallback,
+            ranked=tuple(attempt.state for attempt in ranked), fallback=self._fallback_state(),
             passages=AttemptState.RUNNING if searching else AttemptState.ANSWERED,
             next_model=not is_over and bool(self._untried()),
             now=self._progress.now(), deadline=self._deadline,
         )  # fmt: skip
+
+    def _fallback_state(self) -> AttemptState | None:
+        if self._fallback is None:
+            return None
+        fallbacks = [each.state for each in self._progress.attempts if each.row.role is Role.FALLBACK]
+        if AttemptState.ANSWERED in fallbacks:
+            return AttemptState.ANSWERED
+        return AttemptState.FAILED if self._fallback.done() else AttemptState.RUNNING
 
     async def _return(self, action: Action) -> Answer:
         attempt: Attempt | None = None
@@ -224,7 +228,7 @@ class Request:
             expected = await availability(self._context.limiter, self._options.model)
             raise self._progress.no_answer(self._progress.ranked[0], self._deadline, expected)
         self._returned = attempt.row.rank if attempt else AnswerRank.PASSAGES
-        self._pending.end()
+        self._end_pending()
         settle_seconds = max(0.0, min(SETTLE_SECONDS, self._deadline - self._progress.now()))
         if attempt is None:
             self._storing = self._tasks.begin(self._store_passages(), "store passages")
@@ -245,7 +249,7 @@ class Request:
 
     def _keep_for_late_answer(self) -> None:
         """Marks calls in progress as late, and cancels them after `late_seconds`."""
-        self._pending.end()
+        self._end_pending()
         for attempt in self._progress.attempts:
             attempt.late = attempt.in_progress
             if self._returned is AnswerRank.CHOSEN_MODEL or attempt.state in (
@@ -261,7 +265,7 @@ class Request:
         self._tasks.close(ending.cancel)
 
     def _may_improve(self, rank: AnswerRank) -> bool:
-        """Tells whether an answer of a higher rank may still come."""
+        """Returns whether an answer of a higher rank may still come."""
         return any(each.in_progress and each.row.rank > rank for each in self._progress.attempts)
 
     def _answer_of(self, attempt: Attempt | None, *, late: bool = False) -> Answer:
@@ -281,8 +285,6 @@ class Request:
         elif change == "waiting":
             progress.emit(EventKind.TROUBLE, f"{model} is waiting for a permit", attempt)
         else:
-            if attempt.state is AttemptState.ANSWERED and attempt.row.role is Role.FALLBACK:
-                self._fallback = AttemptState.ANSWERED
             progress.ended(attempt)
             self._tasks.begin(attempt.close(), f"settle {attempt.row.call_id}")
         self._changed.ring()

@@ -23,7 +23,7 @@ class TaskRecord:
     def __init__(
         self, context: RequestContext, prompt: str, deadline_seconds: float, task: RequestTask | None = None
     ) -> None:
-        """`task` is one that exists already and that somebody else has claimed."""
+        """`task` is an existing one, which these calls do not claim."""
         self.context = context
         self.deadline_seconds = deadline_seconds
         self._prompt = prompt
@@ -33,7 +33,7 @@ class TaskRecord:
             self._begun.set_result(task)
         self._settling = asyncio.Lock()
         self._open: list[CallRow] = []
-        self._pending = 0
+        self._pending: set[object] = set()
         self._changed = asyncio.Event()
 
     @property
@@ -121,29 +121,17 @@ class TaskRecord:
             self._open.remove(row)
             self._notify()
 
-    def expect_call(self) -> PendingCall:
-        """Announces a call; the task stays open for it until the PendingCall ends."""
-        return PendingCall(self._add_pending)
+    def expect_call(self) -> Callable[[], None]:
+        """Leaves the task open for one more call until the returned function is called. Idempotent."""
+        token = object()
+        self._pending.add(token)
 
-    def _add_pending(self, count: int) -> None:
-        self._pending += count
-        self._notify()
+        def end() -> None:
+            self._pending.discard(token)
+            self._notify()
+
+        return end
 
     def _notify(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
-
-
-class PendingCall:
-    """Call of a request that may still be written to the log."""
-
-    def __init__(self, add_pending: Callable[[int], None]) -> None:
-        self._add_pending = add_pending
-        self._ended = False
-        add_pending(1)
-
-    def end(self) -> None:
-        """Declares the call written, or abandoned. Idempotent."""
-        if not self._ended:
-            self._ended = True
-            self._add_pending(-1)

@@ -11,14 +11,14 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from router.answering import Answer
+from router.answering import Answer, Router
 from router.background import cancel_and_wait
 from router.errors import (
     BackendUnavailable,
@@ -44,24 +44,12 @@ STREAM_HEADERS = {
     "x-accel-buffering": "no",  # some proxies would buffer the events
 }
 
-ReadCatalog = Callable[[], Awaitable[Catalog]]
-
-
-class Answering(Protocol):
-    """The part of `router.answering.Router` that the server uses."""
-
-    async def answer(
-        self, prompt: str, *, category: str | None = None, model: str | None = None,
-        deadline_seconds: float | None = None, max_tokens: int | None = None,
-    ) -> Answer: ...  # fmt: skip
-
 
 class ChatCompletions:
     """ASGI endpoint; answers up to `limits.max_concurrency` requests at the same time."""
 
-    def __init__(self, router: Answering, read_catalog: ReadCatalog, limits: Limits) -> None:
+    def __init__(self, router: Router, limits: Limits) -> None:
         self._router = router
-        self._read_catalog = read_catalog
         self._limits = limits
         self._in_progress = 0
         self._answering: set[asyncio.Task[Answer]] = set()
@@ -70,7 +58,7 @@ class ChatCompletions:
         with self._slot():
             request = Request(scope, receive)
             document = await self._read_json(request)
-            catalog = await self._read_catalog()
+            catalog = await read_catalog(self._router)
             await self._answer(request, parse_chat(document, catalog), catalog, send)
 
     def cancel(self) -> None:
@@ -126,6 +114,13 @@ class ChatCompletions:
             chat.prompt, category=chat.category, model=chat.model,
             deadline_seconds=chat.deadline_seconds, max_tokens=chat.max_tokens,
         )  # fmt: skip
+
+
+async def read_catalog(router: Router) -> Catalog:
+    """Returns what can be requested now: models may change at runtime."""
+    config = router.config
+    max_tokens = {model.model: model.max_tokens for model in await router.models()}
+    return Catalog(max_tokens, tuple(sorted(config.categories)), config.fallback.max_tokens)
 
 
 class _Completion:

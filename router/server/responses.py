@@ -22,6 +22,10 @@ OWNER = "llm-router"
 SERVER_ERRORS = 500
 KEEP_ALIVE = b": waiting\n\n"
 STREAM_END = b"data: [DONE]\n\n"
+ROUTING = (
+    *("category", "confidence", "reason", "preferred", "fallback", "provisional", "rank", "sources"),
+    *("task_id", "seconds", "cost_usd"),
+)
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -105,22 +109,20 @@ class Reply:
         """Returns the whole completion."""
         message = {"role": "assistant", "content": self.text, "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": self.finish_reason}
-        return {
-            **self._head("chat.completion"),
-            "choices": [choice],
-            "usage": self.usage(),
-            "router": self.routing(),
-        }
+        head = _head("chat.completion", self.completion_id, self.created, self.model)
+        return {**head, "choices": [choice], "usage": self.usage(), "router": self.routing()}
 
     def events(self, *, include_usage: bool) -> Iterator[bytes]:
         """Yields the stream after its first event, which `role_event` returns."""
-        rest: dict[str, Any] = {"usage": None} if include_usage else {}
+        head = _head("chat.completion.chunk", self.completion_id, self.created, self.model)
+        usage = {"usage": None} if include_usage else {}
         for start in range(0, len(self.text), CHUNK_CHARACTERS):
             delta = {"content": self.text[start : start + CHUNK_CHARACTERS]}
-            yield event(self._chunk(delta, None, rest))
-        yield event(self._chunk({}, self.finish_reason, {**rest, "router": self.routing()}))
+            yield event({**head, "choices": [_delta(delta)], **usage})
+        choices = [_delta({}, self.finish_reason)]
+        yield event({**head, "choices": choices, **usage, "router": self.routing()})
         if include_usage:
-            yield event({**self._head("chat.completion.chunk"), "choices": [], "usage": self.usage()})
+            yield event({**head, "choices": [], "usage": self.usage()})
         yield STREAM_END
 
     def usage(self) -> dict[str, int]:
@@ -133,20 +135,7 @@ class Reply:
 
     def routing(self) -> dict[str, Any]:
         """Returns how the prompt was routed."""
-        answer = self.answer
-        return {
-            "category": answer.category,
-            "confidence": answer.confidence,
-            "reason": answer.reason,
-            "preferred": answer.preferred,
-            "fallback": answer.fallback,
-            "provisional": answer.provisional,
-            "rank": int(answer.rank),
-            "sources": list(answer.sources),
-            "task_id": answer.task_id,
-            "seconds": answer.seconds,
-            "cost_usd": answer.cost_usd,
-        }
+        return {name: getattr(self.answer, name) for name in ROUTING} | {"sources": [*self.answer.sources]}
 
     def headers(self) -> dict[str, str]:
         """Returns the routing as headers. Characters outside Latin-1 become question marks."""
@@ -160,21 +149,20 @@ class Reply:
             found["x-router-task"] = str(answer.task_id)
         return {name: value.encode("latin-1", "replace").decode("latin-1") for name, value in found.items()}
 
-    def _chunk(self, delta: Mapping[str, str], reason: str | None, rest: Mapping[str, Any]) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-        return {**self._head("chat.completion.chunk"), "choices": [choice], **rest}
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.completion_id, "object": kind, "created": self.created, "model": self.model}
-
 
 def role_event(completion_id: str, created: int, model: str, *, include_usage: bool) -> bytes:
     """Returns the first event of a stream; before there is an answer, `model` is the requested one."""
-    delta = {"role": "assistant", "content": "", "refusal": None}
-    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}
-    chunk = {"id": completion_id, "object": "chat.completion.chunk", "created": created, "model": model}
-    usage: dict[str, Any] = {"usage": None} if include_usage else {}
-    return event({**chunk, "choices": [choice], **usage})
+    head = _head("chat.completion.chunk", completion_id, created, model)
+    choice = _delta({"role": "assistant", "content": "", "refusal": None})
+    return event({**head, "choices": [choice], **({"usage": None} if include_usage else {})})
+
+
+def _head(kind: str, completion_id: str, created: int, model: str) -> dict[str, Any]:
+    return {"id": completion_id, "object": kind, "created": created, "model": model}
+
+
+def _delta(delta: Mapping[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+    return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
 
 
 def event(document: Mapping[str, Any]) -> bytes:

@@ -23,9 +23,8 @@ from router.answering import Router
 from router.background import PeriodicJobs
 from router.errors import ConfigError
 from router.server.api_keys import ApiKeys
-from router.server.chat import Answering, ChatCompletions, ReadCatalog
+from router.server.chat import ChatCompletions, read_catalog
 from router.server.middleware import Limits, protected
-from router.server.requests import Catalog
 from router.server.responses import ApiError, model_object
 
 KEYS_SECONDS = 1.0
@@ -50,7 +49,7 @@ async def run_server(options: ServeOptions, listening: Callable[[str], None]) ->
     with contextlib.closing(_listen(options.host, options.port)) as listener:
         router = Router.from_config(options.config)
         jobs = PeriodicJobs()
-        app = OpenAIApp(router, lambda: _read_catalog(router), options.keys, options.limits)
+        app = OpenAIApp(router, options.keys, options.limits)
         server = _Server(app, options.grace_seconds)
         try:
             await router.open()
@@ -62,12 +61,6 @@ async def run_server(options: ServeOptions, listening: Callable[[str], None]) ->
         finally:
             await jobs.end()
             await router.close(grace_seconds=server.grace_left())
-
-
-async def _read_catalog(router: Router) -> Catalog:
-    config = router.config
-    max_tokens = {model.model: model.max_tokens for model in await router.models()}
-    return Catalog(max_tokens, tuple(sorted(config.categories)), config.fallback.max_tokens)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -127,16 +120,9 @@ class _Server(uvicorn.Server):
 class OpenAIApp:
     """ASGI application of the server."""
 
-    def __init__(
-        self,
-        router: Answering,
-        read_catalog: ReadCatalog,
-        keys: ApiKeys | None,
-        limits: Limits | None = None,
-    ) -> None:
-        """`read_catalog` runs for each request, so that models may change at runtime."""
-        self._read_catalog = read_catalog
-        self._chat = ChatCompletions(router, read_catalog, limits or Limits())
+    def __init__(self, router: Router, keys: ApiKeys | None, limits: Limits) -> None:
+        self._router = router
+        self._chat = ChatCompletions(router, limits)
         routes = Routes(
             [
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
@@ -155,12 +141,12 @@ class OpenAIApp:
         self._chat.cancel()
 
     async def _models(self, _request: Request) -> JSONResponse:
-        names = (await self._read_catalog()).names()
+        names = (await read_catalog(self._router)).names()
         return JSONResponse({"object": "list", "data": [model_object(name) for name in names]})
 
     async def _model(self, request: Request) -> JSONResponse:
         name: str = request.path_params["name"]
-        if name not in (await self._read_catalog()).names():
+        if name not in (await read_catalog(self._router)).names():
             message = f"The model {name[:100]!r} does not exist."
             raise ApiError(404, message, param="model", code="model_not_found")
         return JSONResponse(model_object(name))

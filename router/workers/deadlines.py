@@ -24,7 +24,7 @@ log = logging.getLogger("router.workers.deadlines")
 
 STEP_SECONDS = 1.0
 MAX_CONCURRENCY = 50
-HOLD_SECONDS = 60.0  # if this process dies, another one serves the task after that long
+HOLD_SECONDS = 60.0  # after a crash another process serves the task this much later
 
 
 class DeadlineJob:

@@ -38,14 +38,14 @@ async def record(database: str) -> AsyncIterator[TaskRecord]:
 async def test_a_failed_call_waits_for_its_successor(record: TaskRecord, probe: Probe) -> None:
     first, second = row("first"), row("second")
     await record.write(first)
-    pending = record.expect_call()
+    end_pending = record.expect_call()
     settling = asyncio.create_task(record.settle(first, FAILED, late=False))
     await asyncio.wait({settling}, timeout=0.3)
     assert not settling.done()
     assert await probe.value("SELECT call_id FROM queue") == first.call_id
 
     await record.write(second)
-    pending.end()
+    end_pending()
     await settling
     assert await probe.value("SELECT call_id FROM queue") == second.call_id
     assert (await probe.call(first.call_id))["settlement"] == "passed"
@@ -57,15 +57,15 @@ async def test_a_failed_call_waits_for_its_successor(record: TaskRecord, probe: 
 
 async def test_the_last_call_ends_the_task(record: TaskRecord, probe: Probe) -> None:
     first, cheap = row("first"), row("cheap", AnswerRank.FALLBACK_MODEL)
-    pending = record.expect_call()
+    end_pending = record.expect_call()
     await record.write(first)
     await record.write(cheap)
     await record.settle(cheap, CallResult(Outcome.ANSWERED, answer="Perhaps."), late=False)
     assert await probe.value("SELECT status FROM tasks") == "unsolved", "the chosen model may still answer"
     settling = asyncio.create_task(record.settle(first, FAILED, late=False))
     await asyncio.wait({settling}, timeout=0.2)
-    pending.end()
-    pending.end()  # idempotent
+    end_pending()
+    end_pending()  # idempotent
     await settling
     task = await probe.row("SELECT status, answer, answer_rank FROM tasks")
     assert tuple(task) == ("solved", "Perhaps.", 2)

@@ -165,7 +165,7 @@ def server(
 
 
 def classifies(server: Serving) -> bool:
-    """Tells whether the classifier is ready; until then prompts get the default category."""
+    """Returns whether the classifier is ready; until then prompts get the default category."""
     completion = server.client.chat.completions.create(
         model="auto", messages=[{"role": "user", "content": CODE}], max_tokens=1
     )
