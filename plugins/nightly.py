@@ -18,7 +18,7 @@ from typing import Any
 from airflow.sdk import BaseOperator, Connection, Variable
 from airflow.sdk.definitions.context import Context
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowRuntimeError
-from model_worker import addresses_of
+from connections import read_addresses
 
 from router.errors import AirflowError, ConfigError, InputError, RouterError, SchemaError
 from router.settings import (
@@ -230,6 +230,4 @@ def _night(params: Mapping[str, Any], began: datetime) -> Night:
     folder = config_folder()
     config = load_config(folder)
     learning = load_learning(folder, config.categories)
-    names = ("router_db", "router_redis", "models_backend")
-    addresses = addresses_of(*(Connection.get(name) for name in names))
-    return Night(addresses, folder, config, learning, params, began)
+    return Night(read_addresses(Connection.get), folder, config, learning, params, began)

@@ -156,20 +156,20 @@ class Attempt:
     async def _send(self, patience_seconds: float, until: float) -> CallResult:
         limiter, model = self._context.limiter, self.row.model
         expected = await availability(limiter, model)
-        self._unavailable = expected.rests
+        self._unavailable = expected.cooling_down
         left = until - time.monotonic()
         if expected.seconds is None or expected.seconds > left:
             wait = "" if expected.seconds is None else f" for {expected.seconds:.1f} s"
             why = f"no permit for {model}{wait}: {expected.why}"
             return CallResult(Outcome.UNSENT, error=why, retry_after_seconds=expected.retry_after_seconds)
-        if expected.rests or expected.seconds > patience_seconds:
+        if expected.cooling_down or expected.seconds > patience_seconds:
             self._mark_waiting()
         loop = asyncio.get_running_loop()
         patience = loop.call_later(patience_seconds, self._mark_waiting)
         watching = loop.create_task(self._watch_availability(), name=f"router watch of {model}")
         sending = send_permitted(
             limiter, self._context.backend, self.request,
-            permit_seconds=left, going_out=self._before_send, came=self._finish,
+            permit_seconds=left, before_send=self._before_send, on_result=self._finish,
         )  # fmt: skip
         try:
             return await sending

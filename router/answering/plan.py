@@ -80,14 +80,8 @@ class RoutingPlan:
 
     def call_request(self, call_id: uuid.UUID, role: Role, model: str, prompt: str) -> CallRequest:
         """Returns what is sent to the model; its answer is bounded by the smallest limit."""
-        about = self.roster.models[model]
         role_limit = self.fallback_max_tokens if role is Role.FALLBACK else None
-        limits = (about.max_tokens, self.max_tokens, role_limit)
-        max_tokens = min(limit for limit in limits if limit is not None)
-        reserved = len(prompt.encode()) + max_tokens  # no token is shorter than a byte
-        return CallRequest(
-            call_id, model, about.endpoint, prompt, max_tokens, reserved, about.timeout_seconds
-        )
+        return CallRequest.to(self.roster.models[model], call_id, prompt, self.max_tokens, role_limit)
 
     def call_row(
         self, call_id: uuid.UUID, role: Role, model: str, *,

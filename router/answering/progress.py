@@ -66,7 +66,7 @@ class Progress:
         rank = attempt.row.rank if attempt else AnswerRank.PASSAGES
         calls = tuple(each.summary(self.began) for each in self.attempts)
         return Answer(
-            text=(result.answer if result else None) or self.found.says(),
+            text=(result.answer if result else None) or self.found.as_answer(),
             model=attempt.row.model if attempt else None, rank=rank, category=plan.category,
             confidence=plan.confidence or 0.0, reason=plan.reason, preferred=plan.preferred,
             fallback=plan.fallback, provisional=provisional, seconds=self.now(),

@@ -55,7 +55,7 @@ class Request:
         self._roster = context.roster()
         self._plan = RoutingPlan(self._roster, config.default_category, 0.0, "not classified yet")
         self._changed = Broadcast()
-        self._tasks = TrackedTasks(self._changed.ring)
+        self._tasks = TrackedTasks(self._changed.notify_all)
         self._search: asyncio.Task[None] | None = None
         self._storing: asyncio.Task[None] | None = None
         self._fallback: asyncio.Task[None] | None = None
@@ -287,7 +287,7 @@ class Request:
         else:
             progress.ended(attempt)
             self._tasks.begin(attempt.close(), f"settle {attempt.row.call_id}")
-        self._changed.ring()
+        self._changed.notify_all()
 
     def _cancel_waiting(self, sent: Attempt) -> None:
         """Of several ranked models that wait for a permit, only the first to get one is sent to."""

@@ -8,9 +8,8 @@ async with Router.from_config() as router:
 from __future__ import annotations
 
 import asyncio
-import difflib
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -30,7 +29,7 @@ from router.answering.request import Request
 from router.answering.service import AnsweringService
 from router.background import result_or_none
 from router.classification import Classification
-from router.errors import CapacityExceeded, InputError, ModelFailed
+from router.errors import CapacityExceeded, InputError, ModelFailed, unknown
 from router.models import RosterModel
 from router.settings import (
     Addresses,
@@ -137,8 +136,8 @@ class Router:
         """
         self._check_prompt(prompt)
         _check_numbers(deadline_seconds, max_tokens)
-        if category is not None:
-            _check_known(category, self.config.categories, "category")
+        if category is not None and category not in self.config.categories:
+            raise unknown(category, self.config.categories, "category")
         self._check_capacity()
         self._answering += 1
         try:
@@ -148,7 +147,8 @@ class Router:
                     raise ModelFailed(
                         f"{model} was not called: Postgres is unavailable. Retry when it is back."
                     )
-                _check_known(model, service.roster.models, "model in use")
+                if model not in service.roster.models:
+                    raise unknown(model, service.roster.models, "model in use")
             options = RequestOptions(prompt, model, deadline_seconds, max_tokens)
             return await self._answer(service, options, category, on_event)
         finally:
@@ -271,11 +271,3 @@ def _check_numbers(deadline_seconds: float | None, max_tokens: int | None) -> No
         raise InputError(f"The deadline must be {low:g} to {high:g} s, not {deadline_seconds:g} s.")
     if max_tokens is not None and not 1 <= max_tokens <= MAX_TOKENS:
         raise InputError(f"max_tokens must be 1 to {MAX_TOKENS}, not {max_tokens}.")
-
-
-def _check_known(name: str, names: Iterable[str], what: str) -> None:
-    names = list(names)
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(names) or 'none'}."
-        raise InputError(f"There is no {what} {name[:100]!r}. {hint}")

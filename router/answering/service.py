@@ -122,39 +122,35 @@ class AnsweringService:
                 log.warning("Postgres or Redis does not respond; only knowledge answers until it does")
 
     async def _contact(self) -> bool:
-        await self._queue.start()
+        await self._queue.renew_lease()
         # Connections made now do not delay the first requests.
         await asyncio.gather(*(self._pool.fetchval("SELECT 1") for _ in range(WARM_CONNECTIONS)))
         await self._roster_step()
         return True
 
     def _start_jobs(self) -> None:
-        self._jobs.start(self._heartbeat_step, self._config.worker.heartbeat_seconds, "answering heartbeat")
+        self._jobs.start(
+            self._queue.renew_lease, self._config.worker.heartbeat_seconds, "answering heartbeat"
+        )
         self._jobs.start(self._roster_step, ROSTER_SECONDS, "answering roster")
         self._jobs.start(self._unconfirmed_step, UNCONFIRMED_SECONDS, "answering unconfirmed calls")
         self._jobs.start(self._orphans_step, ORPHANS_SECONDS, "answering orphaned claims")
 
     async def close(self) -> None:
         """Ends the jobs, releases the lease and closes all connections, each within CLOSE_SECONDS."""
-        await self._jobs.end()
+        await self._jobs.stop()
         if hasattr(self, "context"):
             with contextlib.suppress(RouterError):
                 await result_or_none(self._unconfirmed_step(), CLOSE_SECONDS, "router unconfirmed calls")
                 await result_or_none(self._queue.release(), CLOSE_SECONDS, "router release")
         await self._stack.aclose()
 
-    async def _heartbeat_step(self) -> None:
-        worker = self._queue.worker
-        if not await self._queue.heartbeat():
-            self._queue.rename(worker)
-            await self._queue.start()
-
     async def _roster_step(self) -> None:
         if self.roster.version != await roster_version(self._pool):
             self.roster = await read_roster(self._pool)
             self._first_targets_done = False
         if not self._first_targets_done:
-            await self._targets.begin(self.roster)
+            await self._targets.restore(self.roster)
             self._first_targets_done = True
 
     async def _unconfirmed_step(self) -> None:

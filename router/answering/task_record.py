@@ -10,8 +10,7 @@ from typing import TypeVar
 from router.answering import store
 from router.answering.context import RequestContext
 from router.answering.store import CallRow, RequestTask
-from router.database import InvalidValue, LeaseLost
-from router.errors import DatabaseError, InputError
+from router.errors import DatabaseError, InputError, InvalidValue, LeaseLost
 from router.task import AnswerRank, CallResult, Outcome
 
 T = TypeVar("T")

@@ -119,7 +119,7 @@ def _with_catalogs(
 ) -> list[Finding]:
     """The refusals with the catalogue that names the model; not of one that passed under another entry."""
     catalogues = {
-        spelled: model.catalogue for model in reversed(models) for spelled in (model.endpoint, model.name)
+        spelled: model.catalog for model in reversed(models) for spelled in (model.endpoint, model.name)
     }
     passed = {model.name for model in met}
     return [
@@ -137,7 +137,7 @@ def _fresh(
     for model in met:
         said = why_known(model, known)
         if said is not None:
-            findings.append(Finding(model.name, category, model.catalogue, "known", said))
+            findings.append(Finding(model.name, category, model.catalog, "known", said))
         elif model.name not in rest:
             fresh.append(model)
     return fresh, findings

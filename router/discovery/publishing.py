@@ -13,10 +13,10 @@ from typing import Any, Protocol
 from router.database import Connection, rows
 from router.discovery.discovered_file import write_discovered, writing
 from router.errors import AirflowError
+from router.models import VARIABLE_PREFIX
 from router.settings import load_config
 from router.traffic import GRAMMAR
 
-VARIABLE_PREFIX = "traffic."
 NOT_FOUND = 404
 NO_AIRFLOW = "The Variables wait: Airflow is not known here (ROUTER_AIRFLOW_URL). The roster's targets count."
 # The oldest change that the Variables have not heard of; an undo's with what it set back.

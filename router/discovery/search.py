@@ -25,11 +25,11 @@ from router.discovery.comparison import TrialResult, TrialVerdict, judge_trial
 from router.discovery.discovered_file import require_writable
 from router.discovery.model_names import normal_name
 from router.discovery.plan import CategoryPlan, known_names, plan_category, read_catalogs, why_known
-from router.discovery.publishing import VARIABLE_PREFIX, Variables, line_of, publish
+from router.discovery.publishing import Variables, line_of, publish
 from router.discovery.store import Finding
 from router.discovery.trials import Budget, CandidateTrial, TrialModel, TrialSetup, run_trial
-from router.errors import AirflowError, ConfigError, InputError, RouterError
-from router.models import DirectCaller
+from router.errors import AirflowError, ConfigError, RouterError, unknown
+from router.models import VARIABLE_PREFIX, DirectCaller
 from router.settings import Addresses, DiscoverySettings, LearningSettings, RouterConfig
 
 SEARCH_LOCK = 7_205_759_405
@@ -159,8 +159,7 @@ def _alone(url: str) -> Iterator[Connection]:
 def _wanted(config: RouterConfig, categories: Collection[str] | None) -> list[str]:
     for category in categories or ():
         if category not in config.categories:
-            known = ", ".join(config.categories)
-            raise InputError(f"There is no category {category[:60]!r}; known are {known}.")
+            raise unknown(category, config.categories, "category")
     return [category for category in config.categories if not categories or category in categories]
 
 
@@ -270,7 +269,7 @@ def _taken(  # noqa: PLR0917 - private: what _decided has at hand
     if said is not None:
         return _finding(plan, model, "known", said)
     assert plan.incumbent is not None
-    why = f"better than {plan.incumbent.name} for {plan.category}: {result.reason} (by {model.catalogue})"
+    why = f"better than {plan.incumbent.name} for {plan.category}: {result.reason} (by {model.catalog})"
     event = kept.take(
         about.connection, about.number, contender, context_tokens=model.context_tokens,
         category=plan.category, by=about.by, why=why, share=about.learning.exploration.share / 2, known=line,
@@ -288,4 +287,4 @@ def _finding(
     result: TrialResult | None = None,
 ) -> Finding:
     trial = None if result is None else result.as_json()
-    return Finding(model.name, plan.category, model.catalogue, verdict, reason, trial)
+    return Finding(model.name, plan.category, model.catalog, verdict, reason, trial)

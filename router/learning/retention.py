@@ -57,7 +57,7 @@ def _drop_days(
 ) -> tuple[list[str], list[str], int]:
     asked = (learning.period_seconds, float(max(learning.retention_days, _limiter_days(connection))))
     dropped, kept, freed = [], [], 0
-    for day in rows(connection, "SELECT * FROM old_days(%s, %s)", asked):
+    for day in rows(connection, "SELECT * FROM old_call_partitions(%s, %s)", asked):
         name, why = day["partition"], day["kept"]
         if why is None and not dry_run:
             why = _drop(connection, name)
@@ -96,7 +96,7 @@ def _drop(connection: Connection, partition: str) -> str | None:
 def _drop_once(connection: Connection, partition: str) -> None:
     statements: tuple[tuple[str, tuple[Any, ...]], ...] = (
         ("SELECT set_config('lock_timeout', %s, true)", (f"{LOCK_MILLISECONDS}ms",)),
-        ("SELECT drop_day(%s)", (partition,)),
+        ("SELECT drop_call_partition(%s)", (partition,)),
     )
     rows(connection, "BEGIN")
     try:

@@ -59,7 +59,7 @@ async def run_server(options: ServeOptions, listening: Callable[[str], None]) ->
             listening(_url(listener))
             await server.serve([listener])
         finally:
-            await jobs.end()
+            await jobs.stop()
             await router.close(grace_seconds=server.grace_left())
 
 

@@ -82,10 +82,10 @@ class DeadlineJob:
             self._extend_claim(due), name=f"router claim of task {due.task_id}"
         )
         try:
-            answered = await answer_due_task(self._context, due, self._engine.held_back)
+            answered = await answer_due_task(self._context, due, self._engine.sending_paused)
         finally:
             await cancel_and_wait(extending)
-        if answered or not self._engine.held_back():  # a task cut short by a pause stays due
+        if answered or not self._engine.sending_paused():  # a task cut short by a pause stays due
             await complete_deadline(self._engine.pool, due, ahead_seconds=self._ahead_seconds)
 
     async def _extend_claim(self, due: DueTask) -> None:

@@ -64,7 +64,7 @@ class Nights:
         }
         (folder / "search.yaml").write_text(yaml.safe_dump(settings))
         order = [{"model": model, "quality": 1.0, "latency_factor": 0.5}]
-        requests.put(f"{solving.stack.backend_url}/weather", json=order, timeout=5).raise_for_status()
+        requests.put(f"{solving.stack.backend_url}/conditions", json=order, timeout=5).raise_for_status()
         solving.changes.append(TargetChange(time.monotonic(), model, TrafficTarget.parse(TRIAL_TARGET)))
 
     def undo_search(self) -> None:
@@ -119,7 +119,7 @@ def nights(solving: Solving) -> Iterator[Nights]:
     nights.api.pause(DAG)
     for name, file in files.items():
         file.write_text(shipped[name])
-    requests.put(f"{solving.stack.backend_url}/weather", json=[], timeout=5).raise_for_status()
+    requests.put(f"{solving.stack.backend_url}/conditions", json=[], timeout=5).raise_for_status()
     for statement in (
         (
             "UPDATE rankings SET place = starting_place, standing = 'ranked', quality = NULL,"

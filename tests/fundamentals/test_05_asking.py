@@ -77,7 +77,7 @@ async def test_passages_are_returned_if_every_model_fails(router: Harness) -> No
 async def test_an_unknown_topic_is_reported_as_unknown(router: Harness) -> None:
     router.fault("error", "*")
     answer = await router.ask("How many eggs go into a souffle?")
-    assert answer.text.startswith("No knowledge")
+    assert answer.text.startswith("No model answered")
     assert answer.sources == ()
 
 

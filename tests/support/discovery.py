@@ -170,7 +170,7 @@ class Searching:
         """From now on these models are so good, or as their orders say; the others stay as they are."""
         named = [{"model": name.replace("_", "-"), "quality": share} for name, share in quality.items()]
         self.orders |= {order["model"]: order for order in [*named, *orders]}
-        reply = requests.put(f"{self.backend.url}/weather", json=list(self.orders.values()), timeout=5)
+        reply = requests.put(f"{self.backend.url}/conditions", json=list(self.orders.values()), timeout=5)
         assert reply.ok, reply.text
 
     def search(self, *categories: str, **options: Any) -> SearchReport:

@@ -128,7 +128,7 @@ async def test_a_model_without_a_permit_before_the_deadline_is_skipped(harness: 
     assert answer.seconds < 1
     first = answer.calls[0]
     assert (first.model, first.outcome) == (PREFERRED, Outcome.UNSENT)
-    assert "target is 0" in first.error
+    assert "traffic target of 0" in first.error
 
 
 async def test_only_the_first_model_to_get_a_permit_is_sent_to(harness: Harness) -> None:
@@ -171,7 +171,7 @@ async def test_a_model_that_starts_to_cool_down_is_not_waited_for(harness: Harne
     await limiter.set_target(PREFERRED, "1/s, burst")
     await limiter.acquire(PREFERRED)  # the next permit comes in a second, within the patience
     asking = asyncio.create_task(harness.ask(deadline_seconds=30))
-    while not limiter._line(PREFERRED).waiting:
+    while not limiter.queue_length(PREFERRED):
         await asyncio.sleep(0.01)
     await limiter.cool_down(PREFERRED, 30, "a test")
     answer = await asking
@@ -265,8 +265,8 @@ async def test_a_named_model_that_fails_or_hangs_is_reported(harness: Harness) -
         ("ä" * 600_000, {}, "1200000 bytes"),
         ("a\x00b", {}, "a NUL character at 2"),
         ("half a pair \ud800", {}, "not valid Unicode: half a surrogate pair at character 13"),
-        ("p", {"category": "tecnical"}, "Did you mean 'technical'"),
-        ("p", {"model": "llama-3.1-8"}, "Did you mean 'llama-3.1-8b'"),
+        ("p", {"category": "tecnical"}, "did you mean 'technical'"),
+        ("p", {"model": "llama-3.1-8"}, "did you mean 'llama-3.1-8b'"),
         ("p", {"deadline_seconds": 0}, "The deadline must be 0.05 to 3600 s, not 0 s"),
         ("p", {"deadline_seconds": float("nan")}, "not nan s"),
         ("p", {"deadline_seconds": 1e9}, "must be 0.05 to 3600 s"),
@@ -427,7 +427,7 @@ async def test_requests_leave_no_tasks_permits_or_open_calls(harness: Harness) -
     await asyncio.gather(*(harness.ask(f"question {number}") for number in range(20)))
     await settled(harness)
     traffic = await limiter.snapshot([PREFERRED, SECOND, CHEAP])
-    assert [one.at_once for one in traffic.values()] == [0, 0, 0]
+    assert [one.in_flight for one in traffic.values()] == [0, 0, 0]
     left = {task.get_name() for task in asyncio.all_tasks()} - before
     assert {name for name in left if not name.startswith(("line of", "returns of"))} == set()
     assert harness.rows("SELECT FROM model_calls WHERE outcome IS NULL") == []

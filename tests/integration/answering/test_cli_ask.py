@@ -130,7 +130,7 @@ def test_control_c_cancels_the_calls(router: CommandLine, backend: BackendServer
     ("arguments", "typed", "words"),
     [
         ((" ",), "", "The prompt is empty"),
-        (("-",), "x" * 2_000_000, "Standard input holds more than 1048576 bytes"),
+        (("-",), "x" * 2_000_000, "Standard input is longer than 1048576 bytes"),
         (("--deadline", "0", "Why?"), "", "The deadline must be 0.05 to 3600 s, not 0 s"),
         (("--category", "poetry", "Why?"), "", "There is no category 'poetry'"),
         (("--model", "gpt-5", "--deadline", "1", "Why?"), "", "There is no model in use 'gpt-5'"),
@@ -145,6 +145,6 @@ def test_invalid_input_is_one_message(
 
 
 def test_invalid_log_options_are_reported(router: CommandLine) -> None:
-    assert "is no age" in router("log", "--since", "soon").err
+    assert "is not an age" in router("log", "--since", "soon").err
     assert "did you mean 'technical'" in router("log", "--category", "technicl").err
-    assert "no such call is in the log" in router("log").out
+    assert "no matching calls" in router("log").out

@@ -1,4 +1,4 @@
-"""bench/limiter.py in a tiny form: its table holds for any size what the limiter promises."""
+"""A small form of bench/limiter: its table shows the limiter's guarantees at any size."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return written
 
 
-def test_no_window_at_the_door_holds_more_than_the_target(result: dict[str, Any]):
-    """The promise holds for a way to the door up to the transit slack; so far this machine must be able."""
+def test_no_window_at_the_backend_exceeds_the_target(result: dict[str, Any]):
+    """The guarantee holds up to the transit slack, which this machine has to keep."""
     for kind, name in (("at_once", PACED), ("at_once", BURST), ("delayed", TOLD), ("delayed", PACED)):
         row = result["door"][kind][name]
         assert row["transit_slack_ms"] > 0
@@ -54,7 +54,7 @@ def test_no_window_at_the_door_holds_more_than_the_target(result: dict[str, Any]
     assert result["door"]["delayed"][TOLD]["sent"] >= TINY.door.count / 2
 
 
-def test_what_a_permit_costs(result: dict[str, Any]):
+def test_the_cost_of_a_permit_is_measured(result: dict[str, Any]):
     assert result["decisions"]["INCRBY"]["per_second"] > 0
     for name in (ONE, THREE):
         row = result["decisions"][name]
@@ -63,12 +63,12 @@ def test_what_a_permit_costs(result: dict[str, Any]):
     binding = result["waiters"]["binding"][BURST]
     assert binding["grants_per_second"] > 0
     assert 0 < binding["round_trips_per_grant"] <= 1
-    assert 8 <= result["bytes"][BURST]["bytes"] < 20  # a hash for each model beside 8 bytes a send
+    assert 8 <= result["bytes"][BURST]["bytes"] < 20  # a hash per model plus 8 bytes per send
     assert 12 <= result["bytes"][BURST]["bytes_with_tokens"] < 30
 
 
 @pytest.mark.parametrize("rival", RIVALS)
-def test_a_rival_stands_in_every_table_or_it_is_said_why_not(result: dict[str, Any], rival: str):
+def test_a_rival_is_in_every_table_or_its_absence_is_explained(result: dict[str, Any], rival: str):
     why = missing(rival)
     assert result["left_out"].get(rival) == why
     if why is not None:
@@ -81,7 +81,7 @@ def test_a_rival_stands_in_every_table_or_it_is_said_why_not(result: dict[str, A
     assert (rival in result["waiters"]["free"]) == (rival != "limits")
 
 
-def test_the_aims_are_named_with_what_was_seen(result: dict[str, Any]):
+def test_each_target_is_printed_with_its_measurement(result: dict[str, Any]):
     assert len(result["aims"]) == 7
     for aim in result["aims"]:
         compared = aim["seen"] >= aim["aim"] if "at least" in aim["what"] else aim["seen"] <= aim["aim"]
@@ -89,5 +89,5 @@ def test_the_aims_are_named_with_what_was_seen(result: dict[str, Any]):
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason="token-throttle can be installed here")
-def test_what_cannot_be_installed_here_is_told_from_what_is_missing():
+def test_a_package_that_cannot_be_installed_differs_from_a_missing_one():
     assert "Python 3.12" in str(missing("token-throttle"))

@@ -1,4 +1,4 @@
-"""`router ranking`, `router review` and `router feedback`, on a real PostgreSQL."""
+"""`router ranking`, `router review` and `router feedback` on a real PostgreSQL."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def log(database: str) -> Log:
     return made
 
 
-def test_a_dry_run_then_the_review_then_its_undo(router: CommandLine, log: Log) -> None:
+def test_dry_run_review_and_undo(router: CommandLine, log: Log) -> None:
     dry = router("review", "--dry-run")
     assert dry.code == 0, dry.err
     assert "Dry run" in dry.out
@@ -49,10 +49,10 @@ def test_a_dry_run_then_the_review_then_its_undo(router: CommandLine, log: Log) 
     assert "no review to set back" in again.err
 
 
-def test_the_order_and_what_it_stands_on(router: CommandLine, log: Log) -> None:
+def test_ranking_and_explain(router: CommandLine, log: Log) -> None:
     assert "as config" in router("ranking").out
-    said = router("ranking", "explain", FIRST, "general")
-    assert "No review has ranked it there" in said.out
+    result = router("ranking", "explain", FIRST, "general")
+    assert "No review has ranked it there" in result.out
     router("review")
     order = router("ranking", "--category", "general", "--json").json
     assert list(order) == ["general"]
@@ -77,13 +77,15 @@ def test_the_order_and_what_it_stands_on(router: CommandLine, log: Log) -> None:
         (("feedback", "1", "nan"), "'nan' is no verdict"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_said(router: CommandLine, log: Log, arguments: tuple[str, ...], words: str) -> None:
-    said = router(*arguments)
-    assert said.code == 1
-    assert words in said.err
+def test_invalid_arguments_are_reported(
+    router: CommandLine, log: Log, arguments: tuple[str, ...], words: str
+) -> None:
+    result = router(*arguments)
+    assert result.code == 1
+    assert words in result.err
 
 
-def test_feedback_is_kept_for_the_model_that_answered(router: CommandLine, log: Log) -> None:
+def test_feedback_is_recorded_for_the_model_that_answered(router: CommandLine, log: Log) -> None:
     task = log.value("SELECT min(id) FROM tasks WHERE answered_by = %s", SECOND)
     assert SECOND in router("feedback", task, "good", "--by", "a reader").out
     assert router("feedback", task, "0.25", "--by", "a reader").code == 0
@@ -91,7 +93,7 @@ def test_feedback_is_kept_for_the_model_that_answered(router: CommandLine, log: 
     assert row == {"score": 0.25, "scored_by": "a reader"}
 
 
-def test_a_config_that_is_wrong_names_its_place(router: CommandLine, log: Log, tmp_path: object) -> None:
+def test_an_invalid_config_is_reported(router: CommandLine, log: Log, tmp_path: object) -> None:
     (tmp_path / "learning.yaml").write_text("categories: {poetry: {cost: 1}}")  # type: ignore[operator]
     environment = {**router.environment, "ROUTER_CONFIG": str(tmp_path)}
     assert "models.yaml does not exist" in CommandLine(environment)("review").err

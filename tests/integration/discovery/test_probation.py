@@ -152,8 +152,8 @@ async def test_on_probation_it_gets_its_share_where_it_was_taken_on_and_nothing_
     bounded = bounds(Work({"general": 100, "creative": 100}, rates, roster.places, roster.learned))
     assert bounded == {NEW: {"general": 0.025, "technical": 0.0, "creative": 0.0}}
     order = PullOrder(places={"general": 3})
-    order.bound(bounded[NEW], {"general": 0, "creative": 0})
-    order.bound(bounded[NEW], {"general": 100, "creative": 100})
+    order.set_bounds(bounded[NEW], {"general": 0, "creative": 0})
+    order.set_bounds(bounded[NEW], {"general": 100, "creative": 100})
     assert order.categories(("creative", "general")) == ["general"]
 
 
@@ -226,5 +226,5 @@ def test_a_broken_file_is_told_and_keeps_nobody_from_working(router: CommandLine
 def test_the_file_is_not_written_by_people(world: Searching) -> None:
     """A key of models.yaml cannot smuggle in what the search found."""
     (world.folder / "models.yaml").write_text(yaml.safe_dump(people(discovered={})))
-    with pytest.raises(Exception, match="what a search found stands in discovered"):
+    with pytest.raises(Exception, match="discovered models are stored in discovered"):
         world.sync()

@@ -17,7 +17,8 @@ import pytest
 import requests
 
 from models_backend.process import free_port
-from router.discovery.catalogs import FileCatalog, ProviderCatalog, Reading, merged
+from router.discovery.catalog_entry import Reading, merged
+from router.discovery.catalogs import FileCatalog, ProviderCatalog
 from router.errors import CatalogError
 from router.settings.discovery import FileCatalogSettings, ProviderCatalogSettings
 from router.settings.environment import DEFAULT_CONFIG_FOLDER
@@ -70,7 +71,7 @@ def test_providers_lists_are_read(
 ) -> None:
     found = catalogue(f"{llmock}/{provider}").read()
     model = next(model for model in found.models if model.endpoint == endpoint)
-    assert (model.name, model.context_tokens, model.released, model.catalogue) == (
+    assert (model.name, model.context_tokens, model.released, model.catalog) == (
         name,
         context,
         None,
@@ -88,7 +89,7 @@ def test_a_provider_s_model_gets_its_facts_from_the_file(llmock: str) -> None:
     theirs = catalogue(f"{llmock}/groq/openai/v1").read().models
     once, _ = merged([*theirs, *file.read().models])
     model = next(model for model in once if model.name == "llama-3.3-70b-versatile")
-    assert (model.catalogue, model.endpoint) == ("theirs", "llama-3.3-70b-versatile")
+    assert (model.catalog, model.endpoint) == ("theirs", "llama-3.3-70b-versatile")
     assert (model.license, model.parameters, model.input_price) == ("llama-3.3", 70.6, 0.59)
 
 

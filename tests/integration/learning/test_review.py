@@ -135,7 +135,7 @@ def test_feedback_moves_a_model_also_for_a_day_that_was_summed_up_long_ago(log: 
     assert log.places()[FIRST] == 1
     assert log.value("SELECT count(*) FROM evidence_periods WHERE closed") >= 2
     log.query(
-        "SELECT give_feedback(id, CASE WHEN answered_by = %s THEN 0 ELSE 1 END, 'a reader') FROM tasks"
+        "SELECT record_feedback(id, CASE WHEN answered_by = %s THEN 0 ELSE 1 END, 'a reader') FROM tasks"
         " WHERE id %% 2 = 0", FIRST,
     )  # fmt: skip
     log.review()

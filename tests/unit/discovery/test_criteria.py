@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from router.discovery.catalogs import CatalogModel, open_catalogs
+from router.discovery.catalog_entry import CatalogModel
+from router.discovery.catalogs import open_catalogs
 from router.discovery.criteria import passing
 from router.discovery.model_names import same_model
 from router.settings.discovery import DiscoverySettings, load_discovery
@@ -27,7 +28,7 @@ FITTING = CatalogModel(
     scores={"gpqa": 0.6, "math": 0.8},
     released=date(2025, 6, 1),
     is_merge=False,
-    catalogue="mine",
+    catalog="mine",
 )
 CRITERIA = {
     "licenses": ["llama-3.3", "mit"],
@@ -137,12 +138,12 @@ def test_one_model_is_tried_once() -> None:
     twice = [
         replace(FITTING, name="llama-x-70b-instruct", scores={"gpqa": 0.7, "math": 0.7}),
         FITTING,
-        replace(FITTING, name="meta-llama-x-70b-instruct-fp8", endpoint="other", catalogue="second"),
+        replace(FITTING, name="meta-llama-x-70b-instruct-fp8", endpoint="other", catalog="second"),
     ]
     found, refusals = passing(twice, "technical", settings(), TODAY)
     assert [model.name for model in found] == ["llama-x-70b-instruct"]
     assert {refusal.name: refusal.reason for refusal in refusals} == {
-        "other": "the same model as llama-x-70b-instruct of catalogue mine",
+        "other": "the same model as llama-x-70b-instruct of catalog mine",
         "llama-x-70b": "llama-x-70b-instruct is the same model, and better by its scores",
     }
 
