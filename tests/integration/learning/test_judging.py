@@ -20,7 +20,7 @@ from router.models.direct_calls import DirectCaller
 from router.models.roster import sync_roster
 from router.settings.environment import Addresses
 from router.settings.router import RouterConfig
-from tests.support.answering import CHEAP, PREFERRED, SECOND, THIRD, asking_config
+from tests.support.answering import CHEAP, PREFERRED, SECOND, THIRD, answering_config
 from tests.support.reviews import Log, shipped_learning
 
 GOOD, FAIR = "A GOOD answer.", "A fair answer."
@@ -94,7 +94,7 @@ async def judging(
         addresses = Addresses(
             database_url=database, redis_url=redis_server.url, backend_url=str(server.make_url("/"))
         )
-        config = asking_config()
+        config = answering_config()
         with connect(database) as connection:
             sync_roster(connection, config)
         yield Judging(database, addresses, backend, config)
@@ -204,7 +204,7 @@ async def test_an_answer_that_gives_the_verdict_itself_does_not_decide(judging: 
 
 async def test_without_a_permit_nothing_is_asked_and_another_night_may(judging: Judging) -> None:
     judging.answered(SECOND, GOOD)
-    judging.config = asking_config(**{PREFERRED: "0"})
+    judging.config = answering_config(**{PREFERRED: "0"})
     with connect(judging.log.url) as connection:
         sync_roster(connection, judging.config)
     judged = await judging.judge()

@@ -21,7 +21,7 @@ from router.models.direct_calls import DirectCaller, DirectResult
 from router.models.roster import RosterModel, sync_roster
 from router.settings.environment import Addresses
 from router.task import Outcome
-from tests.support.answering import CHEAP, PREFERRED, SECOND, THIRD, asking_config
+from tests.support.answering import CHEAP, PREFERRED, SECOND, THIRD, answering_config
 from tests.support.reviews import Log, shipped_learning
 from tests.support.waiting import until
 
@@ -77,7 +77,7 @@ async def calling(
     database: str, redis_server: RedisServer, redis_client: redis.asyncio.Redis, backend: BackendServer
 ) -> AsyncIterator[Calling]:
     addresses = Addresses(database_url=database, redis_url=redis_server.url, backend_url=backend.url)
-    config = asking_config(**{THIRD: "0", CHEAP: "1 at once"})
+    config = answering_config(**{THIRD: "0", CHEAP: "1 at once"})
     with connect(database) as connection:
         sync_roster(connection, config)
     async with DirectCaller(addresses, config) as caller:
@@ -174,7 +174,7 @@ async def test_canceled_call_is_logged_as_abandoned(calling: Calling) -> None:
 
 async def test_closing_cancels_calls_in_flight(calling: Calling) -> None:
     calling.fault("hang", PREFERRED)
-    config = asking_config()
+    config = answering_config()
     async with DirectCaller(calling.addresses, config) as caller:
         other = Calling(caller, calling.addresses, calling.backend)
         task = asyncio.create_task(other.call(PREFERRED))
