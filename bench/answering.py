@@ -250,7 +250,7 @@ async def _holders(limiter: TrafficLimiter, settings: RouterConfig) -> int:
     end = time.monotonic() + LEFT_OVER_SECONDS
     while True:
         traffic = await limiter.snapshot(settings.models)
-        held = sum(one.at_once for one in traffic.values())
+        held = sum(one.in_flight for one in traffic.values())
         if not held or time.monotonic() > end:
             return held
         await asyncio.sleep(0.2)

@@ -84,7 +84,7 @@ def _quality(name: str, folder: Path, collection: Collection) -> Quality | str:
 
 
 def measure_quality(name: str, folder: Path, collection: Collection) -> Quality:
-    texts = [entry.searched for entry in collection.entries]
+    texts = [entry.indexed_text for entry in collection.entries]
     with tempfile.TemporaryDirectory() as scratch, ENGINES[name](Path(scratch)) as engine:
         engine.build(texts)
         places = []

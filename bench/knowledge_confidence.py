@@ -63,10 +63,10 @@ def _evidence(
     strange = random.Random(1).sample(strange, min(FOREIGN_OF_EACH, len(strange))) + list(prompts)
     seen, right = [], []
     for key, text in [*collection.questions, *(("", text) for text in strange)]:
-        found = index.search(text, 5)
-        seen.append((found.evidence.coverage, found.evidence.lead))
+        passages, evidence = index.rank(text, 5)
+        seen.append((evidence.coverage, evidence.lead))
         good = collection.relevant.get(key, frozenset())
-        right.append(bool(found.hits) and found.hits[0].source in good)
+        right.append(bool(passages) and passages[0].source in good)
     own = len(collection.questions)
     weight = np.array([1 / own] * own + [1 / max(1, len(strange))] * len(strange))
     return np.array(seen), np.array(right), weight

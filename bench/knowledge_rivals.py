@@ -20,7 +20,7 @@ from typing_extensions import Self
 from local.postgres import start_postgres
 from router.knowledge.chunking import Entry
 from router.knowledge.index import KnowledgeIndex
-from router.knowledge.relevance import WEIGHTS, views
+from router.knowledge.relevance import WEIGHTS, tokenize
 
 COMMIT_EVERY = 50_000
 BATCH = 5000
@@ -84,7 +84,7 @@ class Router(Engine):
             writer.commit()
 
     def search(self, question: str, limit: int) -> list[int]:
-        return [int(hit.source) for hit in self.index.search(question, limit).hits]
+        return [int(passage.source) for passage in self.index.search(question, limit).passages]
 
 
 class StemsAlone(Router):
@@ -134,7 +134,7 @@ class SqliteFts(Engine):
         self.database.commit()
 
     def search(self, question: str, limit: int) -> list[int]:
-        asked = " OR ".join(f'"{word}"' for word in dict.fromkeys(views(question).words))
+        asked = " OR ".join(f'"{word}"' for word in dict.fromkeys(tokenize(question).words))
         if not asked:
             return []
         rows = self.database.execute(
@@ -182,7 +182,7 @@ class PostgresFullText(Postgres):
         self.run("ANALYZE words")
 
     def search(self, question: str, limit: int) -> list[int]:
-        asked = " | ".join(dict.fromkeys(views(question).words))
+        asked = " | ".join(dict.fromkeys(tokenize(question).words))
         rows = self.run(
             "SELECT id FROM words, to_tsquery('english', %s) asked WHERE seen @@ asked"
             " ORDER BY ts_rank(seen, asked, 1) DESC LIMIT %s",
@@ -274,7 +274,7 @@ class RouterAndWordLlama(Engine):
         self.meaning.build(texts)
 
     def search(self, question: str, limit: int) -> list[int]:
-        hits = self.words.index.search(question, self.FIRST).hits
+        hits = self.words.index.search(question, self.FIRST).passages
         meant = self.meaning.scores(question)
         best = hits[0].score if hits else 1.0
         scores = {int(hit.source): hit.score / best + self.SHARE * meant[int(hit.source)] for hit in hits}

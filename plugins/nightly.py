@@ -18,7 +18,7 @@ from typing import Any
 from airflow.sdk import BaseOperator, Connection, Variable
 from airflow.sdk.definitions.context import Context
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowRuntimeError
-from model_worker import addresses_of
+from connections import read_addresses
 
 from router.errors import AirflowError, ConfigError, InputError, RouterError, SchemaError
 from router.settings import (
@@ -236,6 +236,4 @@ def _nightly_run(params: Mapping[str, Any], began: datetime) -> NightlyRun:
     folder = config_folder()
     config = load_config(folder)
     learning = load_learning(folder, config.categories)
-    names = ("router_db", "router_redis", "models_backend")
-    addresses = addresses_of(*(Connection.get(name) for name in names))
-    return NightlyRun(addresses, folder, config, learning, params, began)
+    return NightlyRun(read_addresses(Connection.get), folder, config, learning, params, began)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from airflow.sdk import BaseOperator, Connection
 from airflow.sdk.definitions.context import Context
 from airflow.sdk.exceptions import AirflowFailException
-from model_worker import addresses_of
+from connections import read_addresses
 
 from router.errors import InputError
 from router.settings import config_folder, data_folder, load_config
@@ -53,10 +53,8 @@ class AskPrompt(BaseOperator):
         # Not in processes that only load plugins: it brings the search engine with it.
         from router.answering import Router  # noqa: PLC0415
 
-        names = ("router_db", "router_redis", "models_backend")
-        addresses = addresses_of(*(Connection.get(name) for name in names))
         folder = config_folder()
-        return Router(addresses, load_config(folder), folder, data_folder())
+        return Router(read_addresses(Connection.get), load_config(folder), folder, data_folder())
 
     def _say(self, event: Event) -> None:
         self.log.info("%.2f s  %s", event.seconds, event.text)

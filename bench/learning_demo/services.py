@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from local import databases
 from local.postgres import PostgresServer, prepare_postgres
-from local.processes import Part, PartSpec, start_part, stop_parts
+from local.processes import GuardedProcess, ProcessSpec, start_process, stop_processes
 from local.redis import redis_answers
 from local.stack import StackError, StopRequested
 from local.stack_plan import Plan, StackOptions
@@ -39,7 +39,7 @@ class Services:
         self.addresses: dict[str, Addresses] = {}
         self._sides = sides
         self._stop_requested = stop_requested
-        self._processes: list[Part] = []
+        self._processes: list[GuardedProcess] = []
         self._postgres: PostgresServer | None = None
         self._http = requests.Session()
         self._http.trust_env = False
@@ -49,9 +49,9 @@ class Services:
         return self
 
     def __exit__(self, *_: object) -> None:
-        stop_parts(self._processes)
+        stop_processes(self._processes)
         if self._postgres is not None:
-            self._postgres.tidy()
+            self._postgres.remove_socket_folder()
         self._http.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -67,7 +67,7 @@ class Services:
         server = replace(prepare_postgres(self.folder / "postgres"), port=first.ports["postgres"])
         self._postgres = server
         self._run(first.postgres(server))
-        self._wait("PostgreSQL", lambda: databases.answers(server))
+        self._wait("PostgreSQL", lambda: databases.accepts_connections(server))
         for side, plan in plans.items():
             url = server.create_database(side)
             migrate(url)
@@ -78,7 +78,7 @@ class Services:
         self._wait("the Models Backend", self._backend_answers)
 
     def check(self) -> None:
-        """Raise PartDied, with the end of its log, if a process has ended."""
+        """Raise ProcessDied, with the end of its log, if a process has ended."""
         for process in self._processes:
             if not process.running:
                 raise process.death()
@@ -109,8 +109,8 @@ class Services:
         self._run(replace(plan.redis(), name=f"redis-{side}"))
         return plan
 
-    def _run(self, spec: PartSpec) -> None:
-        self._processes.append(start_part(spec, self.folder / "logs"))
+    def _run(self, spec: ProcessSpec) -> None:
+        self._processes.append(start_process(spec, self.folder / "logs"))
 
     def _wait(self, name: str, ready: Callable[[], bool]) -> None:
         deadline = time.monotonic() + START_SECONDS

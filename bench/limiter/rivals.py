@@ -129,7 +129,7 @@ class Router(Gate):
         return await self.limiter.acquire(MODEL)
 
     def may_send(self, leave: Permit) -> bool:
-        return not leave.dead
+        return not leave.expired
 
     async def unused(self, leave: Permit) -> None:
         await self.limiter.cancel(leave)

@@ -21,8 +21,6 @@ LATE_SHARE, LATE_SECONDS = 0.01, 2.0
 CALL_SECONDS = (0.01, 0.06)  # where calls at once are limited
 TOKENS = (1, 1000)
 
-_monotonic_ns = time.monotonic_ns
-
 
 @dataclass(frozen=True)
 class Crew:
@@ -40,27 +38,23 @@ class Crew:
 
 def run_crew(crew: Crew) -> tuple[int, dict[str, int]]:
     """Send until the time is over: how many were sent, and how many permits died."""
-    wrong = 3600 * WRONG_BY_HOURS[crew.number % len(WRONG_BY_HOURS)]
-    true_monotonic, true_time = time.monotonic, time.time
-    start = crew.start_at + wrong
-    time.monotonic = lambda: true_monotonic() + wrong
-    time.time = lambda: true_time() - 2 * wrong
-    return asyncio.run(_Senders(crew).run(start))
+    return asyncio.run(_Senders(crew).run())
 
 
 class _Senders:
     def __init__(self, crew: Crew) -> None:
         self._crew = crew
         self._chance = random.Random(crew.seed * 1000 + crew.number)
+        self._wrong_by = 3600 * WRONG_BY_HOURS[crew.number % len(WRONG_BY_HOURS)]
         self._sent = 0
         self._died = dict.fromkeys(MODELS, 0)
         self._door = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._door.connect(("127.0.0.1", crew.port))
 
-    async def run(self, start: float) -> tuple[int, dict[str, int]]:
+    async def run(self) -> tuple[int, dict[str, int]]:
         client = redis.asyncio.Redis.from_url(self._crew.url)
-        await asyncio.sleep(max(0.0, start - time.monotonic()))
-        async with TrafficLimiter(client) as limiter:
+        await asyncio.sleep(max(0.0, self._crew.start_at - time.monotonic()))
+        async with TrafficLimiter(client, clock=self._wrong_clock) as limiter:
             tasks = [
                 asyncio.create_task(self._send_on(limiter, model, index), name=f"sender of {model}")
                 for index, model in enumerate(MODELS)
@@ -75,6 +69,9 @@ class _Senders:
         self._door.close()
         return self._sent, self._died
 
+    def _wrong_clock(self) -> float:
+        return time.monotonic() + self._wrong_by
+
     async def _send_on(self, limiter: TrafficLimiter, model: str, index: int) -> None:
         while True:
             tokens = self._chance.randint(*TOKENS)
@@ -82,7 +79,7 @@ class _Senders:
             if self._crew.late and self._chance.random() < LATE_SHARE:
                 await asyncio.sleep(LATE_SECONDS)
             number = self._sent
-            checked_at = _monotonic_ns()
+            checked_at = time.monotonic_ns()
             try:
                 permit.check()
             except PermitExpired:

@@ -146,20 +146,20 @@ class Attempt:
     async def _permitted(self, patience_seconds: float, until: float) -> CallResult:
         means, model = self._ledger.means, self.row.model
         ahead = await availability(means.limiter, model)
-        self._rests = ahead.rests
+        self._rests = ahead.cooling_down
         left = until - time.monotonic()
         if ahead.seconds is None or ahead.seconds > left:
             when = "" if ahead.seconds is None else f" for {ahead.seconds:.1f} s"
             why = f"no permit for {model}{when}: {ahead.why}"
             return CallResult(Outcome.UNSENT, error=why, retry_after_seconds=ahead.retry_after_seconds)
-        if ahead.rests or ahead.seconds > patience_seconds:
+        if ahead.cooling_down or ahead.seconds > patience_seconds:
             self._is_stuck()
         loop = asyncio.get_running_loop()
         patience = loop.call_later(patience_seconds, self._is_stuck)
         watching = loop.create_task(self._until_it_rests(), name=f"router watch over {model}")
         sending = send_permitted(
             means.limiter, means.backend, self.order,
-            permit_seconds=left, going_out=self._going_out, came=self._came,
+            permit_seconds=left, before_send=self._going_out, on_result=self._came,
         )  # fmt: skip
         try:
             return await sending

@@ -41,11 +41,11 @@ class Found(Protocol):
     @property
     def confidence(self) -> float: ...
     @property
-    def knows(self) -> bool:
+    def is_relevant(self) -> bool:
         """Whether this is worth being given to a model at all."""
         ...
 
-    def says(self) -> str:
+    def as_answer(self) -> str:
         """The passages as an answer for people; that there are none, where there are none."""
         ...
 
@@ -62,9 +62,9 @@ class NothingFound:
 
     passages: tuple[Passage, ...] = ()
     confidence: float = 0.0
-    knows: bool = False
+    is_relevant: bool = False
 
-    def says(self) -> str:
+    def as_answer(self) -> str:
         return NOTHING
 
 
@@ -83,7 +83,7 @@ def prompt_with(prompt: str, found: Found, settings: FallbackSettings) -> str:
 
     Where knowledge holds nothing that is to the point it is the prompt as it stands.
     """
-    if not found.knows:
+    if not found.is_relevant:
         return prompt
     parts: list[str] = []
     left = settings.passage_bytes
@@ -98,7 +98,7 @@ def prompt_with(prompt: str, found: Found, settings: FallbackSettings) -> str:
 
 def sources(found: Found) -> tuple[str, ...]:
     """Where the passages are from that are to the point, each once, the best first."""
-    if not found.knows:
+    if not found.is_relevant:
         return ()
     return tuple(dict.fromkeys(passage.source for passage in found.passages))
 

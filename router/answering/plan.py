@@ -90,7 +90,4 @@ def call_request(
     roster: Roster, call_id: uuid.UUID, model: str, prompt: str, *most_tokens: int | None
 ) -> CallRequest:
     """What is sent to a model: its own longest answer, unless one of `most_tokens` is less."""
-    about = roster.models[model]
-    max_tokens = min([about.max_tokens, *(most for most in most_tokens if most is not None)])
-    reserved = len(prompt.encode()) + max_tokens  # no token is shorter than a byte
-    return CallRequest(call_id, model, about.endpoint, prompt, max_tokens, reserved, about.timeout_seconds)
+    return CallRequest.to(roster.models[model], call_id, prompt, *most_tokens)

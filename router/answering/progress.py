@@ -66,7 +66,7 @@ class Progress:
         calls = tuple(each.as_call(self.began) for each in self.runners)
         about: Classification = line_up.categorised
         return Answer(
-            text=(result.answer if result else None) or self.found.says(),
+            text=(result.answer if result else None) or self.found.as_answer(),
             model=runner.row.model if runner else None, rank=rank, category=about.category,
             confidence=about.confidence, reason=about.reason, preferred=line_up.preferred,
             fallback=line_up.fallback, provisional=provisional, seconds=self.now(),

@@ -50,7 +50,7 @@ class Request:
             Classification(desk.config.default_category, 0.0, "not known yet"), (), ()
         )
         self._changed = Broadcast()
-        self._errands = TrackedTasks(self._changed.ring)
+        self._errands = TrackedTasks(self._changed.notify_all)
         self._search: asyncio.Task[None] | None = None
         self._keeping: asyncio.Task[None] | None = None
         self._fallback_leg: AttemptState | None = None
@@ -182,7 +182,7 @@ class Request:
             coming.end()
             if self._fallback_leg is AttemptState.RUNNING:
                 self._fallback_leg = AttemptState.FAILED
-            self._changed.ring()
+            self._changed.notify_all()
 
     def _runner(self, model: str, role: Role, prompt: str, most_tokens: int | None = None) -> Attempt:
         means = self._desk.means
@@ -251,7 +251,7 @@ class Request:
         row = self._line_up.row(no_order, Role.PASSAGES, worker=means.worker(), attempt=attempt)
         try:
             row = await self._ledger.write(row)
-            said = CallResult(Outcome.ANSWERED, answer=self._account.found.says())
+            said = CallResult(Outcome.ANSWERED, answer=self._account.found.as_answer())
             await self._ledger.settle(row, said, late=False)
         except RouterError as error:
             self._account.tell(EventKind.TROUBLE, f"this answer is not in the log: {error}")
@@ -299,7 +299,7 @@ class Request:
                 self._fallback_leg = AttemptState.ANSWERED
             account.ended(runner)
             self._errands.begin(runner.close(), f"settle {runner.row.call_id}")
-        self._changed.ring()
+        self._changed.notify_all()
 
     def _spare_others(self, sent: Attempt) -> None:
         """Of several models of the ranking that stand in line, only the first to have a permit is sent to."""

@@ -11,9 +11,8 @@ what a process needs for it is in `asker`.
 from __future__ import annotations
 
 import asyncio
-import difflib
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -25,7 +24,7 @@ from router.answering.request import Request
 from router.answering.service import AnsweringService
 from router.background import result_or_none
 from router.classification import Classification
-from router.errors import CapacityExceeded, InputError, ModelFailed
+from router.errors import CapacityExceeded, InputError, ModelFailed, unknown
 from router.models import RosterModel
 from router.settings import (
     Addresses,
@@ -133,8 +132,8 @@ class Router:
         """
         self._check_prompt(prompt)
         self._check_numbers(deadline_seconds, max_tokens)
-        if category is not None:
-            _known(category, self.config.categories, "category")
+        if category is not None and category not in self.config.categories:
+            raise unknown(category, self.config.categories, "category")
         if self._answering >= self.config.answering.max_concurrency:
             raise CapacityExceeded(
                 f"{self._answering} prompts are being answered, the most at once.", BUSY_RETRY_SECONDS
@@ -149,7 +148,8 @@ class Router:
             if model is not None:
                 if not asker.knows_the_roster:
                     raise ModelFailed(f"{model} cannot be asked: Postgres is away. Try again later.")
-                _known(model, asker.roster.models, "model in use")
+                if model not in asker.roster.models:
+                    raise unknown(model, asker.roster.models, "model in use")
             question = RequestOptions(prompt, model, deadline_seconds, max_tokens)
             return await self._ask(asker, question, category, on_event)
         finally:
@@ -266,11 +266,3 @@ class Router:
             )
         if max_tokens is not None and not 1 <= max_tokens <= LARGEST_MAX_TOKENS:
             raise InputError(f"max_tokens is {max_tokens}; give 1 to {LARGEST_MAX_TOKENS}.")
-
-
-def _known(name: str, names: Iterable[str], what: str) -> None:
-    names = list(names)
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names) or 'none'}."
-        raise InputError(f"There is no {what} {name[:100]!r}; {hint}")

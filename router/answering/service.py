@@ -130,21 +130,21 @@ class AnsweringService:
                 log.warning("Postgres or Redis does not answer; until it does only knowledge can")
 
     async def _contact(self) -> bool:
-        await self.queue.start()
+        await self.queue.renew_lease()
         # The first prompts shall not wait for connections to be made.
         await asyncio.gather(*(self._pool.fetchval("SELECT 1") for _ in range(WARM_CONNECTIONS)))
         await self._roster_step()
         return True
 
     def _take_up_duties(self) -> None:
-        self._duties.start(self._heartbeat_step, self._config.worker.heartbeat_seconds, "asker heartbeat")
+        self._duties.start(self.queue.renew_lease, self._config.worker.heartbeat_seconds, "asker heartbeat")
         self._duties.start(self._roster_step, ROSTER_SECONDS, "asker roster")
         self._duties.start(self._unconfirmed_step, UNCONFIRMED_SECONDS, "asker unconfirmed calls")
         self._duties.start(self._overlooked_step, OVERLOOKED_SECONDS, "asker overlooked claims")
 
     async def close(self) -> None:
         """End the duties, give the lease back and close everything, within seconds whatever hangs."""
-        await self._duties.end()
+        await self._duties.stop()
         if hasattr(self, "queue"):
             with contextlib.suppress(RouterError):
                 await result_or_none(self._unconfirmed_step(), CLOSE_SECONDS, "router unconfirmed calls")
@@ -153,18 +153,12 @@ class AnsweringService:
 
     # PeriodicJobs.
 
-    async def _heartbeat_step(self) -> None:
-        worker = self.queue.worker
-        if not await self.queue.heartbeat():
-            self.queue.rename(worker)
-            await self.queue.start()
-
     async def _roster_step(self) -> None:
         if self.roster.version != await roster_version(self._pool):
             self.roster = await read_roster(self._pool)
             self._first_targets_done = False
         if not self._first_targets_done:
-            await self._watch.begin(self.roster)
+            await self._watch.restore(self.roster)
             self._first_targets_done = True
 
     async def _unconfirmed_step(self) -> None:

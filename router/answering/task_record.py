@@ -12,8 +12,7 @@ import asyncpg
 
 from router.answering import store as asking
 from router.answering.store import CallRow, RequestTask
-from router.database import InvalidValue, LeaseLost
-from router.errors import DatabaseError, InputError
+from router.errors import DatabaseError, InputError, InvalidValue, LeaseLost
 from router.limiter import TrafficLimiter
 from router.models import ModelsBackend
 from router.task import AnswerRank, CallResult, Outcome

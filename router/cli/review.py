@@ -75,7 +75,7 @@ def feedback(
     score = _score(verdict)
     with terminal.database(database) as connection:
         model = rows(
-            connection, "SELECT give_feedback(%s, %s::real, %s) AS model", (task, score, terminal.who(by))
+            connection, "SELECT record_feedback(%s, %s::real, %s) AS model", (task, score, terminal.who(by))
         )[0]["model"]
     if model is None:
         raise InputError(f"Task {task} has no model's answer to rate. See `router status`.")

@@ -25,7 +25,7 @@ from router.discovery.plan import CategoryPlan, known_names, plan_category, read
 from router.discovery.publishing import Variables, line_of, publish
 from router.discovery.store import Finding
 from router.discovery.trials import CandidateTrial, TrialSetup, run_trial
-from router.errors import AirflowError, ConfigError, InputError, RouterError
+from router.errors import AirflowError, ConfigError, RouterError, unknown
 from router.learning import Budget, PricedModel
 from router.models import VARIABLE_PREFIX, DirectCaller
 from router.settings import Addresses, DiscoverySettings, LearningSettings, RouterConfig
@@ -157,8 +157,7 @@ def _search_categories(
 def _wanted(config: RouterConfig, categories: Collection[str] | None) -> list[str]:
     for category in categories or ():
         if category not in config.categories:
-            known = ", ".join(config.categories)
-            raise InputError(f"Unknown category {category[:60]!r}; known: {known}.")
+            raise unknown(category, config.categories, "category")
     return [category for category in config.categories if not categories or category in categories]
 
 

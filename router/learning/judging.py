@@ -83,7 +83,7 @@ async def judge_answers(caller: DirectCaller, learning: LearningSettings) -> Jud
         pool, "SELECT * FROM answers_to_judge($1, period_to_judge($1), $2, $3)",
         seconds, settings.answers, JUDGED_CHARACTERS,
     )  # fmt: skip
-    spent = await fetch_one(pool, "SELECT * FROM judging_spent($1)", seconds)
+    spent = await fetch_one(pool, "SELECT * FROM judging_usage($1)", seconds)
     roster = await read_roster(pool)
     found_prices = await fetch(pool, "SELECT model, input_price::float8, output_price::float8 FROM roster")
     prices = {row["model"]: (row["input_price"], row["output_price"]) for row in found_prices}

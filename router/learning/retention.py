@@ -57,7 +57,9 @@ def _drop_days(
 ) -> tuple[list[str], list[str], int]:
     min_days = float(max(learning.retention_days, _limiter_days(connection)))
     dropped, kept, freed = [], [], 0
-    for day in rows(connection, "SELECT * FROM old_days(%s, %s)", (learning.period_seconds, min_days)):
+    for day in rows(
+        connection, "SELECT * FROM old_call_partitions(%s, %s)", (learning.period_seconds, min_days)
+    ):
         name, reason = day["partition"], day["kept"]
         if reason is None and not dry_run:
             reason = _drop(connection, name)
@@ -96,7 +98,7 @@ def _drop(connection: Connection, partition: str) -> str | None:
 def _drop_once(connection: Connection, partition: str) -> None:
     with transaction(connection):
         rows(connection, "SELECT set_config('lock_timeout', %s, true)", (f"{LOCK_MILLISECONDS}ms",))
-        rows(connection, "SELECT drop_day(%s)", (partition,))
+        rows(connection, "SELECT drop_call_partition(%s)", (partition,))
 
 
 def _prune_scores(connection: Connection, learning: LearningSettings) -> int:

@@ -6,7 +6,7 @@ from lazy_loader import attach
 
 if TYPE_CHECKING:
     from router.limiter.inspection import read_limiter as read_limiter
-    from router.limiter.inspection import seconds_until_in_force as seconds_until_in_force
+    from router.limiter.inspection import seconds_until_applied as seconds_until_applied
     from router.limiter.limiter import TrafficLimiter as TrafficLimiter
     from router.limiter.permit import UNAVAILABLE_REASONS as UNAVAILABLE_REASONS
     from router.limiter.permit import PastCall as PastCall
@@ -23,7 +23,7 @@ else:
     __getattr__, __dir__, __all__ = attach(
         __name__,
         submod_attrs={
-            "inspection": ["read_limiter", "seconds_until_in_force"],
+            "inspection": ["read_limiter", "seconds_until_applied"],
             "limiter": ["TrafficLimiter"],
             "permit": ["PastCall", "Permit", "UNAVAILABLE_REASONS", "Wait", "WaitReason"],
             "recovery": ["History"],

@@ -1,6 +1,6 @@
-"""What a call's outcome says about its model: trust it, doubt it, or leave it alone for a while. No I/O.
+"""Circuit breaker policy: maps a call's outcome to a success, a failure or a cool-down. No I/O.
 
-The counting itself is done in Redis, for all processes together (`limiter.lua`, verb `record_outcome`).
+Redis counts the signals of all processes together (`limiter.lua`, verb `outcome`).
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ from router.task import Outcome
 
 
 class Signal(enum.IntEnum):
-    """What an outcome means for the breaker; the numbers are those of `limiter.lua`."""
+    """Meaning of an outcome for the breaker; the numbers are those of `limiter.lua`."""
 
-    REST = 0  # no failure, yet nothing may be sent for a while
-    GOOD = 1  # the model works: closes the breaker
-    BAD = 2  # one more failure in a row: opens it in the end
-    REFUSED = 3  # 429: counted, since it means that the target is above the provider's quota
-    PUT_BACK = 4  # what a process still knows of a rest that Redis forgot
-    NOTHING = 5  # given up by whoever asked: if it was the probe, another call may be the next one
+    COOL_DOWN = 0  # nothing may be sent for a while, without a failure
+    SUCCESS = 1  # closes the breaker
+    FAILURE = 2  # enough of them in a row open the breaker
+    RATE_LIMITED = 3  # a 429: counted, since the target is above the provider's quota
+    RESTORE = 4  # a cool-down that Redis lost, restored by a process that still knows it
+    NEUTRAL = 5  # says nothing about the model; if the call was the probe, another call may be the next
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What to tell the breaker; nothing is sent for `rest_seconds`, whatever the sign."""
+    """Signal to record. Nothing is sent for `cooldown_seconds`, whatever the signal."""
 
-    sign: Signal
-    rest_seconds: float = 0.0
+    signal: Signal
+    cooldown_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class BreakerSettings:
-    """When a model is given a rest, and for how long. All times in seconds.
+    """Thresholds and durations of the breaker. All times in seconds.
 
     After `failure_threshold` failures in a row the breaker opens for `initial_cooldown_seconds`. Each failed
     probe opens it for twice as long, up to `max_cooldown_seconds`.
@@ -41,29 +41,28 @@ class BreakerSettings:
     failure_threshold: int = 5
     initial_cooldown_seconds: float = 1.0
     max_cooldown_seconds: float = 60.0
-    default_retry_after_seconds: float = 1.0  # where a 429 or 503 does not say how long
-    unknown_model_rest_seconds: float = 30.0
+    default_retry_after_seconds: float = 1.0  # for a 429 or 503 without Retry-After
+    unknown_model_cooldown_seconds: float = 30.0
 
     def verdict(self, outcome: Outcome, retry_after_seconds: float | None) -> Verdict | None:
-        """What this outcome says about the model; None if nothing.
+        """Returns the verdict on an outcome, or None if the outcome says nothing about the model.
 
-        A 503 that names a time is a planned pause, one that does not is a failure; a time of 0 is none. A
-        prompt that is refused (`rejected`) shows a model that works.
+        A 503 with a positive Retry-After is a planned pause, one without is a failure. A rejected prompt
+        shows that the model works.
         """
-        told = bool(retry_after_seconds)
-        pause = retry_after_seconds or self.default_retry_after_seconds
-        if outcome in _GOOD:
-            return Verdict(Signal.GOOD)
-        if outcome in _BAD:
-            return Verdict(Signal.BAD)
+        cooldown = retry_after_seconds or self.default_retry_after_seconds
+        if outcome in _SUCCESSES:
+            return Verdict(Signal.SUCCESS)
+        if outcome in _FAILURES:
+            return Verdict(Signal.FAILURE)
         if outcome is Outcome.RATE_LIMITED:
-            return Verdict(Signal.REFUSED, pause)
+            return Verdict(Signal.RATE_LIMITED, cooldown)
         if outcome is Outcome.OVERLOADED:
-            return Verdict(Signal.REST if told else Signal.BAD, pause)
+            return Verdict(Signal.COOL_DOWN if retry_after_seconds else Signal.FAILURE, cooldown)
         if outcome is Outcome.UNKNOWN_MODEL:
-            return Verdict(Signal.REST, self.unknown_model_rest_seconds)
-        return Verdict(Signal.NOTHING) if outcome is Outcome.ABANDONED else None
+            return Verdict(Signal.COOL_DOWN, self.unknown_model_cooldown_seconds)
+        return Verdict(Signal.NEUTRAL) if outcome is Outcome.ABANDONED else None
 
 
-_GOOD = frozenset({Outcome.ANSWERED, Outcome.REJECTED})
-_BAD = frozenset({Outcome.ERROR, Outcome.TIMEOUT, Outcome.GARBAGE})
+_SUCCESSES = frozenset({Outcome.ANSWERED, Outcome.REJECTED})
+_FAILURES = frozenset({Outcome.ERROR, Outcome.TIMEOUT, Outcome.GARBAGE})

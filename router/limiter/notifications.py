@@ -1,67 +1,69 @@
-"""Hearing of what others change: targets, rests, places that came free. Redis publishes it, nobody polls."""
+"""Subscribes to changes by other processes (targets, cool-downs, released slots) over Redis pub/sub."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
 from typing import Any
 
 import redis.asyncio
 
 from router.limiter.script import REDIS_ERRORS
 from router.limiter.settings import LimiterSettings
+from router.limiter.tracker import ModelTracker
 
 CHANNEL = "router:traffic"
-LISTEN_SECONDS = 30.0
+READ_SECONDS = 30.0
 
 
 class Notifications:
-    """Calls `changed(key)` for each change by somebody else; `changed(None)` if some may have been missed."""
+    """Tells the tracker which model changed, and that any may have when notifications were missed.
+
+    A message is `<key> <sender>`. Those of `sender` itself are ignored.
+    """
 
     def __init__(
-        self, redis_client: redis.asyncio.Redis, name: str, changed: Callable[[str | None], None],
-        settings: LimiterSettings,
-    ) -> None:  # fmt: skip
-        self._redis: Any = redis_client
-        self._name = name
-        self._changed = changed
+        self, client: redis.asyncio.Redis, sender: str, tracker: ModelTracker, settings: LimiterSettings
+    ) -> None:
+        self._redis: Any = client
+        self._sender = sender
+        self._tracker = tracker
         self._settings = settings
         self._listener: asyncio.Task[None] | None = None
-        self._listening = asyncio.Event()
+        self._subscribed = asyncio.Event()
 
-    async def hear(self) -> None:
-        """Begin to listen; the first time, return when changes are heard (or after a bounded wait)."""
+    async def listen(self) -> None:
+        """Starts to listen; the first call returns once subscribed, or after a bounded wait."""
         if self._listener is not None and not self._listener.done():
             return
-        self._listener = asyncio.create_task(self._listen(), name="limiter listens for changes")
-        waiting = asyncio.ensure_future(self._listening.wait())
-        await asyncio.wait({waiting}, timeout=self._settings.ask_again_seconds)
+        self._listener = asyncio.create_task(self._run(), name="limiter notifications")
+        waiting = asyncio.ensure_future(self._subscribed.wait())
+        await asyncio.wait({waiting}, timeout=self._settings.fallback_poll_seconds)
         waiting.cancel()
 
     async def close(self) -> None:
-        """Listen no more."""
+        """Stops listening."""
         if self._listener is not None:
             self._listener.cancel()
             await asyncio.gather(self._listener, return_exceptions=True)
             self._listener = None
 
-    async def _listen(self) -> None:
+    async def _run(self) -> None:
         while True:
             with contextlib.suppress(*REDIS_ERRORS):
                 async with self._redis.pubsub(ignore_subscribe_messages=True) as channel:
                     await channel.subscribe(CHANNEL)
-                    self._listening.set()
-                    self._changed(None)  # what was said before the subscription was not heard
+                    self._subscribed.set()
+                    self._tracker.all_changed()  # messages from before the subscription were missed
                     while True:
-                        message = await channel.get_message(timeout=LISTEN_SECONDS)
+                        message = await channel.get_message(timeout=READ_SECONDS)
                         if message is not None:
-                            self._heard(message["data"])
-            self._listening.clear()
+                            self._receive(message["data"])
+            self._subscribed.clear()
             await asyncio.sleep(self._settings.retry_cap_seconds)
 
-    def _heard(self, data: bytes | str) -> None:
+    def _receive(self, data: bytes | str) -> None:
         text = data.decode(errors="replace") if isinstance(data, bytes) else data
-        key, _, speaker = text.partition(" ")
-        if speaker != self._name:
-            self._changed(key)
+        key, _, sender = text.partition(" ")
+        if sender != self._sender:
+            self._tracker.changed(key)

@@ -1,16 +1,19 @@
-"""The limiter's values: a permit with its moment, a refusal with its reason, and its settings. No I/O."""
+"""Values of the limiter: permit, wait and its reason, past call. No I/O."""
 
 from __future__ import annotations
 
 import enum
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from router.errors import PermitExpired
 
+Clock = Callable[[], float]  # monotonic seconds
+
 
 class WaitReason(enum.IntEnum):
-    """What a model is waiting for; the numbers are those of `limiter.lua`."""
+    """Limit that a model's next send waits for; the numbers are those of `limiter.lua`."""
 
     NOTHING = 0
     WINDOW = 1
@@ -30,28 +33,26 @@ class WaitReason(enum.IntEnum):
 
 _REASON_TEXTS = {
     WaitReason.NOTHING: "nothing",
-    WaitReason.WINDOW: "its window of requests is used up, or the pace",
-    WaitReason.TOKENS: "its window of tokens is used up",
-    WaitReason.CONCURRENCY: "all places at once are taken",
-    WaitReason.STOPPED: "its traffic target is 0",
-    WaitReason.COOLING_DOWN: "it rests after a refusal",
+    WaitReason.WINDOW: "request window used up, or paced",
+    WaitReason.TOKENS: "token window used up",
+    WaitReason.CONCURRENCY: "concurrency limit reached",
+    WaitReason.STOPPED: "stopped by a traffic target of 0",
+    WaitReason.COOLING_DOWN: "cooling down after a 429 or 503, or repeated failures",
     WaitReason.TOO_MANY_TOKENS: "the call needs more tokens than a whole window allows",
-    WaitReason.REBUILDING: "Redis lost its memory, and what was sent before is being found out",
-    WaitReason.NO_TARGET: "it has no traffic target yet",
-    WaitReason.HALF_OPEN: "it failed again and again, and one call is trying it out",
+    WaitReason.REBUILDING: "rebuilding rate-limit state after a Redis restart",
+    WaitReason.NO_TARGET: "no traffic target set",
+    WaitReason.HALF_OPEN: "circuit half-open: one probe in flight",
 }
 
-UNAVAILABLE_REASONS = frozenset(
-    {WaitReason.COOLING_DOWN, WaitReason.HALF_OPEN}
-)  # the model is not trusted now
+UNAVAILABLE_REASONS = frozenset({WaitReason.COOLING_DOWN, WaitReason.HALF_OPEN})  # the model itself failed
 
 
 @dataclass(slots=True, eq=False)
 class Permit:
-    """The limiter's leave to send one call at one moment, on this machine's monotonic clock.
+    """Permission to send one call between `send_at` and `expires_at`, both on `clock`.
 
-    The moment counts from when Redis's reply arrived and the death from when the question left, so that
-    neither a slow nor a stalled reply makes a send early or late.
+    `send_at` counts from the arrival of Redis's reply and `expires_at` from when the request left, so that a
+    slow reply makes no send early and none late. `number` is the send's in its `generation` of the log.
     """
 
     model: str
@@ -60,30 +61,34 @@ class Permit:
     generation: int
     send_at: float
     expires_at: float
+    clock: Clock = field(default=time.monotonic, repr=False)
     returned: bool = field(default=False, repr=False)
 
     @property
     def wait_seconds(self) -> float:
-        """Seconds from now until the moment; 0 once it has come."""
-        return max(0.0, self.send_at - time.monotonic())
+        """Seconds until `send_at`; 0 once it has passed."""
+        return max(0.0, self.send_at - self.clock())
 
     @property
-    def dead(self) -> bool:
+    def expired(self) -> bool:
         """True once it is too late to send."""
-        return time.monotonic() > self.expires_at
+        return self.clock() > self.expires_at
 
     def check(self) -> None:
-        """Raise PermitExpired if it is too late to send; to be called immediately before the socket write."""
-        late = time.monotonic() - self.expires_at
+        """Raises PermitExpired if it is too late to send. Call it immediately before the socket write."""
+        late = self.clock() - self.expires_at
         if late > 0:
             raise PermitExpired(
-                f"The permit of {self.model} died {late * 1000:.0f} ms ago: reserve another one."
+                f"The permit of {self.model} expired {late * 1000:.0f} ms ago: reserve another one."
             )
 
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """No permit now: why, and in how many seconds to ask again; None if only a change can help. Is false."""
+    """Denied reservation, which is false: its reason, and the seconds until the next try makes sense.
+
+    `again_seconds` is None if only a change can help, e.g. of a target of 0.
+    """
 
     model: str
     reason: WaitReason
@@ -95,10 +100,10 @@ class Wait:
 
 @dataclass(frozen=True, slots=True)
 class PastCall:
-    """A call of the log, for a limiter that lost its memory.
+    """A call of the call log, from which a model's windows are rebuilt.
 
-    `age_seconds_latest` is how long ago it was sent, counted as late as it could have been; `tokens` are
-    those it used, or the reserved ones while that is not known; `open` says that it may still be in flight.
+    `age_seconds_latest` is the age of the send, assuming the latest time it can have had. `tokens` are those
+    used, or the reserved ones while the usage is unknown. An `open` call may still be in flight.
     """
 
     age_seconds_latest: float

@@ -1,118 +1,134 @@
-"""Giving permits back to Redis: many in one round trip, and once more when Redis was away."""
+"""Returns permits to Redis: in batches, and again after an outage."""
 
 from __future__ import annotations
 
 import asyncio
-import struct
+import contextlib
 from collections import deque
-from collections.abc import Awaitable, Callable
-from typing import Generic, TypeVar
 
 from router.errors import LimiterUnavailable
-from router.limiter.permit import Permit
+from router.limiter.codec import pack_release, unpack_release
+from router.limiter.permit import Permit, WaitReason
+from router.limiter.script import RedisScript
+from router.limiter.state import FREED_BY_OTHERS, ModelState
+from router.limiter.tasks import SideTasks
+from router.limiter.tracker import ModelTracker
 
-MOST_IN_ONE_TRIP = 500
-MOST_KEPT = 10_000  # returns that wait for Redis to come back; what is more ends by itself
-AGAIN_SECONDS = 0.5
-
-Item = TypeVar("Item")
-SendBack = Callable[[str, bytes], Awaitable[None]]
+MAX_BATCH = 500
+MAX_UNSENT = 10_000  # releases kept during an outage; permits beyond it end by themselves
+RETRY_SECONDS = 0.5
+_FREED = FREED_BY_OTHERS | {WaitReason.TOKENS}
 
 
 class Releases:
-    """Releases of permits, model by model. What Redis could not take is kept, and sent when it can."""
+    """Releases and cancels permits, each at most once."""
 
-    def __init__(self, send: SendBack) -> None:
-        self._send = send
-        self._batches: dict[str, Batch[bytes]] = {}
-        self._kept: dict[str, list[bytes]] = {}
-        self._again: asyncio.Task[None] | None = None
+    def __init__(self, script: RedisScript, tracker: ModelTracker, tasks: SideTasks) -> None:
+        self._script = script
+        self._tracker = tracker
+        self._tasks = tasks
+        self._batches: dict[str, _Batch] = {}
+        self._retry: asyncio.Task[None] | None = None
 
-    async def put(self, permit: Permit, used: float, *, unused: bool) -> None:
-        """Give a permit back, once; LimiterUnavailable if Redis cannot take it now (it is told later)."""
+    async def release(self, permit: Permit, tokens: int | None) -> None:
+        """Ends a call that used so many tokens. LimiterUnavailable if Redis is away: it is sent later."""
+        await self._send(permit, -1 if tokens is None else tokens, unused=False)
+
+    async def cancel(self, permit: Permit) -> None:
+        """Takes back a permit by which nothing was sent. LimiterUnavailable as for `release`."""
+        await self._send(permit, 0, unused=True)
+
+    def cancel_later(self, permit: Permit) -> asyncio.Task[None]:
+        """Cancels a permit in a task; if Redis is away it stays counted, which is safe."""
+        return self._tasks.start(self._cancel_quietly(permit), f"cancel a permit of {permit.model}")
+
+    async def close(self) -> None:
+        """Waits for releases in flight; unsent ones end by themselves."""
+        for batch in self._batches.values():
+            await batch.close()
+        if self._retry is not None:
+            self._retry.cancel()
+            await asyncio.gather(self._retry, return_exceptions=True)
+
+    async def _cancel_quietly(self, permit: Permit) -> None:
+        with contextlib.suppress(LimiterUnavailable):
+            await self.cancel(permit)
+
+    async def _send(self, permit: Permit, used: int, *, unused: bool) -> None:
         if permit.returned:
             return
-        item = struct.pack("<4d", permit.generation, permit.number, used, float(unused))
         batch = self._batches.get(permit.model)
         if batch is None:
-            batch = Batch(
-                lambda items: self._send_all(permit.model, items),
-                most=MOST_IN_ONE_TRIP,
-                name=f"returns of {permit.model}",
-            )
-            self._batches[permit.model] = batch
+            batch = self._batches[permit.model] = _Batch(self._script, self._tracker.state(permit.model))
         permit.returned = True
+        item = pack_release(permit, used, unused=unused)
         try:
             await batch.put(item)
         except LimiterUnavailable:
-            self._keep(permit.model, item)
+            self._keep(batch, item)
             raise
 
-    async def close(self) -> None:
-        """Wait for what is under way; what Redis could not take until now ends by itself."""
-        for batch in self._batches.values():
-            await batch.close()
-        if self._again is not None:
-            self._again.cancel()
-            await asyncio.gather(self._again, return_exceptions=True)
+    def _keep(self, batch: _Batch, item: bytes) -> None:
+        if sum(len(one.unsent) for one in self._batches.values()) < MAX_UNSENT:
+            batch.unsent.append(item)
+        if self._retry is None or self._retry.done():
+            self._retry = asyncio.create_task(self._retry_unsent(), name="limiter retries releases")
 
-    async def _send_all(self, model: str, items: list[bytes]) -> None:
-        await self._send(model, b"".join(items))
-
-    def _keep(self, model: str, item: bytes) -> None:
-        if sum(map(len, self._kept.values())) < MOST_KEPT:
-            self._kept.setdefault(model, []).append(item)
-        if self._again is None or self._again.done():
-            self._again = asyncio.create_task(self._send_again(), name="limiter returns, once more")
-
-    async def _send_again(self) -> None:
-        while self._kept:
-            await asyncio.sleep(AGAIN_SECONDS)
-            for model, items in list(self._kept.items()):
-                some = items[:MOST_IN_ONE_TRIP]
+    async def _retry_unsent(self) -> None:
+        while waiting := [batch for batch in self._batches.values() if batch.unsent]:
+            await asyncio.sleep(RETRY_SECONDS)
+            for batch in waiting:
+                items = batch.unsent[:MAX_BATCH]
                 try:
-                    await self._send_all(model, some)
+                    await batch.send(items)
                 except LimiterUnavailable:
                     break
-                del items[: len(some)]  # others may have joined meanwhile
-                if not items:
-                    del self._kept[model]
+                del batch.unsent[: len(items)]  # others may have been added meanwhile
 
 
-class Batch(Generic[Item]):
-    """Sends items, one round trip at a time; those that come meanwhile go together in the next."""
+class _Batch:
+    """Releases of one model, one round trip at a time: those that come meanwhile share the next one."""
 
-    def __init__(self, send: Callable[[list[Item]], Awaitable[None]], *, most: int, name: str) -> None:
-        self._send = send
-        self._most = most
-        self._name = name
-        self._items: deque[tuple[Item, asyncio.Future[None]]] = deque()
-        self._runner: asyncio.Task[None] | None = None
+    def __init__(self, script: RedisScript, state: ModelState) -> None:
+        self.unsent: list[bytes] = []
+        self._script = script
+        self._state = state
+        self._items: deque[tuple[bytes, asyncio.Future[None]]] = deque()
+        self._sender: asyncio.Task[None] | None = None
 
-    async def put(self, item: Item) -> None:
-        """Return once the item has arrived; raises what its round trip raised."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._items.append((item, future))
-        if self._runner is None or self._runner.done():
-            self._runner = asyncio.create_task(self._serve(), name=self._name)
-        await future
+    async def put(self, item: bytes) -> None:
+        """Returns once the item has arrived; raises what its round trip raised."""
+        arrived: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._items.append((item, arrived))
+        if self._sender is None or self._sender.done():
+            self._sender = asyncio.create_task(self._send_all(), name=f"releases of {self._state.model}")
+        await arrived
+
+    async def send(self, items: list[bytes]) -> None:
+        """Sends items in one round trip, and wakes this process's waiters if that may help them."""
+        state = self._state
+        reply = await self._script.call(state.key, "release", b"".join(items), self._script.sender)
+        # The script notifies only other processes.
+        if unpack_release(reply) or state.waiting_for in _FREED or state.available_at is None:
+            state.changed()
 
     async def close(self) -> None:
-        """Wait until everything has arrived or failed."""
-        if self._runner is not None:
-            await asyncio.gather(self._runner, return_exceptions=True)
+        """Waits until every item has arrived or failed."""
+        if self._sender is not None:
+            await asyncio.gather(self._sender, return_exceptions=True)
 
-    async def _serve(self) -> None:
+    async def _send_all(self) -> None:
         while self._items:
-            under_way = [self._items.popleft() for _ in range(min(self._most, len(self._items)))]
+            batch = [self._items.popleft() for _ in range(min(MAX_BATCH, len(self._items)))]
             error: Exception | None = None
             try:
-                await self._send([item for item, _ in under_way])
-            except Exception as raised:  # noqa: BLE001 - it is handed to those who wait
+                await self.send([item for item, _ in batch])
+            except Exception as raised:  # noqa: BLE001 - it is raised by `put`
                 error = raised
-            for _, future in under_way:
-                if not future.done():
-                    if error is None:
-                        future.set_result(None)
-                    else:
-                        future.set_exception(error)
+            for _, arrived in batch:
+                if arrived.done():
+                    continue
+                if error is None:
+                    arrived.set_result(None)
+                else:
+                    arrived.set_exception(error)

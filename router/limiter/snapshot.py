@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 from router.limiter.permit import WaitReason
 
+_MINUTES_FROM_SECONDS = 120
+
 
 @dataclass(frozen=True, slots=True)
 class ModelTraffic:
-    """What a model's limiter holds now; counts are by limit, e.g. `{"120/min": 96}`, slacks included.
+    """Usage of one model now. Counts are by limit, e.g. `{"120/min": 96}`, and include the slacks.
 
-    `failures` are those in a row; `trip` is how often in a row the breaker opened, 0 if it is closed.
+    `failures` are those in a row. `trips` counts how often in a row the breaker opened; 0 is closed.
     `refused` counts the 429s since `refused_since_seconds` ago, the last of them `refused_seconds` ago.
     """
 
@@ -19,39 +21,35 @@ class ModelTraffic:
     target: str | None
     sent: dict[str, int]
     tokens: dict[str, int]
-    at_once: int
+    in_flight: int
     next_seconds: float | None
     waiting_for: WaitReason
-    resting_seconds: float
-    rest_reason: str | None
+    cooldown_seconds: float
+    cooldown_reason: str | None
     failures: int = 0
-    trip: int = 0
+    trips: int = 0
     refused: int = 0
     refused_since_seconds: float | None = None
     refused_seconds: float | None = None
 
     @property
     def breaker(self) -> str:
-        """`closed`, `open`, or `half-open`: one call at a time is let through to try the model out."""
-        if not self.trip:
+        """State of the circuit breaker: `closed`, `open` or `half-open`."""
+        if not self.trips:
             return "closed"
-        return "open" if self.resting_seconds > 0 else "half-open"
+        return "open" if self.cooldown_seconds > 0 else "half-open"
 
     @property
     def quota_warning(self) -> str | None:
-        """What the 429s of the last hour mean; None if there were none."""
+        """Warning about the 429s of the last hour, or None if there were none."""
         if not self.refused or self.refused_since_seconds is None or self.refused_seconds is None:
             return None
-        since, last = _span(self.refused_since_seconds), _span(self.refused_seconds)
+        since, last = _duration(self.refused_since_seconds), _duration(self.refused_seconds)
         return (
             f"{self.refused:,} of its calls refused (429) in the last {since}, the latest {last} ago: its "
             "traffic target is above what the provider allows; lower it, or have the quota raised."
         )
 
 
-def _span(seconds: float) -> str:
-    """A time for people: `40 s`, `12 min`."""
+def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < _MINUTES_FROM_SECONDS else f"{seconds / 60:.0f} min"
-
-
-_MINUTES_FROM_SECONDS = 120

@@ -2,49 +2,67 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from router.background import Broadcast
+from router.limiter.codec import MICRO
 from router.limiter.permit import WaitReason
-from router.limiter.settings import MICRO
 from router.traffic import TrafficTarget
 
-FREED_BY_OTHERS = frozenset({WaitReason.CONCURRENCY, WaitReason.HALF_OPEN})  # sooner than their moment says
+FREED_BY_OTHERS = frozenset({WaitReason.CONCURRENCY, WaitReason.HALF_OPEN})  # maybe sooner than predicted
+NEVER = float("-inf")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class ModelState:
-    """What this process has seen of a model: by it a limiter that lost its memory is found out.
+    """Latest state of a model seen by this process. Times are in seconds on the limiter's clock.
 
-    `anchor` is Redis's kept clock minus this process's monotonic clock, as far as both are known to agree:
-    it says how late it can be at most in Redis, whatever Redis's own clock was set to. In microseconds.
+    A process that saw a higher `generation` or `head` than Redis has detects that Redis lost state.
+    `clock_offset` is Redis's corrected clock minus the limiter's clock in microseconds, as far as the two are
+    known to agree: a lower bound of the time in Redis, whatever Redis's own clock was set to.
     """
 
+    model: str
+    key: str  # of the model's hash in Redis
     generation: float = 0.0
     head: float = 0.0
     version: float = 0.0
     target: TrafficTarget | None = None
-    anchor: float | None = None
+    clock_offset: float | None = None
     failures: float = 0.0
-    trip: float = 0.0
-    rest_until: float = 0.0  # on the monotonic clock
-    rest_reason: str = ""
-    near_at: float | None = None  # when a send looks possible, on the monotonic clock; None: nobody knows
-    near_known_at: float = 0.0
+    trips: float = 0.0
+    cooldown_until: float = NEVER
+    cooldown_reason: str = ""
+    available_at: float | None = None  # when a send looks possible; None if unknown
+    available_known_at: float = NEVER
+    waiting_for: WaitReason = WaitReason.NOTHING  # of the wait queue's next call
+    changes: int = 0
+    broadcast: Broadcast = field(default_factory=Broadcast)  # of changes, and of a new `waiting_for`
 
-    def claim(self, left: float) -> float:
-        """What Redis's kept clock shows at the soonest when the question leaves at `left`; 0 if unknown."""
-        return 0.0 if self.anchor is None else self.anchor + left * MICRO
+    def clock_bound(self, at: float) -> float:
+        """Returns the least that Redis's corrected clock can show at `at`; 0 if unknown."""
+        return 0.0 if self.clock_offset is None else self.clock_offset + at * MICRO
 
-    def heard(self, now: float, left: float, arrived: float) -> None:
-        """A reply says that Redis's kept clock showed `now` between these two moments."""
-        low, high = now - arrived * MICRO, now - left * MICRO
-        self.anchor = low if self.anchor is None else min(max(self.anchor, low), high)
+    def observe_clock(self, clock: float, sent_at: float, received_at: float) -> None:
+        """Updates the offset: Redis's corrected clock showed `clock` between these two times."""
+        low, high = clock - received_at * MICRO, clock - sent_at * MICRO
+        self.clock_offset = low if self.clock_offset is None else min(max(self.clock_offset, low), high)
 
-    def hint(self, again: float | None, reason: float, arrived: float, look_ahead: float) -> None:
-        """Keep when the next send looks possible, so that nobody need ask before."""
+    def observe_wait(self, again: float | None, reason: float, received_at: float, look_ahead: float) -> None:
+        """Records when the next send looks possible, so that no request is made before."""
         if again is None or reason in FREED_BY_OTHERS:
-            self.near_at, self.near_known_at = None, 0.0
+            self.forget_availability()
         else:
-            self.near_at, self.near_known_at = arrived + again - look_ahead, arrived
+            self.available_at, self.available_known_at = received_at + again - look_ahead, received_at
         if reason == WaitReason.COOLING_DOWN and again is not None:
-            self.rest_until = arrived + again
+            self.cooldown_until = received_at + again
+
+    def forget_availability(self) -> None:
+        """Makes the next `wait_until_available` ask Redis."""
+        self.available_at, self.available_known_at = None, NEVER
+
+    def changed(self) -> None:
+        """Drops predictions made before a change, and wakes everything that waits for the model."""
+        self.forget_availability()
+        self.changes += 1
+        self.broadcast.notify_all()

@@ -1,99 +1,131 @@
-"""What this process has seen of each model, what it does when that changes, and what it tells the others."""
+"""State of each model in this process: updated from replies and notifications, reported to Redis."""
 
 from __future__ import annotations
 
 import contextlib
 import re
-import struct
-import time
-from collections.abc import Callable, Coroutine
-from typing import Any
 
 from router.errors import InputError, LimiterUnavailable
-from router.limiter.breaker import BreakerSettings, Signal
-from router.limiter.codec import packed_verdict, traffic_of
-from router.limiter.recovery import Call
-from router.limiter.settings import MICRO
+from router.limiter.breaker import Signal, Verdict
+from router.limiter.codec import (
+    MICRO,
+    pack_outcome,
+    pack_set_target,
+    pack_target,
+    unpack_breaker,
+    unpack_set_target,
+    unpack_snapshot,
+)
+from router.limiter.permit import Clock
+from router.limiter.script import RedisScript
+from router.limiter.settings import LimiterSettings
 from router.limiter.snapshot import ModelTraffic
 from router.limiter.state import ModelState
+from router.limiter.tasks import SideTasks
 from router.traffic import TrafficTarget
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
-LONGEST_REST_SECONDS = 86_400.0
-LONGEST_REASON = 200
-
-Aside = Callable[[Coroutine[Any, Any, None], str], object]
+MAX_COOLDOWN_SECONDS = 86_400.0
+MAX_REASON_CHARACTERS = 200
 
 
 class ModelTracker:
-    """A `ModelState` a model. `changed(model)` is called after a verdict; `aside` runs what goes on alone."""
+    """Holds a `ModelState` per model, and puts back into Redis what Redis lost and this process knows."""
 
     def __init__(
-        self, call: Call, name: str, breaker: BreakerSettings, changed: Callable[[str], None], aside: Aside
+        self, script: RedisScript, settings: LimiterSettings, tasks: SideTasks, clock: Clock
     ) -> None:
-        self._call = call
-        self._name = name
-        self._breaker = breaker
-        self._changed = changed
-        self._aside = aside
-        self._seen: dict[str, ModelState] = {}
-        self._keys: dict[str, str] = {}
+        self._script = script
+        self._settings = settings
+        self._tasks = tasks
+        self._clock = clock
+        self._states: dict[str, ModelState] = {}
+        self._by_key: dict[str, ModelState] = {}
 
-    def of(self, model: str) -> ModelState:
-        """What was seen of the model; InputError if that is no name of one."""
-        seen = self._seen.get(model)
-        if seen is None:
-            self.key(model)
-            seen = self._seen[model] = ModelState()
-        return seen
-
-    def key(self, model: str) -> str:
-        """The key of the model's hash in Redis; InputError if it is no name of a model."""
-        key = self._keys.get(model)
-        if key is None:
+    def state(self, model: str) -> ModelState:
+        """Returns the state of a model. Raises InputError for an invalid name."""
+        state = self._states.get(model)
+        if state is None:
             if not MODEL_NAME.fullmatch(model):
-                what = f"{model[:120]!r} is no model name"
+                what = f"{model[:120]!r} is not a valid model name"
                 raise InputError(f"{what}: letters, digits, '.', '_' and '-', at most 100.")
-            key = self._keys[model] = f"router:{{{model}}}"
-        return key
+            state = self._states[model] = ModelState(model, f"router:{{{model}}}")
+            self._by_key[state.key] = state
+        return state
 
-    def remember(self, model: str, seen: ModelState, generation: float, version: float) -> None:
-        """A reply shows a generation or a target that is new here."""
-        if generation > seen.generation:
-            seen.generation, seen.head, seen.anchor = generation, 0.0, None
-            if seen.rest_until > time.monotonic():
-                self._aside(self._put_rest_back(model, seen), f"put back a rest of {model}")
-        if version > seen.version:
-            seen.version = version
-            self._aside(self._learn_target(model, seen), f"learn the target of {model}")
+    def changed(self, key: str) -> None:
+        """Another process changed the model with this key."""
+        state = self._by_key.get(key)
+        if state is not None:
+            state.changed()
 
-    async def tell(
-        self, model: str, sign: Signal, seconds: float, reason: str, send: tuple[int, int] | None = None
+    def all_changed(self) -> None:
+        """Any model may have changed: notifications were missed."""
+        for state in self._states.values():
+            state.changed()
+
+    def observe(self, state: ModelState, generation: float, version: float) -> None:
+        """Records a generation or a target version that is new to this process."""
+        if generation > state.generation:
+            state.generation, state.head, state.clock_offset = generation, 0.0, None
+            if state.cooldown_until > self._clock():
+                self._tasks.start(self._restore_cooldown(state), f"restore the cool-down of {state.model}")
+        if version > state.version:
+            state.version = version
+            self._tasks.start(self._learn_target(state), f"learn the target of {state.model}")
+
+    async def set_target(self, state: ModelState, target: TrafficTarget, version: int | None) -> bool:
+        """Applies a target; False if a newer version is applied already."""
+        packed = pack_target(target, self._settings)
+        request = pack_set_target(version, self._settings)
+        sender = self._script.sender
+        reply = await self._script.call(state.key, "target", request, packed, str(target), sender)
+        applied, version_now = unpack_set_target(reply)
+        if applied:
+            state.version, state.target = version_now, target
+            state.changed()
+        return applied
+
+    async def restore_target(self, state: ModelState) -> bool:
+        """Puts back the target that this process knows; False if it knows none."""
+        if state.target is None:
+            return False
+        await self.set_target(state, state.target, int(state.version))
+        return True
+
+    async def report(
+        self, state: ModelState, verdict: Verdict, reason: str, send: tuple[int, int] | None = None
     ) -> None:
-        """Rest, doubt or trust the model, for everyone. `send` is generation and number of what was sent."""
-        seen, left = self.of(model), time.monotonic()
-        seconds, reason = min(seconds, LONGEST_REST_SECONDS), reason[:LONGEST_REASON]
-        if seconds > 0:  # also if Redis is away: whoever knows of a rest says so when it is back
-            seen.rest_until, seen.rest_reason = max(seen.rest_until, left + seconds), reason
-        ask = packed_verdict(seen, left, sign, seconds, send=send, breaker=self._breaker)
-        reply = await self._call(model, "outcome", ask, reason, self._name)
-        status, failures, trip, resting = struct.unpack("<4d", reply)
-        if not status:
-            seen.failures, seen.trip, seen.rest_until = failures, trip, time.monotonic() + resting / MICRO
-        self._changed(model)
+        """Reports a verdict on a model; `send` is the (generation, number) that it is about."""
+        now = self._clock()
+        verdict = Verdict(verdict.signal, min(verdict.cooldown_seconds, MAX_COOLDOWN_SECONDS))
+        reason = reason[:MAX_REASON_CHARACTERS]
+        if verdict.cooldown_seconds > 0:  # before the call: if Redis is away, it is restored later
+            state.cooldown_until = max(state.cooldown_until, now + verdict.cooldown_seconds)
+            state.cooldown_reason = reason
+        request = pack_outcome(
+            verdict, state.generation, state.clock_bound(now),
+            send=send, trips=state.trips, breaker=self._settings.breaker,
+        )  # fmt: skip
+        reply = await self._script.call(state.key, "outcome", request, reason, self._script.sender)
+        breaker = unpack_breaker(reply)
+        if not breaker.status:
+            state.failures, state.trips = breaker.failures, breaker.trips
+            state.cooldown_until = self._clock() + breaker.cooldown / MICRO
+        state.changed()
 
-    async def look(self, model: str) -> ModelTraffic:
-        """What is in force and in use."""
-        line, rest_reason, packed = await self._call(model, "snapshot", b"")
-        return traffic_of(model, line, rest_reason, packed)
+    async def snapshot(self, state: ModelState) -> ModelTraffic:
+        """Reads target and usage from Redis."""
+        line, cooldown_reason, packed = await self._script.call(state.key, "snapshot", b"")
+        return unpack_snapshot(state.model, line, cooldown_reason, packed)
 
-    async def _put_rest_back(self, model: str, seen: ModelState) -> None:
+    async def _restore_cooldown(self, state: ModelState) -> None:
+        verdict = Verdict(Signal.RESTORE, state.cooldown_until - self._clock())
         with contextlib.suppress(LimiterUnavailable):
-            await self.tell(model, Signal.PUT_BACK, seen.rest_until - time.monotonic(), seen.rest_reason)
+            await self.report(state, verdict, state.cooldown_reason)
 
-    async def _learn_target(self, model: str, seen: ModelState) -> None:
-        """Keep the target in force at hand, so that it can be put back when Redis lost it."""
+    async def _learn_target(self, state: ModelState) -> None:
         with contextlib.suppress(LimiterUnavailable):
-            traffic = await self.look(model)
+            traffic = await self.snapshot(state)
             if traffic.target:
-                seen.target = TrafficTarget.parse(traffic.target)
+                state.target = TrafficTarget.parse(traffic.target)

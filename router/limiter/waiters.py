@@ -1,29 +1,25 @@
-"""Standing in line inside one process: waiters in order, one of them asking for all. Knows nothing of Redis.
-
-A line's runner asks for as many permits as the line can use, in order.
-"""
+"""Wait queue of one model in one process: FIFO, with one request for all that wait."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-import time
 from collections import deque
-from collections.abc import Awaitable, Callable
 
-from router.background import Broadcast, finish
+from router.background import resolve_future
 from router.errors import LimiterError, LimiterUnavailable, PermitExpired
-from router.limiter.permit import Permit, Wait, WaitReason
+from router.limiter.notifications import Notifications
+from router.limiter.permit import UNAVAILABLE_REASONS, Clock, Permit, Wait, WaitReason
+from router.limiter.releases import Releases
+from router.limiter.reservations import Reservations
 from router.limiter.settings import LimiterSettings
+from router.limiter.state import ModelState
 
-Ask = Callable[[list[int]], Awaitable[tuple[list[Permit], Wait]]]
-GiveBack = Callable[[Permit], "asyncio.Task[None]"]
-
-_TIMED = frozenset({WaitReason.WINDOW, WaitReason.COOLING_DOWN})
-SAME_MOMENT_SECONDS = 0.005  # replies of two questions differ by so much in what they call the same moment
+SAME_TIME_SECONDS = 0.005  # two replies differ by up to this in what they call the same send time
 ONE_AFTER_ANOTHER_SECONDS = 1e-6
-FEWEST_IN_ONE_ASK = 8
-MOST_DEATHS = 100  # a process that misses so many moments in a row is not able to send at all
+MIN_BATCH = 8
+MAX_EXPIRED = 100  # a process that misses this many send times in a row cannot send at all
+_TIMED = frozenset({WaitReason.WINDOW, WaitReason.COOLING_DOWN})
 
 
 class _Waiter:
@@ -36,51 +32,72 @@ class _Waiter:
 
 
 class WaitQueue:
-    """The waiters of one model in this process, first come first served."""
+    """Waiters of one model, first in first out. One task requests permits for as many as it can."""
 
-    def __init__(self, model: str, ask: Ask, give_back: GiveBack, settings: LimiterSettings) -> None:
-        self.bell = Broadcast()
-        self.waiting_for = WaitReason.NOTHING
-        self.replies = 0
-        self._model = model
-        self._ask = ask
-        self._give_back = give_back
+    def __init__(  # noqa: PLR0917 - the parts that it works with, as in every part of the limiter
+        self,
+        state: ModelState,
+        reservations: Reservations,
+        releases: Releases,
+        notifications: Notifications,
+        settings: LimiterSettings,
+        clock: Clock,
+    ) -> None:
+        self._state = state
+        self._reservations = reservations
+        self._releases = releases
+        self._notifications = notifications
         self._settings = settings
+        self._clock = clock
         self._waiters: deque[_Waiter] = deque()
-        self._asked: list[_Waiter] = []
+        self._requested: list[_Waiter] = []  # those that the request in flight is for
         self._runner: asyncio.Task[None] | None = None
-        self.pokes = 0
-        self._ask_at = 0.0
+        self._replies = 0
+        self._paused_until = 0.0  # void once the model changed
+        self._paused_at_change = -1
         self._tickets = 0
-        self._most_at_once = settings.most_in_one_ask
-        self._died = False
-        self._left_at = 0.0
-        self._asleep = 0
-        self._clock_ahead: float | None = None
+        self._max_batch = settings.max_permits_per_request
+        self._some_expired = False
+        self._left_at = float("-inf")
+        self._sleeping = 0
+        self._loop_offset: float | None = None
 
-    @property
-    def waiting(self) -> int:
-        """How many stand in line."""
-        return sum(not waiter.future.done() for waiter in (*self._asked, *self._waiters))
+    def __len__(self) -> int:
+        return sum(not waiter.future.done() for waiter in (*self._requested, *self._waiters))
 
-    async def stand(self, tokens: int) -> Permit:
-        """Wait for a permit and its moment; a permit that died on the way goes back, and another is asked."""
+    async def wait(self, tokens: int) -> Permit:
+        """Waits for a permit and its send time. A permit that expires meanwhile is replaced by another."""
         ticket = self._tickets = self._tickets + 1
-        for deaths in range(MOST_DEATHS):
+        for expired in range(MAX_EXPIRED):
             waiter = _Waiter(ticket, tokens)
-            if deaths == 0:
+            if expired == 0:
                 self._waiters.append(waiter)
             else:
                 self._insert(waiter)
             permit = await self._permit_of(waiter)
-            if not permit.dead:
+            if not permit.expired:
                 return permit
-            self._died = True
-            # Asked for before it is back, the next would keep its distance from one that was never used.
-            await asyncio.shield(self._give_back(permit))
+            self._some_expired = True
+            # Returned before the next request: else the next send would keep its distance from this one.
+            await asyncio.shield(self._releases.cancel_later(permit))
         raise PermitExpired(
-            f"{MOST_DEATHS} permits of {self._model} died unused: this process is too slow to send."
+            f"{MAX_EXPIRED} permits of {self._state.model} expired unused: this process is too slow to send."
         )
+
+    async def wait_until_unavailable(self) -> None:
+        """Returns once a reply to the waiters says that the model cools down or is half-open."""
+        replies = self._replies
+        while self._replies == replies or self._state.waiting_for not in UNAVAILABLE_REASONS:
+            await self._state.broadcast.wait(self._settings.hint_seconds)
+
+    async def close(self) -> None:
+        """Ends the queue: waiters get LimiterUnavailable."""
+        if self._runner is not None:
+            self._runner.cancel()
+            await asyncio.gather(self._runner, return_exceptions=True)
+        self._fail_all(LimiterUnavailable(f"The limiter closed while {self._state.model} waited."))
+
+    # -- one waiter ---------------------------------------------------------------------------------------
 
     def _insert(self, waiter: _Waiter) -> None:
         before = 0
@@ -88,150 +105,139 @@ class WaitQueue:
             before += 1
         self._waiters.insert(before, waiter)
 
-    async def close(self) -> None:
-        """End the runner; whoever still waits gets LimiterUnavailable."""
-        if self._runner is not None:
-            self._runner.cancel()
-            await asyncio.gather(self._runner, return_exceptions=True)
-        for waiter in (*self._asked, *self._waiters):
-            if not waiter.future.done():
-                waiter.future.set_exception(
-                    LimiterUnavailable(f"The limiter closed while {self._model} waited.")
-                )
-        self._waiters.clear()
-
     async def _permit_of(self, waiter: _Waiter) -> Permit:
-        self._run()
+        if self._runner is None or self._runner.done():
+            self._runner = asyncio.create_task(self._run(), name=f"wait queue of {self._state.model}")
         try:
             permit = await waiter.future
-            await self._until_moment(permit)
+            await self._sleep_until_send(permit)
         except asyncio.CancelledError:
             if waiter.future.done() and not waiter.future.cancelled() and not waiter.future.exception():
-                self._give_back(waiter.future.result())
+                self._releases.cancel_later(waiter.future.result())
             raise
         return permit
 
-    async def _until_moment(self, permit: Permit) -> None:
-        """Sleep until the moment; those of (almost) the same moment leave in the order of the line."""
+    async def _sleep_until_send(self, permit: Permit) -> None:
+        """Sleeps until the send time; permits of (almost) the same send time leave in FIFO order."""
         earlier, self._left_at = self._left_at, permit.send_at
-        if 0 <= earlier - permit.send_at < SAME_MOMENT_SECONDS:
+        if 0 <= earlier - permit.send_at < SAME_TIME_SECONDS:
             self._left_at = earlier + ONE_AFTER_ANOTHER_SECONDS  # equal timers fire in any order
-        if self._asleep or self._left_at > time.monotonic():  # whoever sleeps may be due, and stands before
+        if self._sleeping or self._left_at > self._clock():  # a sleeper may be due, and goes first
             await self._sleep_until(self._left_at)
 
     async def _sleep_until(self, at: float) -> None:
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[None] = loop.create_future()
-        if self._clock_ahead is None:  # once: two readings a timer would put timers out of order
-            self._clock_ahead = max(0.0, loop.time() - time.monotonic())
-        timer = loop.call_at(at + self._clock_ahead, finish, future)
-        self._asleep += 1
+        if self._loop_offset is None:  # once: an offset per timer would put timers out of order
+            now = self._clock()
+            self._loop_offset = loop.time() - now
+        self._sleeping += 1
         try:
-            await future
+            while True:
+                future: asyncio.Future[None] = loop.create_future()
+                timer = loop.call_at(at + self._loop_offset, resolve_future, future)
+                try:
+                    await future
+                finally:
+                    timer.cancel()
+                if self._clock() >= at:  # timers of some event loops fire early
+                    return
         finally:
-            self._asleep -= 1
-            timer.cancel()
+            self._sleeping -= 1
 
-    def _run(self) -> None:
-        if self._runner is None or self._runner.done():
-            self._runner = asyncio.create_task(self._serve(), name=f"line of {self._model}")
+    # -- requests for all ---------------------------------------------------------------------------------
 
-    def poke(self) -> None:
-        """Something changed: whatever was known about when to ask no longer holds."""
-        self.pokes += 1
-        self._ask_at = 0.0
-        self.bell.ring()
-
-    async def _serve(self) -> None:
-        failures = 0
+    async def _run(self) -> None:
+        state, failures = self._state, 0
         while self._take():
-            early = self._ask_at - time.monotonic()
-            if early > 0:
-                self._put_back(self._asked)
-                await self.bell.wait(early)
+            pause = self._paused_until - self._clock()
+            if pause > 0 and self._paused_at_change == state.changes:
+                self._put_back(self._requested)
+                await state.broadcast.wait(pause)
                 continue
-            pokes = self.pokes
+            changes = state.changes
             try:
-                permits, wait = await self._ask([waiter.tokens for waiter in self._asked])
+                await self._notifications.listen()
+                tokens = tuple(waiter.tokens for waiter in self._requested)
+                permits, wait = await self._reservations.reserve_many(state, tokens)
             except LimiterUnavailable:
                 failures += 1
-                self._put_back(self._asked)
-                await self.bell.wait(self._backoff(failures))
+                self._put_back(self._requested)
+                await state.broadcast.wait(self._backoff(failures))
                 continue
-            except Exception as error:  # noqa: BLE001 - whatever it is, those in line must hear of it
+            except Exception as error:  # noqa: BLE001 - it is raised by `wait`
                 self._fail_all(error)
                 return
             failures = 0
             denied = self._hand_out(permits, wait)
-            if pokes == self.pokes:
-                self._ask_at = time.monotonic() + self._pause(wait, denied=denied)
+            self._paused_until = self._clock() + self._pause(wait, denied=denied)
+            self._paused_at_change = changes
 
     def _take(self) -> bool:
-        """Move those who will be asked for out of the line; False if nobody is left."""
-        self._asked = []
-        self._fit_to_pace()
-        while self._waiters and len(self._asked) < self._most_at_once:
+        """Moves the waiters of the next request out of the queue; False if there are none."""
+        self._requested = []
+        self._adapt_batch()
+        while self._waiters and len(self._requested) < self._max_batch:
             waiter = self._waiters.popleft()
             if not waiter.future.done():
-                self._asked.append(waiter)
-        return bool(self._asked)
+                self._requested.append(waiter)
+        return bool(self._requested)
 
-    def _fit_to_pace(self) -> None:
-        """Ask for no more at a time than this process wakes before they die."""
-        if self._died:
-            self._most_at_once, self._died = max(FEWEST_IN_ONE_ASK, self._most_at_once // 2), False
+    def _adapt_batch(self) -> None:
+        """Fits the batch to what this process can wake before permits expire."""
+        if self._some_expired:
+            self._max_batch, self._some_expired = max(MIN_BATCH, self._max_batch // 2), False
         else:
-            self._most_at_once = min(self._settings.most_in_one_ask, self._most_at_once + 1)
+            self._max_batch = min(self._settings.max_permits_per_request, self._max_batch + 1)
 
     def _hand_out(self, permits: list[Permit], wait: Wait) -> bool:
-        """Give the permits out in order; True if somebody asked in vain."""
-        asked, self._asked = self._asked, []
-        for waiter, permit in zip(asked, permits, strict=False):
+        """Gives the permits to the waiters in order; True if some waiter was denied."""
+        requested, self._requested = self._requested, []
+        for waiter, permit in zip(requested, permits, strict=False):
             if waiter.future.done():
-                self._give_back(permit)
+                self._releases.cancel_later(permit)
             else:
                 waiter.future.set_result(permit)
-        left = asked[len(permits) :]
-        self.replies += 1
-        if wait.reason is not self.waiting_for:
-            self.waiting_for = wait.reason
-            self.bell.ring()
-        if left and self.waiting_for is WaitReason.TOO_MANY_TOKENS:
-            self._refuse(left.pop(0))
-        self._put_back(left)
-        return bool(left)
+        denied = requested[len(permits) :]
+        self._replies += 1
+        if wait.reason is not self._state.waiting_for:
+            self._state.waiting_for = wait.reason
+            self._state.broadcast.notify_all()
+        if denied and wait.reason is WaitReason.TOO_MANY_TOKENS:
+            self._reject(denied.pop(0))
+        self._put_back(denied)
+        return bool(denied)
 
     def _put_back(self, waiters: list[_Waiter]) -> None:
         self._waiters.extendleft(reversed(waiters))
-        self._asked = []
+        self._requested = []
 
-    def _refuse(self, waiter: _Waiter) -> None:
+    def _reject(self, waiter: _Waiter) -> None:
         if not waiter.future.done():
-            what = f"{waiter.tokens} tokens are more than a whole window of {self._model} allows"
+            what = f"{waiter.tokens} tokens are more than a whole window of {self._state.model} allows"
             waiter.future.set_exception(
                 LimiterError(f"{what}: send a smaller call, or raise its traffic target.")
             )
 
     def _pause(self, wait: Wait, *, denied: bool) -> float:
-        """Seconds in which asking is pointless: until half the look-ahead before the next moment."""
-        net = self._settings.ask_again_seconds
+        """Returns the seconds in which a request is pointless: until half the look-ahead before a send."""
+        poll = self._settings.fallback_poll_seconds
         if wait.reason in _TIMED:
-            ahead = self._settings.look_ahead_seconds / 2  # not the whole: one ask is to bring several
-            return min(net, max(0.0, (wait.again_seconds or 0.0) - ahead))
+            ahead = self._settings.look_ahead_seconds / 2  # not the whole: one request is to bring several
+            return min(poll, max(0.0, (wait.again_seconds or 0.0) - ahead))
         if (
             not denied or wait.reason is WaitReason.TOO_MANY_TOKENS
-        ):  # Redis rings only for those whom it refused
+        ):  # Redis notifies only about denied requests
             return 0.0
-        return net if wait.again_seconds is None else min(net, wait.again_seconds)
+        return poll if wait.again_seconds is None else min(poll, wait.again_seconds)
 
     def _backoff(self, failures: int) -> float:
-        longest = min(
-            self._settings.retry_cap_seconds, self._settings.retry_base_seconds * 2 ** min(failures, 10)
-        )
+        settings = self._settings
+        longest = min(settings.retry_cap_seconds, settings.retry_base_seconds * 2 ** min(failures, 10))
         return float(longest * random.uniform(0.5, 1.0))
 
     def _fail_all(self, error: Exception) -> None:
-        waiting = [*self._asked, *self._waiters]
+        waiting = [*self._requested, *self._waiters]
+        self._requested = []
         self._waiters.clear()
         for waiter in waiting:
             if not waiter.future.done():

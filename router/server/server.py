@@ -60,7 +60,7 @@ async def run_server(options: ServeOptions, listening: Callable[[str], None]) ->
             listening(_url(door))
             await server.serve([door])
         finally:
-            await duties.end()
+            await duties.stop()
             await router.close(grace_seconds=server.grace_left())
 
 

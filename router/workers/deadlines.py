@@ -123,7 +123,9 @@ class DeadlineJob:
             answered = await asking_models
         finally:
             await cancel_and_wait(asking_models, holding)
-        if answered or not self._engine.held_back():  # else it was cut short, and is taken up again later
+        if (
+            answered or not self._engine.sending_paused()
+        ):  # else it was cut short, and is taken up again later
             await complete_deadline(self._engine.pool, due, ahead_seconds=self._ahead_seconds)
 
     async def _hold(self, due: DueTask) -> None:
@@ -150,7 +152,7 @@ class DeadlineJob:
         until = time.monotonic() + max(LEAST_SECONDS, due.seconds_left)
         patience = permit_patience(max(LEAST_SECONDS, due.seconds_left), config.answering.permit_seconds)
         for model in who.cheap:
-            if self._engine.held_back():
+            if self._engine.sending_paused():
                 return False
             order = call_request(
                 self._engine.roster, self._means.new_call_id(), model, prompt,
@@ -173,4 +175,4 @@ class DeadlineJob:
         order = CallRequest(self._means.new_call_id(), PASSAGES_SOURCE, "", "", 0, 0, 0.0)
         row = who.row(order, Role.PASSAGES, worker=self._means.worker(), attempt=0)
         row = await ledger.write(replace(row, confidence=due.confidence))
-        await ledger.settle(row, CallResult(Outcome.ANSWERED, answer=found.says()), late=False)
+        await ledger.settle(row, CallResult(Outcome.ANSWERED, answer=found.as_answer()), late=False)

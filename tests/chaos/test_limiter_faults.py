@@ -21,9 +21,8 @@ from bench.judge import Arrival, ModelVerdict, TargetChange, judge
 from local.redis import start_redis
 from models_backend.process import BackendServer, free_port, start_backend
 from router.errors import PermitExpired
-from router.limiter import limiter as limiter_module
-from router.limiter.limiter import LimiterSettings, PastCall, Slacks, TrafficLimiter
-from router.limiter.script import RedisScript
+from router.limiter import LimiterSettings, PastCall, Slacks, TrafficLimiter
+from router.limiter.limiter import SCRIPT
 from router.traffic import TrafficTarget
 from tests.support.slow_link import SlowLink
 
@@ -31,7 +30,7 @@ pytestmark = pytest.mark.alone
 
 TARGET = "12/s, 900 tokens/s, 8 at once"
 WIDE = Slacks(send=0.1, transit=0.25)  # a busy test machine is a slow way to the door
-SETTINGS = LimiterSettings(second_slacks=WIDE, minute_slacks=WIDE, call_longest_seconds=1.5)
+SETTINGS = LimiterSettings(second_slacks=WIDE, minute_slacks=WIDE, max_call_seconds=1.5)
 RESUMES_SECONDS = 2.0
 SENDERS = 8
 CLOCK = "redis.call('TIME')"
@@ -134,10 +133,9 @@ async def draining(drain: Drain) -> AsyncIterator[list[TrafficLimiter]]:
         redis.asyncio.Redis.from_url(url, socket_timeout=2, socket_connect_timeout=2) for _ in range(2)
     ]
     limiters = [TrafficLimiter(client, drain.history, settings=SETTINGS) for client in clients]
-    text = limiter_module._SCRIPT
-    assert text.count(CLOCK) == 1
-    for limiter, client in zip(limiters, clients, strict=True):
-        limiter._script = RedisScript(client, text.replace(CLOCK, SKEWED))
+    assert SCRIPT.count(CLOCK) == 1
+    for limiter in limiters:
+        limiter._script.text = SCRIPT.replace(CLOCK, SKEWED)
     async with aiohttp.ClientSession() as session:
         await limiters[0].set_target(drain.model, TARGET)
         senders = [asyncio.create_task(drain.send_on(limiter, session)) for limiter in limiters * SENDERS]

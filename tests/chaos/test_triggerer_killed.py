@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from local.processes import Part
+from local.processes import GuardedProcess
 from tests.support.stack import LEASE_SECONDS, Solving, say, wait_for, wait_until
 
 pytestmark = [pytest.mark.airflow, pytest.mark.alone, pytest.mark.timeout(180)]
@@ -24,9 +24,9 @@ COUNT = "SELECT count(*) FROM model_calls WHERE"
 def test_a_killed_triggerer_is_followed_by_the_next(solving: Solving) -> None:
     _start(solving, 800)
     known = _triggerers(solving)
-    solving.stack.part("triggerer").kill()
+    solving.stack.process("triggerer").kill()
     killed = time.monotonic()
-    solving.stack.start_again("triggerer")
+    solving.stack.restart("triggerer")
     up = _until_up(solving, known)
     resumed = _resumed(solving, killed + 1)
     say(f"up {up - killed:.1f} s after the kill, sending again {resumed - killed:.1f} s after it")
@@ -37,7 +37,7 @@ def test_a_killed_triggerer_is_followed_by_the_next(solving: Solving) -> None:
 
 
 @pytest.fixture
-def second(solving: Solving) -> Iterator[Part]:
+def second(solving: Solving) -> Iterator[GuardedProcess]:
     """One more triggerer, gone when the test is over; the first one runs then."""
     known = _triggerers(solving)
     part = solving.stack.add_triggerer(SECOND)
@@ -49,10 +49,10 @@ def second(solving: Solving) -> Iterator[Part]:
 
 
 def test_a_triggerer_that_stood_still_is_fenced_off_and_a_killed_one_is_replaced(
-    solving: Solving, second: Part
+    solving: Solving, second: GuardedProcess
 ) -> None:
     _start(solving, 1500)
-    stopped = _stop(solving.stack.part("triggerer"))
+    stopped = _stop(solving.stack.process("triggerer"))
     stood_still = time.monotonic()
     resumed = _resumed(solving, stood_still + 1)
     say(f"stood still: the other sends {resumed - stood_still:.1f} s later")
@@ -63,7 +63,7 @@ def test_a_triggerer_that_stood_still_is_fenced_off_and_a_killed_one_is_replaced
     woke = time.monotonic()
     solving.until_all_send(woke, 30)
 
-    solving.stack.part(SECOND).kill()
+    solving.stack.process(SECOND).kill()
     killed = time.monotonic()
     resumed = _resumed(solving, killed + 1)
     refused = solving.value(f"{COUNT} late AND settlement = 'superseded'")
@@ -80,7 +80,7 @@ def _start(solving: Solving, tasks: int) -> None:
     solving.until_all_send(began, 60)
 
 
-def _stop(part: Part) -> list[psutil.Process]:
+def _stop(part: GuardedProcess) -> list[psutil.Process]:
     """Let the triggerer and the process that runs its triggers stand still."""
     supervisor = psutil.Process(part.pid)
     processes = [supervisor, *supervisor.children(recursive=True)]

@@ -11,7 +11,7 @@ import pytest
 import redis.asyncio
 
 from router.errors import PermitExpired
-from router.limiter.limiter import TrafficLimiter, WaitReason
+from router.limiter import TrafficLimiter, WaitReason
 from router.traffic import TrafficTarget
 
 

@@ -77,7 +77,7 @@ async def test_if_every_model_fails_there_is_what_knowledge_holds(router: Asking
 async def test_what_is_not_known_is_not_made_up(router: Asking) -> None:
     router.fault("error", "*")
     answer = await router.ask("How many eggs go into a souffle?")
-    assert answer.text.startswith("No knowledge")
+    assert answer.text.startswith("No model answered")
     assert answer.sources == ()
 
 

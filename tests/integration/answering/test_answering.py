@@ -175,7 +175,7 @@ async def test_who_stands_in_line_for_a_model_that_comes_to_rest_does_not_wait_f
     await limiter.set_target(PREFERRED, "1/s, burst")
     await limiter.acquire(PREFERRED)  # the next permit is a second off: that is borne
     asked = asyncio.create_task(asking.ask(deadline_seconds=30))
-    while not limiter._line(PREFERRED).waiting:
+    while not limiter.queue_length(PREFERRED):
         await asyncio.sleep(0.01)
     await limiter.cool_down(PREFERRED, 30, "a test")
     answer = await asked
@@ -431,7 +431,7 @@ async def test_nothing_is_left_over(asking: Asking) -> None:
     await asyncio.gather(*(asking.ask(f"question {number}") for number in range(20)))
     await settled(asking)
     traffic = await limiter.snapshot([PREFERRED, SECOND, CHEAP])
-    assert [one.at_once for one in traffic.values()] == [0, 0, 0]
+    assert [one.in_flight for one in traffic.values()] == [0, 0, 0]
     left = {task.get_name() for task in asyncio.all_tasks()} - before
     assert {name for name in left if not name.startswith(("line of", "returns of"))} == set()
     assert asking.rows("SELECT FROM model_calls WHERE outcome IS NULL") == []

@@ -132,7 +132,7 @@ def test_control_c_gives_up_what_is_under_way(router: CommandLine, backend: Back
     ("arguments", "typed", "words"),
     [
         ((" ",), "", "The prompt is empty"),
-        (("-",), "x" * 2_000_000, "Standard input holds more than 1048576 bytes"),
+        (("-",), "x" * 2_000_000, "Standard input is longer than 1048576 bytes"),
         (("--deadline", "0", "Why?"), "", "A deadline of 0 s cannot be met"),
         (("--category", "poetry", "Why?"), "", "There is no category 'poetry'"),
         (("--model", "gpt-5", "--deadline", "1", "Why?"), "", "There is no model in use 'gpt-5'"),
@@ -147,6 +147,6 @@ def test_bad_input_is_one_message(
 
 
 def test_the_log_refuses_what_is_no_age_and_offers_categories(router: CommandLine) -> None:
-    assert "is no age" in router("log", "--since", "soon").err
+    assert "is not an age" in router("log", "--since", "soon").err
     assert "did you mean 'technical'" in router("log", "--category", "technicl").err
-    assert "no such call is in the log" in router("log").out
+    assert "no matching calls" in router("log").out

@@ -412,7 +412,7 @@ async def test_the_queue_speaks_of_what_waits_for_a_category(probe: Probe, datab
     await probe.add(POEM)
     async with asyncpg.create_pool(database, min_size=1, max_size=1) as pool:
         queue = TaskQueue(pool, host="here")
-        assert await queue.wants_categories()
+        assert await queue.classification_enabled()
         (row,) = await queue.claim_uncategorized(5)
         assert isinstance(row, UnclassifiedTask)
         assert (

@@ -1,4 +1,4 @@
-"""`router ranking`, `router review` and `router feedback`, on a real PostgreSQL."""
+"""`router ranking`, `router review` and `router feedback` on a real PostgreSQL."""
 
 from __future__ import annotations
 

@@ -506,7 +506,7 @@ def test_invalid_entries_are_refused_and_stored_once(world: Searching) -> None:
 
 
 def test_invalid_input_and_unavailable_services_are_reported(world: Searching) -> None:
-    with pytest.raises(InputError, match="Unknown category 'poetry'"):
+    with pytest.raises(InputError, match="There is no category 'poetry'"):
         world.search("poetry")
     (world.folder / "catalogue.json").write_text("{")
     with pytest.raises(CatalogError, match=r"catalogue\.json"):

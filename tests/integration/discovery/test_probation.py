@@ -154,8 +154,8 @@ async def test_on_probation_a_model_gets_tasks_only_of_the_category_that_admitte
     bounded = bounds(Work({"general": 100, "creative": 100}, rates, roster.places, roster.learned))
     assert bounded == {NEW: {"general": 0.025, "technical": 0.0, "creative": 0.0}}
     order = PullOrder(places={"general": 3})
-    order.bound(bounded[NEW], {"general": 0, "creative": 0})
-    order.bound(bounded[NEW], {"general": 100, "creative": 100})
+    order.set_bounds(bounded[NEW], {"general": 0, "creative": 0})
+    order.set_bounds(bounded[NEW], {"general": 100, "creative": 100})
     assert order.categories(("creative", "general")) == ["general"]
 
 
@@ -225,5 +225,5 @@ def test_an_invalid_file_does_not_block_other_commands(router: CommandLine, worl
 
 def test_models_yaml_cannot_contain_discovered_models(world: Searching) -> None:
     (world.folder / "models.yaml").write_text(yaml.safe_dump(models_yaml(discovered={})))
-    with pytest.raises(Exception, match="what a search found stands in discovered"):
+    with pytest.raises(Exception, match="discovered models are stored in discovered"):
         world.sync()

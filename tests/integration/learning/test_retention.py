@@ -111,7 +111,7 @@ def test_late_feedback_on_a_dropped_day_leaves_its_evidence_alone(log: Log) -> N
     evidence = log.query("SELECT * FROM evidence WHERE period_seconds = 172800 ORDER BY period")
     drop_old_calls(log.url, LearningSettings.model_validate({**two_days.model_dump(), "retention_days": 8}))
     assert day(log, 9) not in partitions(log)
-    log.query("SELECT give_feedback(id, 0, 'a reader') FROM tasks")
+    log.query("SELECT record_feedback(id, 0, 'a reader') FROM tasks")
     log.review(two_days)
     kept = log.query("SELECT * FROM evidence WHERE period_seconds = 172800 ORDER BY period")
     dropped_periods = log.query(
@@ -155,7 +155,8 @@ def test_a_locked_log_is_waited_for_and_then_left_for_the_next_run(
         done: list[Retention] = []
         thread = threading.Thread(target=lambda: done.append(dropped(log)))
         thread.start()
-        until(lambda: log.query("SELECT FROM pg_stat_activity WHERE query LIKE 'SELECT drop_day%%'"))
+        dropping = "SELECT FROM pg_stat_activity WHERE query LIKE 'SELECT drop_call_partition%%'"
+        until(lambda: log.query(dropping))
     thread.join(30)
     assert done[0].days == days(log)
 

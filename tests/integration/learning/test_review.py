@@ -135,7 +135,7 @@ def test_feedback_counts_for_days_that_were_summed_up_before(log: Log) -> None:
     assert log.places()[FIRST] == 1
     assert log.value("SELECT count(*) FROM evidence_periods WHERE closed") >= 2
     log.query(
-        "SELECT give_feedback(id, CASE WHEN answered_by = %s THEN 0 ELSE 1 END, 'a reader') FROM tasks"
+        "SELECT record_feedback(id, CASE WHEN answered_by = %s THEN 0 ELSE 1 END, 'a reader') FROM tasks"
         " WHERE id %% 2 = 0", FIRST,
     )  # fmt: skip
     log.review()

@@ -9,12 +9,12 @@ from collections.abc import AsyncIterator
 import pytest
 import redis.asyncio
 
+from router.limiter import LimiterSettings, PastCall, Permit, TrafficLimiter, Wait, WaitReason
 from router.limiter.breaker import BreakerSettings
-from router.limiter.limiter import LimiterSettings, PastCall, Permit, TrafficLimiter, Wait, WaitReason
 from router.task import Outcome
 
 BREAKER = BreakerSettings(failure_threshold=3, initial_cooldown_seconds=0.3, max_cooldown_seconds=0.6)
-SETTINGS = LimiterSettings(breaker=BREAKER, call_longest_seconds=30)
+SETTINGS = LimiterSettings(breaker=BREAKER, max_call_seconds=30)
 LINE = "1000/s, burst"
 
 
@@ -66,7 +66,7 @@ async def opened(limiter: TrafficLimiter) -> None:
 
 
 async def rested(limiter: TrafficLimiter) -> None:
-    await asyncio.sleep((await limiter.snapshot(["llama"]))["llama"].resting_seconds + 0.002)
+    await asyncio.sleep((await limiter.snapshot(["llama"]))["llama"].cooldown_seconds + 0.002)
 
 
 async def test_failures_in_a_row_over_all_processes_open_the_breaker_for_everyone(
@@ -80,7 +80,7 @@ async def test_failures_in_a_row_over_all_processes_open_the_breaker_for_everyon
         assert wait.reason is WaitReason.COOLING_DOWN
         assert 0 < (wait.again_seconds or 0) <= 0.3
     now = (await another.snapshot(["llama"]))["llama"]
-    assert (now.breaker, now.trip, now.rest_reason) == ("open", 1, "garbage: it broke")
+    assert (now.breaker, now.trips, now.cooldown_reason) == ("open", 1, "garbage: it broke")
 
 
 async def test_a_success_in_between_begins_the_count_anew(limiter: TrafficLimiter, another: TrafficLimiter):
@@ -136,7 +136,7 @@ async def test_what_was_sent_before_it_opened_neither_closes_nor_prolongs_it(lim
     await limiter.record_outcome("llama", Outcome.ERROR, permit=early[3])
     await limiter.record_outcome("llama", Outcome.ANSWERED, permit=early[4])
     now = (await limiter.snapshot(["llama"]))["llama"]
-    assert (now.breaker, now.trip) == ("open", 1)
+    assert (now.breaker, now.trips) == ("open", 1)
     await rested(limiter)
     await limiter.record_outcome("llama", Outcome.ANSWERED, permit=early[5])
     await probe_of(limiter)
@@ -214,7 +214,7 @@ async def test_an_old_429_is_forgotten_after_an_hour_without_another(
 
 async def test_a_model_that_is_not_there_is_left_alone_for_a_while(limiter: TrafficLimiter):
     await fail(limiter, Outcome.UNKNOWN_MODEL)
-    assert (await limiter.snapshot(["llama"]))["llama"].resting_seconds == pytest.approx(30, abs=1)
+    assert (await limiter.snapshot(["llama"]))["llama"].cooldown_seconds == pytest.approx(30, abs=1)
     await limiter.cool_down("llama", 0, "a person says so")
     await granted(limiter)
 
@@ -239,14 +239,14 @@ async def test_a_rest_and_an_open_breaker_outlive_redis_losing_its_memory(redis_
     ):
         await knows.set_target("llama", LINE)
         await granted(rebuilds)
-        await asyncio.gather(*rebuilds._side_tasks)  # it has learned the target
+        await rebuilds._tasks.wait()  # it has learned the target
         await knows.record_outcome("llama", Outcome.RATE_LIMITED, 20)
         await redis_client.flushall()
         await rebuilds.acquire("llama", timeout_seconds=3)  # it had not heard of the rest
         assert await knows.reserve("llama")  # it learns that the memory is another one, and tells
 
         async def rests() -> bool:
-            return (await rebuilds.snapshot(["llama"]))["llama"].resting_seconds > 10
+            return (await rebuilds.snapshot(["llama"]))["llama"].cooldown_seconds > 10
 
         for _ in range(100):
             if await rests():
@@ -254,5 +254,5 @@ async def test_a_rest_and_an_open_breaker_outlive_redis_losing_its_memory(redis_
             await asyncio.sleep(0.01)
         assert await rests()
         await redis_client.flushall()
-        with pytest.raises(Exception, match="it rests after a refusal"):
+        with pytest.raises(Exception, match="cooling down after a 429"):
             await knows.acquire("llama", timeout_seconds=1.5)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 import time
 from collections.abc import AsyncIterator
 
 import pytest
 import redis.asyncio
 
-from router.limiter import limiter as limiter_module
-from router.limiter.limiter import Permit, TrafficLimiter, Wait, WaitReason
-from router.limiter.script import RedisScript
+from router.limiter import Permit, TrafficLimiter, Wait, WaitReason
+from router.limiter.limiter import SCRIPT
 
 HOUR = 3600
 PERIOD = 1.06  # of a window of a second, slacks included
@@ -28,9 +28,8 @@ class Client:
     def __init__(self, connection: redis.asyncio.Redis) -> None:
         self.redis = connection
         self.limiter = TrafficLimiter(connection)
-        text = limiter_module._SCRIPT
-        assert text.count(CLOCK) == 1
-        self.limiter._script = RedisScript(connection, text.replace(CLOCK, SET_BY_US))
+        assert SCRIPT.count(CLOCK) == 1
+        self.limiter._script.text = SCRIPT.replace(CLOCK, SET_BY_US)
 
     async def set_clock(self, skew_seconds: int) -> None:
         await self.redis.set("skew", skew_seconds)
@@ -121,11 +120,11 @@ async def test_a_slow_question_is_no_jump_for_those_who_ask_beside_it(client: Cl
     """A question that took long on its way looks like a jump; others' grants say that the time did pass."""
     await client.limiter.set_target("llama", "20/s")
     await client.limiter.reserve("llama")
-    seen = client.limiter._seen_of("llama")
-    assert seen.anchor is not None
+    seen = client.limiter._tracker.state("llama")
+    assert seen.clock_offset is not None
     for _ in range(10):
         await other.limiter.acquire("llama")
-    seen.anchor -= 400_000  # what it would be if this question had been on its way for 0.4 s
+    seen.clock_offset -= 400_000  # what it would be if this question had been on its way for 0.4 s
     before = await _offset(client)
     assert isinstance(await client.limiter.reserve("llama"), Permit)
     assert before - await _offset(client) < 100_000
@@ -134,4 +133,4 @@ async def test_a_slow_question_is_no_jump_for_those_who_ask_beside_it(client: Cl
 async def _offset(client: Client) -> float:
     """By how much the kept clock is behind Redis's own, in microseconds; the less, the later."""
     packed = await client.redis.hget("router:{llama}", "now")
-    return float(limiter_module.struct.unpack_from("<d", packed, 16)[0])
+    return float(struct.unpack_from("<d", packed, 16)[0])

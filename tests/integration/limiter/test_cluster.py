@@ -12,7 +12,7 @@ from redis.asyncio.cluster import ClusterNode
 
 from local.redis import start_redis
 from models_backend.process import free_port
-from router.limiter.limiter import PastCall, Permit, TrafficLimiter, Wait, WaitReason
+from router.limiter import PastCall, Permit, TrafficLimiter, Wait, WaitReason
 from router.task import Outcome
 
 MODELS = ["llama", "gemma-2", "phi.4", "qwen_2.5"]  # in slots of their own

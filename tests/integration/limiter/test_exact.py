@@ -15,7 +15,7 @@ import redis.asyncio
 
 from local.redis import RedisServer
 from router.errors import PermitExpired
-from router.limiter.limiter import LimiterSettings, TrafficLimiter
+from router.limiter import LimiterSettings, TrafficLimiter
 from router.traffic import TrafficTarget
 
 pytestmark = pytest.mark.alone

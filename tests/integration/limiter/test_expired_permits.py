@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from router.errors import PermitExpired
-from router.limiter.limiter import Permit, TrafficLimiter
+from router.limiter import Permit, TrafficLimiter
 
 STALL_SECONDS = 0.3  # longer than the send slack of a minute's window
 GAP_SECONDS = 0.9  # of 60/min

@@ -13,7 +13,7 @@ import redis.asyncio
 
 from local.redis import RedisServer, start_redis
 from router.errors import InputError, LimiterError, LimiterUnavailable, PermitExpired
-from router.limiter.limiter import LimiterSettings, PastCall, Permit, TrafficLimiter, Wait, WaitReason
+from router.limiter import LimiterSettings, PastCall, Permit, TrafficLimiter, Wait, WaitReason
 from router.traffic import TrafficTarget
 
 
@@ -44,6 +44,11 @@ async def refused(limiter: TrafficLimiter, tokens: int = 0, model: str = "llama"
     answer = await limiter.reserve(model, tokens)
     assert isinstance(answer, Wait), answer
     return answer
+
+
+async def reserve_many(limiter: TrafficLimiter, count: int) -> tuple[list[Permit], Wait]:
+    """Reserves in one round trip."""
+    return await limiter._reservations.reserve_many(limiter._tracker.state("llama"), (0,) * count)
 
 
 async def eventually(true: Callable[[], bool], seconds: float = 5.0) -> None:
@@ -81,7 +86,7 @@ async def test_a_refused_call_takes_nothing_of_any_limit(limiter: TrafficLimiter
     await granted(limiter, 60)
     assert (await refused(limiter, 50)).reason is WaitReason.TOKENS
     now = (await limiter.snapshot(["llama"]))["llama"]
-    assert (now.sent, now.tokens, now.at_once) == ({"10/min": 1}, {"100 tokens/min": 60}, 1)
+    assert (now.sent, now.tokens, now.in_flight) == ({"10/min": 1}, {"100 tokens/min": 60}, 1)
     await granted(limiter, 40)
 
 
@@ -139,7 +144,7 @@ async def test_a_cancelled_permit_is_given_back_whole_and_only_once(limiter: Tra
     await granted(limiter, 10)
     await refused(limiter, 0)
     now = (await limiter.snapshot(["llama"]))["llama"]
-    assert (now.sent, now.tokens, now.at_once) == ({"3/min": 3}, {"30 tokens/min": 30}, 3)
+    assert (now.sent, now.tokens, now.in_flight) == ({"3/min": 3}, {"30 tokens/min": 30}, 3)
 
 
 async def test_a_released_permit_cannot_be_cancelled(limiter: TrafficLimiter):
@@ -256,14 +261,14 @@ async def test_a_waiter_that_leaves_gives_its_permit_back(limiter: TrafficLimite
     leaving.cancel()
     with pytest.raises(asyncio.CancelledError):
         await leaving
-    await eventually(lambda: not limiter._side_tasks)
+    await eventually(lambda: not limiter._tasks)
     assert (await limiter.snapshot(["llama"]))["llama"].sent == {"4/s": 1}
 
 
 async def test_a_timeout_says_why(limiter: TrafficLimiter):
     await put(limiter, "1/min")
     await limiter.acquire("llama")
-    with pytest.raises(LimiterError, match=r"within 0\.1 s: its window of requests"):
+    with pytest.raises(LimiterError, match=r"within 0\.1 s: request window used up"):
         await limiter.acquire("llama", timeout_seconds=0.1)
     assert limiter.queue_length("llama") == 0
 
@@ -310,7 +315,7 @@ async def test_a_longer_window_knows_what_the_shorter_one_let_through(limiter: T
 async def test_many_sends_over_many_chunks_are_all_remembered(limiter: TrafficLimiter):
     await put(limiter, "6000/min, burst")
     got = 0
-    while (part := await limiter._ask("llama", (0,) * 250))[0]:
+    while (part := await reserve_many(limiter, 250))[0]:
         got += len(part[0])
     assert got == 6000
     assert (await limiter.snapshot(["llama"]))["llama"].sent == {"6000/min": 6000}
@@ -319,12 +324,12 @@ async def test_many_sends_over_many_chunks_are_all_remembered(limiter: TrafficLi
 async def test_old_chunks_are_dropped(limiter: TrafficLimiter, redis_client: redis.asyncio.Redis):
     await put(limiter, "1000000/s, burst")
     while len(await redis_client.keys("router:*:m:*")) < 12:
-        await limiter._ask("llama", (0,) * 250)
+        await reserve_many(limiter, 250)
     for number in range(12):
         key = f"router:{{llama}}:m:{number}"
         await redis_client.setrange(key, 125, struct.pack("<1000d", *[1.0] * 1000))  # sent long ago
     for _ in range(8):
-        await limiter._ask("llama", (0,) * 250)
+        await reserve_many(limiter, 250)
     assert len(await redis_client.keys("router:*:m:*")) <= 7
     await granted(limiter)
 
@@ -336,8 +341,8 @@ async def test_a_rest_holds_for_everyone_until_it_ends(limiter: TrafficLimiter, 
     wait = await refused(another)
     assert wait.reason is WaitReason.COOLING_DOWN
     now = (await another.snapshot(["llama"]))["llama"]
-    assert now.rest_reason == "429 with Retry-After"
-    assert 0 < now.resting_seconds <= 0.6
+    assert now.cooldown_reason == "429 with Retry-After"
+    assert 0 < now.cooldown_seconds <= 0.6
     started = time.monotonic()
     await another.acquire("llama", timeout_seconds=3)
     assert time.monotonic() - started == pytest.approx(wait.again_seconds, abs=0.15)
@@ -473,7 +478,7 @@ async def test_the_window_is_rebuilt_from_the_history(redis_client: redis.asynci
         assert asked[-1][0] == "llama"
         assert asked[-1][1] >= 60.25
         now = (await limiter.snapshot(["llama"]))["llama"]
-        assert (now.sent, now.tokens, now.at_once) == ({"5/min": 5}, {"100 tokens/min": 100}, 3)
+        assert (now.sent, now.tokens, now.in_flight) == ({"5/min": 5}, {"100 tokens/min": 100}, 3)
         assert (await refused(limiter)).reason is WaitReason.CONCURRENCY
 
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from local.redis import RedisServer
-from router.limiter import limiter as limiter_module
+from router.limiter.limiter import SCRIPT
 from tests.support.limiter.checks import CHECKS, check
 from tests.support.limiter.mutants import MUTANTS, Mutant
 from tests.support.limiter.random_walk import PALETTES, Walk, walks
 from tests.support.limiter.redis import Connection
 from tests.support.limiter.world import Difference
 
-SCRIPT = Path(limiter_module.__file__).with_name("limiter.lua").read_text(encoding="utf-8")
 MOST_WALKS = 16
 
 

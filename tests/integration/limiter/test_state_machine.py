@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,13 +15,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
 from local.redis import RedisServer
-from router.limiter import limiter as limiter_module
+from router.limiter.limiter import SCRIPT
 from router.task import Outcome
 from tests.support.limiter.random_walk import PALETTES, Walk, walks
 from tests.support.limiter.redis import Connection
 from tests.support.limiter.world import Held, World
-
-SCRIPT = Path(limiter_module.__file__).with_name("limiter.lua").read_text(encoding="utf-8")
 
 WHO = st.integers(0, 2)
 NEEDS = st.lists(st.sampled_from([0, 1, 5, 10, 20]), min_size=1, max_size=6).map(tuple)
@@ -49,8 +46,6 @@ class Machine(RuleBasedStateMachine):
         lines = [line for palette in PALETTES[:5] for line in palette]
         self.world = World(self.connection, SCRIPT, lines)
         self.loop = asyncio.new_event_loop()
-        self.clocks = self.world.clocks()
-        self.clocks.__enter__()
         self.run(self.world.set_target(0, lines[0]))
 
     def run(self, work: Coroutine[Any, Any, Any]) -> None:
@@ -138,7 +133,6 @@ class Machine(RuleBasedStateMachine):
             self.world.restart_client(who)
 
     def teardown(self) -> None:
-        self.clocks.__exit__(None, None, None)
         self.loop.close()
         self.world.judge_the_door()
 

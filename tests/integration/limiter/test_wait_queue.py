@@ -8,7 +8,7 @@ import time
 import pytest
 import redis.asyncio
 
-from router.limiter.limiter import TrafficLimiter
+from router.limiter import TrafficLimiter
 
 
 @pytest.mark.alone
@@ -21,8 +21,8 @@ async def test_a_line_asks_for_no_more_than_its_process_can_use(redis_client: re
             time.sleep(0.002)  # the whole process is busy with each of them: 12 at a time are alive
 
         await asyncio.gather(*[use() for _ in range(250)])
-        await asyncio.gather(*limiter._side_tasks)
-        granted = limiter._seen_of("llama").head
+        await limiter._tasks.wait()
+        granted = limiter._tracker.state("llama").head
         assert granted < 250 * 4
 
 
@@ -38,4 +38,4 @@ async def test_a_thousand_waiters_take_less_than_a_round_trip_each(redis_client:
         await asyncio.gather(*[use() for _ in range(1000)])
         trips = (await redis_client.info("commandstats"))["cmdstat_evalsha"]["calls"]
         assert trips < 300
-        assert (await limiter.snapshot(["llama"]))["llama"].at_once == 0
+        assert (await limiter.snapshot(["llama"]))["llama"].in_flight == 0

@@ -16,6 +16,7 @@ from models_backend.process import BackendServer, start_backend
 from router.models.backend import ModelsBackend
 from router.settings.router import BackendSettings
 from router.task import CallResult, Outcome
+from tests.support.calls import call_request, request_id
 
 PROMPT = "Describe the harbour of Genoa"  # its words suggest no category
 KNOWN = [{"prompt": f"{PROMPT} {number}", "category": "technical"} for number in range(40)]
@@ -54,10 +55,7 @@ async def conditions(server: BackendServer, http: aiohttp.ClientSession) -> Asyn
 
 async def ask(server: BackendServer, prompt: str = KNOWN[0]["prompt"], model: str = "phi-4") -> CallResult:
     async with ModelsBackend(server.url, BackendSettings()) as backend:
-        return await backend.call(
-            model_endpoint=model, prompt=prompt, timeout_seconds=5, max_tokens=256, request_id=f"to {model}",
-            tokens_reserved=300,
-        )  # fmt: skip
+        return await backend.call(call_request(model, prompt, name=f"to {model}", timeout_seconds=5))
 
 
 async def test_a_share_of_calls_fails_in_one_category_only(
@@ -90,7 +88,7 @@ async def test_conditions_change_latency_price_and_quality(
     async with http.get(f"{server.url}/flaws") as response:
         page = await response.json()
     good, flawed = page["answers"][-2:]
-    assert (good["request_id"], good["flaw"]) == ("to newcomer", None)
+    assert (good["request_id"], good["flaw"]) == (request_id("to newcomer"), None)
     assert (flawed["model"], flawed["category"]) == ("phi-4", "technical")
     assert flawed["flaw"] is not None
     async with http.get(f"{server.url}/flaws", params={"since": page["next"] - 1}) as response:

@@ -19,6 +19,7 @@ from router.errors import ConfigError
 from router.models.backend import ModelsBackend
 from router.settings.router import BackendSettings
 from router.task import CallResult, Outcome
+from tests.support.calls import call_request
 
 KEY = "sk-very-secret"
 COMPLETION = {
@@ -77,14 +78,7 @@ async def provider(provider_port: int) -> AsyncIterator[OpenAi]:
 
 async def ask(server: BackendServer, model: str = "llama-3.3-70b") -> CallResult:
     async with ModelsBackend(server.url, BackendSettings()) as backend:
-        return await backend.call(
-            model_endpoint=model,
-            prompt="Say it",
-            max_tokens=99,
-            request_id="r",
-            tokens_reserved=1,
-            timeout_seconds=10,
-        )
+        return await backend.call(call_request(model, "Say it", max_tokens=99, reserved_tokens=1))
 
 
 async def test_a_real_model_is_forwarded_to_its_provider(server: BackendServer, provider: OpenAi) -> None:

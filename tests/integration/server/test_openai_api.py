@@ -455,10 +455,10 @@ def test_when_told_to_stop_it_ends_what_it_can_and_says_so_to_the_others(
     ("options", "environment", "words"),
     [
         ((), {}, "No client has an API key in"),
-        (("--no-keys", "--host", "0.0.0.0"), {}, "--no-keys serves this machine only"),
+        (("--no-keys", "--host", "0.0.0.0"), {}, "--no-keys requires a loopback address"),
         ((), {"ROUTER_API_KEY": "hunter2"}, "ROUTER_API_KEY must have at least 20 characters"),
         (("--no-keys",), {}, "ROUTER_DATABASE_URL is not set"),
-        (("--no-keys", "--host", "192.0.2.1"), {}, "--no-keys serves this machine only"),
+        (("--no-keys", "--host", "192.0.2.1"), {}, "--no-keys requires a loopback address"),
         (("--host", "192.0.2.1"), {"ROUTER_API_KEY": "x" * 20}, "Cannot listen on 192.0.2.1, port 8200"),
     ],
 )

@@ -1,4 +1,4 @@
-"""How many tasks a worker claims before it can send them: what it holds, another cannot do."""
+"""Number of tasks that a worker claims before it can send them; others cannot solve these."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BUSY, FREE, SLOW = "busy", "free", "slow"
 TASKS = 120
 LONG_POLL_SECONDS = 30.0
 CALLS = "SELECT call_id FROM model_calls"
-CAME_BACK = "SELECT count(*) FROM queue WHERE position < 0"
+REQUEUED = "SELECT count(*) FROM queue WHERE position < 0"
 OPEN_CALLS = "SELECT count(*) FROM model_calls WHERE model = $1 AND outcome IS NULL"
 
 
@@ -76,7 +76,7 @@ async def running(addresses: Addresses, **targets: str) -> AsyncIterator[Engine]
         await engine.stop()
 
 
-async def test_a_model_whose_places_are_taken_holds_no_more_than_it_soon_sends(addresses: Addresses) -> None:
+async def test_model_at_its_concurrency_limit_claims_only_what_it_sends_soon(addresses: Addresses) -> None:
     held: list[int] = []
     async with running(addresses, busy="4 at once, burst") as engine:
         ends_at = time.monotonic() + 30
@@ -88,18 +88,18 @@ async def test_a_model_whose_places_are_taken_holds_no_more_than_it_soon_sends(a
     assert max(held) <= 30, max(held)
 
 
-async def test_a_model_whose_sends_are_far_apart_claims_each_task_only_when_it_can_send_it(
+async def test_slow_model_claims_a_task_only_when_it_can_send_it(
     addresses: Addresses,
 ) -> None:
     async with running(addresses, slow="30/min") as engine:
         ends_at = time.monotonic() + 20
         while len(await engine.pool.fetch(CALLS)) < 3:
             assert time.monotonic() < ends_at
-            assert await engine.pool.fetchval(CAME_BACK) == 0, "a claim was given up before it could be sent"
+            assert await engine.pool.fetchval(REQUEUED) == 0, "a claim was requeued before it could be sent"
             await asyncio.sleep(0.02)
 
 
-async def test_a_task_that_is_given_back_wakes_a_worker_that_found_none(addresses: Addresses) -> None:
+async def test_requeued_task_wakes_an_idle_worker(addresses: Addresses) -> None:
     async with running(addresses, busy="1 at once, burst") as engine:
         queue: TaskQueue = engine.queue
         held = []
@@ -110,7 +110,7 @@ async def test_a_task_that_is_given_back_wakes_a_worker_that_found_none(addresse
             assert time.monotonic() < ends_at
             await asyncio.sleep(0.02)
         solved = engine.solved
-        await asyncio.sleep(0.5)  # the worker has found nothing, and looks again only when it is told
+        await asyncio.sleep(0.5)  # the worker found nothing and waits for a notification
         assert engine.solved == solved
         await queue.unclaim(held[0].call_id)
         while engine.solved == solved:

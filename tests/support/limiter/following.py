@@ -6,9 +6,9 @@ import struct
 from dataclasses import dataclass
 
 from bench.judge import TargetChange
-from router.limiter import limiter as limiter_module
+from router.limiter import LimiterSettings, PastCall, WaitReason
 from router.limiter.breaker import Signal
-from router.limiter.limiter import LimiterSettings, PastCall, WaitReason
+from router.limiter.codec import LOST, unpack_decision, unpack_grants
 from router.limiter.permit import Permit
 from router.traffic import TrafficTarget
 from tests.support.limiter.redis import Asked, ScriptRedis
@@ -17,11 +17,11 @@ from tests.support.limiter.specification import MICRO, TIMED, Decision, LimiterS
 MODEL = "m"
 KEY = f"router:{{{MODEL}}}"
 EPOCH = 1_700_000_000 * MICRO
-SETTINGS = LimiterSettings(call_longest_seconds=8.0)
+SETTINGS = LimiterSettings(max_call_seconds=8.0)
 LOOK = micros(SETTINGS.look_ahead_seconds)
 SETTLE_SECONDS = 0.6  # look-ahead, send slack and transit slack of what was decided before a change
 SHORT_WAY = 12_000
-LOST, MICRO_FLOAT = 1, 1e6
+MICRO_FLOAT = 1e6
 ONLY_AGAIN = frozenset(
     {WaitReason.CONCURRENCY, WaitReason.HALF_OPEN}
 )  # they wait for an end, not for a moment
@@ -103,7 +103,7 @@ class Following:
             self._follow_rebuild(asked)
 
     def _follow_reserve(self, asked: Asked, needs: tuple[int, ...]) -> None:
-        status, generation, head, _, again, reason, slack, *_ = limiter_module._HEAD.unpack_from(asked.reply)
+        status, generation, head, _, again, reason, slack, *_ = unpack_decision(asked.reply)
         self.slack = int(slack)
         if status == 2:
             self._agree(self.spec.target is None, "a target was forgotten")
@@ -116,7 +116,7 @@ class Following:
             return
         self._agree(self.state != "gone", "permits from a lost memory")
         self.generation = generation
-        grants = list(limiter_module._GRANT.iter_unpack(asked.reply[limiter_module._HEAD.size :]))
+        grants = list(unpack_grants(asked.reply))
         exact = self.exact(asked.at) and self.state == "sound"
         for (number, wait), need in zip(grants, needs, strict=False):
             self._follow_grant(asked.at, int(number), round(wait), need, exact=exact)
@@ -172,7 +172,7 @@ class Following:
     def _follow_heed(self, asked: Asked) -> None:
         _, _, sign, rest, generation, number, *_, trips = struct.unpack("<10d", asked.arguments[0])  # type: ignore[arg-type]
         known = int(number) if number >= 0 and generation == self.generation else None
-        if Signal(int(sign)) is Signal.PUT_BACK:
+        if Signal(int(sign)) is Signal.RESTORE:
             self.spec.breaker.trip = max(self.spec.breaker.trip, int(trips))
         self.spec.record_outcome(asked.at, Signal(int(sign)), rest / MICRO, known)
         _, failures, trip, _ = struct.unpack("<4d", asked.reply)
@@ -206,7 +206,7 @@ class Following:
         self._agree(not alive, f"it is rebuilt while {len(alive)} permits are still out")
         moments = asked.arguments[1]
         told_at, clock = self.clock_told
-        holder = micros(SETTINGS.call_longest_seconds)
+        holder = micros(SETTINGS.max_call_seconds)
         sends = []
         for number, (moment,) in enumerate(struct.iter_unpack("<d", moments)):  # type: ignore[arg-type]
             true = told_at + round(moment - clock)

@@ -76,15 +76,14 @@ async def take(walk: Walk, connection: Connection, script: str) -> World:
         script = script.replace(usual, small)
     world = World(connection, script, list(walk.lines), with_history=walk.with_history)
     steps = _Steps(walk, world)
-    with world.clocks():
-        try:
-            await world.set_target(0, walk.lines[0])
-            for _ in range(walk.steps):
-                await steps.one()
-            world.judge_the_door()
-        except Difference as difference:
-            told = "\n  ".join(steps.told[-25:])
-            raise Difference(f"{walk}\n  {told}\n{difference}") from difference
+    try:
+        await world.set_target(0, walk.lines[0])
+        for _ in range(walk.steps):
+            await steps.one()
+        world.judge_the_door()
+    except Difference as difference:
+        told = "\n  ".join(steps.told[-25:])
+        raise Difference(f"{walk}\n  {told}\n{difference}") from difference
     return world
 
 

@@ -120,13 +120,13 @@ class LimiterSpec:
 
     def record_outcome(self, now: int, sign: Signal, seconds: float, number: int | None) -> None:
         """What a call came to; `number` is its send, None if that is not known."""
-        if sign is Signal.REST and seconds <= 0:  # an end of all doubt
+        if sign is Signal.COOL_DOWN and seconds <= 0:  # an end of all doubt
             self.rest_until = 0
             self.breaker.good()
         elif not self.breaker.says_nothing(number, resting=self.rest_until > now):
-            if sign is Signal.GOOD:
+            if sign is Signal.SUCCESS:
                 self.breaker.good()
-            elif sign is Signal.BAD:
+            elif sign is Signal.FAILURE:
                 self.cool_down(now, self.breaker.bad(self.head, self.settings.breaker))
         if seconds > 0:
             self.cool_down(now, seconds)
@@ -160,7 +160,7 @@ class LimiterSpec:
 
     def grant(self, moment: int, tokens: int) -> Send:
         """Record a send that was decided."""
-        holder = micros(self.settings.call_longest_seconds)
+        holder = micros(self.settings.max_call_seconds)
         slack = 0.0 if self.target is None else self.settings.send_slack(self.target)
         send = Send(self.head, moment, tokens, moment + holder, max(moment + micros(slack), self.late_until))
         self.sends.append(send)

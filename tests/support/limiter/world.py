@@ -7,22 +7,12 @@ the script with the specification, each permit with the clock rules, and at the 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 from bench.judge import Arrival, TargetChange, judge
 from router.errors import LimiterUnavailable, PermitExpired
-from router.limiter import limiter as limiter_module
-from router.limiter import permit as permits_module
-from router.limiter import recovery as recovery_module
-from router.limiter import tracker as sightings_module
-from router.limiter import waiters as line_module
-from router.limiter.limiter import PastCall, TrafficLimiter, Wait, WaitReason
-from router.limiter.script import RedisScript
+from router.limiter import PastCall, Permit, TrafficLimiter, Wait, WaitReason
 from router.task import Outcome
 from router.traffic import TrafficTarget
 from tests.support.limiter.following import (
@@ -39,6 +29,11 @@ from tests.support.limiter.following import (
 )
 from tests.support.limiter.redis import Connection, ScriptRedis, with_our_clock
 from tests.support.limiter.specification import MICRO, LimiterSpec, micros
+
+
+async def reserve_many(limiter: TrafficLimiter, tokens: tuple[int, ...]) -> tuple[list[Permit], Wait]:
+    """Reserves a permit per element of `tokens`, in one round trip."""
+    return await limiter._reservations.reserve_many(limiter._tracker.state(MODEL), tokens)
 
 
 @dataclass
@@ -74,7 +69,7 @@ class World(Following):
         self.rows: list[PastCall] = []
         targets = [TrafficTarget.parse(line) for line in self.lines]
         self.longest = max((target.longest_window_seconds for target in targets), default=0)
-        self.memory = micros(max(self.longest + 0.25, SETTINGS.call_longest_seconds))
+        self.memory = micros(max(self.longest + 0.25, SETTINGS.max_call_seconds))
         self.transit = micros(
             min(
                 (
@@ -102,19 +97,6 @@ class World(Following):
         """The clock of the client that acts now."""
         return (self.now + self.offsets[self.current]) / MICRO
 
-    @contextmanager
-    def clocks(self) -> Iterator[None]:
-        """While this holds, the limiter's monotonic clock is ours."""
-        ours = SimpleNamespace(monotonic=self.monotonic, monotonic_ns=time.monotonic_ns)
-        modules: list[Any] = [limiter_module, permits_module, line_module, recovery_module, sightings_module]
-        for module in modules:
-            module.time = ours
-        try:
-            yield
-        finally:
-            for module in modules:
-                module.time = time
-
     def pass_time(self, micro: int) -> None:
         self.now += micro
 
@@ -129,8 +111,9 @@ class World(Following):
 
     def _newcomer(self) -> TrafficLimiter:
         history = self._history if self.with_history else None
-        client = TrafficLimiter(self.redis, history, settings=SETTINGS)  # type: ignore[arg-type]
-        client._script = RedisScript(self.redis, with_our_clock(self.script))  # type: ignore[arg-type]
+        redis: Any = self.redis
+        client = TrafficLimiter(redis, history, settings=SETTINGS, clock=self.monotonic)
+        client._script.text = with_our_clock(self.script)
         return client
 
     def restart_client(self, who: int) -> None:
@@ -140,7 +123,7 @@ class World(Following):
 
     def seen(self, who: int) -> tuple[float, float]:
         """The newest that a client has seen of the model."""
-        seen = self.everyone[who]._seen_of(MODEL)
+        seen = self.everyone[who]._tracker.state(MODEL)
         return (seen.generation, seen.head)
 
     async def _history(self, _model: str, seconds: float) -> list[PastCall]:
@@ -166,7 +149,7 @@ class World(Following):
     async def reserve(self, who: int, needs: tuple[int, ...]) -> list[Held]:
         """Ask for permits; each is checked against the clock rules, and held."""
         self.current = who
-        reply = await self._ask(self.everyone[who]._ask(MODEL, needs), needs)
+        reply = await self._ask(reserve_many(self.everyone[who], needs), needs)
         permits, wait = reply
         if wait.reason is WaitReason.REBUILDING:
             self._agree_to_wait(self.now)
@@ -240,7 +223,7 @@ class World(Following):
     async def look(self, who: int) -> None:
         """What `snapshot` says must be what is there."""
         self.current = who
-        traffic = await self._ask(self.everyone[who]._snapshot(MODEL))
+        traffic = (await self._ask(self.everyone[who].snapshot([MODEL])))[MODEL]
         target, at = self.spec.target, self.redis.asked[-1].at
         if not self.exact(at) or self.state != "sound" or target is None or target.stopped:
             return
@@ -258,7 +241,7 @@ class World(Following):
         self._agree(traffic.sent == sent, f"the snapshot counts {traffic.sent}, and there are {sent}")
         if target.at_once is not None:
             running = self.spec.running(at)
-            self._agree(traffic.at_once == running, f"{traffic.at_once} at once for {running}")
+            self._agree(traffic.in_flight == running, f"{traffic.in_flight} at once for {running}")
 
     async def _ask(self, coroutine: Any, needs: tuple[int, ...] = ()) -> Any:
         self.redis.asked.clear()

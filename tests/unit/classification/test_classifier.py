@@ -215,9 +215,9 @@ def test_one_category_is_a_category_too(folder: Path) -> None:
     ("extra", "words"),
     [
         ("colour: red\n", "colour: Extra inputs are not permitted"),
-        ("folder: /tmp\n", "folder: no such key"),
-        ("threshold: 2\n", "stands twice"),
-        ("rules: [{category: sport, pattern: '('}]\n", "rules.0.pattern: '(' is no regular expression"),
+        ("folder: /tmp\n", "folder: unknown key"),
+        ("threshold: 2\n", "duplicate key"),
+        ("rules: [{category: sport, pattern: '('}]\n", "rules.0.pattern: '(' is not a regular expression"),
         ("rules: [{category: music, pattern: a}]\n", "rules.0.category: 'music' is not among the categories"),
         ("rules: [{category: sport}]\n", "rules.0: a rule has either a pattern or words"),
         ("rules: [{category: sport, pattern: a, wieght: 2}]\n", "rules.0.wieght: Extra inputs"),
@@ -237,7 +237,7 @@ def test_a_wrong_key_is_named_with_its_file(folder: Path, extra: str, words: str
     ("before", "after", "words"),
     [
         ("default_category: sport", "default_category: music", "'music' is not among the categories"),
-        ("cooking:", "Big Words:", "'Big Words' is no category name"),
+        ("cooking:", "Big Words:", "'Big Words' is not a category name"),
         ("examples/*", "nowhere/*", "examples: no file matches 'nowhere/*.jsonl'"),
         ("sport: what one plays", "sport: x, music: y", "categories.music: has 0 examples"),
     ],

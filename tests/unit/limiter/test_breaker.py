@@ -7,23 +7,23 @@ import pytest
 from router.limiter.breaker import BreakerSettings, Signal, Verdict
 from router.task import Outcome
 
-SETTINGS = BreakerSettings(default_retry_after_seconds=2, unknown_model_rest_seconds=40)
+SETTINGS = BreakerSettings(default_retry_after_seconds=2, unknown_model_cooldown_seconds=40)
 
 
 @pytest.mark.parametrize(
     ("outcome", "told", "verdict"),
     [
-        (Outcome.ANSWERED, None, Verdict(Signal.GOOD)),
-        (Outcome.REJECTED, None, Verdict(Signal.GOOD)),
-        (Outcome.ERROR, None, Verdict(Signal.BAD)),
-        (Outcome.TIMEOUT, None, Verdict(Signal.BAD)),
-        (Outcome.GARBAGE, None, Verdict(Signal.BAD)),
-        (Outcome.RATE_LIMITED, 7.0, Verdict(Signal.REFUSED, 7)),
-        (Outcome.RATE_LIMITED, None, Verdict(Signal.REFUSED, 2)),
-        (Outcome.OVERLOADED, 7.0, Verdict(Signal.REST, 7)),
-        (Outcome.OVERLOADED, None, Verdict(Signal.BAD, 2)),
-        (Outcome.OVERLOADED, 0.0, Verdict(Signal.BAD, 2)),
-        (Outcome.UNKNOWN_MODEL, None, Verdict(Signal.REST, 40)),
+        (Outcome.ANSWERED, None, Verdict(Signal.SUCCESS)),
+        (Outcome.REJECTED, None, Verdict(Signal.SUCCESS)),
+        (Outcome.ERROR, None, Verdict(Signal.FAILURE)),
+        (Outcome.TIMEOUT, None, Verdict(Signal.FAILURE)),
+        (Outcome.GARBAGE, None, Verdict(Signal.FAILURE)),
+        (Outcome.RATE_LIMITED, 7.0, Verdict(Signal.RATE_LIMITED, 7)),
+        (Outcome.RATE_LIMITED, None, Verdict(Signal.RATE_LIMITED, 2)),
+        (Outcome.OVERLOADED, 7.0, Verdict(Signal.COOL_DOWN, 7)),
+        (Outcome.OVERLOADED, None, Verdict(Signal.FAILURE, 2)),
+        (Outcome.OVERLOADED, 0.0, Verdict(Signal.FAILURE, 2)),
+        (Outcome.UNKNOWN_MODEL, None, Verdict(Signal.COOL_DOWN, 40)),
         (Outcome.UNSENT, None, None),
         (Outcome.LOST, None, None),
     ],

@@ -1,0 +1,116 @@
+"""Requests permits from the script, and restores lost state on the way."""
+
+from __future__ import annotations
+
+import contextlib
+
+from router.errors import LimiterUnavailable
+from router.limiter.codec import LOST, MICRO, pack_reserve, unpack_decision, unpack_grants
+from router.limiter.permit import Clock, Permit, Wait, WaitReason
+from router.limiter.recovery import Recovery
+from router.limiter.script import RedisScript
+from router.limiter.settings import LimiterSettings
+from router.limiter.state import NEVER, ModelState
+from router.limiter.tracker import ModelTracker
+
+MAX_TRIES = 3
+_REASONS = tuple(WaitReason)  # by number; calling the enum takes ten times as long
+_LOST_REASONS = frozenset({WaitReason.REBUILDING, WaitReason.NO_TARGET})
+
+
+class Reservations:
+    """Permits of all models, as many per round trip as are asked for."""
+
+    def __init__(
+        self,
+        script: RedisScript,
+        tracker: ModelTracker,
+        recovery: Recovery,
+        settings: LimiterSettings,
+        clock: Clock,
+    ) -> None:
+        self._script = script
+        self._tracker = tracker
+        self._recovery = recovery
+        self._settings = settings
+        self._clock = clock
+
+    async def reserve(self, state: ModelState, tokens: int, call_seconds: float | None) -> Permit | Wait:
+        """Returns a permit, or why there is none."""
+        permits, again, reason = await self._request(state, "reserve", (tokens,), call_seconds)
+        if permits:
+            return permits[0]
+        if reason in _LOST_REASONS:
+            permits, wait = await self.reserve_many(state, (tokens,), call_seconds)
+            return permits[0] if permits else wait
+        return Wait(state.model, reason, again)
+
+    async def reserve_many(
+        self, state: ModelState, tokens: tuple[int, ...], call_seconds: float | None = None
+    ) -> tuple[list[Permit], Wait]:
+        """Returns as many permits as there are for these tokens, in order, and the wait of the next one."""
+        again: float | None
+        for _ in range(MAX_TRIES):
+            permits, again, reason = await self._request(state, "reserve", tokens, call_seconds)
+            if reason not in _LOST_REASONS:
+                return permits, Wait(state.model, reason, again)
+            again = await self._recovery.recover(state, reason)
+            if again is None:
+                return [], Wait(state.model, WaitReason.NO_TARGET, None)
+            if again > 0:
+                return [], Wait(state.model, WaitReason.REBUILDING, again)
+        return [], Wait(state.model, WaitReason.REBUILDING, self._settings.retry_base_seconds)
+
+    async def peek(self, state: ModelState) -> None:
+        """Updates when a send looks possible; reserves nothing."""
+        again: float | None = self._settings.retry_cap_seconds
+        with contextlib.suppress(LimiterUnavailable):
+            _, _, reason = await self._request(state, "peek", (0,), None)
+            if reason not in _LOST_REASONS:
+                return
+            again = await self._recovery.recover(state, reason)
+        now = self._clock()
+        state.available_at = None if again is None else now + again
+        # After a recovery the prediction is a guess: the next peek asks again.
+        state.available_known_at = NEVER if again == 0 else now
+
+    async def _request(
+        self, state: ModelState, verb: str, tokens: tuple[int, ...], call_seconds: float | None
+    ) -> tuple[list[Permit], float | None, WaitReason]:
+        settings = self._settings
+        longest = settings.max_call_seconds if call_seconds is None else call_seconds
+        sent_at = 0.0
+
+        def packed() -> bytes:
+            nonlocal sent_at
+            sent_at = self._clock()
+            bound = state.clock_bound(sent_at)
+            return pack_reserve(
+                state.generation, bound, state.head, settings.look_ahead_seconds, longest, tokens
+            )
+
+        reply = await self._script.call_timed(state.key, verb, packed)
+        received_at = self._clock()
+        (status, generation, head, version, wait, reason, send_slack, redis_clock, failures, trips) = (
+            unpack_decision(reply)
+        )
+        if status:
+            state.available_at = None
+            return [], None, WaitReason.REBUILDING if status == LOST else WaitReason.NO_TARGET
+        if generation != state.generation or version > state.version:
+            self._tracker.observe(state, generation, version)
+        if generation == state.generation and head > state.head:
+            state.head = head
+        state.observe_clock(redis_clock, sent_at, received_at)
+        state.failures, state.trips = failures, trips
+        again = None if wait < 0 else wait / MICRO
+        state.observe_wait(again, reason, received_at, settings.look_ahead_seconds)
+        expires_at, generation_now = sent_at + send_slack / MICRO, int(generation)
+        permits = [
+            Permit(
+                state.model, need, int(number), generation_now,
+                received_at + offset / MICRO, expires_at + offset / MICRO, self._clock,
+            )
+            for (number, offset), need in zip(unpack_grants(reply), tokens, strict=False)
+        ]  # fmt: skip
+        return permits, again, _REASONS[int(reason)]
