@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SHOWN = ("taken", "lost", "unreachable")
 LABELS = {"taken": "admitted"}  # of stored verdicts
+CHANGES = {"taken": "admission", "promoted": "promotion", "retired": "retirement"}  # of stored changes
 
 SEARCH_HELP = """
 Search for better models now: read the catalogs, try what meets the criteria, and admit winners.
@@ -242,5 +243,6 @@ def undo(
         terminal.print_json(undone)
         return
     for one in undone:
-        change = LABELS.get(one.what, one.what)
-        typer.echo(f"{one.model}: {change} undone; workers apply it within a second.")
+        typer.echo(
+            f"{one.model}: {CHANGES.get(one.what, one.what)} undone; workers apply it within a second."
+        )

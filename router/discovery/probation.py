@@ -76,19 +76,23 @@ def review_probation(
 
 def promote(url: str, folder: Path, model: str, *, by: str, variables: Variables | None = None) -> Decision:
     """Promotes a model on probation, regardless of its evidence. InputError if it is not on probation."""
-    require_writable(folder)
-    with connect(url, autocommit=True) as connection:
-        _require_state(connection, model, ("probation",))
-        verdict = ProbationVerdict(Step.PROMOTE, f"requested by {by}")
-        return _apply(connection, folder, model, verdict, by, variables)
+    return _requested(url, folder, model, Step.PROMOTE, ("probation",), by=by, variables=variables)
 
 
 def retire(url: str, folder: Path, model: str, *, by: str, variables: Variables | None = None) -> Decision:
     """Retires a discovered model. InputError if it is not a discovered model, or already retired."""
+    states = ("probation", "active", "paused")
+    return _requested(url, folder, model, Step.RETIRE, states, by=by, variables=variables)
+
+
+def _requested(
+    url: str, folder: Path, model: str, step: Step, states: Sequence[str], *, by: str,
+    variables: Variables | None,
+) -> Decision:  # fmt: skip
     require_writable(folder)
     with connect(url, autocommit=True) as connection:
-        _require_state(connection, model, ("probation", "active", "paused"))
-        verdict = ProbationVerdict(Step.RETIRE, f"requested by {by}")
+        _require_state(connection, model, states)
+        verdict = ProbationVerdict(step, f"requested by {by}")
         return _apply(connection, folder, model, verdict, by, variables)
 
 

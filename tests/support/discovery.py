@@ -83,7 +83,7 @@ def references(folder: Path) -> Path:
     return path
 
 
-class AirflowPart(ThreadingHTTPServer):
+class FakeAirflow(ThreadingHTTPServer):
     """Stand-in for the Variables of Airflow's REST API."""
 
     def __init__(self) -> None:
@@ -97,7 +97,7 @@ class AirflowPart(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: AirflowPart
+    server: FakeAirflow
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -138,9 +138,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def airflow_part() -> Iterator[AirflowPart]:
+def fake_airflow() -> Iterator[FakeAirflow]:
     """Serves during the block."""
-    with AirflowPart() as server:
+    with FakeAirflow() as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         try:
@@ -157,7 +157,7 @@ class Searching:
     addresses: Addresses
     folder: Path
     backend: BackendServer
-    airflow: AirflowPart | None = None
+    airflow: FakeAirflow | None = None
     orders: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property

@@ -28,9 +28,9 @@ from tests.support.discovery import (
     ENTRY,
     FIRST,
     SECOND,
-    AirflowPart,
+    FakeAirflow,
     Searching,
-    airflow_part,
+    fake_airflow,
     models_yaml,
     references,
     verdicts,
@@ -55,8 +55,8 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BackendServer]
 
 
 @pytest.fixture
-def airflow() -> Iterator[AirflowPart]:
-    with airflow_part() as server:
+def airflow() -> Iterator[FakeAirflow]:
+    with fake_airflow() as server:
         yield server
 
 
@@ -66,7 +66,7 @@ def world(  # noqa: PLR0917 - fixtures
     redis_server: RedisServer,
     redis_client: object,
     backend: BackendServer,
-    airflow: AirflowPart,
+    airflow: FakeAirflow,
     tmp_path: Path,
 ) -> Searching:
     """Two configured models, whose answers are good half the time, and candidates of each kind."""

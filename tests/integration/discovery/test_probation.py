@@ -193,7 +193,7 @@ def test_the_command_line_shows_promotes_undoes_and_retires(router: CommandLine,
     assert router("models", "--json").json[NEW]["source"] == "search"
     promoted = router("models", "promote", NEW, "--by", "ann")
     assert promoted.out.startswith(f"{NEW}: promoted")
-    assert router("models", "undo", NEW).out.startswith(f"{NEW}: promoted undone")
+    assert router("models", "undo", NEW).out.startswith(f"{NEW}: promotion undone")
     retired = router("models", "retire", NEW, "--json").json
     assert (retired["model"], retired["step"]) == (NEW, "retire")
     assert [one["what"] for one in router("models", "undo", "--json").json] == ["retired", "taken"]
