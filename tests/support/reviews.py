@@ -23,7 +23,7 @@ WITH made AS (
     SELECT n, at,
            (left(first_call_id(at)::text, 13) || '-7' || substr(r, 16, 3) || right(r, 18))::uuid AS call_id
       FROM made
-), asked AS (
+), answered AS (
     INSERT INTO tasks (prompt, status, answer, answered_by, answer_rank, answer_call_id, category,
                        prompt_version, created_at, solved_at)
     SELECT %(prompt)s, 'solved', CASE WHEN n < %(bad_answers)s * %(calls)s THEN '' ELSE %(answer)s END,
@@ -33,10 +33,10 @@ WITH made AS (
 )
 INSERT INTO model_calls (call_id, task_id, prompt_version, model, category, rank, started_at, sent_at,
                          finished_at, outcome, reserved_tokens, completion_tokens, cost, latency_seconds)
-SELECT named.call_id, asked.id, 1, %(model)s, %(category)s, %(rank)s, at, at,
+SELECT named.call_id, answered.id, 1, %(model)s, %(category)s, %(rank)s, at, at,
        CASE WHEN %(outcome)s IS NOT NULL THEN at + make_interval(secs => %(latency)s) END, %(outcome)s,
        1000, 50, %(cost)s, %(latency)s * (0.75 + 0.5 * (n %% 100) / 100)
-  FROM named LEFT JOIN asked ON asked.answer_call_id = named.call_id
+  FROM named LEFT JOIN answered ON answered.answer_call_id = named.call_id
 """
 
 

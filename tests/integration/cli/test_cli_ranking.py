@@ -81,9 +81,9 @@ def test_the_ranking_is_shown_and_explained(router: CommandLine, log: Log) -> No
 def test_invalid_arguments_are_reported(
     router: CommandLine, log: Log, arguments: tuple[str, ...], words: str
 ) -> None:
-    said = router(*arguments)
-    assert said.code == 1
-    assert words in said.err
+    result = router(*arguments)
+    assert result.code == 1
+    assert words in result.err
 
 
 def test_feedback_is_recorded_for_the_answering_model(router: CommandLine, log: Log) -> None:

@@ -112,8 +112,10 @@ def test_a_better_listed_model_is_admitted_and_unserved_ones_are_unreachable(
     assert found
     assert set(found.values()) == {"unreachable"}
     assert world.discovered()[THEIRS]["history"][0]["why"].endswith("(catalog groq)")
-    asked = requests.get(f"{provider}/_llmock/requests", timeout=5).json()["requests"]
-    assert {one.get("model") for one in asked if one["path"].endswith("/chat/completions")} == {THEIRS}
+    requests_seen = requests.get(f"{provider}/_llmock/requests", timeout=5).json()["requests"]
+    assert {one.get("model") for one in requests_seen if one["path"].endswith("/chat/completions")} == {
+        THEIRS
+    }
 
 
 def test_a_refused_key_makes_the_model_unreachable_and_is_not_shown(world: Searching, provider: str) -> None:

@@ -39,13 +39,13 @@ class Scripted:
     def __init__(self) -> None:
         self.verdict: Callable[[str], str] = honest
         self.answers: dict[str, str] = {}
-        self.asked: list[tuple[str, str]] = []
+        self.calls: list[tuple[str, str]] = []
         self.cost: float | None = 0.001
         self.hang = False
 
     async def single(self, request: web.Request) -> web.Response:
         call = await request.json()
-        self.asked.append((call["model"], call["prompt"]))
+        self.calls.append((call["model"], call["prompt"]))
         if self.hang:
             await asyncio.sleep(60)
         judging = "verdict: tie" in call["prompt"]
@@ -136,10 +136,10 @@ async def test_a_second_run_repeats_no_call(judging: Judging) -> None:
     judging.answered(PREFERRED, FAIR)
     judging.answered(SECOND, GOOD, calls=10)
     await judging.judge()
-    asked = len(judging.backend.asked)
+    before = len(judging.backend.calls)
     again = await judging.judge()
     assert (again.drawn, again.calls) == (0, 0)
-    assert len(judging.backend.asked) == asked
+    assert len(judging.backend.calls) == before
 
 
 async def test_the_call_budget_holds_across_runs(judging: Judging) -> None:
@@ -209,7 +209,7 @@ async def test_answers_without_a_permit_are_left_for_the_next_run(judging: Judgi
         sync_roster(connection, judging.config)
     judged = await judging.judge()
     assert (judged.unasked, judged.calls) == (3, 0)
-    assert judging.backend.asked == []
+    assert judging.backend.calls == []
     assert judging.log.query("SELECT FROM judgements") == []
 
 
@@ -217,7 +217,7 @@ async def test_a_cancelled_run_is_not_repeated(judging: Judging) -> None:
     judging.answered(SECOND, GOOD)
     judging.backend.hang = True
     running = asyncio.create_task(judging.judge())
-    while len(judging.backend.asked) < 3:
+    while len(judging.backend.calls) < 3:
         await asyncio.sleep(0.01)
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)

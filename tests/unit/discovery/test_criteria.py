@@ -158,10 +158,10 @@ def test_the_shipped_catalog_has_better_models_and_every_kind_of_refusal(categor
     found, refusals = passing(file.read().models, category, search, TODAY)
     new = [model.name for model in found if not any(same_model(model.name, name) for name in config.models)]
     assert better in new[: search.criteria_of(category).candidates]
-    said = " ".join(refusal.reason for refusal in refusals)
+    reasons_given = " ".join(refusal.reason for refusal in refusals)
     for words in (
         "the same model as", "license unknown", "not allowed", "B parameters, less than",
         "B parameters, more than", "context of", "price of", "in the future", "days ago", "a merge",
         "too few",
     ):  # fmt: skip
-        assert words in said, words
+        assert words in reasons_given, words
