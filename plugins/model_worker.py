@@ -61,7 +61,7 @@ class SharedEngine:
         """Stops the engine once it has been idle for LINGER_SECONDS."""
         if self._closer is None or self._closer.done():
             closing = self._close_when_idle()
-            self._closer = asyncio.get_running_loop().create_task(closing, name="router close when idle")
+            self._closer = asyncio.create_task(closing, name="router close when idle")
 
     async def _close_when_idle(self) -> None:
         while True:
@@ -108,7 +108,7 @@ class ModelLink(BaseOperatorLink):
 
     def get_link(self, operator: Any, *, ti_key: Any) -> str:  # noqa: ARG002 - Airflow's signature
         base = conf.get("api", "base_url", fallback="").rstrip("/")
-        return f"{base}/router/page#traffic/{operator.assigned['model']}"
+        return f"{base}/router/page#models/{operator.assigned['model']}"
 
 
 class ModelWorker(BaseOperator):

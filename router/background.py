@@ -16,7 +16,7 @@ from router.errors import RouterError
 log = logging.getLogger("router.background")
 
 CANCEL_AGAIN_SECONDS = 0.25
-LOOP_END_SECONDS = 3.0  # for the clean-up of tasks that are cancelled together with the whole loop
+LOOP_END_SECONDS = 3.0  # for the clean-up of tasks that are canceled together with the whole loop
 
 Step = Callable[[], Awaitable[Any]]
 T = TypeVar("T")
@@ -31,7 +31,7 @@ class PeriodicJobs:
     def start(self, step: Step, seconds: float, name: str, wake: asyncio.Event | None = None) -> None:
         """Runs `step` now and about every `seconds`; `wake`, cleared before each step, brings it forward."""
         job = _repeat(step, seconds, name, wake)
-        self._tasks.append(asyncio.get_running_loop().create_task(job, name=f"router {name}"))
+        self._tasks.append(asyncio.create_task(job, name=f"router {name}"))
 
     async def stop(self) -> None:
         """Cancels all jobs and waits until they have ended."""
@@ -49,8 +49,7 @@ class TrackedTasks:
 
     def begin(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """Runs `work` in a task; an unexpected error in it is logged."""
-        task = asyncio.get_running_loop().create_task(work, name=f"router {name}")
-        self.tasks.add(task)
+        task = spawn(work, name, self.tasks)
         task.add_done_callback(self._done)
         return task
 
@@ -58,7 +57,7 @@ class TrackedTasks:
         """Calls `then` and sets `over` when no task is left."""
         if self._closing is None:
             closing = self._wait_for_all(then)
-            self._closing = asyncio.get_running_loop().create_task(closing, name="router end of tasks")
+            self._closing = asyncio.create_task(closing, name="router end of tasks")
 
     async def stop(self) -> None:
         """Cancels the tasks that are left."""
@@ -69,7 +68,7 @@ class TrackedTasks:
             while self.tasks:
                 await asyncio.wait(set(self.tasks))
         except asyncio.CancelledError:
-            # The loop ends: the other tasks are cancelled as well and clean up.
+            # The loop ends: the other tasks are canceled as well and clean up.
             last = time.monotonic() + LOOP_END_SECONDS
             while self.tasks and (left := last - time.monotonic()) > 0:
                 await asyncio.wait(set(self.tasks), timeout=left)
@@ -79,10 +78,17 @@ class TrackedTasks:
             self.over.set()
 
     def _done(self, task: asyncio.Task[None]) -> None:
-        self.tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             log.error("unexpected error in %s", task.get_name(), exc_info=task.exception())
         self._on_end()
+
+
+def spawn(work: Coroutine[Any, Any, T], name: str, tasks: set[asyncio.Task[T]]) -> asyncio.Task[T]:
+    """Runs `work` in a task that `tasks` contains until it ends: the loop alone does not keep it alive."""
+    task = asyncio.create_task(work, name=f"router {name}")
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
+    return task
 
 
 async def _repeat(step: Step, seconds: float, name: str, wake: asyncio.Event | None) -> None:
@@ -115,7 +121,7 @@ async def wait_for_event(event: asyncio.Event, seconds: float) -> bool:
     """
     if seconds <= 0:
         return event.is_set()
-    waiting = asyncio.get_running_loop().create_task(event.wait(), name="router wait")
+    waiting = asyncio.create_task(event.wait(), name="router wait")
     try:
         await asyncio.wait({waiting}, timeout=seconds)
     finally:
@@ -148,7 +154,7 @@ async def result_or_none(work: Awaitable[T], seconds: float, name: str) -> T | N
         if not task.done():
             task.cancel()
         elif not task.cancelled():
-            task.exception()  # retrieved, in case the caller was cancelled at the same time
+            task.exception()  # retrieved, in case the caller was canceled at the same time
 
 
 async def close_with_timeout(

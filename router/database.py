@@ -100,16 +100,16 @@ def advisory_lock(connection: Connection, key: int, busy: RouterError) -> Iterat
             rows(connection, "SELECT pg_advisory_unlock(%s)", (key,))
 
 
-async def open_pool(url: str, *, connections: int, at_first: int = 1) -> asyncpg.Pool:
+async def open_pool(url: str, *, connections: int, min_connections: int = 1) -> asyncpg.Pool:
     """Opens a pool of at most `connections`, for statements of a few milliseconds. Raises DatabaseError.
 
-    With `at_first` 0 it also opens while Postgres is unavailable.
+    With `min_connections` 0 it also opens while Postgres is unavailable.
 
     Works through a session-mode pooler, but not through a transaction-mode one: asyncpg prepares statements.
     """
     try:
         return await asyncpg.create_pool(
-            url, min_size=at_first, max_size=connections, command_timeout=30, timeout=10,
+            url, min_size=min_connections, max_size=connections, command_timeout=30, timeout=10,
             reset=_no_reset, server_settings={"application_name": "router", "jit": "off"},
         )  # fmt: skip
     except (OSError, asyncpg.PostgresError) as error:

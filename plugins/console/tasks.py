@@ -29,7 +29,8 @@ SELECT call_id, task_id, model, category, confidence, role, rank, preferred, fal
   FROM console_calls(%s, %s, %s, %s::uuid, %s, %s)"""
 _TASK = """
 SELECT t.id AS task_id, t.status, s.state, s.category, s.attempt, s.wake_at, s.claimed_at, t.priority,
-       t.external_id, t.deadline_at, t.created_at, t.solved_at, t.answered_by, t.answer_rank,
+       t.external_id, readable_time(t.deadline_at) AS deadline_at, readable_time(t.created_at) AS created_at,
+       readable_time(t.solved_at) AS solved_at, t.answered_by, t.answer_rank,
        t.answer_call_id, t.failure,
        left(t.prompt, %s) AS prompt, length(t.prompt) AS prompt_characters,
        left(t.answer, %s) AS answer, length(t.answer) AS answer_characters,

@@ -19,7 +19,7 @@ from typing import Literal
 import asyncpg
 from typing_extensions import Self
 
-from router.background import cancel_and_wait, result_or_none
+from router.background import cancel_and_wait, result_or_none, spawn
 from router.database import fetch, fetch_one, retry_while_unavailable, settled_values
 from router.errors import DatabaseError, LimiterError
 from router.limiter import Permit
@@ -121,13 +121,8 @@ class DirectCaller:
         request = CallRequest.to(
             model, new_call_id(time.monotonic() + self._clock_offset_seconds), prompt, max_tokens
         )
-        calling = asyncio.get_running_loop().create_task(
-            self._call(_Call(request, category, purpose), model, timeout_seconds),
-            name=f"router {purpose} call {request.call_id}",
-        )
-        self._calls.add(calling)
-        calling.add_done_callback(self._calls.discard)
-        return await calling
+        calling = self._call(_Call(request, category, purpose), model, timeout_seconds)
+        return await spawn(calling, f"{purpose} call {request.call_id}", self._calls)
 
     async def known_models(self) -> frozenset[str]:
         """Returns the names that the Models Backend can call now. Raises BackendUnavailable."""
@@ -229,12 +224,7 @@ class DirectCaller:
         async def end() -> None:
             await retry_while_unavailable(lambda: fetch(self.pool, statement, *arguments))
 
-        ending = asyncio.get_running_loop().create_task(end(), name=f"router end of call {request.call_id}")
-        self._ending.add(ending)
-        ending.add_done_callback(self._ended)
+        ending = spawn(end(), f"end of call {request.call_id}", self._ending)
+        # Retrieved: a waiting caller gets the error, and otherwise the call is marked lost.
+        ending.add_done_callback(lambda task: task.cancelled() or task.exception())
         return ending
-
-    def _ended(self, ending: asyncio.Task[None]) -> None:
-        self._ending.discard(ending)
-        if not ending.cancelled():
-            ending.exception()  # retrieved: a waiting caller gets it, and otherwise the call is marked lost

@@ -47,7 +47,7 @@ async def open_services(
         pool = await open_pool(
             addresses.database_url,
             connections=connections or config.worker.pool_connections,
-            at_first=1 if needs_postgres else 0,
+            min_connections=1 if needs_postgres else 0,
         )
         stack.push_async_callback(close_with_timeout, CLOSE_SECONDS, pool.close, pool.terminate)
         client = redis_client(addresses.redis_url, seconds=redis_seconds)

@@ -34,7 +34,7 @@ SELECT i.line, i.external_id, t.id AS task_id
  WHERE i.own_id AND t.prompt <> i.prompt ORDER BY i.line"""
 _FINISHED = """
 SELECT t.id, t.external_id, t.status, t.answer, t.answered_by, t.answer_call_id, t.failure,
-       coalesce(t.solved_at, t.created_at) AS finished_at, c.prompt_tokens, c.completion_tokens
+       readable_time(coalesce(t.solved_at, t.created_at)) AS finished_at, c.prompt_tokens, c.completion_tokens
   FROM tasks t LEFT JOIN model_calls c ON c.call_id = t.answer_call_id
  WHERE t.status = ANY (%s) ORDER BY t.id"""
 _RETRY = """

@@ -214,7 +214,7 @@ class Engine:
 
     def spawn(self, call: Coroutine[Any, Any, None], call_id: uuid.UUID) -> None:
         """Runs a call until it is settled, whatever happens to its worker."""
-        task = asyncio.get_running_loop().create_task(call, name=f"router call {call_id}")
+        task = asyncio.create_task(call, name=f"router call {call_id}")
         self._calls[task] = call_id
         task.add_done_callback(self._call_done)
 

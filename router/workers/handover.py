@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Set as AbstractSet
 
-from router.background import cancel_and_wait
+from router.background import cancel_and_wait, spawn
 from router.workers.pull_loop import PullHost, PullLoop
 
 HANDOVER_SECONDS = 30.0
@@ -63,6 +63,4 @@ class Handover:
             del self._loops[model]
 
     def _cancel(self, loop: asyncio.Task[None]) -> None:
-        ending = asyncio.get_running_loop().create_task(cancel_and_wait(loop), name="router end of pulling")
-        self._ending.add(ending)
-        ending.add_done_callback(self._ending.discard)
+        spawn(cancel_and_wait(loop), "end of pulling", self._ending)

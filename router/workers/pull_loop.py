@@ -44,7 +44,7 @@ class PullPlan:
 
 
 class PullHost(Protocol):
-    """The part of the engine that a pull loop uses."""
+    """The part of `Engine` that a pull loop uses."""
 
     queue: TaskQueue
     limiter: TrafficLimiter
@@ -55,26 +55,13 @@ class PullHost(Protocol):
     look_ahead_seconds: float
 
     @property
-    def wakeup(self) -> asyncio.Event:
-        """Set at the next wake-up."""
-
-    async def wait_for_wakeup(self, seconds: float, wakeup: asyncio.Event | None = None) -> None:
-        """Waits for `wakeup` or the next one, at most about `seconds`."""
-
-    def may_send(self) -> bool:
-        """Whether a call may be sent and there is room for it."""
-
-    def check_may_send(self) -> None:
-        """Raises SendingPaused if nothing may be sent."""
-
-    def spawn(self, call: Coroutine[Any, Any, None], call_id: uuid.UUID) -> None:
-        """Runs a call until it is settled, whatever happens to the loop."""
-
-    async def record_error(self, model: str, result: CallResult) -> None:
-        """Records the model's last error, or its recovery."""
-
-    def count(self, result: CallResult) -> None:
-        """Counts a settled call."""
+    def wakeup(self) -> asyncio.Event: ...
+    async def wait_for_wakeup(self, seconds: float, wakeup: asyncio.Event | None = None) -> None: ...
+    def may_send(self) -> bool: ...
+    def check_may_send(self) -> None: ...
+    def spawn(self, call: Coroutine[Any, Any, None], call_id: uuid.UUID) -> None: ...
+    async def record_error(self, model: str, result: CallResult) -> None: ...
+    def count(self, result: CallResult) -> None: ...
 
 
 class PullLoop:
@@ -93,7 +80,7 @@ class PullLoop:
 
     def start(self) -> asyncio.Task[None]:
         """Starts the loop in a task. Canceling it requeues what was claimed but not sent."""
-        return asyncio.get_running_loop().create_task(self._run(), name=f"router pull {self._model}")
+        return asyncio.create_task(self._run(), name=f"router pull {self._model}")
 
     async def _run(self) -> None:
         while True:

@@ -35,9 +35,7 @@ class Worker:
         pulling = self.start_pulling()
         try:
             while (reason := engine.run_ended(self._run)) is None:
-                waking = asyncio.get_running_loop().create_task(
-                    engine.wait_for_wakeup(CHECK_SECONDS), name="router wake-up"
-                )
+                waking = asyncio.create_task(engine.wait_for_wakeup(CHECK_SECONDS), name="router wake-up")
                 await asyncio.wait({pulling, waking}, return_when=asyncio.FIRST_COMPLETED)
                 waking.cancel()
                 if pulling.done():

@@ -59,6 +59,13 @@ LANGUAGE sql VOLATILE AS $$
       FROM queue_settings s WHERE p_category IS NULL AND s.categorise
 $$;
 
+-- A producer's time within the years that every driver can represent, so that no value of one row stops its readers.
+CREATE OR REPLACE FUNCTION readable_time(p_time timestamptz) RETURNS timestamptz
+LANGUAGE sql IMMUTABLE AS $$
+    SELECT CASE WHEN p_time IS NOT NULL
+                THEN greatest('0001-01-03 00:00:00+00', least(p_time, '9999-12-29 00:00:00+00')) END
+$$;
+
 CREATE OR REPLACE FUNCTION queue_priority(p_priority bigint) RETURNS smallint
 LANGUAGE sql IMMUTABLE AS $$ SELECT greatest(-9, least(9, coalesce(p_priority, 0)))::smallint $$;
 

@@ -125,7 +125,7 @@ BEGIN
             END IF;
             EXIT WHEN NOT FOUND;
 
-            SELECT t.prompt::text, t.prompt_version, t.deadline_at,
+            SELECT t.prompt::text, t.prompt_version, readable_time(t.deadline_at) AS deadline_at,
                    CASE WHEN t.max_tokens IS NOT NULL  -- greatest() and least() ignore NULL
                         THEN greatest(1, least(t.max_tokens, 2147483647)) END::integer AS max_tokens
               INTO task FROM tasks t WHERE t.id = found_row.task_id AND t.status = 'unsolved';

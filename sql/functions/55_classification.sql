@@ -22,7 +22,7 @@ BEGIN
                     ORDER BY o.priority DESC, o.position LIMIT p_limit FOR UPDATE SKIP LOCKED))
             RETURNING q.task_id
         )
-        SELECT t.id, t.prompt_version,
+        SELECT t.id::bigint, t.prompt_version,
                CASE WHEN length(t.prompt) > 2000 THEN left(t.prompt, 1400) || E'\n' || right(t.prompt, 500) ELSE t.prompt::text END
           FROM taken JOIN tasks t ON t.id = taken.task_id;
     IF FOUND THEN

@@ -41,7 +41,7 @@ BEGIN
                              fallback, worker, attempt, reserved_tokens)
     VALUES (p_call_id, added.id, added.prompt_version, p_model, p_category, p_confidence, p_role, p_rank, p_preferred,
             p_fallback, p_worker, 1, p_reserved_tokens);
-    RETURN QUERY SELECT added.id, added.prompt_version;
+    RETURN QUERY SELECT added.id::bigint, added.prompt_version;
 END
 $$;
 
@@ -126,8 +126,9 @@ LANGUAGE sql AS $$
      WHERE c.task_id = p_task_id AND c.worker = p_worker AND c.outcome IS NULL AND c.role <> 'batch'
 $$;
 
--- Claims tasks that have no model's answer and whose deadline is at most p_ahead_seconds away, earliest first. The
--- claim expires after p_hold_seconds.
+-- Claims tasks that have no model's answer and whose deadline is at most p_ahead_seconds away: first those whose
+-- deadline can still be met, earliest first, so that a backlog of missed deadlines delays no other. The claim expires
+-- after p_hold_seconds.
 CREATE OR REPLACE FUNCTION claim_due_deadlines(p_ahead_seconds double precision, p_hold_seconds double precision, p_limit integer)
 RETURNS TABLE (task_id bigint, prompt text, prompt_version integer, category text, confidence real,
                max_tokens integer, seconds_left double precision)
@@ -136,10 +137,17 @@ LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 BEGIN
     LOCK TABLE tasks IN ACCESS SHARE MODE;
     RETURN QUERY
-    WITH due AS (
+    WITH in_time AS MATERIALIZED (
         SELECT q.task_id FROM queue q
-         WHERE q.deadline_at IS NOT NULL AND q.deadline_at <= clock_timestamp() + make_interval(secs => p_ahead_seconds)
+         WHERE q.deadline_at >= clock_timestamp()
+           AND q.deadline_at <= clock_timestamp() + make_interval(secs => p_ahead_seconds)
          ORDER BY q.deadline_at LIMIT p_limit FOR UPDATE SKIP LOCKED
+    ), missed AS MATERIALIZED (
+        SELECT q.task_id FROM queue q
+         WHERE q.deadline_at < clock_timestamp()
+         ORDER BY q.deadline_at DESC LIMIT p_limit - (SELECT count(*) FROM in_time) FOR UPDATE SKIP LOCKED
+    ), due AS (
+        SELECT task_id FROM in_time UNION ALL SELECT task_id FROM missed
     ), taken AS (
         UPDATE queue q
            SET deadline_at = CASE WHEN coalesce(t.answer_rank, 0) < 2
@@ -149,7 +157,7 @@ BEGIN
         RETURNING q.task_id, q.category, q.confidence
     )
     SELECT t.id::bigint, t.prompt::text, t.prompt_version, taken.category, taken.confidence, t.max_tokens::integer,
-           extract(epoch FROM t.deadline_at - clock_timestamp())::float8
+           extract(epoch FROM readable_time(t.deadline_at) - clock_timestamp())::float8
       FROM taken JOIN tasks t ON t.id = taken.task_id
      WHERE t.status = 'unsolved' AND t.deadline_at IS NOT NULL AND coalesce(t.answer_rank, 0) < 2;
 END

@@ -60,7 +60,7 @@ $$;
 CREATE OR REPLACE FUNCTION console_failures(p_category text, p_before timestamptz, p_limit integer)
 RETURNS TABLE (task_id bigint, category text, failure text, prompt text, failed_at timestamptz)
 LANGUAGE sql STABLE AS $$
-    SELECT t.id, resolve_category(t.category), left(t.failure, 1000), left(t.prompt, 200), f.failed_at
+    SELECT t.id::bigint, resolve_category(t.category), left(t.failure, 1000), left(t.prompt, 200), f.failed_at
       FROM task_failures f JOIN tasks t ON t.id = f.task_id AND t.status = 'failed'
      WHERE (p_before IS NULL OR f.failed_at < p_before) AND (p_category IS NULL OR resolve_category(t.category) = p_category)
      ORDER BY f.failed_at DESC, f.task_id DESC LIMIT p_limit
@@ -70,7 +70,7 @@ $$;
 CREATE OR REPLACE FUNCTION console_oldest()
 RETURNS TABLE (task_id bigint, category text, state text, created_at timestamptz, attempt integer)
 LANGUAGE sql STABLE AS $$
-    SELECT q.task_id, q.category, q.state, t.created_at, q.attempt
+    SELECT q.task_id, q.category, q.state, readable_time(t.created_at), q.attempt
       FROM tasks t JOIN (SELECT * FROM queue ORDER BY task_id LIMIT 1) AS q ON q.task_id = t.id
 $$;
 

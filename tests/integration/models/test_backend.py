@@ -371,7 +371,10 @@ async def test_expired_permit_writes_nothing(reused: bool) -> None:
 async def test_check_runs_after_a_connection_is_acquired() -> None:
     order: list[str] = []
     settings = BackendSettings(max_connections=1)
-    async with scripted(http(200, GOOD), held=True) as script, ModelsBackend(script.url, settings) as backend:
+    async with (
+        scripted(http(200, GOOD), held=True) as script,
+        ModelsBackend(script.url, settings) as backend,
+    ):
         first = asyncio.create_task(call(backend, before_send=lambda: order.append("first checked")))
         await until(lambda: bool(script.heads))
         second = asyncio.create_task(call(backend, before_send=lambda: order.append("second checked")))
@@ -431,7 +434,10 @@ async def test_thousands_of_expired_permits_leak_no_connections() -> None:
 
 async def test_canceled_call_returns_its_connection() -> None:
     settings = BackendSettings(max_connections=1)
-    async with scripted(http(200, GOOD), held=True) as script, ModelsBackend(script.url, settings) as backend:
+    async with (
+        scripted(http(200, GOOD), held=True) as script,
+        ModelsBackend(script.url, settings) as backend,
+    ):
         running = asyncio.create_task(call(backend))
         await until(lambda: bool(script.heads))
         running.cancel()

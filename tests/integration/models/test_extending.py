@@ -97,9 +97,9 @@ async def asked(environment: dict[str, str], prompt: str, **options: Any) -> Ans
 def test_new_category(router: CommandLine, folder: Path) -> None:
     text = apply("A new category", folder)
     explain, sync = commands(text)
-    said = router(*explain, "--json")
-    assert said.code == 0, said.err
-    assert said.json["categorised"]["category"] == "support"
+    result = router(*explain, "--json")
+    assert result.code == 0, result.err
+    assert result.json["categorised"]["category"] == "support"
     assert router(*sync).code == 0
     with connect(router.environment["ROUTER_DATABASE_URL"]) as connection:
         places = rows(connection, "SELECT model FROM rankings WHERE category = 'support' ORDER BY place")
@@ -109,9 +109,9 @@ def test_new_category(router: CommandLine, folder: Path) -> None:
 async def test_new_model(router: CommandLine, folder: Path, tmp_path: Path, redis_client: Any) -> None:
     text = apply("A new model", folder)
     for command in commands(text):
-        said = router(*command)
-        assert said.code == 0, said.err
-    assert "llama-4-scout" in said.out
+        result = router(*command)
+        assert result.code == 0, result.err
+    assert "llama-4-scout" in result.out
     backend = start_backend(
         tmp_path / "backend", "--models", str(folder / "models.yaml"), "--time-scale", "100"
     )
@@ -126,10 +126,10 @@ async def test_new_model(router: CommandLine, folder: Path, tmp_path: Path, redi
 def test_new_knowledge_source(router: CommandLine, folder: Path) -> None:
     text = apply("A new knowledge source", folder)
     (search,) = commands(text)
-    said = router(*search)
-    assert said.code == 0, said.err
-    assert "Within 30 days of delivery" in said.out
-    assert "returns.md" in said.out
+    result = router(*search)
+    assert result.code == 0, result.err
+    assert "Within 30 days of delivery" in result.out
+    assert "returns.md" in result.out
 
 
 class OtherBackend:
@@ -186,15 +186,15 @@ def test_invalid_config_is_reported_with_file_and_key(router: CommandLine, folde
     ):
         assert old in whole[file]
         file.write_text(whole[file].replace(old, new, 1), encoding="utf-8")
-        said = router("models", "sync")
-        assert said.code == 1
-        assert str(file) in said.err
-        assert words in said.err
+        result = router("models", "sync")
+        assert result.code == 1
+        assert str(file) in result.err
+        assert words in result.err
         file.write_text(whole[file], encoding="utf-8")
     (folder / "examples" / "legal.jsonl").write_text(
         json.dumps({"prompt": "x", "category": "legal", "kind": "k"}), encoding="utf-8"
     )
-    said = router("categories", "explain", "x")
-    assert said.code == 1
-    assert "legal.jsonl" in said.err
-    assert "'legal' is not named in categories.yaml" in said.err
+    result = router("categories", "explain", "x")
+    assert result.code == 1
+    assert "legal.jsonl" in result.err
+    assert "'legal' is not named in categories.yaml" in result.err

@@ -107,11 +107,11 @@ def test_roster_rejects_a_name(database: str):
 
 @pytest.mark.parametrize("name", ["my model", "{phi-4}", "router:phi-4", "phi\n-4", LONG])
 def test_command_line_reports_an_unknown_model(router: CommandLine, name: str):
-    said = router("traffic", name, "5/min")
-    assert (said.code, said.out) == (1, "")
-    assert said.err.startswith("There is no model ") or "There is no model" in said.err
-    assert "Traceback" not in said.err
-    assert len(said.err) < 700
+    result = router("traffic", name, "5/min")
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith("There is no model ") or "There is no model" in result.err
+    assert "Traceback" not in result.err
+    assert len(result.err) < 700
 
 
 async def test_variable_with_an_invalid_name_does_not_block_others(
@@ -127,9 +127,9 @@ async def test_variable_with_an_invalid_name_does_not_block_others(
         assert (await limiter.snapshot(["phi-4"]))["phi-4"].target == "7/s"
         assert await pool.fetchval("SELECT target FROM newest_targets WHERE model = 'phi-4'") == "7/s"
         assert set(targets.errors) == {"my\nmodel", LONG}
-        said = [record.getMessage() for record in caplog.records]
-        assert len(said) == 2  # once per Variable and not per read
-        assert all("is no model name" in line and "\n" not in line and len(line) < 400 for line in said)
+        messages = [record.getMessage() for record in caplog.records]
+        assert len(messages) == 2  # once per Variable and not per read
+        assert all("is no model name" in line and "\n" not in line and len(line) < 400 for line in messages)
     finally:
         await pool.close()
 
@@ -152,9 +152,9 @@ async def test_invalid_line_is_reported_and_the_last_target_stays(
         assert (await limiter.snapshot(["phi-4"]))["phi-4"].target == "7/s"
         assert (await limiter.snapshot(["gpt-4o-mini"]))["gpt-4o-mini"].target == "3/s"
         assert await pool.fetchval("SELECT count(*) FROM traffic_troubles WHERE model = 'phi-4'") == 1
-        (said,) = [record.getMessage() for record in caplog.records]
-        assert said.startswith("traffic.phi-4: ")
-        assert len(said) < 400
+        (message,) = [record.getMessage() for record in caplog.records]
+        assert message.startswith("traffic.phi-4: ")
+        assert len(message) < 400
     finally:
         await pool.close()
 
@@ -176,14 +176,14 @@ async def test_limit_that_never_binds_is_reported_wherever_the_target_is_shown(
     assert status.json["models"]["gpt-4o-mini"]["warnings"] == []
     assert traffic.json["phi-4"]["warnings"] == [LOOSE]
     for verb in ("status", "traffic"):
-        said = (await asyncio.to_thread(router, verb)).out
-        assert "10000/min never binds" in said
+        result = (await asyncio.to_thread(router, verb)).out
+        assert "10000/min never binds" in result
 
 
 def test_sync_warns_of_a_default_target_that_never_binds(router: CommandLine, tmp_path: Path):
     config = yaml.safe_load((DEFAULT_CONFIG_FOLDER / "models.yaml").read_text())
     config["models"]["phi-4"]["target"] = "10000/min, 1/s"
     (tmp_path / "models.yaml").write_text(yaml.safe_dump(config))
-    said = router("models", "sync", "--config", str(tmp_path))
-    assert said.code == 0
-    assert f"phi-4: {LOOSE}" in " ".join(said.err.split())
+    result = router("models", "sync", "--config", str(tmp_path))
+    assert result.code == 0
+    assert f"phi-4: {LOOSE}" in " ".join(result.err.split())

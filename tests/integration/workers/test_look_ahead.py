@@ -77,15 +77,15 @@ async def running(addresses: Addresses, **targets: str) -> AsyncIterator[Engine]
 
 
 async def test_model_at_its_concurrency_limit_claims_only_what_it_sends_soon(addresses: Addresses) -> None:
-    held: list[int] = []
+    claimed: list[int] = []
     async with running(addresses, busy="4 at once, burst") as engine:
         ends_at = time.monotonic() + 30
         while engine.solved < TASKS // 2:
             assert time.monotonic() < ends_at
-            held.append(engine.in_flight())
+            claimed.append(engine.in_flight())
             await asyncio.sleep(0.01)
     # 4 in flight, 9 for a quarter of a second at 36 a second, one more, and those being settled.
-    assert max(held) <= 30, max(held)
+    assert max(claimed) <= 30, max(claimed)
 
 
 async def test_slow_model_claims_a_task_only_when_it_can_send_it(
@@ -102,9 +102,9 @@ async def test_slow_model_claims_a_task_only_when_it_can_send_it(
 async def test_requeued_task_wakes_an_idle_worker(addresses: Addresses) -> None:
     async with running(addresses, busy="1 at once, burst") as engine:
         queue: TaskQueue = engine.queue
-        held = []
+        claimed = []
         while (claim := await queue.claim(FREE, ["general"], max_tokens=100)) is not None:
-            held.append(claim)
+            claimed.append(claim)
         ends_at = time.monotonic() + LONG_POLL_SECONDS / 3
         while await engine.pool.fetchval(OPEN_CALLS, BUSY) or engine.in_flight():
             assert time.monotonic() < ends_at
@@ -112,7 +112,7 @@ async def test_requeued_task_wakes_an_idle_worker(addresses: Addresses) -> None:
         solved = engine.solved
         await asyncio.sleep(0.5)  # the worker found nothing and waits for a notification
         assert engine.solved == solved
-        await queue.unclaim(held[0].call_id)
+        await queue.unclaim(claimed[0].call_id)
         while engine.solved == solved:
             assert time.monotonic() < ends_at, "the worker was not woken"
             await asyncio.sleep(0.02)

@@ -307,9 +307,9 @@ async def test_prompt_edited_in_flight_is_solved_again(addresses: Addresses) -> 
         ask(addresses, "UPDATE tasks SET prompt = 'another question'")
         await until(lambda: solved(addresses) == 1)
         await until(lambda: engine.in_flight() == 0)
-    kept = ask(addresses, "SELECT settlement FROM model_calls ORDER BY call_id")
-    assert kept[0]["settlement"] == "stale"
-    assert kept[-1]["settlement"] == "solved"
+    settled = ask(addresses, "SELECT settlement FROM model_calls ORDER BY call_id")
+    assert settled[0]["settlement"] == "stale"
+    assert settled[-1]["settlement"] == "solved"
 
 
 async def test_deleted_task_leaves_nothing_behind(addresses: Addresses) -> None:
@@ -363,10 +363,10 @@ async def test_first_worker_of_a_run_pulls_for_those_still_starting(addresses: A
 
 
 async def test_engine_reads_variables_only_without_a_watcher(addresses: Addresses) -> None:
-    asked: list[list[str]] = []
+    reads: list[list[str]] = []
 
     async def read(models: list[str]) -> dict[str, str | None]:
-        asked.append(models)
+        reads.append(models)
         return {"phi-4": "7/min"}
 
     with connect(addresses.database_url) as connection:
@@ -375,11 +375,11 @@ async def test_engine_reads_variables_only_without_a_watcher(addresses: Addresse
     ask(addresses, "SELECT watcher_heartbeat()")
     await engine.start()
     await engine._variables_step()
-    assert asked == []
+    assert reads == []
     ask(addresses, "UPDATE solving SET watched_at = clock_timestamp() - interval '1 minute'")
     await until(lambda: engine.state is not None and not engine.state.watched)
     await engine._variables_step()
-    assert asked == [sorted(MODELS)]
+    assert reads == [sorted(MODELS)]
     traffic = await engine.limiter.snapshot(["phi-4"])
     assert traffic["phi-4"].target == "7/min"
     await engine.stop()
