@@ -72,7 +72,7 @@ def run_night(
     lines = [line for line in lines if line not in shown]
     shown.update(lines)
     promoted = tuple(one.model for one in decisions if one.step is Step.PROMOTE)
-    return Night(before, _ranking(url), review.moves, tuple(lines), promoted, time.monotonic() - started)
+    return Night(before, _ranking(url), review.ranked, tuple(lines), promoted, time.monotonic() - started)
 
 
 def _first(ranking: Mapping[str, Rank]) -> str:
@@ -198,7 +198,7 @@ def _day_as_json(day: Day) -> dict[str, Any]:
         "news": list(day.news),
         "good": {name: share_good(side.tasks) for name, side in day.sides.items()},
         "places": ranks,
-        "moves": [str(change) for change in day.night.changes if change.is_news],
+        "moves": [str(change) for change in day.night.changes if change.changed],
         "review_seconds": day.night.seconds,
     }
 

@@ -168,9 +168,13 @@ def _in(**units: float) -> BeforeValidator:
     return BeforeValidator(lambda value: _number(value, {"": 1, **named}))
 
 
-def _price(value: Any, tokens: float = 1.0) -> float | None:
-    price = _number(value, {"": 1, "$": 1, "usd": 1})
-    return None if price is None else round(price * tokens, 9)
+def _price(value: Any) -> float | None:
+    return _number(value, {"": 1, "$": 1, "usd": 1})
+
+
+def _per_million(value: Any) -> float | None:
+    price = _price(value)
+    return None if price is None else round(price * 1e6, 9)
 
 
 def _score(value: Any) -> float | None:
@@ -231,13 +235,21 @@ def _answers_prompts(kind: Any) -> Any:
     return kind
 
 
+def _key(*names: str | AliasPath, default: Any = None) -> Any:
+    return Field(default=default, validation_alias=AliasChoices(*names))
+
+
 _Text = Annotated[
     str, StringConstraints(strip_whitespace=True, max_length=MAX_TEXT), AfterValidator(_is_printable)
 ]
-_Price = Annotated[float | None, BeforeValidator(_price), Field(ge=0, le=MAX_PRICE)]
-_TokenPrice = Annotated[
-    float | None, BeforeValidator(lambda value: _price(value, 1e6)), Field(ge=0, le=MAX_PRICE)
+_Parameters = Annotated[
+    float, _in(b=1, m=1e-3, t=1e3, billion=1, million=1e-3, trillion=1e3), Field(gt=0, le=MAX_PARAMETERS)
 ]
+_Tokens = Annotated[
+    float, _in(k=1e3, m=1e6, tokens=1, k_tokens=1e3, m_tokens=1e6), Field(ge=1, le=MAX_CONTEXT)
+]
+_Price = Annotated[float | None, BeforeValidator(_price), Field(ge=0, le=MAX_PRICE)]
+_TokenPrice = Annotated[_Price, BeforeValidator(_per_million)]
 _Score = Annotated[float | None, BeforeValidator(_score)]
 
 
@@ -250,50 +262,25 @@ class _HostPrice(NamedTuple):
 class _Entry(BaseModel):
     """One entry. Unknown keys are ignored; fields are validated in this order, and the first error counts."""
 
-    available: Annotated[bool, AfterValidator(_is_available)] = Field(
-        default=True, validation_alias=AliasChoices("available", "active")
-    )
+    available: Annotated[bool, AfterValidator(_is_available)] = _key("available", "active", default=True)
     type: Annotated[Any, AfterValidator(_answers_prompts)] = None
-    model_id: Annotated[_Text, AfterValidator(_is_model_id)] = Field(
-        validation_alias=AliasChoices("id", "name")
-    )
+    model_id: Annotated[_Text, AfterValidator(_is_model_id)] = _key("id", "name", default=...)
     endpoint: _Text | None = None
-    license: Annotated[_Text, AfterValidator(_license)] | None = Field(
-        None, validation_alias=AliasChoices("license", "licence")
+    license: Annotated[_Text, AfterValidator(_license)] | None = _key("license", "licence")
+    parameters: _Parameters | None = _key("parameters", "params_b")
+    context: _Tokens | None = _key(
+        "context_tokens", "context", "context_length", "context_window", "max_model_len"
     )
-    parameters: (
-        Annotated[
-            float,
-            _in(b=1, m=1e-3, t=1e3, billion=1, million=1e-3, trillion=1e3),
-            Field(gt=0, le=MAX_PARAMETERS),
-        ]
-        | None
-    ) = Field(None, validation_alias=AliasChoices("parameters", "params_b"))
-    context_tokens: (
-        Annotated[float, _in(k=1e3, m=1e6, tokens=1, k_tokens=1e3, m_tokens=1e6), Field(ge=1, le=MAX_CONTEXT)]
-        | None
-    ) = Field(
-        None,
-        validation_alias=AliasChoices(
-            "context_tokens", "context", "context_length", "context_window", "max_model_len"
-        ),
-    )
-    hosts: tuple[_HostPrice, ...] = Field((), validation_alias="price_usd_per_mtok")
-    input_price: _Price = Field(
-        None, validation_alias=AliasChoices(AliasPath("pricing", "input"), "input_price")
-    )
-    output_price: _Price = Field(
-        None, validation_alias=AliasChoices(AliasPath("pricing", "output"), "output_price")
-    )
-    prompt_price: _TokenPrice = Field(None, validation_alias=AliasPath("pricing", "prompt"))
-    completion_price: _TokenPrice = Field(None, validation_alias=AliasPath("pricing", "completion"))
+    hosts: tuple[_HostPrice, ...] = _key("price_usd_per_mtok", default=())
+    input_price: _Price = _key(AliasPath("pricing", "input"), "input_price")
+    output_price: _Price = _key(AliasPath("pricing", "output"), "output_price")
+    prompt_price: _TokenPrice = _key(AliasPath("pricing", "prompt"))
+    completion_price: _TokenPrice = _key(AliasPath("pricing", "completion"))
     score_kind: Any = None
     scores: dict[str, _Score] = Field({}, max_length=MAX_SCORES)
     # A provider's `created` is not read: it is the day on which the provider set the model up.
-    released: Annotated[date | None, BeforeValidator(_day)] = Field(
-        None, validation_alias=AliasChoices("released", "release_date")
-    )
-    merge: bool = Field(default=False, validation_alias=AliasChoices("merge", "merged"))
+    released: Annotated[date | None, BeforeValidator(_day)] = _key("released", "release_date")
+    merge: bool = _key("merge", "merged", default=False)
     flags: Any = None
     base_model: Any = None
 
@@ -334,7 +321,7 @@ class _Entry(BaseModel):
             endpoint=self.endpoint or self.model_id,
             license=self.license,
             parameters=self.parameters,
-            context_tokens=None if self.context_tokens is None else math.floor(self.context_tokens),
+            context_tokens=None if self.context is None else math.floor(self.context),
             input_price=input_price,
             output_price=output_price,
             scores=scores,
@@ -348,11 +335,9 @@ class _Entry(BaseModel):
         if self.hosts:
             pairs = [(host.input_price or 0.0, host.output_price or 0.0) for host in self.hosts]
             return sorted(pairs, key=sum)[(len(pairs) - 1) // 2]
-        per_token = self.prompt_price, self.completion_price
-        own = self.input_price, self.output_price
         return (
-            own[0] if per_token[0] is None else per_token[0],
-            own[1] if per_token[1] is None else per_token[1],
+            self.input_price if self.prompt_price is None else self.prompt_price,
+            self.output_price if self.completion_price is None else self.completion_price,
         )
 
     def _is_merge(self, name: str) -> bool:

@@ -6,7 +6,7 @@ import pytest
 
 from models_backend.answers import compose_answer
 from models_backend.verdicts import verdict_on
-from router.learning.grading import Judgement, Result, judge_prompts, parse_verdict
+from router.learning.grading import Judgment, Result, judge_prompts, parse_verdict
 
 REQUEST = "Explain how a balanced search tree keeps its height small while rows are inserted"
 MODELS = ("phi-4", "llama-3.1-8b", "command-r-plus", "qwen-2.5-72b")
@@ -17,7 +17,7 @@ def judged(one: str, other: str, *, looks_well: bool = True) -> Result | None:
         parse_verdict(verdict_on(question, looks_well=looks_well) or "")
         for question in judge_prompts(REQUEST, one, other)
     )
-    return Judgement(straight, swapped).result
+    return Judgment(straight, swapped).result
 
 
 def answers(flaw: str | None) -> list[str]:
