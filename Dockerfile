@@ -1,4 +1,4 @@
-# One image for Airflow's processes, the Models Backend stand-in and the command line.
+# One image for Airflow's processes, the simulated Models Backend and the command line.
 FROM python:3.11-slim
 
 ENV PYTHONUNBUFFERED=1 AIRFLOW_HOME=/airflow

@@ -1,16 +1,16 @@
-"""Asks many prompts at once while models are well, fail, hang or are slow, against what was possible.
+"""Measures answering under load while models are healthy, fail, hang or are slow.
 
     python -m bench.answering [--asks N] [--at-once 50] [--ramp 1] [--deadline 2] [--only NAME] [--json FILE]
 
-Starts its own PostgreSQL, Redis and Models Backend. For each scene it prints how soon prompts were answered,
-how many of them, by whom, how many answers were replaced by better ones, what that cost beside asking the
-preferred model alone ("hedge" is that part of the cost), and that nothing is left over. The first that are at
-once begin one by one within `--ramp` seconds; with 0 in one instant. "machine" is how late a program woke
-meanwhile that does nothing but sleep: on a crowded machine no limit holds. Ends with 1 if a limit was missed:
+Starts its own PostgreSQL, Redis and Models Backend. For each scene it prints the latency of answers, how many
+were answered and by which model, how many were replaced by better ones, the cost compared with calling the
+preferred model alone ("hedge" is the rest of the cost), and that nothing is left over. The first `--at-once`
+requests start one by one within `--ramp` seconds; with 0 all at the same time. "machine" is the wake-up delay
+of an idle program meanwhile: on a busy machine the limits do not hold. Exits with 1 if a limit was missed:
 
     hanging    the preferred model never answers:  p99 <= deadline + 100 ms
     failing    it fails at once:                   p99 <= min(deadline, next in rank, fallback) + 100 ms
-    slow       it answers after the deadline:      every late answer replaces the one that was given
+    slow       it answers after the deadline:      every late answer replaces the provisional one
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import Any
 import requests
 from rich.console import Console
 
-from bench.answering_report import Seen, p99, table
+from bench.answering_report import SceneResult, p99, table
 from local.postgres import start_postgres
 from local.redis import start_redis
 from models_backend.latency import latency_seconds
@@ -53,9 +53,9 @@ PREFERRED, NEXT, CHEAP = "deepseek-v3", "llama-3.3-70b", "llama-3.1-8b"
 SHAPE = "even:2:8"  # seconds; divided by TIME_SCALE: 0.4 to 1.6 s
 TIME_SCALE = 5.0
 SLOW_SECONDS = 0.3  # the deadline of the scene in which every model is slower
-SLOW_SHARE = 5  # and so much fewer at once, since each is done so much sooner
-CALL_SECONDS = 6.0  # a call that hangs is given up after so long
-LEFT_OVER_SECONDS = CALL_SECONDS + 14.0  # what may still be at the backend is counted for 10 s more
+SLOW_SHARE = 5  # divides the concurrency, as each request is shorter
+CALL_SECONDS = 6.0  # timeout of a call that hangs
+LEFT_OVER_SECONDS = CALL_SECONDS + 14.0  # the limiter counts a timed-out call for 10 s more
 SLEEPER = """
 import select, sys, time
 late = []
@@ -70,27 +70,27 @@ NOT_REPLACED = """
 SELECT count(*) AS n FROM tasks t
  WHERE coalesce(t.answer_rank, 0) < 3
    AND EXISTS (SELECT FROM model_calls c WHERE c.task_id = t.id AND c.rank = 3 AND c.outcome = 'answered')"""
-SCENES = ("well", "failing", "hanging", "slow")
+SCENES = ("healthy", "failing", "hanging", "slow")
 
 
 def main() -> int:
-    """Run the scenes; 0 if all limits hold."""
+    """Runs the scenes; returns 0 if all limits hold."""
     options = _arguments()
     scenes = [options.only] if options.only else list(SCENES)
     console = Console(width=None if sys.stdout.isatty() else 160)
-    seen = []
+    results = []
     with started() as (addresses, backend):
         for scene in scenes:
             playing = play(
                 scene, addresses, backend,
                 asks=options.asks, at_once=options.at_once, deadline=options.deadline, ramp=options.ramp,
             )  # fmt: skip
-            seen.append(asyncio.run(playing))
-            console.print(f"{scene}: {', '.join(seen[-1].faults) or 'well'}")
-    console.print(table(seen))
+            results.append(asyncio.run(playing))
+            console.print(f"{scene}: {', '.join(results[-1].faults) or 'passed'}")
+    console.print(table(results))
     if options.json:
-        options.json.write_text(json.dumps([asdict(one) for one in seen], indent=2))
-    return 1 if any(one.faults for one in seen) else 0
+        options.json.write_text(json.dumps([asdict(one) for one in results], indent=2))
+    return 1 if any(one.faults for one in results) else 0
 
 
 def _arguments() -> argparse.Namespace:
@@ -108,7 +108,7 @@ def _arguments() -> argparse.Namespace:
 
 @contextlib.contextmanager
 def started() -> Iterator[tuple[Addresses, BackendServer]]:
-    """The three servers, in a folder that is gone afterwards."""
+    """Starts the three servers in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="router-answering-") as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         postgres = start_postgres(folder / "postgres", settings={"fsync": "off"})
@@ -123,7 +123,7 @@ def started() -> Iterator[tuple[Addresses, BackendServer]]:
 
 
 def config(deadline: float) -> RouterConfig:
-    """Two models in rank, a cheap one as fallback, and room for all."""
+    """Two models in rank, a cheap one as fallback, with ample limits."""
     places = {PREFERRED: 1, NEXT: 2, CHEAP: 3}
     return RouterConfig(
         models={
@@ -152,8 +152,8 @@ async def play(
     at_once: int,
     deadline: float,
     ramp: float = 0.0,
-) -> Seen:
-    """Ask, wait until nothing is under way, and look at what is left."""
+) -> SceneResult:
+    """Runs one scene, waits until all requests have ended, and collects the figures."""
     if scene == "slow":
         deadline, at_once = SLOW_SECONDS, max(1, at_once // SLOW_SHARE)
     _reset(addresses, backend, deadline)
@@ -162,17 +162,17 @@ async def play(
     with tempfile.TemporaryDirectory() as nothing:
         router = Router(addresses, settings, Path(nothing))
         await router.open(classify=False)
-        assert router._asker is not None  # noqa: SLF001 - a bench looks inside
-        await _warm(router._asker.limiter, settings)  # noqa: SLF001 - as above
+        assert router._service is not None  # noqa: SLF001 - a bench looks inside
+        limiter, pool = router._service.context.limiter, router._service.context.pool  # noqa: SLF001 - as above
+        await _warm(limiter, settings)
         await _ask_all(router, [f"warm {number}" for number in range(at_once)], at_once)
-        await asyncio.gather(*(asked.ended.wait() for asked in set(router._asked)))  # noqa: SLF001 - as above
+        await _wait_until_ended(router)
         _clear(addresses)
         with _fault(backend, scene), machine_lateness() as late:
             prompts = [f"{scene} {number}" for number in range(asks)]
             given, upgraded = await _ask_all(router, prompts, at_once, ramp)
-        await asyncio.gather(*(asked.ended.wait() for asked in set(router._asked)))  # noqa: SLF001 - as above
-        holders = await _holders(router._asker.limiter, settings)  # noqa: SLF001 - as above
-        pool = router._asker.desk.means.pool  # noqa: SLF001 - as above
+        await _wait_until_ended(router)
+        holders = await _holders(limiter, settings)
         busy = pool.get_size() - pool.get_idle_size()
         await router.close()
     return _sum_up(
@@ -181,6 +181,11 @@ async def play(
         addresses=addresses,
         asyncio_tasks=len(asyncio.all_tasks()) - before,
     )  # fmt: skip
+
+
+async def _wait_until_ended(router: Router) -> None:
+    requests = set(router._requests)  # noqa: SLF001 - as above
+    await asyncio.gather(*(request.ended.wait() for request in requests))
 
 
 def _reset(addresses: Addresses, backend: BackendServer, deadline: float) -> None:
@@ -192,7 +197,7 @@ def _reset(addresses: Addresses, backend: BackendServer, deadline: float) -> Non
 
 def _clear(addresses: Addresses) -> None:
     with connect(addresses.database_url) as connection:
-        rows(connection, "DELETE FROM tasks")  # TRUNCATE would have every plan made anew
+        rows(connection, "DELETE FROM tasks")  # TRUNCATE would invalidate every query plan
         rows(connection, "DELETE FROM model_calls")
 
 
@@ -213,7 +218,7 @@ def _fault(backend: BackendServer, scene: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def machine_lateness() -> Iterator[list[float]]:
-    """The p99, in seconds, of how late an idle program wakes; in the list once it is over."""
+    """Measures the p99 wake-up delay of an idle program, in seconds; appended to the list at the end."""
     program = subprocess.Popen([sys.executable, "-c", SLEEPER], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     found: list[float] = []
     try:
@@ -226,12 +231,12 @@ def machine_lateness() -> Iterator[list[float]]:
 async def _ask_all(
     router: Router, prompts: Sequence[str], at_once: int, ramp: float = 0.0
 ) -> tuple[list[Answer | None], int]:
-    """The answers that were given, and how many of them one of the chosen model replaced."""
-    places = asyncio.Semaphore(at_once)
+    """Returns the first answers, and how many were replaced by the chosen model's."""
+    slots = asyncio.Semaphore(at_once)
 
     async def ask(number: int, prompt: str) -> tuple[Answer | None, bool]:
         await asyncio.sleep(ramp * min(number / at_once, 1.0))
-        async with places:
+        async with slots:
             try:
                 answer = await router.answer(prompt, category="general")
             except RouterError:
@@ -246,7 +251,7 @@ async def _ask_all(
 
 
 async def _holders(limiter: TrafficLimiter, settings: RouterConfig) -> int:
-    """Calls that the limiter counts as in flight, once those that hung must be over."""
+    """Returns the calls that the limiter counts as in flight after hanging calls have timed out."""
     end = time.monotonic() + LEFT_OVER_SECONDS
     while True:
         traffic = await limiter.snapshot(settings.models)
@@ -257,9 +262,9 @@ async def _holders(limiter: TrafficLimiter, settings: RouterConfig) -> int:
 
 
 def _possible(scene: str, prompt: str, deadline: float, answer: Answer) -> float:
-    """When this prompt could have been answered, by the latencies that the stand-in draws for it.
+    """Returns when the prompt could have been answered, by the simulated latencies.
 
-    Now and then it answers with nothing, on purpose: then only the others can have answered.
+    The simulated models sometimes return an empty answer on purpose; then only the others count.
     """
     takes = {
         model: latency_seconds(model, prompt, shape=SHAPE, time_scale=TIME_SCALE)
@@ -276,13 +281,13 @@ def _possible(scene: str, prompt: str, deadline: float, answer: Answer) -> float
 def _sum_up(
     scene: str, deadline: float, prompts: Sequence[str], given: Sequence[Answer | None], *,
     addresses: Addresses, **more: Any,
-) -> Seen:  # fmt: skip
+) -> SceneResult:  # fmt: skip
     answers = [(prompt, answer) for prompt, answer in zip(prompts, given, strict=True) if answer is not None]
     seconds = [answer.seconds for _, answer in answers]
     possible = [_possible(scene, prompt, deadline, answer) for prompt, answer in answers]
     over = [took - could for took, could in zip(seconds, possible, strict=True)]
     with connect(addresses.database_url) as connection:
-        (kept,) = rows(connection, NOT_REPLACED)
+        (replaced,) = rows(connection, NOT_REPLACED)
         tasks = rows(connection, "SELECT status, count(*) AS n FROM tasks GROUP BY 1")
         (calls,) = rows(
             connection,
@@ -290,13 +295,13 @@ def _sum_up(
             " coalesce(sum(cost) FILTER (WHERE role = 'asked'), 0)::float8 AS first,"
             " count(*) FILTER (WHERE outcome IS NULL) AS open FROM model_calls",
         )
-    return Seen(
+    return SceneResult(
         scene=scene, asks=len(prompts), answered=len(answers),
         p50=statistics.median(seconds), p99=p99(seconds), possible_p99=p99(possible), over_p99=p99(over),
         by=dict(Counter(answer.model or "passages" for _, answer in answers)),
         provisional=sum(answer.provisional for _, answer in answers), cost=calls["cost"],
         preferred_alone=calls["first"], tasks={row["status"]: row["n"] for row in tasks},
-        open_calls=calls["open"], not_replaced=kept["n"], **more,
+        open_calls=calls["open"], not_replaced=replaced["n"], **more,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What bench/console.py fills a database with: models, a million tasks, a day of calls, reviews, a search."""
+"""Test data for bench/console.py: models, a million tasks, a day of calls, reviews and a search."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ CHUNK = 100_000
 CATEGORIES = ("technical", "creative", "general")
 MOVE_SECONDS = 0.25
 CALLS_A_MOVE = 10
-CHANGE_EVERY = 7  # moves: no multiple of the console's own pace
+CHANGE_EVERY = 7  # not a multiple of the console's interval
 
-# Of a hundred tasks two have failed and thirty are still to be done.
+# 2 % of the tasks have failed and 30 % are unsolved.
 _TASKS = """
 INSERT INTO tasks (prompt, category, status, answer, failure)
 SELECT repeat('What has task ' || n || ' been about? ', 5), (%(categories)s::text[])[1 + n %% 3],
@@ -27,7 +27,7 @@ SELECT repeat('What has task ' || n || ' been about? ', 5), (%(categories)s::tex
        CASE WHEN n %% 100 >= 32 THEN repeat('It was about this. ', 20) END,
        CASE WHEN n %% 100 < 2 THEN 'error: the model said no' END
   FROM generate_series(%(first)s, %(last)s) AS n"""
-# The newest tenth within the ten minutes that the plots show.
+# A tenth of the calls lies in the ten minutes that the plots show.
 _CALLS = """
 INSERT INTO model_calls (call_id, task_id, prompt_version, model, category, attempt, started_at, sent_at,
                          finished_at, outcome, settlement, error, prompt_tokens, completion_tokens, cost,
@@ -80,7 +80,7 @@ _FAILED = "SELECT sum(failed)::bigint FROM task_counts_now"
 
 
 def write_models(folder: Path, models: int) -> None:
-    """Make the `models.yaml` of a copied config folder name so many models."""
+    """Writes a `models.yaml` with this number of models into a copied config folder."""
     config = yaml.safe_load((DEFAULT_CONFIG_FOLDER / "models.yaml").read_text())
     config["models"] = {
         f"llm-{number:02}": {"target": "120/min, 4/s, 20 at once", "ranks": dict.fromkeys(CATEGORIES, number)}
@@ -91,8 +91,8 @@ def write_models(folder: Path, models: int) -> None:
     (folder / "models.yaml").write_text(yaml.safe_dump(config))
 
 
-def fill(url: str, *, tasks: int, calls: int, models: int, said: Callable[[str], None]) -> None:
-    """Fill the tables; minutes."""
+def fill(url: str, *, tasks: int, calls: int, models: int, report: Callable[[str], None]) -> None:
+    """Fills the tables, which takes minutes."""
     connection = psycopg2.connect(url)
     connection.autocommit = True
     try:
@@ -101,27 +101,27 @@ def fill(url: str, *, tasks: int, calls: int, models: int, said: Callable[[str],
             for first in range(1, tasks + 1, CHUNK):
                 last = min(first + CHUNK - 1, tasks)
                 cursor.execute(_TASKS, {"first": first, "last": last, "categories": list(CATEGORIES)})
-                said(f"{last:,} tasks")
+                report(f"{last:,} tasks")
             about = {"tasks": tasks, "models": models, "last": calls, "categories": list(CATEGORIES)}
             cursor.execute(_CALLS, about)
-            said(f"{calls:,} calls")
+            report(f"{calls:,} calls")
             cursor.execute(_REVIEWS)
             cursor.execute(_SEARCH, (list(CATEGORIES),))
             for table in ("tasks", "queue", "model_calls", "task_failures", "review_places", "candidates"):
                 cursor.execute(f"VACUUM ANALYZE {table}")
-            said("vacuumed")
+            report("vacuumed")
     finally:
         connection.close()
 
 
 class Mover(threading.Thread):
-    """Adds calls, and now and then a failure, until it is stopped; `changes`: failures by then -> when."""
+    """Adds calls and failures until it is stopped. `changes`: number of failures -> time."""
 
     def __init__(self, url: str) -> None:
         super().__init__(name="console bench mover", daemon=True)
         self._connection: Any = psycopg2.connect(url)
         self._connection.autocommit = True
-        self._over = threading.Event()
+        self._stopped = threading.Event()
         self.changes: dict[int, float] = {}
         self.broken: str | None = None
 
@@ -136,7 +136,7 @@ class Mover(threading.Thread):
             cursor.execute(_FAILED)
             failed = cursor.fetchone()[0]
             number = 0
-            while not self._over.wait(MOVE_SECONDS):
+            while not self._stopped.wait(MOVE_SECONDS):
                 number += 1
                 cursor.execute(_MOVE, (CALLS_A_MOVE,))
                 if number % CHANGE_EVERY == 0:
@@ -145,7 +145,7 @@ class Mover(threading.Thread):
                     self.changes[failed] = time.monotonic()
 
     def stop(self) -> None:
-        """Wait for its end."""
-        self._over.set()
+        """Stops and waits."""
+        self._stopped.set()
         self.join()
         self._connection.close()

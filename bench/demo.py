@@ -1,4 +1,4 @@
-"""`make demo`: the stack, a backlog of prompts, a live view of their solving, and a report."""
+"""`make demo`: starts the stack, solves a backlog with a live view, and prints a report."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_demo(stack: Stack, options: argparse.Namespace, asked: threading.Event, console: Console) -> bool:
-    """Have the tasks solved on a stack that is up, and report.
+    """Solves the tasks on a running stack and prints the report.
 
-    True if all of them ended, some were solved and no window was overfull.
+    True if all tasks ended, some were solved and no window was exceeded.
     """
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ def run_demo(stack: Stack, options: argparse.Namespace, asked: threading.Event, 
     _unpause(stack, asked)
     _load(stack, options.tasks, prefix)
     finished = _watch(stack, prefix, options, asked, console)
-    time.sleep(LOG_FLUSH_SECONDS)  # the backend writes its log a moment after the answers
+    time.sleep(LOG_FLUSH_SECONDS)  # the backend writes its log shortly after the answers
     with connect(stack.database_url) as connection:
         report = make_report(connection, prefix, stack.arrival_log, command_started(os.environ), since)
     report.show(console)
@@ -80,7 +80,7 @@ def run_demo(stack: Stack, options: argparse.Namespace, asked: threading.Event, 
 
 
 def command_started(environment: Mapping[str, str]) -> float:
-    """When the command was given, in seconds of the Unix epoch: make tells, since it may set up first."""
+    """Start of the command in seconds of the Unix epoch; make passes it, since it may set up first."""
     told = environment.get("ROUTER_DEMO_STARTED_AT")
     return float(told) if told else float(psutil.Process().create_time())
 
@@ -108,7 +108,7 @@ def _load(stack: Stack, tasks: int, prefix: str) -> None:
 
 
 def _lines(tasks: int) -> Iterator[str]:
-    """So many prompts; when the file is used up, again from its start under new ids."""
+    """`count` prompts, cycling through the file under new ids."""
     prompts = [json.loads(line) for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
     for number, prompt in enumerate(itertools.islice(itertools.cycle(prompts), tasks)):
         yield json.dumps({**prompt, "custom_id": f"{number:06}"}) + "\n"
@@ -117,7 +117,7 @@ def _lines(tasks: int) -> Iterator[str]:
 def _watch(
     stack: Stack, prefix: str, options: argparse.Namespace, asked: threading.Event, console: Console
 ) -> bool:
-    """Show how it goes until all tasks have ended (True) or the time is up (False)."""
+    """Shows progress until all tasks have ended (True) or the time is up (False)."""
     deadline = time.monotonic() + options.timeout
     with _view(stack, options.tasks, console) as show:
         while True:
@@ -138,7 +138,7 @@ def _rest(asked: threading.Event, seconds: float) -> None:
 
 
 class _View:
-    """A live table on a terminal, else a line now and then."""
+    """A live table on a terminal, else a line every few seconds."""
 
     def __init__(self, stack: Stack, tasks: int, console: Console) -> None:
         self._stack = stack

@@ -1,4 +1,4 @@
-"""What a demo came to: its tasks, its time against the soonest possible, the judge's word on the windows."""
+"""Report of a demo: its tasks, its time against the bound, and the judge's verdict on the windows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SELECT count(*) AS tasks, count(*) FILTER (WHERE status = 'solved') AS solved,
        extract(epoch FROM min(solved_at))::float8 AS first_answer,
        extract(epoch FROM max(solved_at))::float8 AS last_answer
   FROM tasks WHERE starts_with(external_id, %s)"""
-# Whoever solves them gets these refusals and empty answers, and has to ask again.
+# Any solver gets these refusals and empty answers and has to retry.
 _ASKED_AGAIN = """
 SELECT count(*) AS calls FROM model_calls c JOIN tasks t ON t.id = c.task_id
  WHERE starts_with(t.external_id, %s) AND c.outcome NOT IN ('answered', 'unsent', 'lost')"""
@@ -35,7 +35,7 @@ SELECT model, target, extract(epoch FROM in_force_at)::float8 AS at FROM traffic
 
 @dataclass(frozen=True)
 class TaskFacts:
-    """The demo's tasks in the database; times in seconds of the Unix epoch, None where nothing was solved."""
+    """The demo's tasks in the database; times in seconds of the Unix epoch, None if nothing was solved."""
 
     tasks: int
     solved: int
@@ -51,10 +51,11 @@ class TaskFacts:
 
 @dataclass(frozen=True)
 class DemoReport:
-    """`seconds` from the first task to the last answer; `bound_seconds`: what ideal limiters would have
-    needed for the same calls, those included that failed and had to be made again.
+    """`seconds` from the first task to the last answer; `bound_seconds` with ideal limiters for the same
+    calls.
 
-    `seconds_to_first_answer` counts from the command's start, set-up included.
+    Failed calls and their retries count in both. `seconds_to_first_answer` counts from the command's start,
+    set-up included.
     """
 
     facts: TaskFacts
@@ -64,7 +65,7 @@ class DemoReport:
     verdict: Verdict
 
     def as_json(self) -> dict[str, Any]:
-        """What `make demo ARGS="--json FILE"` writes."""
+        """The content of `make demo ARGS="--json FILE"`."""
         models = {
             name: {
                 "target": model.target,
@@ -85,19 +86,19 @@ class DemoReport:
         }
 
     def show(self, console: Console) -> None:
-        """Print it for people."""
+        """Prints the report."""
         print_verdict(self.verdict, console)
         facts = self.facts
         console.print(f"{facts.solved:,} of {facts.tasks:,} tasks solved, {facts.failed:,} failed")
         if self.seconds is not None and self.bound_seconds:
-            times = f"{self.seconds:,.1f} s; the soonest possible was {self.bound_seconds:,.1f} s"
+            times = f"{self.seconds:,.1f} s, ideal {self.bound_seconds:,.1f} s"
             console.print(f"from the first task to the last answer: {times}")
         if self.seconds_to_first_answer is not None:
             console.print(f"from the command to the first answer: {self.seconds_to_first_answer:,.1f} s")
 
 
 def task_facts(connection: Connection, id_prefix: str) -> TaskFacts:
-    """The tasks whose external id begins with `id_prefix`."""
+    """Tasks whose external id begins with `id_prefix`."""
     (row,) = rows(connection, _TASKS, (id_prefix,))
     return TaskFacts(**row)
 
@@ -105,10 +106,10 @@ def task_facts(connection: Connection, id_prefix: str) -> TaskFacts:
 def make_report(
     connection: Connection, id_prefix: str, arrival_log: Path, started: float, since: float
 ) -> DemoReport:
-    """Judge the demo commanded at `started` (Unix epoch), by the arrivals from `since` (monotonic) on.
+    """Judges the demo started at `started` (Unix epoch) by the arrivals since `since` (monotonic).
 
-    Use is that between the first send and the one with which all tasks could have been sent: until then there
-    was a backlog for certain. What it took to begin shows in the seconds, which count from the first task.
+    Use is measured from the first send to the send with which all tasks could have been sent: until then
+    there certainly was a backlog. The start-up shows in the seconds, which count from the first task.
     """
     facts = task_facts(connection, id_prefix)
     to_monotonic = time.monotonic() - time.time()
@@ -136,7 +137,7 @@ def make_report(
 def _bound_seconds(
     changes: Sequence[TargetChange], arrivals: Sequence[Arrival], calls: int, began: float
 ) -> float:
-    """When ideal limiters would have been done, each model as fast and as wordy as it really was."""
+    """End of the backlog with ideal limiters and each model's real latencies and tokens."""
     by_model: dict[str, list[Arrival]] = defaultdict(list)
     for arrival in sorted(arrivals, key=lambda arrival: arrival.at):
         by_model[arrival.model].append(arrival)
@@ -157,7 +158,7 @@ def _latencies(by_model: dict[str, list[Arrival]]) -> Callable[[str, int], float
         model: [arrival.ended_at - arrival.at for arrival in arrivals if arrival.ended_at is not None]
         for model, arrivals in by_model.items()
     }
-    # A model that was sent nothing is taken to be as fast as the others are.
+    # A model without calls gets the latencies of the others.
     usual = statistics.median(itertools.chain.from_iterable(drawn.values()))
     endless: defaultdict[str, Iterator[float]] = defaultdict(
         lambda: itertools.repeat(usual),

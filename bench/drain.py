@@ -1,11 +1,11 @@
-"""Drains real prompts through the whole embedded stack, and takes a model on in the middle.
+"""Drains real prompts through the whole embedded stack, and adds a model during the drain.
 
-The DAG is on and waits for work when they come.
+The DAG runs and waits for work before the prompts are loaded.
 
     python -m bench.drain --prompts FOLDER [--tasks 5000] [--target 150/min] [--json FILE]
 
-FOLDER holds JSONL files with `prompt` and `category`. Printed: the time against the soonest possible, the
-judge's table, and how long each model stood idle though it might have sent (the new one from its adding on).
+FOLDER contains JSONL files with `prompt` and `category`. Prints the time against the bound, the judge's
+table, and the longest time each model was idle although it could have sent (the new one: since it was added).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ MOST_OVER_BOUND = 1.03
 
 
 def main() -> int:
-    """Run the bench; 0 if everything was solved within the limits."""
+    """Exit status: 0 if everything was solved within the limits."""
     options = _arguments()
     console = Console()
     config = _config(options.target)
@@ -97,7 +97,7 @@ def _drain(
     while _facts(stack).finished < options.tasks:
         stack.check()
         time.sleep(0.5)
-    time.sleep(1.0)  # the backend writes its log a moment after the answers
+    time.sleep(1.0)  # the backend writes its log shortly after the answers
     with connect(stack.database_url) as connection:
         for row in rows(connection, "SELECT id, failure FROM tasks WHERE status = 'failed' LIMIT 10"):
             print(f"task {row['id']} failed: {row['failure']}")
@@ -105,7 +105,7 @@ def _drain(
 
 
 def _until_it_waits(api: AirflowApi) -> None:
-    """Wait until a run waits for work, as it does whenever there is none: Airflow's first start is over."""
+    """Waits until a run waits for work: Airflow's first start is over."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         for run in api.runs("solve_tasks", limit=1):
@@ -134,7 +134,7 @@ def _load(stack: Stack, folder: Path, tasks: int) -> None:
 
 
 def _rows(folder: Path) -> Iterator[Mapping[str, Any]]:
-    """The prompts of all files, one of each in turn, so that every source has its part."""
+    """Prompts of all files, interleaved, so that every source is represented."""
     files = [path.read_text(encoding="utf-8").splitlines() for path in sorted(folder.glob("*.jsonl"))]
     for lines in itertools.zip_longest(*files):
         for line in lines:
@@ -143,7 +143,7 @@ def _rows(folder: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _idle(arrivals: Sequence[Arrival], target: TrafficTarget, added_at: float) -> dict[str, float]:
-    """model -> the longest time in seconds that it might have sent and did not, before its last send."""
+    """model -> longest time in seconds before its last send in which it could have sent and did not."""
     limit, slacks = target.requests[0], LimiterSettings().slacks(target.requests[0].window_seconds)
     period = limit.window_seconds + slacks.send + slacks.transit
     by_model: dict[str, list[float]] = defaultdict(list)
@@ -168,7 +168,7 @@ def _tell(console: Console, report: DemoReport, idle: Mapping[str, float], file:
     for model, seconds in sorted(idle.items()):
         console.print(f"{model:20} idle at most {seconds:6.2f} s")
     over = (report.seconds or 0.0) / (report.bound_seconds or 1.0)
-    console.print(f"{over:.3f} x the soonest possible (at most {MOST_OVER_BOUND} is asked for)")
+    console.print(f"{over:.3f} x the bound (target: at most {MOST_OVER_BOUND})")
     if file is not None:
         document = {**report.as_json(), "idle_seconds": dict(idle), "over_bound": over}
         file.write_text(json.dumps(document, indent=2) + "\n")

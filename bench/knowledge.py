@@ -1,17 +1,17 @@
-"""Engines of knowledge side by side: how well each finds, what it costs, and what it takes at a million.
+"""Compares search engines for knowledge: quality on real collections, and cost on synthetic ones.
 
-First table: real collections (folders with corpus.jsonl, queries.jsonl and qrels.tsv), each engine asked the
-same questions. Second table: made-up entries, each engine in a process of its own: words drawn by Zipf's law
-(exponent 1.05) from 300,000, the commonest of them English's own, log-normal lengths with a median of 55
-words; questions hold six words of one entry, in its order, and two words drawn at random. One caller; the
-first questions are not counted: 50 of 350, or a tenth of those that were asked within two minutes.
+First table: quality on real collections (folders with corpus.jsonl, queries.jsonl and qrels.tsv). Second
+table: cost on synthetic entries, each engine in its own process. Words are drawn by Zipf's law (exponent
+1.05) from 300,000, the most common ones being English stop words; lengths are log-normal with a median of 55
+words. A question has six words of one entry, in its order, and two random words. One caller; the first
+questions are warm-up: 50 of 350, or a tenth of those that ran within two minutes.
 
-    pip install bm25s PyStemmer wordllama     # rivals; one that is not there is left out, and said to be
+    pip install bm25s PyStemmer wordllama     # optional; missing engines are reported and skipped
     python -m bench.knowledge COLLECTION... [--entries 100000 1000000] [--engines router ...] [--json FILE]
     python -m bench.knowledge COLLECTION COLLECTION --calibrate --foreign PROMPTS.jsonl...
 
-With --calibrate it fits the curve of router/relevance.py on all collections, and tests it on each with a
-curve that was fitted on the others: their own questions, and foreign ones, that nothing there answers.
+With --calibrate it fits the confidence (router/knowledge/relevance.py) on all collections, and tests on each
+collection the curve fitted on the others, with its own questions and with foreign, unanswerable ones.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench.knowledge_rivals import ENGINES, Engine, NotThere
+from bench.knowledge_rivals import ENGINES, Engine, MissingPackageError
 from router.knowledge import read_collection
 from router.knowledge.evaluation import Collection
 from router.knowledge.relevance import STOP_WORDS
@@ -44,8 +44,8 @@ EXPONENT = 1.05
 MEDIAN_WORDS = 55
 SPREAD = 0.6
 QUESTIONS = 350
-UNCOUNTED = 50
-LONGEST_SECONDS = 120.0
+WARM_UP = 50
+MAX_SECONDS = 120.0
 DEPTH = 100
 SYLLABLES = [a + b for a in "bcdfghjklmnprstvwz" for b in "aeiou"]
 ENDINGS = ["", "", "s", "n", "ing", "ed", "er"]
@@ -53,7 +53,7 @@ ENDINGS = ["", "", "s", "n", "ing", "ed", "er"]
 
 @dataclass
 class Quality:
-    """How well one engine found in one collection."""
+    """Quality of one engine on one collection."""
 
     engine: str
     collection: str
@@ -64,7 +64,7 @@ class Quality:
 
 @dataclass
 class Size:
-    """What one engine took for so many entries. Memory is above that of the entries themselves."""
+    """Cost of one engine. Memory excludes the texts."""
 
     engine: str
     entries: int
@@ -73,36 +73,36 @@ class Size:
     build_memory_mb: float
     p50_ms: float
     p99_ms: float
-    found_share: float  # of the questions, whose entry was among the first five
+    found_share: float  # of the questions whose entry is among the first five
 
 
 def _quality(name: str, folder: Path, collection: Collection) -> Quality | str:
     try:
         return measure_quality(name, folder, collection)
-    except NotThere as error:
+    except MissingPackageError as error:
         return str(error)
 
 
 def measure_quality(name: str, folder: Path, collection: Collection) -> Quality:
-    texts = [entry.searched for entry in collection.entries]
+    texts = [entry.indexed_text for entry in collection.entries]
     with tempfile.TemporaryDirectory() as scratch, ENGINES[name](Path(scratch)) as engine:
         engine.build(texts)
-        places = []
+        ranks = []
         for key, question in collection.questions:
             found = [collection.entries[number].key for number in engine.search(question, DEPTH)]
-            good = collection.relevant[key]
-            places.append(next((place for place, entry in enumerate(found, 1) if entry in good), 10**9))
+            relevant = collection.relevant[key]
+            ranks.append(next((rank for rank, entry in enumerate(found, 1) if entry in relevant), 10**9))
     return Quality(
         name,
         folder.name,
-        round(float(np.mean([place <= 1 for place in places])), 3),
-        round(float(np.mean([place <= 5 for place in places])), 3),
-        round(float(np.mean([1 / place if place <= DEPTH else 0 for place in places])), 3),
+        round(float(np.mean([rank <= 1 for rank in ranks])), 3),
+        round(float(np.mean([rank <= 5 for rank in ranks])), 3),
+        round(float(np.mean([1 / rank if rank <= DEPTH else 0 for rank in ranks])), 3),
     )
 
 
-def made_up(entries: int) -> tuple[list[str], list[tuple[str, int]]]:
-    """Texts, and questions with the number of the entry that each was drawn from."""
+def synthetic(entries: int) -> tuple[list[str], list[tuple[str, int]]]:
+    """Returns texts, and questions with the number of the entry that each was drawn from."""
     draw = np.random.default_rng(1)
     words = _vocabulary()
     weights = np.cumsum(1 / (np.arange(1, VOCABULARY + 1) + 2.7) ** EXPONENT)
@@ -122,7 +122,7 @@ def made_up(entries: int) -> tuple[list[str], list[tuple[str, int]]]:
 
 
 def _vocabulary() -> list[str]:
-    """The commonest are those that English leaves out; then the commoner, the shorter, as in a language."""
+    """Returns words by frequency: English stop words, then made-up ones that get longer."""
     words = sorted(STOP_WORDS)
     for rank in range(len(words), VOCABULARY):
         own = random.Random(rank)
@@ -132,7 +132,7 @@ def _vocabulary() -> list[str]:
 
 
 def measure_size(name: str, entries: int) -> Size:
-    texts, questions = made_up(entries)
+    texts, questions = synthetic(entries)
     gc.collect()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with tempfile.TemporaryDirectory() as scratch, ENGINES[name](Path(scratch)) as engine:
@@ -140,7 +140,7 @@ def measure_size(name: str, entries: int) -> Size:
         engine.build(texts)
         build = time.perf_counter() - began
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-        took, found = _asked(engine, questions)
+        took, found = _timed(engine, questions)
         return Size(
             name, entries, round(build, 1), round(engine.disk_bytes() / 1e6, 1), round(memory / 1e3, 1),
             round(float(np.median(took)), 2), round(float(np.percentile(took, 99)), 2),
@@ -148,21 +148,21 @@ def measure_size(name: str, entries: int) -> Size:
         )  # fmt: skip
 
 
-def _asked(engine: Engine, questions: Sequence[tuple[str, int]]) -> tuple[list[float], list[bool]]:
+def _timed(engine: Engine, questions: Sequence[tuple[str, int]]) -> tuple[list[float], list[bool]]:
     took, found = [], []
     began = time.perf_counter()
     for question, number in questions:
-        asked = time.perf_counter()
+        started = time.perf_counter()
         numbers = engine.search(question, 5)
-        took.append((time.perf_counter() - asked) * 1e3)
+        took.append((time.perf_counter() - started) * 1e3)
         found.append(number in numbers)
-        if time.perf_counter() - began > LONGEST_SECONDS:
+        if time.perf_counter() - began > MAX_SECONDS:
             break
-    uncounted = min(UNCOUNTED, len(took) // 10)
-    return took[uncounted:], found[uncounted:]
+    warm_up = min(WARM_UP, len(took) // 10)
+    return took[warm_up:], found[warm_up:]
 
 
-def size_in_a_child(name: str, entries: int) -> Size | str:
+def size_in_child(name: str, entries: int) -> Size | str:
     child = subprocess.run(
         [sys.executable, "-m", "bench.knowledge", "--one", name, "--entries", str(entries)],
         capture_output=True, text=True, check=False,
@@ -226,7 +226,7 @@ def _measured(
         for folder, collection in collections.items():
             measured = _quality(name, folder, collection)
             if isinstance(measured, str):
-                console.print(f"{name} is left out: {measured}")
+                console.print(f"{name} skipped: {measured}")
             else:
                 quality.append(measured)
     if quality:
@@ -234,9 +234,9 @@ def _measured(
     sizes: list[Size] = []
     for count in entries:
         for name in engines:
-            size = size_in_a_child(name, count)
+            size = size_in_child(name, count)
             if isinstance(size, str):
-                console.print(f"{name} is left out: {size}")
+                console.print(f"{name} skipped: {size}")
             else:
                 sizes.append(size)
                 console.print(asdict(size))

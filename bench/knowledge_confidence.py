@@ -1,4 +1,4 @@
-"""Fits and tests the curve that turns evidence into confidence (router/relevance.py)."""
+"""Fits and tests the confidence of search results (router/knowledge/relevance.py)."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from router.knowledge.evaluation import Collection
 from router.knowledge.index import KnowledgeIndex
 from router.knowledge.relevance import Evidence, confidence
 
-FOREIGN_OF_EACH = 400
+MAX_FOREIGN = 400
 BINS = 10
 
 
 def calibrate(collections: dict[Path, Collection], foreign: Sequence[Path]) -> None:
-    """Print the curve of all collections, and how those fitted on the others do on each."""
+    """Prints the curve fitted on all collections, and cross-validated figures for each."""
     prompts = [prompt for path in foreign for prompt in _prompts(path)]
     parts = {folder.name: _evidence(folder, collections, prompts) for folder in collections}
     console = Console()
@@ -46,30 +46,30 @@ def calibrate(collections: dict[Path, Collection], foreign: Sequence[Path]) -> N
 def _prompts(path: Path) -> list[str]:
     with path.open(encoding="utf-8") as file:
         found = [str(json.loads(line)["prompt"]) for line in file]
-    return random.Random(1).sample(found, min(FOREIGN_OF_EACH, len(found)))
+    return random.Random(1).sample(found, min(MAX_FOREIGN, len(found)))
 
 
 def _evidence(
     folder: Path, collections: dict[Path, Collection], prompts: Sequence[str]
 ) -> tuple[Any, Any, Any]:
-    """Evidence, whether the first entry was right, and weights: own and foreign questions count alike."""
+    """Returns evidence, whether the first entry is relevant, and weights (own and foreign alike)."""
     collection = collections[folder]
     index = KnowledgeIndex()
     with index.writing() as writer:
         for entry in collection.entries:
             writer.add(Entry(entry.key, entry.key, entry.title, entry.text))
         writer.commit()
-    strange = [text for other, held in collections.items() if other != folder for _, text in held.questions]
-    strange = random.Random(1).sample(strange, min(FOREIGN_OF_EACH, len(strange))) + list(prompts)
-    seen, right = [], []
-    for key, text in [*collection.questions, *(("", text) for text in strange)]:
-        found = index.search(text, 5)
-        seen.append((found.evidence.coverage, found.evidence.lead))
-        good = collection.relevant.get(key, frozenset())
-        right.append(bool(found.hits) and found.hits[0].source in good)
+    foreign = [text for other, held in collections.items() if other != folder for _, text in held.questions]
+    foreign = random.Random(1).sample(foreign, min(MAX_FOREIGN, len(foreign))) + list(prompts)
+    evidence, correct = [], []
+    for key, text in [*collection.questions, *(("", text) for text in foreign)]:
+        passages, found = index.rank(text, 5)
+        evidence.append((found.coverage, found.lead))
+        relevant = collection.relevant.get(key, frozenset())
+        correct.append(bool(passages) and passages[0].source in relevant)
     own = len(collection.questions)
-    weight = np.array([1 / own] * own + [1 / max(1, len(strange))] * len(strange))
-    return np.array(seen), np.array(right), weight
+    weight = np.array([1 / own] * own + [1 / max(1, len(foreign))] * len(foreign))
+    return np.array(evidence), np.array(correct), weight
 
 
 def _fit(parts: dict[str, tuple[Any, Any, Any]]) -> Any:

@@ -1,4 +1,4 @@
-"""The engines that bench/knowledge.py measures, behind one face: texts in, numbers of the best texts out."""
+"""Engines compared by bench/knowledge.py, with one interface: texts in, numbers of the best texts out."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from typing_extensions import Self
 from local.postgres import start_postgres
 from router.knowledge.chunking import Entry
 from router.knowledge.index import KnowledgeIndex
-from router.knowledge.relevance import WEIGHTS, views
+from router.knowledge.relevance import WEIGHTS, tokenize
 
 COMMIT_EVERY = 50_000
 BATCH = 5000
-NEXT_TO_NOTHING = 1e-6
+NEGLIGIBLE = 1e-6
 
 
-class NotThere(Exception):  # noqa: N818 - a state of the machine, read as one
+class MissingPackageError(Exception):
     """A package that the engine needs is not installed."""
 
 
@@ -35,11 +35,11 @@ def package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise NotThere(f"pip install {name}") from error
+        raise MissingPackageError(f"pip install {name}") from error
 
 
 class Engine(ABC):
-    """One engine, with a folder of its own."""
+    """A search engine with its own folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -54,23 +54,23 @@ class Engine(ABC):
     ) -> None:
         self.closing.close()
 
-    def open(self) -> None:  # noqa: B027 - most need nothing
-        """Start what it needs; NotThere if it is not installed."""
+    def open(self) -> None:  # noqa: B027 - optional
+        """Starts what the engine needs. Raises MissingPackageError."""
 
     @abstractmethod
     def build(self, texts: Sequence[str]) -> None:
-        """Take in all texts; they are asked for by their place."""
+        """Indexes all texts under their positions."""
 
     @abstractmethod
     def search(self, question: str, limit: int) -> list[int]:
-        """Places of the best texts, best first."""
+        """Returns the positions of the best texts, best first."""
 
     def disk_bytes(self) -> int:
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
 
 class Router(Engine):
-    """What the router does: tantivy, three views of each text."""
+    """The router's own: tantivy with three fields."""
 
     def open(self) -> None:
         self.index = KnowledgeIndex(self.folder)
@@ -84,20 +84,20 @@ class Router(Engine):
             writer.commit()
 
     def search(self, question: str, limit: int) -> list[int]:
-        return [int(hit.source) for hit in self.index.search(question, limit).hits]
+        return [int(passage.source) for passage in self.index.search(question, limit).passages]
 
 
-class StemsAlone(Router):
-    """The same with stems alone: what the other two views add."""
+class StemsOnly(Router):
+    """The same with stems only, which shows the effect of the other fields."""
 
     def open(self) -> None:
         super().open()
         self.closing.callback(WEIGHTS.update, dict(WEIGHTS))
-        WEIGHTS.update(heads=NEXT_TO_NOTHING, pairs=NEXT_TO_NOTHING)
+        WEIGHTS.update(heads=NEGLIGIBLE, pairs=NEGLIGIBLE)
 
 
 class Bm25s(Engine):
-    """bm25s: scores made beforehand, in sparse matrices, in memory."""
+    """bm25s: precomputed scores in sparse matrices, in memory."""
 
     def open(self) -> None:
         self.library = package("bm25s")
@@ -134,17 +134,17 @@ class SqliteFts(Engine):
         self.database.commit()
 
     def search(self, question: str, limit: int) -> list[int]:
-        asked = " OR ".join(f'"{word}"' for word in dict.fromkeys(views(question).words))
-        if not asked:
+        query = " OR ".join(f'"{word}"' for word in dict.fromkeys(tokenize(question).words))
+        if not query:
             return []
         rows = self.database.execute(
-            "SELECT rowid FROM entries WHERE entries MATCH ? ORDER BY bm25(entries) LIMIT ?", (asked, limit)
+            "SELECT rowid FROM entries WHERE entries MATCH ? ORDER BY bm25(entries) LIMIT ?", (query, limit)
         )
         return [row[0] for row in rows]
 
 
 class Postgres(Engine):
-    """A PostgreSQL of its own, from the embedded wheel."""
+    """A separate PostgreSQL from the embedded wheel."""
 
     def open(self) -> None:
         os.chmod(self.folder, 0o755)  # noqa: PTH101 - PostgreSQL runs as another user
@@ -170,7 +170,7 @@ class Postgres(Engine):
 
 
 class PostgresFullText(Postgres):
-    """PostgreSQL's full text: a GIN index, any of the words, by ts_rank_cd with lengths taken off."""
+    """PostgreSQL full text: a GIN index, any of the words, ordered by ts_rank normalized by length."""
 
     def build(self, texts: Sequence[str]) -> None:
         self.run("CREATE UNLOGGED TABLE entries (id integer, body text)")
@@ -182,18 +182,18 @@ class PostgresFullText(Postgres):
         self.run("ANALYZE words")
 
     def search(self, question: str, limit: int) -> list[int]:
-        asked = " | ".join(dict.fromkeys(views(question).words))
+        query = " | ".join(dict.fromkeys(tokenize(question).words))
         rows = self.run(
             "SELECT id FROM words, to_tsquery('english', %s) asked WHERE seen @@ asked"
             " ORDER BY ts_rank(seen, asked, 1) DESC LIMIT %s",
-            asked,
+            query,
             limit,
         )
         return [row[0] for row in rows]
 
 
 class Embedding:
-    """wordllama's static embeddings, 256 numbers a text; its weights are in its wheel."""
+    """Static embeddings of wordllama, 256 dimensions; the weights are in its wheel."""
 
     def __init__(self) -> None:
         wordllama = package("wordllama")
@@ -208,7 +208,7 @@ class Embedding:
 
 
 class WordLlama(Engine):
-    """Static embeddings, all of them compared with the question's."""
+    """Static embeddings, exhaustive search."""
 
     def open(self) -> None:
         self.embed = Embedding()
@@ -229,7 +229,7 @@ class WordLlama(Engine):
 
 
 class PgVector(Postgres):
-    """The same embeddings in pgvector: an HNSW index over their signs, the first 200 ranked anew."""
+    """The same embeddings in pgvector: an HNSW index over their signs, the first 200 re-ranked."""
 
     def open(self) -> None:
         self.embed = Embedding()
@@ -237,7 +237,7 @@ class PgVector(Postgres):
         try:
             self.run("CREATE EXTENSION vector")
         except psycopg2.Error as error:
-            raise NotThere("this PostgreSQL has no pgvector") from error
+            raise MissingPackageError("this PostgreSQL has no pgvector") from error
 
     def build(self, texts: Sequence[str]) -> None:
         self.run("CREATE UNLOGGED TABLE entries (id integer, seen vector(256))")
@@ -249,18 +249,18 @@ class PgVector(Postgres):
         self.run("SET hnsw.ef_search = 200")
 
     def search(self, question: str, limit: int) -> list[int]:
-        asked = str(self.embed([question])[0].tolist())
+        query = str(self.embed([question])[0].tolist())
         rows = self.run(
             "SELECT id FROM (SELECT id, seen FROM entries"
             " ORDER BY binary_quantize(seen)::bit(256) <~> binary_quantize(%s::vector) LIMIT 200) AS near"
             " ORDER BY seen <=> %s::vector LIMIT %s",
-            asked, asked, limit,
+            query, query, limit,
         )  # fmt: skip
         return [row[0] for row in rows]
 
 
 class RouterAndWordLlama(Engine):
-    """The router's and the embeddings' scores added up: whether meaning adds to words."""
+    """Sum of the router's and the embeddings' scores, which shows whether embeddings improve the ranking."""
 
     SHARE = 0.3
     FIRST = 200
@@ -274,36 +274,36 @@ class RouterAndWordLlama(Engine):
         self.meaning.build(texts)
 
     def search(self, question: str, limit: int) -> list[int]:
-        hits = self.words.index.search(question, self.FIRST).hits
-        meant = self.meaning.scores(question)
+        hits = self.words.index.search(question, self.FIRST).passages
+        cosine = self.meaning.scores(question)
         best = hits[0].score if hits else 1.0
-        scores = {int(hit.source): hit.score / best + self.SHARE * meant[int(hit.source)] for hit in hits}
+        scores = {int(hit.source): hit.score / best + self.SHARE * cosine[int(hit.source)] for hit in hits}
         for number in self.meaning.search(question, self.FIRST):
-            scores.setdefault(number, self.SHARE * meant[number])
+            scores.setdefault(number, self.SHARE * cosine[number])
         return sorted(scores, key=lambda number: -scores[number])[:limit]
 
 
 class Lsa(Engine):
-    """Latent semantic analysis of the texts themselves: TF-IDF, 256 dimensions, from scikit-learn."""
+    """Latent semantic analysis of the texts: TF-IDF and truncated SVD by scikit-learn."""
 
     def build(self, texts: Sequence[str]) -> None:
         text = importlib.import_module("sklearn.feature_extraction.text")
         self.words = text.TfidfVectorizer(sublinear_tf=True, stop_words="english", max_features=100_000)
         found = self.words.fit_transform(texts)
         decomposition = importlib.import_module("sklearn.decomposition")
-        self.turn = decomposition.TruncatedSVD(min(200, found.shape[0] - 1), random_state=1)
-        vectors = self.turn.fit_transform(found).astype(np.float32)
+        self.svd = decomposition.TruncatedSVD(min(200, found.shape[0] - 1), random_state=1)
+        vectors = self.svd.fit_transform(found).astype(np.float32)
         self.vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
         np.save(self.folder / "vectors.npy", self.vectors)
 
     def search(self, question: str, limit: int) -> list[int]:
-        scores = self.vectors @ self.turn.transform(self.words.transform([question]))[0].astype(np.float32)
+        scores = self.vectors @ self.svd.transform(self.words.transform([question]))[0].astype(np.float32)
         return [int(number) for number in np.argsort(-scores)[:limit]]
 
 
 ENGINES: dict[str, Callable[[Path], Engine]] = {
     "router": Router,
-    "router, stems alone": StemsAlone,
+    "router, stems only": StemsOnly,
     "router + wordllama": RouterAndWordLlama,
     "bm25s": Bm25s,
     "wordllama": WordLlama,

@@ -1,17 +1,17 @@
-"""What the nightly learning gains on real outcomes: tables in which several models answered the same prompts.
+"""Benchmarks the nightly learning on real outcomes: tables of several models' answers to the same prompts.
 
     python bench/learning.py --outcomes FILE.csv.gz [--prompts FILE.jsonl.gz] [--json]
 
-Each day draws prompts from the table. The router sends each one to the first model of its ranking, but for
-what exploration takes; it sees the outcome of that model only, and every night `router.ranking` orders anew.
-Beside it stand a model drawn at random, the best single model, the best fixed model of each category and of
-each topic, all three chosen in hindsight, and the oracle, which knows for each prompt which model is best.
+Each day draws prompts from the table. The router sends each prompt to the first model of its ranking,
+except for exploration; it sees only that model's outcome, and `router.learning.ranking` re-ranks every
+night. It is compared with a random model, the best single model, the best fixed model of each category and
+of each topic (all chosen in hindsight), and an oracle that knows the best model of each prompt.
 
-Then the days are replayed with a shift: in the middle the model that is first in each category begins to fail
-four of five calls, for five days. Confidence intervals (95 %) are drawn from whole replays, each with prompts
-of its own and an order of its own to start from.
+The days are then replayed with a shift: from the middle on, the first model of each category fails four of
+five calls for five days. Confidence intervals (95 %) are bootstrapped from whole replays, each with its own
+prompts and initial order.
 
-Without --outcomes all tables in $ROUTER_SHARED_DATA/outcomes are replayed.
+Without --outcomes, all tables in $ROUTER_SHARED_DATA/outcomes are replayed.
 """
 
 from __future__ import annotations
@@ -32,9 +32,8 @@ from numpy.typing import NDArray
 if not __package__:  # run by its path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.learning_replay import Ints, Replay, RouterReplay, Table, read_table, worths
+from bench.learning_replay import Ints, Key, Replay, RouterReplay, Table, read_table, utilities
 from router.errors import ConfigError
-from router.learning.ranking import Key
 from router.settings import LearningSettings, load_config, load_learning
 
 FAILING_DAYS = 5
@@ -45,27 +44,27 @@ PUBLIC = ("random", "best single", "best per category", "best per topic", "oracl
 
 @dataclass(frozen=True)
 class Means:
-    """Of one policy in one replay, a prompt: score, USD and worth."""
+    """Means per prompt of one policy in one replay."""
 
     score: float
     usd: float
-    worth: float
+    utility: float
 
 
-def of_choice(table: Table, worth: NDArray[np.float64], prompts: Ints, choice: Ints) -> Means:
-    """What a choice of models came to; -1 is a call that failed."""
+def of_choice(table: Table, utility: NDArray[np.float64], prompts: Ints, choice: Ints) -> Means:
+    """The means of a choice of models; -1 is a failed call."""
     answered = choice >= 0
     prompts, choice = prompts[answered], choice[answered]
     whole = len(answered)
     return Means(
         float(table.score[prompts, choice].sum() / whole),
         float(np.nan_to_num(table.cost[prompts, choice]).sum() / whole),
-        float(worth[prompts, choice].sum() / whole),
+        float(utility[prompts, choice].sum() / whole),
     )
 
 
-def in_hindsight(table: Table, worth: NDArray[np.float64], prompts: Ints, draw: Any) -> dict[str, Means]:
-    """The policies to stand beside: each of them knows the whole table but the first."""
+def in_hindsight(table: Table, utility: NDArray[np.float64], prompts: Ints, draw: Any) -> dict[str, Means]:
+    """The policies to compare with; all but the first know the whole table."""
     groups = {
         "best single": np.zeros(len(table.key_of), dtype=np.int64),
         "best per category": np.array([table.categories.index(k.category) for k in table.keys])[table.key_of],
@@ -73,15 +72,15 @@ def in_hindsight(table: Table, worth: NDArray[np.float64], prompts: Ints, draw: 
     }
     choices = {"random": draw.integers(len(table.models), size=len(prompts))}
     for name, group in groups.items():
-        best = np.array([worth[group == n].mean(axis=0).argmax() for n in range(group.max() + 1)])
+        best = np.array([utility[group == n].mean(axis=0).argmax() for n in range(group.max() + 1)])
         choices[name] = best[group[prompts]]
-    choices["oracle"] = worth[prompts].argmax(axis=1)
-    return {name: of_choice(table, worth, prompts, choice) for name, choice in choices.items()}
+    choices["oracle"] = utility[prompts].argmax(axis=1)
+    return {name: of_choice(table, utility, prompts, choice) for name, choice in choices.items()}
 
 
 def replay(table: Table, learning: LearningSettings, options: argparse.Namespace) -> dict[str, Any]:
-    """All replays of one table under one set of weights, summed up."""
-    worth = worths(table, learning)
+    """Replays one table with one set of weights, and summarizes the replays."""
+    utility = utilities(table, learning)
     means: dict[str, list[Means]] = {}
     steady: dict[str, list[dict[str, float]]] = {"router": [], "router, by topic": []}
     shifts: list[dict[str, float | None]] = []
@@ -92,18 +91,20 @@ def replay(table: Table, learning: LearningSettings, options: argparse.Namespace
             draw.choice(size, min(options.prompts_a_day, size), replace=False) for _ in range(options.days)
         ]
         prompts = np.concatenate(days)
-        for name, mean in in_hindsight(table, worth, prompts, draw).items():
+        for name, mean in in_hindsight(table, utility, prompts, draw).items():
             means.setdefault(name, []).append(mean)
         for name, topics in (("router", False), ("router, by topic", True)):
             done = RouterReplay(table, learning, topics=topics, seed=seed).run(days, lambda _day: {})
-            means.setdefault(name, []).append(of_choice(table, worth, prompts, np.concatenate(done.choices)))
+            means.setdefault(name, []).append(
+                of_choice(table, utility, prompts, np.concatenate(done.choices))
+            )
             settled = options.days // 2
             means.setdefault(f"{name}, later half", []).append(
                 of_choice(
-                    table, worth, np.concatenate(days[settled:]), np.concatenate(done.choices[settled:])
+                    table, utility, np.concatenate(days[settled:]), np.concatenate(done.choices[settled:])
                 )
             )
-            steady[name].append(_steadiness(table, worth, days, done))
+            steady[name].append(_steadiness(table, utility, days, done))
         shifts += _shift(table, learning, days, seed)
     return {
         "policies": {name: _policy(values, means["best per category"]) for name, values in means.items()},
@@ -113,13 +114,13 @@ def replay(table: Table, learning: LearningSettings, options: argparse.Namespace
 
 
 def _steadiness(
-    table: Table, worth: NDArray[np.float64], days: Sequence[Ints], done: Replay
+    table: Table, utility: NDArray[np.float64], days: Sequence[Ints], done: Replay
 ) -> dict[str, float]:
-    """How often the first place changes and comes back, from the fifth night on; what exploration took."""
+    """How often the first model changes and returns, from the fifth review on; cost of exploration."""
     changes = returns = 0
     keys = list(done.first[0])
     for key in keys:
-        firsts = [night[key] for night in done.first[4:]]
+        firsts = [first[key] for first in done.first[4:]]
         moved = [n for n, (one, other) in enumerate(itertools.pairwise(firsts), 1) if one != other]
         changes += len(moved)
         returns += sum(firsts[n] in firsts[: n - 1] for n in moved)
@@ -131,12 +132,12 @@ def _steadiness(
     for day, first, choices, mask in zip(days, firsts_of, done.choices, done.explored, strict=True):
         for n in np.flatnonzero(mask):
             key = table.keys[table.key_of[day[n]]]
-            usual = first[key if topics else Key(key.category)]
-            lost += worth[day[n], usual] - (worth[day[n], choices[n]] if choices[n] >= 0 else 0.0)
-    nights = max(1, len(done.first) - 5) * len(keys)
+            regular = first[key if topics else Key(key.category)]
+            lost += utility[day[n], regular] - (utility[day[n], choices[n]] if choices[n] >= 0 else 0.0)
+    reviews = max(1, len(done.first) - 5) * len(keys)
     return {
-        "first_place_changes_per_100_nights": 100 * changes / nights,
-        "first_place_returns_per_100_nights": 100 * returns / nights,
+        "first_place_changes_per_100_nights": 100 * changes / reviews,
+        "first_place_returns_per_100_nights": 100 * returns / reviews,
         "explored_share": float(explored.mean()),
         "worth_lost_by_exploring_per_prompt": lost / len(prompts),
         "unanswered": float((choice < 0).mean()),
@@ -146,7 +147,7 @@ def _steadiness(
 def _shift(
     table: Table, learning: LearningSettings, days: Sequence[Ints], seed: int
 ) -> list[dict[str, float | None]]:
-    """From the middle on the first model of each category fails for some days: when is that followed?"""
+    """The reaction to the first model of each category failing for some days, from the middle on."""
     begins = len(days) // 2
     run = RouterReplay(table, learning, topics=False, seed=seed)
     victims: dict[str, int] = {}
@@ -159,10 +160,10 @@ def _shift(
     done = run.run(days, failing)
     found: list[dict[str, float | None]] = []
     for category, victim in victims.items():
-        nights = [night[Key(category)] for night in done.first]
-        away = next((n for n in range(begins, len(nights)) if nights[n] != victim), None)
+        firsts = [first[Key(category)] for first in done.first]
+        away = next((n for n in range(begins, len(firsts)) if firsts[n] != victim), None)
         ends = begins + FAILING_DAYS
-        back = next((n for n in range(ends, len(nights)) if (Key(category), victim) not in done.low[n]), None)
+        back = next((n for n in range(ends, len(firsts)) if (Key(category), victim) not in done.low[n]), None)
         of_category = np.array([key.category == category for key in table.keys])[table.key_of]
         share = [
             float(np.isin(done.sent[d][of_category[days[d]]], [victim]).mean())
@@ -189,11 +190,11 @@ def _shift_summary(shifts: Sequence[dict[str, float | None]]) -> dict[str, Any]:
 
 
 def _policy(values: Sequence[Means], best_fixed: Sequence[Means]) -> dict[str, Any]:
-    regret = [best.worth - own.worth for own, best in zip(values, best_fixed, strict=True)]
+    regret = [best.utility - own.utility for own, best in zip(values, best_fixed, strict=True)]
     columns = {
         "score": [mean.score for mean in values],
         "usd": [mean.usd for mean in values],
-        "worth": [mean.worth for mean in values],
+        "worth": [mean.utility for mean in values],
         "regret": regret,
     }
     return {name: _interval(column) for name, column in columns.items()}
@@ -212,7 +213,7 @@ def _mean_of(values: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def weightings() -> dict[str, LearningSettings]:
-    """The shipped weights, and quality alone."""
+    """The shipped weights, and quality only."""
     shipped = load_learning(None, load_config().categories).model_copy(update={"categories": {}})
     alone = {"success": 0.0, "score": 1.0, "latency": 0.0, "cost": 0.0}
     quality = shipped.model_copy(update={"utility": shipped.utility.model_copy(update=alone)})
@@ -224,7 +225,7 @@ def show(name: str, weights: str, table: Table, result: dict[str, Any]) -> None:
         f"\n{name}: {len(table.key_of):,} prompts, {len(table.models)} models, {len(table.keys)} topics;"
         f" {weights}"
     )
-    print(f"  {'policy':30} {'score':>22} {'USD a 1,000':>12} {'worth':>22} {'regret':>24}")
+    print(f"  {'policy':30} {'score':>22} {'USD per 1k':>12} {'utility':>22} {'regret':>24}")
     for policy, row in result["policies"].items():
         spans = {
             column: f"{row[column]['mean']:.4f} [{row[column]['low']:.4f} {row[column]['high']:.4f}]"
@@ -234,10 +235,10 @@ def show(name: str, weights: str, table: Table, result: dict[str, Any]) -> None:
         print(f"  {policy:30} {spans['score']:>22} {usd:>12} {spans['worth']:>22} {spans['regret']:>24}")
     for policy, row in result["steadiness"].items():
         print(
-            f"  {policy}: first place changed {row['first_place_changes_per_100_nights']:.2f} and came back"
-            f" {row['first_place_returns_per_100_nights']:.2f} times in 100 nights of a key; explored"
+            f"  {policy}: first place changed {row['first_place_changes_per_100_nights']:.2f} and returned"
+            f" {row['first_place_returns_per_100_nights']:.2f} times in 100 reviews of a key; explored"
             f" {row['explored_share']:.1%}, which cost"
-            f" {row['worth_lost_by_exploring_per_prompt']:.5f} of worth a prompt"
+            f" {row['worth_lost_by_exploring_per_prompt']:.5f} of utility per prompt"
         )
     shift = result["shift"]
     for what in ("nights_until_followed", "nights_until_trusted_again", "largest_share_while_failing"):
@@ -258,7 +259,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     files = options.outcomes or _shared()
-    prompts = options.prompts if options.outcomes else [_beside(path) for path in files]
+    prompts = options.prompts if options.outcomes else [_prompts_of(path) for path in files]
     results: dict[str, Any] = {}
     for path, texts in itertools.zip_longest(files, prompts):
         table = read_table(path, texts)
@@ -275,13 +276,11 @@ def _shared() -> list[Path]:
     folder = Path(os.environ.get("ROUTER_SHARED_DATA", ""), "outcomes")
     found = sorted(folder.glob("*.csv.gz")) if os.environ.get("ROUTER_SHARED_DATA") else []
     if not found:
-        print(
-            "No outcomes to replay: give --outcomes FILE.csv.gz, or set ROUTER_SHARED_DATA.", file=sys.stderr
-        )
+        print("No outcomes: give --outcomes FILE.csv.gz, or set ROUTER_SHARED_DATA.", file=sys.stderr)
     return found
 
 
-def _beside(path: Path) -> Path | None:
+def _prompts_of(path: Path) -> Path | None:
     texts = path.with_name(path.name.replace(".csv.gz", ".prompts.jsonl.gz"))
     return texts if texts.exists() else None
 

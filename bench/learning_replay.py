@@ -1,4 +1,4 @@
-"""The router's ranking replayed day by day on a table of real outcomes. See `learning.py`."""
+"""Replays the router's ranking day by day on a table of real outcomes. See `learning.py`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from router.learning import Placed
 from router.learning.evidence import Evidence, Moments, PeriodStats, decayed
-from router.learning.ranking import Candidate, Key, Standing, rank
-from router.learning.utility import Prior, beneath, usual
+from router.learning.ranking import Candidate, Standing, rank
+from router.learning.utility import Prior, category_prior
 from router.settings import LearningSettings
 
 FAILING_SUCCESS = 0.2
@@ -26,14 +26,22 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Key:
+    """A category, or a topic of a category."""
+
+    category: str
+    topic: str = ""
+
+
 @dataclass(frozen=True)
 class Table:
-    """One table of outcomes: a row a prompt, a column a model. Cost in USD, NaN where it is not known."""
+    """Outcomes by prompt (rows) and model (columns). Cost in USD, NaN if unknown."""
 
     name: str
     models: tuple[str, ...]
     keys: tuple[Key, ...]  # category and topic
-    key_of: Ints  # of each prompt, an index into keys
+    key_of: Ints  # index into keys, by prompt
     score: Floats
     cost: Floats
 
@@ -43,7 +51,7 @@ class Table:
 
 
 def read_table(outcomes: Path, prompts: Path | None) -> Table:
-    """The prompts that every model of the table answered; with `prompts` only those whose text is there."""
+    """Reads the prompts that every model answered; with `prompts`, only those whose text is in that file."""
     known = None
     if prompts is not None:
         with gzip.open(prompts, "rt", encoding="utf-8") as lines:
@@ -66,8 +74,8 @@ def read_table(outcomes: Path, prompts: Path | None) -> Table:
     return Table(name, models, tuple(distinct), key_of, both[:, :, 0], both[:, :, 1])
 
 
-def worths(table: Table, learning: LearningSettings) -> Floats:
-    """prompt x model: what that call is worth, by the same weights as the ranking; no latency is known."""
+def utilities(table: Table, learning: LearningSettings) -> Floats:
+    """prompt x model: utility of the call, by the weights of the ranking; latencies are unknown."""
     result = np.zeros_like(table.score)
     for place, key in enumerate(table.keys):
         utility, of_key = learning.utility_of(key.category), table.key_of == place
@@ -82,9 +90,9 @@ def worths(table: Table, learning: LearningSettings) -> Floats:
 
 @dataclass
 class Replay:
-    """One replay: by day where prompts were sent, what answered (-1: it failed), what explored.
+    """One replay. By day: the model of each prompt, the answering model (-1: failed), and exploration.
 
-    By night: who is first, and who is below the floor.
+    By review: the first model, and the models below the floor.
     """
 
     sent: list[Ints] = field(default_factory=list)
@@ -95,7 +103,7 @@ class Replay:
 
 
 class RouterReplay:
-    """The router on a table, by category or by topic beneath it."""
+    """The router on a table, ranking by category or by topic."""
 
     def __init__(self, table: Table, learning: LearningSettings, *, topics: bool, seed: int) -> None:
         self.table, self.learning, self.topics = table, learning, topics
@@ -117,7 +125,7 @@ class RouterReplay:
                     self.table.key_of[prompts]
                 ]
                 fails |= of_category & (choice == model) & (self.draw.random(len(prompts)) > FAILING_SUCCESS)
-            self._note(day, prompts, choice, fails)
+            self._record(day, prompts, choice, fails)
             self.replay.sent.append(choice)
             self.replay.choices.append(np.where(fails, -1, choice))
             self.replay.explored.append(explored)
@@ -138,7 +146,7 @@ class RouterReplay:
                 choice[chosen], explored[chosen] = self.table.models.index(p.model), True
         return choice, explored
 
-    def _note(self, day: int, prompts: Ints, choice: Ints, fails: NDArray[np.bool_]) -> None:
+    def _record(self, day: int, prompts: Ints, choice: Ints, fails: NDArray[np.bool_]) -> None:
         at = np.array([hash(self.keys[n]) for n in self.table.key_of[prompts]])
         for key in set(self.keys):
             for model in range(len(self.table.models)):
@@ -146,64 +154,82 @@ class RouterReplay:
                 if not mine.any():
                     continue
                 done = prompts[mine & ~fails]
-                sums = PeriodStats(
+                stats = PeriodStats(
                     day, int(mine.sum()), len(done), Moments(), _moments(self.table.cost[done, model]),
                     {"reference": _moments(self.table.score[done, model])},
                 )  # fmt: skip
-                for above in {key, Key(key.category)}:
-                    self._add(above, model, sums)
+                for level in {key, Key(key.category)}:
+                    self._add(level, model, stats)
 
-    def _add(self, key: Key, model: int, sums: PeriodStats) -> None:
+    def _add(self, key: Key, model: int, stats: PeriodStats) -> None:
         history = self.history.setdefault((key, model), [])
-        if history and history[-1].period == sums.period:
+        if history and history[-1].period == stats.period:
             last = history.pop()
-            scores = {"reference": last.scores["reference"] + sums.scores["reference"]}
-            sums = PeriodStats(
-                sums.period, last.calls + sums.calls, last.answered + sums.answered, Moments(),
-                last.costs + sums.costs, scores,
+            scores = {"reference": last.scores["reference"] + stats.scores["reference"]}
+            stats = PeriodStats(
+                stats.period, last.calls + stats.calls, last.answered + stats.answered, Moments(),
+                last.costs + stats.costs, scores,
             )  # fmt: skip
-        history.append(sums)
+        history.append(stats)
 
-    def _review(self, night: int) -> None:
+    def _review(self, day: int) -> None:
         known = {
-            (key, model): self._evidence(key, model, night)
+            (key, model): self._evidence(key, model, day)
             for key in self.every
             for model in range(len(self.table.models))
         }
-        for key in self.every:  # a category before its topics, which begin from its order
+        for key in self.every:  # a category comes before its topics, which start from its order
             above = self.places[Key(key.category)]
             candidates = [
                 Candidate(name, above[model], known[key, model])
                 for model, name in enumerate(self.table.models)
             ]
-            order = rank(key, candidates, self.learning, self._priors(key, known))
+            order = rank(key.category, candidates, self.learning, self._priors(key, known))
             self.orders[key] = order
             self.places[key] = {self.table.models.index(p.model): p.place for p in order}
         self.replay.low.append({
             (key, self.table.models.index(p.model))
             for key, order in self.orders.items()
             for p in order or ()
-            if p.standing is Standing.LOW
+            if p.standing is Standing.BELOW_FLOOR
         })  # fmt: skip
         firsts = {key: self.table.models.index(order[0].model) for key, order in self.orders.items() if order}
         self.replay.first.append({key: firsts[key] for key in self.keys})
 
-    def _evidence(self, key: Key, model: int, night: int) -> Evidence:
-        known = self.learning
+    def _evidence(self, key: Key, model: int, day: int) -> Evidence:
+        settings = self.learning
         return decayed(
-            self.history.get((key, model), []), night, half_life=known.half_life_periods,
-            memory=known.memory_periods, change_errors=known.change_errors,
+            self.history.get((key, model), []), day, half_life=settings.half_life_periods,
+            memory=settings.memory_periods, change_errors=settings.change_errors,
         )  # fmt: skip
 
     def _priors(self, key: Key, known: dict[tuple[Key, int], Evidence]) -> dict[str, Prior] | None:
         if not key.topic:
             return None
-        above = [known[Key(key.category), model] for model in range(len(self.table.models))]
-        general = usual(above, self.learning.utility_of(key.category), self.learning.prior_calls)
+        of_category = [known[Key(key.category), model] for model in range(len(self.table.models))]
+        prior = category_prior(of_category, self.learning.utility_of(key.category), self.learning.prior_calls)
         return {
-            name: beneath(evidence, general, TOPIC_PRIOR_CALLS)
-            for name, evidence in zip(self.table.models, above, strict=True)
+            name: topic_prior(evidence, prior, TOPIC_PRIOR_CALLS)
+            for name, evidence in zip(self.table.models, of_category, strict=True)
         }
+
+
+def topic_prior(evidence: Evidence, prior: Prior, calls: float) -> Prior:
+    """The prior of one model in a topic: its means in the category, with the weight of `calls`."""
+
+    def shrunk(moments: Moments, towards: float) -> float:
+        return (moments.total + prior.calls * towards) / (moments.count + prior.calls)
+
+    return Prior(
+        success=shrunk(evidence.success, prior.success),
+        scores={
+            source: shrunk(evidence.scores.get(source, Moments()), towards)
+            for source, towards in prior.scores.items()
+        },
+        log_seconds=shrunk(evidence.latencies, prior.log_seconds),
+        cost_usd=shrunk(evidence.costs, prior.cost_usd),
+        calls=calls,
+    )
 
 
 def _moments(values: Floats) -> Moments:

@@ -1,12 +1,13 @@
-"""The old flow as it was, rebuilt to be measured beside the new one: parts, batches of ten, a barrier a run.
+"""The old flow, rebuilt for comparison: static partitions, batches of ten, a barrier per run.
 
-A run reads the unsolved tasks and cuts them into equal parts, one a worker (a thread here; a mapped Airflow
-task there). A worker sends ten prompts to the Models Backend's /batch, which answers when the slowest of them
-is done, writes the answers in one transaction, and takes its next ten, until its part is empty or its limit
-has passed. When all workers have ended, the next run begins after the gap that Airflow needs.
+A run reads the unsolved tasks and splits them into equal partitions, one per worker (a thread here, a
+mapped Airflow task in the original). A worker sends ten prompts to the Models Backend's /batch, which
+replies when the slowest has ended, writes the answers in one transaction and takes the next ten, until its
+partition is empty or its time limit has passed. When all workers have ended, the next run starts after
+Airflow's gap.
 
-It is given every benefit: connections that stay open, one round trip a write, a table without triggers, and
-at the limit it ends its batch instead of losing it.
+It gets every advantage: persistent connections, one round trip per write, a table without triggers, and at
+the limit it completes its batch instead of losing it.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class OldFlow:
     time_scale: float = 1.0
 
     def solve_all(self) -> int:
-        """Run the DAG until no task is unsolved; returns how many runs that took."""
+        """Runs the DAG until no task is unsolved; returns the number of runs."""
         with ThreadPoolExecutor(self.shape.workers, thread_name_prefix="old-worker") as pool:
             for run in range(MOST_RUNS):
                 tasks = self._unsolved()
@@ -63,7 +64,7 @@ class OldFlow:
                 if run:
                     time.sleep(self.shape.gap_seconds / self.time_scale)
                 parts = cut(range(len(tasks)), self.shape.workers)
-                # The barrier: the run is over when its slowest worker is.
+                # The barrier: a run ends with its slowest worker.
                 list(pool.map(self._work, [[tasks[place] for place in part] for part in parts]))
         raise RuntimeError(f"{MOST_RUNS} runs of the old flow have not solved all tasks.")
 

@@ -1,19 +1,18 @@
-"""The old flow (20 workers, ten calls a batch) beside the router: same prompts, latencies and calls at once.
+"""Compares the old flow (20 workers, batches of ten) with the router at equal concurrency.
 
-Both solve the same backlog through the same stand-in, with 200 calls at once and no other limit, on the same
-PostgreSQL. Time counts from the start of the first run until the last answer is written in Postgres; starting
-Airflow counts for neither. The ideal is computed: the same calls, in order, on 200 places of which none is
-idle while a task is left, and nothing takes time but the calls. With few tasks, chance can find an order that
-ends a little sooner.
+Both solve the same backlog through the same stand-in, with 200 concurrent calls and no other limit, on the
+same PostgreSQL. Time counts from the start of the first run until the last answer is written; starting
+Airflow counts for neither. The ideal is computed: the same calls, in order, in 200 slots of which none is
+idle while a task is left, without any overhead. With few tasks another order can end slightly sooner.
 
     gain         seconds of the old flow / seconds of the router
     ideal gain   seconds of the old flow / seconds of the ideal
     share        gain / ideal gain; 97 % is the aim
 
-The second table says where the old flow loses its time: its places' time, divided among calls and waits, and
-how much faster it would be without each wait alone. Last, what it does to a provider whose quota is half of
-what 200 calls at once come to: how many calls it sends for a task, and its time against tasks / quota. This
-table is computed from the same latencies; --computed prints nothing else, in a second.
+The second table shows where the old flow loses time: the share of slot time in calls and in each kind of
+wait, and the speed-up without each wait alone. The last table shows a provider whose quota is half of what
+200 concurrent calls need: calls sent per task, and time against tasks / quota. It is computed from the same
+latencies; --computed prints only that, in a second.
 
     python -m bench.old_vs_new [--tasks 5000] [--shapes even,lognormal,llmperf] [--json] [--computed]
 
@@ -44,8 +43,7 @@ from router.settings import ROOT
 from router.traffic import TrafficTarget
 
 AIM = 0.97
-# Airflow 3.3.2 on two cores: 1.4 to 2.5 s pass from the start of a run until a mapped Airflow task's own code
-# runs behind one that computes what to map.
+# Airflow 3.3.2 on two cores: 1.4 to 2.5 s from the start of a run to the first line of a mapped Airflow task.
 GAP_SECONDS = 2.0
 QUOTA_SHARE = 0.5
 PLAIN_COLUMNS = 190
@@ -59,7 +57,7 @@ WITHOUT: dict[str, dict[str, Any]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, write; 1 if a share is below the aim."""
+    """Measures, prints and writes the results. Exit status 1 if a share is below the aim."""
     options = _parser().parse_args(arguments)
     old = OldShape(gap_seconds=options.gap_seconds)
     bench = Bench(options.tasks, options.seed, options.time_scale, old)
@@ -118,7 +116,7 @@ def _measure_all(shapes: Sequence[str], bench: Bench) -> list[Result]:
 
 
 def losses(shape: str, bench: Bench) -> dict[str, Any]:
-    """Where the old flow loses its time, computed: shares of its places' time, gains without one wait."""
+    """Where the old flow loses time: shares of slot time, and gains without each wait."""
     latencies = drawn_latencies(shape, bench.tasks, bench.seed)
     whole = simulate_old(latencies, bench.old)
     killed = simulate_old(latencies, replace(bench.old, killed_at_limit=True))
@@ -134,7 +132,7 @@ def losses(shape: str, bench: Bench) -> dict[str, Any]:
 
 
 def _over_quota(latencies: Sequence[float], shape: OldShape) -> dict[str, float]:
-    """The old flow against a provider that takes half of what its calls at once come to (calls a minute)."""
+    """The old flow against a provider whose quota is half of its throughput (calls per minute)."""
     quota = max(1, int(len(latencies) / ideal_seconds(latencies, shape.at_once) * 60 * QUOTA_SHARE))
     door = Quotas({ENDPOINT: TrafficTarget.parse(f"{quota}/min")})
     run = simulate_old(latencies, shape, lambda at: door.enter(ENDPOINT, at, 0) is None)

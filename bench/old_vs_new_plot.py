@@ -1,4 +1,4 @@
-"""The picture of a side-by-side run: calls in flight and answers over time, one row a latency shape."""
+"""Plot of a comparison: calls in flight and answers over time, one row per latency shape."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RATE_POINTS = 40
 
 
 def draw(results: Sequence[Result], at_once: int, path: Path) -> None:
-    """Write the picture as PNG."""
+    """Writes the plot as PNG."""
     import matplotlib as mpl  # noqa: PLC0415 - slow to import, and only this needs it
 
     mpl.use("Agg")

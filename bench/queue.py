@@ -1,9 +1,9 @@
-"""Claim and settle, one task at a time: beside other queues, and in a table that no vacuum cleans.
+"""Benchmark of claiming and settling single tasks, against other queues and in a table without vacuum.
 
-First table: tasks a second with the same connections on the same PostgreSQL (fsync on), in turns, so that
-whatever else the machine does falls on all. Second table: what one claim costs with a thousand ready tasks,
-and with a million ready, a million done, 50,000 waiting for a retry and a snapshot that is held all the
-while; claims in both alternate. One task in ten is given back unsent, one in twenty fails and comes back.
+First table: tasks per second with the same number of connections on the same PostgreSQL (fsync on). The
+queues take turns, so that other load of the machine affects all of them. Second table: latency of one claim
+with a thousand ready tasks, and with a million ready, a million done, 50,000 waiting for a retry and a held
+snapshot; claims alternate between both. One task in ten is released unsent, one in twenty is retried.
 
     python -m bench.queue [--json FILE] [--seconds 10] [--snapshot-seconds 60] [--large 1000000]
 
@@ -43,20 +43,20 @@ MILLISECONDS = 1000.0
 
 @dataclass
 class Claimer:
-    """One connection that claims and settles in turn. times_ms: (seconds, ms) of each claim."""
+    """A connection that claims and settles in turn. times_ms: (seconds since start, ms) of each claim."""
 
     connection: asyncpg.Connection
     claims: int = 0
     times_ms: list[tuple[float, float]] = field(default_factory=list)
 
     async def one(self, began: float) -> None:
-        """Claim, timed; then give back, fail or settle, untimed."""
+        """Measures a claim; then releases, fails or solves the task, not measured."""
         call_id = new_call_id(time.time())
-        asked = time.perf_counter()
+        sent_at = time.perf_counter()
         row = await self.connection.fetchrow(CLAIM, "w", call_id)
-        took = time.perf_counter() - asked
+        took = time.perf_counter() - sent_at
         assert row is not None, "nothing was ready"
-        self.times_ms.append((asked - began, took * MILLISECONDS))
+        self.times_ms.append((sent_at - began, took * MILLISECONDS))
         self.claims += 1
         if self.claims % 10 == 0:
             await self.connection.execute("SELECT unclaim($1)", call_id)
@@ -74,15 +74,15 @@ class Claimer:
             await self.connection.execute("SELECT heartbeat('w'), compact_counts()")
 
     async def fill_up(self, ready: int) -> None:
-        """Insert tasks until so many are ready."""
-        there = await self.connection.fetchval("SELECT count(*) FROM queue WHERE state = 'ready'")
+        """Inserts tasks until `ready` are ready."""
+        found = await self.connection.fetchval("SELECT count(*) FROM queue WHERE state = 'ready'")
         await self.connection.execute(
-            f"INSERT INTO tasks (prompt) SELECT 'p' FROM generate_series(1, {ready - there})"
+            f"INSERT INTO tasks (prompt) SELECT 'p' FROM generate_series(1, {ready - found})"
         )
 
 
 async def claim_costs(server: PostgresServer, seconds: float, large: int) -> dict[str, Any]:
-    """Milliseconds of a claim in a small database and in a large one under a held snapshot, in turns."""
+    """Measures claims in a small database and in a large one under a held snapshot, alternating."""
     small_url, large_url = new_router_database(server, "small"), new_router_database(server, "large")
     _fill(large_url, large)
     small, big = [
@@ -105,9 +105,9 @@ async def claim_costs(server: PostgresServer, seconds: float, large: int) -> dic
             await small.fill_up(SMALL)
     state_ms = []
     for _ in range(20):
-        asked = time.perf_counter()
+        sent_at = time.perf_counter()
         await big.connection.fetchrow("SELECT * FROM worker_state('{}')")
-        state_ms.append((time.perf_counter() - asked) * MILLISECONDS)
+        state_ms.append((time.perf_counter() - sent_at) * MILLISECONDS)
     await held.rollback()
     for connection in (snapshot, small.connection, big.connection):
         await connection.close()
@@ -157,7 +157,7 @@ def _percentiles(times_ms: Sequence[float]) -> dict[str, float]:
 def _over_time(
     times_ms: Sequence[tuple[float, float]], seconds: float, steps: int = 20
 ) -> list[tuple[float, float, float]]:
-    """(seconds, p50, p99) for each twentieth of the time."""
+    """Returns (seconds, p50, p99) for each of `steps` intervals."""
     slices: list[list[float]] = [[] for _ in range(steps)]
     for at, ms in times_ms:
         slices[min(steps - 1, int(at / seconds * steps))].append(ms)
@@ -169,13 +169,13 @@ def _over_time(
 
 
 async def throughput(server: PostgresServer, seconds: float, connections: int) -> dict[str, list[float]]:
-    """name -> tasks a second, one number a round; see name_of."""
+    """Returns name -> tasks per second in each round; see name_of."""
     jobs = int(seconds * 8000) + 10_000
     async with AsyncExitStack() as open_until:
         rivals: list[Rival] = await all_rivals(server, connections, jobs, open_until)
         server.run("vacuumdb", "--all", "--analyze")
         for rival in rivals:
-            await rival.tasks_per_second(1)  # the first time it plans and caches
+            await rival.tasks_per_second(1)  # warm-up: plans and caches
         rates: dict[str, list[float]] = {name_of(rival): [] for rival in rivals}
         for _ in range(ROUNDS):
             for rival in rivals:
@@ -184,12 +184,12 @@ async def throughput(server: PostgresServer, seconds: float, connections: int) -
 
 
 def name_of(rival: Rival) -> str:
-    """`pgqueuer, as used` or `pgqueuer, bare statements`."""
+    """Returns e.g. `pgqueuer, as used` or `pgqueuer, bare statements`."""
     return f"{rival.name}, {'as used' if rival.as_used else 'bare statements'}"
 
 
 def targets_of(result: dict[str, Any]) -> list[tuple[str, float, float, bool]]:
-    """(what, target, seen, reached) for each target."""
+    """Returns (description, target, measured, reached) of each target."""
     rates = {name: statistics.mean(of) for name, of in result["tasks_per_second"].items()}
     ours, procrastinate, pgqueuer, pgbench, bare, *_ = rates.values()
     costs = result["claim"]
@@ -208,7 +208,7 @@ def targets_of(result: dict[str, Any]) -> list[tuple[str, float, float, bool]]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print the tables."""
+    """Prints the tables."""
     console = Console()
     speeds = Table(title=f"Claim + settle, {result['connections']} connections, fsync on")
     for column in ("queue", "tasks/s", "rounds"):
@@ -226,7 +226,7 @@ def show(result: dict[str, Any]) -> None:
         claims.add_row(name.replace("_", ", "), *(f"{value:.3f}" for value in costs[name].values()))
     console.print(claims, f"worker_state at the end, snapshot still held: {costs['state_ms']:.2f} ms")
     aims = Table(title="Targets")
-    for column in ("what", "target", "seen", ""):
+    for column in ("metric", "target", "measured", ""):
         aims.add_column(column)
     for what, target, seen, reached in targets_of(result):
         aims.add_row(what, f"{target:g}", f"{seen:.2f}", "reached" if reached else "MISSED")
@@ -234,8 +234,8 @@ def show(result: dict[str, Any]) -> None:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Two panels: tasks a second, and what a claim costs while the snapshot is held."""
-    import matplotlib as mpl  # noqa: PLC0415 - slow to import, wanted here only
+    """Draws tasks per second, and claim latency while the snapshot is held."""
+    import matplotlib as mpl  # noqa: PLC0415 - slow to import
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt  # noqa: PLC0415
@@ -251,7 +251,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             [p[0] for p in points], [p[2] for p in points], color=style, linestyle="--", label=f"{name}, p99"
         )
     right.set_xlabel("seconds since the snapshot was taken")
-    right.set_ylabel("ms a claim")
+    right.set_ylabel("ms per claim")
     right.set_ylim(bottom=0)
     right.legend()
     figure.tight_layout()
@@ -259,17 +259,23 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, write; 1 if a target is missed."""
+    """Measures, prints and writes the results. Returns 1 if a target is missed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, default=RESULTS / "queue.json", metavar="FILE")
-    parser.add_argument("--seconds", type=float, default=10, help="for each queue, in rounds (default 10)")
+    parser.add_argument("--seconds", type=float, default=10, help="per queue, in rounds (default 10)")
     parser.add_argument(
-        "--snapshot-seconds", type=float, default=60, help="how long to hold it (default 60; long form 600)"
+        "--snapshot-seconds",
+        type=float,
+        default=60,
+        help="duration of the held snapshot (default 60; long run 600)",
     )
     parser.add_argument(
-        "--large", type=int, default=1_000_000, help="ready tasks, and as many done (default 1,000,000)"
+        "--large",
+        type=int,
+        default=1_000_000,
+        help="ready tasks, and the same number done (default 1,000,000)",
     )
     parser.add_argument("--connections", type=int, default=8)
     options = parser.parse_args(arguments)

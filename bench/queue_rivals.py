@@ -1,9 +1,9 @@
-"""The queues that bench/queue.py measures side by side, each doing the same: take one task, mark it done.
+"""The queues that bench/queue.py compares: each claims one task and marks it as done.
 
-Ours writes a log row when it takes a task and closes it with the answer, fenced by the call_id; the others
-take one job (batch 1) and mark it done. Each is measured twice: as its users run it (our TaskQueue, their
-workers with a job that does nothing), and by its bare statements, without what is around them; pgbench sends
-our two from C. All use the same number of connections to the same PostgreSQL, one task at a time on each.
+The router logs a call with each claim and closes it with the answer, fenced by the call_id; the others
+dequeue one job (batch 1) and mark it as done. Each is measured as it is used (our TaskQueue, their workers
+with an empty job) and by its bare statements; pgbench sends the router's two statements from C. All use the
+same number of connections to the same PostgreSQL, with one task at a time per connection.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ RESULT = CallResult(
     Outcome.ANSWERED, answer="an answer", prompt_tokens=10, completion_tokens=20, cost_usd=0.001,
     latency_seconds=0.5,
 )  # fmt: skip
-# uuidv7() stands in for the id that a worker makes; it is the same two statements and round trips.
+# uuidv7() replaces the worker's id; statements and round trips are the same.
 PGBENCH = """
 WITH made AS MATERIALIZED (SELECT uuidv7() AS call_id)
 SELECT m.call_id, c.*
@@ -52,7 +52,7 @@ Rate = Callable[[float], Awaitable[float]]
 
 @dataclass(frozen=True)
 class Rival:
-    """A queue, filled with more jobs than can be taken; each measurement goes on where the last stopped."""
+    """A queue filled with more jobs than can be processed; each measurement continues the last one."""
 
     name: str
     as_used: bool
@@ -60,13 +60,13 @@ class Rival:
 
 
 def new_router_database(server: PostgresServer, name: str) -> str:
-    """The URL of a database with the router's schema and three categories."""
+    """Creates a database with the router's schema and three categories. Returns its URL."""
     url = server.create_database(name)
     migrate(url)
     with connect(url) as connection:
         for category in CATEGORIES:
             rows(connection, "INSERT INTO categories VALUES (%s, %s)", (category, category == "general"))
-        # No engine runs here that would find categories: all tasks are ready at once.
+        # Without classification all tasks are ready immediately.
         rows(connection, "UPDATE queue_settings SET categorise = false")
     return url
 
@@ -74,7 +74,7 @@ def new_router_database(server: PostgresServer, name: str) -> str:
 async def all_rivals(
     server: PostgresServer, connections: int, jobs: int, open_until: AsyncExitStack
 ) -> list[Rival]:
-    """Every queue, filled; their connections stay open as long as `open_until`."""
+    """Returns every queue, filled; `open_until` closes their connections."""
     ours = new_router_database(server, "ours")
     pgbench = new_router_database(server, "pgbench")
     for url in (ours, pgbench):
@@ -139,7 +139,7 @@ async def _library(url: str, connections: int, open_until: AsyncExitStack) -> li
     pool = await open_pool(url, connections=connections)
     open_until.push_async_callback(pool.close)
     queue = TaskQueue(pool, host="bench")
-    await queue.start()
+    await queue.renew_lease()
 
     async def take() -> None:
         claim = await queue.claim("bench", ["general"], max_tokens=512)
@@ -169,7 +169,7 @@ def _pgbench(server: PostgresServer, connections: int) -> Rate:
 async def _procrastinate(
     server: PostgresServer, connections: int, jobs: int, open_until: AsyncExitStack
 ) -> tuple[list[Take], Rate]:
-    from procrastinate.jobs import Status  # noqa: PLC0415 - a rival's library, wanted here only
+    from procrastinate.jobs import Status  # noqa: PLC0415 - optional dependency
     from procrastinate.manager import JobManager  # noqa: PLC0415
 
     async def opened(name: str) -> Any:
@@ -186,7 +186,7 @@ async def _procrastinate(
             )
         return app
 
-    # Two databases: a worker takes away what the bare statements' workers, which have no heartbeat, hold.
+    # Two databases: workers take jobs of the bare statements' workers, which send no heartbeat.
     used, bare = await opened("procrastinate"), await opened("procrastinate_bare")
 
     async def work(seconds: float) -> float:
@@ -208,15 +208,15 @@ async def _procrastinate(
 
 
 def _procrastinate_app(url: str, connections: int) -> Any:
-    """An app with the task `solve`, which counts itself in the app's `solved`."""
-    import procrastinate  # noqa: PLC0415 - a rival's library, wanted here only
+    """Returns an app whose task `solve` counts its runs in `solved`."""
+    import procrastinate  # noqa: PLC0415 - optional dependency
 
     connector = procrastinate.PsycopgConnector(conninfo=url, min_size=connections, max_size=connections)
     app: Any = procrastinate.App(connector=connector)
     app.solved = 0
 
-    @app.task(name="solve")  # type: ignore[untyped-decorator]  # the rival ships no types
-    async def solve(prompt: str) -> None:  # noqa: ARG001 - what there is to do takes no time
+    @app.task(name="solve")  # type: ignore[untyped-decorator]  # untyped library
+    async def solve(prompt: str) -> None:  # noqa: ARG001 - the job is empty
         app.solved += 1
 
     return app
@@ -225,7 +225,7 @@ def _procrastinate_app(url: str, connections: int) -> Any:
 async def _pgqueuer(
     server: PostgresServer, connections: int, jobs: int, open_until: AsyncExitStack
 ) -> tuple[list[Take], Rate]:
-    from pgqueuer.db import AsyncpgDriver  # noqa: PLC0415 - a rival's library, wanted here only
+    from pgqueuer.db import AsyncpgDriver  # noqa: PLC0415 - optional dependency
     from pgqueuer.models import Job  # noqa: PLC0415
     from pgqueuer.qm import QueueManager  # noqa: PLC0415
     from pgqueuer.queries import EntrypointExecutionParameter, Queries  # noqa: PLC0415
@@ -260,7 +260,7 @@ async def _pgqueuer(
         for worker in workers:
 
             @worker.entrypoint("solve")
-            async def solve(job: Job) -> None:  # noqa: ARG001 - what there is to do takes no time
+            async def solve(job: Job) -> None:  # noqa: ARG001 - the job is empty
                 nonlocal done
                 done += 1
 
@@ -278,8 +278,8 @@ async def _pgqueuer(
 async def _counted(
     done: Callable[[], int], seconds: float, running: asyncio.Future[Any], stop: Callable[[], Any]
 ) -> float:
-    """Jobs a second, from a moment at which they run until `seconds` later."""
-    while not done():  # noqa: ASYNC110 - it is their loop that counts
+    """Returns jobs per second, measured for `seconds` after the first job is done."""
+    while not done():  # noqa: ASYNC110 - jobs are counted by the library's loop
         await asyncio.sleep(0.01)
     before, began = done(), time.perf_counter()
     await asyncio.sleep(seconds)

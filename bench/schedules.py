@@ -1,8 +1,8 @@
-"""What a schedule of given calls comes to, computed: the ideal one, and the old flow with and without waits.
+"""Computes schedules of given calls: the ideal one, and the old flow with and without each of its waits.
 
-The old flow: a run cuts the unsolved tasks into equal parts, one a worker; a worker sends ten at once, waits
-for the slowest of the ten, writes, takes the next ten, and stops at its limit; when all workers have ended,
-the next run follows after a gap. Each wait can be taken out alone, so that its price shows on the same drawn
+The old flow: a run splits the unsolved tasks into equal partitions, one per worker; a worker sends ten
+concurrently, waits for the slowest, writes, takes the next ten, and stops at its time limit; when all workers
+have ended, the next run follows after a gap. Each wait can be removed alone, to measure its cost on the same
 latencies.
 """
 
@@ -21,11 +21,11 @@ Admit = Callable[[float], bool]
 
 @dataclass(frozen=True, slots=True)
 class OldShape:
-    """How the old flow works. Times in seconds.
+    """Parameters of the old flow. Times in seconds.
 
-    waits_for_batch: a worker takes the next ten only when the slowest of the last ten is done; else each of
-    its places takes the next task by itself. own_parts: each worker has its part; else all take from one
-    list. killed_at_limit: what is in flight at the limit is lost and done again; else a batch may end.
+    waits_for_batch: a worker takes the next ten when the slowest of the last ten has ended; else each of its
+    slots takes the next task by itself. own_parts: each worker has its partition; else all share one list.
+    killed_at_limit: calls in flight at the limit are lost and repeated; else a batch may end.
     """
 
     workers: int = 20
@@ -38,18 +38,17 @@ class OldShape:
 
     @property
     def at_once(self) -> int:
-        """The most calls in flight."""
+        """Maximum concurrency."""
         return self.workers * self.batch
 
 
 @dataclass(slots=True)
 class OldRun:
-    """What the old flow came to. `seconds` is when the last answer was there.
+    """Result of the old flow; `seconds` is the time of the last answer.
 
-    Of all its places' time (`seconds` x calls at once), `working` was spent in calls that were kept,
-    `for_batch` in waiting for the slowest of ten (and in lost calls), `for_workers` in waiting for the
-    slowest worker of a run, `for_restart` between runs; all four in place-seconds. `sent` counts calls,
-    refused ones too.
+    Slot time (`seconds` x concurrency) divides into `working` (calls whose answers counted), `for_batch`
+    (waiting for the slowest of ten, and lost calls), `for_workers` (waiting for the slowest worker of a run)
+    and `for_restart` (between runs), all in slot-seconds. `sent` counts calls, refused ones included.
     """
 
     seconds: float = 0.0
@@ -63,7 +62,7 @@ class OldRun:
 
 
 def ideal_seconds(latencies: Sequence[float], slots: int) -> float:
-    """When the last answer is there if `slots` places take the calls in order, each as soon as it is free."""
+    """Time of the last answer if `slots` slots take the calls in order, each as soon as it is free."""
     free = [0.0] * min(slots, max(1, len(latencies)))
     for latency in latencies:
         heapq.heapreplace(free, free[0] + latency)
@@ -71,16 +70,16 @@ def ideal_seconds(latencies: Sequence[float], slots: int) -> float:
 
 
 def cut(tasks: Sequence[int], parts: int) -> list[list[int]]:
-    """The tasks in `parts` equal parts, in order; the first ones hold one more if need be."""
+    """Splits the tasks into `parts` partitions of equal size, or one more in the first ones."""
     size, more = divmod(len(tasks), parts)
     ends = list(itertools.accumulate([size + (part < more) for part in range(parts)], initial=0))
     return [list(tasks[low:high]) for low, high in itertools.pairwise(ends)]
 
 
 def simulate_old(latencies: Sequence[float], shape: OldShape, admit: Admit | None = None) -> OldRun:
-    """The old flow on these latencies (seconds), all tasks there at 0, answers written in no time.
+    """Simulates the old flow on these latencies (seconds): all tasks present at 0, writes take no time.
 
-    `admit(at)` is the provider's quota: a call that it refuses comes back at once and waits for the next run.
+    `admit(at)` is the provider's quota: a refused call returns at once and waits for the next run.
     """
     total = OldRun()
     unsolved: list[int] = list(range(len(latencies)))
@@ -97,7 +96,7 @@ def simulate_old(latencies: Sequence[float], shape: OldShape, admit: Admit | Non
 
 
 class _Run:
-    """One run of the DAG. A *unit* sends together and waits together: a worker, or one of its places."""
+    """One run of the DAG. A *unit* sends together and waits together: a worker, or one of its slots."""
 
     def __init__(
         self, latencies: Sequence[float], shape: OldShape, admit: Admit | None, start: float, total: OldRun
@@ -110,7 +109,7 @@ class _Run:
         self._left: list[int] = []
 
     def work_through(self, tasks: list[int]) -> list[int]:
-        """Solve what this run can; returns what it left, in order."""
+        """Solves as many tasks as fit into this run; returns the others in order."""
         shape = self._shape
         lists = [deque(part) for part in cut(tasks, shape.workers if shape.own_parts else 1)]
         a_worker = 1 if shape.waits_for_batch else shape.batch
@@ -131,7 +130,7 @@ class _Run:
         return sorted([*self._left, *itertools.chain.from_iterable(lists)])
 
     def _send(self, tasks: deque[int], now: float, end_of_limit: float) -> float:
-        """Send the next ones together; returns when the unit is free again."""
+        """Sends the next tasks together; returns the time at which the unit is free again."""
         shape, total = self._shape, self._total
         width = shape.batch if shape.waits_for_batch else 1
         going = [tasks.popleft() for _ in range(min(width, len(tasks)))]

@@ -1,6 +1,7 @@
-"""Runs the old flow and the router one after the other on the same backlog, and says how each went.
+"""Runs the old flow and the router one after the other on the same backlog and measures both.
 
-One model of the stand-in stands behind all of the router's, so that a prompt takes as long whoever takes it.
+All of the router's models use one model of the stand-in, so that a prompt's latency does not depend on the
+model.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ from router.workers import Engine, Worker
 
 ENDPOINT = "bench"
 MODELS = tuple(f"model-{number:02}" for number in range(1, 11))
-CATEGORY = "general"  # one category, so that the order of the tasks is the ideal's
+CATEGORY = "general"  # one category, so that tasks are taken in the ideal's order
 MAX_TOKENS = 128
 POINTS = 400
 LOOK_SECONDS = 0.05
 START_SECONDS = 60.0
-OVERTIME = 20.0  # times the ideal, after which something is broken
+OVERTIME = 20.0  # times the ideal, after which the run is given up
 
-# shape -> the stand-in's --latency, and how much faster than real it is run: 60 to 90 calls a second, which a
-# small machine can follow, so that what is measured is the schedule.
+# shape -> the stand-in's --latency and time scale: 60 to 90 calls per second, which a small machine
+# sustains, so that the schedule is measured and not the machine.
 SHAPES = {
     "even": ("even:1:120", 20.0),
     "lognormal": ("lognormal:12:1:1:120", 8.0),
@@ -50,7 +51,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured. `old` holds real seconds; `time_scale`, if given, replaces that of the shapes."""
+    """Parameters. `old` is in real seconds; `time_scale` replaces that of the shapes."""
 
     tasks: int = 5000
     seed: int = 0
@@ -60,7 +61,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Parts:
-    """What both flows share."""
+    """Services that both flows use."""
 
     postgres: PostgresServer
     redis: RedisServer
@@ -69,10 +70,10 @@ class Parts:
 
 @dataclass(frozen=True)
 class Flow:
-    """How one flow went, in real seconds, which are the measured ones times the time scale.
+    """Result of one flow in real seconds: measured seconds times the time scale.
 
-    `busy_share` is how much of its places was in use until the last call was sent; `late_ms` by how many
-    milliseconds (as measured) a call took longer at the stand-in than was drawn, on average.
+    `busy_share` is the used share of its slots until the last send; `late_ms` is the mean number of
+    milliseconds (as measured) by which a call exceeded its drawn latency.
     """
 
     seconds: float
@@ -88,7 +89,7 @@ class Flow:
 
 @dataclass(frozen=True)
 class Result:
-    """One latency shape, measured; times in real seconds."""
+    """Results of one latency shape; times in real seconds."""
 
     shape: str
     latency: str
@@ -103,23 +104,23 @@ class Result:
 
     @property
     def gain(self) -> float:
-        """How many times as fast the router is."""
+        """Speed-up of the router."""
         return self.old.seconds / self.new.seconds
 
     @property
     def ideal_gain(self) -> float:
-        """How many times as fast the ideal is."""
+        """Speed-up of the ideal."""
         return self.old.seconds / self.ideal_seconds
 
     @property
     def share(self) -> float:
-        """How much of the ideal's gain the router reaches."""
+        """The router's share of the ideal's speed-up."""
         return self.ideal_seconds / self.new.seconds
 
 
 @dataclass(frozen=True)
 class _Began:
-    """When a flow began: on the arrival log's clock, and on Postgres's (one machine)."""
+    """Start of a flow on the arrival log's clock and on Postgres's."""
 
     monotonic: float
     wall: float
@@ -127,7 +128,7 @@ class _Began:
 
 
 def prompts(count: int, seed: int) -> list[str]:
-    """`count` different prompts to which the stand-in has an answer; an empty one would be asked again."""
+    """`count` distinct prompts with a non-empty answer of the stand-in, so that none is retried."""
     lines = (ROOT / "bench" / "demo_prompts.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [str(json.loads(line)["prompt"]) for line in lines if line.strip()]
     found: list[str] = []
@@ -141,13 +142,13 @@ def prompts(count: int, seed: int) -> list[str]:
 
 
 def drawn_latencies(shape: str, count: int, seed: int) -> list[float]:
-    """The latencies (real seconds) of the bench's prompts, in their order."""
+    """Latencies (real seconds) of the prompts, in order."""
     latency, _ = SHAPES[shape]
     return [latency_seconds(ENDPOINT, text, seed=seed, shape=latency) for text in prompts(count, seed)]
 
 
 def measure(shape: str, bench: Bench, parts: Parts) -> Result:
-    """Both flows on one latency shape, each with a database and a stand-in of its own, and the ideal."""
+    """Runs both flows on one latency shape, each with its own database and stand-in."""
     latency, usual_scale = SHAPES[shape]
     scale = bench.time_scale or usual_scale
     texts = prompts(bench.tasks, bench.seed)
@@ -227,7 +228,7 @@ async def _run_engine(engine: Engine, tasks: int, patience_seconds: float) -> _B
 def _flow(
     url: str, calls: list[dict[str, Any]], began: _Began, *, drawn_seconds: float, scale: float, at_once: int
 ) -> Flow:
-    """What the tasks in Postgres and the stand-in's arrival log say of one flow."""
+    """Measures one flow from Postgres and the stand-in's arrival log."""
     with connect(url) as connection:
         select = "SELECT extract(epoch FROM solved_at)::float8 AS at FROM tasks WHERE status = 'solved'"
         solved = rows(connection, select)

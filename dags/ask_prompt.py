@@ -1,4 +1,4 @@
-"""Answers one prompt, given in a form."""
+"""Answers one prompt from a form."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from prompt_asker import AskPrompt
 
 DOC = """
 ### ask_prompt
-Answers one prompt now. **Trigger** shows the form; the answer stands in the log of the Airflow task `ask`,
-and in the table `tasks`.
+Answers one prompt. **Trigger** opens the form. The answer is in the log of the Airflow task `ask` and in the
+table `tasks`.
 
-The model that is best for the prompt's category and a fallback are asked at once. If the answer in time is
-not the best model's, the Airflow task waits `late_seconds` for a better one and gives up what is then still
-under way; the call log (`router log`) says so.
+The preferred model of the prompt's category and a fallback are called in parallel. If the answer at the
+deadline is not the preferred model's, the Airflow task waits up to `late_seconds` for a better one, then
+cancels the calls still in progress; `router log` shows them as `abandoned`.
 
 Works without scheduler and triggerer:
 
@@ -29,21 +29,21 @@ Works without scheduler and triggerer:
     params={
         "prompt": Param(
             "Why is the sky blue?", type="string", format="multiline", minLength=1, maxLength=1_000_000,
-            title="Prompt", description="What is to be answered.",
+            title="Prompt", description="The text to answer.",
         ),
         "category": Param(
-            None, type=["null", "string"], title="Category", description="Empty: the router finds it."
+            None, type=["null", "string"], title="Category", description="Empty: chosen by the classifier."
         ),
         "model": Param(
-            None, type=["null", "string"], title="Model", description="Ask this model only. Empty: the best."
+            None, type=["null", "string"], title="Model", description="Call only this model. Empty: the best."
         ),
         "deadline_seconds": Param(
             None, type=["null", "number"], exclusiveMinimum=0, maximum=3600, title="Deadline in seconds",
-            description="When there must be an answer. Empty: the category's.",
+            description="Empty: the deadline of the category.",
         ),
         "late_seconds": Param(
             60, type="number", minimum=0, maximum=3600, title="Wait for a better answer, in seconds",
-            description="How long after a provisional answer.",
+            description="After a provisional answer.",
         ),
     },
 )  # fmt: skip

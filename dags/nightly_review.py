@@ -1,27 +1,27 @@
-"""Lets the log teach, and looks for better models, once a night."""
+"""Reviews the call log and searches for better models every night."""
 
 from __future__ import annotations
 
 from datetime import timedelta
 
 from airflow.sdk import CronTriggerTimetable, Param, chain, dag
-from nightly import NightReport, NightStep
+from nightly import NightlyReport, NightlyStep
 
 DOC = """
 ### nightly_review
-Every night at 02:30 UTC, or now by **Trigger**: grades a sample of the answers, has another model judge
-some, sums the log up, orders the models anew, searches for better ones, decides about those on probation,
-drops old days of the log, and says in the log of `report` what moved and why.
+Runs every night at 02:30 UTC, or now by **Trigger**. Grades a sample of the answers, judges some of them with
+another model, sums up the call log, ranks the models, searches for better ones, promotes or retires those on
+probation, and drops old days of the log. The log of `report` shows all changes with reasons.
 
-* Workers hear of a new order within a second; nothing is restarted. `router ranking undo` sets it back.
-* Every step can be cleared and run again. A run that dies leaves the old order in force.
-* `config/learning.yaml` and `config/search.yaml` hold the settings, also what a night may cost.
+* Workers apply a new ranking within a second, without a restart. `router ranking undo` undoes it.
+* Every step can be cleared and run again. After a crash the previous ranking stays active.
+* Settings and budgets are in `config/learning.yaml` and `config/search.yaml`.
 """
-WHATEVER = "all_done"  # the step is done also where one before it failed
+ALL_DONE = "all_done"  # trigger rule of steps that also run after a failed step
 FORM = {
-    "dry_run": ("Dry run", False, "Show what would move; keep nothing."),
-    "judge": ("Judge", True, "Have a sample of the answers judged by models."),
-    "search": ("Search", True, "Look for better models, and try them."),
+    "dry_run": ("Dry run", False, "Show what would change; store nothing."),
+    "judge": ("Judge", True, "Judge a sample of the answers with other models."),
+    "search": ("Search", True, "Search for better models and try them."),
 }
 CATEGORIES = Param(
     None, type=["null", "array"], items={"type": "string"}, title="Categories", description="Of the search."
@@ -29,7 +29,7 @@ CATEGORIES = Param(
 
 
 @dag(
-    # Unpaused for the first time it makes up for no night; later Airflow runs the last one that was missed.
+    # No run is made up for when it is first unpaused; after later pauses Airflow runs the last missed one.
     schedule=CronTriggerTimetable("30 2 * * *", timezone="UTC", run_immediately=timedelta(0)),
     catchup=False,
     max_active_runs=1,
@@ -38,21 +38,21 @@ CATEGORIES = Param(
     doc_md=DOC,
     tags=["router"],
     params={
-        **{key: Param(on, type="boolean", title=title, description=words)
-           for key, (title, on, words) in FORM.items()},
+        **{key: Param(on, type="boolean", title=title, description=description)
+           for key, (title, on, description) in FORM.items()},
         "categories": CATEGORIES,
     },
 )  # fmt: skip
 def nightly_review() -> None:
     chain(
-        NightStep(task_id="grade"),
-        NightStep(task_id="judge"),
-        NightStep(task_id="sum_up", trigger_rule=WHATEVER),
-        NightStep(task_id="rank"),
-        NightStep(task_id="search"),
-        NightStep(task_id="probation", trigger_rule=WHATEVER),
-        NightStep(task_id="retention", trigger_rule=WHATEVER),
-        NightReport(task_id="report", trigger_rule=WHATEVER, retries=0),
+        NightlyStep(task_id="grade"),
+        NightlyStep(task_id="judge"),
+        NightlyStep(task_id="sum_up", trigger_rule=ALL_DONE),
+        NightlyStep(task_id="rank"),
+        NightlyStep(task_id="search"),
+        NightlyStep(task_id="probation", trigger_rule=ALL_DONE),
+        NightlyStep(task_id="retention", trigger_rule=ALL_DONE),
+        NightlyReport(task_id="report", trigger_rule=ALL_DONE, retries=0),
     )
 
 

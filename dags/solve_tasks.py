@@ -1,4 +1,4 @@
-"""Solves the tasks in Postgres, one deferrable worker a model, for ever."""
+"""DAG that processes the task queue with one deferrable worker per model, continuously."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from router.workers import begin_run, run_report
 
 DOC = """
 ### solve_tasks
-Waits until there is an unsolved task, then runs one worker for each model of the roster, deferred in the
-triggerer. Each takes one task at a time and sends it at the traffic that `traffic.<model>` allows.
+Waits for unsolved tasks, then runs one worker per active model, deferred in the triggerer. Each worker claims
+tasks and sends them within the limits of the Variable `traffic.<model>`.
 
-* **Change a model's traffic**: edit its Variable; it holds within a second. `0` stops the model.
-* **Stop and go on**: pause and unpause this DAG; sending follows within two seconds, calls in flight finish.
-* A run ends, with all its workers at once, when the queue was empty for a while or the roster changed; the
-  next one follows within seconds. A worker marked failed rests its model until it is cleared or the next run.
+* **Change a model's traffic**: edit its Variable; it applies within a second. `0` stops the model.
+* **Pause**: pause and unpause this DAG; sending follows within two seconds, calls in flight finish.
+* A run ends when the queue has been empty for a while or the roster changed; the next one starts within
+  seconds. A worker marked failed stops its model until the task is cleared or the next run starts.
 """
 
 
 @dag(
     schedule="@continuous",
-    # Without one the second run would have the date of the first, and would never be made.
+    # Without it the second run would get the date of the first and would not be created.
     start_date=datetime(2024, 1, 1, tzinfo=timezone.utc),
     max_active_runs=1,
     catchup=False,

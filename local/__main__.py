@@ -1,4 +1,4 @@
-"""`python -m local up`: the embedded stack, until Ctrl-C, SIGTERM or the death of a process."""
+"""`python -m local up`: runs the embedded stack until Ctrl-C, SIGTERM or the end of one of its processes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from local.launcher import add_stack_arguments, run_stack
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 after a requested stop, 1 if the stack could not start or a process died."""
+    """Returns the exit status: 0 after a requested stop, 1 if the stack failed to start or a process died."""
     parser = argparse.ArgumentParser(prog="python -m local", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    up = commands.add_parser("up", help="start the stack and leave it open")
+    up = commands.add_parser("up", help="start the stack and keep it running")
     add_stack_arguments(up)
     return run_stack(parser.parse_args(arguments))
 

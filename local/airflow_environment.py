@@ -1,4 +1,4 @@
-"""The environment that turns four Airflow processes into one small, quick, private Airflow."""
+"""Environment of the embedded Airflow: local only, small, with low scheduling latency."""
 
 from __future__ import annotations
 
@@ -11,20 +11,24 @@ from pathlib import Path
 from local.keys import Secrets, write_private
 
 ROOT = Path(__file__).resolve().parent.parent
-FOREIGN = (
+REMOVED_PREFIXES = (
     *("AIRFLOW_", "_AIRFLOW_", "PG", "PYTHONDONTWRITEBYTECODE"),
     *("ROUTER_DATABASE_URL", "ROUTER_REDIS_URL", "ROUTER_AIRFLOW_", "MODELS_BACKEND_URL"),
 )
-USERS = {"admin": "admin", "viewer": "viewer", "router": "op"}  # `op` is the least that may edit Variables
+USERS = {
+    "admin": "admin",
+    "viewer": "viewer",
+    "router": "op",
+}  # `op` is the lowest role that may edit Variables
 
 
 def clean_environment() -> dict[str, str]:
-    """Ours without what would configure another Airflow or router, with this Python's programs first on PATH.
+    """Returns this process's environment without settings of another Airflow, router or Postgres.
 
-    Proxies are told to keep away from the loopback, which is the only address that the parts use. Bytecode is
-    kept, whatever we were told: Airflow's imports take three times as long without.
+    Programs of this Python come first on PATH, and proxies are bypassed for the loopback. Bytecode is written
+    even if PYTHONDONTWRITEBYTECODE is set: Airflow's imports take three times as long without it.
     """
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(REMOVED_PREFIXES)}
     environment["PATH"] = os.pathsep.join(
         [str(Path(sys.executable).parent), environment.get("PATH", os.defpath)]
     )
@@ -48,7 +52,7 @@ def airflow_environment(
     addresses: Mapping[str, str],
     settings: Mapping[str, str],
 ) -> dict[str, str]:
-    """What all of Airflow's processes get. `addresses` is `router.env`; `settings` are `SECTION__KEY`."""
+    """Returns the environment of Airflow's processes. `settings` are overrides by `SECTION__KEY`."""
     url = f"http://127.0.0.1:{port}"
     passwords_file = home / "passwords.json"
     write_private(passwords_file, json.dumps(secrets.airflow_passwords))
@@ -57,7 +61,7 @@ def airflow_environment(
         "CORE__PLUGINS_FOLDER": str(plugins_folder),
         "CORE__LOAD_EXAMPLES": "False",
         "CORE__EXECUTOR": "LocalExecutor",
-        "CORE__PARALLELISM": "4",  # all workers are forked at the start
+        "CORE__PARALLELISM": "4",  # all of them are forked at the start
         "CORE__FERNET_KEY": secrets.fernet,
         "CORE__EXECUTION_API_SERVER_URL": f"{url}/execution/",
         "CORE__SIMPLE_AUTH_MANAGER_USERS": ",".join(f"{name}:{role}" for name, role in USERS.items()),
@@ -70,7 +74,7 @@ def airflow_environment(
         "API__WORKERS": "1",
         "API__SECRET_KEY": secrets.api,
         "API_AUTH__JWT_SECRET": secrets.jwt,
-        "SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.2",  # what decides the latency of everything
+        "SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.2",  # bounds the latency of every run and task
         "SCHEDULER__JOB_HEARTBEAT_SEC": "2",
         "SCHEDULER__ENABLE_HEALTH_CHECK": "False",
         "DAG_PROCESSOR__REFRESH_INTERVAL": "5",

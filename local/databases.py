@@ -1,4 +1,4 @@
-"""The two databases of a stack, `router` and `airflow`, each owned by a role of its own name."""
+"""The databases `router` and `airflow` of a stack, each owned by a role of the same name."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from local.postgres import PostgresServer
 NAMES = ("router", "airflow")
 
 
-def answers(server: PostgresServer) -> bool:
-    """Whether the server accepts connections on its socket."""
+def accepts_connections(server: PostgresServer) -> bool:
+    """Returns whether the server accepts connections on its socket."""
     try:
         psycopg2.connect(server.url("postgres"), connect_timeout=5).close()
     except psycopg2.OperationalError:
@@ -25,7 +25,7 @@ def answers(server: PostgresServer) -> bool:
 
 
 def prepare(server: PostgresServer, password: str) -> None:
-    """Make roles and databases where missing, and give the roles this password."""
+    """Creates missing roles and databases, and sets the password of the roles."""
     with _superuser(server) as cursor:
         for name in NAMES:
             if not _exists(cursor, "pg_roles", "rolname", name):
@@ -36,8 +36,8 @@ def prepare(server: PostgresServer, password: str) -> None:
                 cursor.execute(sql.SQL("CREATE DATABASE {0} OWNER {0}").format(sql.Identifier(name)))
 
 
-def note(server: PostgresServer, name: str) -> str | None:
-    """What `set_note` wrote on this database; it lives and dies with the data."""
+def comment(server: PostgresServer, name: str) -> str | None:
+    """Returns the comment on a database, which is stored with the data."""
     with _superuser(server) as cursor:
         cursor.execute(
             "SELECT shobj_description(oid, 'pg_database') FROM pg_database WHERE datname = %s", (name,)
@@ -46,7 +46,8 @@ def note(server: PostgresServer, name: str) -> str | None:
         return None if row is None else row[0]
 
 
-def set_note(server: PostgresServer, name: str, text: str) -> None:
+def set_comment(server: PostgresServer, name: str, text: str) -> None:
+    """Sets the comment on a database."""
     with _superuser(server) as cursor:
         cursor.execute(
             sql.SQL("COMMENT ON DATABASE {} IS {}").format(sql.Identifier(name), sql.Literal(text))

@@ -1,8 +1,8 @@
-"""`python -m local.first_start`: schemas, Airflow's users and traffic Variables, before Airflow starts.
+"""`python -m local.first_start`: prepares schemas, Airflow's users and traffic Variables.
 
-For deployments that are not the embedded stack (docker-compose.yaml). It reads the environment that Airflow
-and `router` read, and AIRFLOW_ADMIN_PASSWORD, AIRFLOW_VIEWER_PASSWORD and ROUTER_AIRFLOW_PASSWORD. It can be
-run at any time: Variables that are there are left alone, schemas are brought up to date.
+For deployments other than the embedded stack (docker-compose.yaml), before Airflow starts. Reads the
+environment of Airflow and `router`, and AIRFLOW_ADMIN_PASSWORD, AIRFLOW_VIEWER_PASSWORD and
+ROUTER_AIRFLOW_PASSWORD. Safe to run again: it upgrades schemas and leaves existing Variables unchanged.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PASSWORDS = {
 
 
 def main() -> int:
-    """0 when everything is ready; else what failed has said why."""
+    """Returns the exit status; errors are printed."""
     try:
         write_passwords(os.environ)
         _run("airflow", "db", "migrate")
@@ -44,7 +44,7 @@ def main() -> int:
 
 
 def write_passwords(environment: Mapping[str, str]) -> None:
-    """The file that Airflow's simple auth manager reads. ConfigError names what is not set."""
+    """Writes the password file of Airflow's simple auth manager. Raises ConfigError for unset variables."""
     missing = [name for name in (PASSWORDS_FILE, *PASSWORDS.values()) if not environment.get(name)]
     if missing:
         raise ConfigError(f"{', '.join(missing)}: not set. Set them in the environment (see .env.example).")

@@ -1,23 +1,25 @@
-"""What a data folder remembers between starts: generated passwords and keys (0600), and the ports it had."""
+"""Files of a data folder that persist between starts: generated secrets (mode 0600) and ports."""
 
 from __future__ import annotations
 
 import base64
 import json
-import os
 import random
 import secrets
+import shlex
 import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-FIRST_PORT, LAST_PORT = 20000, 31999  # below what systems hand out to outgoing connections
+from router.files import replacing
+
+FIRST_PORT, LAST_PORT = 20000, 31999  # below the ephemeral ports
 
 
 @dataclass(frozen=True, repr=False)
 class Secrets:
-    """Everything generated once for one data folder."""
+    """Generated passwords and keys of one data folder."""
 
     postgres: str
     redis: str
@@ -30,12 +32,12 @@ class Secrets:
 
     @property
     def airflow_passwords(self) -> dict[str, str]:
-        """Airflow's users and their passwords."""
+        """Passwords of Airflow's users."""
         return {"admin": self.admin, "viewer": self.viewer, "router": self.router}
 
 
 def load_secrets(path: Path) -> Secrets:
-    """The secrets kept in `path`, made when missing; the file is readable by its owner alone."""
+    """Reads the secrets in `path` and generates missing ones."""
     known: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
     values = {field.name: known.get(field.name) or _generated(field.name) for field in fields(Secrets)}
     result = Secrets(**values)
@@ -48,12 +50,12 @@ def _generated(name: str) -> str:
     if name == "fernet":
         return base64.urlsafe_b64encode(secrets.token_bytes(32)).decode()
     if name in {"admin", "viewer"}:
-        return secrets.token_urlsafe(12)  # people type these
+        return secrets.token_urlsafe(12)  # typed by hand
     return secrets.token_urlsafe(32)
 
 
 def load_ports(path: Path, names: Iterable[str]) -> dict[str, int]:
-    """A free loopback port for each name: the one it had last time when nobody has taken it since."""
+    """Returns a free loopback port for each name, the one in `path` if it is still free."""
     known: dict[str, int] = json.loads(path.read_text()) if path.exists() else {}
     ports: dict[str, int] = {}
     for name in names:
@@ -73,7 +75,7 @@ def _free(wanted: int | None, taken: set[int]) -> int:
 
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: TIME_WAIT is free
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # servers can reuse a port in TIME_WAIT
         try:
             probe.bind(("127.0.0.1", port))
         except OSError:
@@ -82,15 +84,11 @@ def _is_free(port: int) -> bool:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write the file whole or not at all, readable by its owner alone from the first moment."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(text + "\n")
-    beside.replace(path)
+    """Replaces a file atomically; only its owner can read it."""
+    with replacing(path, mode=0o600) as file:
+        file.write(f"{text}\n".encode())
 
 
 def as_shell(values: Mapping[str, str]) -> str:
-    """Lines for `set -a; . file; set +a`; every value is quoted."""
-    import shlex  # noqa: PLC0415 - only here
-
+    """Formats variables for `set -a; . file; set +a`."""
     return "\n".join(f"{name}={shlex.quote(value)}" for name, value in values.items())

@@ -1,4 +1,4 @@
-"""What a launcher shows to a person: the steps of a start, where to log in, and how it ended."""
+"""Runs a stack from the command line: progress, addresses and logins, stop on signals."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ DEFAULT_DATA = Path(".stack")
 DEFAULT_TIME_SCALE = 10.0
 CHECK_SECONDS = 0.5
 
-Work = Callable[[Stack, threading.Event, Console], bool]  # True if it went well
+Work = Callable[[Stack, threading.Event, Console], bool]  # returns whether it succeeded
 
 
 def add_stack_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of every command that starts a stack."""
+    """Adds the arguments of every command that starts a stack."""
     add = parser.add_argument
     add("--data", type=Path, default=DEFAULT_DATA, metavar="FOLDER", help="data folder (%(default)s)")
     add(
@@ -37,10 +37,13 @@ def add_stack_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_stack(options: argparse.Namespace, work: Work | None = None, *, stay_open: bool = True) -> int:
-    """Start a stack, do `work` on it, then keep it open until a signal if `stay_open`; an exit status."""
+    """Starts a stack, runs `work`, and keeps it running until a signal if `stay_open`.
+
+    Returns the exit status: 0 unless the stack or `work` failed.
+    """
     stop = stop_on_signals()
     console = Console(highlight=False)
-    with ShowProgress(console) as progress:
+    with ProgressDisplay(console) as progress:
         stack = Stack(
             options.data,
             StackOptions(time_scale=options.time_scale),
@@ -51,12 +54,12 @@ def run_stack(options: argparse.Namespace, work: Work | None = None, *, stay_ope
         try:
             started = time.monotonic()
             stack.start()
-            progress.done(f"Everything is up after {time.monotonic() - started:.1f} s.")
-            say_where(stack, console)
+            progress.done(f"The stack is ready after {time.monotonic() - started:.1f} s.")
+            print_addresses(stack, console)
             succeeded = work is None or work(stack, stop, console)
             if stay_open:
                 if work is not None:
-                    console.print("The stack stays open: Ctrl-C stops it.")
+                    console.print("The stack keeps running. Press Ctrl-C to stop it.")
                 while not stop.wait(CHECK_SECONDS):
                     stack.check()
         except StopRequested:
@@ -66,24 +69,24 @@ def run_stack(options: argparse.Namespace, work: Work | None = None, *, stay_ope
             progress.failed(str(error))
         finally:
             stack.stop()
-        progress.done("Everything is stopped.")
+        progress.done("The stack is stopped.")
     return 0 if succeeded else 1
 
 
 def stop_on_signals() -> threading.Event:
-    """An event that SIGINT, SIGTERM or SIGHUP sets; from now on they do nothing else."""
-    asked = threading.Event()
+    """Returns an event that SIGINT, SIGTERM and SIGHUP set from now on, instead of ending the process."""
+    stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda _number, _frame: asked.set())
-    return asked
+        signal.signal(number, lambda _number, _frame: stop.set())
+    return stop
 
 
-class ShowProgress:
-    """Steps as lines with the time since the beginning; on a terminal also who is still starting."""
+class ProgressDisplay:
+    """Prints steps with the elapsed time; a terminal also shows which processes are starting."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False)
-        self._begun = time.monotonic()
+        self._started = time.monotonic()
         self._starting: set[str] = set()
         self._status: Status | None = None
 
@@ -93,25 +96,27 @@ class ShowProgress:
     def __exit__(self, *_: object) -> None:
         self._hide()
 
-    def report(self, part: str, what: str) -> None:
-        """One step of `Stack`; that something is starting is only shown where it can be shown in passing."""
-        if what == "starting":
-            self._starting.add(part)
+    def report(self, name: str, step: str) -> None:
+        """Prints a step of `Stack`, or shows that a process is starting."""
+        if step == "starting":
+            self._starting.add(name)
         else:
-            self._starting.discard(part)
-            self._line(f"{part}: {what}")
+            self._starting.discard(name)
+            self._line(f"{name}: {step}")
         self._show()
 
     def done(self, text: str) -> None:
+        """Prints a success."""
         self._hide()
         self._line(text, "bold green")
 
     def failed(self, text: str) -> None:
+        """Prints a failure."""
         self._hide()
         self._line(text, "red")
 
     def _line(self, text: str, style: str = "") -> None:
-        stamp = f"{time.monotonic() - self._begun:6.1f} s  "
+        stamp = f"{time.monotonic() - self._started:6.1f} s  "
         self._console.print(stamp + text, style=style, markup=False, soft_wrap=True)
 
     def _show(self) -> None:
@@ -133,21 +138,21 @@ class ShowProgress:
         self._starting.clear()
 
 
-def say_where(stack: Stack, console: Console | None = None) -> None:
-    """Print where everything is and with what to log in."""
+def print_addresses(stack: Stack, console: Console | None = None) -> None:
+    """Prints the addresses of the stack and its logins."""
     addresses = shlex.quote(str(stack.data / "router.env"))
     router = shlex.quote(str(Path(sys.executable).with_name("router")))
     lines = [
         "",
         f"  Airflow          {stack.airflow_url}",
-        f"  the console      {stack.airflow_url}/plugin/router",
-        f"  log in as        admin   {stack.passwords['admin']}",
-        f"  or (read only)   viewer  {stack.passwords['viewer']}",
+        f"  Console          {stack.airflow_url}/plugin/router",
+        f"  Login            admin   {stack.passwords['admin']}",
+        f"  Read-only login  viewer  {stack.passwords['viewer']}",
         f"  Models Backend   {stack.backend_url}",
-        f"  logs             {stack.logs}",
-        f"  in a terminal    set -a; . {addresses}; set +a; {router} status",
+        f"  Logs             {stack.logs}",
+        f"  Command line     set -a; . {addresses}; set +a; {router} status",
         "",
-        "  Ctrl-C stops everything; started again on the same folder it goes on with its data.",
+        "  Press Ctrl-C to stop the stack. Its data stays in the folder for the next start.",
         "",
     ]
     (console or Console(highlight=False)).print("\n".join(lines), markup=False, soft_wrap=True)

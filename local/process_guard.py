@@ -1,14 +1,14 @@
-"""Run one command, and leave nothing of it behind, whatever happens to whoever asked.
+"""Runs one command and ends all of its processes, even if the launcher is killed.
 
     python process_guard.py --signal TERM --again 1 --kill 10 --linger 0 -- command argument ...
 
-The guard ends the command's whole tree when it gets SIGTERM, when its standard input (a pipe that only the
-launcher holds) closes, or when its parent is gone: so `kill -9` of the launcher leaves nothing running. The
-tree gets `--signal` at its head, the same once more after `--again` seconds, and SIGKILL after `--kill`
-seconds. `--linger` is how long to wait first when the launcher vanished, so that a database outlives its
-clients. The exit status is the command's own, or 128 + the signal that ended it.
+The guard ends the command's process tree on SIGTERM, when its standard input (a pipe that only the launcher
+holds) closes, or when its parent is gone, so `kill -9` of the launcher leaves nothing running. The command
+gets `--signal`, the same again after `--again` seconds, and SIGKILL after `--kill` seconds; then remaining
+descendants are ended. If the launcher is gone, the guard waits `--linger` seconds first, so that a database
+outlives its clients. The exit status is that of the command, or 128 + the signal that ended it.
 
-It runs alone (no import of the project), since it must start in milliseconds.
+The guard imports nothing of the project, because it must start in milliseconds.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ TICK_SECONDS = 0.5
 
 def main() -> int:
     options = _options()
-    os.close(os.dup(0))  # fails at once if standard input is missing
+    os.close(os.dup(0))  # fails if standard input is missing
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-    asked: list[int] = []
+    received: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda number, _frame: asked.append(number))
+        signal.signal(number, lambda number, _frame: received.append(number))
     signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
-    _prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans of the command come to us, so that we can find them
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans of the command become children of this process
     guard = _Guard(options, parent=os.getppid(), wake=wake_read)
     while guard.status is None:
         vanished = guard.wait(TICK_SECONDS)
-        if asked or vanished:
-            guard.stop(linger=vanished and not asked)
+        if received or vanished:
+            guard.stop(linger=vanished and not received)
             break
     guard.sweep()
     return guard.status if guard.status is not None else 1
@@ -77,11 +77,11 @@ class _Guard:
         except OSError as error:
             sys.stderr.write(f"cannot run {self._options.command[0]}: {error}\n")
             raise SystemExit(127) from error
-        process.returncode = 0  # we reap by ourselves, adopted orphans too
+        process.returncode = 0  # _reap collects it, with adopted orphans
         return process.pid
 
     def wait(self, seconds: float) -> bool:
-        """Wait for an event, reap, and tell whether the launcher vanished."""
+        """Waits for an event and reaps. Returns whether the launcher is gone."""
         readable, _, _ = select.select([0, self._wake], [], [], seconds)
         if self._wake in readable:
             os.read(self._wake, 4096)
@@ -89,38 +89,38 @@ class _Guard:
         return (0 in readable and not os.read(0, 4096)) or os.getppid() != self._parent
 
     def stop(self, *, linger: bool) -> None:
-        """Signal, signal again, kill: returns when the command itself has ended."""
+        """Sends the signal, sends it again, then kills. Returns when the command has ended."""
         if linger:
-            self._pause_until(time.monotonic() + self._options.linger)
-        begun = time.monotonic()
+            self._wait_until(time.monotonic() + self._options.linger)
+        started = time.monotonic()
         for after in (0.0, self._options.again):
-            self._pause_until(begun + after)
+            self._wait_until(started + after)
             if self.status is None:
-                self._remember()
+                self._descendants()
                 _send(self._child, self._signal)
-        self._pause_until(begun + self._options.kill)
+        self._wait_until(started + self._options.kill)
         if self.status is None:
             _send(self._child, signal.SIGKILL)
-            self._pause_until(time.monotonic() + 5)
+            self._wait_until(time.monotonic() + 5)
 
     def sweep(self) -> None:
-        """End what the command left behind: SIGTERM, and SIGKILL two seconds later. Bounded to 5 s."""
-        begun = time.monotonic()
-        harsh = False
-        while self._remember() and time.monotonic() - begun < 5:
-            number = signal.SIGTERM if time.monotonic() - begun < 2 else signal.SIGKILL
-            if number is signal.SIGKILL or not harsh:
+        """Ends remaining descendants with SIGTERM, and SIGKILL two seconds later. Takes at most 5 s."""
+        started = time.monotonic()
+        terminated = False
+        while self._descendants() and time.monotonic() - started < 5:
+            number = signal.SIGTERM if time.monotonic() - started < 2 else signal.SIGKILL
+            if number is signal.SIGKILL or not terminated:
                 for process in self._known.values():
-                    with contextlib.suppress(Exception):  # gone, which is what we want
+                    with contextlib.suppress(Exception):  # already gone
                         process.send_signal(number)
-                harsh = True
-            self._breathe(0.05)
+                terminated = True
+            self._wait_and_reap(0.05)
 
-    def _pause_until(self, moment: float) -> None:
-        while self.status is None and (left := moment - time.monotonic()) > 0:
-            self._breathe(min(left, 0.2))
+    def _wait_until(self, at: float) -> None:
+        while self.status is None and (left := at - time.monotonic()) > 0:
+            self._wait_and_reap(min(left, 0.2))
 
-    def _breathe(self, seconds: float) -> None:
+    def _wait_and_reap(self, seconds: float) -> None:
         readable, _, _ = select.select([self._wake], [], [], seconds)
         if readable:
             os.read(self._wake, 4096)
@@ -138,9 +138,9 @@ class _Guard:
                 code = os.waitstatus_to_exitcode(status)
                 self.status = code if code >= 0 else 128 - code
 
-    def _remember(self) -> dict[int, Any]:
-        # Without a subreaper (macOS) a tree can only be seen while its head lives: so we keep what we saw.
-        import psutil  # noqa: PLC0415 - slow to import, and only needed at the end
+    def _descendants(self) -> dict[int, Any]:
+        # Without a subreaper (macOS) descendants are visible only while the command runs: they are recorded.
+        import psutil  # noqa: PLC0415 - slow to import
 
         with contextlib.suppress(psutil.Error):
             self._known |= {child.pid: child for child in psutil.Process().children(recursive=True)}
@@ -151,7 +151,7 @@ class _Guard:
 def _alive(process: Any) -> bool:
     try:
         return bool(process.is_running() and process.status() != "zombie")
-    except Exception:  # noqa: BLE001 - psutil's own errors all mean that it is gone
+    except Exception:  # noqa: BLE001 - psutil's errors mean that it is gone
         return False
 
 

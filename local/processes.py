@@ -1,4 +1,4 @@
-"""The parts of a stack as guarded processes: started, watched, stopped, and never left behind."""
+"""Processes of a stack, each run by a guard (see `process_guard.py`) so that none outlives the launcher."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ import psutil
 
 GUARD = Path(__file__).with_name("process_guard.py")
 LOG_TAIL_LINES = 15
-GUARD_MARGIN_SECONDS = 12.0  # the guard's own sweep and last kill, after the part's bound
+GUARD_MARGIN_SECONDS = 12.0  # the guard's last steps after `kill_seconds`
 
 
-class PartDied(RuntimeError):  # noqa: N818 - an event, read as one
-    """A part of the stack ended by itself; the text names it and shows its last log lines."""
+class ProcessDied(RuntimeError):  # noqa: N818 - an event
+    """A process of the stack ended by itself; the text has its name and the end of its log."""
 
 
 @dataclass(frozen=True)
-class PartSpec:
-    """What to run and how to end it. `linger_seconds` holds only when the launcher vanished."""
+class ProcessSpec:
+    """A command and how to stop it. `linger_seconds` applies if the launcher is gone."""
 
     name: str
     command: Sequence[str]
@@ -37,14 +37,14 @@ class PartSpec:
     again_seconds: float = 1.0
     kill_seconds: float = 12.0
     linger_seconds: float = 0.0
-    identity: tuple[int, int] | None = None  # uid and gid, when we are root and the part must not be
+    identity: tuple[int, int] | None = None  # uid and gid to run as; requires root
 
 
 @dataclass
-class Part:
-    """One running part. Its guard is our child; the part itself is the guard's."""
+class GuardedProcess:
+    """A process that runs as child of its guard, which is a child of this process."""
 
-    spec: PartSpec
+    spec: ProcessSpec
     log: Path
     guard: subprocess.Popen[bytes]
     started: float = field(default_factory=time.monotonic)
@@ -55,11 +55,12 @@ class Part:
 
     @property
     def running(self) -> bool:
+        """Whether the guard, and so the process, runs."""
         return self.guard.poll() is None
 
     @property
     def pid(self) -> int:
-        """The process id of the part itself (not of its guard). PartDied when it has ended."""
+        """Process id of the process, not of its guard. Raises ProcessDied if it has ended."""
         children = []
         with contextlib.suppress(psutil.Error):
             children = psutil.Process(self.guard.pid).children()
@@ -67,31 +68,33 @@ class Part:
             raise self.death()
         return int(min(children, key=lambda child: child.create_time()).pid)
 
-    def death(self) -> PartDied:
+    def death(self) -> ProcessDied:
+        """Returns the error for a process that ended by itself."""
         code = self.guard.poll()
-        how = "is not running" if code is None else f"ended by itself ({_how(code)})"
-        return PartDied(f"{self.name} {how}. Its log, {self.log}, ends with:\n{self.log_tail()}")
+        state = "is not running" if code is None else f"ended by itself ({_exit_reason(code)})"
+        return ProcessDied(f"{self.name} {state}. End of its log {self.log}:\n{self.log_tail()}")
 
     def log_tail(self) -> str:
+        """Returns the last lines of the log."""
         try:
             with self.log.open(encoding="utf-8", errors="replace") as lines:
-                return "".join("  " + line for line in deque(lines, LOG_TAIL_LINES)).rstrip() or "  (nothing)"
+                return "".join("  " + line for line in deque(lines, LOG_TAIL_LINES)).rstrip() or "  (empty)"
         except OSError as error:
             return f"  (cannot be read: {error})"
 
-    def ask_to_stop(self) -> None:
-        """Tell the guard; returns at once."""
+    def request_stop(self) -> None:
+        """Signals the guard and returns immediately."""
         if self.running:
             self.guard.terminate()
 
     def stop_within(self, seconds: float) -> None:
-        """Ask it to stop, and wait so long at most; it may still be stopping afterwards."""
-        self.ask_to_stop()
+        """Requests a stop and waits up to `seconds`; the process may still run afterwards."""
+        self.request_stop()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.guard.wait(seconds)
 
     def wait_stopped(self) -> None:
-        """Wait for the guard's own bound, then end its process group by force."""
+        """Waits until the guard has ended; kills its process group after its time limit."""
         try:
             self.guard.wait(self.spec.kill_seconds + GUARD_MARGIN_SECONDS)
         except subprocess.TimeoutExpired:
@@ -99,7 +102,7 @@ class Part:
         self._close()
 
     def kill(self) -> None:
-        """SIGKILL to the part itself, as a crash would be; its guard cleans up after it."""
+        """Sends SIGKILL to the process, as in a crash; the guard ends its descendants."""
         os.kill(self.pid, signal.SIGKILL)
         self.wait_stopped()
 
@@ -119,8 +122,8 @@ class Part:
             self._end_group()
 
     def _end_group(self) -> None:
-        # A guard that was itself killed left its group behind; the group outlives its leader. On Linux the
-        # kernel has told the part already (see PR_SET_PDEATHSIG in the guard).
+        # A killed guard leaves its process group. On Linux the kernel has signaled the process already
+        # (PR_SET_PDEATHSIG in the guard).
         with contextlib.suppress(ProcessLookupError, PermissionError):
             deadline = time.monotonic() + self.spec.kill_seconds
             os.killpg(self.guard.pid, signal.Signals[f"SIG{self.spec.stop_signal}"])
@@ -130,10 +133,10 @@ class Part:
             os.killpg(self.guard.pid, signal.SIGKILL)
 
 
-def start_part(spec: PartSpec, logs: Path, keep_open: Sequence[int] = ()) -> Part:
-    """Start the part under its guard, its output appended to `<logs>/<name>.log`.
+def start_process(spec: ProcessSpec, logs: Path, guard_fds: Sequence[int] = ()) -> GuardedProcess:
+    """Starts a process under a guard; its output is appended to `<logs>/<name>.log`.
 
-    `keep_open` are descriptors that the guard (not the part) holds until it ends, e.g. of a lock file.
+    The guard, not the process, inherits the descriptors `guard_fds`, e.g. of a lock file.
     """
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"{spec.name}.log"
@@ -152,21 +155,21 @@ def start_part(spec: PartSpec, logs: Path, keep_open: Sequence[int] = ()) -> Par
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,
-            pass_fds=tuple(keep_open),
-            start_new_session=True,  # a Ctrl-C in the terminal is for the launcher alone
+            pass_fds=tuple(guard_fds),
+            start_new_session=True,  # Ctrl-C in the terminal must reach the launcher only
         )
-    return Part(spec, log, guard)
+    return GuardedProcess(spec, log, guard)
 
 
-def stop_parts(parts: Sequence[Part]) -> None:
-    """Stop them at the same time and wait for all; a part that has ended is left alone."""
-    for part in parts:
-        part.ask_to_stop()
-    for part in parts:
-        part.wait_stopped()
+def stop_processes(processes: Sequence[GuardedProcess]) -> None:
+    """Stops processes in parallel and waits for all of them."""
+    for process in processes:
+        process.request_stop()
+    for process in processes:
+        process.wait_stopped()
 
 
-def _how(code: int) -> str:
+def _exit_reason(code: int) -> str:
     number = -code if code < 0 else code - 128
     if number > 0:
         with contextlib.suppress(ValueError):

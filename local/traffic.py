@@ -1,4 +1,4 @@
-"""The Variables by which the operator sets each model's traffic, made from the config's models."""
+"""Initial traffic Variables, created from the models in the config."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from local.airflow_api import AirflowApi
+from router.models import VARIABLE_PREFIX
 from router.settings import load_config
 from router.traffic import GRAMMAR
-
-PREFIX = "traffic."
 
 
 @dataclass(frozen=True)
 class TrafficVariable:
-    """One Variable as it is first made."""
+    """Initial value of a Variable."""
 
     key: str
     value: str
@@ -22,18 +21,18 @@ class TrafficVariable:
 
 
 def traffic_variables(config_folder: Path | None = None) -> list[TrafficVariable]:
-    """`traffic.<model>` for each model in use, people's and the search's; the description is the grammar."""
+    """Returns the Variable of each configured or discovered model; its description is the grammar."""
     config = load_config(config_folder)
-    found = {name: model for name, model in config.discovered.items() if model.state != "retired"}
+    discovered = {name: model for name, model in config.discovered.items() if model.state != "retired"}
     return [
-        TrafficVariable(PREFIX + name, model.target, f"What {name} may be sent. {GRAMMAR}")
-        for name, model in {**config.models, **found}.items()
+        TrafficVariable(VARIABLE_PREFIX + name, model.target, f"Traffic target of {name}. {GRAMMAR}")
+        for name, model in {**config.models, **discovered}.items()
     ]
 
 
 def create_traffic_variables(api: AirflowApi, config_folder: Path | None = None) -> list[str]:
-    """Make those that are missing, and tell which; what is there is never touched."""
-    known = api.variables(PREFIX)
+    """Creates missing Variables and returns their keys. Existing ones stay unchanged."""
+    known = api.variables(VARIABLE_PREFIX)
     missing = [variable for variable in traffic_variables(config_folder) if variable.key not in known]
     return [
         variable.key

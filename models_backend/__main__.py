@@ -26,7 +26,7 @@ GRACE_SECONDS = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve until SIGINT or SIGTERM; 2 if the command line or the config is wrong."""
+    """Serve until SIGINT or SIGTERM; Exit status 2 if the command line or the config is invalid."""
     options = _parser().parse_args(arguments)
     try:
         settings = _settings(options, os.environ)
@@ -61,11 +61,11 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME[=IN/OUT]",
-        help="serve one more model, at these USD a million tokens or free of charge; repeatable",
+        help="serve one more model at these USD per million tokens, or free of charge; repeatable",
     )
-    add("--time-scale", type=float, default=1.0, metavar="S", help="divide latencies, and nothing else, by S")
+    add("--time-scale", type=float, default=1.0, metavar="S", help="divide latencies by S")
     add("--latency", default="profile", metavar="SHAPE", help=f"one shape for all models: {SHAPES}")
-    add("--seed", type=int, default=0, help="another seed draws other latencies and other bad answers")
+    add("--seed", type=int, default=0, help="seed of latencies and bad answers")
     add(
         "--quota",
         action="append",
@@ -80,8 +80,12 @@ def _parser() -> argparse.ArgumentParser:
         help='JSON lines {"prompt", "reference", "category"}, one of the last two or both: what good answers'
         " state, and what is not to be guessed",
     )
-    add("--check", action="store_true", help="ask each real model one small thing, say what came, and end")
-    add("--arrival-log", type=Path, metavar="FILE", help="append each call that ended as a JSON line")
+    add(
+        "--check",
+        action="store_true",
+        help="send each real model one small prompt, print the results and exit",
+    )
+    add("--arrival-log", type=Path, metavar="FILE", help="append each ended call as a JSON line")
     return parser
 
 
@@ -114,7 +118,7 @@ def _quota(line: str) -> tuple[str, TrafficTarget]:
 
 
 def _references(path: Path | None) -> tuple[dict[str, str], dict[str, str]]:
-    """What is known of prompts: their references, and their categories."""
+    """References and categories of known prompts."""
     references: dict[str, str] = {}
     categories: dict[str, str] = {}
     try:
@@ -131,7 +135,7 @@ def _references(path: Path | None) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def _allow_many_connections() -> None:
-    """Thousands of calls hang here at once, and each is an open file."""
+    """Raises the limit of open files: each of thousands of concurrent calls needs one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,7 +1,7 @@
-"""The stand-in's answers: readable, repeatable, and telling which model answered which prompt.
+"""Composes the stand-in's answers: readable, deterministic, naming the model and the prompt.
 
-A good answer speaks of the prompt in the prompt's own words. A bad one is empty, cut off, a refusal, a loop,
-or fluent and about something else, which only a look at the prompt can tell.
+A good answer uses the prompt's own words. A bad one is empty, cut off, a refusal, a loop, or fluent and about
+something else, which shows only in comparison with the prompt.
 """
 
 from __future__ import annotations
@@ -62,17 +62,17 @@ class Answer:
 
 
 def prompt_digest(prompt: str) -> str:
-    """Eight characters that stand in each answer for the prompt that it belongs to."""
+    """Eight characters that identify a prompt in its answers."""
     return hashlib.blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
 
 
 def token_count(text: str) -> int:
-    """The stand-in's tokenizer: one token for each four characters begun."""
+    """The stand-in's tokenizer: one token per four characters, rounded up."""
     return math.ceil(len(text) / CHARACTERS_A_TOKEN)
 
 
 def guess_category(prompt: str) -> str:
-    """The category that the stand-in takes a prompt for when the request does not say."""
+    """Guesses the category of a prompt whose request does not name one."""
     if _TECHNICAL.search(prompt):
         return "technical"
     return "creative" if _CREATIVE.search(prompt) else "general"
@@ -90,8 +90,8 @@ def compose_answer(
 ) -> Answer:
     """The model's answer to the prompt, never longer than `max_tokens`; the same for the same arguments.
 
-    Where `references` holds the prompt, a good answer states the reference and a bad one does not. `quality`
-    is the chance of a good one; by default that of the model's profile.
+    If `references` contains the prompt, a good answer states the reference and a bad one does not. `quality`
+    is the probability of a good answer; default: the model's profile.
     """
     category = category or guess_category(prompt)
     flaw = None

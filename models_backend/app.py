@@ -1,4 +1,4 @@
-"""The paths. /single and /batch are plain ASGI, so that one process carries thousands of waiting calls."""
+"""HTTP paths. /single and /batch are plain ASGI, so that one process holds thousands of calls."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from models_backend.arrivals import Arrival, Arrivals, as_document
-from models_backend.calls import BadCall, Call, Desk, Manner, Reply, read_call, read_json
+from models_backend.calls import BadCall, Call, CallHandler, Manner, Reply, read_call, read_json
+from models_backend.conditions import Condition, Conditions
 from models_backend.faults import FaultOrder, Faults
 from models_backend.provider import Provider
 from models_backend.settings import StandInSettings
-from models_backend.weather import Weather, WeatherOrder
 
-CLIENT_GONE = 499  # nobody waited for the answer any more
+CLIENT_GONE = 499  # the client disconnected before the answer
 DRIP_SECONDS = 0.1  # between two bytes
 
 
 def create_app(settings: StandInSettings) -> FastAPI:
-    """The stand-in as an ASGI app; its lifespan writes the arrival log and holds connections."""
+    """The ASGI application; its lifespan writes the arrival log and holds connections."""
     arrivals = Arrivals(settings.arrival_log)
     faults = Faults(settings.seed)
     provider = Provider(settings.provider) if settings.provider else None
-    weather = Weather(settings.seed)
-    desk = Desk(settings, faults, weather, provider)
+    conditions = Conditions(settings.seed)
+    handler = CallHandler(settings, faults, conditions, provider)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -42,33 +42,35 @@ def create_app(settings: StandInSettings) -> FastAPI:
             yield
 
     app = FastAPI(title="Models Backend (stand-in)", lifespan=lifespan)
-    single, batch = _SingleDoor(settings, desk, arrivals), _BatchDoor(settings, desk, arrivals)
+    single, batch = _SingleEndpoint(settings, handler, arrivals), _BatchEndpoint(settings, handler, arrivals)
     app.router.routes.insert(0, Route("/single", single, methods=["POST"]))
     app.router.routes.insert(1, Route("/batch", batch, methods=["POST"]))
-    _add_reading_paths(app, settings, arrivals, weather)
+    _add_reading_paths(app, settings, arrivals, conditions)
     _add_fault_paths(app, faults)
-    _add_weather_paths(app, settings, weather, desk)
+    _add_condition_paths(app, settings, conditions, handler)
     app.add_middleware(_ArrivalClock)
     return app
 
 
-def _add_reading_paths(app: FastAPI, settings: StandInSettings, arrivals: Arrivals, weather: Weather) -> None:
+def _add_reading_paths(
+    app: FastAPI, settings: StandInSettings, arrivals: Arrivals, conditions: Conditions
+) -> None:
     real = settings.provider.models if settings.provider else {}
 
     @app.get("/models")
     async def models() -> dict[str, Any]:
-        """The models that can be called, with prices in USD a million tokens."""
+        """The models that can be called, with prices in USD per million tokens."""
         rows = [
             {"name": model.name, "input_price": model.input_price, "output_price": model.output_price,
              "context_tokens": model.context_tokens, "real": model.name in real}
             for model in settings.models.values()
-            if weather.serves(model.name)
+            if conditions.serves(model.name)
         ]  # fmt: skip
         return {"models": rows}
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        """That it runs, as which process, and how many calls it holds."""
+        """Liveness, process id, and calls in flight."""
         in_flight = arrivals.arrived - arrivals.ended
         return {"status": "ok", "pid": os.getpid(), "arrived": arrivals.arrived, "in_flight": in_flight}
 
@@ -76,68 +78,70 @@ def _add_reading_paths(app: FastAPI, settings: StandInSettings, arrivals: Arriva
     async def recent(
         since: Annotated[int, Query(ge=0)] = 0, limit: Annotated[int, Query(ge=0, le=10_000)] = 1000
     ) -> dict[str, Any]:
-        """Calls that ended, from the `since`-th on; `next` to go on from; counts by model and status."""
+        """Ended calls from number `since` on, `next` as the following `since`, counts by model and status."""
         upto, rows = arrivals.since(since, limit)
         return {"next": upto, "counts": arrivals.counts(), "arrivals": [as_document(row) for row in rows]}
 
 
 def _add_fault_paths(app: FastAPI, faults: Faults) -> None:
-    def in_force() -> list[dict[str, Any]]:
+    def active() -> list[dict[str, Any]]:
         now = time.monotonic()
         return [
-            {**fault.order.model_dump(), "seconds_left": fault.ends_at - now} for fault in faults.in_force()
+            {**fault.order.model_dump(), "seconds_left": fault.ends_at - now} for fault in faults.active()
         ]
 
     @app.get("/faults")
     async def listed() -> list[dict[str, Any]]:
-        """The faults in force."""
-        return in_force()
+        """The active faults."""
+        return active()
 
     @app.post("/faults", status_code=201)
     async def ordered(order: FaultOrder) -> list[dict[str, Any]]:
-        """Let a share of a model's calls fail for a while."""
+        """Makes a share of a model's calls fail for a while."""
         try:
             faults.order(order)
         except ValueError as error:
             raise HTTPException(409, str(error)) from error
-        return in_force()
+        return active()
 
     @app.delete("/faults")
     async def cleared() -> list[dict[str, Any]]:
-        """End all faults."""
+        """Ends all faults."""
         faults.clear()
         return []
 
 
-def _add_weather_paths(app: FastAPI, settings: StandInSettings, weather: Weather, desk: Desk) -> None:
-    @app.get("/weather")
-    async def current() -> list[WeatherOrder]:
-        """What differs from the models' table now."""
-        return weather.in_force()
+def _add_condition_paths(
+    app: FastAPI, settings: StandInSettings, conditions: Conditions, handler: CallHandler
+) -> None:
+    @app.get("/conditions")
+    async def current() -> list[Condition]:
+        """The active conditions."""
+        return conditions.active()
 
-    @app.put("/weather")
-    async def changed(orders: list[WeatherOrder]) -> list[WeatherOrder]:
-        """Let models fail, be slow, dear, better, worse or away: these from now on, and no others."""
+    @app.put("/conditions")
+    async def changed(orders: list[Condition]) -> list[Condition]:
+        """Replaces the conditions: models that fail, are slow, expensive, better, worse or missing."""
         unknown = sorted({order.model for order in orders} - set(settings.models))
         if unknown:
             raise HTTPException(409, f"no model {unknown[0]!r} is served")
         try:
-            weather.set(orders)
+            conditions.set(orders)
         except ValueError as error:
             raise HTTPException(409, str(error)) from error
-        return weather.in_force()
+        return conditions.active()
 
     @app.get("/flaws")
     async def known(
         since: Annotated[int, Query(ge=0)] = 0, limit: Annotated[int, Query(ge=0, le=10_000)] = 1000
     ) -> dict[str, Any]:
-        """Answers from the `since`-th on, each with its flaw or null; `next` to go on from."""
-        upto, answers = desk.book.since(since, limit)
+        """Answers from number `since` on, each with its flaw or null, and `next` as the following `since`."""
+        upto, answers = handler.book.since(since, limit)
         return {"next": upto, "answers": answers}
 
 
 class _ArrivalClock:
-    """Stamps each request before anything reads its body."""
+    """Records each request's arrival time before its body is read."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -148,12 +152,12 @@ class _ArrivalClock:
         await self._app(scope, receive, send)
 
 
-class _SingleDoor:
+class _SingleEndpoint:
     """POST /single: one prompt, one answer."""
 
-    def __init__(self, settings: StandInSettings, desk: Desk, arrivals: Arrivals) -> None:
+    def __init__(self, settings: StandInSettings, handler: CallHandler, arrivals: Arrivals) -> None:
         self._settings = settings
-        self._desk = desk
+        self._desk = handler
         self._arrivals = arrivals
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -180,12 +184,12 @@ class _SingleDoor:
             await _send(send, reply)
 
 
-class _BatchDoor:
-    """POST /batch: many prompts; the answer comes when the slowest is done, in the order of the prompts."""
+class _BatchEndpoint:
+    """POST /batch: many prompts; replies when the slowest has ended, in the order of the prompts."""
 
-    def __init__(self, settings: StandInSettings, desk: Desk, arrivals: Arrivals) -> None:
+    def __init__(self, settings: StandInSettings, handler: CallHandler, arrivals: Arrivals) -> None:
         self._settings = settings
-        self._desk = desk
+        self._desk = handler
         self._arrivals = arrivals
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -218,7 +222,7 @@ class _BatchDoor:
 
 
 def _read_batch(document: Any, most: int) -> list[Call]:
-    """Either `{requests: [...]}` or `{model, prompts: [...], max_tokens}`."""
+    """Reads `{requests: [...]}` or `{model, prompts: [...], max_tokens}`."""
     if not isinstance(document, dict):
         raise BadCall(
             422, "bad_body", "the body must be a JSON object with requests, or with model and prompts"
@@ -249,7 +253,7 @@ def _note(arrivals: Arrivals, arrived_at: float, call: Call | None, reply: Reply
 
 
 class _ClientGone(Exception):  # noqa: N818 - a state of the world
-    """The client left before it had sent its request."""
+    """The client disconnected before its request was complete."""
 
 
 async def _read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
@@ -285,7 +289,7 @@ async def _send(send: Send, reply: Reply) -> None:
 
 
 async def _drip(reply: Reply, receive: Receive, send: Send) -> bool:
-    """Send all but the last byte, slowly; False if the client left first."""
+    """Sends all but the last byte slowly; False if the client disconnected."""
     gone = asyncio.create_task(_client_gone(receive), name="drip-client-gone")
     try:
         await _start(send, reply)

@@ -1,4 +1,4 @@
-"""What arrived at the door, when, and what came of it: counted, and written as JSON lines for a judge."""
+"""The arrival log: when each call arrived and how it ended, counted and written as JSON Lines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RECENT = 100_000
 class Arrival(NamedTuple):
     """One call that ended. Times are seconds of the machine's monotonic clock.
 
-    `ended_at` is taken before the answer's last byte leaves: whoever has the answer may send the next call.
+    `ended_at` is taken before the last byte is sent: once the client has the answer it may send again.
     """
 
     at: float
@@ -31,7 +31,7 @@ class Arrival(NamedTuple):
 
 
 class Arrivals:
-    """Counts and keeps arrivals; `writing()` appends them to the log file, away from the event loop."""
+    """Counts and stores arrivals; `writing()` appends them to the log file in a thread."""
 
     def __init__(self, log: Path | None = None) -> None:
         self._log = log
@@ -43,11 +43,11 @@ class Arrivals:
         self.ended = 0
 
     def begin(self) -> None:
-        """Count a call that has come in."""
+        """Counts a call that arrived."""
         self.arrived += 1
 
     def end(self, arrival: Arrival) -> None:
-        """Keep a call that has ended."""
+        """Stores a call that ended."""
         self.ended += 1
         self._statuses[arrival.model or "", arrival.status] += 1
         self._recent.append(arrival)
@@ -55,16 +55,16 @@ class Arrivals:
             self._unwritten.append(arrival)
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """How many calls of each model ended with each status; '' is a call that named no model."""
+        """Ended calls by model and status; the model is '' where the call named none."""
         found: dict[str, dict[str, int]] = {}
         for (model, status), number in sorted(self._statuses.items()):
             found.setdefault(model, {})[str(status)] = number
         return found
 
     def since(self, number: int, limit: int) -> tuple[int, list[Arrival]]:
-        """Up to `limit` calls from the `number`-th that ended on, and the number to go on from.
+        """Up to `limit` ended calls from the given number on, and the next number.
 
-        Only the last 100,000 are kept; what was dropped is left out.
+        Only the last 100,000 are stored.
         """
         oldest = self.ended - len(self._recent)
         start = max(number - oldest, 0)
@@ -73,7 +73,7 @@ class Arrivals:
 
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[None]:
-        """Write the log while inside: at least every 0.25 s, and the rest on leaving."""
+        """Context in which the log is written: at least every 0.25 s, and the rest on exit."""
         if self._log is None:
             yield
             return
@@ -89,7 +89,7 @@ class Arrivals:
             self.close()
 
     def close(self) -> None:
-        """Write what is left and close the file; closing twice is the same as once."""
+        """Writes the rest and closes the file. Idempotent."""
         if self._file is not None:
             self._write(self._taken())
             self._file.close()
@@ -100,7 +100,7 @@ class Arrivals:
             await asyncio.sleep(FLUSH_SECONDS)
             rows = self._taken()
             if rows:
-                # Shielded, so that a shutdown in the middle of a write cannot cut a line in two.
+                # Shielded: a shutdown during a write must not truncate a line.
                 writing = asyncio.ensure_future(asyncio.to_thread(self._write, rows))
                 try:
                     await asyncio.shield(writing)

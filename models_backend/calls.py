@@ -1,4 +1,4 @@
-"""One call's life in the stand-in: read, admitted, struck by a fault or answered after its latency."""
+"""Handles one call: reads it, checks quota and faults, and answers after the model's latency."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 
 from models_backend.answers import compose_answer, guess_category, token_count
 from models_backend.completion import ProviderRefusal
+from models_backend.conditions import Condition, Conditions
 from models_backend.faults import FaultOrder, Faults
 from models_backend.flaws import FlawBook, KnownAnswer
 from models_backend.latency import latency_seconds
 from models_backend.provider import Provider
 from models_backend.quota import Quotas
 from models_backend.settings import ServedModel, StandInSettings
-from models_backend.weather import Weather, WeatherOrder
 
 DEFAULT_MAX_TOKENS = 512
 LARGEST_MAX_TOKENS = 1_000_000
 
 
 class Manner(enum.Enum):
-    """How a reply is given."""
+    """How a reply is sent."""
 
     PLAIN = enum.auto()
     HANG = enum.auto()  # never
@@ -33,7 +33,7 @@ class Manner(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One prompt for one model, read and checked."""
+    """One validated prompt for one model."""
 
     model: str
     prompt: str
@@ -45,7 +45,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What goes back. `body` is JSON unless a fault made it garbage."""
+    """A reply; `body` is JSON unless a fault replaced it."""
 
     status: int
     body: bytes
@@ -55,7 +55,7 @@ class Reply:
 
 
 class BadCall(Exception):  # noqa: N818 - what the client sent, not what we did
-    """The request cannot be read; carries the reply."""
+    """The request is invalid; carries the reply."""
 
     def __init__(self, status: int, kind: str, message: str) -> None:
         super().__init__(message)
@@ -63,13 +63,13 @@ class BadCall(Exception):  # noqa: N818 - what the client sent, not what we did
 
 
 def refusal(status: int, kind: str, message: str, retry_after: object = None) -> Reply:
-    """A reply that says what is wrong, as `{"error": {"type", "message"}}`."""
+    """An error reply: `{"error": {"type", "message"}}`."""
     headers = {} if retry_after is None else {"retry-after": str(retry_after)}
     return Reply(status, json.dumps({"error": {"type": kind, "message": message}}).encode(), headers)
 
 
 def read_json(content: bytes) -> Any:
-    """The body's JSON, or BadCall 422."""
+    """Parses the body as JSON. Raises BadCall with status 422."""
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -77,7 +77,7 @@ def read_json(content: bytes) -> Any:
 
 
 def read_call(document: Any) -> Call:
-    """The call that the document describes; BadCall 422 names the key that is wrong."""
+    """Validates a call. Raises BadCall with status 422, naming the invalid key."""
     if not isinstance(document, dict):
         raise BadCall(422, "bad_body", "the body must be a JSON object with model and prompt")
     max_tokens = _whole(document, "max_tokens", 1)
@@ -111,16 +111,16 @@ def _missing(key: str) -> str:
     raise BadCall(422, "bad_body", f"{key} is missing or empty")
 
 
-class Desk:
-    """Answers calls; knows nothing of HTTP beyond status and headers."""
+class CallHandler:
+    """Answers calls; of HTTP it uses status and headers only."""
 
     def __init__(
-        self, settings: StandInSettings, faults: Faults, weather: Weather, provider: Provider | None
+        self, settings: StandInSettings, faults: Faults, conditions: Conditions, provider: Provider | None
     ) -> None:
         self._settings = settings
         self._quotas = Quotas(settings.quotas)
         self._faults = faults
-        self._weather = weather
+        self._conditions = conditions
         self._provider = provider
         self.book = FlawBook()
         self._garbage = itertools.cycle(
@@ -128,9 +128,9 @@ class Desk:
         )
 
     async def solve(self, call: Call, arrived_at: float) -> Reply:
-        """The reply to a call, after as long as the model takes; never raises for what the call holds."""
+        """Replies after the model's latency; never raises for the content of a call."""
         model = self._settings.models.get(call.model)
-        if model is None or not self._weather.serves(call.model):
+        if model is None or not self._conditions.serves(call.model):
             return refusal(
                 404, "unknown_model", f"no model {call.model!r}; GET /models names those that are served"
             )
@@ -154,19 +154,21 @@ class Desk:
                 400, "too_long", f"{needed} tokens do not fit {call.model}'s {model.context_tokens}"
             )
         category = call.category or self._settings.categories.get(call.prompt) or guess_category(call.prompt)
-        weather = self._weather.of(call.model, category)
-        if self._weather.strikes(weather):
+        condition = self._conditions.of(call.model, category)
+        if self._conditions.fails(condition):
             return refusal(
-                500, "internal_error", f"{call.model} fails for {category} prompts in this weather"
+                500,
+                "internal_error",
+                f"{call.model} fails for {category} prompts (simulated)",
             )
-        return await self._answer(model, replace(call, category=category), fault, weather)
+        return await self._answer(model, replace(call, category=category), fault, condition)
 
     async def _answer(
-        self, model: ServedModel, call: Call, fault: FaultOrder | None, weather: WeatherOrder
+        self, model: ServedModel, call: Call, fault: FaultOrder | None, condition: Condition
     ) -> Reply:
         settings = self._settings
         await asyncio.sleep(
-            weather.latency_factor
+            condition.latency_factor
             * latency_seconds(
                 call.model,
                 call.prompt,
@@ -179,14 +181,14 @@ class Desk:
             return Reply(200, next(self._garbage))
         answer = compose_answer(
             call.model, call.prompt, max_tokens=call.max_tokens, category=call.category, seed=settings.seed,
-            references=settings.references, quality=weather.quality,
+            references=settings.references, quality=condition.quality,
         )  # fmt: skip
         text = "" if fault is not None and fault.kind == "empty" else answer.text
         manner = Manner.DRIP if fault is not None and fault.kind == "slow_drip" else Manner.PLAIN
         flaw = answer.flaw if text == answer.text else "empty"
         self.book.note(KnownAnswer(call.request_id, call.model, call.category or "", flaw))
         tokens = (answer.prompt_tokens, answer.completion_tokens)
-        return _answered(model, text, *tokens, manner=manner, price_factor=weather.price_factor)
+        return _answered(model, text, *tokens, manner=manner, price_factor=condition.price_factor)
 
     async def _forward(self, provider: Provider, model: ServedModel, call: Call) -> Reply:
         try:

@@ -1,4 +1,4 @@
-"""`python -m models_backend --check`: one small question to each real model, and what came of it."""
+"""`python -m models_backend --check`: sends one small prompt to each real model."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from models_backend.provider import Provider
 from models_backend.settings import ProviderSettings
 
 QUESTION = "Answer with the one word: yes"
-CHECK_TOKENS = 256  # a model that thinks first needs some before it says a word
+CHECK_TOKENS = 256  # a reasoning model spends some before its first word
 
 
 async def check(settings: ProviderSettings) -> int:
-    """0 if every real model answered, else 1; a line a model on standard output."""
+    """Prints one line per real model. Exit status 0 if all answered, else 1."""
     key = "with a key" if settings.key else "without a key (LLAMA_API_KEY is not set)"
     _say(f"{settings.base_url}, {key}{', streaming' if settings.stream else ''}")
     async with Provider(settings) as provider:

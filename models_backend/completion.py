@@ -1,8 +1,8 @@
-"""What a provider's reply means: a completion, or a refusal in words for people. No I/O.
+"""Interprets a provider's reply: a completion or a refusal. No I/O.
 
-A reply is one JSON document, or a stream of events (`text/event-stream`) that ends with `[DONE]`. Providers
-say no in many ways: by a status, by an error in a reply of status 200, in the middle of a stream, or by a web
-page of something that stands before them. Each becomes one `ProviderRefusal`.
+A reply is one JSON document, or a stream of events (`text/event-stream`) that ends with `[DONE]`. A refusal
+comes as a status, as an error in a reply of status 200, in the middle of a stream, or as the web page of a
+proxy. Each becomes one `ProviderRefusal`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 
 LONGEST_WORDS_CHARACTERS = 200
 LONGEST_HEADER_CHARACTERS = 60
-SET_RIGHT_SECONDS = 30  # how soon it is looked again whether what was wrong has been set right
+SET_RIGHT_SECONDS = 30  # retry interval for errors that an operator has to fix
 UNKNOWN_MODEL_CODES = frozenset({"model_not_found", "model_not_available", "model_not_supported"})
 _TITLE = re.compile(r"(?is)<title[^>]*>(.*?)</title>")
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What the provider answered; tokens are None where it did not count them."""
+    """A provider's answer; tokens are None where it did not report them."""
 
     text: str
     prompt_tokens: int | None
@@ -30,7 +30,7 @@ class Completion:
 
 
 class ProviderRefusal(Exception):  # noqa: N818 - a refusal is an answer, too
-    """The provider gave no answer; carries the status and words for our own client."""
+    """The provider refused; carries status and message for the stand-in's client."""
 
     def __init__(self, status: int, message: str, retry_after: str | None = None) -> None:
         super().__init__(message)
@@ -39,7 +39,7 @@ class ProviderRefusal(Exception):  # noqa: N818 - a refusal is an answer, too
 
 
 def completion_of(content: bytes) -> Completion:
-    """The completion that the document holds, or ProviderRefusal."""
+    """Reads a completion from a JSON document. Raises ProviderRefusal."""
     document = _json(content)
     if not isinstance(document, dict):
         raise ProviderRefusal(502, f"the provider's answer is not a chat completion: {_words(content)}")
@@ -53,7 +53,7 @@ def completion_of(content: bytes) -> Completion:
 
 
 def completion_of_events(content: bytes) -> Completion:
-    """The completion that the stream's events make up, or ProviderRefusal; one that was cut off is none."""
+    """Joins a stream's events into a completion. Raises ProviderRefusal, also if the stream was cut off."""
     pieces: list[str] = []
     last: dict[str, Any] = {}
     usage: Any = None
@@ -78,7 +78,7 @@ def completion_of_events(content: bytes) -> Completion:
 
 
 def refusal_of(status: int, retry_after: str | None, content: bytes) -> ProviderRefusal:
-    """What a reply with a status other than 200 means."""
+    """Interprets a status other than 200."""
     words = _words(content)
     if _is_unknown_model(status, _json(content)):
         return ProviderRefusal(404, f"the provider does not serve this model: {words}. Check LLAMA_MODELS")
@@ -97,19 +97,19 @@ def refusal_of(status: int, retry_after: str | None, content: bytes) -> Provider
 
 
 def not_to_be_had(message: str) -> ProviderRefusal:
-    """What somebody has to set right first: no prompt's fault, so that it must not cost one an attempt."""
+    """An error that an operator has to fix: it must not cost a task an attempt."""
     return ProviderRefusal(503, message, str(SET_RIGHT_SECONDS))
 
 
 def _is_unknown_model(status: int, document: Any) -> bool:
-    """By the code where there is one, else by the words: 404 also says that the address is wrong."""
+    """Decides by the error code, else by the text: 404 can also mean a wrong address."""
     error = document.get("error") if isinstance(document, dict) else None
     code = error.get("code") if isinstance(error, dict) else None
     return code in UNKNOWN_MODEL_CODES or (status == 404 and "model" in str(error).lower())
 
 
 def _refusal_within(document: dict[str, Any]) -> ProviderRefusal:
-    """The error that a reply of status 200 holds; its own code counts as the status where it is one."""
+    """Reads the error in a reply of status 200; its code counts as the status if it is one."""
     error = document["error"]
     content = json.dumps(document).encode()
     code = error.get("code") if isinstance(error, dict) else None
@@ -139,7 +139,7 @@ def _nothing_said(message: dict[str, Any], reason: Any) -> ProviderRefusal:
 
 
 def _text(content: Any) -> str | None:
-    """The text of a message: as it is, or put together from the parts that some providers send."""
+    """The text of a message; some providers send it in parts."""
     if isinstance(content, list):
         parts = [part.get("text") for part in content if isinstance(part, dict)]
         return "".join(part for part in parts if isinstance(part, str))
@@ -165,7 +165,7 @@ def _json(content: bytes) -> Any:
 
 
 def _words(content: bytes) -> str:
-    """The reply's own words, out of the usual shapes, in one line."""
+    """The error text of a reply, out of the usual JSON shapes, in one line."""
     found: Any = _json(content)
     for key in ("error", "message", "detail"):
         if isinstance(found, dict) and found.get(key):
@@ -185,6 +185,6 @@ def _one_line(text: str) -> str:
 
 
 def _header(value: str | None) -> str | None:
-    """A header's value that may be passed on."""
+    """A header value that is safe to pass on."""
     good = value is not None and value.isascii() and value.isprintable()
     return value if good and len(value or "") <= LONGEST_HEADER_CHARACTERS else None

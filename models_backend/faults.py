@@ -1,4 +1,4 @@
-"""Faults on demand: for a while, a share of a model's calls goes wrong in a chosen way."""
+"""Faults on demand: for a while a share of a model's calls fails in a chosen way."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KINDS: tuple[FaultKind, ...] = get_args(FaultKind)
 
 
 class FaultOrder(BaseModel):
-    """What `POST /faults` takes: `share` of the calls of `model` (`*` for all) fails for `seconds`."""
+    """Body of `POST /faults`: `share` of the calls of `model` (`*`: all) fails for `seconds`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -32,40 +32,40 @@ class FaultOrder(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """An order in force until `ends_at` (monotonic seconds)."""
+    """A fault that is active until `ends_at` (monotonic seconds)."""
 
     order: FaultOrder
     ends_at: float
 
 
 class Faults:
-    """The faults in force; of several that fit a call, the one ordered first decides."""
+    """The active faults; of several that match a call, the oldest decides."""
 
     def __init__(self, seed: int = 0) -> None:
         self._faults: list[Fault] = []
         self._dice = random.Random(seed)
 
     def order(self, order: FaultOrder) -> None:
-        """Put an order in force now. ValueError when 100 are in force already."""
-        if len(self.in_force()) >= MOST_FAULTS:
-            raise ValueError(f"{MOST_FAULTS} faults are in force already; DELETE /faults first")
+        """Activates a fault. Raises ValueError if 100 are active already."""
+        if len(self.active()) >= MOST_FAULTS:
+            raise ValueError(f"{MOST_FAULTS} faults are active already; DELETE /faults first")
         self._faults.append(Fault(order, time.monotonic() + order.seconds))
 
     def clear(self) -> None:
-        """End them all; calls that hang already go on hanging until their client leaves."""
+        """Ends all faults; calls that hang already hang until their client disconnects."""
         self._faults.clear()
 
-    def in_force(self) -> list[Fault]:
-        """What still runs; what has ended is forgotten."""
+    def active(self) -> list[Fault]:
+        """The faults that have not ended."""
         now = time.monotonic()
         self._faults = [fault for fault in self._faults if fault.ends_at > now]
         return list(self._faults)
 
     def pick(self, model: str) -> FaultOrder | None:
-        """The fault that strikes this call, if one does."""
+        """The fault that applies to this call, if any."""
         if not self._faults:
             return None
-        for fault in self.in_force():
+        for fault in self.active():
             if fault.order.model in {EVERY_MODEL, model} and self._dice.random() < fault.order.share:
                 return fault.order
         return None

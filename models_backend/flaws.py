@@ -1,6 +1,6 @@
-"""What the stand-in knows of its own answers: for each, whether it was good, or which flaw it had.
+"""The truth about the stand-in's answers: for each, its flaw, or none if it was good.
 
-Learning is judged by this, and must not see it: the router never reads it.
+Learning is evaluated by it and must not see it: the router never reads it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ RECENT = 100_000
 
 
 class KnownAnswer(NamedTuple):
-    """One answer that was given. `flaw` is None if it was good."""
+    """One answer; `flaw` is None if it was good."""
 
     request_id: str | None
     model: str
@@ -22,21 +22,21 @@ class KnownAnswer(NamedTuple):
 
 
 class FlawBook:
-    """The last 100,000 answers."""
+    """Stores the last 100,000 answers."""
 
     def __init__(self) -> None:
         self._recent: deque[KnownAnswer] = deque(maxlen=RECENT)
         self.known = 0
 
     def note(self, answer: KnownAnswer) -> None:
-        """Keep one more."""
+        """Adds one answer."""
         self.known += 1
         self._recent.append(answer)
 
     def since(self, number: int, limit: int) -> tuple[int, list[dict[str, Any]]]:
-        """Up to `limit` answers from the `number`-th on, and the number to go on from.
+        """Up to `limit` answers from the given number on, and the next number.
 
-        What was dropped is left out.
+        Dropped answers are left out.
         """
         oldest = self.known - len(self._recent)
         start = max(number - oldest, 0)

@@ -1,4 +1,4 @@
-"""How long a model takes to answer: drawn from (seed, model, prompt), so that a replay can draw the same."""
+"""Latency of a call, drawn from (seed, model, prompt), so that a replay draws the same."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHORTEST_SECONDS = 1.0
 LONGEST_SECONDS = 120.0
 SHAPES = "profile, llmperf, even:LOW:HIGH or lognormal:MEDIAN:SIGMA:LOW:HIGH (seconds)"
 
-# End-to-end seconds of hosted Llama 2 calls, as LLMPerf measured them: a few, but for one in a thousand.
+# End-to-end seconds of hosted Llama 2 calls, as LLMPerf measured them: a few seconds, with a long tail.
 LLMPERF_QUANTILES = (
     (0.0, 0.75), (0.1, 1.45), (0.25, 1.97), (0.5, 2.5), (0.75, 3.55),
     (0.9, 4.0), (0.95, 6.92), (0.99, 7.43), (0.995, 7.83), (0.999, 101.5), (1.0, 120.0),
@@ -25,7 +25,7 @@ LLMPERF_QUANTILES = (
 def latency_seconds(
     model: str, prompt: str, *, seed: int = 0, shape: str = "profile", time_scale: float = 1.0
 ) -> float:
-    """Seconds that `model` takes for `prompt`: the same for the same arguments, on every machine.
+    """Seconds that `model` takes for `prompt`; the same for the same arguments on every machine.
 
     `shape` is one of SHAPES; `profile` is LLMPerf's shape times the model's slowness, within 1 s to 2 min.
     """
@@ -38,7 +38,7 @@ def latency_seconds(
 
 @functools.lru_cache(maxsize=32)
 def parse_shape(shape: str) -> Callable[[float], float]:
-    """The shape's inverse distribution: a share in (0, 1) to seconds. ValueError shows the grammar."""
+    """The inverse distribution function of a shape, in seconds. Raises ValueError with the grammar."""
     name, *words = shape.split(":")
     try:
         numbers = [float(word) for word in words]
@@ -52,7 +52,7 @@ def parse_shape(shape: str) -> Callable[[float], float]:
         return functools.partial(_even, *numbers)
     if name == "lognormal" and len(numbers) == 4 and numbers[0] > 0 and numbers[2] <= numbers[3]:
         return functools.partial(_lognormal, *numbers)
-    raise ValueError(f"{shape!r} is no latency shape. Use {SHAPES}, e.g. even:1:120")
+    raise ValueError(f"{shape!r} is not a latency shape. Use {SHAPES}, e.g. even:1:120")
 
 
 def _even(low: float, high: float, share: float) -> float:

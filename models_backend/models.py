@@ -1,4 +1,4 @@
-"""What each model is like: how fast, how often good. Fixed, so that learning can be judged."""
+"""Latency and quality of each model; fixed, so that learning can be evaluated."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from models_backend.chance import chance
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """`slowness` multiplies the latency; `quality` is the chance of a good answer by category."""
+    """`slowness` multiplies the latency; `quality` is the probability of a good answer by category."""
 
     slowness: float
     quality: Mapping[str, float]
 
     def quality_for(self, category: str) -> float:
-        """The chance of a good answer; the mean of all categories for one that the table does not know."""
+        """Probability of a good answer; for an unknown category the mean of all."""
         return self.quality.get(category, sum(self.quality.values()) / len(self.quality))
 
 
@@ -35,8 +35,8 @@ PROFILES: Mapping[str, Profile] = {
     "phi-4": _profile(0.8, 0.82, 0.58, 0.72),
     "command-r-plus": _profile(3.2, 0.66, 0.84, 0.89),
     "gpt-4o-mini": _profile(0.7, 0.80, 0.83, 0.88),
-    # Of config/llama_catalog.yaml, served where `--also` names them: three that are better, and two that are
-    # only said to be.
+    # Models of config/llama_catalog.yaml, served where `--also` names them: three are better, of two only the
+    # benchmark scores are.
     "llama-4-maverick": _profile(0.9, 0.80, 0.98, 0.88),
     "llama-3.3-nemotron-super-49b": _profile(1.5, 0.99, 0.72, 0.84),
     "hermes-4-70b": _profile(1.1, 0.78, 0.96, 0.85),
@@ -46,7 +46,7 @@ PROFILES: Mapping[str, Profile] = {
 
 
 def profile_of(model: str) -> Profile:
-    """The model's profile; for a name that the table does not know, one drawn from the name."""
+    """The model's profile; for an unknown name, one drawn from the name."""
     known = PROFILES.get(model)
     if known is not None:
         return known

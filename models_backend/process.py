@@ -1,4 +1,4 @@
-"""The stand-in as a process of its own, for whoever needs one: the launcher, benches, tests."""
+"""Runs the stand-in as a process of its own, for benches and tests."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class BackendServer:
-    """A running stand-in. `process` is ours: only we stop it."""
+    """A running stand-in; `stop` ends its process."""
 
     process: subprocess.Popen[bytes]
     url: str
     arrival_log: Path
 
     def arrivals(self) -> list[dict[str, Any]]:
-        """The arrival log so far; whole after `stop`."""
+        """The arrival log so far; complete after `stop`."""
         if not self.arrival_log.exists():
             return []
         return [json.loads(line) for line in self.arrival_log.read_text(encoding="utf-8").splitlines()]
 
     def stop(self) -> None:
-        """SIGTERM and wait, so that the log is whole; SIGKILL after 10 s. Stopping twice is fine."""
+        """Sends SIGTERM and waits for the log to be complete; SIGKILL after 10 s. Idempotent."""
         if self.process.poll() is None:
             self.process.terminate()
             try:
@@ -49,9 +49,10 @@ def free_port() -> int:
 
 
 def start_backend(folder: Path, *arguments: str, port: int | None = None) -> BackendServer:
-    """Start `python -m models_backend` with its logs in `folder`; returns once it answers /health.
+    """Starts `python -m models_backend` with its logs in `folder`; returns once /health answers.
 
-    `arguments` are its command line's (`--time-scale`, `--latency`, ...). RuntimeError holds its last words.
+    `arguments` extend its command line (`--time-scale`, `--latency`, ...). Raises RuntimeError with its
+    last output.
     """
     folder.mkdir(parents=True, exist_ok=True)
     port = port or free_port()
@@ -83,7 +84,7 @@ def start_backend(folder: Path, *arguments: str, port: int | None = None) -> Bac
 
 
 def _answers(url: str, pid: int) -> bool:
-    """Whether it is our process that answers, and not another one that has the port."""
+    """Whether this process answers, and not another one on the same port."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with direct.open(f"{url}/health", timeout=1) as response:

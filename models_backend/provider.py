@@ -1,4 +1,4 @@
-"""Real models: calls forwarded to an OpenAI-compatible provider's /chat/completions."""
+"""Forwards calls to an OpenAI-compatible provider's /chat/completions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from models_backend.settings import ProviderSettings
 
 LARGEST_ANSWER_BYTES = 16 * 1024 * 1024
 LARGEST_ERROR_BYTES = 64 * 1024
-LARGE_REPLY_BYTES = 256 * 1024  # above it, parsing would hold the loop for milliseconds
+LARGE_REPLY_BYTES = 256 * 1024  # parsing more would block the event loop for milliseconds
 CONNECT_SECONDS = 10.0
 
 
@@ -49,11 +49,11 @@ class Provider:
         return model in self._settings.models
 
     async def complete(self, model: str, prompt: str, max_tokens: int) -> Completion:
-        """The provider's answer, or ProviderRefusal with one line that names no secret.
+        """The provider's answer. Raises ProviderRefusal with one line that contains no secret.
 
-        Its status is what it means to our own client: 429 and 503 "later", 503 also for what somebody has to
-        set right (key, address), 404 for a model that is not there, 400, 413 and 422 for a prompt that is
-        refused, 504 if it is late, else 502.
+        Its status is the meaning for the stand-in's client: 429 and 503 to retry later, 503 also for what an
+        operator has to fix (key, address), 404 for a missing model, 400, 413 and 422 for a refused prompt,
+        504 for a timeout, else 502.
         """
         try:
             return await self._ask(self._request(model, prompt, max_tokens))
@@ -104,7 +104,7 @@ class Provider:
 
 
 async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
-    """At most a little more than `limit` bytes; longer says that there was more, which is not read."""
+    """Reads slightly more than `limit` bytes at most; a longer result means there was more."""
     content = bytearray()
     async for chunk in response.content.iter_any():
         content += chunk
@@ -114,7 +114,7 @@ async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
     return bytes(content)
 
 
-# The first that fits, from the particular to the general.
+# The first match decides, from specific to general.
 _NOT_CONNECTED: tuple[tuple[type[Exception], str], ...] = (
     (aiohttp.ConnectionTimeoutError, "no connection to the provider in time: check LLAMA_API_BASE"),
     (aiohttp.ClientConnectorDNSError, "the provider's host is not known: check LLAMA_API_BASE"),
@@ -124,7 +124,7 @@ _NOT_CONNECTED: tuple[tuple[type[Exception], str], ...] = (
 
 
 def _broken(error: Exception) -> ProviderRefusal:
-    """Why there is no whole reply, from what the HTTP client raised."""
+    """Explains an exception of the HTTP client."""
     for kind, words in _NOT_CONNECTED:
         if isinstance(error, kind):
             return not_to_be_had(words)

@@ -1,4 +1,4 @@
-"""A model's true quota, as its provider counts it: exact, in any window, by the moment of arrival."""
+"""A model's true quota, as its provider counts it: exact in every rolling window, by arrival time."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from router.traffic import TrafficTarget
 
 
 class Quotas:
-    """The quotas of all models; a model without one is never refused."""
+    """Quotas of all models; a model without one is never refused."""
 
     def __init__(self, targets: Mapping[str, TrafficTarget]) -> None:
         self._quotas = {model: _Quota(target) for model, target in targets.items()}
 
     def enter(self, model: str, now: float, tokens: int) -> int | None:
-        """None, and the call is counted until `leave`; or the whole seconds after which to come again."""
+        """Admits a call until `leave` and returns None, or returns whole seconds until a retry."""
         quota = self._quotas.get(model)
         return None if quota is None else quota.enter(now, tokens)
 
     def leave(self, model: str) -> None:
-        """A call that was let in has ended."""
+        """Ends an admitted call."""
         if model in self._quotas:
             self._quotas[model].at_once -= 1
 
@@ -52,7 +52,7 @@ class _Quota:
 
 
 class _Window:
-    """What was let in during the last `seconds`; refused calls do not count."""
+    """Admitted calls of the last `seconds`; refused calls do not count."""
 
     def __init__(self, most: int, seconds: float, *, counts_tokens: bool) -> None:
         self._most = most
@@ -62,7 +62,7 @@ class _Window:
         self._sum = 0
 
     def wait_seconds(self, now: float, tokens: int) -> float:
-        """0 if the call fits now; else when enough of the old ones will have left the window."""
+        """0 if the call fits now, else seconds until enough calls have left the window."""
         while self._entries and self._entries[0][0] <= now - self._seconds:
             self._sum -= self._entries.popleft()[1]
         excess = self._sum + (tokens if self._counts_tokens else 1) - self._most

@@ -1,4 +1,4 @@
-"""What the stand-in serves and how, as one frozen value."""
+"""Settings of the stand-in."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from router.traffic import TrafficTarget
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model by the name that requests use. Prices in USD a million tokens."""
+    """A model by the name that requests use. Prices in USD per million tokens."""
 
     name: str
     input_price: float = 0.0
@@ -24,7 +24,7 @@ class ServedModel:
     context_tokens: int = 8192
 
     def cost_usd(self, prompt_tokens: int, completion_tokens: int) -> float:
-        """What a call costs, rounded to a billionth of a dollar."""
+        """Cost of a call, rounded to a billionth of a dollar."""
         return round((prompt_tokens * self.input_price + completion_tokens * self.output_price) / 1e6, 9)
 
 
@@ -36,21 +36,21 @@ class ProviderSettings:
     key: str | None = field(repr=False)
     models: Mapping[str, str]
     timeout_seconds: float = 300.0
-    stream: bool = False  # ask for a stream: what stands before a provider may cut off a long silence
-    silence_seconds: float = 120.0  # the longest one within a stream
+    stream: bool = False  # request a stream: proxies may cut off a long silence
+    silence_seconds: float = 120.0  # longest silence within a stream
 
 
 @dataclass(frozen=True, slots=True)
 class StandInSettings:
-    """Everything that `create_app` needs. `time_scale` divides latencies and nothing else."""
+    """Arguments of `create_app`. `time_scale` divides latencies and nothing else."""
 
     models: Mapping[str, ServedModel]
     time_scale: float = 1.0
     seed: int = 0
     latency: str = "profile"
     quotas: Mapping[str, TrafficTarget] = field(default_factory=dict)
-    references: Mapping[str, str] = field(default_factory=dict)  # by prompt, as the next
-    categories: Mapping[str, str] = field(default_factory=dict)  # where they are known; others are guessed
+    references: Mapping[str, str] = field(default_factory=dict)  # by prompt
+    categories: Mapping[str, str] = field(default_factory=dict)  # by prompt; others are guessed
     arrival_log: Path | None = None
     max_body_bytes: int = 8 * 1024 * 1024
     max_batch: int = 1000
@@ -71,8 +71,10 @@ class StandInSettings:
 
 
 def served_models(config: RouterConfig, also: tuple[str, ...] = ()) -> dict[str, ServedModel]:
-    """The models of the router's config by their endpoint, and those of `also`: NAME (free of charge) or
-    NAME=INPUT/OUTPUT, with prices in USD a million tokens. ConfigError shows a line that does not parse."""
+    """The models of the router's config by endpoint, and those of `also`.
+
+    `also` holds NAME (free of charge) or NAME=INPUT/OUTPUT with prices in USD per million tokens. Raises
+    ConfigError with the line that does not parse."""
     served = {model.name: model for model in map(_also_served, also)}
     for name, model in config.models.items():
         endpoint = model.endpoint or name
@@ -96,10 +98,10 @@ def _also_served(line: str) -> ServedModel:
 def provider_from_environment(
     environment: Mapping[str, str], served: Mapping[str, ServedModel]
 ) -> ProviderSettings | None:
-    """The provider that LLAMA_API_BASE names, or None. ConfigError names the variable that is wrong.
+    """The provider of LLAMA_API_BASE, or None. Raises ConfigError with the invalid variable.
 
-    LLAMA_MODELS=name=provider-model,... says which models are real; without it, those whose name starts with
-    `llama` are, under their own names. LLAMA_STREAM=1 asks the provider for streams.
+    LLAMA_MODELS=name=provider-model,... names the real models; without it those whose name starts with
+    `llama` are real, under their own names. LLAMA_STREAM=1 requests streams from the provider.
     """
     base_url = environment.get("LLAMA_API_BASE", "").strip()
     if not base_url:
@@ -118,20 +120,24 @@ def provider_from_environment(
 
 
 def _base_url(url: str) -> str:
-    problem = "LLAMA_API_BASE is no http(s) URL. Set it to the part before /chat/completions."
+    problem = "LLAMA_API_BASE is not an http(s) URL. Set it to the part before /chat/completions."
     try:
         parts = urlsplit(url)
-        parts.port  # noqa: B018 - raises for what is no port
+        parts.port  # noqa: B018 - raises for an invalid port
     except ValueError as error:
         raise ConfigError(problem) from error
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise ConfigError(problem)
     if parts.username or parts.password or parts.query or parts.fragment:
-        raise ConfigError("LLAMA_API_BASE must hold neither password nor ? nor #. The key is LLAMA_API_KEY.")
+        raise ConfigError(
+            "LLAMA_API_BASE must not contain a password, ? or #. Put the key into LLAMA_API_KEY."
+        )
     return url.rstrip("/").removesuffix("/chat/completions")
 
 
 def _key(key: str) -> str | None:
     if not key.isascii() or any(character.isspace() or not character.isprintable() for character in key):
-        raise ConfigError("LLAMA_API_KEY holds a blank or another character that no header can carry.")
+        raise ConfigError(
+            "LLAMA_API_KEY contains a blank or another character that is not allowed in a header."
+        )
     return key or None

@@ -1,7 +1,7 @@
-"""The stand-in as a judge: asked which of two answers is better, it looks at both, and says so.
+"""The stand-in as a judging model: it compares two answers and names the better one.
 
-It knows nothing of who wrote them. A good look tells an answer that speaks of the request, goes to its end
-and does not run in circles from one that does not; a bad look says that the first one is better.
+It does not know their authors. A good verdict prefers an answer that addresses the request, is complete and
+does not repeat itself; a bad verdict prefers the first answer.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ _QUESTION = re.compile(
 _WORD = re.compile(r"\w+")
 LEAST_WORDS = 3
 TOPIC_LETTERS = 4
-ON_TOPIC = 0.2  # of the request's words
-VARIED = 0.4  # of an answer's words, that are not said twice
+ON_TOPIC = 0.2  # share of the request's words
+VARIED = 0.4  # share of distinct words of an answer
 
 
 def verdict_on(prompt: str, *, looks_well: bool) -> str | None:
-    """What a judge says to this question; None if the prompt is none."""
+    """The verdict for a judging prompt; None for any other prompt."""
     question = _QUESTION.search(prompt)
     if question is None:
         return None

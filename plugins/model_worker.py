@@ -1,7 +1,7 @@
-"""Airflow's side of the worker: thin shells of operator and trigger on the router's engine.
+"""Operators and triggers that run the router's workers in Airflow's triggerer.
 
-One engine a triggerer process, shared by its triggers; it outlives each of them, so that a trigger that
-leaves, is cancelled or is moved to another triggerer takes no call in flight with it.
+The triggers of one triggerer process share an engine. It outlives each of them: a trigger that ends, is
+canceled or moves to another triggerer does not take its calls in flight with it.
 """
 
 from __future__ import annotations
@@ -14,40 +14,17 @@ from airflow.configuration import conf
 from airflow.sdk import BaseOperator, BaseOperatorLink, Connection, Variable
 from airflow.sdk.definitions.context import Context
 from airflow.triggers.base import BaseTrigger, TaskSuccessEvent, TriggerEvent
+from connections import NAMES, addresses_of
 
 from router.models import VARIABLE_PREFIX
-from router.settings import Addresses, config_folder, data_folder, load_config
+from router.settings import config_folder, data_folder, load_config
 from router.workers import Engine, Worker, wait_for_work
 
-LINGER_SECONDS = 30.0  # the next run follows within seconds and finds the engine warm
-
-
-async def addresses_from_connections() -> Addresses:
-    """What the environment holds elsewhere, from the Connections router_db, router_redis, models_backend."""
-    return addresses_of(
-        await Connection.async_get("router_db"),
-        await Connection.async_get("router_redis"),
-        await Connection.async_get("models_backend"),
-    )
-
-
-def addresses_of(database: Connection, redis: Connection, backend: Connection) -> Addresses:
-    """The addresses that three Connections hold."""
-    return Addresses(
-        database_url=database.get_uri().replace("postgres://", "postgresql://", 1),
-        redis_url=redis.get_uri(),
-        backend_url=f"{_scheme(backend)}://{backend.host}" + (f":{backend.port}" if backend.port else ""),
-    )
-
-
-def _scheme(backend: Connection) -> str:
-    """Said by the schema of the form, or by a Connection that is given as a URL: that makes it the type."""
-    said = {backend.schema, backend.conn_type}
-    return "https" if "https" in said else "http"
+LINGER_SECONDS = 30.0  # the next run starts within seconds and reuses the engine
 
 
 async def read_traffic_variables(models: list[str]) -> Mapping[str, str | None]:
-    """model -> the text of its Variable, one after the other; None where there is none."""
+    """Reads model -> text of its Variable, None without one, sequentially."""
     lines: dict[str, str | None] = {}
     for model in models:
         lines[model] = await asyncio.to_thread(Variable.get, VARIABLE_PREFIX + model, default=None)
@@ -55,7 +32,7 @@ async def read_traffic_variables(models: list[str]) -> Mapping[str, str | None]:
 
 
 class SharedEngine:
-    """This process's engine: started by whoever asks first, stopped when it was idle for a while."""
+    """The engine of this process: started on first use, stopped after LINGER_SECONDS without work."""
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -64,15 +41,16 @@ class SharedEngine:
         self._closer: asyncio.Task[None] | None = None
 
     async def get(self) -> Engine:
-        """The running engine of this event loop."""
+        """Returns the running engine of this event loop."""
         loop = asyncio.get_running_loop()
-        if self._loop is not loop:  # `airflow dags test` runs each trigger in a loop of its own
+        if self._loop is not loop:  # `airflow dags test` runs each trigger in its own loop
             self._loop, self._lock, self._engine, self._closer = loop, asyncio.Lock(), None, None
         async with self._lock:
             if self._engine is None:
-                engine = Engine(await addresses_from_connections(), load_config(), read_traffic_variables)
+                addresses = addresses_of(*[await Connection.async_get(name) for name in NAMES])
+                engine = Engine(addresses, load_config(), read_traffic_variables)
                 await engine.start()
-                # Not in processes that only load plugins: it brings the search engine with it.
+                # Not in processes that only load plugins: it imports the search engine.
                 from router.workers import DeadlineJob  # noqa: PLC0415
 
                 DeadlineJob(engine, config_folder(), data_folder()).start()
@@ -80,10 +58,10 @@ class SharedEngine:
             return self._engine
 
     def let_linger(self) -> None:
-        """A worker left: stop the engine once it has been idle for a while."""
+        """Stops the engine once it has been idle for LINGER_SECONDS."""
         if self._closer is None or self._closer.done():
             closing = self._close_when_idle()
-            self._closer = asyncio.get_running_loop().create_task(closing, name="router close when idle")
+            self._closer = asyncio.create_task(closing, name="router close when idle")
 
     async def _close_when_idle(self) -> None:
         while True:
@@ -100,7 +78,7 @@ shared_engine = SharedEngine()
 
 
 class WorkerTrigger(BaseTrigger):
-    """Solves tasks with one model until its run is over; ends the Airflow task without another process."""
+    """Solves tasks with one model until its run ends; ends the Airflow task without another process."""
 
     def __init__(self, model: str, run: str, models: list[str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # Airflow's
@@ -124,17 +102,17 @@ class WorkerTrigger(BaseTrigger):
 
 
 class ModelLink(BaseOperatorLink):
-    """From a worker's Airflow task to its model's row in the console."""
+    """Link from a worker's Airflow task to its model in the console."""
 
     name = "Model in the console"
 
     def get_link(self, operator: Any, *, ti_key: Any) -> str:  # noqa: ARG002 - Airflow's signature
         base = conf.get("api", "base_url", fallback="").rstrip("/")
-        return f"{base}/router/page#traffic/{operator.assigned['model']}"
+        return f"{base}/router/page#models/{operator.assigned['model']}"
 
 
 class ModelWorker(BaseOperator):
-    """Defers at once to the model's worker; `assigned` is {"model", "run", "models"}."""
+    """Defers immediately to the model's worker; `assigned` is {"model", "run", "models"}."""
 
     template_fields = ("assigned",)
     operator_extra_links = (ModelLink(),)
@@ -147,12 +125,12 @@ class ModelWorker(BaseOperator):
         self.defer(trigger=WorkerTrigger(**self.assigned), method_name="resumed", timeout=None)
 
     def resumed(self, context: Context, event: Any = None) -> Any:  # noqa: ARG002 - Airflow's signature
-        """Only reached where a triggerer does not end Airflow tasks by itself (`airflow dags test`)."""
+        """Runs only where no triggerer ends the Airflow task (`airflow dags test`)."""
         return event
 
 
 class WorkTrigger(BaseTrigger):
-    """Fires as soon as there is an unsolved task; the engine then pulls until the run's workers are there."""
+    """Fires as soon as there is an unsolved task; the engine then pulls until the run's workers start."""
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         return ("model_worker.WorkTrigger", {})
@@ -174,4 +152,4 @@ class WaitForWork(BaseOperator):
         self.defer(trigger=trigger, method_name="resumed", timeout=None)
 
     def resumed(self, context: Context, event: Any = None) -> None:
-        """Only reached where a triggerer does not end Airflow tasks by itself (`airflow dags test`)."""
+        """Runs only where no triggerer ends the Airflow task (`airflow dags test`)."""

@@ -1,7 +1,7 @@
-"""Airflow's side of the nightly review: an operator whose task_id names the step, and one that reports.
+"""Steps of the nightly review: an operator whose task_id names its step, and one that reports.
 
-Each step can be run again, and then changes nothing more. A step says in a few lines what it did; only these
-lines go on to the report, never an answer, an address or a password.
+Each step is idempotent. It returns a few lines on what it did; only these lines go to the report, never
+answers, addresses or passwords.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from airflow.sdk import BaseOperator, Connection, Variable
 from airflow.sdk.definitions.context import Context
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowRuntimeError
-from model_worker import addresses_of
+from connections import read_addresses
 
 from router.errors import AirflowError, ConfigError, InputError, RouterError, SchemaError
 from router.settings import (
@@ -31,22 +31,23 @@ from router.settings import (
 )
 
 BY = "nightly_review"
-MOST_LINES = 60  # of one step in the report; its own log has them all
-LONGEST_LINE = 400
-HOPELESS = (ConfigError, InputError, SchemaError)  # another try would bring the same
-NOT_IN_A_DRY_RUN = "a dry run: nothing is kept, so this step does nothing"
+MAX_LINES = 60  # of one step in the report; its own log has all of them
+MAX_LINE = 400  # characters
+PERMANENT = (ConfigError, InputError, SchemaError)  # a retry would fail alike
+SKIPPED_IN_DRY_RUN = "skipped in a dry run"
+DISABLED = "disabled for this run"
 
 
 @dataclass(frozen=True)
-class Night:
-    """What a step works with. `params` are those of the run's form."""
+class NightlyRun:
+    """Input of a step. `params` are those of the trigger form."""
 
     addresses: Addresses
     folder: Path
     config: RouterConfig
     learning: LearningSettings
     params: Mapping[str, Any]
-    began: datetime  # the same for every try of a step
+    began: datetime  # the same for every attempt of a step
 
     @property
     def url(self) -> str:
@@ -57,104 +58,107 @@ class Night:
         return bool(self.params.get("dry_run"))
 
 
-# The steps. What they need is imported when they run: this file is read in every process of Airflow.
+# The steps import what they need when they run: every Airflow process reads this file.
 
 
-def grade(night: Night) -> list[str]:
-    """Cheap checks of a sample of the answers."""
+def grade(run: NightlyRun) -> list[str]:
+    """Checks a sample of the answers."""
     from router.learning import grade_answers  # noqa: PLC0415 - see above
 
-    return [f"{grade_answers(night.url, night.learning):,} answers graded by cheap checks"]
+    return [f"{grade_answers(run.url, run.learning):,} answers graded by cheap checks"]
 
 
-def judge(night: Night) -> list[str]:
-    """Another model judges some of them, within the night's budget."""
+def judge(run: NightlyRun) -> list[str]:
+    """Judges some of these answers with another model, within the budget."""
     from router.learning import Judged, judge_answers  # noqa: PLC0415 - see above
     from router.models import DirectCaller  # noqa: PLC0415 - see above
 
     async def judged() -> Judged:
-        async with DirectCaller(night.addresses, night.config) as caller:
-            return await judge_answers(caller, night.learning)
+        async with DirectCaller(run.addresses, run.config) as caller:
+            return await judge_answers(caller, run.learning)
 
-    if not night.params.get("judge", True):
-        return ["not asked for"]
-    said = asyncio.run(judged())
-    return [str(said), *said.notes]
+    if not run.params.get("judge", True):
+        return [DISABLED]
+    done = asyncio.run(judged())
+    return [str(done), *done.notes]
 
 
-def sum_up(night: Night) -> list[str]:
-    """The log becomes evidence."""
+def sum_up(run: NightlyRun) -> list[str]:
+    """Sums the call log up into evidence."""
     from router.learning import sum_evidence  # noqa: PLC0415 - see above
 
-    return [f"{sum_evidence(night.url, night.learning):,} calls summed up"]
+    return [f"{sum_evidence(run.url, run.learning):,} calls summed up"]
 
 
-def rank(night: Night) -> list[str]:
-    """Evidence becomes an order, in force in one transaction; a dry run does all that, and keeps nothing."""
+def rank(run: NightlyRun) -> list[str]:
+    """Ranks the models and activates the ranking. A dry run does all steps so far and rolls back."""
     from router.learning import rank_models, run_review  # noqa: PLC0415 - see above
 
-    if night.dry_run:
-        done = run_review(night.url, night.learning, by=BY, dry_run=True)
+    if run.dry_run:
+        done = run_review(run.url, run.learning, by=BY, dry_run=True)
     else:
-        done = rank_models(night.url, night.learning, by=BY)
+        done = rank_models(run.url, run.learning, by=BY)
     name = "dry run" if done.review is None else f"review {done.review}"
-    return [f"{name}: {len(done.news)} moved", *map(str, done.news), *done.notes]
+    return [f"{name}: {len(done.changes)} changes", *map(str, done.changes), *done.notes]
 
 
-def search(night: Night) -> list[str]:
-    """Look for better models, try them, take on what wins."""
+def search(run: NightlyRun) -> list[str]:
+    """Searches for better models, tries them, and admits winners."""
     from router.discovery import run_search  # noqa: PLC0415 - see above
     from router.settings import load_discovery  # noqa: PLC0415 - see above
 
-    if not night.params.get("search", True):
-        return ["not asked for"]
+    if not run.params.get("search", True):
+        return [DISABLED]
     done = run_search(
-        night.addresses, night.config, night.learning, load_discovery(night.folder, night.config.categories),
-        night.folder, categories=night.params.get("categories") or None, by=BY, dry_run=night.dry_run,
-        variables=AirflowVariables(), since=night.began,
+        run.addresses, run.config, run.learning, load_discovery(run.folder, run.config.categories),
+        run.folder, categories=run.params.get("categories") or None, by=BY, dry_run=run.dry_run,
+        variables=AirflowVariables(), since=run.began,
     )  # fmt: skip
     name = "dry run" if done.search is None else f"search {done.search}"
-    counts = Counter(finding.verdict for finding in done.findings)
-    told = ", ".join(f"{number} {verdict}" for verdict, number in sorted(counts.items()))
+    counts = Counter(_label(finding.verdict) for finding in done.findings)
+    summary = ", ".join(f"{number} {verdict}" for verdict, number in sorted(counts.items()))
     tried = [finding for finding in done.findings if finding.verdict in {"taken", "lost", "unreachable"}]
     return [
-        f"{name}: {told or 'nothing found'}",
-        *(f"{found.model}, {found.category}: {found.verdict}: {found.reason}" for found in tried),
+        f"{name}: {summary or 'no models found'}",
+        *(f"{found.model}, {found.category}: {_label(found.verdict)}: {found.reason}" for found in tried),
         *done.notes,
     ]
 
 
-def probation(night: Night) -> list[str]:
-    """Models that the search took are promoted or retired by their log."""
+def _label(verdict: str) -> str:
+    return "admitted" if verdict == "taken" else verdict
+
+
+def probation(run: NightlyRun) -> list[str]:
+    """Promotes or retires discovered models by their evidence."""
     from router.discovery import review_probation  # noqa: PLC0415 - see above
     from router.settings import load_discovery  # noqa: PLC0415 - see above
 
     decisions = review_probation(
-        night.url, night.folder, night.config, night.learning,
-        load_discovery(night.folder, night.config.categories), by=BY, variables=AirflowVariables(),
-        dry_run=night.dry_run,
+        run.url, run.folder, run.config, run.learning, load_discovery(run.folder, run.config.categories),
+        by=BY, variables=AirflowVariables(), dry_run=run.dry_run,
     )  # fmt: skip
-    told = [f"{decision.model}: {decision.step.value}: {decision.reason}" for decision in decisions]
+    lines = [f"{decision.model}: {decision.step.value}: {decision.reason}" for decision in decisions]
     notes = dict.fromkeys(note for decision in decisions for note in decision.notes)
-    return [*told, *notes] or ["no model is on probation"]
+    return [*lines, *notes] or ["no model is on probation"]
 
 
-def retention(night: Night) -> list[str]:
-    """Old days of the log go, once they are summed up."""
+def retention(run: NightlyRun) -> list[str]:
+    """Drops old days of the call log once they are summed up."""
     from router.learning import drop_old_calls  # noqa: PLC0415 - see above
 
-    done = drop_old_calls(night.url, night.learning, dry_run=night.dry_run)
+    done = drop_old_calls(run.url, run.learning, dry_run=run.dry_run)
     return [str(done), *done.days, *(f"kept {kept}" for kept in done.kept)]
 
 
-STEPS: Mapping[str, Callable[[Night], list[str]]] = {
+STEPS: Mapping[str, Callable[[NightlyRun], list[str]]] = {
     step.__name__: step for step in (grade, judge, sum_up, rank, search, probation, retention)
 }
 WITHOUT_DRY_RUN = frozenset({"grade", "judge", "sum_up"})
 
 
 class AirflowVariables:
-    """`router.publishing.Variables` inside an Airflow task, which needs no address and no password for it."""
+    """Implements `router.discovery.publishing.Variables` inside an Airflow task, without HTTP."""
 
     def variables(self, prefix: str = "") -> dict[str, str]:
         with _as_airflow_error():
@@ -181,55 +185,55 @@ def _as_airflow_error() -> Iterator[None]:
     try:
         yield
     except AirflowRuntimeError as error:
-        raise AirflowError(f"Airflow did not take it: {error}") from error
+        raise AirflowError(f"Airflow refused the Variable: {error}") from error
 
 
-class NightStep(BaseOperator):
-    """Does the step that its task_id names, and says what it did."""
+class NightlyStep(BaseOperator):
+    """Runs the step that its task_id names, and logs and returns its lines."""
 
     def execute(self, context: Context) -> list[str]:
         try:
-            lines = self._do(_night(dict(context["params"]), context["dag_run"].run_after))
-        except HOPELESS as error:
+            lines = self._run(_nightly_run(dict(context["params"]), context["dag_run"].run_after))
+        except PERMANENT as error:
             raise AirflowFailException(str(error)) from None
-        except RouterError as error:  # another review runs, Postgres or Redis is away: tried again
+        except (
+            RouterError
+        ) as error:  # another review is running, or a service is unavailable: Airflow retries
             raise AirflowException(str(error)) from None
         for line in lines:
             self.log.info("%s", line)
-        return [line[:LONGEST_LINE] for line in lines[:MOST_LINES]]
+        return [line[:MAX_LINE] for line in lines[:MAX_LINES]]
 
-    def _do(self, night: Night) -> list[str]:
-        if night.dry_run and self.task_id in WITHOUT_DRY_RUN:
-            return [NOT_IN_A_DRY_RUN]
-        return STEPS[self.task_id](night)
+    def _run(self, run: NightlyRun) -> list[str]:
+        if run.dry_run and self.task_id in WITHOUT_DRY_RUN:
+            return [SKIPPED_IN_DRY_RUN]
+        return STEPS[self.task_id](run)
 
 
-class NightReport(BaseOperator):
-    """Says what the night did, and fails if one of its steps did."""
+class NightlyReport(BaseOperator):
+    """Logs the lines of all steps, and fails if a step failed."""
 
     def execute(self, context: Context) -> dict[str, list[str]]:
         instance = context["ti"]
-        said = {step: instance.xcom_pull(task_ids=step) for step in STEPS}
-        for step, lines in said.items():
-            for line in lines if lines is not None else ["did not end well: see its log"]:
+        of_steps = {step: instance.xcom_pull(task_ids=step) for step in STEPS}
+        for step, lines in of_steps.items():
+            for line in lines if lines is not None else ["failed; see its log"]:
                 self.log.info("%-10s %s", step, line)
-        report = {step: list(lines) for step, lines in said.items() if lines is not None}
-        lost = [step for step, lines in said.items() if lines is None]
-        if lost:
+        report = {step: list(lines) for step, lines in of_steps.items() if lines is not None}
+        failed = [step for step, lines in of_steps.items() if lines is None]
+        if failed:
             instance.xcom_push(key="return_value", value=report)
-            words = (
-                f"These steps did not end well: {', '.join(lost)}. What they would have put in force is as it"
-                " was before. Their logs say why; clear them to run them again."
+            message = (
+                f"Failed steps: {', '.join(failed)}. Nothing of them was activated. Their logs show the"
+                " cause; clear them to run them again."
             )
-            self.log.error(words)
-            raise AirflowFailException(words)
+            self.log.error(message)
+            raise AirflowFailException(message)
         return report
 
 
-def _night(params: Mapping[str, Any], began: datetime) -> Night:
+def _nightly_run(params: Mapping[str, Any], began: datetime) -> NightlyRun:
     folder = config_folder()
     config = load_config(folder)
     learning = load_learning(folder, config.categories)
-    names = ("router_db", "router_redis", "models_backend")
-    addresses = addresses_of(*(Connection.get(name) for name in names))
-    return Night(addresses, folder, config, learning, params, began)
+    return NightlyRun(read_addresses(Connection.get), folder, config, learning, params, began)

@@ -1,4 +1,4 @@
-"""Airflow's side of asking: a plain operator that answers one prompt in its own process, and then is done."""
+"""Airflow operator that answers one prompt in its own process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from airflow.sdk import BaseOperator, Connection
 from airflow.sdk.definitions.context import Context
 from airflow.sdk.exceptions import AirflowFailException
-from model_worker import addresses_of
+from connections import read_addresses
 
 from router.errors import InputError
 from router.settings import config_folder, data_folder, load_config
@@ -17,18 +17,18 @@ from router.settings import config_folder, data_folder, load_config
 if TYPE_CHECKING:
     from router.answering import Answer, Event, Router
 
-GRACE_SECONDS = 1.0  # for calls that can bring no better answer, so that their cost is known
+GRACE_SECONDS = 1.0  # for calls that cannot improve the answer, so that their cost is logged
 OPTIONS = ("category", "model", "deadline_seconds")
 
 
 class AskPrompt(BaseOperator):
-    """Answers the prompt of the run's params, waits a bounded time for a better answer, gives up the rest."""
+    """Answers the prompt in the run's params and waits up to `late_seconds` for a better answer."""
 
     def execute(self, context: Context) -> dict[str, Any]:
-        """What was asked and by whom it was answered; the answer itself is in the log and in `tasks`."""
+        """Returns the task's id and who answered; the answer itself is in the log and in `tasks`."""
         try:
             return asyncio.run(self._ask(dict(context["params"])))
-        except InputError as error:  # another try would bring the same
+        except InputError as error:  # a retry would fail as well
             raise AirflowFailException(str(error)) from None
 
     async def _ask(self, params: dict[str, Any]) -> dict[str, Any]:
@@ -36,12 +36,12 @@ class AskPrompt(BaseOperator):
         options = {name: params.get(name) or None for name in OPTIONS}
         late_seconds = float(params.get("late_seconds") or 0)
         try:
-            answer = await router.answer(str(params.get("prompt") or ""), on_event=self._say, **options)
-            self._show(answer)
+            answer = await router.answer(str(params.get("prompt") or ""), on_event=self._log_event, **options)
+            self._log_answer(answer)
             end = time.monotonic() + late_seconds
             while better := await router.late(answer, seconds=end - time.monotonic()):
                 answer = better
-                self._show(answer)
+                self._log_answer(answer)
         finally:
             await router.close(grace_seconds=GRACE_SECONDS)
         return {
@@ -50,20 +50,18 @@ class AskPrompt(BaseOperator):
         }  # fmt: skip
 
     def _router(self) -> Router:
-        # Not in processes that only load plugins: it brings the search engine with it.
+        # Imported here, as it loads the search engine, which other Airflow processes do not need.
         from router.answering import Router  # noqa: PLC0415
 
-        names = ("router_db", "router_redis", "models_backend")
-        addresses = addresses_of(*(Connection.get(name) for name in names))
         folder = config_folder()
-        return Router(addresses, load_config(folder), folder, data_folder())
+        return Router(read_addresses(Connection.get), load_config(folder), folder, data_folder())
 
-    def _say(self, event: Event) -> None:
+    def _log_event(self, event: Event) -> None:
         self.log.info("%.2f s  %s", event.seconds, event.text)
 
-    def _show(self, answer: Answer) -> None:
-        giver = answer.model or "knowledge"
+    def _log_answer(self, answer: Answer) -> None:
+        source = answer.model or "knowledge"
         kind = answer.rank.name.lower().replace("_", " ")
-        self.log.info("%s%s (%s), %.2f s, $%.6f, task %s", "late: " if answer.late else "", giver, kind,
+        self.log.info("%s%s (%s), %.2f s, $%.6f, task %s", "late: " if answer.late else "", source, kind,
                       answer.seconds, answer.cost_usd, answer.task_id)  # fmt: skip
         self.log.info("Answer:\n%s", answer.text)

@@ -1,6 +1,6 @@
-"""Hangs the console into Airflow: a page in its navigation, and the API under it at `/router`.
+"""Airflow plugin that adds the console: a page in the navigation, and its API under `/router`.
 
-Nothing is built or imported before the first request: this file is read in every process of Airflow.
+Every process of Airflow loads this file, so nothing is built or imported before the first request.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PREFIX = "/router"
 
 
 class LazyConsole:
-    """ASGI application that becomes the console at its first request."""
+    """ASGI application that builds the console at the first request."""
 
     def __init__(self) -> None:
         self._lock: asyncio.Lock | None = None
@@ -31,21 +31,21 @@ class LazyConsole:
             self._lock = self._lock or asyncio.Lock()
             async with self._lock:
                 if self._console is None:
-                    # In a thread: it brings the router's libraries, and Airflow goes on serving meanwhile.
+                    # In a thread, because importing the router's libraries would block Airflow's event loop.
                     self._console = await asyncio.to_thread(_build)
         await self._console(scope, receive, send)
 
     async def close(self) -> None:
-        """End what the console has begun, if anybody has ever looked at it."""
+        """Closes the console if it was built."""
         if self._console is not None:
             await self._console.state.close()
 
 
 def _build() -> Console:
     folder = str(Path(__file__).resolve().parent)
-    if folder not in sys.path:  # Airflow puts its own there, in which this file may be a link
+    if folder not in sys.path:  # Airflow adds its plugins folder, where this file may be a link
         sys.path.append(folder)
-    from console.app import Console  # noqa: PLC0415 - not in processes that only read plugins
+    from console.app import Console  # noqa: PLC0415 - only in the api-server
 
     return Console()
 
@@ -54,7 +54,7 @@ lazy_console = LazyConsole()
 
 
 class CloseWithServer:
-    """ASGI middleware that does nothing but close the console when the api-server ends."""
+    """ASGI middleware that closes the console when the api-server ends."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -71,13 +71,13 @@ class RouterConsole(AirflowPlugin):
     """The console's page and API."""
 
     name = "router_console"
-    fastapi_apps = [  # noqa: RUF012 - Airflow's own way to name them
+    fastapi_apps = [  # noqa: RUF012 - Airflow's interface
         {"app": lazy_console, "url_prefix": PREFIX, "name": "Router"}
     ]
-    fastapi_root_middlewares = [  # noqa: RUF012 - the same
+    fastapi_root_middlewares = [  # noqa: RUF012 - as above
         {"name": "router console", "middleware": CloseWithServer, "args": [], "kwargs": {}}
     ]
-    external_views = [  # noqa: RUF012 - the same
+    external_views = [  # noqa: RUF012 - as above
         {
             "name": "Router",
             "href": f"{PREFIX}/page",

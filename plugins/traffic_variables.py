@@ -1,8 +1,8 @@
-"""Watches the `traffic.<model>` Variables and the pause of solve_tasks where the metadata database is near.
+"""Watches the `traffic.<model>` Variables and the pause of solve_tasks in Airflow's api-server.
 
-A trigger cannot ask whether its DAG is paused, and reading Variables through its supervisor is slow. The
-api-server, where edits are made, can: there both are read with one query each, four times a second, and what
-changed is published. The workers' own slow reading stays as the net.
+A trigger cannot query whether its DAG is paused, and reads Variables slowly through its supervisor. The
+api-server reads both from the metadata database, with one query each, four times a second, and publishes
+changes. Workers read the Variables themselves only as a fallback.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DAG_ID = "solve_tasks"
 
 
 def read_variables() -> tuple[dict[str, str | None], bool | None, int]:
-    """(model -> line, whether the DAG is paused or None if unknown, microseconds of the database's clock)."""
+    """Returns model -> line, whether the DAG is paused (None if unknown), and the database's time in µs."""
     from airflow.models.dag import DagModel  # noqa: PLC0415 - the same
     from airflow.models.variable import Variable  # noqa: PLC0415 - not in processes that only parse
     from airflow.utils.session import create_session  # noqa: PLC0415 - the same
@@ -33,7 +33,7 @@ def read_variables() -> tuple[dict[str, str | None], bool | None, int]:
     with create_session() as session:
         now = session.scalar(select(func.now()))
         if now is None:
-            raise RuntimeError("the metadata database does not tell the time")
+            raise RuntimeError("the metadata database returned no time")
         found = session.scalars(
             select(Variable).where(Variable.key.startswith(VARIABLE_PREFIX, autoescape=True))
         )
@@ -43,16 +43,16 @@ def read_variables() -> tuple[dict[str, str | None], bool | None, int]:
 
 
 async def watch() -> None:
-    """Publish for ever; start again after any trouble."""
+    """Watches until canceled; starts again after any error."""
     while True:
         try:
-            await _watch_until_trouble()
-        except Exception as error:  # noqa: BLE001, PERF203 - a watch that ends is worse than any error
-            log.warning("traffic Variables cannot be watched: %s; trying again", type(error).__name__)
+            await _watch_until_error()
+        except Exception as error:  # noqa: BLE001, PERF203 - the watch must never end
+            log.warning("watching traffic Variables failed, retrying: %s", type(error).__name__)
             await asyncio.sleep(2)
 
 
-async def _watch_until_trouble() -> None:
+async def _watch_until_error() -> None:
     from router.models import open_services  # noqa: PLC0415 - not in processes that only parse
     from router.settings import load_config  # noqa: PLC0415 - the same
 
@@ -60,22 +60,21 @@ async def _watch_until_trouble() -> None:
     async with open_services(addresses, load_config(), connections=2) as services:
         while True:
             lines, paused, version = await asyncio.to_thread(read_variables)
-            await services.targets.step(lines, paused=paused, version=version)
+            await services.targets.sync(lines, paused=paused, version=version)
             await asyncio.sleep(WATCH_SECONDS)
 
 
 def _addresses() -> Addresses:
     from airflow.models.connection import Connection  # noqa: PLC0415 - not in processes that only parse
-    from model_worker import addresses_of  # noqa: PLC0415 - the same
+    from connections import read_addresses  # noqa: PLC0415 - the same
 
-    names = ("router_db", "router_redis", "models_backend")
-    return addresses_of(*map(Connection.get_connection_from_secrets, names))
+    return read_addresses(Connection.get_connection_from_secrets)
 
 
 class WatchWhileServing:
-    """ASGI middleware that does nothing but run the watch between the server's start-up and its shutdown.
+    """ASGI middleware that runs the watch from the server's start-up to its shutdown.
 
-    Not a thread at import: that would race the api-server's own imports.
+    A thread started at import would race the api-server's own imports.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -101,9 +100,9 @@ class WatchWhileServing:
 
 
 class TrafficVariables(AirflowPlugin):
-    """Hangs the watch into the api-server."""
+    """Adds the watch to the api-server."""
 
     name = "traffic_variables"
-    fastapi_root_middlewares = [  # noqa: RUF012 - Airflow's own way to name them
+    fastapi_root_middlewares = [  # noqa: RUF012 - the form that Airflow expects
         {"name": "router traffic watch", "middleware": WatchWhileServing, "args": [], "kwargs": {}}
     ]

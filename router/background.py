@@ -1,4 +1,4 @@
-"""Named tasks: duties that repeat a step and outlive its troubles, and errands that belong to one thing."""
+"""Background tasks of one event loop: periodic jobs, tracked tasks, bounded waits."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from router.errors import RouterError
 log = logging.getLogger("router.background")
 
 CANCEL_AGAIN_SECONDS = 0.25
-LAST_SECONDS = 3.0  # for what is cancelled with the whole loop
+LOOP_END_SECONDS = 3.0  # for the clean-up of tasks that are canceled together with the whole loop
 
 Step = Callable[[], Awaitable[Any]]
 T = TypeVar("T")
 
 
 class PeriodicJobs:
-    """Repeats steps, each in its own task, until `end`. A trouble is said once, and once that it is over."""
+    """Repeats steps, each in its own task, until `stop`. Logs the first failure of a row and the recovery."""
 
     def __init__(self) -> None:
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self, step: Step, seconds: float, name: str, wake: asyncio.Event | None = None) -> None:
-        """Do `step` now and about every `seconds`; `wake` (cleared before each step) makes it come sooner."""
-        duty = _repeat(step, seconds, name, wake)
-        self._tasks.append(asyncio.get_running_loop().create_task(duty, name=f"router {name}"))
+        """Runs `step` now and about every `seconds`; `wake`, cleared before each step, brings it forward."""
+        job = _repeat(step, seconds, name, wake)
+        self._tasks.append(asyncio.create_task(job, name=f"router {name}"))
 
-    async def end(self) -> None:
-        """Cancel all duties and wait until they are gone."""
+    async def stop(self) -> None:
+        """Cancels all jobs and waits until they have ended."""
         await cancel_and_wait(*self._tasks)
 
 
 class TrackedTasks:
-    """Named tasks that belong to one thing; `over` is set when all that were begun by `close` have ended."""
+    """Tasks that belong to one object. After `close`, `over` is set once all of them have ended."""
 
     def __init__(self, on_end: Callable[[], None]) -> None:
         self.over = asyncio.Event()
@@ -48,29 +48,28 @@ class TrackedTasks:
         self._closing: asyncio.Task[None] | None = None
 
     def begin(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        """Do `work` in a task of its own; a fault of the program in it is logged."""
-        task = asyncio.get_running_loop().create_task(work, name=f"router {name}")
-        self.tasks.add(task)
+        """Runs `work` in a task; an unexpected error in it is logged."""
+        task = spawn(work, name, self.tasks)
         task.add_done_callback(self._done)
         return task
 
     def close(self, then: Callable[[], None]) -> None:
-        """Call `then`, and set `over`, when nothing is under way any more."""
+        """Calls `then` and sets `over` when no task is left."""
         if self._closing is None:
-            closing = self._end(then)
-            self._closing = asyncio.get_running_loop().create_task(closing, name="router end of errands")
+            closing = self._wait_for_all(then)
+            self._closing = asyncio.create_task(closing, name="router end of tasks")
 
     async def stop(self) -> None:
-        """Cancel what is left."""
+        """Cancels the tasks that are left."""
         await cancel_and_wait(*self.tasks)
 
-    async def _end(self, then: Callable[[], None]) -> None:
+    async def _wait_for_all(self, then: Callable[[], None]) -> None:
         try:
             while self.tasks:
                 await asyncio.wait(set(self.tasks))
         except asyncio.CancelledError:
-            # The loop ends: the others were cancelled as well, and put things right.
-            last = time.monotonic() + LAST_SECONDS
+            # The loop ends: the other tasks are canceled as well and clean up.
+            last = time.monotonic() + LOOP_END_SECONDS
             while self.tasks and (left := last - time.monotonic()) > 0:
                 await asyncio.wait(set(self.tasks), timeout=left)
             raise
@@ -79,28 +78,35 @@ class TrackedTasks:
             self.over.set()
 
     def _done(self, task: asyncio.Task[None]) -> None:
-        self.tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
-            log.error("%s: a fault of the program", task.get_name(), exc_info=task.exception())
+            log.error("unexpected error in %s", task.get_name(), exc_info=task.exception())
         self._on_end()
 
 
+def spawn(work: Coroutine[Any, Any, T], name: str, tasks: set[asyncio.Task[T]]) -> asyncio.Task[T]:
+    """Runs `work` in a task that `tasks` contains until it ends: the loop alone does not keep it alive."""
+    task = asyncio.create_task(work, name=f"router {name}")
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
+    return task
+
+
 async def _repeat(step: Step, seconds: float, name: str, wake: asyncio.Event | None) -> None:
-    in_trouble = False
+    failing = False
     while True:
         if wake is not None:
             wake.clear()
         try:
             await step()
-            if in_trouble:
-                log.warning("%s: well again", name)
-            in_trouble = False
+            if failing:
+                log.warning("%s recovered", name)
+            failing = False
         except RouterError as error:
-            if not in_trouble:
-                log.warning("%s: %s (said once; tried again until it works)", name, error)
-            in_trouble = True
+            if not failing:
+                log.warning("%s failed, retrying: %s", name, error)
+            failing = True
         except Exception:
-            log.exception("%s: a fault of the program; going on", name)
+            log.exception("unexpected error in %s", name)
         pause = seconds * random.uniform(0.9, 1.1)
         if wake is None:
             await asyncio.sleep(pause)
@@ -109,13 +115,13 @@ async def _repeat(step: Step, seconds: float, name: str, wake: asyncio.Event | N
 
 
 async def wait_for_event(event: asyncio.Event, seconds: float) -> bool:
-    """Wait until the event is set, at most `seconds`; whether it is. A cancellation always comes through.
+    """Waits until the event is set, at most `seconds`; returns whether it is. Never swallows a cancellation.
 
-    Before Python 3.12 `asyncio.wait_for` swallows one that comes in the moment in which the event is set.
+    Before Python 3.12 `asyncio.wait_for` swallows one that arrives while the event is being set.
     """
     if seconds <= 0:
         return event.is_set()
-    waiting = asyncio.get_running_loop().create_task(event.wait(), name="router wait")
+    waiting = asyncio.create_task(event.wait(), name="router wait")
     try:
         await asyncio.wait({waiting}, timeout=seconds)
     finally:
@@ -124,9 +130,9 @@ async def wait_for_event(event: asyncio.Event, seconds: float) -> bool:
 
 
 async def cancel_and_wait(*tasks: asyncio.Task[Any]) -> None:
-    """Cancel the tasks and wait until all are gone, however they end.
+    """Cancels the tasks and waits until all have ended; their results and errors are dropped.
 
-    Asked again and again: now and then a library in between swallows a cancellation.
+    Cancels repeatedly, because libraries occasionally swallow a cancellation.
     """
     left = {task for task in tasks if not task.done()}
     while left:
@@ -137,7 +143,7 @@ async def cancel_and_wait(*tasks: asyncio.Task[Any]) -> None:
 
 
 async def result_or_none(work: Awaitable[T], seconds: float, name: str) -> T | None:
-    """What `work` comes to, or None if it takes longer: then it is cancelled. Its errors come through."""
+    """Returns the result of `work`; after `seconds` cancels it and returns None. Errors pass through."""
     task = asyncio.ensure_future(work)
     if isinstance(task, asyncio.Task):
         task.set_name(name)
@@ -148,13 +154,13 @@ async def result_or_none(work: Awaitable[T], seconds: float, name: str) -> T | N
         if not task.done():
             task.cancel()
         elif not task.cancelled():
-            task.exception()  # looked at, if the caller was cancelled in the same moment
+            task.exception()  # retrieved, in case the caller was canceled at the same time
 
 
 async def close_with_timeout(
     seconds: float, close: Callable[[], Awaitable[None]], otherwise: Callable[[], None] | None = None
 ) -> None:
-    """Close, or give it up after `seconds`, and then do `otherwise`."""
+    """Awaits `close` for at most `seconds`; if it takes longer, cancels it and calls `otherwise`."""
 
     async def closing() -> bool:
         await close()
@@ -166,37 +172,36 @@ async def close_with_timeout(
 
 @functools.cache
 def freeze_garbage_collector() -> None:
-    """Leave all that is there now out of later collections, garbage in cycles included; once a process."""
+    """Excludes all current objects from later garbage collections. Works once in a process."""
     gc.freeze()
 
 
 class Broadcast:
-    """Wakes all that wait, once per notification."""
+    """Wakes all current waiters at once."""
 
     def __init__(self) -> None:
-        self._waiting: set[asyncio.Future[None]] = set()
+        self._waiters: set[asyncio.Future[None]] = set()
 
     def notify_all(self) -> None:
-        """Wakes all that wait now."""
-        waiting, self._waiting = self._waiting, set()
-        for future in waiting:
-            if not future.done():
-                future.set_result(None)
+        """Wakes all tasks that wait now."""
+        waiters, self._waiters = self._waiters, set()
+        for future in waiters:
+            resolve_future(future)
 
     async def wait(self, seconds: float) -> None:
-        """Returns at the next notification, or after `seconds`."""
+        """Returns at the next `notify_all`, or after `seconds`."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
-        self._waiting.add(future)
-        timer = loop.call_later(seconds, finish, future)
+        self._waiters.add(future)
+        timer = loop.call_later(seconds, resolve_future, future)
         try:
             await future
         finally:
             timer.cancel()
-            self._waiting.discard(future)
+            self._waiters.discard(future)
 
 
-def finish(future: asyncio.Future[None]) -> None:
-    """What a timer calls that ends a wait."""
+def resolve_future(future: asyncio.Future[None]) -> None:
+    """Ends the wait for `future`, unless it has ended already."""
     if not future.done():
         future.set_result(None)

@@ -1,48 +1,54 @@
-"""Postgres: connections, migrations, and SQL functions called by name.
+"""Postgres: connections, pools, statements, and the mapping of driver errors.
 
-Two drivers, one a purpose: asyncpg where calls overlap (workers, asking), psycopg2 for short synchronous work
-(migrations, the command line, Airflow tasks). Driver errors are wrapped here, at the edge.
+asyncpg serves concurrent calls (workers, requests). psycopg2 serves short synchronous work (migrations, the
+command line, Airflow tasks).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
+import re
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, overload
 
 import asyncpg
 import psycopg2
-import psycopg2.errors
 import psycopg2.extensions
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
-from router.errors import ConfigError, DatabaseError
+from router.errors import ConfigError, DatabaseError, InvalidValue, LeaseLost, RouterError, first_line
 from router.task import CallResult
 
 Connection = psycopg2.extensions.connection
-# What asyncpg raises when the server is away or the connection broke in the middle.
+# Raised by asyncpg when the server is unreachable or the connection broke during a statement.
 UNAVAILABLE_ERRORS = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError, asyncio.TimeoutError)
+SETTLE_RETRY_SECONDS = 600.0  # a paid answer is worth waiting for Postgres
+LEASE_LOST_SQLSTATE = "RT001"
+# Data exceptions, violated constraints, and a call that cannot be requeued.
+PERMANENT_SQLSTATES = ("22", "23", "RT002")
+MAX_INTEGER = 2**31 - 1
+_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+T = TypeVar("T")
 
 
 @contextmanager
 def connect(url: str, *, autocommit: bool = False) -> Iterator[Connection]:
-    """A synchronous connection, committed at the end and rolled back on an error. Raises DatabaseError.
+    """Opens a synchronous connection; commits at the end and rolls back on an error. Raises DatabaseError.
 
-    With `autocommit` each statement is its own transaction.
+    With `autocommit` each statement is its own transaction. Raises ConfigError for an invalid URL.
     """
     try:
         connection = psycopg2.connect(url, connect_timeout=10)
-    except psycopg2.ProgrammingError:  # its words hold the URL, and with it the password
+    except psycopg2.ProgrammingError:  # its text contains the URL, and with it the password
         raise ConfigError(
-            "The database's address is no postgresql:// URL, or a special character of its password is not"
+            "The database's address is not a postgresql:// URL, or a special character of its password is not"
             " percent-encoded. Check ROUTER_DATABASE_URL."
         ) from None
     except psycopg2.OperationalError as error:
-        raise DatabaseError(
-            f"Postgres cannot be reached: {_first_line(error)} Check ROUTER_DATABASE_URL."
-        ) from error
+        raise _unreachable(error) from error
     try:
         if autocommit:
             connection.autocommit = True
@@ -51,13 +57,13 @@ def connect(url: str, *, autocommit: bool = False) -> Iterator[Connection]:
             with connection:
                 yield connection
     except psycopg2.Error as error:
-        raise DatabaseError(_first_line(error)) from error
+        raise DatabaseError(first_line(error)) from error
     finally:
         connection.close()
 
 
 def rows(connection: Connection, statement: str, arguments: tuple[Any, ...] = ()) -> list[dict[str, Any]]:
-    """Run one statement and return its rows as dictionaries; an empty list if it returns none."""
+    """Runs one statement and returns its rows as dictionaries; an empty list if it returns none."""
     with connection.cursor() as cursor:
         cursor.execute(statement, arguments)
         if cursor.description is None:
@@ -68,7 +74,7 @@ def rows(connection: Connection, statement: str, arguments: tuple[Any, ...] = ()
 
 @contextmanager
 def transaction(connection: Connection) -> Iterator[None]:
-    """All or nothing, on a connection that commits each statement otherwise."""
+    """Makes the statements of the block one transaction on an autocommit connection."""
     rows(connection, "BEGIN")
     try:
         yield
@@ -78,80 +84,77 @@ def transaction(connection: Connection) -> Iterator[None]:
     rows(connection, "COMMIT")
 
 
-async def open_pool(url: str, *, connections: int, at_first: int = 1) -> asyncpg.Pool:
-    """A pool of at most `connections`, for statements that each take milliseconds. Raises DatabaseError.
+@contextmanager
+def advisory_lock(connection: Connection, key: int, busy: RouterError) -> Iterator[None]:
+    """Holds an advisory lock of the session during the block; raises `busy` if another session holds it.
 
-    With `at_first` 0 it opens also while Postgres is away.
+    Uncommitted work of the block is rolled back.
+    """
+    if not rows(connection, "SELECT pg_try_advisory_lock(%s) AS acquired", (key,))[0]["acquired"]:
+        raise busy
+    try:
+        yield
+    finally:  # closing the connection would free it as well, but later
+        with contextlib.suppress(psycopg2.Error):
+            connection.rollback()
+            rows(connection, "SELECT pg_advisory_unlock(%s)", (key,))
 
-    Works through a session-mode pooler; through a transaction-mode one asyncpg's prepared statements do not.
+
+async def open_pool(url: str, *, connections: int, min_connections: int = 1) -> asyncpg.Pool:
+    """Opens a pool of at most `connections`, for statements of a few milliseconds. Raises DatabaseError.
+
+    With `min_connections` 0 it also opens while Postgres is unavailable.
+
+    Works through a session-mode pooler, but not through a transaction-mode one: asyncpg prepares statements.
     """
     try:
         return await asyncpg.create_pool(
-            url, min_size=at_first, max_size=connections, command_timeout=30, timeout=10,
-            reset=_nothing_to_reset, server_settings={"application_name": "router", "jit": "off"},
+            url, min_size=min_connections, max_size=connections, command_timeout=30, timeout=10,
+            reset=_no_reset, server_settings={"application_name": "router", "jit": "off"},
         )  # fmt: skip
     except (OSError, asyncpg.PostgresError) as error:
-        raise DatabaseError(
-            f"Postgres cannot be reached: {_first_line(error)} Check ROUTER_DATABASE_URL."
-        ) from error
+        raise _unreachable(error) from error
 
 
-async def _nothing_to_reset(_connection: Any) -> None:
-    """Each statement is its own transaction and sets nothing beyond it; a reset is one more round trip."""
+async def _no_reset(_connection: Any) -> None:
+    """Saves a round trip: no statement changes the state of its session."""
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-SETTLE_RETRY_SECONDS = 600.0  # an answer that was paid for is worth waiting for Postgres
-LEASE_LOST_SQLSTATE = "RT001"
-PERMANENT_SQLSTATES = (
-    "22",
-    "23",
-    "RT002",
-)  # data exceptions, broken constraints, a call that cannot be put back
-MAX_INTEGER = 2**31 - 1
-T = TypeVar("T")
-
-
-class LeaseLost(DatabaseError):  # noqa: N818 - a state of the world, read as one
-    """The worker's lease was found gone: it must go on under a new name."""
-
-
-class InvalidValue(DatabaseError):  # noqa: N818 - a state of the world, read as one
-    """Postgres will never take these values; trying again is of no use."""
+def _unreachable(error: Exception) -> DatabaseError:
+    return DatabaseError(f"Postgres cannot be reached: {first_line(error)} Check ROUTER_DATABASE_URL.")
 
 
 async def fetch(pool: asyncpg.Pool, statement: str, *arguments: Any) -> list[Any]:
-    """The rows of one statement, its own transaction. Raises LeaseLost, InvalidValue or DatabaseError."""
+    """Runs one statement as its own transaction and returns its rows.
+
+    Raises LeaseLost, InvalidValue, or DatabaseError for anything else.
+    """
     try:
         return list(await pool.fetch(statement, *arguments))
     except asyncpg.PostgresError as error:
         if error.sqlstate == LEASE_LOST_SQLSTATE:
             raise LeaseLost(str(error)) from error
         if isinstance(error, asyncpg.DataError) or (error.sqlstate or "").startswith(PERMANENT_SQLSTATES):
-            raise InvalidValue(f"Postgres refused: {error}") from error
-        raise DatabaseError(f"Postgres refused: {error}") from error
+            raise InvalidValue(f"Postgres rejected a value: {error}") from error
+        raise DatabaseError(f"Postgres rejected the statement: {error}") from error
     except UNAVAILABLE_ERRORS as error:
-        raise DatabaseError(f"Postgres is away: {error or type(error).__name__}") from error
+        raise DatabaseError(f"Postgres is unavailable: {error or type(error).__name__}") from error
 
 
 async def fetch_one(pool: asyncpg.Pool, statement: str, *arguments: Any) -> Any:
-    """The first row, or None."""
+    """Runs one statement like `fetch` and returns its first row, or None."""
     found = await fetch(pool, statement, *arguments)
     return found[0] if found else None
 
 
 async def retry_while_unavailable(attempt: Callable[[], Awaitable[T]]) -> T:
-    """Try again while Postgres is away, for at most SETTLE_RETRY_SECONDS."""
+    """Repeats `attempt` after a transient DatabaseError, for at most SETTLE_RETRY_SECONDS."""
     try:
-        return await attempt()  # nearly always; what tries again costs as much as the statement's own code
+        return await attempt()  # the common case: AsyncRetrying costs as much as the statement itself
     except DatabaseError as error:
         if not _is_transient(error):
             raise
-    waiting = AsyncRetrying(
+    retrying = AsyncRetrying(
         retry=retry_if_exception(_is_transient),
         wait=wait_random_exponential(multiplier=0.1, max=2),
         stop=stop_after_delay(SETTLE_RETRY_SECONDS),
@@ -161,7 +164,7 @@ async def retry_while_unavailable(attempt: Callable[[], Awaitable[T]]) -> T:
     async def once() -> T:
         return await attempt()
 
-    return await waiting(once)
+    return await retrying(once)
 
 
 def _is_transient(error: BaseException) -> bool:
@@ -169,15 +172,16 @@ def _is_transient(error: BaseException) -> bool:
 
 
 def settled_values(result: CallResult) -> tuple[Any, ...]:
-    """Outcome, answer, tokens of prompt and answer, cost, latency, error: made to fit where they do not.
+    """Returns the columns of a settled call: outcome, answer, tokens, cost, latency, error.
 
-    Postgres can hold no NUL, no half of a surrogate pair and no number out of range.
+    Tokens are those of the prompt and those of the answer. Characters that Postgres cannot store are
+    replaced; numbers out of range are clipped or dropped.
     """
     return (
         result.outcome.value,
         postgres_text(result.answer),
-        _counted(result.prompt_tokens),
-        _counted(result.completion_tokens),
+        _clipped(result.prompt_tokens),
+        _clipped(result.completion_tokens),
         _finite(result.cost_usd),
         _finite(result.latency_seconds),
         postgres_text(result.error),
@@ -189,13 +193,11 @@ def postgres_text(text: str) -> str: ...
 @overload
 def postgres_text(text: None) -> None: ...
 def postgres_text(text: str | None) -> str | None:
-    """The text without what Postgres cannot hold."""
-    if text is None:
-        return None
-    return text.replace("\x00", "\ufffd").encode("utf-8", "replace").decode("utf-8")
+    """Replaces NUL characters and lone surrogates, which Postgres cannot store, by U+FFFD."""
+    return None if text is None else _UNSTORABLE.sub("\ufffd", text)
 
 
-def _counted(tokens: int | None) -> int | None:
+def _clipped(tokens: int | None) -> int | None:
     return None if tokens is None else max(0, min(tokens, MAX_INTEGER))
 
 

@@ -1,82 +1,95 @@
-"""Everything the router raises on purpose, in one tree.
+"""All errors that the router raises on purpose, in one tree.
 
-RouterError                     a fact, and the next step
-├── ConfigError                 a file, key or environment variable is wrong; names it
-│   └── TrafficTargetError      a traffic target does not parse; says where, and shows the grammar
-├── DatabaseError               Postgres refused or could not be reached
-│   └── SchemaError             the schema is not one that can be used or upgraded
-├── LimiterError                the limiter cannot decide
-│   ├── LimiterUnavailable      Redis is away or broken: nothing may be sent
-│   └── PermitExpired              a permit's moment has passed unused: ask for another
-├── BackendUnavailable          the Models Backend cannot be reached at all
-├── CapacityExceeded                      the named model has no permit in time; says when to ask again
-├── ModelFailed                    the model that was named did not answer; says why
-├── CatalogError              a catalogue of models cannot be read at all; names it and what to do
-├── AirflowError                Airflow's REST API refused or cannot be reached
-└── InputError                  a line, row or argument that a person gave; names it
+RouterError                  base; its text names the fact and the next step
+├── ConfigError              invalid configuration: names file, key or environment variable
+│   └── TrafficTargetError   invalid traffic target: names the column, shows the grammar
+├── DatabaseError            Postgres is unavailable or rejected a statement
+│   ├── SchemaError          schema cannot be used or upgraded
+│   ├── LeaseLost            lease of the worker expired: continue under a new name
+│   └── InvalidValue         Postgres rejected a value: do not retry
+├── LimiterError             rate limiter cannot decide
+│   ├── LimiterUnavailable   Redis is unavailable: nothing may be sent
+│   └── PermitExpired        permit expired unused: acquire another
+├── BackendUnavailable       Models Backend is unreachable or speaks another protocol
+├── CapacityExceeded         no permit in time: carries `retry_after_seconds`
+├── ModelFailed              the model that was requested by name failed or timed out
+├── CatalogError             catalog of models is unreadable
+├── AirflowError             Airflow's REST API is unreachable or rejected a request: carries `status`
+└── InputError               invalid argument, line or row: names it
 
-SendingPaused                        nothing may be sent now; no error, and nothing for people
+SendingPaused                control flow between a worker and its call; never shown
 
-What a call to a model came to is never an exception but a value: `router.task.CallResult`.
+The outcome of a call to a model is a value and not an exception: `router.task.CallResult`.
 """
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class RouterError(Exception):
-    """Base of all errors that the router raises on purpose. Its text is meant for people."""
+    """Base of all errors that the router raises on purpose. Its text is written for users."""
 
 
 class ConfigError(RouterError):
-    """A configuration file, key or environment variable is wrong; the message names it."""
+    """A configuration file, key or environment variable is invalid; the message names it."""
 
 
 class TrafficTargetError(ConfigError, ValueError):
-    """A traffic target does not parse. The message says what, where, and shows the grammar."""
+    """A traffic target does not parse; the message names the column and shows the grammar."""
 
 
 class DatabaseError(RouterError):
-    """Postgres refused a statement or could not be reached."""
+    """Postgres is unavailable or rejected a statement."""
 
 
 class SchemaError(DatabaseError):
-    """The database's schema cannot be used, or not be upgraded in place."""
+    """The database's schema cannot be used, or cannot be upgraded in place."""
+
+
+class LeaseLost(DatabaseError):  # noqa: N818 - names a state
+    """The worker's lease has expired; it must continue under a new name."""
+
+
+class InvalidValue(DatabaseError):  # noqa: N818 - names a state
+    """Postgres rejected a value; a retry cannot succeed."""
 
 
 class LimiterError(RouterError):
-    """The limiter cannot decide; without its permit nothing is sent."""
+    """The rate limiter cannot decide; without its permit nothing is sent."""
 
 
-class LimiterUnavailable(LimiterError):  # noqa: N818 - a state of the world, read as one
-    """Redis is away, read-only, out of memory or has lost its memory: nothing may be sent now."""
+class LimiterUnavailable(LimiterError):  # noqa: N818 - names a state
+    """Redis is unreachable, read-only, out of memory or has lost its state: nothing may be sent now."""
 
 
-class PermitExpired(LimiterError):  # noqa: N818 - the glossary's word
-    """The permit's moment passed before the call could be written to the socket; reserve again."""
+class PermitExpired(LimiterError):  # noqa: N818 - names a state
+    """The permit expired before the call was written to the socket; acquire another."""
 
 
-class BackendUnavailable(RouterError):  # noqa: N818 - a state of the world, read as one
-    """The Models Backend cannot be reached or does not speak the configured protocol."""
+class BackendUnavailable(RouterError):  # noqa: N818 - names a state
+    """The Models Backend is unreachable or does not speak the configured protocol."""
 
 
-class CapacityExceeded(RouterError):  # noqa: N818 - a state of the world, read as one
-    """There is no room for this prompt in time; `retry_after_seconds` says when there may be."""
+class CapacityExceeded(RouterError):  # noqa: N818 - names a state
+    """The model cannot take the prompt in time; retry after `retry_after_seconds`."""
 
     def __init__(self, message: str, retry_after_seconds: float) -> None:
         super().__init__(message)
         self.retry_after_seconds = retry_after_seconds
 
 
-class ModelFailed(RouterError):  # noqa: N818 - a state of the world, read as one
-    """The one model that was asked by name failed, or did not answer within the deadline."""
+class ModelFailed(RouterError):  # noqa: N818 - names a state
+    """The model that was requested by name failed, or did not answer within the deadline."""
 
 
 class CatalogError(RouterError):
-    """A catalogue of models cannot be read at all; the message names it, and what to do."""
+    """A catalog of models cannot be read; the message names it and the next step."""
 
 
 class AirflowError(RouterError):
-    """Airflow refused, in its own words with its HTTP `status`, or cannot be reached: then that is None."""
+    """Airflow rejected a request with the HTTP `status`, or is unreachable: then `status` is None."""
 
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
@@ -84,13 +97,24 @@ class AirflowError(RouterError):
 
 
 class InputError(RouterError):
-    """A line, row or argument that a person gave is wrong; the message names it."""
+    """An argument, line or row from a user is invalid; the message names it."""
 
 
-class SendingPaused(Exception):  # noqa: N818 - a state of the world, read as one
-    """Nothing may be sent now: the batch is held, or this process is not sure of its lease."""
+class SendingPaused(Exception):  # noqa: N818 - names a state
+    """Nothing may be sent now: the batch is paused, or this process may have lost its lease."""
 
 
-def first_line(text: str) -> str:
-    """The first line of what an error says."""
-    return text.splitlines()[0] if text else ""
+def unknown(name: str, known: Iterable[str], what: str) -> InputError:
+    """Returns the error for a name that is not in `known`; its text offers the closest or lists them all."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known) or 'none'}."
+    return InputError(f"There is no {what} {name[:100]!r}; {hint}")
+
+
+def first_line(message: str | BaseException) -> str:
+    """Returns the first line of an error or of its text; for an error without text the name of its class."""
+    lines = str(message).strip().splitlines()
+    if lines:
+        return lines[0]
+    return "" if isinstance(message, str) else type(message).__name__

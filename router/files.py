@@ -1,4 +1,4 @@
-"""Files: JSON Lines with their places, files replaced as a whole, locks between processes."""
+"""Files: reading JSON Lines, atomic replacement, locks between processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOCK_POLL_SECONDS = 0.05
 def json_lines(
     path: Path, *, error: type[RouterError] = ConfigError, max_bytes: int | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, object) for each line that is not blank; a place reads `FILE, line N`.
+    """Yields (place, object) for each line that is not blank; a place reads `FILE, line N`.
 
     Raises `error` if the file cannot be read, is larger than `max_bytes`, or a line is not a JSON object.
     """
@@ -50,10 +50,10 @@ def _json_object(line: str, place: str, error: type[RouterError]) -> dict[str, A
 
 @contextlib.contextmanager
 def replacing(path: Path, *, mode: int | None = None) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `path` once the block has ended; after an error `path` is unchanged.
+    """Yields a temporary file that replaces `path` at the end of the block; an error leaves `path` unchanged.
 
-    Readers see the whole old file or the whole new one. Owner and mode stay those of `path`, unless `mode`
-    says otherwise. Raises OSError.
+    Readers see the complete old file or the complete new one. Owner and mode of `path` are preserved, unless
+    `mode` is given. Raises OSError.
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     fresh = Path(name)
@@ -76,9 +76,9 @@ def replacing(path: Path, *, mode: int | None = None) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def locked(path: Path, *, timeout_seconds: float | None = None) -> Iterator[bool]:
-    """Holds the lock of a file or folder that exists; False if another process kept it for `timeout_seconds`.
+    """Locks an existing file or folder for the block; yields False if it was not free within the timeout.
 
-    Without a timeout it waits as long as it takes. The lock ends with the process.
+    Without a timeout it waits indefinitely. The lock ends with the process.
     """
     handle = os.open(path, os.O_RDONLY)
     try:

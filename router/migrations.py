@@ -1,4 +1,4 @@
-"""Migrations of the Postgres schema: numbered files once each, functions whenever they change."""
+"""Migrates the Postgres schema: applies each numbered file once, and the functions whenever they change."""
 
 from __future__ import annotations
 
@@ -13,22 +13,20 @@ import psycopg2.errors
 import psycopg2.extensions
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
-from router.database import Connection, _first_line, connect, rows
-from router.errors import SchemaError
+from router.database import Connection, connect, rows
+from router.errors import SchemaError, first_line
 from router.settings import ROOT
 
 SQL_FOLDER = ROOT / "sql"
-
-
 LOCK_SECONDS = 2.0
 LOCK_PATIENCE_SECONDS = 120.0
-MIGRATION_LOCK = 7_205_759_403  # any number that no other program uses as an advisory lock
+MIGRATION_LOCK = 7_205_759_403  # unique among the advisory locks of this database
 _LOCKED = (psycopg2.errors.LockNotAvailable, psycopg2.errors.DeadlockDetected)
 
 
 @dataclass(frozen=True, slots=True)
 class MigrationReport:
-    """Result of `migrate`: names of applied migrations, whether functions changed, tasks queued."""
+    """Result of `migrate`: names of applied migrations, whether functions changed, number of queued tasks."""
 
     applied: tuple[str, ...]
     functions_renewed: bool
@@ -42,10 +40,10 @@ class _Script(NamedTuple):
 
 
 def migrate(url: str, folder: Path = SQL_FOLDER) -> MigrationReport:
-    """Bring the schema up to date: new migrations in order, the functions, and tasks without a queue row.
+    """Upgrades the schema: applies new migrations, replaces changed functions, queues existing tasks.
 
-    Safe to run at any time and from many machines at once; migrations and functions are one transaction.
-    Raises SchemaError if an existing table `tasks` cannot be upgraded; then nothing has changed.
+    Safe to run at any time and on several machines at once. Migrations and functions are one transaction.
+    Raises SchemaError, with nothing changed, if an existing table `tasks` cannot be upgraded.
     """
     with connect(url, autocommit=True) as connection:
         rows(connection, "SELECT pg_advisory_lock(%s)", (MIGRATION_LOCK,))
@@ -89,10 +87,10 @@ def _script(name: str, text: str) -> _Script:
 
 
 def _run(connection: Connection, scripts: Sequence[_Script]) -> None:
-    """Run the scripts in one transaction, so that no caller meets new tables with old functions.
+    """Runs the scripts in one transaction, so that no client meets new tables with old functions.
 
-    A lock is waited for LOCK_SECONDS at a time, and everything is let go in between: readers and producers
-    never wait longer.
+    Each attempt waits at most LOCK_SECONDS for a lock and then rolls back: readers and producers are never
+    blocked for longer.
     """
     attempts = Retrying(
         retry=retry_if_exception_type(_LOCKED),
@@ -104,8 +102,8 @@ def _run(connection: Connection, scripts: Sequence[_Script]) -> None:
         attempts(_run_once, connection, scripts)
     except _LOCKED as error:
         raise SchemaError(
-            f"Others kept the tables locked for {LOCK_PATIENCE_SECONDS:g} s. Nothing was changed; end the"
-            " transactions that hold them (see pg_stat_activity) and run it again."
+            f"Other transactions kept the tables locked for {LOCK_PATIENCE_SECONDS:g} s. Nothing was changed."
+            " End them (see pg_stat_activity) and run the migration again."
         ) from error
 
 
@@ -115,7 +113,7 @@ def _run_once(connection: Connection, scripts: Sequence[_Script]) -> None:
         name = "migrations"
         try:
             cursor.execute(f"SET LOCAL lock_timeout = '{LOCK_SECONDS:g}s'")
-            # Functions may call those that are defined after them.
+            # A function may call one that is defined after it.
             cursor.execute("SET LOCAL check_function_bodies = off")
             for name, text, checksum in scripts:
                 cursor.execute(text)
@@ -129,7 +127,7 @@ def _run_once(connection: Connection, scripts: Sequence[_Script]) -> None:
             cursor.execute("ROLLBACK")
             if isinstance(error, _LOCKED):
                 raise
-            raise SchemaError(f"{name}: {_first_line(error)}") from error
+            raise SchemaError(f"{name}: {first_line(error)}") from error
 
 
 def _queue_existing_tasks(connection: Connection) -> int:

@@ -1,7 +1,7 @@
-"""What is going on now: tasks by state, and for each model its target, its use and its last trouble.
+"""Status report: tasks by state, and target, usage and last error of each model.
 
-Backlog comes from the counters and from the queue's partial indexes; no table of tasks is ever counted. Use
-comes from the limiter; if Redis is away, from the log of calls, and the status says so.
+The backlog comes from counters and from the queue's partial indexes; the table of tasks is never scanned.
+Usage comes from the limiter, or from the call log while Redis is unavailable.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from router.traffic import TrafficTarget
 if TYPE_CHECKING:
     from router.limiter import ModelTraffic
 
-RECENT_CALLS = 5000  # the newest calls that are looked through for troubles
+RECENT_CALLS = 5000  # the newest calls that are searched for errors
 RECENT_MINUTES = 10
 
 _COUNTS = "SELECT category, unsolved, solved, failed FROM task_counts_now ORDER BY category"
@@ -38,7 +38,7 @@ SELECT r.model, r.state, r.trouble, r.default_target, k.target AS kept_target, k
 _IN_FLIGHT = """
 SELECT c.model, count(*) AS calls FROM queue q JOIN model_calls c ON c.call_id = q.call_id
  WHERE q.state = 'claimed' GROUP BY c.model"""
-# The moment in a SELECT of its own: else it is reckoned for each call that is kept, and no index helps.
+# The time is a subquery: otherwise it is computed for each row and no index is used.
 _RECENT = """
 SELECT model, count(*) AS calls, count(*) FILTER (WHERE wrong) AS failed,
        (array_agg(outcome || coalesce(': ' || error, '') ORDER BY call_id DESC)
@@ -60,7 +60,7 @@ _NO_CALLS: Mapping[str, Any] = {"calls": 0, "failed": 0, "last_error": None}
 
 @dataclass(frozen=True, slots=True)
 class TaskCounts:
-    """Tasks by state. unsolved = uncategorised + ready + waiting for a retry + running."""
+    """Number of tasks by state. unsolved = uncategorised + ready + waiting for a retry + running."""
 
     unsolved: int
     uncategorised: int
@@ -73,13 +73,15 @@ class TaskCounts:
 
 @dataclass(frozen=True, slots=True)
 class ModelStatus:
-    """One model now. `sent` is by limit, e.g. `{"120/min": 96}`, and None where the limiter cannot say.
+    """Status of one model.
 
-    `target` is in force now, or was the last to be (`target_kept`); None if none ever was. `warnings` name
-    its limits that can never bind, and those above the provider's own: `refused` counts the 429s lately, the
-    last of them `refused_seconds` ago. `in_flight` counts tasks that are claimed for the model, where its
-    target does not limit calls at once. `waiting_for` is a WaitReason's name in lower case; `breaker` is
-    `closed`, `open` or `half-open`. `calls` and `failed_calls` are of the last RECENT_MINUTES minutes.
+    target: the active one, or the last one (`target_kept`); None if there never was one.
+    sent, tokens: usage by limit, e.g. `{"120/min": 96}`; None while the limiter is unavailable.
+    in_flight: calls in flight, or tasks claimed for the model where its target has no concurrency limit.
+    waiting_for: name of a WaitReason in lower case. breaker: `closed`, `open` or `half-open`.
+    calls, failed_calls: of the last RECENT_MINUTES minutes. trouble: the most severe error.
+    warnings: limits that can never bind, and limits above the provider's quota.
+    refused: recent 429s, the last of them `refused_seconds` ago.
     """
 
     model: str
@@ -106,7 +108,7 @@ class ModelStatus:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """Everything that `router status` shows. `notes` are sentences about what is wrong with the whole."""
+    """Everything that `router status` shows. `notes` are warnings about the system, one sentence each."""
 
     tasks: TaskCounts
     categories: Mapping[str, Mapping[str, int]]
@@ -116,7 +118,7 @@ class Status:
     notes: tuple[str, ...] = field(default=())
 
     def as_json(self) -> dict[str, object]:
-        """The status as `--json` prints it: models by name."""
+        """Returns the status as `--json` prints it, with models by name."""
         return {
             "tasks": self.tasks,
             "categories": self.categories,
@@ -128,8 +130,8 @@ class Status:
 
 
 def read_status(connection: Connection, redis_url: str | None) -> Status:
-    """The status of this moment. A Redis that is away is a note, not an error."""
-    from router.limiter import read_limiter  # noqa: PLC0415 - it takes half a second
+    """Reads the current status. An unavailable Redis is a note and not an error. Raises DatabaseError."""
+    from router.limiter import read_limiter  # noqa: PLC0415 - its import takes half a second
 
     rows(connection, "SET LOCAL statement_timeout = '10s'")
     counts = {row.pop("category"): row for row in rows(connection, _COUNTS)}
@@ -150,8 +152,8 @@ def _task_counts(counts: Mapping[str, Mapping[str, int]], states: Mapping[str, A
     unsolved, solved, failed = (
         sum(count[state] for count in counts.values()) for state in ("unsolved", "solved", "failed")
     )
-    elsewhere = states["running"] + states["waiting"] + states["uncategorised"]
-    ready = max(0, unsolved - elsewhere)
+    not_ready = states["running"] + states["waiting"] + states["uncategorised"]
+    ready = max(0, unsolved - not_ready)
     return TaskCounts(
         unsolved, states["uncategorised"], ready, states["waiting"], states["running"], solved, failed
     )
@@ -160,15 +162,13 @@ def _task_counts(counts: Mapping[str, Mapping[str, int]], states: Mapping[str, A
 def _notes(states: Mapping[str, Any], models: Sequence[Mapping[str, Any]], problem: str | None) -> list[str]:
     notes = []
     if not models:
-        notes.append("The roster holds no model: add one to config/models.yaml and run `router models sync`.")
+        notes.append("The roster is empty. Add a model to config/models.yaml and run `router models sync`.")
     if states["held"]:
-        notes.append("The batch is held: the DAG solve_tasks is paused in Airflow.")
+        notes.append("The batch is paused: the DAG solve_tasks is paused in Airflow.")
     elif not states["workers"]:
-        notes.append("No worker is alive, so nothing is sent: is solve_tasks on, and a triggerer running?")
+        notes.append("No worker is running, so nothing is sent. Enable solve_tasks and check the triggerer.")
     if problem is not None:
-        notes.append(
-            f"{problem} Nothing is sent meanwhile; targets and counts below are those kept in Postgres."
-        )
+        notes.append(f"{problem} Nothing is sent meanwhile; targets and counts are those stored in Postgres.")
     return notes
 
 
@@ -198,16 +198,16 @@ def _model_status(
     calls: Mapping[str, Any],
     last_minute: int | None,
 ) -> ModelStatus:
-    in_force = traffic.target if traffic is not None else None
-    target = in_force or row["kept_target"]
+    active = traffic.target if traffic is not None else None
+    target = active or row["kept_target"]
     parsed = TrafficTarget.parse(target) if target else None
     at_once = parsed.at_once if parsed else None
-    limited = traffic is not None and in_force is not None and at_once is not None
+    limited = traffic is not None and active is not None and at_once is not None
     return ModelStatus(
         model=row["model"],
         state=row["state"],
         target=target,
-        target_kept=target is not None and in_force is None,
+        target_kept=target is not None and active is None,
         target_since=row["in_force_at"] if target == row["kept_target"] else None,
         sent=traffic.sent if traffic is not None else None,
         tokens=traffic.tokens if traffic is not None else None,
@@ -239,11 +239,11 @@ def _waiting_for(traffic: ModelTraffic | None) -> str | None:
 
 
 def _trouble(row: Mapping[str, Any], traffic: ModelTraffic | None) -> str | None:
-    """What keeps the model from working as people want: the gravest, if there is more."""
+    """Returns the most severe error of the model; None if there is none."""
     if row["bad_problem"]:
-        return f"its Variable does not parse: {first_line(row['bad_problem'])}"
+        return f"invalid traffic Variable: {first_line(row['bad_problem'])}"
     if row["trouble"]:
         return str(row["trouble"])
     if traffic is not None and traffic.cooldown_seconds > 0:
-        return f"rests {traffic.cooldown_seconds:.0f} s more: {traffic.cooldown_reason or 'it refused'}"
+        return f"cooling down {traffic.cooldown_seconds:.0f} s: {traffic.cooldown_reason or '429 or 503'}"
     return None

@@ -1,4 +1,4 @@
-"""The values that pass between queue, limiter, backend and worker. No I/O."""
+"""Values that pass between queue, limiter, backend and worker. No I/O."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from datetime import datetime
 
 
 class TaskStatus(str, enum.Enum):
-    """What `tasks.status` may hold; `running` is derived, in the view `task_states`."""
+    """Values of `tasks.status`. The view `task_states` derives `running` in addition."""
 
     UNSOLVED = "unsolved"
     SOLVED = "solved"
@@ -18,7 +18,7 @@ class TaskStatus(str, enum.Enum):
 
 
 class AnswerRank(enum.IntEnum):
-    """How good the giver of an answer is; an answer replaces only one of lower rank."""
+    """Rank of an answer by its source; an answer replaces only one of lower rank."""
 
     PASSAGES = 1
     FALLBACK_MODEL = 2
@@ -26,26 +26,23 @@ class AnswerRank(enum.IntEnum):
 
 
 class Outcome(str, enum.Enum):
-    """What one call came to; the values of `model_calls.outcome`.
-
-    `counts_as_attempt` tells whether the task paid for it: a quota that was merely used up, or a model
-    that is not there, is not the task's fault.
-    """
+    """Outcome of one call; the values of `model_calls.outcome`."""
 
     ANSWERED = "answered"
     RATE_LIMITED = "rate_limited"  # 429
     OVERLOADED = "overloaded"  # 503
     ERROR = "error"  # other 5xx, connection broken
     TIMEOUT = "timeout"
-    GARBAGE = "garbage"  # 200, but not an answer
-    REJECTED = "rejected"  # other 4xx: this prompt, by this model
+    GARBAGE = "garbage"  # 200 without a usable answer
+    REJECTED = "rejected"  # other 4xx: the model rejects this prompt
     UNKNOWN_MODEL = "unknown_model"  # 404
-    UNSENT = "unsent"  # nothing left this machine
-    ABANDONED = "abandoned"  # whoever asked gave it up on purpose; the backend may still work on it
-    LOST = "lost"  # the worker's lease ran out; the only outcome that a real one replaces
+    UNSENT = "unsent"  # no byte was written
+    ABANDONED = "abandoned"  # canceled by the caller; the backend may still work on it
+    LOST = "lost"  # the worker's lease expired; the only outcome that a later one replaces
 
     @property
     def counts_as_attempt(self) -> bool:
+        """Whether the call uses up an attempt of its task; an exhausted quota or a missing model does not."""
         return self in _COUNTED
 
 
@@ -56,7 +53,7 @@ _COUNTED = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A worker's fenced hold on one task; `call_id` is the fence."""
+    """A worker's lease on one task, fenced by `call_id`."""
 
     call_id: uuid.UUID
     task_id: int
@@ -72,10 +69,10 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class CallResult:
-    """What one call to the Models Backend came to, whatever happened.
+    """Result of one call to the Models Backend, successful or not.
 
-    `retry_after_seconds` is the provider's own word (429, 503); `error` is one line for people, without
-    secrets. Tokens are the provider's count, None where it gave none.
+    `retry_after_seconds` comes from the provider (429, 503). `error` is one line without secrets. Tokens are
+    the provider's count, None where it reported none.
     """
 
     outcome: Outcome
@@ -86,20 +83,20 @@ class CallResult:
     latency_seconds: float | None = None
     retry_after_seconds: float | None = None
     error: str | None = None
-    may_go_on: bool = False  # no answer came: the backend may still be working on it
+    may_go_on: bool = False  # no reply: the backend may still be working on it
 
     @property
     def used_tokens(self) -> int | None:
-        """Prompt and completion together; None if the provider did not say."""
+        """Tokens of prompt and completion; None if the provider reported neither."""
         if self.prompt_tokens is None and self.completion_tokens is None:
             return None
         return (self.prompt_tokens or 0) + (self.completion_tokens or 0)
 
 
 def new_call_id(now_seconds: float) -> uuid.UUID:
-    """A UUIDv7 (RFC 9562, section 5.7) for the database's time `now_seconds` (Unix epoch).
+    """Returns a UUIDv7 (RFC 9562, section 5.7) for `now_seconds`, the database's Unix time.
 
-    The caller passes the database's time, not the machine's: the call log is partitioned by it.
+    The machine's clock will not do: the call log is partitioned by this time.
     """
     milliseconds = int(now_seconds * 1000)
     value = (milliseconds & 0xFFFF_FFFF_FFFF) << 80
@@ -111,10 +108,10 @@ def new_call_id(now_seconds: float) -> uuid.UUID:
 
 
 class Role(str, enum.Enum):
-    """Why a model was called; the values of `model_calls.role`. Without a task its purpose stands there."""
+    """Role of a call for its task; the values of `model_calls.role`. Calls without a task have a purpose."""
 
-    BATCH = "batch"  # by a worker of solve_tasks
-    ASKED = "asked"  # the preferred model, or the one that was named
-    NEXT = "next"  # the next in rank, after the one before failed
-    FALLBACK = "fallback"  # the cheap model, given passages
-    PASSAGES = "passages"  # no model: what was found in knowledge
+    BATCH = "batch"  # a worker of solve_tasks
+    ASKED = "asked"  # the preferred model, or the one that the request names
+    NEXT = "next"  # the next in rank, after a failure
+    FALLBACK = "fallback"  # the cheap model, with retrieved passages
+    PASSAGES = "passages"  # no model: the retrieved passages

@@ -1,7 +1,7 @@
-"""What a model may be sent, as one line that people write. No I/O.
+"""Traffic target: the rate limits of a model, written as one line. No I/O.
 
-A `TrafficTarget` is a value: parsed from a line, printed as its canonical line, and able to say what follows
-from it (the sustained rate, the gap between paced sends). Deciding who may send when is the limiter's work.
+A `TrafficTarget` is parsed from a line and printed as its canonical line. It derives the sustained rate and
+the gap between paced sends; the limiter enforces it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Example: 120/min, 4/s, 90k tokens/min, 20 at once"""
 LONGEST_LINE_CHARACTERS = 500
 LARGEST_COUNT = 1_000_000_000
 LONGEST_WINDOW_SECONDS = 31 * 86_400
-PACE = 0.9  # paced sends fill 0.9 of the window: the tenth left catches up what was sent late
+PACE = 0.9  # share of the window that paced sends fill; the rest makes up for late sends
 
 _UNIT_SECONDS = {
     "s": 1, "sec": 1, "secs": 1, "second": 1, "seconds": 1,
@@ -73,7 +73,7 @@ class TokenLimit(_Limit):
 
 @dataclass(frozen=True, slots=True)
 class TrafficTarget:
-    """What a model may be sent: all its limits hold together, in any window and not only in calendar ones."""
+    """Limits of one model, which all hold together, in every rolling window."""
 
     requests: tuple[RequestLimit, ...] = ()
     tokens: tuple[TokenLimit, ...] = ()
@@ -82,50 +82,44 @@ class TrafficTarget:
 
     @classmethod
     def parse(cls, line: str) -> TrafficTarget:
-        """The target that `line` says; TrafficTargetError names the place and shows the grammar."""
+        """Parses a line. Raises TrafficTargetError, which names the column and shows the grammar."""
         if len(line) > LONGEST_LINE_CHARACTERS:
-            raise _refused(
-                f"The line has {len(line)} characters; at most {LONGEST_LINE_CHARACTERS} are read", line, 1
+            raise _error(
+                f"The line has {len(line)} characters; at most {LONGEST_LINE_CHARACTERS} are allowed", line, 1
             )
-        target = _Reading(line).target()
-        if len(str(target)) > LONGEST_LINE_CHARACTERS:  # so that what is kept can be read again
-            raise _refused(
-                f"Written out, the line has {len(str(target))} characters; at most {LONGEST_LINE_CHARACTERS} "
-                "are kept", line, 1,
+        target = _Parser(line).target()
+        if len(str(target)) > LONGEST_LINE_CHARACTERS:  # a stored target must parse again
+            raise _error(
+                f"The canonical line has {len(str(target))} characters; at most {LONGEST_LINE_CHARACTERS} "
+                "are allowed", line, 1,
             )  # fmt: skip
         return target
 
     @property
     def stopped(self) -> bool:
-        """True if nothing at all may be sent."""
+        """True if nothing may be sent."""
         return self.at_once == 0 or any(limit.count == 0 for limit in (*self.requests, *self.tokens))
 
     def requests_per_second(self) -> float | None:
-        """The sustained rate that the tightest request limit allows; None if requests are not limited."""
+        """Sustained rate of the tightest request limit; None if requests are not limited."""
         if self.stopped:
             return 0.0
         return min((limit.per_second for limit in self.requests), default=None)
 
-    def tokens_per_second(self) -> float | None:
-        """The sustained rate of tokens that the tightest token limit allows; None if they are not limited."""
-        if self.stopped:
-            return 0.0
-        return min((limit.per_second for limit in self.tokens), default=None)
-
     @property
     def gap_seconds(self) -> float:
-        """The least time between two paced sends, 0.9 of the binding window's W/N; 0 for `burst`."""
+        """Minimum time between two paced sends: PACE / `requests_per_second`; 0 for `burst`."""
         rate = self.requests_per_second()
         return 0.0 if self.burst or not rate else PACE / rate
 
     @property
     def longest_window_seconds(self) -> int:
-        """The longest window of any limit; 0 if there is none."""
+        """Longest window of all limits; 0 if there is none."""
         return max((limit.window_seconds for limit in (*self.requests, *self.tokens)), default=0)
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """One sentence for each limit that can never bind, because another one is always tighter."""
+        """One sentence for each limit that can never bind because another one is always tighter."""
         return (*_never_binding(self.requests), *_never_binding(self.tokens))
 
     def __str__(self) -> str:
@@ -139,8 +133,8 @@ class TrafficTarget:
         return ", ".join(parts)
 
 
-class _Reading:
-    """One pass over a line: collects limits part by part, and knows where each part stands."""
+class _Parser:
+    """Parses a line part by part and tracks the column of each part for error messages."""
 
     def __init__(self, line: str) -> None:
         self.line = line
@@ -156,7 +150,7 @@ class _Reading:
         if self.stop:
             return TrafficTarget(at_once=0)
         if not self.requests and not self.tokens and self.at_once is None:
-            raise _refused("The line names no limit", self.line, 1)
+            raise _error("The line contains no limit", self.line, 1)
         return TrafficTarget(
             requests=tuple(self.requests[window] for window in sorted(self.requests, reverse=True)),
             tokens=tuple(self.tokens[window] for window in sorted(self.tokens, reverse=True)),
@@ -166,21 +160,21 @@ class _Reading:
 
     def _read(self, part: str, column: int) -> None:
         if not part:
-            raise _refused("A limit is missing here", self.line, column)
+            raise _error("A limit is missing here", self.line, column)
         if part.lower() == "burst":
             if self.burst:
-                raise _refused("'burst' stands twice", self.line, column)
+                raise _error("'burst' is given twice", self.line, column)
             self.burst = True
             return
         count, rest, rest_column = self._count(part, column)
         self.stop = self.stop or count == 0
         if not rest:
             if count != 0:
-                why = "Only 0 stands alone, and a comma only separates limits"
-                raise _refused(f"{_shown(part)} of what? {why}", self.line, column)
+                why = "lacks a unit such as /min. Only 0 is valid alone; a comma separates limits"
+                raise _error(f"{_shown(part)} {why}", self.line, column)
         elif _AT_ONCE.fullmatch(rest):
             if self.at_once is not None:
-                raise _refused("'at once' stands twice", self.line, column)
+                raise _error("'at once' is given twice", self.line, column)
             self.at_once = count
         else:
             self._rate(count, rest, column, rest_column)
@@ -188,32 +182,32 @@ class _Reading:
     def _count(self, part: str, column: int) -> tuple[int, str, int]:
         found = _NUMBER.match(part)
         if found is None:
-            raise _refused(_why_no_number(part), self.line, column)
+            raise _error(_not_a_number(part), self.line, column)
         suffix, end = found["suffix"], found.end()
         if suffix not in _SUFFIXES:
-            why = f"{_shown(suffix)} touches a number: only k (1,000) and M (1,000,000) do"
-            raise _refused(why, self.line, column + found.start("suffix"))
+            why = f"{_shown(suffix)} is not a valid suffix: only k (1,000) and M (1,000,000) are"
+            raise _error(why, self.line, column + found.start("suffix"))
         if end < len(part) and part[end] not in " \t/":
-            why = _why_no_digits(part) or f"{_shown(part)} does not begin with a whole number"
-            raise _refused(why, self.line, column)
+            why = _invalid_digits(part) or f"{_shown(part)} does not start with a whole number"
+            raise _error(why, self.line, column)
         scaled = int(found["whole"] + (found["fraction"] or "")) * _SUFFIXES[suffix]
         count, left = divmod(scaled, 10 ** len(found["fraction"] or ""))
         if left:
-            why = f"{part[:end]} is no whole number; for less than one a second write, say, 1/2s"
-            raise _refused(why, self.line, column)
+            why = f"{part[:end]} is not a whole number; write less than one a second as 1/2s, for example"
+            raise _error(why, self.line, column)
         if count > LARGEST_COUNT:
-            raise _refused(f"{_shown(part[:end])} is more than {LARGEST_COUNT:,}", self.line, column)
+            raise _error(f"{_shown(part[:end])} is more than {LARGEST_COUNT:,}", self.line, column)
         rest = part[end:].lstrip()
         return count, rest, column + len(part) - len(rest)
 
     def _rate(self, count: int, rest: str, column: int, rest_column: int) -> None:
         found = _RATE.fullmatch(rest)
         if found is None:
-            raise _refused(f"{_shown(rest)} is not a limit", self.line, rest_column)
+            raise _error(f"{_shown(rest)} is not a limit", self.line, rest_column)
         what = found["what"].lower()
         if what not in {"", "request", "requests", "token", "tokens"}:
-            why = f"{_shown(what)} is not counted{_nearest(what, ['tokens', 'requests'])}"
-            raise _refused(why, self.line, rest_column)
+            why = f"{_shown(what)} cannot be limited{_nearest(what, ['tokens', 'requests'])}"
+            raise _error(why, self.line, rest_column)
         window = self._window(found, rest_column)
         if what.startswith("token"):
             self._once(window, self.tokens, "tokens", column)
@@ -226,22 +220,22 @@ class _Reading:
         multiple, unit = found["multiple"], (found["unit"] or "").lower()
         if unit not in _UNIT_SECONDS:
             place = column + found.start("unit") if unit else column + found.end()
-            what = f"{_shown(unit)} is no unit of time" if unit else "A unit of time is missing"
+            what = f"{_shown(unit)} is not a unit of time" if unit else "A unit of time is missing"
             what += _nearest(unit, ["s", "sec", "second", "min", "minute", "hour", "day"])
-            raise _refused(_why_no_digits(unit) or what, self.line, place)
+            raise _error(_invalid_digits(unit) or what, self.line, place)
         window = int(multiple or 1) * _UNIT_SECONDS[unit]
         if not 1 <= window <= LONGEST_WINDOW_SECONDS:
-            why = "A window has at least 1 second and at most 31 days"
-            raise _refused(why, self.line, column + found.start("multiple"))
+            why = "A window must be between 1 second and 31 days long"
+            raise _error(why, self.line, column + found.start("multiple"))
         return window
 
     def _once(self, window: int, seen: Mapping[int, _Limit], what: str, column: int) -> None:
         if window in seen:
-            raise _refused(f"/{_window_text(window)} stands twice for {what}", self.line, column)
+            raise _error(f"/{_window_text(window)} is given twice for {what}", self.line, column)
 
 
 def _parts(line: str) -> Iterator[tuple[int, str]]:
-    """The trimmed parts between commas, each with the column (from 1) at which it begins."""
+    """Yields the trimmed parts between commas, each with the column (from 1) of its start."""
     position = 0
     for part in line.split(","):
         trimmed = part.strip()
@@ -249,17 +243,17 @@ def _parts(line: str) -> Iterator[tuple[int, str]]:
         position += len(part) + 1
 
 
-def _why_no_number(part: str) -> str:
-    nothing = f"{_shown(part)} does not begin with a number{_nearest(part.lower(), ['burst'])}"
-    return _why_no_digits(part) or nothing
+def _not_a_number(part: str) -> str:
+    nearest = _nearest(part.lower(), ["burst"])
+    return _invalid_digits(part) or f"{_shown(part)} does not start with a number{nearest}"
 
 
-def _why_no_digits(text: str) -> str | None:
-    """What is wrong where digits should stand, if it looks like a number at all."""
+def _invalid_digits(text: str) -> str | None:
+    """Returns the error of a text that looks like a number but is not one; None for any other text."""
     if text.startswith(("-", "\N{MINUS SIGN}")):
         return f"{_shown(text)} is negative"
     if any(character.isnumeric() and not character.isascii() for character in text):
-        return f"{_shown(text)} holds digits other than 0 to 9"
+        return f"{_shown(text)} contains digits other than 0 to 9"
     return None
 
 
@@ -273,7 +267,7 @@ def _shown(text: str) -> str:
     return repr(text if len(text) <= longest else text[: longest - 1] + "…")
 
 
-def _refused(what: str, line: str, column: int) -> TrafficTargetError:
+def _error(what: str, line: str, column: int) -> TrafficTargetError:
     where = f" at column {column} of {line!r}" if len(line) <= LONGEST_LINE_CHARACTERS else ""
     return TrafficTargetError(f"{what}{where}.\n{GRAMMAR}")
 
@@ -294,12 +288,12 @@ def _never_binding(limits: tuple[_Limit, ...]) -> Iterator[str]:
     for loose in limits:
         for tight in limits:
             if tight is not loose and _always_tighter(tight, loose):
-                yield f"{loose} never binds: {tight} already allows no more than that."
+                yield f"{loose} never binds: {tight} is always tighter."
                 break
 
 
 def _always_tighter(tight: _Limit, loose: _Limit) -> bool:
-    covering = -(-loose.window_seconds // tight.window_seconds)  # so many tight windows cover a loose one
+    covering = -(-loose.window_seconds // tight.window_seconds)  # tight windows that cover one loose window
     if covering * tight.count > loose.count:
         return False
     return (tight.count, tight.window_seconds) != (loose.count, loose.window_seconds)

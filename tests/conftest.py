@@ -1,4 +1,4 @@
-"""Real parts: one PostgreSQL and one Redis a session, a fresh database and an empty Redis a test."""
+"""One PostgreSQL and one Redis per session; a new database and an empty Redis per test."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _numbers = itertools.count()
 
 
 def pytest_configure() -> None:
-    """What a shell starts in the background ignores SIGINT, and so would programs that tests interrupt."""
+    """Restores SIGINT, which background jobs of a shell ignore, for programs that tests interrupt."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[PostgresServer]:
-    # Not in pytest's own folder: another pytest that starts closes that one to PostgreSQL's user.
+    # Not in pytest's folder: another pytest that starts revokes the access of PostgreSQL's user to it.
     folder = Path(tempfile.mkdtemp(prefix="router-test-pg-", dir=_memory()))
     server = start_postgres(folder / "data", settings={"fsync": "off"})
     yield server
@@ -48,7 +48,7 @@ def postgres() -> Iterator[PostgresServer]:
 
 
 def _memory() -> Path | None:
-    """A folder in memory, where a database is copied in a tenth of the time; None if there is too little."""
+    """Returns a folder in memory, where copying a database is ten times faster; None if it is too small."""
     folder = Path("/dev/shm")
     if not os.access(folder, os.W_OK) or shutil.disk_usage(folder).free < MEMORY_BYTES:
         return None
@@ -57,7 +57,7 @@ def _memory() -> Path | None:
 
 @pytest.fixture(scope="session")
 def administrator(postgres: PostgresServer) -> Iterator[Connection]:
-    """A connection that makes databases and drops them: a program each would take longer than most tests."""
+    """A connection that creates and drops databases, faster than `createdb` and `dropdb`."""
     connection = psycopg2.connect(postgres.url("postgres"))
     connection.autocommit = True
     yield connection
@@ -73,7 +73,7 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 
 @pytest.fixture
 async def redis_client(redis_server: RedisServer) -> AsyncIterator[redis.asyncio.Redis]:
-    """A client of an empty Redis."""
+    """Client of an empty Redis."""
     client = redis.asyncio.Redis.from_url(redis_server.url)
     await client.flushall()
     yield client
@@ -82,14 +82,14 @@ async def redis_client(redis_server: RedisServer) -> AsyncIterator[redis.asyncio
 
 @pytest.fixture
 def empty_database(postgres: PostgresServer, administrator: Connection) -> Iterator[str]:
-    """The URL of a database that holds nothing."""
+    """URL of an empty database."""
     with _copy(administrator, "template1") as name:
         yield postgres.url(name)
 
 
 @pytest.fixture
 def shared_data() -> Path:
-    """Real data collected beside the checkout; tests that need it skip where it is not."""
+    """Folder of real data next to the checkout; tests that need it are skipped without it."""
     folder = Path(os.environ.get("ROUTER_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"no data folder at {folder}: set ROUTER_SHARED_DATA to measure against real data")
@@ -98,7 +98,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def bare_template(postgres: PostgresServer) -> str:
-    """The name of a database with the whole schema and nothing in it, to be copied and never used."""
+    """Name of a template database with the schema and no rows."""
     name = f"bare_{os.getpid()}"
     migrate(postgres.create_database(name))
     return name
@@ -106,10 +106,9 @@ def bare_template(postgres: PostgresServer) -> str:
 
 @pytest.fixture(scope="session")
 def migrated_template(postgres: PostgresServer, bare_template: str) -> str:
-    """The name of a database with the whole schema and the shipped config, to be copied and never used.
+    """Name of a template database with the schema and the shipped config, but without classification.
 
-    But for one setting: a task without a category takes the default one at once, as most tests are about what
-    comes after. `tests/integration/test_categorising.py` turns it on.
+    Tasks without a category take the default one immediately; tests of the classification enable it.
     """
     name = f"template_{os.getpid()}"
     postgres.run("createdb", "--template", bare_template, name)
@@ -120,23 +119,23 @@ def migrated_template(postgres: PostgresServer, bare_template: str) -> str:
 
 @pytest.fixture
 def database(postgres: PostgresServer, administrator: Connection, migrated_template: str) -> Iterator[str]:
-    """The URL of a database of its own with the whole schema and the shipped config, and no task."""
+    """URL of a new database with the schema, the shipped config and no task."""
     with _copy(administrator, migrated_template) as name:
         yield postgres.url(name)
 
 
 @pytest.fixture
 def bare_database(postgres: PostgresServer, administrator: Connection, bare_template: str) -> Iterator[str]:
-    """The URL of a database of its own with the whole schema, but no roster, no categories and no task."""
+    """URL of a new database with the schema, but without roster, categories and tasks."""
     with _copy(administrator, bare_template) as name:
         yield postgres.url(name)
 
 
 @contextmanager
 def _copy(administrator: Connection, template: str) -> Iterator[str]:
-    """The name of a copy, gone afterwards.
+    """Yields the name of a copy, and drops it afterwards.
 
-    Hundreds of them would each have an autovacuum worker every minute, and take long to remove at the end.
+    Hundreds of databases would each get an autovacuum worker per minute.
     """
     name = f"test_{os.getpid()}_{next(_numbers)}"
     words = {"name": sql.Identifier(name), "template": sql.Identifier(template)}
@@ -150,6 +149,6 @@ def _copy(administrator: Connection, template: str) -> Iterator[str]:
 
 @pytest.fixture
 async def probe(database: str) -> AsyncIterator[Probe]:
-    """One connection to `database`, with the words of `tests/queueing.py`."""
+    """A connection to `database`, with the helpers of `tests/support/queue.py`."""
     async with probing(database) as opened:
         yield opened

@@ -17,7 +17,7 @@ from router.errors import InputError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; 0: no breach, 1: breaches, 2: an input that cannot be judged."""
+    """Exit status: 0 without a breach, 1 with breaches, 2 if the input is invalid."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.judge", description=(__doc__ or "").splitlines()[0]
     )

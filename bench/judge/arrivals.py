@@ -1,7 +1,7 @@
-"""What a judge reads: the arrival log of the backend's door, and the history of targets.
+"""Input of the judge: the backend's arrival log and the history of targets.
 
-Both are JSON lines with times in seconds of one machine's monotonic clock. Decisions are made in whole
-nanoseconds, so that "exactly one window later" is a fact and not a rounding.
+Both are JSON Lines with times in seconds of one machine's monotonic clock. The judge computes in whole
+nanoseconds, so that "exactly one window later" does not depend on rounding.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from router.errors import InputError, TrafficTargetError
 from router.traffic import TrafficTarget
 
 NANOSECONDS = 1_000_000_000
-LATEST_SECONDS = 4e9  # what fits into 64 bits of nanoseconds with room for windows
+LATEST_SECONDS = 4e9  # fits into 64 bits of nanoseconds with room for windows
 NEVER = int(np.iinfo(np.int64).max)
 
 Integers = NDArray[np.int64]
@@ -26,9 +26,9 @@ Row = TypeVar("Row")
 
 
 class Arrival(NamedTuple):
-    """One call at the backend's door, refused ones included.
+    """One call that arrived at the backend, refused ones included.
 
-    `at` was stamped before the body was parsed; `ended_at` is None while the backend still works on it.
+    `at` was recorded before the body was parsed; `ended_at` is None while the backend still works on it.
     """
 
     at: float
@@ -41,7 +41,7 @@ class Arrival(NamedTuple):
 
 
 class TargetChange(NamedTuple):
-    """From `at_seconds` on, `target` is what the operator wants for `model`."""
+    """The operator sets `target` for `model` at `at_seconds`."""
 
     at_seconds: float
     model: str
@@ -51,7 +51,7 @@ class TargetChange(NamedTuple):
 class ModelLog(NamedTuple):
     """One model's arrivals as columns, in order of arrival; times in nanoseconds.
 
-    `used` is what a call counts for once it has ended: what it was reserved for, where the log does not say.
+    `used` is what a call counts for after its end: its reservation where the log does not say.
     """
 
     at: Integers
@@ -67,7 +67,7 @@ def nanoseconds(seconds: float) -> int:
 
 
 def model_log(arrivals: Iterable[Arrival]) -> ModelLog:
-    """The columns of `arrivals` (all of one model), sorted; those of the same moment keep their order."""
+    """The columns of `arrivals` (all of one model), sorted stably by time."""
     rows = sorted(arrivals, key=lambda arrival: arrival.at)
     at = np.array([nanoseconds(row.at) for row in rows], dtype=np.int64)
     ended = np.array(
@@ -77,17 +77,17 @@ def model_log(arrivals: Iterable[Arrival]) -> ModelLog:
     used = np.array(
         [row.tokens_reserved if row.tokens_used is None else row.tokens_used for row in rows], dtype=np.int64
     )
-    # A call lasts at least a nanosecond: it is there when it arrives.
+    # A call lasts at least a nanosecond, so that it counts when it arrives.
     return ModelLog(at, np.maximum(ended, at + 1), reserved, used, [row.request_id for row in rows])
 
 
 def read_arrivals(path: Path) -> list[Arrival]:
-    """The arrival log in `path`, without calls that named no model; InputError names a wrong line."""
+    """Reads an arrival log, without calls that named no model. Raises InputError with the invalid line."""
     return [arrival for arrival in _rows(path, _arrival) if arrival.model]
 
 
 def read_changes(path: Path) -> list[TargetChange]:
-    """The history in `path`, lines `{at_seconds, model, target}`; InputError names the wrong line."""
+    """Reads lines `{at_seconds, model, target}`. Raises InputError with the invalid line."""
     return list(_rows(path, _change))
 
 
@@ -112,7 +112,7 @@ def _change(row: dict[str, Any]) -> TargetChange:
 
 def _seconds(value: Any) -> float:
     seconds = float(value)
-    if not abs(seconds) < LATEST_SECONDS:  # NaN is not less either
+    if not abs(seconds) < LATEST_SECONDS:  # also refuses NaN
         raise ValueError(f"{value!r} is no time in seconds")
     return seconds
 

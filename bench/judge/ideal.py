@@ -1,14 +1,15 @@
-"""The ideal limiter: exact, without overhead, knowing every target the moment it is edited.
+"""The ideal limiter: exact, without overhead, applying every target at the time of its edit.
 
-It is the yardstick of *use* and *bound*. It keeps the same promises as the real one - in any window no more
-than N, sends paced as the target says - and pays for nothing: no slack for the way to the door, no time for
-deciding, no delay until an edit is in force. What it could have sent is what there was to be used.
+*Use* and *bound* are measured against it. It gives the same guarantees as the real limiter (at most N in
+every window, paced sends) without its costs: no slack for the way to the backend, no time to decide, no
+delay until an edit is applied. What it could have sent is what could have been used.
 
-How it finds the next send, in whole nanoseconds:
-- requests: the N-th last send is at least W old, for each limit; and the last one at least the pacing gap;
-- calls at once: a place is free from the very moment that a call ends;
-- tokens: each call counts with its reservation until it ends and with its use after, for W from its sending;
-- a new target judges the whole history, from its moment on. Nothing is forgotten, and nothing is sent at 0.
+How it finds the next send time, in whole nanoseconds:
+- requests: the N-th last send is at least W old, for each limit, and the last one at least the pacing gap;
+- concurrency: a slot is free as soon as a call ends;
+- tokens: each call counts with its reservation until it ends and with its use afterwards, for W from its
+  send;
+- a new target applies to the whole history from its time on. A target of 0 sends nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ MOST_SENDS = 10_000_000
 
 @dataclass(slots=True)
 class _Budget:
-    """What the calls sent within the last `window` count for; those before `first` are older."""
+    """Tokens of the calls sent within the last `window`; those before `first` are older."""
 
     window: int
     first: int = 0
@@ -38,7 +39,7 @@ class _Budget:
 
 
 class IdealLimiter:
-    """One model's ideal limiter. It only moves forward: ask `next_send`, then `send` at that moment."""
+    """One model's ideal limiter. Time only moves forward: `next_send`, then `send` at that time."""
 
     def __init__(self, changes: Sequence[TargetChange], start: int) -> None:
         ordered = sorted(changes, key=lambda change: change.at_seconds)
@@ -48,7 +49,7 @@ class IdealLimiter:
         self._gap = 0
         self._now = start
         self._sent: list[int] = []
-        self._counted: list[int] = []  # the tokens that each send counts for now
+        self._counted: list[int] = []  # tokens that each send counts for now
         self._running: list[
             tuple[int, int, int]
         ] = []  # heap: (end, index of the send, tokens it will count for)
@@ -60,7 +61,7 @@ class IdealLimiter:
         self._enter_changes(start)
 
     def next_send(self, tokens: int) -> int | None:
-        """The earliest moment (ns) at which a call with this reservation may be sent; None: never again."""
+        """Earliest time (ns) at which a call with this reservation may be sent; None: never again."""
         while True:
             change = self._changes[self._next_change][0] if self._next_change < len(self._changes) else NEVER
             moment = self._earliest(tokens, before=change)
@@ -73,7 +74,7 @@ class IdealLimiter:
             self._enter_changes(change)
 
     def send(self, at: int, latency: int, tokens: int, used: int) -> None:
-        """Record a call sent `at` that takes `latency` (ns), reserves `tokens` and will have used `used`."""
+        """Records a call sent `at` that takes `latency` (ns), reserves `tokens` and uses `used`."""
         if self._ends_matter:
             heapq.heappush(self._running, (at + max(1, latency), len(self._sent), used))
             self._counted.append(tokens)
@@ -111,7 +112,7 @@ class IdealLimiter:
             return self._running[0][0]
         for limit in target.tokens:
             budget = self._budgets[limit.window_seconds]
-            # A call larger than the whole budget waits until it has all of it.
+            # A call larger than the whole window waits until the window is empty.
             if tokens and budget.spent + min(tokens, limit.count) > limit.count:
                 expiry = self._sent[budget.first] + budget.window
                 return min(expiry, self._running[0][0]) if self._running else expiry
@@ -140,11 +141,11 @@ def replay_ideal(
     before: ModelLog | None = None,
     most: int = MOST_SENDS,
 ) -> NDArray[np.float64]:
-    """When (seconds) the ideal limiter would have sent in [backlog_from, until], never lacking a task.
+    """Send times (seconds) of the ideal limiter in [backlog_from, until] with a constant backlog.
 
     `changes` are one model's. The i-th send takes the i-th of `latencies` (seconds) and of `tokens`
-    ((reserved, used)), over again from the first when they are used up. `before` are calls sent before the
-    backlog began: they fill the ideal's windows as they filled the real ones. It stops after `most` sends.
+    ((reserved, used)), cycling. `before` are calls sent before the backlog began: they occupy the ideal's
+    windows as they occupied the real ones. It stops after `most` sends.
     """
     if len({change.model for change in changes}) > 1:
         raise ValueError("replay_ideal takes the changes of one model; bound() takes those of several")
@@ -168,7 +169,7 @@ def replay_ideal(
 
 @dataclass(frozen=True)
 class Bound:
-    """The soonest end of a backlog: `seconds` from its start to the last answer, and each model's share."""
+    """Earliest end of a backlog: `seconds` from its start to the last answer, and each model's share."""
 
     seconds: float
     sent: dict[str, int]
@@ -182,13 +183,14 @@ def bound(
     *,
     tokens_of: Callable[[str, int], tuple[int, int]] | None = None,
 ) -> Bound:
-    """When the last answer to `tasks` tasks, all there at `start`, could have come from ideal limiters.
+    """Earliest time of the last answer to `tasks` tasks, all present at `start`, with ideal limiters.
 
-    Work-conserving: whichever model may send next takes the next task, so the sends are the `tasks` earliest
-    of all models' ideal sends; the last answer is the latest of their ends. No task is kept back for a
-    faster model, and every task is answered at the first attempt. `latency_of(model, task)` is in seconds,
-    with tasks numbered from 0 in the order they are taken; `tokens_of(model, n)` gives (reserved, used) of
-    the model's own n-th call. InputError if the targets do not let all tasks be sent.
+    Work-conserving: the model that may send next takes the next task, so the sends are the `tasks` earliest
+    of all models' ideal sends, and the last answer is the latest of their ends. No task waits for a faster
+    model, and every task is answered at the first attempt. `latency_of(model, task)` is in seconds,
+    with tasks numbered from 0 in the order of their sends; `tokens_of(model, n)` gives (reserved, used) of
+    the model's own n-th call. Raises InputError if the
+    targets do not allow all tasks to be sent.
     """
     limiters = {
         model: IdealLimiter([change for change in changes if change.model == model], nanoseconds(start))

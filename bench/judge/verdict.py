@@ -1,21 +1,21 @@
-"""Was any window at the backend's door overfull, and how much of what was allowed was used?
+"""Judges whether any rolling window at the backend exceeded its limit, and how much of it was used.
 
-The judge believes only the backend's own arrival log and the history of targets. Its rule:
+The judge relies only on the backend's own arrival log and the history of targets. Its rule:
 
-**A send obeys if, counted with it, every limit of the target then in force holds**: no more than N requests
-and N tokens arrived within the half-open window (t-W, t], and no more than N calls were running at t. Checked
-at each arrival, this covers every window [t, t+W) at any place: a count only grows where something arrives. A
-lowered target therefore does not make earlier sends wrong; it forbids the next one until the window has room.
+**A send is valid if, counted with it, every limit of the active target holds**: at most N requests and N
+tokens arrived within the half-open window (t-W, t], and at most N calls were in flight at t. Checked at each
+arrival, this covers every window [t, t+W): a count only grows where something arrives. A lowered target
+therefore does not invalidate earlier sends; it forbids the next one until the window has room.
 
-- *In force*: a change takes time to reach the limiter, so that an arrival within `settle_seconds` after it
-  may obey either target - but one of them as a whole, since a limiter decides by one target at a time. A
-  model that has no target yet, or is stopped, may be sent nothing.
-- *Tokens*: a call counts with its reservation until it has ended, and with what it used after that, as the
-  limiter corrects it; with `tokens="reserved"` always with its reservation.
-- *At once*: a call holds its place in [at, ended_at): one may begin in the very moment another ends.
+- *Active target*: a change takes time to reach the limiter, so an arrival within `settle_seconds` after it
+  may obey either target, but one of them as a whole, since a limiter decides by one target at a time. A
+  model without a target, or stopped, may be sent nothing.
+- *Tokens*: a call counts with its reservation until it has ended and with its use afterwards, as the limiter
+  corrects it; with `tokens="reserved"` always with its reservation.
+- *Concurrency*: a call occupies its slot in [at, ended_at): another may start at the time it ends.
 - Refused calls (429, ...) count like others: they were sent.
-- *Worst window ratio*: the greatest count / N; above 1 is a breach. A send against a stop counts as 2.
-- *Use*: sends while there was a backlog / what an ideal limiter could have sent (`bench/judge/ideal.py`).
+- *Worst window ratio*: the greatest count / N; above 1 is a breach. A send while stopped counts as 2.
+- *Use*: sends during the backlog / sends of an ideal limiter (`bench/judge/ideal.py`).
 
     python -m bench.judge ARRIVALS.jsonl TARGETS.jsonl [--json]      exit code 1 if there is a breach
 """
@@ -50,7 +50,7 @@ TokenRule = Literal["corrected", "reserved"]
 
 @dataclass(frozen=True)
 class Breach:
-    """One send too many: with it there were `count` where `limit` allowed `allowed`."""
+    """One send too many: it made the count `count` where `limit` allows `allowed`."""
 
     model: str
     request_id: str
@@ -62,10 +62,10 @@ class Breach:
 
 @dataclass(frozen=True)
 class ModelVerdict:
-    """What one model was sent. `breaches` lists the first thousand, `breach_count` counts all.
+    """Verdict on one model. `breaches` lists the first thousand, `breach_count` counts all.
 
-    `use` is None where no backlog was judged; an ideal that could send nothing makes it 1. Sends are replayed
-    up to four times the real ones, so that a `use` below a quarter is an upper bound.
+    `use` is None without a backlog, and 1 if the ideal could send nothing. At most four times the real sends
+    are replayed, so that a `use` below a quarter is an upper bound.
     """
 
     target: str
@@ -80,7 +80,7 @@ class ModelVerdict:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Each model's verdict, by name."""
+    """Verdicts by model."""
 
     models: dict[str, ModelVerdict]
 
@@ -103,9 +103,9 @@ def judge(
     settle_seconds: float = 1.0,
     tokens: TokenRule = "corrected",
 ) -> Verdict:
-    """Judge every arrival of every model; measure the use in [backlog_from, backlog_until], ends included.
+    """Judges every arrival of every model and measures the use in [backlog_from, backlog_until].
 
-    Without either end no use is measured. O(n log n) in the arrivals; a million take some seconds.
+    Without both ends no use is measured. O(n log n) in the arrivals; a million take some seconds.
     """
     by_model: dict[str, list[Arrival]] = defaultdict(list)
     for arrival in arrivals:
@@ -151,7 +151,7 @@ def _judge_model(model: str, log: ModelLog, history: list[TargetChange], terms: 
 def _periods(
     log: ModelLog, history: list[TargetChange], settle: int
 ) -> Iterator[tuple[slice, TrafficTarget]]:
-    """Each target with the arrivals that may obey it: from its change until `settle` after the next one."""
+    """Each target with the arrivals that may obey it, until `settle` after the next change."""
     starts = [nanoseconds(change.at_seconds) for change in history]
     ends = [start + settle for start in starts[1:]] + [NEVER]
     for change, start, end in zip(history, starts, ends, strict=False):
@@ -163,7 +163,7 @@ def _periods(
 def _breach(
     model: str, index: int, log: ModelLog, counts: Counts, periods: list[tuple[slice, TrafficTarget]]
 ) -> Breach:
-    """The breach as the target sees it that the arrival is nearest to obeying."""
+    """The breach by the target that the arrival comes closest to obeying."""
     nearest: tuple[str, int, int] = ("no target yet", 1, 0)
     nearest_ratio = np.inf
     for part, target in periods:
@@ -204,15 +204,15 @@ def _use(
 
 
 def _still_felt(log: ModelLog, first: int, start: int, history: list[TargetChange]) -> ModelLog:
-    """The calls before the backlog that a window or a place at once still remembers when it begins."""
+    """Calls before the backlog that still count in a window or occupy a slot when it begins."""
     longest = max((change.target.longest_window_seconds for change in history), default=0) * NANOSECONDS
     felt = np.flatnonzero((log.at[:first] > start - longest) | (log.ended[:first] > start))
     return ModelLog(log.at[felt], log.ended[felt], log.reserved[felt], log.used[felt], [])
 
 
 def print_verdict(verdict: Verdict, console: Console | None = None) -> None:
-    """Print one line a model, and the first breaches of each."""
-    table = Table(title="At the backend's door")
+    """Prints one line per model and the first breaches of each."""
+    table = Table(title="Arrivals at the backend")
     table.add_column("model")
     table.add_column("target")
     for heading in ("sent", "worst window / N", "use", "breaches"):

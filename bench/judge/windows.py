@@ -1,4 +1,4 @@
-"""What every arrival met at the door: the requests and tokens in its window, and the calls running."""
+"""For every arrival: requests and tokens in its window, and calls in flight."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ AGAINST_A_STOP = 2.0
 
 
 class Counts:
-    """For each arrival what it met, itself included; each kind of window is counted once and kept."""
+    """Counts at each arrival, itself included; each kind of window is counted once and cached."""
 
     def __init__(self, log: ModelLog) -> None:
         self._log = log
@@ -30,7 +30,7 @@ class Counts:
         return worst
 
     def limits(self, target: TrafficTarget) -> Iterator[tuple[str, int, Integers]]:
-        """Each limit of the target as text, its N, and what every arrival met."""
+        """Each limit of the target as text, its N, and the counts at every arrival."""
         for limit in target.requests:
             yield str(limit), limit.count, self._once("requests", limit.window_seconds, _requests_in)
         for budget in target.tokens:
@@ -55,17 +55,17 @@ def _running_at(log: ModelLog, _window: int) -> Integers:
 
 
 def _tokens_in(log: ModelLog, window: int) -> Integers:
-    """Three events a call: it is reserved, it is corrected if it ends in time, and it grows too old."""
+    """Three events per call: reservation, correction if it ends in time, and expiry from the window."""
     if not log.reserved.any():
         return np.zeros(len(log.at), dtype=np.int64)
     too_old = log.at + window
     in_time = log.ended < too_old
     counted_last = np.where(in_time, log.used, log.reserved)
-    # At the same moment what ends or grows too old comes first; the sort keeps this order.
+    # At equal times ends and expiries come first; the sort is stable.
     times = np.concatenate([log.ended[in_time], too_old, log.at])
     steps = np.concatenate([(log.used - log.reserved)[in_time], -counted_last, log.reserved])
     order = np.argsort(times, kind="stable")
     met = np.empty(len(times), dtype=np.int64)
     met[order] = np.cumsum(steps[order])
-    # A call without tokens adds nothing to a window, however full it is.
+    # A call without tokens adds nothing to a window.
     return np.where(log.reserved > 0, met[len(times) - len(log.at) :], 0)

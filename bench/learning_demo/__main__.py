@@ -1,8 +1,8 @@
-"""`make demo-learning`: days of traffic on a fast clock, with a review every night and without one.
+"""`make demo-learning`: days of traffic on a fast clock, with a nightly review and without one.
 
-Two routers live through the same days, with the same prompts and the same weather. One learns from its log
-and searches for better models every night, the other keeps the order of config/models.yaml. How good an
-answer is the stand-in itself says, which made it: neither router sees that.
+Two routers solve the same prompts under the same simulated conditions. One learns from its call log and
+searches for better models every night; the other keeps the order of config/models.yaml. The stand-in, which
+makes the answers, says how good they are; neither router sees that.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import json
 import logging
+import shutil
 import signal
 import sys
 import threading
@@ -21,22 +22,23 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.status import Status
 
-from bench.learning_demo.night import spend_night
-from bench.learning_demo.report import Teller
-from bench.learning_demo.script import SHORTEST_DAYS, TIME_SCALE, Script, Task
+from bench.learning_demo.report import draw, print_day, print_line, print_summary
+from bench.learning_demo.scenario import MIN_DAYS, TIME_SCALE, Scenario, Task
+from bench.learning_demo.services import Services
 from bench.learning_demo.side import Side, cancelled_once
-from bench.learning_demo.stage import LearningStage
-from bench.learning_demo.story import NAMES, SIDES, WITH, Day, Story
+from bench.learning_demo.story import SIDES, WITH, Day, Story, run_night
 from local.launcher import stop_on_signals
 from local.stack import StopRequested
 from router.background import cancel_and_wait
 from router.errors import RouterError
+from router.settings import DEFAULT_CONFIG_FOLDER
 
 STOP_SECONDS = 0.1
-SHOW_SECONDS = 0.25
-MOST_DAYS = 60
-LEAST = 10
+PROGRESS_SECONDS = 0.25
+MAX_DAYS = 60
+MIN_TASKS = 10
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,61 +46,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.learning_demo", description=(__doc__ or "").partition("\n")[0]
     )
-    _add_arguments(parser)
+    add = parser.add_argument
+    add("--days", type=_between(MIN_DAYS, MAX_DAYS), default=12, help="number of days (%(default)s)")
+    add("--tasks", type=_between(MIN_TASKS, 10**6), default=600, help="prompts per day (%(default)s)")
+    add("--seed", type=int, default=1, help="seed of prompts and chance (%(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    add("--plot", type=Path, metavar="FILE", help="draw the results (.png, .svg)")
     options = parser.parse_args(arguments)
     console = Console(highlight=False)
+    scenario = Scenario(days=options.days, seed=options.seed, tasks=options.tasks)
     try:
-        run(options, stop_on_signals(), console)
+        story = play(scenario, stop_on_signals(), console)
     except (RuntimeError, RouterError, OSError) as error:
         console.print(str(error), style="red", markup=False, soft_wrap=True)
         return 1
+    if story is not None and options.json is not None:
+        options.json.write_text(json.dumps(story.as_json(), indent=2) + "\n")
+    if story is not None and options.plot is not None:
+        draw(story, options.plot)
     return 0
 
 
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--days", type=_days, default=12, metavar="N", help="how many days (default: %(default)s)")
-    add("--tasks", type=_count, default=600, metavar="N", help="prompts a day (default: %(default)s)")
-    add("--seed", type=int, default=1, help="other prompts, other luck (default: %(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write what it came to there, as JSON")
-    add("--plot", type=Path, metavar="FILE", help="draw it there (.png, .svg)")
+def _between(low: int, high: int) -> Any:
+    def number(text: str) -> int:
+        if not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return int(text)
+
+    return number
 
 
-def run(options: argparse.Namespace, asked: threading.Event, console: Console) -> bool:
-    """The whole demo: True if it came to its end, False if somebody asked it to stop."""
-    script = Script(days=options.days, seed=options.seed, tasks=options.tasks)
-    story = play(script, asked, console)
-    if story is None:
-        return False
-    if options.json is not None:
-        options.json.write_text(json.dumps(story.as_json(), indent=2) + "\n")
-    if options.plot is not None:
-        from bench.learning_demo.plot import draw  # noqa: PLC0415 - matplotlib is slow to import
-
-        draw(story, options.plot)
-    return True
-
-
-def play(script: Script, asked: threading.Event, console: Console) -> Story | None:
-    """Play the script and tell it; None if somebody asked it to stop."""
-    teller = Teller(console, script)
-    story = Story(script)
-    teller.going("starting PostgreSQL, Redis and the Models Backend")
-    stage = LearningStage(SIDES, script.backend_arguments, time_scale=TIME_SCALE, stop_requested=asked.is_set)
+def play(scenario: Scenario, stop: threading.Event, console: Console) -> Story | None:
+    """Run all days and print them; None if `stop` was set before the end."""
+    story = Story(scenario)
+    progress = console.status("starting PostgreSQL, Redis and the Models Backend")
     try:
-        with stage, _router_log(stage.folder / "logs" / "router.log"):
-            asyncio.run(_until_asked(_live(script, stage, teller, story), asked))
+        with (
+            progress,
+            Services(tuple(SIDES), stop.is_set) as services,
+            _log_to(services.folder / "router.log"),
+        ):
+            services.start(scenario.backend_arguments(services.folder), TIME_SCALE)
+            asyncio.run(_until_stopped(_run_days(story, services, console, progress), stop))
     except StopRequested:
         return None
-    finally:
-        teller.quiet()
-    teller.summary(story)
+    print_summary(story, console)
     return story
 
 
 @contextmanager
-def _router_log(path: Path) -> Iterator[None]:
-    """What the routers have to say goes to a file, and not between the tables."""
+def _log_to(path: Path) -> Iterator[None]:
+    """The routers' log goes to a file, not between the tables."""
     handler = logging.FileHandler(path)
     logger = logging.getLogger("router")
     logger.addHandler(handler)
@@ -109,90 +107,70 @@ def _router_log(path: Path) -> Iterator[None]:
         handler.close()
 
 
-async def _until_asked(work: Coroutine[Any, Any, None], asked: threading.Event) -> None:
-    """Do the work, or end it, in good order, when somebody asks to stop: then StopRequested."""
-    task = asyncio.create_task(work, name="demo of learning")
+async def _until_stopped(work: Coroutine[Any, Any, None], stop: threading.Event) -> None:
+    """Do the work; when `stop` is set, let it clean up and raise StopRequested."""
+    task = asyncio.create_task(work)
     try:
         while not task.done():
             await asyncio.wait({task}, timeout=STOP_SECONDS)
-            if asked.is_set():
+            if stop.is_set():
                 raise StopRequested
         task.result()
     finally:
         await cancelled_once(task)
 
 
-async def _live(script: Script, stage: LearningStage, teller: Teller, story: Story) -> None:
-    flaws: dict[str, str | None] = {}
-    folder = script.make_folder(stage.folder)
-    said: set[str] = set()
+async def _run_days(story: Story, services: Services, console: Console, progress: Status) -> None:
+    scenario, flaws, shown = story.scenario, dict[str, str | None](), set[str]()
+    folder = services.folder / "config"  # the search writes into it
+    shutil.copytree(DEFAULT_CONFIG_FOLDER, folder, ignore=shutil.ignore_patterns("discovered.yaml"))
+    promoted: tuple[str, ...] = ()
     async with AsyncExitStack() as stack:
         sides = {
             name: await stack.enter_async_context(
-                Side(name, stage.addresses[name], script.config(), stage.folder / "none")
+                Side(addresses, scenario.config(), services.folder / "no-knowledge")
             )
-            for name in SIDES
+            for name, addresses in services.addresses.items()
         }
-        for number in range(1, script.days + 1):
-            tasks = script.day(number)
-            await _until_a_period_begins(script.period_seconds)
-            await asyncio.to_thread(stage.set_weather, script.weather(number))
-            news = [*script.news(number), *_trusted(story, sides[WITH], script)]
-            teller.morning(number, news)
-            await _live_one_day(sides, tasks, teller, number)
-            await asyncio.to_thread(stage.check)
-            flaws |= await asyncio.to_thread(stage.new_flaws)
-            facts = {name: await side.facts(tasks, flaws) for name, side in sides.items()}
-            teller.going(f"night {number}")
-            night = await spend_night(stage.addresses[WITH], script.config(), script, folder, said)
-            story.days.append(Day(number, tuple(news), facts, night))
-            teller.night(story.days[-1])
+        for number in range(1, scenario.days + 1):
+            tasks = scenario.day(number)
+            # The evidence of a period is then of one day's conditions only.
+            await asyncio.sleep(scenario.period_seconds - time.time() % scenario.period_seconds)
+            await asyncio.to_thread(services.set_conditions, scenario.conditions(number))
+            news = [
+                *scenario.news(number),
+                *(f"the operator sets traffic.{m} to {scenario.target}" for m in promoted),
+            ]
+            sides[WITH].variables |= dict.fromkeys(promoted, scenario.target)
+            console.print(f"\nDay {number} of {scenario.days}", style="bold")
+            for line in news:
+                print_line(line, console, "yellow")
+            await _run_day(sides, tasks, number, progress)
+            await asyncio.to_thread(services.check)
+            flaws |= await asyncio.to_thread(services.new_flaws)
+            results = {name: await side.results(tasks, flaws) for name, side in sides.items()}
+            progress.update(f"night {number}")
+            addresses = services.addresses[WITH]
+            night = await asyncio.to_thread(run_night, addresses, scenario.config(), scenario, folder, shown)
+            promoted = night.promoted
+            story.days.append(Day(number, tuple(news), results, night))
+            print_day(story.days[-1], console)
 
 
-def _trusted(story: Story, side: Side, script: Script) -> list[str]:
-    """What the operator does in the morning: a model that was promoted may be sent what the others may."""
-    promoted = story.days[-1].night.promoted if story.days else ()
-    for model in promoted:
-        side.variables[model] = script.target
-    return [f"the operator sets traffic.{model} to {script.target}, as the others have" for model in promoted]
-
-
-async def _until_a_period_begins(seconds: int) -> None:
-    """So that the evidence of a period is of one weather only."""
-    await asyncio.sleep(seconds - time.time() % seconds)
-
-
-async def _live_one_day(
-    sides: Mapping[str, Side], tasks: Sequence[Task], teller: Teller, number: int
-) -> None:
-    living = [asyncio.create_task(side.live(tasks), name=f"day {number}, {name}")
-              for name, side in sides.items()]  # fmt: skip
-    showing = asyncio.create_task(_show(sides, teller, number), name="show how far the day is")
+async def _run_day(sides: Mapping[str, Side], tasks: Sequence[Task], number: int, progress: Status) -> None:
+    days = [asyncio.create_task(side.solve_day(tasks)) for side in sides.values()]
+    showing = asyncio.create_task(_show(sides, number, progress))
     try:
-        await asyncio.gather(*living)
+        await asyncio.gather(*days)
     finally:
-        await cancel_and_wait(*living, showing)
+        await cancel_and_wait(*days, showing)
 
 
-async def _show(sides: Mapping[str, Side], teller: Teller, number: int) -> None:
+async def _show(sides: Mapping[str, Side], number: int, progress: Status) -> None:
     while True:
-        left = ", ".join(f"{side.unsolved} {NAMES[name]}" for name, side in sides.items())
-        teller.going(f"day {number}: prompts that wait for an answer: {left}")
-        await asyncio.sleep(SHOW_SECONDS)
-
-
-def _days(text: str) -> int:
-    number = int(text)
-    if not SHORTEST_DAYS <= number <= MOST_DAYS:
-        raise argparse.ArgumentTypeError(f"from {SHORTEST_DAYS} to {MOST_DAYS}")
-    return number
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < LEAST:
-        raise argparse.ArgumentTypeError(f"at least {LEAST}")
-    return number
+        unsolved = ", ".join(f"{side.unsolved} {SIDES[name]}" for name, side in sides.items())
+        progress.update(f"day {number}: unsolved tasks: {unsolved}")
+        await asyncio.sleep(PROGRESS_SECONDS)
 
 
 if __name__ == "__main__":

@@ -1,211 +1,166 @@
-"""How the demo of learning is told in a terminal: a table a night, and what it all came to."""
+"""The story in a terminal, a table per night and a summary, and as a picture."""
 
 from __future__ import annotations
 
-import re
 import textwrap
+from pathlib import Path
 
 from rich.console import Console
-from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from bench.learning_demo.cast import CATEGORIES, DEAR, FAILING, SLOW
-from bench.learning_demo.night import Night, Stands
-from bench.learning_demo.script import Script
-from bench.learning_demo.side import SideDay, share_good
-from bench.learning_demo.story import NAMES, SIDES, Day, Story
-from router.learning import RankChange
-from router.learning.review import BOUNDED
+from bench.learning_demo.scenario import CATEGORIES, DEAR, FAILING, SLOW
+from bench.learning_demo.story import SIDES, Day, Night, Rank, Story, share_good
 
-MOST_REASONS = 6
-LAST = Stands(10**6, "", "")
-VERDICT = re.compile(r" (lost|taken|promoted|retired): ")
-WORDS = {"low": "low", "trial": "trial", "young": "young"}
+MAX_REASONS = 6
+STEPS = (" lost: ", " taken: ", " promoted: ", " retired: ")
+UNRANKED = Rank(10**6, "")
 
 
-class Teller:
-    """Tells day after day; on a terminal also how far a day is."""
-
-    def __init__(self, console: Console, script: Script) -> None:
-        self._console = console
-        self._script = script
-        self._status: Status | None = None
-
-    def morning(self, day: int, news: list[str]) -> None:
-        """What is different today."""
-        self.quiet()
-        head = Text(f"\nDay {day} of {self._script.days}", style="bold")
-        self._console.print(head)
-        for line in news:
-            self._print(line, "yellow")
-
-    def going(self, what: str) -> None:
-        """How far it is; shown in passing on a terminal, and nowhere else."""
-        if not self._console.is_terminal:
-            return
-        if self._status is None:
-            self._status = self._console.status(what)
-            self._status.start()
-        self._status.update(what)
-
-    def quiet(self) -> None:
-        """Take away what was shown in passing."""
-        if self._status is not None:
-            self._status.stop()
-            self._status = None
-
-    def night(self, day: Day) -> None:
-        """The day's answers, and the ranking before and after the night."""
-        self.quiet()
-        for name in SIDES:
-            self._console.print(Text(f"  {NAMES[name]:13}  {_answers(day.sides[name])}"))
-        self._console.print(_ranking(day.number, day.night))
-        for line in _reasons(day.night):
-            self._print(line)
-        for line in day.night.searched:
-            self._print(f"search: {line}", "cyan")
-
-    def _print(self, line: str, style: str = "") -> None:
-        """Indented, and where it is longer than the terminal is wide, its second line more so."""
-        wide = max(20, self._console.width - 4)
-        first, *others = textwrap.wrap(line, wide, break_long_words=False) or [""]
-        self._console.print(Text("\n".join([f"  {first}", *(f"    {other}" for other in others)]), style))
-
-    def summary(self, story: Story) -> None:
-        """What all days came to."""
-        self.quiet()
-        self._console.print()
-        self._console.print(_totals(story))
-        for line in summary_lines(story):
-            self._print(line)
+def print_day(day: Day, console: Console) -> None:
+    """Answers of both sides, ranking before and after the night, and why it changed."""
+    for name, title in SIDES.items():
+        tasks = day.sides[name].tasks
+        interactive = [task for task in tasks if task.interactive]
+        shares = f"{share_good(tasks):6.1%} good answers; interactive {share_good(interactive):6.1%}"
+        console.print(Text(f"  {title:13}  {shares}"))
+    console.print(_ranking(day.number, day.night))
+    for line in _reasons(day.night):
+        print_line(line, console)
+    for line in day.night.discovery:
+        print_line(f"discovery: {line}", console, "cyan")
 
 
-def _answers(side: SideDay) -> str:
-    asked = [task for task in side.tasks if task.asked]
-    waits = sorted(task.seconds for task in asked if task.seconds is not None)
-    wait = f" after {waits[len(waits) // 2]:.2f} s" if waits else ""
-    return f"{side.good:6.1%} good answers; to what was asked {share_good(asked):6.1%}{wait}"
+def print_line(line: str, console: Console, style: str = "") -> None:
+    """One line, indented and wrapped to the terminal."""
+    first, *others = textwrap.wrap(line, max(20, console.width - 4), break_long_words=False) or [""]
+    console.print(Text("\n".join([f"  {first}", *(f"    {other}" for other in others)]), style))
 
 
-def _ranking(day: int, night: Night) -> Table:
-    table = Table(title=f"Night {day}: places before and after", title_justify="left", expand=False)
-    table.add_column("model", no_wrap=True)
-    for category in CATEGORIES:
-        table.add_column(category, no_wrap=True, min_width=14)
-    models = sorted({model for order in night.after.values() for model in order})
-    for model in models:
-        cells = []
-        for category in CATEGORIES:
-            before = night.before.get(category, {}).get(model)
-            after = night.after.get(category, {}).get(model)
-            cells.append(_cell(before, after))
-        table.add_row(model, *cells)
+def _ranking(number: int, night: Night) -> Table:
+    table = Table(title=f"Night {number}: ranks before and after", title_justify="left")
+    for column in ("model", *CATEGORIES):
+        table.add_column(column, no_wrap=True)
+    for model in sorted({model for ranking in night.after.values() for model in ranking}):
+        ranks = [(night.before.get(c, {}).get(model), night.after.get(c, {}).get(model)) for c in CATEGORIES]
+        table.add_row(model, *(_cell(*pair) for pair in ranks))
     return table
 
 
-def _cell(before: Stands | None, after: Stands | None) -> Text:
+def _cell(before: Rank | None, after: Rank | None) -> Text:
     if after is None:
         return Text("")
-    word = WORDS.get(after.standing, "")
-    moved = before is None or before.place != after.place
-    text = f"{before.place if before else '-'} → {after.place}" if moved else f"{after.place}"
-    style = "bold" if after.place == 1 else ("yellow" if moved else "")
-    return Text(f"{text} {word}".rstrip(), style=style)
+    moved = before is None or before.rank != after.rank
+    text = f"{before.rank if before else '-'} → {after.rank}" if moved else f"{after.rank}"
+    standing = "" if after.standing == "ranked" else f" {after.standing}"
+    return Text(text + standing, style="bold" if after.rank == 1 else "yellow" if moved else "")
 
 
 def _reasons(night: Night) -> list[str]:
-    """Why first places changed hands, and who is bounded now or no longer."""
+    """Why first ranks changed."""
     firsts = {(category, model) for category, *models in night.new_firsts for model in models}
-    told = [move for move in night.moves if (move.category, move.model) in firsts or _unbound(move)]
-    told.sort(key=lambda move: (move.category, move.place))
-    lines = [
-        f"{move.category}: {move.model} {move.place_before} → {move.place}: {move.reason}" for move in told
+    changes = [change for change in night.changes if (change.category, change.model) in firsts]
+    return [
+        f"{change.category}: {change.model} {change.place_before} → {change.place}: {change.reason}"
+        for change in sorted(changes, key=lambda change: (change.category, change.place))[:MAX_REASONS]
     ]
-    more = [f"... and {len(lines) - MOST_REASONS} more"] if len(lines) > MOST_REASONS else []
-    return lines[:MOST_REASONS] + more
 
 
-def _unbound(move: RankChange) -> bool:
-    return (move.standing in BOUNDED) != (move.standing_before in BOUNDED)
-
-
-def _totals(story: Story) -> Table:
-    table = Table(
-        title=f"{len(story.days)} days, the same prompts and the same weather", title_justify="left"
-    )
-    table.add_column("")
-    for name in SIDES:
-        table.add_column(NAMES[name], justify="right")
-    totals = {name: story.totals(name) for name in SIDES}
-
-    def row(words: str, *values: str) -> None:
-        table.add_row(words, *values)
-
-    row("prompts", *(f"{totals[name].tasks:,}" for name in SIDES))
-    row("good answers", *(f"{totals[name].good:.1%}" for name in SIDES))
+def print_summary(story: Story, console: Console) -> None:
+    """Totals of both sides, and what became of the models of the scenario."""
+    title = f"{len(story.days)} days, the same prompts and conditions"
+    table = Table("", *SIDES.values(), title=title, title_justify="left")
+    totals = [story.totals(side) for side in SIDES]
+    table.add_row("prompts", *(f"{one['tasks']:,}" for one in totals))
+    table.add_row("good answers", *(f"{one['good']:.1%}" for one in totals))
     for category in CATEGORIES:
-        row(f"  {category}", *(f"{totals[name].good_by_category[category]:.1%}" for name in SIDES))
-    row("good answers to prompts that were asked", *(f"{totals[name].good_asked:.1%}" for name in SIDES))
-    row("  seconds until answered, median", *(f"{totals[name].seconds:.2f}" for name in SIDES))
-    row("  USD a thousand", *(f"{totals[name].cost:.3f}" for name in SIDES))
-    row("calls that failed", *(f"{totals[name].failed:.1%}" for name in SIDES))
-    return table
+        table.add_row(f"  {category}", *(f"{one['good_by_category'][category]:.1%}" for one in totals))
+    table.add_row("good answers, interactive", *(f"{one['good_asked']:.1%}" for one in totals))
+    table.add_row("  median latency in seconds", *(f"{one['seconds']:.2f}" for one in totals))
+    table.add_row("  USD per 1,000", *(f"{one['cost']:.3f}" for one in totals))
+    table.add_row("failed calls", *(f"{one['failed']:.1%}" for one in totals))
+    console.print()
+    console.print(table)
+    for line in summary_lines(story):
+        print_line(line, console)
 
 
 def summary_lines(story: Story) -> list[str]:
-    """What is to be said beside the table, a line each."""
-    gain, error = story.gain()
-    asked, asked_error = story.gain(asked=True)
-    gained = (
-        f"With learning {100 * gain:+.1f} ± {196 * error:.1f} points of good answers,"
-        f" {100 * asked:+.1f} ± {196 * asked_error:.1f} of those that were asked."
+    """The summary's sentences."""
+    (gain, error), (interactive, its_error) = story.gain(), story.gain(interactive_only=True)
+    gains = (
+        f"Learning changes good answers by {100 * gain:+.1f} ± {196 * error:.1f} points, interactive ones by"
+        f" {100 * interactive:+.1f} ± {196 * its_error:.1f}."
     )
-    lines = [
-        gained,
-        *_failing_lines(story),
-        _overtaken(story, SLOW, story.script.slow_from, "became slow"),
-        _overtaken(story, DEAR, story.script.dear_from, "became dear"),
+    overtaken = [_overtaken(story, event.model, event.first) for event in story.scenario.events[1:]]
+    steps = [
+        f"Night {night}: {line}" for night, line in story.discovery if any(step in line for step in STEPS)
     ]
-    lines += [f"Night {night}: {line}" for night, line in story.searched if VERDICT.search(line)]
-    return [line for line in lines if line]
+    return [line for line in (gains, *_failing_lines(story), *overtaken, *steps) if line]
 
 
 def _failing_lines(story: Story) -> list[str]:
-    failing, days = story.failing, story.script.failing_days
-    if story.days[-1].number < days.start:
+    failing, days, last = story.failing, story.scenario.failing_days, story.days[-1].number
+    if last < days.start:
         return []
-    off = (
-        f"not off its first place by night {story.days[-1].number}"
-        if failing.reviews_until_off is None
-        else f"off its first place at review {failing.reviews_until_off} after that"
-    )
-    lines = [f"{FAILING} failed for technical from day {days.start} to {days.stop - 1}: {off}."]
-    if failing.shares:
-        most, share = max(failing.shares), story.script.learning().exploration.share
-        without = max(failing.shares_without)
+    when = failing["reviews_until_off"]
+    off = f"off the first rank at review {when} after that" if when else f"still first at night {last}"
+    lines = [f"{FAILING} failed for technical prompts from day {days.start} to {days.stop - 1}: {off}."]
+    if failing["shares"]:
         lines.append(
-            f"From then on it got at most {most:.1%} of them a day (exploration: {share:.0%});"
-            f" without learning {without:.1%}."
+            f"After that it got at most {max(failing['shares']):.1%} of the prompts per day"
+            f" (exploration: {story.scenario.learning().exploration.share:.0%}); without learning"
+            f" {max(failing['shares_without']):.1%}."
         )
-    if story.days[-1].number >= days.stop:
-        back = failing.reviews_until_back
-        lines.append(
-            f"Well again from day {days.stop}: "
-            + ("not back yet." if back is None else f"first again at review {back} after that.")
-        )
+    if last >= days.stop:
+        back = failing["reviews_until_back"]
+        rank = f"first again at review {back} after that" if back else "not first again yet"
+        lines.append(f"It recovered on day {days.stop}: {rank}.")
     return lines
 
 
-def _overtaken(story: Story, model: str, since: int, what: str) -> str:
+def _overtaken(story: Story, model: str, since: int) -> str:
     if story.days[-1].number < since:
         return ""
-    lost = [(night, category, now) for night, category, before, now in story.new_firsts
-            if before == model and night >= since]  # fmt: skip
-    if not lost:
-        order = story.days[since - 1].night.before
-        was_first = any(stands.get(model, LAST).place == 1 for stands in order.values())
-        why = "nobody has overtaken it yet" if was_first else "it was first nowhere by then"
-        return f"{model} {what} on day {since}: {why}."
-    places = ", ".join(f"in {category} by {now} at night {night}" for night, category, now in lost)
-    return f"{model} {what} on day {since}: overtaken {places}."
+    what = {SLOW: "became slow", DEAR: "became expensive"}[model]
+    losses = [
+        f"in {category} by {now} at night {night}"
+        for night, category, before, now in story.new_firsts
+        if before == model and night >= since
+    ]
+    if losses:
+        return f"{model} {what} on day {since}: overtaken {', '.join(losses)}."
+    before = story.days[since - 1].night.before
+    was_first = any(ranking.get(model, UNRANKED).rank == 1 for ranking in before.values())
+    return (
+        f"{model} {what} on day {since}: {'not overtaken yet' if was_first else 'it was not first anywhere'}."
+    )
+
+
+def draw(story: Story, path: Path) -> None:
+    """Write ranks by night for each category, and good answers by day; the suffix names the format."""
+    import matplotlib as mpl  # noqa: PLC0415 - slow to import, and only this needs it
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415 - after the backend is chosen
+
+    figure, axes = plt.subplots(2, 2, figsize=(12, 8))
+    numbers = [day.number for day in story.days]
+    for axis, category in zip(axes.flat, CATEGORIES, strict=False):
+        nights = [story.days[0].night.before, *(day.night.after for day in story.days)]
+        for model in sorted({model for night in nights for model in night.get(category, {})}):
+            points = [
+                (n, night[category][model].rank) for n, night in enumerate(nights) if model in night[category]
+            ]
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=model)
+        axis.invert_yaxis()
+        axis.set(title=f"{category}: rank after each night", xlabel="night")
+        axis.legend(fontsize=7)
+    for name, title in SIDES.items():
+        shares = [100 * share_good(day.sides[name].tasks) for day in story.days]
+        axes[1][1].plot(numbers, shares, marker="o", markersize=3, label=title)
+    axes[1][1].set(title="good answers, %", xlabel="day")
+    axes[1][1].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,4 +1,4 @@
-"""From a call to Airflow's log: which Airflow task of which run was the model's worker."""
+"""Links from calls to the Airflow logs of the workers that made them."""
 
 from __future__ import annotations
 
@@ -22,29 +22,25 @@ WORKERS = "work"  # the mapped Airflow task of solve_tasks
 
 
 def logs(calls: Sequence[LoggedCall], runs: Mapping[str, str]) -> dict[str, str]:
-    """call_id -> where Airflow's page shows the log of the worker that made the call, if that is known.
-
-    `runs`: call_id -> run.
-    """
-    wanted = set(runs.values())
+    """Returns call_id -> path of the worker's log in Airflow, where it is known. `runs`: call_id -> run."""
     try:
-        indexes = {run: _map_indexes(run) for run in wanted}
-    except SQLAlchemyError as error:  # a story without its links is a story still
-        log.warning("Airflow's tasks cannot be read: %s", type(error).__name__)
+        indexes = {run: _map_indexes(run) for run in set(runs.values())}
+    except SQLAlchemyError as error:  # the links are optional
+        log.warning("console: cannot read Airflow's tasks: %s", type(error).__name__)
         return {}
-    found = {}
+    links = {}
     for call in calls:
         run = runs.get(call.call_id)
         index = indexes.get(run or "", {}).get(call.model)
         if run is not None and index is not None:
-            found[call.call_id] = (
+            links[call.call_id] = (
                 f"{_base()}/dags/{SOLVE_DAG}/runs/{quote(run, safe='')}/tasks/{WORKERS}/mapped/{index}"
             )
-    return found
+    return links
 
 
 def _map_indexes(run: str) -> dict[str, int]:
-    """model -> the map index of its worker in this run."""
+    """Returns model -> map index of its worker in a run."""
     fields = RenderedTaskInstanceFields
     statement = select(fields.map_index, fields.rendered_fields).where(
         fields.dag_id == SOLVE_DAG, fields.task_id == WORKERS, fields.run_id == run
@@ -59,5 +55,5 @@ def _map_indexes(run: str) -> dict[str, int]:
 
 
 def _base() -> str:
-    """The path under which Airflow's page is, without a slash at its end."""
+    """Returns the path of Airflow's base URL, without a trailing slash."""
     return urlsplit(conf.get("api", "base_url", fallback="")).path.rstrip("/")

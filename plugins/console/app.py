@@ -1,4 +1,4 @@
-"""The console's API and its static files, as one small FastAPI application; see `docs/console.md`."""
+"""FastAPI application with the console's API and static files; see `docs/console.md`."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ STATIC = {
         for name in (
             "console.js",
             "draw.js",
-            "traffic.js",
+            "models.js",
             "model_row.js",
-            "work.js",
+            "queue.js",
             "lists.js",
-            "story.js",
-            "priorities.js",
-            "search.js",
+            "task.js",
+            "ranking.js",
+            "discovery.js",
             "ask.js",
         )
     },
@@ -53,7 +53,7 @@ HEADERS = {
 
 
 class Console:
-    """ASGI application; `app` is the FastAPI application behind its careful door."""
+    """ASGI application; `app` is the FastAPI application inside the middleware."""
 
     def __init__(self) -> None:
         self.state = ConsoleState()
@@ -63,73 +63,73 @@ class Console:
         for path in STATIC:
             self.app.add_api_route(f"/{path}", _static, methods=["GET"], name=path)
         self.app.add_api_route(
-            "/{anything:path}", _nothing, methods=["GET", "PUT", "POST", "PATCH", "DELETE", "HEAD"]
+            "/{anything:path}", _not_found, methods=["GET", "PUT", "POST", "PATCH", "DELETE", "HEAD"]
         )
         for kind in (StarletteHTTPException, RequestValidationError, RouterError):
-            self.app.add_exception_handler(kind, _refuse)
-        self._door = Careful(self.app)
+            self.app.add_exception_handler(kind, _error_response)
+        self._middleware = ResponseMiddleware(self.app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._door(scope, receive, send)
+        await self._middleware(scope, receive, send)
 
 
-class Careful:
-    """ASGI middleware: the headers of every answer, and a plain word instead of a fault of the program."""
+class ResponseMiddleware:
+    """ASGI middleware: adds security headers and turns unexpected errors into a 500 with a log reference."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begun = False
+        started = False
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal begun
+            nonlocal started
             if message["type"] == "http.response.start":
-                begun = True
-                more = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+                started = True
+                added = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
                 own = list(message["headers"])
                 if not any(name == b"cache-control" for name, _ in own):
-                    more.append((b"cache-control", b"no-store"))
-                message = {**message, "headers": own + more}
+                    added.append((b"cache-control", b"no-store"))
+                message = {**message, "headers": own + added}
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_headers)
         except Exception:
-            number = secrets.token_hex(4)
-            log.exception("fault %s in the console, at %s", number, scope.get("path"))
-            if not begun:
-                words = f"Something went wrong here. The api-server's log has it as fault {number}."
-                await JSONResponse({"error": words}, 500)(scope, receive, send_with_headers)
+            reference = secrets.token_hex(4)
+            log.exception("console: unexpected error, reference=%s path=%s", reference, scope.get("path"))
+            if not started:
+                message = f"Unexpected error. See reference {reference} in the api-server's log."
+                await JSONResponse({"error": message}, 500)(scope, receive, send_with_headers)
 
 
 async def _static(request: Request, _user: auth.Reader) -> Response:
     name, kind = STATIC[request.scope["route"].name]
     content = await asyncio.to_thread((FOLDER / name).read_bytes)
-    mark = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
-    headers = {"etag": mark, "cache-control": "private, no-cache"}
-    if request.headers.get("if-none-match") in (mark, f"W/{mark}"):
+    etag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
+    headers = {"etag": etag, "cache-control": "private, no-cache"}
+    if request.headers.get("if-none-match") in (etag, f"W/{etag}"):
         return Response(status_code=304, headers=headers)
     return Response(content, media_type=kind, headers=headers)
 
 
-async def _nothing(_user: auth.Reader) -> Response:
-    raise HTTPException(404, "There is nothing here.")
+async def _not_found(_user: auth.Reader) -> Response:
+    raise HTTPException(404, "There is nothing at this path.")
 
 
-async def _refuse(_request: Request, error: Exception) -> JSONResponse:
-    """What went wrong, in words for people, with the HTTP status that fits."""
+async def _error_response(_request: Request, error: Exception) -> JSONResponse:
+    """Returns the response for an error: its message with the matching status."""
     if isinstance(error, StarletteHTTPException):
         return JSONResponse({"error": str(error.detail)}, error.status_code, headers=error.headers)
     if isinstance(error, CapacityExceeded):
         wait = {"retry-after": f"{error.retry_after_seconds:.0f}"}
         return JSONResponse({"error": str(error)}, 503, headers=wait)
     if isinstance(error, RequestValidationError):
-        fault = error.errors()[0]
-        return JSONResponse({"error": f"{fault['loc'][-1]}: {fault['msg']}"}, 422)
+        first = error.errors()[0]
+        return JSONResponse({"error": f"{first['loc'][-1]}: {first['msg']}"}, 422)
     if isinstance(error, (ConfigError, InputError)):
         return JSONResponse({"error": str(error)}, 422)
     if isinstance(error, DatabaseError):
         return JSONResponse({"error": str(error)}, 503)
-    log.warning("the console cannot do it: %s", error)
-    return JSONResponse({"error": "This cannot be done now. The api-server's log says why."}, 503)
+    log.warning("console: request failed: %s", error)
+    return JSONResponse({"error": "This is not possible now. See the api-server's log."}, 503)

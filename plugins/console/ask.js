@@ -1,6 +1,17 @@
-// Ask: one prompt, and live what becomes of it.
+// View Ask: sends one prompt and shows its progress live.
 
-import { api, el, kindOf, lines, replace, say, seconds, sure, usd } from "./draw.js";
+import {
+  addOptions,
+  api,
+  confidenceText,
+  el,
+  jsonLines,
+  outcomeClass,
+  replace,
+  seconds,
+  setText,
+  usd,
+} from "./draw.js";
 
 const ROLES = { asked: "preferred", next: "next in rank", fallback: "fallback", passages: "knowledge" };
 const TICK_MS = 200;
@@ -16,15 +27,15 @@ export class Ask {
       onkeydown: (event) =>
         event.key === "Enter" && (event.ctrlKey || event.metaKey) && this.form.requestSubmit(),
     });
-    this.category = el("select", { id: "category" }, el("option", { value: "" }, "the router finds it"));
-    this.model = el("select", { id: "model" }, el("option", { value: "" }, "the best"));
+    this.category = el("select", { id: "category" }, el("option", { value: "" }, "automatic"));
+    this.model = el("select", { id: "model" }, el("option", { value: "" }, "automatic"));
     this.deadline = el("input", {
       id: "deadline",
       type: "number",
       min: 0.1,
       max: 3600,
       step: "any",
-      placeholder: "category's",
+      placeholder: "default",
     });
     this.button = el("button.primary", { type: "submit" }, "Ask");
     const field = (id, name, input) => el("div", {}, el("label", { for: id }, name), input);
@@ -45,42 +56,37 @@ export class Ask {
         field("model", "Model", this.model),
         field("deadline", "Deadline in seconds", this.deadline),
         this.button,
-        el("span.quiet", {}, "Ctrl+Enter asks"),
+        el("span.quiet", {}, "Ctrl+Enter to send"),
       ),
     );
     if (!me.may.ask)
       replace(
         this.form,
-        el("p.quiet", {}, "You may look, but not ask: that needs the right to trigger the DAG ask_prompt."),
+        el("p.quiet", {}, "Read-only: asking requires permission to trigger the DAG ask_prompt."),
       );
-    this.said = el("p.summary", { role: "status" });
+    this.status = el("p.summary", { role: "status" });
     this.answers = el("div", { "aria-live": "polite" });
     this.lanes = el("ol.lanes");
     this.events = el("ol.events");
     this.result = el(
       "div",
       { hidden: true },
-      this.said,
+      this.status,
       this.answers,
       el("section.card", { "aria-label": "Models called" }, el("h2", {}, "Models called"), this.lanes),
-      el("details.card", {}, el("summary", {}, "All that happened"), this.events),
+      el("details.card", {}, el("summary", {}, "All events"), this.events),
     );
     this.node = el("section", { "aria-label": "Ask" }, this.form, this.result);
   }
 
-  update(board) {
-    for (const [select, names] of [
-      [this.category, board.category_names],
-      [this.model, Object.keys(board.models)],
-    ]) {
-      const known = new Set([...select.options].map((option) => option.value));
-      for (const name of names) if (!known.has(name)) select.append(el("option", { value: name }, name));
-    }
+  update(status) {
+    addOptions(this.category, status.category_names);
+    addOptions(this.model, Object.keys(status.models));
   }
 
   close() {
-    clearInterval(this.ticking);
-    this.listening?.abort();
+    clearInterval(this.timer);
+    this.streaming?.abort();
   }
 
   async ask() {
@@ -90,57 +96,57 @@ export class Ask {
     if (this.model.value) body.model = this.model.value;
     if (this.deadline.value) body.deadline_seconds = Number(this.deadline.value);
     this.calls = new Map();
-    this.began = performance.now();
-    this.given = null;
-    this.over = false;
+    this.startedAt = performance.now();
+    this.ended = false;
     this.result.hidden = false;
     this.button.disabled = true;
     for (const part of [this.answers, this.lanes, this.events]) replace(part);
-    say(this.said, "Asking.");
-    const listening = (this.listening = new AbortController());
-    this.ticking = setInterval(() => this.draw(), TICK_MS);
+    setText(this.status, "Sending...");
+    const streaming = (this.streaming = new AbortController());
+    this.timer = setInterval(() => this.draw(), TICK_MS);
     try {
-      for await (const line of lines(await api("ask", { body, signal: listening.signal }))) this.take(line);
+      for await (const line of jsonLines(await api("ask", { body, signal: streaming.signal })))
+        this.receive(line);
     } catch (error) {
-      if (listening.signal.aborted) return;
-      this.refused(error.message);
+      if (streaming.signal.aborted) return;
+      this.showError(error.message);
     }
-    clearInterval(this.ticking);
-    this.over = true;
+    clearInterval(this.timer);
+    this.ended = true;
     this.button.disabled = false;
     this.draw();
   }
 
-  take(line) {
-    if (line.error) this.refused(line.error);
-    if (line.event) this.event(line.event);
-    if (line.answer) this.show(line.answer);
-    if (line.late) this.show(line.late);
+  receive(line) {
+    if (line.error) this.showError(line.error);
+    if (line.event) this.showEvent(line.event);
+    if (line.answer) this.showAnswer(line.answer);
+    if (line.late) this.showAnswer(line.late);
   }
 
-  refused(words) {
-    say(this.said, "");
-    replace(this.answers, el("p.error", { role: "alert" }, words));
+  showError(message) {
+    setText(this.status, "");
+    replace(this.answers, el("p.error", { role: "alert" }, message));
     this.button.disabled = false;
   }
 
-  event(event) {
+  showEvent(event) {
     if (!this.calls.size && event.kind === "categorised")
-      this.began = performance.now() - event.seconds * 1000;
+      this.startedAt = performance.now() - event.seconds * 1000;
     this.events.append(el("li", {}, el("b", {}, `${event.seconds.toFixed(2)} s`), ` ${event.text}`));
-    if (event.kind === "categorised") say(this.said, event.text);
+    if (event.kind === "categorised") setText(this.status, event.text);
     if (event.call) this.calls.set(event.call.call_id, event.call);
     this.draw();
   }
 
-  show(answer) {
+  showAnswer(answer) {
     for (const call of answer.calls) this.calls.set(call.call_id, call);
     const kind = answer.late
-      ? "The late answer, which replaced it"
+      ? "Late answer (replaced the fallback)"
       : answer.provisional
-        ? "Answer for now: a better one may come"
+        ? "Provisional answer, waiting for a better one"
         : "Answer";
-    const by = answer.model ?? "knowledge";
+    const source = answer.model ?? "knowledge";
     for (const old of this.answers.children) old.classList.add("replaced");
     this.answers.prepend(
       el(
@@ -150,63 +156,63 @@ export class Ask {
         el(
           "p.quiet",
           {},
-          `${by} (${answer.rank}) · ${seconds(answer.seconds)} · ${usd(answer.cost_usd)}`,
+          `${source} (${answer.rank}) · ${seconds(answer.seconds)} · ${usd(answer.cost_usd)}`,
           answer.task_id === null
             ? null
-            : [" · ", el("a", { href: `#work/task/${answer.task_id}` }, `task ${answer.task_id}`)],
+            : [" · ", el("a", { href: `#queue/task/${answer.task_id}` }, `task ${answer.task_id}`)],
         ),
         el("div.text", { tabindex: "0", role: "region", "aria-label": kind }, answer.text),
         answer.sources.length ? el("p.quiet", {}, `Sources: ${answer.sources.join(", ")}`) : null,
       ),
     );
-    say(this.said, `${answer.category}${sure(answer.confidence)}: ${answer.reason}`);
+    setText(this.status, `${answer.category}${confidenceText(answer.confidence)}: ${answer.reason}`);
     this.button.disabled = false;
     this.draw();
   }
 
   draw() {
     const calls = [...this.calls.values()];
-    const now = (performance.now() - this.began) / 1000;
-    const end = Math.max(1, ...calls.map((c) => c.ended_seconds ?? (this.over ? 0 : now)));
+    const now = (performance.now() - this.startedAt) / 1000;
+    const end = Math.max(1, ...calls.map((c) => c.ended_seconds ?? (this.ended ? 0 : now)));
     while (this.lanes.children.length < calls.length) this.lanes.append(lane());
     calls.forEach((call, index) => {
-      const [who, about, bars, state] = this.lanes.children[index].parts;
-      say(who, call.model);
-      say(about, ROLES[call.role] ?? call.role);
+      const [model, role, bars, state] = this.lanes.children[index].parts;
+      setText(model, call.model);
+      setText(role, ROLES[call.role] ?? call.role);
       const sent = call.sent_seconds ?? call.ended_seconds ?? now;
       const until = call.ended_seconds ?? now;
-      place(bars[0], call.started_seconds, sent, end);
-      place(bars[1], sent, until, end);
-      bars[1].className = kindOf(call.outcome);
-      const word = call.outcome ?? (call.sent_seconds === null ? "waits for a permit" : "under way");
-      say(
+      setBar(bars[0], call.started_seconds, sent, end);
+      setBar(bars[1], sent, until, end);
+      bars[1].className = outcomeClass(call.outcome);
+      const stateText = call.outcome ?? (call.sent_seconds === null ? "waiting for a permit" : "in flight");
+      setText(
         state,
-        `${word}, ${seconds(until - call.started_seconds)}` +
+        `${stateText}, ${seconds(until - call.started_seconds)}` +
           (call.cost_usd === null ? "" : `, ${usd(call.cost_usd)}`),
       );
-      state.className = { done: "good", failed: "wrong" }[kindOf(call.outcome)] ?? "quiet";
+      state.className = { done: "good", failed: "wrong" }[outcomeClass(call.outcome)] ?? "quiet";
       if (call.error) state.title = call.error;
     });
   }
 }
 
 function lane() {
-  const who = el("b");
-  const about = el("div.quiet");
+  const model = el("b");
+  const role = el("div.quiet");
   const bars = [el("span.waits"), el("span")];
   const state = el("span");
-  const made = el(
+  const item = el(
     "li",
     {},
-    el("div", {}, who, about),
+    el("div", {}, model, role),
     el("div.lane", { "aria-hidden": "true" }, bars),
     el("div", {}, state),
   );
-  made.parts = [who, about, bars, state];
-  return made;
+  item.parts = [model, role, bars, state];
+  return item;
 }
 
-function place(bar, from, until, end) {
+function setBar(bar, from, until, end) {
   bar.style.left = `${(100 * from) / end}%`;
   bar.style.width = `${(100 * Math.max(0, until - from)) / end}%`;
 }

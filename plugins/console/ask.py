@@ -1,4 +1,4 @@
-"""Asking from the console: one router for all who ask, opened by the first and closed when idle."""
+"""Interactive requests from the console, over one router that is opened on demand and closed when idle."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("router.console")
 
-MOST_AT_ONCE = 20
+MAX_CONCURRENCY = 20
 IDLE_SECONDS = 300.0
-LOOK_SECONDS = 10.0
+IDLE_CHECK_SECONDS = 10.0
 GRACE_SECONDS = 1.0
 LATE_SECONDS = 120.0
-ALIVE_SECONDS = 2.0  # a line at least so often, so that a page sees that nothing broke
-LONGEST_ANSWER = 200_000
+KEEP_ALIVE_SECONDS = 2.0
+MAX_ANSWER_CHARACTERS = 200_000
 
 
-class Asked(BaseModel):
-    """What is asked; the words are those of `router ask`."""
+class AskBody(BaseModel):
+    """Body of a request; the fields are the options of `router ask`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -44,8 +44,8 @@ class Asked(BaseModel):
     deadline_seconds: float | None = Field(default=None, gt=0, le=3600)
 
 
-class Asks:
-    """Answers prompts; each answering goes on to its end, whether its page still listens or not."""
+class AskSessions:
+    """Answers prompts. A request runs to its end even if the page disconnects."""
 
     def __init__(self, addresses: Callable[[], Addresses]) -> None:
         self._addresses = addresses
@@ -55,50 +55,53 @@ class Asks:
         self._used_at = 0.0
         self._closer: asyncio.Task[None] | None = None
 
-    async def stream(self, asked: Asked) -> AsyncIterator[bytes]:
-        """What happens, a JSON line each: `event`s, the `answer`, a `late` one, an `error`; last `end`."""
-        if len(self._running) >= MOST_AT_ONCE:
+    async def stream(self, body: AskBody) -> AsyncIterator[bytes]:
+        """Yields JSON lines: `event`s, the `answer`, `late` answers, or an `error`, then `end`.
+
+        Raises CapacityExceeded if MAX_CONCURRENCY requests are in progress.
+        """
+        if len(self._running) >= MAX_CONCURRENCY:
             raise CapacityExceeded(
-                f"{len(self._running)} prompts are being answered here, the most at once.", 1.0
+                f"The console is already answering {len(self._running)} prompts, the maximum.", 1.0
             )
         lines: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        task = asyncio.create_task(self._answer(asked, lines.put_nowait), name="router console ask")
+        task = asyncio.create_task(self._answer(body, lines.put_nowait), name="router console ask")
         self._running.add(task)
         task.add_done_callback(self._running.discard)
-        return _told(lines)
+        return _json_lines(lines)
 
     async def close(self) -> None:
-        """Give up what is under way."""
+        """Cancels the requests in progress and closes the router."""
         await cancel_and_wait(*self._running, *filter(None, [self._closer]))
         await self._close_router()
 
-    async def _answer(self, asked: Asked, tell: Callable[[dict[str, Any]], None]) -> None:
+    async def _answer(self, body: AskBody, send: Callable[[dict[str, Any]], None]) -> None:
         try:
             router = await self._opened()
             answer = await router.answer(
-                asked.prompt, category=asked.category or None, model=asked.model or None,
-                deadline_seconds=asked.deadline_seconds,
-                on_event=lambda event: tell({"event": _event_object(event)}),
+                body.prompt, category=body.category or None, model=body.model or None,
+                deadline_seconds=body.deadline_seconds,
+                on_event=lambda event: send({"event": _event_object(event)}),
             )  # fmt: skip
-            tell({"answer": _answer_object(answer)})
+            send({"answer": _answer_object(answer)})
             until = time.monotonic() + LATE_SECONDS
             while better := await router.late(answer, seconds=until - time.monotonic()):
                 answer = better
-                tell({"late": _answer_object(answer)})
+                send({"late": _answer_object(answer)})
         except RouterError as error:
-            tell({"error": str(error)})
+            send({"error": str(error)})
         except Exception:
-            log.exception("asking from the console failed")
-            tell({"error": "Asking failed. The api-server's log says why."})
+            log.exception("console: request failed")
+            send({"error": "The request failed. See the api-server's log."})
         finally:
-            tell({"end": True})
+            send({"end": True})
             self._used_at = time.monotonic()
 
     async def _opened(self) -> Router:
         async with self._lock:
             self._used_at = time.monotonic()
             if self._router is None:
-                # In a thread: it brings the search engine with it.
+                # In a thread, because importing the search engine takes a second.
                 answering = await asyncio.to_thread(importlib.import_module, "router.answering.router")
                 addresses = await asyncio.to_thread(self._addresses)
                 folder: Path = config_folder()
@@ -106,12 +109,13 @@ class Asks:
                 router: Router = answering.Router(addresses, config, folder, data_folder())
                 await router.open()
                 self._router = router
-                self._closer = asyncio.create_task(self._close_when_idle(), name="router console asks idle")
+                self._closer = asyncio.create_task(self._close_when_idle(), name="router console ask idle")
             return self._router
 
     async def _close_when_idle(self) -> None:
-        while self._running or time.monotonic() - self._used_at < IDLE_SECONDS:  # noqa: ASYNC110 - it ages
-            await asyncio.sleep(LOOK_SECONDS)
+        # Time passes without an event to wait for.
+        while self._running or time.monotonic() - self._used_at < IDLE_SECONDS:  # noqa: ASYNC110
+            await asyncio.sleep(IDLE_CHECK_SECONDS)
         await self._close_router()
 
     async def _close_router(self) -> None:
@@ -121,12 +125,12 @@ class Asks:
                 await router.close(grace_seconds=GRACE_SECONDS)
 
 
-async def _told(lines: asyncio.Queue[dict[str, Any]]) -> AsyncIterator[bytes]:
-    """The lines as they come, until the last; between them signs of life."""
+async def _json_lines(lines: asyncio.Queue[dict[str, Any]]) -> AsyncIterator[bytes]:
+    """Yields the lines until the last, with keep-alive lines between them."""
     while True:
         getting = asyncio.ensure_future(lines.get())
         try:
-            await asyncio.wait({getting}, timeout=ALIVE_SECONDS)
+            await asyncio.wait({getting}, timeout=KEEP_ALIVE_SECONDS)
             line = getting.result() if getting.done() else {"alive": True}
         finally:
             getting.cancel()
@@ -141,9 +145,9 @@ def _event_object(event: Event) -> dict[str, Any]:
 
 def _answer_object(answer: Answer) -> dict[str, Any]:
     text = answer.text
-    if len(text) > LONGEST_ANSWER:
-        more = len(text) - LONGEST_ANSWER
-        text = f"{text[:LONGEST_ANSWER]}\n(The rest, {more:,} characters, is in tasks.)"
+    if len(text) > MAX_ANSWER_CHARACTERS:
+        more = len(text) - MAX_ANSWER_CHARACTERS
+        text = f"{text[:MAX_ANSWER_CHARACTERS]}\n(Truncated: {more:,} more characters in the table tasks.)"
     rank = answer.rank.name.lower().replace("_", " ")
     calls = [_call_object(call) for call in answer.calls]
     return {**asdict(answer), "text": text, "rank": rank, "calls": calls}

@@ -1,7 +1,7 @@
-"""Who is there, and what they may do: every route of the console asks Airflow.
+"""Authorization of the console's routes by Airflow's permissions.
 
-Reading is for those who may read the DAG solve_tasks, editing a target for those who may edit its Variable,
-asking and retrying for those who may trigger the DAGs that do the same.
+Reading requires permission to read the DAG solve_tasks, editing a target to edit its Variable, retrying and
+asking to trigger the DAGs solve_tasks and ask_prompt.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from router.models import VARIABLE_PREFIX
 
 SOLVE_DAG = "solve_tasks"
 ASK_DAG = "ask_prompt"
-HEADER = "X-Router-Console"  # no form and no foreign page can send it unasked
+HEADER = "X-Router-Console"  # forms and pages of other origins cannot set it
 FORBIDDEN = 403
 
 Body = TypeVar("Body", bound=BaseModel)
 
 
 def may_read(user: BaseUser) -> bool:
-    """Whether this person may read the DAG that solves tasks, and so the console."""
+    """Returns whether the user may read the DAG solve_tasks, and so the console."""
     details = DagDetails(id=SOLVE_DAG, team_name=_team_of_dag(SOLVE_DAG))
     return get_auth_manager().is_authorized_dag(method="GET", details=details, user=user)
 
 
 def may_edit(user: BaseUser, model: str) -> bool:
-    """Whether this person may edit the model's Variable."""
+    """Returns whether the user may edit the model's Variable."""
     key = VARIABLE_PREFIX + model
     details = VariableDetails(key=key, team_name=_team_of_variable(key))
     return get_auth_manager().is_authorized_variable(method="PUT", details=details, user=user)
 
 
 def may_trigger(user: BaseUser, dag: str) -> bool:
-    """Whether this person may trigger this DAG."""
+    """Returns whether the user may trigger a DAG."""
     details = DagDetails(id=dag, team_name=_team_of_dag(dag))
     return get_auth_manager().is_authorized_dag(
         method="POST", access_entity=DagAccessEntity.RUN, details=details, user=user
@@ -53,72 +53,76 @@ def may_trigger(user: BaseUser, dag: str) -> bool:
 
 
 def _reader(user: GetUserDep) -> BaseUser:
-    return _let(user, may_read(user))
+    return _require(user, may_read(user))
 
 
 def _editor(model: str, request: Request, user: GetUserDep) -> BaseUser:
-    _same_origin(request)
-    return _let(user, may_read(user) and may_edit(user, model))
+    _require_same_origin(request)
+    return _require(user, may_read(user) and may_edit(user, model))
 
 
-def _asker(request: Request, user: GetUserDep) -> BaseUser:
-    _same_origin(request)
-    return _let(user, may_read(user) and may_trigger(user, ASK_DAG))
+def _asking(request: Request, user: GetUserDep) -> BaseUser:
+    _require_same_origin(request)
+    return _require(user, may_read(user) and may_trigger(user, ASK_DAG))
 
 
 def _retrier(request: Request, user: GetUserDep) -> BaseUser:
-    _same_origin(request)
-    return _let(user, may_read(user) and may_trigger(user, SOLVE_DAG))
+    _require_same_origin(request)
+    return _require(user, may_read(user) and may_trigger(user, SOLVE_DAG))
 
 
 Reader = Annotated[BaseUser, Depends(_reader)]
 Editor = Annotated[BaseUser, Depends(_editor)]
-Asking = Annotated[BaseUser, Depends(_asker)]
+Asking = Annotated[BaseUser, Depends(_asking)]
 Retrier = Annotated[BaseUser, Depends(_retrier)]
 
 
-def _let(user: BaseUser, allowed: bool) -> BaseUser:  # noqa: FBT001 - it is the whole question
+def _require(user: BaseUser, allowed: bool) -> BaseUser:  # noqa: FBT001 - the only argument that matters
     if not allowed:
-        raise HTTPException(FORBIDDEN, "You may not do this. Ask whoever gives rights in Airflow.")
+        raise HTTPException(
+            FORBIDDEN, "You do not have permission for this. Ask an administrator of Airflow."
+        )
     return user
 
 
-def _same_origin(request: Request) -> None:
-    """Refuse a write that another page made this person's browser send."""
+def _require_same_origin(request: Request) -> None:
+    """Raises 403 for a write that a page of another origin made the browser send."""
     site = request.headers.get("sec-fetch-site")
     origin = request.headers.get("origin")
     foreign = site is not None and site != "same-origin"
     if origin is not None and site is None:
         foreign = urlsplit(origin).netloc != request.headers.get("host")
     if foreign or HEADER not in request.headers:
-        raise HTTPException(FORBIDDEN, f"Writes are taken from the console's own page, with {HEADER}: 1.")
+        raise HTTPException(
+            FORBIDDEN, f"Writes must come from the console's own page, with the header {HEADER}: 1."
+        )
 
 
-async def read_body(request: Request, kind: type[Body], most_bytes: int) -> Body:
-    """The request's JSON body as a `kind`; 413 if it is longer, 415 if it is no JSON, 422 if it is wrong."""
+async def read_body(request: Request, kind: type[Body], max_bytes: int) -> Body:
+    """Parses the JSON body. Raises 413 if it is too large, 415 if not JSON, 422 if invalid."""
     if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
         raise HTTPException(415, "Send application/json.")
-    whole = bytearray()
+    content = bytearray()
     async for part in request.stream():
-        whole += part
-        if len(whole) > most_bytes:
-            raise HTTPException(413, f"At most {most_bytes:,} bytes are taken.")
+        content += part
+        if len(content) > max_bytes:
+            raise HTTPException(413, f"The body is larger than {max_bytes:,} bytes.")
     try:
-        return kind.model_validate_json(bytes(whole))
+        return kind.model_validate_json(bytes(content))
     except ValidationError as error:
-        raise HTTPException(422, _first_fault(error)) from error
+        raise HTTPException(422, _first_error(error)) from error
 
 
-def _first_fault(error: ValidationError) -> str:
-    fault: Any = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    where = ".".join(str(part) for part in fault["loc"])
-    return f"{where}: {fault['msg']}" if where else str(fault["msg"])
+def _first_error(error: ValidationError) -> str:
+    first: Any = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg']}" if where else str(first["msg"])
 
 
 def _team_of_dag(dag: str) -> str | None:
     if not conf.getboolean("core", "multi_team"):
         return None
-    from airflow.models.dag import DagModel  # noqa: PLC0415 - only where teams are used
+    from airflow.models.dag import DagModel  # noqa: PLC0415 - needed with teams only
 
     return DagModel.get_team_name(dag)
 
@@ -126,6 +130,6 @@ def _team_of_dag(dag: str) -> str | None:
 def _team_of_variable(key: str) -> str | None:
     if not conf.getboolean("core", "multi_team"):
         return None
-    from airflow.models.variable import Variable  # noqa: PLC0415 - only where teams are used
+    from airflow.models.variable import Variable  # noqa: PLC0415 - needed with teams only
 
     return Variable.get_team_name(key)

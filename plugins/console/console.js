@@ -1,26 +1,27 @@
-// The frame: which view is shown, the live board, whether it is stale, light or dark.
+// The page's frame: selects the view, receives live updates, marks stale data and sets the color theme.
 
-import { ago, api, el, lines, replace, say } from "./draw.js";
+import { ago, api, el, jsonLines, replace, setText } from "./draw.js";
 import { Ask } from "./ask.js";
-import { Priorities } from "./priorities.js";
-import { Traffic } from "./traffic.js";
-import { Work } from "./work.js";
+import { Models } from "./models.js";
+import { Queue } from "./queue.js";
+import { Ranking } from "./ranking.js";
 
 const STALE_SECONDS = 4;
-const LONGEST_PAUSE_SECONDS = 3;
-const VIEWS = { traffic: Traffic, work: Work, priorities: Priorities, ask: Ask };
+const MAX_RETRY_SECONDS = 3;
+const VIEWS = { models: Models, queue: Queue, ranking: Ranking, ask: Ask };
+const OLD_NAMES = { traffic: "models", work: "queue", priorities: "ranking" }; // in links from before
 
 const view = document.getElementById("view");
 const pulse = document.getElementById("pulse");
 const notes = document.getElementById("notes");
 const me = { user: "", may: {}, grammar: "" };
-let board = null;
+let status = null;
 let shown = null;
-let heardAt = 0;
-let trouble = "";
-let stop = null;
+let receivedAt = 0;
+let problem = "";
+let stream = null;
 
-// -- light and dark, as Airflow has it
+// -- color theme, as set in Airflow
 
 const dark = matchMedia("(prefers-color-scheme: dark)");
 function theme() {
@@ -28,7 +29,7 @@ function theme() {
   try {
     chosen = localStorage.getItem("theme");
   } catch {
-    // Storage may be forbidden in a frame; then the system decides.
+    // Storage may be forbidden in a frame; then the system's theme applies.
   }
   const asSystem = chosen !== "light" && chosen !== "dark";
   document.documentElement.dataset.theme = asSystem ? (dark.matches ? "dark" : "light") : chosen;
@@ -37,28 +38,28 @@ theme();
 dark.addEventListener("change", theme);
 addEventListener("storage", theme);
 
-// -- which view
+// -- view
 
 function show() {
   const [name, ...rest] = decodeURIComponent(location.hash.slice(1)).split("/");
-  const Wanted = VIEWS[name] ?? Traffic;
+  const Selected = VIEWS[OLD_NAMES[name] ?? name] ?? Models;
   for (const link of document.querySelectorAll("header nav a")) {
-    const here = VIEWS[link.getAttribute("href").slice(1)] === Wanted;
-    if (here) link.setAttribute("aria-current", "page");
+    const current = VIEWS[link.getAttribute("href").slice(1)] === Selected;
+    if (current) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
-    if (here) document.title = `${link.textContent} · Router`;
+    if (current) document.title = `${link.textContent} · Router`;
   }
-  if (!(shown instanceof Wanted)) {
+  if (!(shown instanceof Selected)) {
     shown?.close?.();
-    shown = new Wanted(me);
+    shown = new Selected(me);
     replace(view, shown.node);
   }
   shown.go?.(rest);
-  if (board) shown.update(board);
+  if (status) shown.update(status);
 }
 addEventListener("hashchange", show);
 
-// Airflow's frame may not navigate the page around it; a link of that page may.
+// Airflow's sandboxed frame may not navigate the outer page, but a link in the outer page may.
 document.addEventListener("click", (event) => {
   const link = event.target.closest?.("a[target=_top]");
   if (!link || window.top === window) return;
@@ -68,71 +69,71 @@ document.addEventListener("click", (event) => {
   outer.click();
 });
 
-// -- the live board
+// -- live updates
 
 async function listen() {
   let pause = 1;
   for (;;) {
-    await visible();
-    stop = new AbortController();
+    await whenVisible();
+    stream = new AbortController();
     try {
-      for await (const line of lines(await api("live", { signal: stop.signal }))) {
+      for await (const line of jsonLines(await api("live", { signal: stream.signal }))) {
         pause = 1;
-        take(line);
+        receive(line);
       }
     } catch (error) {
-      if (!stop.signal.aborted) {
-        trouble =
+      if (!stream.signal.aborted) {
+        problem =
           error.status === 401
-            ? "You are logged out of Airflow. Log in there, then reload this page."
+            ? "You are logged out of Airflow. Log in, then reload this page."
             : error.message;
-        await rest(pause);
-        pause = Math.min(pause * 2, LONGEST_PAUSE_SECONDS);
+        await wait(pause);
+        pause = Math.min(pause * 2, MAX_RETRY_SECONDS);
       }
     }
     tick();
   }
 }
 
-function rest(seconds) {
+function wait(seconds) {
   return new Promise((done) => {
     setTimeout(done, seconds * 1000);
     addEventListener("online", done, { once: true });
   });
 }
 
-function visible() {
+function whenVisible() {
   if (!document.hidden) return null;
   return new Promise((done) => document.addEventListener("visibilitychange", () => done(), { once: true }));
 }
-document.addEventListener("visibilitychange", () => document.hidden && stop?.abort());
+document.addEventListener("visibilitychange", () => document.hidden && stream?.abort());
 
-function take(line) {
+function receive(line) {
   if (line.error) {
-    trouble = line.error;
+    problem = line.error;
     return;
   }
-  trouble = "";
-  heardAt = Date.now();
-  board = line;
-  shown?.update(board);
+  problem = "";
+  receivedAt = Date.now();
+  status = line;
+  shown?.update(status);
   tick();
 }
 
 function tick() {
-  const age = heardAt ? (Date.now() - heardAt) / 1000 : null;
+  const age = receivedAt ? (Date.now() - receivedAt) / 1000 : null;
   const stale = age === null || age > STALE_SECONDS;
   pulse.dataset.state = stale ? "stale" : "live";
-  document.body.classList.toggle("stale", stale && heardAt > 0);
-  say(pulse, age === null ? "connecting" : stale ? `stale: ${Math.round(age)} s old` : "live");
-  for (const time of view.querySelectorAll("time[datetime]")) say(time, ago(time.dateTime));
-  const said = [...(board?.notes ?? [])];
-  if (trouble && (stale || !board)) said.unshift(trouble);
-  if (notes.dataset.said !== said.join("\n")) {
-    notes.dataset.said = said.join("\n");
+  document.body.classList.toggle("stale", stale && receivedAt > 0);
+  setText(pulse, age === null ? "connecting" : stale ? `stale: ${Math.round(age)} s old` : "live");
+  for (const time of view.querySelectorAll("time[datetime]")) setText(time, ago(time.dateTime));
+  const shownNotes = [...(status?.notes ?? [])];
+  if (problem && (stale || !status)) shownNotes.unshift(problem);
+  if (notes.dataset.shown !== shownNotes.join("\n")) {
+    notes.dataset.shown = shownNotes.join("\n");
     replace(
       notes,
-      said.map((text) => el("p.note.bad", {}, text)),
+      shownNotes.map((text) => el("p.note.bad", {}, text)),
     );
   }
 }
@@ -142,7 +143,7 @@ async function begin() {
   try {
     Object.assign(me, await (await api("me")).json());
   } catch (error) {
-    trouble = error.message;
+    problem = error.message;
   }
   show();
   setInterval(tick, 1000);

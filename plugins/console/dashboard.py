@@ -1,4 +1,4 @@
-"""The board: everything the open pages show live, read once for all of them."""
+"""Data for the live status and the plots of the console."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from router.database import Connection, rows
 from router.status import Status, read_status
 from router.traffic import TrafficTarget
 
-from .throughput import Bottleneck, Counter, Pace, bottleneck, pace
+from .throughput import ThroughputMeter, bottleneck, throughput
 
-STRETCH_SECONDS = 5
+BUCKET_SECONDS = 5
 HISTORY_SECONDS = 600
-HISTORY_CALLS = 100_000
-NEWEST_STRETCHES = 3  # the last is still filling; a page that missed one has it from the next look
-NEWEST_CALLS = 20_000
-SELDOM_SECONDS = 5.0
-PACE_SECONDS = 60
-PACE_CALLS = 3000
+HISTORY_MAX_CALLS = 100_000
+NEWEST_BUCKETS = 3  # the last is incomplete; a page that missed one gets it with the next status
+NEWEST_MAX_CALLS = 20_000
+SLOW_READ_SECONDS = 5.0
+THROUGHPUT_SECONDS = 60
+THROUGHPUT_MAX_CALLS = 3000
 
 _SENDS = "SELECT * FROM console_sends(%s, %s, %s)"
-_PLACES = "SELECT category, array_agg(model ORDER BY place, model) AS models FROM rankings GROUP BY category"
+_RANKINGS = (
+    "SELECT category, array_agg(model ORDER BY place, model) AS models FROM rankings GROUP BY category"
+)
 _OLDEST = "SELECT * FROM console_oldest()"
 _ENDED = "SELECT * FROM console_ended(%s, %s)"
 _TARGETS = """
@@ -38,29 +40,29 @@ _CATEGORIES = "SELECT name FROM categories ORDER BY name"
 
 
 @dataclass
-class _Seldom:
-    """What need not be read each second."""
+class _SlowReadings:
+    """Data that is read every SLOW_READ_SECONDS only."""
 
     read_at: float
-    places: Mapping[str, Sequence[str]]
+    rankings: Mapping[str, Sequence[str]]
     oldest: Mapping[str, Any] | None
-    log_pace: Mapping[str, float]
+    logged_throughput: Mapping[str, float]
     category_names: Sequence[str]
 
 
-class Board:
-    """Reads the board; one thread at a time."""
+class Dashboard:
+    """Reads the live status. Not thread-safe."""
 
     def __init__(self) -> None:
-        self._counter = Counter()
-        self._seldom: _Seldom | None = None
+        self._meter = ThroughputMeter()
+        self._slow: _SlowReadings | None = None
 
     def read(self, connection: Connection, redis_url: str) -> dict[str, Any]:
-        """The board of this moment; its first words are those of `router status --json`."""
+        """Returns the current status: the keys of `router status --json` and those of the console."""
         status = read_status(connection, redis_url)
-        seldom = self._read_seldom(connection)
+        slow = self._read_slow(connection)
         now = datetime.now(timezone.utc)
-        since = now - timedelta(seconds=STRETCH_SECONDS * NEWEST_STRETCHES)
+        since = now - timedelta(seconds=BUCKET_SECONDS * NEWEST_BUCKETS)
         models = {
             m.model: {**{name: getattr(m, name) for name in m.__slots__}, **requests_of(m.target)}
             for m in status.models
@@ -69,101 +71,95 @@ class Board:
             **status.as_json(),
             "models": models,
             "at": now,
-            "category_names": seldom.category_names,
-            "oldest": seldom.oldest,
-            **self._paces(status, seldom),
-            "sends": sends(connection, since, NEWEST_CALLS),
+            "category_names": slow.category_names,
+            "oldest": slow.oldest,
+            "pace": self._throughput(status, slow),
+            "sends": sends(connection, since, NEWEST_MAX_CALLS),
         }
 
-    def _read_seldom(self, connection: Connection) -> _Seldom:
+    def _read_slow(self, connection: Connection) -> _SlowReadings:
         at = time.monotonic()
-        if self._seldom is None or at - self._seldom.read_at > SELDOM_SECONDS:
-            places = {row["category"]: row["models"] for row in rows(connection, _PLACES)}
-            ended = rows(connection, _ENDED, (PACE_SECONDS, PACE_CALLS))
-            self._seldom = _Seldom(
+        if self._slow is None or at - self._slow.read_at > SLOW_READ_SECONDS:
+            rankings = {row["category"]: row["models"] for row in rows(connection, _RANKINGS)}
+            ended = rows(connection, _ENDED, (THROUGHPUT_SECONDS, THROUGHPUT_MAX_CALLS))
+            self._slow = _SlowReadings(
                 read_at=at,
-                places=places,
+                rankings=rankings,
                 oldest=next(iter(rows(connection, _OLDEST)), None),
-                log_pace={row["category"]: row["ended"] / PACE_SECONDS for row in ended},
+                logged_throughput={row["category"]: row["ended"] / THROUGHPUT_SECONDS for row in ended},
                 category_names=[row["name"] for row in rows(connection, _CATEGORIES)],
             )
-        return self._seldom
+        return self._slow
 
-    def _paces(self, status: Status, seldom: _Seldom) -> dict[str, Any]:
+    def _throughput(self, status: Status, slow: _SlowReadings) -> dict[str, Any]:
         counts = status.categories
-        self._counter.look(time.monotonic(), {n: c["solved"] + c["failed"] for n, c in counts.items()})
-        speeds = self._counter.per_second()
-        if speeds is None:
-            speeds = dict(seldom.log_pace)
-        paces = {n: pace(count["unsolved"], speeds.get(n, 0.0)) for n, count in counts.items()}
-        whole = pace(status.tasks.unsolved, sum(speeds.values()))
-        held_up = bottleneck(
+        self._meter.record(time.monotonic(), {n: c["solved"] + c["failed"] for n, c in counts.items()})
+        rates = self._meter.per_second()
+        if rates is None:
+            rates = dict(slow.logged_throughput)
+        categories = {n: throughput(count["unsolved"], rates.get(n, 0.0)) for n, count in counts.items()}
+        total = throughput(status.tasks.unsolved, sum(rates.values()))
+        limiting = bottleneck(
             {n: count["unsolved"] for n, count in counts.items()},
-            paces, seldom.places, {model.model: model for model in status.models},
+            categories, slow.rankings, {model.model: model for model in status.models},
         )  # fmt: skip
-        return {"pace": _pace_object(whole, paces, held_up)}
+        return {
+            **asdict(total),
+            "categories": {name: asdict(one) for name, one in categories.items()},
+            "bottleneck": None if limiting is None else asdict(limiting),
+        }
 
 
-def _pace_object(whole: Pace, paces: Mapping[str, Pace], held_up: Bottleneck | None) -> dict[str, Any]:
-    return {
-        **asdict(whole),
-        "categories": {name: asdict(one) for name, one in paces.items()},
-        "bottleneck": None if held_up is None else asdict(held_up),
-    }
+def sends(connection: Connection, since: datetime, max_calls: int) -> dict[str, Any]:
+    """Counts calls by model and bucket: `{"seconds", "first", "last", "models": {name: [calls]}}`.
 
-
-def sends(connection: Connection, since: datetime, most: int) -> dict[str, Any]:
-    """Calls by model and stretch: `{"seconds", "first", "last", "models": {name: [calls]}}`.
-
-    A stretch is a number: seconds since 1970 divided by `seconds`. The first is whole, the last still fills.
+    A bucket is numbered by its Unix time divided by `seconds`. The first is complete, the last is not.
     """
-    first = int(since.timestamp()) // STRETCH_SECONDS + 1
-    begin = datetime.fromtimestamp(first * STRETCH_SECONDS, timezone.utc)
-    found = rows(connection, _SENDS, (begin, STRETCH_SECONDS, most))
-    last = max([int(time.time()) // STRETCH_SECONDS, *(row["stretch"] for row in found)])
+    first = int(since.timestamp()) // BUCKET_SECONDS + 1
+    begin = datetime.fromtimestamp(first * BUCKET_SECONDS, timezone.utc)
+    found = rows(connection, _SENDS, (begin, BUCKET_SECONDS, max_calls))
+    last = max([int(time.time()) // BUCKET_SECONDS, *(row["stretch"] for row in found)])
     models: dict[str, list[int]] = {}
     for row in found:
         if row["stretch"] >= first:
             line = models.setdefault(row["model"], [0] * (last - first + 1))
             line[row["stretch"] - first] = row["calls"]
-    return {"seconds": STRETCH_SECONDS, "first": first, "last": last, "models": models}
+    return {"seconds": BUCKET_SECONDS, "first": first, "last": last, "models": models}
 
 
 class History:
-    """The last minutes of sends and targets. Reads them whole once, and then what is new."""
+    """Sends and targets of the last HISTORY_SECONDS. Reads all of them once, then only new ones."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._known: dict[str, Any] | None = None
+        self._cached: dict[str, Any] | None = None
 
     def read(self, connection: Connection) -> dict[str, Any]:
-        """`sends` as above, and every target that was in force meanwhile, with what `requests_of` says."""
+        """Returns the sends (see `sends`) and the targets that were active, with their `requests_of`."""
         since = datetime.now(timezone.utc) - timedelta(seconds=HISTORY_SECONDS)
         with self._lock:
-            self._known = self._sends(connection, since)
-            return {"sends": self._known, "targets": _targets(connection, since)}
+            self._cached = self._sends(connection, since)
+            return {"sends": self._cached, "targets": _targets(connection, since)}
 
     def _sends(self, connection: Connection, since: datetime) -> dict[str, Any]:
-        first = int(since.timestamp()) // STRETCH_SECONDS + 1
-        known = self._known
-        if known is None or known["last"] - NEWEST_STRETCHES < first:
-            return sends(connection, since, HISTORY_CALLS)
-        overlap = datetime.fromtimestamp(
-            (known["last"] - NEWEST_STRETCHES) * STRETCH_SECONDS - 1, timezone.utc
-        )
-        return joined(known, sends(connection, overlap, HISTORY_CALLS), first)
+        first = int(since.timestamp()) // BUCKET_SECONDS + 1
+        cached = self._cached
+        if cached is None or cached["last"] - NEWEST_BUCKETS < first:
+            return sends(connection, since, HISTORY_MAX_CALLS)
+        overlap = datetime.fromtimestamp((cached["last"] - NEWEST_BUCKETS) * BUCKET_SECONDS - 1, timezone.utc)
+        return merged(cached, sends(connection, overlap, HISTORY_MAX_CALLS), first)
 
 
-def joined(known: Mapping[str, Any], newer: Mapping[str, Any], first: int) -> dict[str, Any]:
-    """Both sends in one, from the stretch `first` on; where both know a stretch, `newer` is right."""
+def merged(older: Mapping[str, Any], newer: Mapping[str, Any], first: int) -> dict[str, Any]:
+    """Merges two results of `sends` from the bucket `first` on; `newer` wins where they overlap."""
     models = {}
-    for name in known["models"].keys() | newer["models"].keys():
-        old = known["models"].get(name, [0] * (known["last"] - known["first"] + 1))
+    for name in older["models"].keys() | newer["models"].keys():
+        old = older["models"].get(name, [0] * (older["last"] - older["first"] + 1))
         new = newer["models"].get(name, [0] * (newer["last"] - newer["first"] + 1))
-        line = (old[: newer["first"] - known["first"]] + new)[max(0, first - known["first"]) :]
+        line = (old[: newer["first"] - older["first"]] + new)[max(0, first - older["first"]) :]
         if any(line):
             models[name] = line
-    return {**newer, "first": max(first, known["first"]), "models": models}
+    return {**newer, "first": max(first, older["first"]), "models": models}
 
 
 def _targets(connection: Connection, since: datetime) -> dict[str, list[dict[str, Any]]]:
@@ -178,7 +174,7 @@ def _targets(connection: Connection, since: datetime) -> dict[str, list[dict[str
 
 @lru_cache(maxsize=1000)
 def requests_of(target: str | None) -> dict[str, float | None]:
-    """Requests that a target allows a minute, and their tightest window; None if it does not limit them."""
+    """Returns a target's requests per minute and tightest window in seconds; None without request limits."""
     parsed = TrafficTarget.parse(target) if target else None
     if parsed is None or not parsed.requests:
         return {"per_minute": 0.0 if parsed and parsed.stopped else None, "window_seconds": None}

@@ -1,8 +1,8 @@
-// Building blocks: elements from text only (never from markup), numbers and times for people, small plots.
+// Building blocks: elements made of text, never of markup; formats of numbers and times; small plots.
 
 const SVG = "http://www.w3.org/2000/svg";
 
-// An element; `children` are nodes, texts, or nothing. Attributes that are false or null are left out.
+// Creates an element. `children` are nodes, texts or null; attributes that are false or null are omitted.
 export function el(name, attributes = {}, ...children) {
   const [tag, ...classes] = name.split(".");
   const made = fill(document.createElement(tag || "div"), attributes, classes);
@@ -29,8 +29,8 @@ function fill(made, attributes, classes) {
   return made;
 }
 
-// Change a text only if it differs, so that nothing flickers and no screen reader repeats itself.
-export function say(node, text) {
+// Sets a text only if it differs, so that nothing flickers and no screen reader repeats it.
+export function setText(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
 
@@ -38,6 +38,18 @@ export function replace(node, ...children) {
   node.replaceChildren(
     ...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false),
   );
+}
+
+// Creates a table; `rows` are elements, or a tbody that the caller fills.
+export function table(head, rows) {
+  const columns = head.map((name) => el("th", { scope: "col" }, name));
+  return el("table", {}, el("thead", {}, el("tr", {}, columns)), rows.tagName ? rows : el("tbody", {}, rows));
+}
+
+// Appends options that the select does not have yet.
+export function addOptions(select, names) {
+  const known = new Set([...select.options].map((option) => option.value));
+  for (const name of names) if (!known.has(name)) select.append(el("option", { value: name }, name));
 }
 
 const whole = new Intl.NumberFormat("en");
@@ -52,24 +64,27 @@ export function seconds(value) {
   return `${Math.round(value / 86400)} d`;
 }
 
-export function ago(moment) {
-  if (!moment) return "";
-  const gone = Math.max(0, (Date.now() - Date.parse(moment)) / 1000);
-  return gone < 2 ? "just now" : `${seconds(Math.floor(gone) || 1).replace(/\.\d/, "")} ago`;
+export function ago(at) {
+  if (!at) return "";
+  const passed = Math.max(0, (Date.now() - Date.parse(at)) / 1000);
+  return passed < 2 ? "just now" : `${seconds(Math.floor(passed) || 1).replace(/\.\d/, "")} ago`;
 }
 
-export function clock(moment) {
-  if (!moment) return "–";
-  const at = new Date(moment);
-  const time = at.toLocaleTimeString("en-GB");
-  return at.toDateString() === new Date().toDateString() ? time : `${at.toLocaleDateString("en-CA")} ${time}`;
+export function clock(at) {
+  if (!at) return "–";
+  const date = new Date(at);
+  const time = date.toLocaleTimeString("en-GB");
+  return date.toDateString() === new Date().toDateString()
+    ? time
+    : `${date.toLocaleDateString("en-CA")} ${time}`;
 }
 
-// How sure the categoriser was, in brackets; nothing if the category came another way.
-export const sure = (confidence) => (confidence ? ` (sure to ${Math.round(confidence * 100)} %)` : "");
+// The classifier's confidence in parentheses; empty if the category was not classified.
+export const confidenceText = (confidence) =>
+  confidence ? ` (confidence ${Math.round(confidence * 100)} %)` : "";
 
-// How a call's bar is coloured, by what it came to.
-export function kindOf(outcome) {
+// CSS class of a call's bar by its outcome.
+export function outcomeClass(outcome) {
   if (!outcome) return "";
   return { answered: "done", unsent: "unsent" }[outcome] ?? "failed";
 }
@@ -79,7 +94,7 @@ export function usd(value) {
   return value === 0 ? "$0" : `$${value.toFixed(value < 0.01 ? 6 : 4)}`;
 }
 
-export function moment(at, className = "") {
+export function relativeTime(at, className = "") {
   return el(
     "time",
     { datetime: at ?? false, title: at ?? false, class: className || false },
@@ -87,28 +102,28 @@ export function moment(at, className = "") {
   );
 }
 
-// A call for the API; a refusal becomes an Error with its words and its status.
+// Calls the API. An error status becomes an Error with the response's message and `status`.
 export async function api(path, options = {}) {
-  const { body, ...more } = options;
-  const asked = { credentials: "same-origin", ...more, headers: { "X-Router-Console": "1" } };
+  const { body, ...rest } = options;
+  const request = { credentials: "same-origin", ...rest, headers: { "X-Router-Console": "1" } };
   if (body !== undefined) {
-    asked.method ??= "POST";
-    asked.headers["Content-Type"] = "application/json";
-    asked.body = JSON.stringify(body);
+    request.method ??= "POST";
+    request.headers["Content-Type"] = "application/json";
+    request.body = JSON.stringify(body);
   }
-  const reply = await fetch(`api/${path}`, asked);
+  const reply = await fetch(`api/${path}`, request);
   if (reply.ok) return reply;
-  let words = `The server answered ${reply.status}.`;
+  let message = `The server responded with status ${reply.status}.`;
   try {
-    words = (await reply.json()).error ?? words;
+    message = (await reply.json()).error ?? message;
   } catch {
-    // Not ours: a proxy's page, say. The status must do.
+    // Not the console's own response, e.g. an error page of a proxy.
   }
-  throw Object.assign(new Error(words), { status: reply.status });
+  throw Object.assign(new Error(message), { status: reply.status });
 }
 
-// Each line of a streamed reply as an object.
-export async function* lines(reply) {
+// Parses each line of a streamed response.
+export async function* jsonLines(reply) {
   const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
@@ -121,7 +136,7 @@ export async function* lines(reply) {
   }
 }
 
-// Sends a minute over time as an area, with the target as a line of steps. All points: [seconds, value].
+// Plot of requests per minute as an area, and of the target as steps. Points are [seconds, value].
 export class Spark {
   constructor(label, width = 240, height = 48) {
     this.width = width;
@@ -140,7 +155,7 @@ export class Spark {
     );
   }
 
-  draw(points, target, from, until, words) {
+  draw(points, target, from, until, title) {
     const top = Math.max(1, ...points.map((p) => p[1]), ...target.map((p) => p[1] ?? 0)) * 1.12;
     const x = (at) => (((Math.max(at, from) - from) / (until - from)) * this.width).toFixed(1);
     const y = (value) => (this.height - 1 - (value / top) * (this.height - 3)).toFixed(1);
@@ -157,6 +172,6 @@ export class Spark {
       if (end > from) steps += `M${x(at)},${y(value)}L${x(end)},${y(value)}`;
     });
     this.target.setAttribute("d", steps);
-    say(this.title, words);
+    setText(this.title, title);
   }
 }

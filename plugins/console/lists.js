@@ -1,10 +1,22 @@
-// The lists of the view Work: what failed, and the newest calls.
+// Lists of the view Queue: failed tasks and recent calls.
 
-import { api, clock, el, moment, number, replace, say, seconds, usd } from "./draw.js";
-import { outcome } from "./story.js";
+import {
+  addOptions,
+  api,
+  clock,
+  el,
+  number,
+  relativeTime,
+  replace,
+  seconds,
+  setText,
+  table,
+  usd,
+} from "./draw.js";
+import { outcome } from "./task.js";
 
 const CALLS_SECONDS = 3;
-const FAILURES_SECONDS = 3; // many may come at once
+const FAILURES_SECONDS = 3;
 const OUTCOMES = [
   "",
   "wrong",
@@ -17,13 +29,14 @@ const OUTCOMES = [
   "garbage",
   "rejected",
 ];
+const OUTCOME_LABELS = { "": "all", wrong: "failed", "under way": "in flight" };
 
-export const link = (id) => el("a", { href: `#work/task/${id}` }, `task ${id}`);
+export const taskLink = (id, text = `task ${id}`) => el("a", { href: `#queue/task/${id}` }, text);
 
 export class Failures {
   constructor(me) {
     this.list = el("tbody");
-    this.said = el("p", { role: "status" });
+    this.message = el("p", { role: "status" });
     this.count = null;
     this.loadedAt = 0;
     this.all =
@@ -33,30 +46,15 @@ export class Failures {
     this.node = el(
       "section.card",
       { "aria-label": "Failures", hidden: true },
-      el("div.row", {}, el("h2", {}, "Failures"), this.all, this.said),
-      el(
-        "table",
-        {},
-        el(
-          "thead",
-          {},
-          el(
-            "tr",
-            {},
-            ["Task", "Category", "Failed", "Why", me.may.retry ? "Again" : "–"].map((name) =>
-              el("th", { scope: "col" }, name),
-            ),
-          ),
-        ),
-        this.list,
-      ),
+      el("div.row", {}, el("h2", {}, "Failures"), this.all, this.message),
+      table(["Task", "Category", "Failed", "Reason", me.may.retry ? "Retry" : "–"], this.list),
     );
   }
 
   update(failed) {
     if (failed === this.count || Date.now() - this.loadedAt < FAILURES_SECONDS * 1000) return;
     this.count = failed;
-    this.node.hidden = !failed && !this.said.textContent;
+    this.node.hidden = !failed && !this.message.textContent;
     this.load();
   }
 
@@ -70,10 +68,10 @@ export class Failures {
           el(
             "tr",
             {},
-            el("td", {}, link(task.task_id)),
+            el("td", {}, taskLink(task.task_id)),
             el("td", {}, task.category),
-            el("td", {}, moment(task.failed_at)),
-            el("td.wide", {}, task.failure ?? "no reason was kept", el("div.quiet", {}, task.prompt)),
+            el("td", {}, relativeTime(task.failed_at)),
+            el("td.wide", {}, task.failure ?? "no reason recorded", el("div.quiet", {}, task.prompt)),
             el(
               "td",
               {},
@@ -92,22 +90,22 @@ export class Failures {
         ),
       );
     } catch (error) {
-      say(this.said, error.message);
+      setText(this.message, error.message);
     }
   }
 
-  async retry(event, which) {
+  async retry(event, selection) {
     event.target.disabled = true;
     try {
-      const done = await (await api("failures/retry", { body: which })).json();
-      say(
-        this.said,
-        `${number(done.unsolved)} unsolved again` +
-          (done.still_failed ? `, ${number(done.still_failed)} failed at once` : ""),
+      const done = await (await api("failures/retry", { body: selection })).json();
+      setText(
+        this.message,
+        `${number(done.unsolved)} requeued` +
+          (done.still_failed ? `, ${number(done.still_failed)} failed again` : ""),
       );
       await this.load();
     } catch (error) {
-      say(this.said, error.message);
+      setText(this.message, error.message);
     }
     event.target.disabled = false;
   }
@@ -116,14 +114,14 @@ export class Failures {
 export class Calls {
   constructor() {
     this.list = el("tbody");
-    this.said = el("p.quiet", { role: "status" });
+    this.message = el("p.quiet", { role: "status" });
     this.older = el("button", { type: "button", onclick: () => this.load(this.last) }, "Show older");
     const field = (name, options) => el("label", {}, name, el("br"), options);
     const select = (values) =>
       el(
         "select",
         { onchange: () => this.load() },
-        values.map((v) => el("option", { value: v }, v || "all")),
+        values.map((v) => el("option", { value: v }, OUTCOME_LABELS[v] ?? v)),
       );
     this.model = select([""]);
     this.category = select([""]);
@@ -138,22 +136,10 @@ export class Calls {
         field("Model", this.model),
         field("Category", this.category),
         field("Outcome", this.outcome),
-        this.said,
+        this.message,
       ),
-      el(
-        "table",
-        {},
-        el(
-          "thead",
-          {},
-          el(
-            "tr",
-            {},
-            ["Started", "Task", "Model", "Category", "Role", "Outcome", "Became", "Took", "Cost"].map(
-              (name) => el("th", { scope: "col" }, name),
-            ),
-          ),
-        ),
+      table(
+        ["Started", "Task", "Model", "Category", "Role", "Outcome", "Settlement", "Latency", "Cost"],
         this.list,
       ),
       this.older,
@@ -165,9 +151,9 @@ export class Calls {
     this.closed = true;
   }
 
-  update(board) {
-    options(this.model, Object.keys(board.models));
-    options(this.category, board.category_names);
+  update(status) {
+    addOptions(this.model, Object.keys(status.models));
+    addOptions(this.category, status.category_names);
     if (
       !this.paged &&
       Date.now() - this.loadedAt > CALLS_SECONDS * 1000 &&
@@ -179,29 +165,27 @@ export class Calls {
   async load(before = null) {
     this.loadedAt = Date.now();
     this.paged = before !== null;
-    const asked = new URLSearchParams({ limit: 30 });
-    if (this.model.value) asked.set("model", this.model.value);
-    if (this.category.value) asked.set("category", this.category.value);
-    if (this.outcome.value) asked.set("outcome", this.outcome.value);
-    if (before) asked.set("before", before);
+    const query = new URLSearchParams({ limit: 30 });
+    if (this.model.value) query.set("model", this.model.value);
+    if (this.category.value) query.set("category", this.category.value);
+    if (this.outcome.value) query.set("outcome", this.outcome.value);
+    if (before) query.set("before", before);
     try {
-      const { calls, among } = await (await api(`calls?${asked}`)).json();
+      const { calls, among } = await (await api(`calls?${query}`)).json();
       if (this.closed) return;
-      const found = calls.map(callRow);
-      if (before) this.list.append(...found);
-      else replace(this.list, found);
+      const rows = calls.map(callRow);
+      if (before) this.list.append(...rows);
+      else replace(this.list, rows);
       this.last = calls.at(-1)?.call_id;
       this.older.hidden = calls.length < 30;
-      say(this.said, calls.length || before ? "" : `No such call among the newest ${number(among)}.`);
+      setText(
+        this.message,
+        calls.length || before ? "" : `No matching calls among the newest ${number(among)}.`,
+      );
     } catch (error) {
-      say(this.said, error.message);
+      setText(this.message, error.message);
     }
   }
-}
-
-function options(select, names) {
-  const known = new Set([...select.options].map((option) => option.value));
-  for (const name of names) if (!known.has(name)) select.append(el("option", { value: name }, name));
 }
 
 function callRow(call) {
@@ -209,11 +193,7 @@ function callRow(call) {
     "tr",
     {},
     el("td", {}, clock(call.started_at)),
-    el(
-      "td",
-      {},
-      call.task_id === null ? "–" : el("a", { href: `#work/task/${call.task_id}` }, String(call.task_id)),
-    ),
+    el("td", {}, call.task_id === null ? "–" : taskLink(call.task_id, String(call.task_id))),
     el("td", {}, call.model),
     el("td", {}, call.category ?? "–"),
     el("td", {}, call.role),

@@ -1,10 +1,10 @@
-// One model: its target, edited in place, what it was sent, and what keeps it from more.
+// Row of one model: target with its editor, usage, plot and what limits it.
 
-import { ago, api, el, number, replace, say, seconds, Spark } from "./draw.js";
+import { ago, api, el, number, replace, seconds, setText, Spark } from "./draw.js";
 
-// A rate is taken over the target's window, between these: then it says what the limiter says.
-const SHORTEST_SECONDS = 15;
-const LONGEST_SECONDS = 60;
+// The plotted rate is averaged over the target's window, within these bounds, as the limiter counts it.
+const MIN_RATE_SECONDS = 15;
+const MAX_RATE_SECONDS = 60;
 const WAITING = {
   window: "next slot",
   tokens: "token limit",
@@ -16,23 +16,15 @@ const WAITING = {
   no_target: "no target",
   too_many_tokens: "too many tokens",
 };
-export const COLUMNS = [
-  "Model",
-  "Sent of its target",
-  "Sends a minute",
-  "In flight",
-  "Waiting for",
-  "429s",
-  "Breaker",
-];
+export const COLUMNS = ["Model", "Usage", "Requests/min", "In flight", "Waiting for", "429s", "Breaker"];
 
 export class ModelRow {
   constructor(name, me) {
     this.name = name;
     this.me = me;
     this.state = el("span.badge");
-    this.used = el("div.used");
-    this.about = el("div.quiet");
+    this.usage = el("div.usage");
+    this.note = el("div.quiet");
     this.edit =
       me.may.traffic &&
       el(
@@ -45,10 +37,9 @@ export class ModelRow {
     this.spark = new Spark(name);
     this.now = el("span.rate");
     this.cells = Object.fromEntries(
-      ["flying", "waiting", "refused", "breaker"].map((key) => [key, el("span")]),
+      ["inFlight", "waiting", "refused", "breaker"].map((key) => [key, el("span")]),
     );
-    this.trouble = el("div.trouble");
-    this.targetKnown = [];
+    this.issues = el("div.issue");
     const cell = (label, ...inside) => el("td", { role: "cell", "data-label": label }, inside);
     this.node = el(
       "tbody",
@@ -56,10 +47,10 @@ export class ModelRow {
       el(
         "tr",
         { role: "row" },
-        el("th", { scope: "row", role: "rowheader" }, el("span.name", {}, name), this.state, this.trouble),
-        cell(COLUMNS[1], el("div.target-line", {}, this.used, this.edit), this.about),
+        el("th", { scope: "row", role: "rowheader" }, el("span.name", {}, name), this.state, this.issues),
+        cell(COLUMNS[1], el("div.target-line", {}, this.usage, this.edit), this.note),
         cell(COLUMNS[2], el("div.plot", {}, this.spark.node, this.now)),
-        cell(COLUMNS[3], this.cells.flying),
+        cell(COLUMNS[3], this.cells.inFlight),
         cell(COLUMNS[4], this.cells.waiting),
         cell(COLUMNS[5], this.cells.refused),
         cell(COLUMNS[6], this.cells.breaker),
@@ -68,71 +59,71 @@ export class ModelRow {
     );
   }
 
-  update(model, variable, history, work) {
+  update(model, variable, history, hasTasks) {
     this.model = model;
     this.variable = variable;
-    say(this.state, model.state === "active" ? "" : model.state);
+    setText(this.state, model.state === "active" ? "" : model.state);
     this.state.hidden = model.state === "active";
-    this.showUsed(model);
+    this.showUsage(model);
     const edited = variable?.edited_by ? `set by ${variable.edited_by} ${ago(variable.edited_at)}` : "";
-    const kept = model.target_kept ? "kept from before, not in force now" : "";
-    say(this.about, [kept, edited].filter(Boolean).join(" · "));
-    say(
-      this.cells.flying,
+    const inactive = model.target_kept ? "last known, not active" : "";
+    setText(this.note, [inactive, edited].filter(Boolean).join(" · "));
+    setText(
+      this.cells.inFlight,
       model.at_once ? `${number(model.in_flight)} of ${number(model.at_once)}` : number(model.in_flight),
     );
-    const rests = model.resting_seconds > 0 ? `rests ${seconds(model.resting_seconds)}` : "";
-    const idle = !work && (model.waiting_for ?? "window") === "window";
-    say(
+    const cooldown = model.resting_seconds > 0 ? `cooling down ${seconds(model.resting_seconds)}` : "";
+    const idle = !hasTasks && (model.waiting_for ?? "window") === "window";
+    setText(
       this.cells.waiting,
-      rests || (idle ? "work" : (WAITING[model.waiting_for] ?? model.waiting_for ?? "–")),
+      cooldown || (idle ? "tasks" : (WAITING[model.waiting_for] ?? model.waiting_for ?? "–")),
     );
-    say(
+    setText(
       this.cells.refused,
       model.refused ? `${number(model.refused)}, last ${seconds(model.refused_seconds)} ago` : "0",
     );
     this.cells.refused.className = model.refused ? "warn" : "";
-    say(this.cells.breaker, model.breaker ?? "–");
+    setText(this.cells.breaker, model.breaker ?? "–");
     this.cells.breaker.className = model.breaker && model.breaker !== "closed" ? "warn" : "";
-    this.showTroubles(model);
+    this.showIssues(model);
     if (history) this.plot(history);
   }
 
-  showUsed(model) {
+  showUsage(model) {
     const limits = Object.entries({ ...model.sent, ...model.tokens });
     const key = limits.map((pair) => pair.join(" ")).join() + model.target;
-    if (key === this.usedKey) return;
-    this.usedKey = key;
+    if (key === this.usageKey) return;
+    this.usageKey = key;
     if (!limits.length) {
-      replace(this.used, model.target === "0" ? "stopped (0)" : (model.target ?? "no target yet"));
+      replace(this.usage, model.target === "0" ? "stopped (0)" : (model.target ?? "no target"));
       return;
     }
     replace(
-      this.used,
+      this.usage,
       limits.map(([limit, count]) => {
-        const most = parseFloat(limit) * ({ k: 1e3, M: 1e6 }[limit.match(/^[\d.]+([kM])/)?.[1]] ?? 1);
+        const capacity = parseFloat(limit) * ({ k: 1e3, M: 1e6 }[limit.match(/^[\d.]+([kM])/)?.[1]] ?? 1);
         const bar = el("span.bar", { "aria-hidden": "true" }, el("span"));
-        bar.firstChild.style.width = `${Math.min(100, (100 * count) / (most || 1))}%`;
-        // The limiter counts over the window and its slacks, a little longer than what the target speaks of.
-        return el("div.limit", {}, el("b", {}, number(Math.min(count, most))), ` of ${limit}`, bar);
+        bar.firstChild.style.width = `${Math.min(100, (100 * count) / (capacity || 1))}%`;
+        // The limiter's window is slightly longer than the target's, so the count may exceed the limit.
+        return el("div.limit", {}, el("b", {}, number(Math.min(count, capacity))), ` of ${limit}`, bar);
       }),
     );
   }
 
-  showTroubles(model) {
-    const said = model.warnings.map((text) => [text, ""]);
-    if (model.trouble) said.unshift([model.trouble, "wrong"]);
+  showIssues(model) {
+    const issues = model.warnings.map((text) => [text, ""]);
+    if (model.trouble) issues.unshift([model.trouble, "wrong"]);
     else if (model.failed_calls)
-      said.unshift([
-        `${number(model.failed_calls)} of ${number(model.calls)} calls failed lately; the last: ` +
+      issues.unshift([
+        `${number(model.failed_calls)} of ${number(model.calls)} recent calls failed, last: ` +
           model.last_error,
         "",
       ]);
-    if (said.join() === this.said) return;
-    this.said = said.join();
+    if (issues.join() === this.shownIssues) return;
+    this.shownIssues = issues.join();
     replace(
-      this.trouble,
-      said.map(([text, kind]) => el("p", { class: kind || false }, text)),
+      this.issues,
+      issues.map(([text, kind]) => el("p", { class: kind || false }, text)),
     );
   }
 
@@ -142,8 +133,8 @@ export class ModelRow {
     const until = (history.last + 1) * step;
     const from = until - 600;
     const over = Math.min(
-      LONGEST_SECONDS,
-      Math.max(SHORTEST_SECONDS, this.model.window_seconds ?? LONGEST_SECONDS),
+      MAX_RATE_SECONDS,
+      Math.max(MIN_RATE_SECONDS, this.model.window_seconds ?? MAX_RATE_SECONDS),
     );
     const width = Math.round(over / step);
     let sum = 0;
@@ -155,17 +146,21 @@ export class ModelRow {
       Date.parse(entry.at) / 1000,
       entry.per_minute,
     ]);
-    this.follow(history, target);
+    this.addTarget(history, target);
     const now = points.length ? points.at(-1)[1] : 0;
-    const aim = target.at(-1)?.[1];
-    const words =
-      `${this.name}: ${Math.round(now)} a minute now` + (aim ? `, target ${Math.round(aim * 10) / 10}` : "");
-    this.spark.draw(points, target, from, until, words);
-    say(this.now, aim ? `${Math.round(now)} / ${number(Math.round(aim * 10) / 10)}` : `${Math.round(now)}`);
+    const limit = target.at(-1)?.[1];
+    const title =
+      `${this.name}: ${Math.round(now)} requests/min` +
+      (limit ? `, target ${Math.round(limit * 10) / 10}` : "");
+    this.spark.draw(points, target, from, until, title);
+    setText(
+      this.now,
+      limit ? `${Math.round(now)} / ${number(Math.round(limit * 10) / 10)}` : `${Math.round(now)}`,
+    );
   }
 
-  // A target that changed while the page is open: its step begins now.
-  follow(history, target) {
+  // Adds a target that changed while the page is open.
+  addTarget(history, target) {
     const known = (history.targets[this.name] ??= []);
     const last = known.at(-1);
     if (!this.model.target || this.model.target_kept || last?.target === this.model.target) return;
@@ -227,7 +222,7 @@ export class ModelRow {
   }
 
   async save() {
-    say(this.error, "");
+    setText(this.error, "");
     this.input.removeAttribute("aria-invalid");
     try {
       await api(`traffic/${encodeURIComponent(this.name)}`, {
@@ -237,7 +232,7 @@ export class ModelRow {
       this.close();
     } catch (error) {
       this.input.setAttribute("aria-invalid", "true");
-      say(this.error, error.message.split("\n\n")[0].split("\nOne line of limits")[0]);
+      setText(this.error, error.message.split("\n\n")[0].split("\nOne line of limits")[0]);
       this.input.focus();
     }
   }

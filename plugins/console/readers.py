@@ -1,4 +1,4 @@
-"""What the console reads from the router's Postgres: short statements in threads of their own, read-only."""
+"""Read-only access to the router's Postgres for the console, in a pool of threads."""
 
 from __future__ import annotations
 
@@ -25,22 +25,25 @@ OPTIONS = (
 T = TypeVar("T")
 
 
-class Reads:
-    """Runs reads, each thread on a connection that it keeps. Whatever Postgres says against it is logged."""
+class ReadPool:
+    """Runs reads in threads with one connection each. Postgres's own error texts go to the log only."""
 
     def __init__(self, url: Callable[[], str]) -> None:
-        """`url` is asked in a thread, when a connection is needed."""
+        """`url` is called in a thread whenever a connection is opened."""
         self._url = url
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="router console")
-        self._own = threading.local()
+        self._local = threading.local()
         self._connections: set[Connection] = set()
 
     async def run(self, read: Callable[[Connection], T]) -> T:
-        """What `read` makes of a connection. DatabaseError, without Postgres's words, if it cannot."""
+        """Calls `read` with a connection and returns its result.
+
+        Raises DatabaseError without Postgres's text, and InputError for a NUL character in a value.
+        """
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._run, read)
 
     def close(self) -> None:
-        """Wait for the reads under way, and disconnect."""
+        """Waits for the reads in progress and disconnects."""
         self._threads.shutdown(cancel_futures=True)
         for connection in self._connections:
             connection.close()
@@ -53,28 +56,28 @@ class Reads:
                 return read(connection)
         except psycopg2.Error as error:
             self._drop()
-            log.warning("the console cannot read: %s", str(error).strip())
+            log.warning("console: read failed: %s", str(error).strip())
             if isinstance(error, psycopg2.errors.QueryCanceled):
-                why = f"Postgres took longer than {TIMEOUT_SECONDS} s."
+                reason = f"Postgres took longer than {TIMEOUT_SECONDS} s."
             else:
-                why = "Postgres is away or refused."
-            raise DatabaseError(f"{why} The api-server's log says more.") from error
+                reason = "Postgres is unavailable or rejected the query."
+            raise DatabaseError(f"{reason} See the api-server's log.") from error
         except ValueError as error:
-            if "NUL" not in str(error):  # psycopg2's word for a value that Postgres has no text for
+            if "NUL" not in str(error):  # psycopg2 raises this for text that Postgres cannot store
                 raise
-            raise InputError("What was asked for holds a NUL character. Take it out.") from error
+            raise InputError("The request contains a NUL character. Remove it.") from error
 
     def _connection(self) -> Connection:
-        connection: Connection | None = getattr(self._own, "connection", None)
+        connection: Connection | None = getattr(self._local, "connection", None)
         if connection is None or connection.closed:
             connection = psycopg2.connect(self._url(), connect_timeout=3, options=OPTIONS)
-            self._own.connection = connection
+            self._local.connection = connection
             self._connections.add(connection)
         return connection
 
     def _drop(self) -> None:
-        connection: Connection | None = getattr(self._own, "connection", None)
+        connection: Connection | None = getattr(self._local, "connection", None)
         if connection is not None:
             connection.close()
             self._connections.discard(connection)
-            self._own.connection = None
+            self._local.connection = None

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from airflow.models.connection import Connection
-from model_worker import addresses_of
+from connections import read_addresses
 
 from router.database import Connection as Database
 from router.database import connect
@@ -16,36 +16,36 @@ from router.queue import Retried
 from router.settings import Addresses, config_folder
 
 from . import dashboard, discovery, tasks
-from .ask import Asks
-from .live import Kept, Live, as_line
-from .readers import Reads
+from .ask import AskSessions
+from .live import CachedReading, Live, as_line
+from .readers import ReadPool
 from .variables import TrafficVariables
 
-KEPT_SECONDS = 5.0  # of what changes once a night
+CACHE_SECONDS = 5.0  # for data that changes once a day
 
 
 class ConsoleState:
-    """What the routes read from; `close` ends what is in progress and disconnects."""
+    """Connections and cached readings of the console."""
 
     def __init__(self) -> None:
-        self.reads = Reads(lambda: addresses().database_url)
+        self.reads = ReadPool(lambda: addresses().database_url)
         self.variables = TrafficVariables()
-        self._board = dashboard.Board()
+        self._dashboard = dashboard.Dashboard()
         self.history = dashboard.History()
-        reviews, criteria = tasks.Reviews(), discovery.Criteria(config_folder())
-        self.priorities = self._kept(lambda connection: tasks.priorities(connection, reviews))
-        self.search = self._kept(lambda connection: discovery.found(connection, criteria))
-        self.live = Live(self._read_board)
-        self.asks = Asks(addresses)
+        reviews, criteria = tasks.RecentReviews(), discovery.ProbationCriteria(config_folder())
+        self.ranking = self._cached(lambda connection: tasks.ranking(connection, reviews))
+        self.discovery = self._cached(lambda connection: discovery.read_discovery(connection, criteria))
+        self.live = Live(self._read_status)
+        self.asks = AskSessions(addresses)
 
     async def close(self) -> None:
-        """End what is under way, and disconnect."""
+        """Ends what is in progress and disconnects."""
         await self.live.close()
         await self.asks.close()
         await asyncio.to_thread(self.reads.close)
 
     async def retry(self, category: str | None, task_ids: list[int] | None) -> Retried:
-        """Set failed tasks back to unsolved."""
+        """Requeues failed tasks; see `tasks.retry`."""
 
         def write() -> Retried:
             with connect(addresses().database_url) as connection:
@@ -53,18 +53,19 @@ class ConsoleState:
 
         return await asyncio.to_thread(write)
 
-    def _kept(self, read: Callable[[Database], dict[str, Any]]) -> Kept:
-        return Kept(lambda: self.reads.run(lambda connection: as_line(read(connection))), KEPT_SECONDS)
+    def _cached(self, read: Callable[[Database], dict[str, Any]]) -> CachedReading:
+        return CachedReading(
+            lambda: self.reads.run(lambda connection: as_line(read(connection))), CACHE_SECONDS
+        )
 
-    async def _read_board(self) -> dict[str, Any]:
+    async def _read_status(self) -> dict[str, Any]:
         redis_url = await asyncio.to_thread(lambda: addresses().redis_url)
-        now = await self.reads.run(lambda connection: self._board.read(connection, redis_url))
-        with contextlib.suppress(Exception):  # without it the targets in force are shown all the same
+        now = await self.reads.run(lambda connection: self._dashboard.read(connection, redis_url))
+        with contextlib.suppress(Exception):  # the active targets are shown without it
             now["variables"] = await asyncio.to_thread(self.variables.read)
         return now
 
 
 def addresses() -> Addresses:
-    """What the three Connections hold; they are asked each time, as they may be edited."""
-    names = ("router_db", "router_redis", "models_backend")
-    return addresses_of(*(Connection.get_connection_from_secrets(name) for name in names))
+    """Returns the addresses in Airflow's Connections. Read at each use, because they may be edited."""
+    return read_addresses(Connection.get_connection_from_secrets)

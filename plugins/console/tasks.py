@@ -1,4 +1,4 @@
-"""What the views Work and Priorities read: calls, failures, one task's story, the order of the models."""
+"""Data for the views Queue and Ranking: calls, failures, task details and rankings."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from router.errors import InputError
 from router.queue import LoggedCall, Retried, read_calls, retry_failed
 from router.task import Role
 
-AMONG_CALLS = 20_000  # the newest, to be looked through for those that fit
+SCANNED_CALLS = 20_000  # the newest, in which matching calls are searched
 EVIDENCE_CALLS = 10_000
-STORY_CALLS = 200
-MOST_REVIEWS = 60
-MOST_PLACES = 12  # of a review's order: more lines than these nobody can tell apart
-MOST_SHOWN = 20_000  # characters of a prompt or an answer
-MOST_RETRIED = 10_000
-LARGEST_ID = 2**63
+MAX_TASK_CALLS = 200
+MAX_REVIEWS = 60
+MAX_RANKS = 12  # per plot: more lines are not legible
+MAX_TEXT_CHARACTERS = 20_000
+MAX_RETRIED = 10_000
+MAX_ID = 2**63
 
 _CALLS = """
 SELECT call_id, task_id, model, category, confidence, role, rank, preferred, fallback, worker, attempt,
@@ -29,7 +29,8 @@ SELECT call_id, task_id, model, category, confidence, role, rank, preferred, fal
   FROM console_calls(%s, %s, %s, %s::uuid, %s, %s)"""
 _TASK = """
 SELECT t.id AS task_id, t.status, s.state, s.category, s.attempt, s.wake_at, s.claimed_at, t.priority,
-       t.external_id, t.deadline_at, t.created_at, t.solved_at, t.answered_by, t.answer_rank,
+       t.external_id, readable_time(t.deadline_at) AS deadline_at, readable_time(t.created_at) AS created_at,
+       readable_time(t.solved_at) AS solved_at, t.answered_by, t.answer_rank,
        t.answer_call_id, t.failure,
        left(t.prompt, %s) AS prompt, length(t.prompt) AS prompt_characters,
        left(t.answer, %s) AS answer, length(t.answer) AS answer_characters,
@@ -71,8 +72,8 @@ SELECT model, state, source, trouble, changed_at FROM roster WHERE state IN ('pr
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """Which calls. `outcome` may also be `wrong` or `under way`; `before` is a call_id."""
+class CallFilter:
+    """Selects calls. `outcome` may also be `wrong` or `under way`; `before` is a call_id."""
 
     model: str | None
     category: str | None
@@ -82,82 +83,82 @@ class Wanted:
 
 
 def require_model(connection: Connection, model: str) -> None:
-    """InputError if no such model is on the roster."""
+    """Raises InputError if the model is not on the roster."""
     if not rows(connection, "SELECT FROM roster WHERE model = %s", (model,)):
         raise InputError(f"There is no model {model!r} on the roster.")
 
 
-def calls(connection: Connection, wanted: Wanted) -> dict[str, Any]:
-    """The newest calls that fit, and among how many they were looked for."""
-    values = (wanted.model, wanted.category, wanted.outcome, wanted.before, AMONG_CALLS, wanted.limit)
-    return {"calls": rows(connection, _CALLS, values), "among": AMONG_CALLS}
+def calls(connection: Connection, filters: CallFilter) -> dict[str, Any]:
+    """Returns the newest matching calls and the number of calls searched."""
+    values = (filters.model, filters.category, filters.outcome, filters.before, SCANNED_CALLS, filters.limit)
+    return {"calls": rows(connection, _CALLS, values), "among": SCANNED_CALLS}
 
 
-def story(connection: Connection, task_id: int) -> dict[str, Any] | None:
-    """A task, its calls from the oldest, and the runs they belong to; None if there is no such task."""
-    if abs(task_id) >= LARGEST_ID:
+def task_details(connection: Connection, task_id: int) -> dict[str, Any] | None:
+    """Returns a task, its calls from the oldest on, and their runs; None if there is no such task."""
+    if abs(task_id) >= MAX_ID:
         return None
-    found = rows(connection, _TASK, (MOST_SHOWN, MOST_SHOWN, task_id))
+    found = rows(connection, _TASK, (MAX_TEXT_CHARACTERS, MAX_TEXT_CHARACTERS, task_id))
     if not found:
         return None
     task = found[0]
     if task["category_reason"] is None:
         task |= next(iter(rows(connection, _REASON, (task_id,))), {})
-    made = read_calls(connection, task_id=task_id, limit=STORY_CALLS)[::-1]
+    made = read_calls(connection, task_id=task_id, limit=MAX_TASK_CALLS)[::-1]
     return {"task": task, "calls": made, "runs": _runs_of(connection, made)}
 
 
 def _runs_of(connection: Connection, made: Sequence[LoggedCall]) -> dict[str, str]:
-    """call_id -> the run of solve_tasks whose worker made it, perhaps while the run was being begun."""
+    """Returns call_id -> run of solve_tasks whose worker made the call."""
     batch = [call for call in made if call.role == Role.BATCH.value]
-    asked = ([str(call.call_id) for call in batch], [call.started_at for call in batch])
-    return {row["call_id"]: row["run"] for row in rows(connection, _RUNS, asked)}
+    values = ([str(call.call_id) for call in batch], [call.started_at for call in batch])
+    return {row["call_id"]: row["run"] for row in rows(connection, _RUNS, values)}
 
 
 def failures(connection: Connection, category: str | None, before: str | None, limit: int) -> dict[str, Any]:
-    """The tasks that failed last. InputError if `before` is no moment."""
+    """Returns the newest failed tasks. Raises InputError if `before` is not an ISO 8601 time."""
     if before is not None:
         try:
             datetime.fromisoformat(before)
         except ValueError as error:
-            raise InputError(f"{before!r} is no moment.") from error
+            raise InputError(f"before={before!r} is not an ISO 8601 time.") from error
     return {"failures": rows(connection, _FAILURES, (category, before, limit))}
 
 
 def retry(connection: Connection, category: str | None, task_ids: list[int] | None) -> Retried:
-    """Set these failed tasks, or those that failed last (of the category), back to unsolved."""
-    if task_ids is not None and any(abs(task_id) >= LARGEST_ID for task_id in task_ids):
-        raise InputError("A task's number is at most 9223372036854775807.")
+    """Requeues the given tasks, or else the newest failed ones, of a category if one is given."""
+    if task_ids is not None and any(abs(task_id) >= MAX_ID for task_id in task_ids):
+        raise InputError("A task id is out of range; ids end at 9223372036854775807.")
     if task_ids is None:
-        newest = rows(connection, _FAILURES, (category, None, MOST_RETRIED))
+        newest = rows(connection, _FAILURES, (category, None, MAX_RETRIED))
         task_ids = [row["task_id"] for row in newest]
     done = Retried(0, 0)
     if task_ids:
-        for done in retry_failed(connection, task_ids=task_ids):  # noqa: B007 - the last counts
+        for done in retry_failed(connection, task_ids=task_ids):  # noqa: B007 - only the last is used
             pass
     return done
 
 
-class Reviews:
-    """The last reviews, read again when there is a newer one: what a review moved stays as it is."""
+class RecentReviews:
+    """The newest reviews, read again only when there is a new one."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._newest: int | None = None
-        self._known: list[dict[str, Any]] = []
+        self._cached: list[dict[str, Any]] = []
 
     def read(self, connection: Connection) -> list[dict[str, Any]]:
-        """A row for each category of each review, the oldest first."""
+        """Returns a row for each category of each review, oldest first."""
         with self._lock:
             newest = rows(connection, _NEWEST_REVIEW)[0]["review"]
             if newest != self._newest:
-                self._known = rows(connection, _REVIEWS, (MOST_PLACES, MOST_PLACES, MOST_REVIEWS))
+                self._cached = rows(connection, _REVIEWS, (MAX_RANKS, MAX_RANKS, MAX_REVIEWS))
                 self._newest = newest
-            return self._known
+            return self._cached
 
 
-def priorities(connection: Connection, reviews: Reviews) -> dict[str, Any]:
-    """category -> its models in order with what the newest calls say of them; and who is not in use."""
+def ranking(connection: Connection, reviews: RecentReviews) -> dict[str, Any]:
+    """Returns category -> ranked models with evidence from the newest calls; and the inactive models."""
     seen = {(row["category"], row["model"]): row for row in rows(connection, _EVIDENCE, (EVIDENCE_CALLS,))}
     categories: dict[str, list[dict[str, Any]]] = {}
     for row in rows(connection, _RANKINGS):

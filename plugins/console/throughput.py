@@ -1,4 +1,4 @@
-"""How fast the work goes, when it will be done, and which model it waits for. Pure."""
+"""Throughput, estimated completion and the bottleneck. Pure."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from router.status import ModelStatus
 
-OVER_SECONDS = 30.0
-ENOUGH_SECONDS = 5.0
+WINDOW_SECONDS = 30.0
+MIN_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
-    """Tasks that end in a minute, and seconds until none is left at this pace; None where nobody can know."""
+class Throughput:
+    """Completed tasks per minute, and seconds until none is unsolved; None if unknown."""
 
     per_minute: float | None
     seconds_left: float | None
@@ -22,86 +22,89 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class Bottleneck:
-    """The category that ends last, the model that is first for it, and what keeps that from doing more."""
+    """The category that completes last, its preferred model, and what limits that model."""
 
     category: str
     model: str
     why: str
 
 
-class Counter:
-    """Remembers how many tasks had ended when; `ended` is by category."""
+class ThroughputMeter:
+    """Measures completed tasks per second by category over WINDOW_SECONDS."""
 
     def __init__(self) -> None:
-        self._looks: deque[tuple[float, Mapping[str, int]]] = deque()
+        self._readings: deque[tuple[float, Mapping[str, int]]] = deque()
 
-    def look(self, at: float, ended: Mapping[str, int]) -> None:
-        """What the counters say now, `at` on a clock that only goes forward."""
-        if self._looks and at - self._looks[-1][0] > OVER_SECONDS:
-            self._looks.clear()  # nobody looked for a while
-        self._looks.append((at, ended))
-        while at - self._looks[0][0] > OVER_SECONDS:
-            self._looks.popleft()
+    def record(self, at: float, ended: Mapping[str, int]) -> None:
+        """Records the number of completed tasks by category; `at` is a monotonic time."""
+        if self._readings and at - self._readings[-1][0] > WINDOW_SECONDS:
+            self._readings.clear()  # older readings would average over a gap
+        self._readings.append((at, ended))
+        while at - self._readings[0][0] > WINDOW_SECONDS:
+            self._readings.popleft()
 
     def per_second(self) -> dict[str, float] | None:
-        """Tasks that ended a second lately, by category; None until it can be known."""
-        if not self._looks:
+        """Returns completed tasks per second by category; None for the first MIN_SECONDS."""
+        if not self._readings:
             return None
-        (since, before), (until, after) = self._looks[0], self._looks[-1]
-        if until - since < ENOUGH_SECONDS:
+        (since, before), (until, after) = self._readings[0], self._readings[-1]
+        if until - since < MIN_SECONDS:
             return None
         names = before.keys() | after.keys()
         return {n: max(0, after.get(n, 0) - before.get(n, 0)) / (until - since) for n in names}
 
 
-def pace(unsolved: int, per_second: float | None) -> Pace:
-    """The pace at which so many are left."""
+def throughput(unsolved: int, per_second: float | None) -> Throughput:
+    """Returns the throughput and the time left for the unsolved tasks."""
     if per_second is None:
-        return Pace(None, 0.0 if not unsolved else None)
+        return Throughput(None, 0.0 if not unsolved else None)
     left = unsolved / per_second if per_second > 0 else None
-    return Pace(per_second * 60, 0.0 if not unsolved else left)
+    return Throughput(per_second * 60, 0.0 if not unsolved else left)
 
 
 def bottleneck(
     unsolved: Mapping[str, int],
-    paces: Mapping[str, Pace],
-    places: Mapping[str, Sequence[str]],
+    throughputs: Mapping[str, Throughput],
+    rankings: Mapping[str, Sequence[str]],
     models: Mapping[str, ModelStatus],
 ) -> Bottleneck | None:
-    """What the last task will have waited for. `places`: category -> models, the best first."""
+    """Returns what limits the category that completes last; None if nothing is unsolved or no model active.
+
+    `rankings`: category -> models, preferred first.
+    """
     waiting = {category: count for category, count in unsolved.items() if count}
     if not waiting:
         return None
-    last = max(waiting, key=lambda name: (_left(paces.get(name)), waiting[name]))
-    for name in places.get(last, ()):
+    last = max(waiting, key=lambda name: (_seconds_left(throughputs.get(name)), waiting[name]))
+    for name in rankings.get(last, ()):
         model = models.get(name)
         if model is not None and model.state == "active":
-            return Bottleneck(last, name, held_up_by(model))
+            return Bottleneck(last, name, limiting_factor(model))
     return None
 
 
-def _left(known: Pace | None) -> float:
+def _seconds_left(known: Throughput | None) -> float:
     if known is None or known.seconds_left is None:
         return float("inf")
     return known.seconds_left
 
 
-def held_up_by(model: ModelStatus) -> str:
-    """What keeps a model from doing more, in a few words."""
+def limiting_factor(model: ModelStatus) -> str:
+    """Describes what limits a model's throughput."""
     if model.target is None:
-        return "it has no target yet"
+        return "it has no target"
     if model.target == "0":
         return "its target is 0"
     if model.resting_seconds > 0:
-        return f"it rests {model.resting_seconds:.0f} s more"
-    return _WAITS.get(model.waiting_for or "", "its calls take their time").format(model.target)
+        return f"it is cooling down for {model.resting_seconds:.0f} s"
+    return _WAITS.get(model.waiting_for or "", "its latency").format(model.target)
 
 
 _WAITS = {
-    "window": "it is held to {}",
-    "tokens": "the tokens of {} are used up",
-    "concurrency": "all places of {} are taken",
-    "half_open": "its breaker lets single calls through to try it out",
-    "rebuilding": "what it was sent is being recounted",
-    "no_target": "it has no target yet",
+    "window": "its target {}",
+    "tokens": "the token limit of {}",
+    "concurrency": "the concurrency limit of {}",
+    "half_open": "its circuit breaker is half-open",
+    "rebuilding": "its limiter state is being rebuilt",
+    "no_target": "it has no target",
 }

@@ -1,6 +1,6 @@
-"""The traffic Variables in Airflow's metadata database: what they say, who edited them last, and editing one.
+"""Traffic Variables in Airflow's metadata database: reads them with their last editor, and sets them.
 
-An edit here is the edit that Airflow's own form makes: the same row, the same entry in the audit log.
+Setting one changes the same row and writes the same audit log entry as Airflow's own form.
 """
 
 from __future__ import annotations
@@ -21,39 +21,39 @@ from sqlalchemy import select
 from router.models import VARIABLE_PREFIX
 
 EVENTS = ("post_variable", "patch_variable", "delete_variable", "bulk_variables", "import_variables")
-NEWEST_EVENTS = 500  # of Variables, in the audit log; looked through once a process
-SELDOM_SECONDS = 5.0
-LONGEST_SHOWN = 500
+MAX_EVENTS = 500  # audit log entries that the first read looks at
+CACHE_SECONDS = 5.0
+MAX_LINE_CHARACTERS = 500
 
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """Who edited a model's Variable last, and when."""
+    """Author and time of the last edit of a model's Variable."""
 
     by: str | None
     at: datetime | None
 
 
 class TrafficVariables:
-    """What the Variables say, read again when SELDOM_SECONDS are over or one was edited here."""
+    """The Variables, cached for CACHE_SECONDS or until one is set."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._read_at = -SELDOM_SECONDS
+        self._read_at = -CACHE_SECONDS
         self._lines: dict[str, str] = {}
         self._edits: dict[str, Edit] = {}
-        self._seen_event = 0
+        self._last_event = 0
 
     def read(self) -> dict[str, dict[str, Any]]:
-        """model -> `{"line", "edited_by", "edited_at"}`, of models that have a Variable or had one."""
+        """Returns model -> `{"line", "edited_by", "edited_at"}` for models that have or had a Variable."""
         with self._lock:
-            if time.monotonic() - self._read_at > SELDOM_SECONDS:
+            if time.monotonic() - self._read_at > CACHE_SECONDS:
                 self._read_again()
                 self._read_at = time.monotonic()
             return {model: self._about(model) for model in self._lines.keys() | self._edits.keys()}
 
     def set(self, model: str, line: str, user: str) -> None:
-        """Make the Variable say this, its description kept, and write into the audit log who did it."""
+        """Sets a Variable, keeping its description, and writes the author into the audit log."""
         key = VARIABLE_PREFIX + model
         with create_session() as session:
             variable = session.scalar(select(Variable).where(Variable.key == key))
@@ -61,16 +61,16 @@ class TrafficVariables:
                 session.add(Variable(key=key, val=line))  # type: ignore[no-untyped-call]  # Airflow's
             else:
                 variable.set_val(line)
-            said = json.dumps({"key": key, "value": "***", "from": "router console"})
+            extra = json.dumps({"key": key, "value": "***", "from": "router console"})
             event = "post_variable" if variable is None else "patch_variable"
-            session.add(Log(event=event, owner=user, owner_display_name=user, extra=said))
+            session.add(Log(event=event, owner=user, owner_display_name=user, extra=extra))
         with self._lock:
-            self._read_at = -SELDOM_SECONDS
+            self._read_at = -CACHE_SECONDS
 
     def _about(self, model: str) -> dict[str, Any]:
         edit = self._edits.get(model, Edit(None, None))
         line = self._lines.get(model)
-        shown = None if line is None else line[:LONGEST_SHOWN]
+        shown = None if line is None else line[:MAX_LINE_CHARACTERS]
         return {"line": shown, "edited_by": edit.by, "edited_at": edit.at}
 
     def _read_again(self) -> None:
@@ -81,23 +81,25 @@ class TrafficVariables:
             self._lines = {v.key.removeprefix(VARIABLE_PREFIX): str(v.val or "") for v in found}
             newest = (
                 select(Log.id, Log.dttm, Log.owner, Log.extra)
-                .where(Log.event.in_(EVENTS), Log.id > self._seen_event)
+                .where(Log.event.in_(EVENTS), Log.id > self._last_event)
                 .order_by(Log.id.desc())
-                .limit(NEWEST_EVENTS)
+                .limit(MAX_EVENTS)
             )
             for number, at, owner, extra in reversed(session.execute(newest).all()):
-                self._seen_event = number
+                self._last_event = number
                 for model in _models_in(extra):
                     self._edits[model] = Edit(owner, at)
 
 
 def _models_in(extra: str | None) -> set[str]:
-    """The models whose Variables an entry of the audit log names."""
+    """Returns the models whose Variables an audit log entry names."""
     try:
-        said = json.loads(extra or "null")
+        value = json.loads(extra or "null")
     except ValueError:
         return set()
-    return {text.removeprefix(VARIABLE_PREFIX) for text in _strings(said) if text.startswith(VARIABLE_PREFIX)}
+    return {
+        text.removeprefix(VARIABLE_PREFIX) for text in _strings(value) if text.startswith(VARIABLE_PREFIX)
+    }
 
 
 def _strings(value: Any) -> Iterator[str]:

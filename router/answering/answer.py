@@ -1,4 +1,4 @@
-"""The values of asking: an answer, the calls behind it, and what is told while it is under way. No I/O."""
+"""Values of answering: an answer, the calls made for it, and the events on the way. No I/O."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from dataclasses import dataclass
 
 from router.task import AnswerRank, Outcome, Role
 
+MAX_DEADLINE_SECONDS = 3600.0
+MAX_TOKENS = 1_000_000
+
 
 @dataclass(frozen=True, slots=True)
 class CallSummary:
-    """One call of an asking as it stands now. Times in seconds since the prompt came.
+    """One call of a request. Times are in seconds since the request arrived.
 
-    `outcome` is None while it is under way; `sent_seconds` is None if it never went out.
+    `outcome` is None while the call is in progress. `sent_seconds` is None if it was not sent.
+    `retry_after_seconds` is the expected wait for a permit, or the wait that the provider asked for.
     """
 
     call_id: uuid.UUID
@@ -29,16 +33,16 @@ class CallSummary:
     cost_usd: float | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
-    retry_after_seconds: float | None = None  # when there may be a permit, or the provider wants us again
+    retry_after_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a prompt was answered with.
+    """Answer to one prompt.
 
-    `model` is None if the text is passages from knowledge, whose `sources` are named. `provisional` says that
-    a better answer may still come (`Router.late`). `cost_usd` is that of all calls that have ended so far,
-    tokens are those of the call that answered. `task_id` is None if nothing could be logged.
+    `model` is None if the text is retrieved passages; `sources` names their origins. `provisional` is true
+    while a better answer may still come (`Router.late`). `cost_usd` covers all calls that have ended; token
+    counts are those of the call that answered. `task_id` is None if the request could not be logged.
     """
 
     text: str
@@ -61,21 +65,21 @@ class Answer:
 
 
 class EventKind(str, enum.Enum):
-    """What can be told while a prompt is being answered."""
+    """Kinds of event while a request is answered."""
 
-    CATEGORISED = "categorised"  # category and why
-    FOUND = "found"  # what knowledge holds
-    ASKED = "asked"  # a model is to be called, and stands in line for a permit
-    SENT = "sent"  # its call went out
-    ENDED = "ended"  # its call ended; text says how
-    ANSWERED = "answered"  # the answer is returned
-    LATE = "late"  # a better one came afterwards
-    TROUBLE = "trouble"  # something is away: what follows from it
+    CATEGORISED = "categorised"
+    FOUND = "found"  # the knowledge search has ended
+    ASKED = "asked"  # a call was created and waits for its permit
+    SENT = "sent"
+    ENDED = "ended"  # a call ended; the text has its outcome
+    ANSWERED = "answered"
+    LATE = "late"  # a better answer came after the one that was returned
+    TROUBLE = "trouble"
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One thing that happened, `seconds` after the prompt came; `text` is one line for people."""
+    """One event, `seconds` after the request arrived. `text` is one line for people."""
 
     kind: EventKind
     seconds: float

@@ -1,4 +1,4 @@
-"""One call of an asking: written into the log, permitted, sent, settled, or given up on purpose."""
+"""One call of a request: logged, permitted, sent, settled, or canceled."""
 
 from __future__ import annotations
 
@@ -6,115 +6,125 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from typing import Literal
 
 from router.answering.answer import CallSummary
+from router.answering.plan import RoutingPlan
 from router.answering.policy import AttemptState
-from router.answering.store import CallRow
 from router.answering.task_record import TaskRecord
 from router.errors import DatabaseError, InputError, LimiterError, RouterError, SendingPaused
 from router.limiter import Permit
-from router.models import CallRequest, availability, send_permitted
-from router.task import CallResult, Outcome
+from router.models import availability, send_permitted
+from router.task import CallResult, Outcome, Role
 
 log = logging.getLogger("router.answering")
 
+Change = Literal["sent", "waiting", "ended"]
+
 
 class Attempt:
-    """One call of an asking: `await run()`, then `await close()`. Times are on the monotonic clock."""
+    """One call of a request: `await run()`, then `await close()`. Times are on the monotonic clock.
+
+    `on_change` is called when the call is sent, waits too long for its permit, or ends.
+    """
 
     def __init__(
-        self, ledger: TaskRecord, row: CallRow, order: CallRequest, on_news: Callable[[Attempt, str], None]
-    ) -> None:
-        self.row = row
-        self.order = order
+        self, record: TaskRecord, plan: RoutingPlan, role: Role, model: str, prompt: str, *,
+        number: int, on_change: Callable[[Attempt, Change], None] = lambda _attempt, _change: None,
+    ) -> None:  # fmt: skip
+        context = record.context
+        self.request = plan.call_request(context.new_call_id(), role, model, prompt)
+        self.row = plan.call_row(
+            self.request.call_id, role, model, worker=context.worker, number=number,
+            reserved_tokens=self.request.reserved_tokens,
+        )  # fmt: skip
         self.result: CallResult | None = None
         self.started_at = time.monotonic()
         self.sent_at: float | None = None
         self.ended_at: float | None = None
         self.refusal: InputError | None = None
-        self.unlogged = False  # Postgres did not take it, so it was not sent
-        self.late = False  # the asker had its answer before
-        self.spared = False  # given up before it was sent, since another one was
-        self.cancelled = False  # by whoever ran it, not given up on purpose
+        self.unlogged = False  # the log row could not be written, so it was not sent
+        self.late = False  # the request was answered before
+        self.canceled_unsent = False  # another call was sent instead
+        self.interrupted = False  # the task that runs it was canceled
         self.settled = asyncio.Event()
-        self._ledger = ledger
-        self._on_news = on_news
-        self._coming = ledger.grow()
+        self._record = record
+        self._context = context
+        self._on_change = on_change
+        self._end_pending = record.expect_call()
         self._written = False
-        self._no_more: str | None = None
-        self._stuck = False
-        self._rests = False
+        self._cancel_reason: str | None = None
+        self._waiting_for_permit = False
+        self._unavailable = False
         self._sending: asyncio.Task[CallResult] | None = None
 
     @property
-    def leg(self) -> AttemptState:
-        """How far it is."""
+    def state(self) -> AttemptState:
+        """Progress of the call."""
         if self.result is None:
-            if self.sent_at is not None or not (self._stuck or self._rests):
+            if self.sent_at is not None or not (self._waiting_for_permit or self._unavailable):
                 return AttemptState.RUNNING
-            return AttemptState.RESTING if self._rests else AttemptState.STUCK
+            return AttemptState.UNAVAILABLE if self._unavailable else AttemptState.WAITING_FOR_PERMIT
         if self.result.outcome is Outcome.ANSWERED:
             return AttemptState.ANSWERED
-        return (
-            AttemptState.UNSENT
-            if self.result.outcome is Outcome.UNSENT and not self._rests
-            else AttemptState.FAILED
-        )
+        unsent = self.result.outcome is Outcome.UNSENT and not self._unavailable
+        return AttemptState.UNSENT if unsent else AttemptState.FAILED
 
     @property
-    def under_way(self) -> bool:
-        """Whether an answer of this call may still come."""
+    def in_progress(self) -> bool:
+        """Whether this call may still bring an answer."""
         return self.result is None
 
     async def run(self, patience_seconds: float, until: float) -> None:
-        """Make the call; `result` is what came of it. Cancelled, it is given up on purpose.
+        """Makes the call and sets `result`.
 
-        It stands in line for a permit until `until`, and counts as stuck after `patience_seconds`.
+        Waits for a permit until `until`; after `patience_seconds` the state is WAITING_FOR_PERMIT. A
+        cancellation ends the call and is recorded in `interrupted`.
         """
         try:
-            self._came(await self._attempt(patience_seconds, until))
+            self._finish(await self._make(patience_seconds, until))
         except asyncio.CancelledError:
-            self.cancelled = self._no_more is None
-            self._came(self._given_up())
+            self.interrupted = self._cancel_reason is None
+            self._finish(self._canceled_result())
 
-    def _came(self, result: CallResult) -> None:
+    def _finish(self, result: CallResult) -> None:
         if self.result is None:
-            self._coming.end()
+            self._end_pending()
             self.result = result
             self.ended_at = time.monotonic()
-            self._on_news(self, "ended")
+            self._on_change(self, "ended")
 
     async def close(self) -> None:
-        """Settle the call."""
+        """Settles the call."""
         assert self.result is not None
         try:
             if self._written:
-                await self._ledger.settle(self.row, self.result, late=self.late)
+                await self._record.settle(self.row, self.result, late=self.late)
         finally:
             self.settled.set()
 
-    def give_up(self, why: str) -> None:
-        """End the call, if it has not ended; what was not sent is not sent any more.
+    def cancel(self, why: str) -> None:
+        """Ends the call if it is in progress; an unsent one is not sent any more.
 
-        While it is being written into the log nothing is cut off, so that what the log holds stays known.
+        Writing the log row is not interrupted, so that its outcome stays known.
         """
-        if self.under_way:
-            self._no_more = self._no_more or why
+        if self.in_progress:
+            self._cancel_reason = self._cancel_reason or why
             if self._sending is not None:
                 self._sending.cancel()
 
-    def spare(self, why: str) -> None:
-        """Give the call up unless it was sent."""
-        if self.sent_at is None and self.under_way:
-            self.spared = True
-            self.give_up(why)
+    def cancel_unsent(self, why: str) -> None:
+        """Cancels the call unless it was sent."""
+        if self.sent_at is None and self.in_progress:
+            self.canceled_unsent = True
+            self.cancel(why)
 
-    def _is_stuck(self) -> None:
-        if self.sent_at is None and not self._stuck:
-            self._stuck = True
-            self._on_news(self, "stuck")
+    def _mark_waiting(self) -> None:
+        if self.sent_at is None and not self._waiting_for_permit:
+            self._waiting_for_permit = True
+            self._on_change(self, "waiting")
 
-    async def _attempt(self, patience_seconds: float, until: float) -> CallResult:
+    async def _make(self, patience_seconds: float, until: float) -> CallResult:
         try:
             return await self._write_and_send(patience_seconds, until)
         except InputError as error:
@@ -122,44 +132,44 @@ class Attempt:
             return CallResult(Outcome.UNSENT, error=str(error))
         except DatabaseError as error:
             self.unlogged = True
-            return CallResult(Outcome.UNSENT, error=f"what cannot be logged is not sent: {error}")
+            return CallResult(Outcome.UNSENT, error=f"the call could not be logged: {error}")
         except (SendingPaused, LimiterError) as error:
             return CallResult(Outcome.UNSENT, error=str(error))
         except RouterError as error:
             return CallResult(Outcome.REJECTED, error=str(error))
         except Exception as error:
-            log.exception("call %s: a fault of the program", self.row.call_id)
-            return CallResult(Outcome.ERROR, error=f"a fault of the program: {type(error).__name__}")
+            log.exception("unexpected error in call %s", self.row.call_id)
+            return CallResult(Outcome.ERROR, error=f"unexpected error: {type(error).__name__}")
 
     async def _write_and_send(self, patience_seconds: float, until: float) -> CallResult:
-        if self._no_more is None:
-            self.row = await self._ledger.write(self.row)
+        if self._cancel_reason is None:
+            self.row = await self._record.write(self.row)
             self._written = True
-            self._coming.end()
-        if self._no_more is not None:
-            return self._given_up()
-        sending = self._permitted(patience_seconds, until)
-        name = f"router send {self.row.call_id}"
-        self._sending = asyncio.get_running_loop().create_task(sending, name=name)
+            self._end_pending()
+        if self._cancel_reason is not None:
+            return self._canceled_result()
+        self._sending = asyncio.get_running_loop().create_task(
+            self._send(patience_seconds, until), name=f"router send {self.row.call_id}"
+        )
         return await self._sending
 
-    async def _permitted(self, patience_seconds: float, until: float) -> CallResult:
-        means, model = self._ledger.means, self.row.model
-        ahead = await availability(means.limiter, model)
-        self._rests = ahead.rests
+    async def _send(self, patience_seconds: float, until: float) -> CallResult:
+        limiter, model = self._context.limiter, self.row.model
+        expected = await availability(limiter, model)
+        self._unavailable = expected.cooling_down
         left = until - time.monotonic()
-        if ahead.seconds is None or ahead.seconds > left:
-            when = "" if ahead.seconds is None else f" for {ahead.seconds:.1f} s"
-            why = f"no permit for {model}{when}: {ahead.why}"
-            return CallResult(Outcome.UNSENT, error=why, retry_after_seconds=ahead.retry_after_seconds)
-        if ahead.rests or ahead.seconds > patience_seconds:
-            self._is_stuck()
+        if expected.seconds is None or expected.seconds > left:
+            wait = "" if expected.seconds is None else f" for {expected.seconds:.1f} s"
+            why = f"no permit for {model}{wait}: {expected.why}"
+            return CallResult(Outcome.UNSENT, error=why, retry_after_seconds=expected.retry_after_seconds)
+        if expected.cooling_down or expected.seconds > patience_seconds:
+            self._mark_waiting()
         loop = asyncio.get_running_loop()
-        patience = loop.call_later(patience_seconds, self._is_stuck)
-        watching = loop.create_task(self._until_it_rests(), name=f"router watch over {model}")
+        patience = loop.call_later(patience_seconds, self._mark_waiting)
+        watching = loop.create_task(self._watch_availability(), name=f"router watch of {model}")
         sending = send_permitted(
-            means.limiter, means.backend, self.order,
-            permit_seconds=left, going_out=self._going_out, came=self._came,
+            limiter, self._context.backend, self.request,
+            permit_seconds=left, before_send=self._before_send, on_result=self._finish,
         )  # fmt: skip
         try:
             return await sending
@@ -167,28 +177,28 @@ class Attempt:
             patience.cancel()
             watching.cancel()
 
-    async def _until_it_rests(self) -> None:
-        """Whoever stands in line when the model is no longer trusted need not wait for patience to end."""
-        await self._ledger.means.limiter.wait_until_unavailable(self.row.model)
+    async def _watch_availability(self) -> None:
+        """Ends the patience early if the model starts to cool down."""
+        await self._context.limiter.wait_until_unavailable(self.row.model)
         if self.sent_at is None:
-            self._rests = True
-            self._is_stuck()
+            self._unavailable = True
+            self._mark_waiting()
 
-    def _going_out(self, permit: Permit) -> None:
-        self._ledger.means.check_may_send()
+    def _before_send(self, permit: Permit) -> None:
+        self._context.check_may_send()
         permit.check()
         self.sent_at = time.monotonic()
-        self._on_news(self, "sent")
+        self._on_change(self, "sent")
 
-    def _given_up(self) -> CallResult:
-        why = self._no_more or "whoever asked went away"
+    def _canceled_result(self) -> CallResult:
+        why = self._cancel_reason or "the request was canceled"
         if self.sent_at is None:
-            return CallResult(Outcome.UNSENT, error=f"given up: {why}")
+            return CallResult(Outcome.UNSENT, error=f"canceled before it was sent: {why}")
         passed = time.monotonic() - self.sent_at
         return CallResult(Outcome.ABANDONED, error=why, latency_seconds=passed, may_go_on=True)
 
-    def as_call(self, began: float) -> CallSummary:
-        """The call as it stands now; times since `began`."""
+    def summary(self, began: float) -> CallSummary:
+        """Returns the call as of now, with times since `began`."""
         result = self.result
         return CallSummary(
             call_id=self.row.call_id, model=self.row.model, role=self.row.role, rank=self.row.rank,

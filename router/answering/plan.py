@@ -1,4 +1,4 @@
-"""What was asked, who is asked for it, in which order, and with what. No I/O."""
+"""Plans the calls of one request: models in order, limits, and log rows. No I/O."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from router.answering import policy as race
-from router.answering.fallback import Knowledge
+from router.answering.policy import fallback_order, rank_models
 from router.answering.store import CallRow
-from router.answering.task_record import RequestContext
 from router.classification import Classification
 from router.models import CallRequest, Roster
 from router.settings import RouterConfig
 from router.task import AnswerRank, Role
 
-PASSAGES_SOURCE = "knowledge"  # stands where a model's name would
+PASSAGES_SOURCE = "knowledge"  # takes the place of a model's name
 RANKS = {
     Role.ASKED: AnswerRank.CHOSEN_MODEL,
     Role.NEXT: AnswerRank.CHOSEN_MODEL,
@@ -23,13 +21,15 @@ RANKS = {
     Role.PASSAGES: AnswerRank.PASSAGES,
 }
 
-
-Classify = Callable[[str, float], Awaitable[Classification]]  # the prompt, and how many seconds it may take
+Classify = Callable[[str, float], Awaitable[Classification]]  # prompt and seconds allowed
 
 
 @dataclass(frozen=True, slots=True)
 class RequestOptions:
-    """What was asked. `model`: only this one. `deadline_seconds` None: that of the category."""
+    """Prompt and options of a request.
+
+    With `model` only that model is called. Without `deadline_seconds` the category's deadline applies.
+    """
 
     prompt: str
     model: str | None = None
@@ -38,35 +38,37 @@ class RequestOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Desk:
-    """What a prompt that comes now is answered with."""
-
-    means: RequestContext
-    config: RouterConfig
-    roster: Roster
-    knowledge: Knowledge | None
-
-
-@dataclass(frozen=True, slots=True)
 class RoutingPlan:
-    """The models of the ranking that may be asked, the best first, and those that may answer as fallback."""
+    """Models that may be called for one prompt, best first, and the limits of their answers in tokens.
 
-    categorised: Classification
-    ranking: tuple[str, ...]
-    cheap: tuple[str, ...]
+    `max_tokens` is the request's own limit; `fallback_max_tokens` applies to fallback models as well.
+    """
+
+    roster: Roster
+    category: str
+    confidence: float | None
+    reason: str = ""
+    ranking: tuple[str, ...] = ()
+    fallback_models: tuple[str, ...] = ()
+    max_tokens: int | None = None
+    fallback_max_tokens: int | None = None
 
     @classmethod
     def of(
-        cls, roster: Roster, config: RouterConfig, categorised: Classification, named: str | None
-    ) -> RoutingPlan:
-        """For a prompt of this category; a model that was named is asked alone."""
-        if named is not None:
-            return cls(categorised, (named,), ())
+        cls, roster: Roster, config: RouterConfig, category: str, confidence: float | None, *,
+        reason: str = "", model: str | None = None, max_tokens: int | None = None,
+    ) -> RoutingPlan:  # fmt: skip
+        """Plans a prompt of this category; a named `model` is the only one."""
+        if model is not None:
+            return cls(roster, category, confidence, reason, ranking=(model,), max_tokens=max_tokens)
         usable = tuple(roster.models)
-        ranking = race.ranked(roster.places.get(categorised.category, {}), usable)
+        ranking = rank_models(roster.places.get(category, {}), usable)
         preferred = ranking[0] if ranking else None
-        cheap = race.fallback_order(config.fallback.models, usable, preferred)
-        return cls(categorised, ranking[: config.answering.max_models], cheap)
+        return cls(
+            roster, category, confidence, reason, ranking=ranking[: config.answering.max_models],
+            fallback_models=fallback_order(config.fallback.models, usable, preferred),
+            max_tokens=max_tokens, fallback_max_tokens=config.fallback.max_tokens,
+        )  # fmt: skip
 
     @property
     def preferred(self) -> str | None:
@@ -74,23 +76,20 @@ class RoutingPlan:
 
     @property
     def fallback(self) -> str | None:
-        return self.cheap[0] if self.cheap else None
+        return self.fallback_models[0] if self.fallback_models else None
 
-    def row(self, order: CallRequest, role: Role, *, worker: str, attempt: int) -> CallRow:
-        """What the log says of a call before it is made."""
+    def call_request(self, call_id: uuid.UUID, role: Role, model: str, prompt: str) -> CallRequest:
+        """Returns what is sent to the model; its answer is bounded by the smallest limit."""
+        role_limit = self.fallback_max_tokens if role is Role.FALLBACK else None
+        return CallRequest.to(self.roster.models[model], call_id, prompt, self.max_tokens, role_limit)
+
+    def call_row(
+        self, call_id: uuid.UUID, role: Role, model: str, *,
+        worker: str, number: int, reserved_tokens: int = 0,
+    ) -> CallRow:  # fmt: skip
+        """Returns the log row that is written before the call is sent."""
         return CallRow(
-            call_id=order.call_id, model=order.model, role=role, rank=RANKS[role],
-            category=self.categorised.category, confidence=self.categorised.confidence, worker=worker,
-            attempt=attempt, reserved_tokens=order.reserved_tokens, preferred=self.preferred,
-            fallback=self.fallback,
+            call_id=call_id, model=model, role=role, rank=RANKS[role], category=self.category,
+            confidence=self.confidence, worker=worker, attempt=number, reserved_tokens=reserved_tokens,
+            preferred=self.preferred, fallback=self.fallback,
         )  # fmt: skip
-
-
-def call_request(
-    roster: Roster, call_id: uuid.UUID, model: str, prompt: str, *most_tokens: int | None
-) -> CallRequest:
-    """What is sent to a model: its own longest answer, unless one of `most_tokens` is less."""
-    about = roster.models[model]
-    max_tokens = min([about.max_tokens, *(most for most in most_tokens if most is not None)])
-    reserved = len(prompt.encode()) + max_tokens  # no token is shorter than a byte
-    return CallRequest(call_id, model, about.endpoint, prompt, max_tokens, reserved, about.timeout_seconds)

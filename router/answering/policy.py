@@ -1,10 +1,10 @@
-"""The race of preferred model and fallback, decided from values and a `now`: what to do next.
+"""Decides what a request does next, from values alone.
 
-The preferred model and the fallback start together. The preferred answer wins if it comes within the
-deadline. If the preferred model fails, the next in rank is asked while time allows, and the fallback
-model's answer is given as soon as it is there. If it has no permit in time, it stays in line while the next
-in rank is asked, and whichever has one first is sent to. At the deadline the best that is there is given, at
-the least the passages.
+The preferred model and the fallback start together. The preferred answer wins if it comes before the
+deadline. If the preferred model fails, the next in rank is called while time allows, and the fallback's
+answer is returned as soon as it is there. If the preferred model has no permit in time, it keeps waiting
+while the next in rank is called; the first of them to get a permit is sent. At the deadline the best answer
+so far is returned, or the passages.
 """
 
 from __future__ import annotations
@@ -13,61 +13,65 @@ import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-TIME_ALLOWS_SHARE = 0.1  # with less of the deadline left nobody else is asked
-PERMIT_SHARE = 0.25  # of the deadline that is borne in the line for a permit
+MIN_TIME_SHARE = 0.1  # with less of the deadline left no other model is called
+PERMIT_SHARE = 0.25  # of the deadline, before a call counts as waiting for its permit
 
 
 class AttemptState(enum.Enum):
-    """How far one runner is."""
+    """Progress of one call. WAITING_FOR_PERMIT and UNAVAILABLE may still be sent."""
 
-    RUNNING = "running"  # sent, or in line for a permit and still borne with
-    STUCK = "stuck"  # in line for longer than is borne; it may still be sent
-    RESTING = "resting"  # in line for a model that rests after failures; it may still be sent
+    RUNNING = "running"  # sent, or waiting for a permit within its patience
+    WAITING_FOR_PERMIT = "waiting for permit"  # for longer than its patience
+    UNAVAILABLE = "unavailable"  # waiting for a model that is cooling down after failures
     ANSWERED = "answered"
-    FAILED = "failed"  # it was sent and brought nothing, or its model rested
-    UNSENT = "unsent"  # it never was sent
+    FAILED = "failed"  # sent without an answer, or the model was unavailable
+    UNSENT = "unsent"
+
+
+PENDING = frozenset({AttemptState.RUNNING, AttemptState.WAITING_FOR_PERMIT, AttemptState.UNAVAILABLE})
 
 
 @dataclass(frozen=True, slots=True)
 class RequestState:
-    """The race as it stands. `chosen` are the models of the ranking in the order they were asked.
+    """State of one request. Times are in seconds since it arrived.
 
-    `fallback` and `passages` are None where there is none. Times in seconds since the prompt came.
+    `ranked` are the calls to models of the ranking, in the order they were started. `fallback` and `passages`
+    are None where there are none. `next_model` is true if another model of the ranking may be called.
     """
 
-    chosen: tuple[AttemptState, ...]
+    ranked: tuple[AttemptState, ...]
     fallback: AttemptState | None
     passages: AttemptState | None
-    next_model: bool  # there is another model that may be asked
+    next_model: bool
     now: float
     deadline: float
 
 
 @dataclass(frozen=True, slots=True)
 class ReturnPreferred:
-    """Give the answer of the chosen model at this index."""
+    """Return the answer of the ranked model at this index."""
 
     index: int
 
 
 @dataclass(frozen=True, slots=True)
 class ReturnFallback:
-    """Give the fallback model's answer."""
+    """Return the fallback model's answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReturnPassages:
-    """Give the passages, or say that nothing is known."""
+    """Return the passages, or report that none were found."""
 
 
 @dataclass(frozen=True, slots=True)
 class TryNextModel:
-    """Ask the next model in rank."""
+    """Call the next model in rank."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Nothing to do until something happens, at most for `seconds`."""
+    """Wait for a change, at most `seconds`."""
 
     seconds: float
 
@@ -75,45 +79,43 @@ class Wait:
 Action = ReturnPreferred | ReturnFallback | ReturnPassages | TryNextModel | Wait
 
 
-def next_action(race: RequestState) -> Action:
-    """The next move; Wait only while something better may still come before the deadline."""
-    if AttemptState.ANSWERED in race.chosen:
-        return ReturnPreferred(race.chosen.index(AttemptState.ANSWERED))
-    left = race.deadline - race.now
-    if race.fallback is AttemptState.ANSWERED and (left <= 0 or _chosen_is_out(race)):
+def next_action(state: RequestState) -> Action:
+    """Returns the next action; Wait only while a better answer may still come before the deadline."""
+    if AttemptState.ANSWERED in state.ranked:
+        return ReturnPreferred(state.ranked.index(AttemptState.ANSWERED))
+    left = state.deadline - state.now
+    if state.fallback is AttemptState.ANSWERED and (left <= 0 or _fallback_is_due(state)):
         return ReturnFallback()
     if left <= 0:
         return ReturnPassages()
-    if _may_ask(race):
+    if _may_try_next(state):
         return TryNextModel()
-    hopeful = {AttemptState.RUNNING, AttemptState.STUCK, AttemptState.RESTING} & {*race.chosen, race.fallback}
-    if not hopeful and race.passages is not AttemptState.RUNNING:
+    if state.passages is not AttemptState.RUNNING and PENDING.isdisjoint({*state.ranked, state.fallback}):
         return ReturnPassages()
     return Wait(left)
 
 
-def _chosen_is_out(race: RequestState) -> bool:
-    """Whether the fallback need not be held back any longer: the chosen model failed, or nobody runs."""
-    failed = bool({AttemptState.FAILED, AttemptState.RESTING} & {*race.chosen})
-    return not _may_ask(race) and (failed or AttemptState.RUNNING not in race.chosen)
+def _fallback_is_due(state: RequestState) -> bool:
+    """Returns whether the fallback's answer need not wait for a ranked model any longer."""
+    failed = not {AttemptState.FAILED, AttemptState.UNAVAILABLE}.isdisjoint(state.ranked)
+    return not _may_try_next(state) and (failed or AttemptState.RUNNING not in state.ranked)
 
 
-def _may_ask(race: RequestState) -> bool:
-    """Whether the next in rank is to be asked now: nobody of the ranking runs, and time allows."""
-    time_allows = race.deadline - race.now > TIME_ALLOWS_SHARE * race.deadline
-    return race.next_model and time_allows and AttemptState.RUNNING not in race.chosen
+def _may_try_next(state: RequestState) -> bool:
+    time_allows = state.deadline - state.now > MIN_TIME_SHARE * state.deadline
+    return state.next_model and time_allows and AttemptState.RUNNING not in state.ranked
 
 
-def ranked(places: Mapping[str, int], usable: Sequence[str]) -> tuple[str, ...]:
-    """The usable models that have a place, the best first; equal places by name."""
+def rank_models(places: Mapping[str, int], usable: Sequence[str]) -> tuple[str, ...]:
+    """Returns the usable models that have a place, best first; equal places by name."""
     return tuple(sorted((model for model in usable if model in places), key=lambda m: (places[m], m)))
 
 
-def fallback_order(wanted: Sequence[str], usable: Sequence[str], preferred: str | None) -> tuple[str, ...]:
-    """The models that may answer as fallback, in the config's order; never the preferred one itself."""
-    return tuple(model for model in wanted if model in usable and model != preferred)
+def fallback_order(listed: Sequence[str], usable: Sequence[str], preferred: str | None) -> tuple[str, ...]:
+    """Returns the usable fallback models in the configured order, without the preferred model."""
+    return tuple(model for model in listed if model in usable and model != preferred)
 
 
 def permit_patience(deadline: float, permit_seconds: float) -> float:
-    """Seconds that a prompt stands in one model's line for a permit before the next in rank is asked too."""
+    """Returns the seconds that a call waits for its permit before the next model in rank is called too."""
     return min(permit_seconds, PERMIT_SHARE * deadline)

@@ -1,75 +1,75 @@
-"""The account of one asking: what happened, told as it happens, and the answer that comes of it."""
+"""Progress of one request: emits events, builds the final answer and logs it."""
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 
 import structlog
 
 from router.answering.answer import Answer, Event, EventKind, Listener
 from router.answering.attempt import Attempt
-from router.answering.fallback import Found, NothingFound, sources
+from router.answering.fallback import NOTHING_FOUND, sources
 from router.answering.plan import RoutingPlan
 from router.answering.policy import AttemptState
-from router.classification import Classification
 from router.errors import BackendUnavailable, CapacityExceeded, ModelFailed, RouterError
+from router.knowledge import SearchResult
 from router.models import NO_CONNECTION, Availability
 from router.task import AnswerRank, Outcome, Role
 
 log = logging.getLogger("router.answering")
 
-NO_ROOM_OUTCOMES = frozenset({Outcome.RATE_LIMITED, Outcome.OVERLOADED})
-SHORTEST_RETRY_SECONDS = 1.0
-WHY_ASKED = {
-    Role.ASKED: "the first for this category",
-    Role.NEXT: "the next in rank",
-    Role.FALLBACK: "the fallback",
+CAPACITY_OUTCOMES = frozenset({Outcome.RATE_LIMITED, Outcome.OVERLOADED, Outcome.UNSENT})
+MIN_RETRY_SECONDS = 1.0
+ROLE_TEXTS = {
+    Role.ASKED: "preferred model",
+    Role.NEXT: "next in rank",
+    Role.FALLBACK: "fallback",
 }
 
 
 class Progress:
-    """Tells the listener, and sums up. A listener that raises is logged and not heard of further."""
+    """Attempts and search result of one request. A listener that raises is logged and removed."""
 
     def __init__(self, listener: Listener | None) -> None:
         self.began = time.monotonic()
-        self.runners: list[Attempt] = []
-        self.found: Found = NothingFound()
+        self.attempts: list[Attempt] = []
+        self.found: SearchResult = NOTHING_FOUND
         self._listener = listener
 
     def now(self) -> float:
-        """Seconds since the prompt came."""
+        """Returns the seconds since the request arrived."""
         return time.monotonic() - self.began
 
     @property
-    def chosen(self) -> list[Attempt]:
-        """The calls to models of the ranking, in the order they were asked."""
-        return [runner for runner in self.runners if runner.row.rank is AnswerRank.CHOSEN_MODEL]
+    def ranked(self) -> list[Attempt]:
+        """The attempts at models of the ranking, in the order they were started."""
+        return [attempt for attempt in self.attempts if attempt.row.rank is AnswerRank.CHOSEN_MODEL]
 
     def best(self) -> Attempt | None:
-        """The call with the best answer so far."""
-        answered = [runner for runner in self.runners if runner.leg is AttemptState.ANSWERED]
-        return max(answered, key=lambda runner: runner.row.rank, default=None)
+        """Returns the attempt with the best answer so far."""
+        answered = [attempt for attempt in self.attempts if attempt.state is AttemptState.ANSWERED]
+        return max(answered, key=lambda attempt: attempt.row.rank, default=None)
 
     def answer(
         self,
-        runner: Attempt | None,
-        line_up: RoutingPlan,
+        attempt: Attempt | None,
+        plan: RoutingPlan,
         *,
         provisional: bool,
         task_id: int | None,
         late: bool,
     ) -> Answer:
-        """The answer of this call, or of knowledge."""
-        result = runner.result if runner else None
-        rank = runner.row.rank if runner else AnswerRank.PASSAGES
-        calls = tuple(each.as_call(self.began) for each in self.runners)
-        about: Classification = line_up.categorised
+        """Builds the answer of this attempt, or of the passages if it is None."""
+        result = attempt.result if attempt else None
+        rank = attempt.row.rank if attempt else AnswerRank.PASSAGES
+        calls = tuple(each.summary(self.began) for each in self.attempts)
         return Answer(
-            text=(result.answer if result else None) or self.found.says(),
-            model=runner.row.model if runner else None, rank=rank, category=about.category,
-            confidence=about.confidence, reason=about.reason, preferred=line_up.preferred,
-            fallback=line_up.fallback, provisional=provisional, seconds=self.now(),
+            text=(result.answer if result else None) or self.found.as_answer(),
+            model=attempt.row.model if attempt else None, rank=rank, category=plan.category,
+            confidence=plan.confidence or 0.0, reason=plan.reason, preferred=plan.preferred,
+            fallback=plan.fallback, provisional=provisional, seconds=self.now(),
             cost_usd=sum(call.cost_usd or 0.0 for call in calls),
             prompt_tokens=result.prompt_tokens if result else None,
             completion_tokens=result.completion_tokens if result else None,
@@ -77,55 +77,56 @@ class Progress:
             task_id=task_id, calls=calls, late=late,
         )  # fmt: skip
 
-    def no_answer(self, runner: Attempt, deadline: float, ahead: Availability) -> RouterError:
-        """Why the one model that was named did not answer."""
-        model, result = runner.row.model, runner.result
-        if result is None and runner.sent_at is not None:
-            return ModelFailed(f"{model} did not answer within {deadline:g} s. Give it a longer deadline.")
-        why = result.error if result and result.error else f"no permit within {deadline:g} s"
-        if runner.unlogged:
+    def no_answer(self, attempt: Attempt, deadline: float, expected: Availability) -> RouterError:
+        """Returns the error to raise because the one named model did not answer."""
+        model, result = attempt.row.model, attempt.result
+        if attempt.unlogged:
             return ModelFailed(
-                f"{model} was not asked: Postgres takes no log, and without it nothing is sent."
+                f"{model} was not called: the call could not be logged because Postgres is unavailable."
             )
-        retry = max(SHORTEST_RETRY_SECONDS, ahead.retry_after_seconds)
-        if result is not None and why.startswith(NO_CONNECTION):
-            return BackendUnavailable(f"{model} was not asked: {why}")
-        if result is None or result.outcome is Outcome.UNSENT:
-            return CapacityExceeded(f"There is no room for {model}: {why}", retry)
-        if result.outcome in NO_ROOM_OUTCOMES:
-            return CapacityExceeded(f"{model} takes no more now: {why}", result.retry_after_seconds or retry)
-        return ModelFailed(f"{model} gave no answer: {result.outcome.value}: {why}")
+        if result is None and attempt.sent_at is not None:
+            return ModelFailed(f"{model} did not answer within {deadline:g} s. Use a longer deadline.")
+        why = (result.error if result else None) or f"no permit within {deadline:g} s"
+        if why.startswith(NO_CONNECTION):
+            return BackendUnavailable(f"{model} was not called: {why}")
+        if result is None or result.outcome in CAPACITY_OUTCOMES:
+            seconds = max(MIN_RETRY_SECONDS, expected.retry_after_seconds)
+            if result is not None and result.outcome is not Outcome.UNSENT:
+                seconds = result.retry_after_seconds or seconds
+            return at_capacity(model, why, seconds)
+        return ModelFailed(f"{model} failed: {result.outcome.value}: {why}")
 
-    # -- told as it happens -------------------------------------------------------------------------------
+    def started(self, attempt: Attempt) -> None:
+        """Adds an attempt."""
+        self.attempts.append(attempt)
+        self.emit(EventKind.ASKED, f"calling {attempt.row.model} ({ROLE_TEXTS[attempt.row.role]})", attempt)
 
-    def asked(self, runner: Attempt) -> None:
-        """A call is to be made."""
-        self.runners.append(runner)
-        self.tell(EventKind.ASKED, f"{runner.row.model} is asked, as {WHY_ASKED[runner.row.role]}", runner)
+    def ended(self, attempt: Attempt) -> None:
+        """Reports the outcome of an attempt."""
+        if attempt.result is not None:
+            why = f": {attempt.result.error}" if attempt.result.error else ""
+            self.emit(EventKind.ENDED, f"{attempt.row.model}: {attempt.result.outcome.value}{why}", attempt)
 
-    def ended(self, runner: Attempt) -> None:
-        """A call has ended."""
-        if runner.result is not None:
-            why = f": {runner.result.error}" if runner.result.error else ""
-            self.tell(EventKind.ENDED, f"{runner.row.model}: {runner.result.outcome.value}{why}", runner)
-
-    def tell(self, kind: EventKind, text: str, runner: Attempt | None = None) -> None:
-        """Tell the listener."""
+    def emit(self, kind: EventKind, text: str, attempt: Attempt | None = None) -> None:
+        """Sends an event to the listener."""
         if self._listener is None:
             return
-        call = runner.as_call(self.began) if runner else None
+        call = attempt.summary(self.began) if attempt else None
         try:
             self._listener(Event(kind, self.now(), text, call))
         except Exception:
             self._listener = None
-            log.exception("whoever listened to an asking raised, and is told no more")
+            log.exception("event listener raised and was removed")
 
 
-LINES = logging.getLogger("router.answers")  # whoever hosts the router says where its lines go
+def at_capacity(model: str, why: str, retry_after_seconds: float) -> CapacityExceeded:
+    """Returns the error for a model that has no permit in time."""
+    text = f"{model} is at capacity: {why.rstrip('.')}. Retry in {math.ceil(retry_after_seconds)} s."
+    return CapacityExceeded(text, retry_after_seconds)
 
 
-def tell(answer: Answer) -> None:
-    """Write one JSON line about an answered prompt; never its text, which stands in `tasks`."""
+def log_answer(answer: Answer) -> None:
+    """Writes one JSON line about an answered request, without its texts."""
     _lines.info(
         "late" if answer.late else "answered",
         task_id=answer.task_id, category=answer.category, confidence=round(answer.confidence, 3),
@@ -140,7 +141,7 @@ def tell(answer: Answer) -> None:
 
 
 _lines = structlog.wrap_logger(
-    LINES,
+    logging.getLogger("router.answers"),  # the host program configures where it goes
     processors=[
         structlog.stdlib.filter_by_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),

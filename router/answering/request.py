@@ -1,313 +1,311 @@
-"""One prompt being answered: preferred model and fallback run at once, and the best in time is given.
+"""Answers one prompt: preferred model and fallback in parallel, the best answer before the deadline.
 
-What to do next is decided in `race`; here the runners are started, listened to and, in the end, given up or
-kept until their answers come late.
+`policy` decides what happens next. This module starts the attempts, waits for changes, and at the end cancels
+what is not needed and leaves the rest for a late answer.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 import uuid
 
-from router.answering import plan as line_up
-from router.answering import policy as race
 from router.answering.answer import Answer, EventKind, Listener
-from router.answering.attempt import Attempt
-from router.answering.fallback import prompt_with, search, sources
-from router.answering.plan import PASSAGES_SOURCE, Classify, Desk, RequestOptions, RoutingPlan
+from router.answering.attempt import Attempt, Change
+from router.answering.context import RequestContext
+from router.answering.fallback import call_in_turn, prompt_with, search, sources, store_passages
+from router.answering.plan import Classify, RequestOptions, RoutingPlan
 from router.answering.policy import (
+    Action,
     AttemptState,
     RequestState,
     ReturnFallback,
     ReturnPreferred,
     TryNextModel,
     Wait,
+    next_action,
+    permit_patience,
 )
-from router.answering.progress import Progress, tell
+from router.answering.progress import Progress, at_capacity, log_answer
 from router.answering.task_record import TaskRecord
 from router.background import Broadcast, TrackedTasks, wait_for_event
-from router.classification import Classification
-from router.errors import CapacityExceeded, RouterError
-from router.models import CallRequest, availability
-from router.task import AnswerRank, CallResult, Outcome, Role
+from router.errors import RouterError
+from router.models import availability
+from router.task import AnswerRank, Role
 
-CATEGORISE_SHARE = 0.2  # of the deadline
-SETTLED_WITHIN_SECONDS = 0.25  # an answer is returned at most so much later for being kept first
+CLASSIFY_SHARE = 0.2  # of the deadline
+SETTLE_SECONDS = 0.25  # that an answer may wait to be stored before it is returned
 
 
 class Request:
-    """`await answer()` once; afterwards `await better(rank)` for what comes late. All on one event loop."""
+    """One prompt being answered: `await answer()` once, then `await better(rank)` for late answers.
 
-    def __init__(self, desk: Desk, question: RequestOptions, on_event: Listener | None = None) -> None:
-        self.question = question
-        self._desk = desk
-        self._account = Progress(on_event)
-        self._deadline = question.deadline_seconds or desk.config.answering.default_deadline_seconds
-        self._ledger = TaskRecord(desk.means, question.prompt, self._deadline)
-        self._racing = self._ledger.grow()
-        self._line_up = RoutingPlan(
-            Classification(desk.config.default_category, 0.0, "not known yet"), (), ()
-        )
+    All its state belongs to one event loop.
+    """
+
+    def __init__(
+        self, context: RequestContext, options: RequestOptions, on_event: Listener | None = None
+    ) -> None:
+        config = context.config
+        self._context = context
+        self._options = options
+        self._progress = Progress(on_event)
+        self._deadline = options.deadline_seconds or config.answering.default_deadline_seconds
+        self._record = TaskRecord(context, options.prompt, self._deadline)
+        self._end_pending = self._record.expect_call()
+        self._roster = context.roster()
+        self._plan = RoutingPlan(self._roster, config.default_category, 0.0, "not classified yet")
         self._changed = Broadcast()
-        self._errands = TrackedTasks(self._changed.notify_all)
+        self._tasks = TrackedTasks(self._changed.notify_all)
         self._search: asyncio.Task[None] | None = None
-        self._keeping: asyncio.Task[None] | None = None
-        self._fallback_leg: AttemptState | None = None
-        self._given: AnswerRank | None = None
-        self._is_over = False
-
-    # -- what Router uses ---------------------------------------------------------------------------------
+        self._storing: asyncio.Task[None] | None = None
+        self._fallback: asyncio.Task[None] | None = None
+        self._returned: AnswerRank | None = None
+        self._canceled = False
 
     async def answer(self, classify: Classify) -> Answer:
-        """The best answer in time. InputError, CapacityExceeded or ModelFailed as `Router.answer` says.
+        """Returns the best answer in time. Raises InputError, CapacityExceeded or ModelFailed.
 
-        Cancelled, it gives everything up that is under way.
+        A cancellation ends all calls in progress.
         """
         try:
             await self._start(classify)
-            answer = await self._give(await self._race())
+            answer = await self._return(await self._decide())
         except asyncio.CancelledError:
-            self.give_up("whoever asked went away")
+            self.cancel("the caller canceled the request")
             raise
         finally:
-            self._leave_to_late()
-        tell(answer)
+            self._keep_for_late_answer()
+        log_answer(answer)
         return answer
 
     async def better(self, rank: AnswerRank) -> Answer | None:
-        """The next answer of a higher rank than `rank`; None once none can come any more."""
+        """Waits for an answer of a higher rank; returns None once none can come."""
         while True:
-            runner = self._account.best()
-            if runner is not None and runner.row.rank > rank:
-                await wait_for_event(runner.settled, SETTLED_WITHIN_SECONDS)
-                answer = self._answer_of(runner, late=True)
-                tell(answer)
-                self._account.tell(EventKind.LATE, f"a better answer, from {runner.row.model}", runner)
+            attempt = self._progress.best()
+            if attempt is not None and attempt.row.rank > rank:
+                await wait_for_event(attempt.settled, SETTLE_SECONDS)
+                answer = self._answer_of(attempt, late=True)
+                log_answer(answer)
+                self._progress.emit(EventKind.LATE, f"better answer from {attempt.row.model}", attempt)
                 return answer
-            under_way = set(self._errands.tasks)
-            if not under_way or not self._may_come(rank):
+            running = set(self._tasks.tasks)
+            if not running or not self._may_improve(rank):
                 return None
-            await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
 
-    def give_up(self, why: str) -> None:
-        """Give up every call that has not ended; what has ended is still settled."""
-        self._is_over = True
-        for runner in self._account.runners:
-            runner.give_up(why)
+    def cancel(self, why: str) -> None:
+        """Cancels all calls in progress; ended calls are still settled."""
+        self._canceled = True
+        for attempt in self._progress.attempts:
+            attempt.cancel(why)
         if self._search is not None:
             self._search.cancel()
-        if self._keeping is not None and self._ledger.task is None:
-            self._keeping.cancel()
+        if self._storing is not None and self._record.task is None:
+            self._storing.cancel()
 
     async def stop(self) -> None:
-        """Cancel whatever is left, settling included: afterwards only the lease can tell of it."""
-        await self._errands.stop()
+        """Cancels everything, settling included; what is left is released when the lease expires."""
+        await self._tasks.stop()
 
     @property
     def ended(self) -> asyncio.Event:
-        """Set when nothing of it is under way any more."""
-        return self._errands.over
-
-    @property
-    def task_id(self) -> int | None:
-        """The task that the prompt became; None until it is one."""
-        return self._ledger.task.task_id if self._ledger.task else None
+        """Set when nothing of the request is in progress any more."""
+        return self._tasks.over
 
     @property
     def open_calls(self) -> set[uuid.UUID]:
-        """The calls that are not settled yet."""
-        return {runner.row.call_id for runner in self._account.runners if not runner.settled.is_set()}
-
-    # -- the start ----------------------------------------------------------------------------------------
+        """Calls that are not settled yet."""
+        return {each.row.call_id for each in self._progress.attempts if not each.settled.is_set()}
 
     async def _start(self, classify: Classify) -> None:
-        question, desk, account = self.question, self._desk, self._account
-        self._search = self._errands.begin(self._find(), "search")
-        about = await classify(question.prompt, CATEGORISE_SHARE * self._deadline)
-        if question.deadline_seconds is None:
-            self._deadline = desk.config.answering.deadline_of(about.category)
-            self._ledger.deadline_seconds = self._deadline
-        account.tell(EventKind.CATEGORISED, f"{about.category} ({about.confidence:.2f}): {about.reason}")
-        self._line_up = RoutingPlan.of(desk.roster, desk.config, about, question.model)
-        if question.model is not None:
-            ahead = await availability(desk.means.limiter, question.model)
-            if ahead.seconds is None or ahead.seconds > self._deadline - account.now():
-                raise CapacityExceeded(
-                    f"There is no room for {question.model}: {ahead.why}.", ahead.retry_after_seconds
-                )
-        if self._line_up.ranking:
-            self._ask_next()
-        if self._line_up.cheap:
-            self._fallback_leg = AttemptState.RUNNING
-            self._errands.begin(self._fall_back(self._search), "fallback")
-
-    async def _find(self) -> None:
-        knowledge = self._desk.knowledge
-        if knowledge is not None and self.question.model is None:
-            found = await search(knowledge, self.question.prompt, self._desk.config.fallback.passages)
-            self._account.found = found
-            names = ", ".join(sources(found)) or "nothing to the point"
-            self._account.tell(EventKind.FOUND, f"knowledge holds {names} ({found.confidence:.2f})")
-
-    def _ask_next(self) -> None:
-        role = Role.NEXT if self._account.chosen else Role.ASKED
-        runner = self._runner(self._not_asked()[0], role, self.question.prompt)
-        work = runner.run(self._patience(), self._account.began + self._deadline)
-        self._errands.begin(work, f"call {runner.row.call_id}")
-
-    def _not_asked(self) -> list[str]:
-        """Who may be asked of the ranking, in order: also those whom another one's permit spared."""
-        asked = {runner.row.model for runner in self._account.chosen if not runner.spared}
-        return [model for model in self._line_up.ranking if model not in asked]
-
-    async def _fall_back(self, search: asyncio.Task[None]) -> None:
-        """Search, then ask one cheap model after the other until one answers."""
-        fallback = self._desk.config.fallback
-        coming = self._ledger.grow()
-        try:
-            await asyncio.wait({search})
-            prompt = prompt_with(self.question.prompt, self._account.found, fallback)
-            for model in self._line_up.cheap:
-                if self._is_over or self._given is not None:
-                    return
-                runner = self._runner(model, Role.FALLBACK, prompt, fallback.max_tokens)
-                until = self._account.began + self._deadline
-                if model != self._line_up.cheap[-1]:  # the last one may use up the time
-                    until = min(until, time.monotonic() + self._patience())
-                await runner.run(self._patience(), until)
-                if runner.leg is AttemptState.ANSWERED:
-                    return
-        finally:
-            coming.end()
-            if self._fallback_leg is AttemptState.RUNNING:
-                self._fallback_leg = AttemptState.FAILED
-            self._changed.notify_all()
-
-    def _runner(self, model: str, role: Role, prompt: str, most_tokens: int | None = None) -> Attempt:
-        means = self._desk.means
-        call_id, attempt = means.new_call_id(), len(self._account.chosen) + 1
-        order = line_up.call_request(
-            self._desk.roster, call_id, model, prompt, most_tokens, self.question.max_tokens
+        options, config = self._options, self._context.config
+        self._search = self._tasks.begin(self._search_knowledge(), "search")
+        found = await classify(options.prompt, CLASSIFY_SHARE * self._deadline)
+        if options.deadline_seconds is None:
+            self._deadline = config.answering.deadline_of(found.category)
+            self._record.deadline_seconds = self._deadline
+        self._progress.emit(
+            EventKind.CATEGORISED, f"{found.category} ({found.confidence:.2f}): {found.reason}"
         )
-        row = self._line_up.row(order, role, worker=means.worker(), attempt=attempt)
-        runner = Attempt(self._ledger, row, order, self._news)
-        self._account.asked(runner)
-        return runner
+        self._plan = RoutingPlan.of(
+            self._roster, config, found.category, found.confidence,
+            reason=found.reason, model=options.model, max_tokens=options.max_tokens,
+        )  # fmt: skip
+        if options.model is not None:
+            expected = await availability(self._context.limiter, options.model)
+            if expected.seconds is None or expected.seconds > self._deadline - self._progress.now():
+                raise at_capacity(options.model, expected.why, expected.retry_after_seconds)
+        if self._plan.ranking:
+            self._try_next_model()
+        if self._plan.fallback_models:
+            self._fallback = self._tasks.begin(self._call_fallbacks(self._search), "fallback")
 
-    # -- the race -----------------------------------------------------------------------------------------
+    async def _search_knowledge(self) -> None:
+        if self._context.knowledge is None or self._options.model is not None:
+            return
+        self._progress.found = found = await search(self._context, self._options.prompt)
+        names = ", ".join(sources(found)) or "no relevant passages"
+        self._progress.emit(EventKind.FOUND, f"found {names} (confidence {found.confidence:.2f})")
 
-    async def _race(self) -> race.Action:
+    def _try_next_model(self) -> None:
+        role = Role.NEXT if self._progress.ranked else Role.ASKED
+        attempt = self._new_attempt(role, self._untried()[0], self._options.prompt)
+        running = attempt.run(self._patience_seconds, self._ends_at)
+        self._tasks.begin(running, f"call {attempt.row.call_id}")
+
+    def _untried(self) -> list[str]:
+        """Returns the ranked models that may be called, including those canceled for another one's permit."""
+        tried = {attempt.row.model for attempt in self._progress.ranked if not attempt.canceled_unsent}
+        return [model for model in self._plan.ranking if model not in tried]
+
+    async def _call_fallbacks(self, searching: asyncio.Task[None]) -> None:
+        end_pending = self._record.expect_call()
+        try:
+            await asyncio.wait({searching})
+            prompt = prompt_with(self._options.prompt, self._progress.found, self._context.config.fallback)
+
+            async def call(model: str, until: float) -> Attempt:
+                attempt = self._new_attempt(Role.FALLBACK, model, prompt)
+                await attempt.run(self._patience_seconds, until)
+                return attempt
+
+            await call_in_turn(
+                self._plan, call, until=self._ends_at, patience_seconds=self._patience_seconds,
+                may_continue=lambda: not self._canceled and self._returned is None,
+            )  # fmt: skip
+        finally:
+            end_pending()
+
+    def _new_attempt(self, role: Role, model: str, prompt: str) -> Attempt:
+        attempt = Attempt(
+            self._record, self._plan, role, model, prompt,
+            number=self._next_number, on_change=self._on_change,
+        )  # fmt: skip
+        self._progress.started(attempt)
+        return attempt
+
+    async def _decide(self) -> Action:
+        """Acts until an answer is to be returned."""
         while True:
-            for runner in self._account.runners:
-                if runner.refusal is not None:
-                    raise runner.refusal
-            move = race.next_action(self._standing())
-            if isinstance(move, TryNextModel):
-                self._ask_next()
-            elif isinstance(move, Wait):
-                await self._changed.wait(move.seconds)
+            for attempt in self._progress.attempts:
+                if attempt.refusal is not None:
+                    raise attempt.refusal
+            action = next_action(self._state())
+            if isinstance(action, TryNextModel):
+                self._try_next_model()
+            elif isinstance(action, Wait):
+                await self._changed.wait(action.seconds)
             else:
-                return move
+                return action
 
-    def _standing(self) -> RequestState:
-        chosen = self._account.chosen
+    def _state(self) -> RequestState:
+        ranked = self._progress.ranked
         searching = self._search is not None and not self._search.done()
-        # What could not be logged a moment ago cannot be logged now.
-        no_more = self._is_over or any(runner.unlogged for runner in chosen)
-        next_model = not no_more and bool(self._not_asked())
+        # If Postgres refused a log row just now, it would refuse the next one as well.
+        is_over = self._canceled or any(attempt.unlogged for attempt in ranked)
         return RequestState(
-            chosen=tuple(runner.leg for runner in chosen), fallback=self._fallback_leg,
-            passages=AttemptState.RUNNING if searching else AttemptState.ANSWERED, next_model=next_model,
-            now=self._account.now(), deadline=self._deadline,
+            ranked=tuple(attempt.state for attempt in ranked), fallback=self._fallback_state(),
+            passages=AttemptState.RUNNING if searching else AttemptState.ANSWERED,
+            next_model=not is_over and bool(self._untried()),
+            now=self._progress.now(), deadline=self._deadline,
         )  # fmt: skip
 
-    async def _give(self, move: race.Action) -> Answer:
-        runner: Attempt | None = None
-        if isinstance(move, ReturnPreferred):
-            runner = self._account.chosen[move.index]
-        elif isinstance(move, ReturnFallback):
-            runner = self._account.best()
-        elif self.question.model is not None:
-            ahead = await availability(self._desk.means.limiter, self.question.model)
-            raise self._account.no_answer(self._account.chosen[0], self._deadline, ahead)
-        self._given = runner.row.rank if runner else AnswerRank.PASSAGES
-        self._racing.end()
-        settle_seconds = max(0.0, min(SETTLED_WITHIN_SECONDS, self._deadline - self._account.now()))
-        if runner is None:
-            self._keeping = self._errands.begin(self._keep_passages(), "keep passages")
+    def _fallback_state(self) -> AttemptState | None:
+        if self._fallback is None:
+            return None
+        fallbacks = [each.state for each in self._progress.attempts if each.row.role is Role.FALLBACK]
+        if AttemptState.ANSWERED in fallbacks:
+            return AttemptState.ANSWERED
+        return AttemptState.FAILED if self._fallback.done() else AttemptState.RUNNING
+
+    async def _return(self, action: Action) -> Answer:
+        attempt: Attempt | None = None
+        if isinstance(action, ReturnPreferred):
+            attempt = self._progress.ranked[action.index]
+        elif isinstance(action, ReturnFallback):
+            attempt = self._progress.best()
+        elif self._options.model is not None:
+            expected = await availability(self._context.limiter, self._options.model)
+            raise self._progress.no_answer(self._progress.ranked[0], self._deadline, expected)
+        self._returned = attempt.row.rank if attempt else AnswerRank.PASSAGES
+        self._end_pending()
+        settle_seconds = max(0.0, min(SETTLE_SECONDS, self._deadline - self._progress.now()))
+        if attempt is None:
+            self._storing = self._tasks.begin(self._store_passages(), "store passages")
             if settle_seconds > 0:
-                await asyncio.wait({self._keeping}, timeout=settle_seconds)
+                await asyncio.wait({self._storing}, timeout=settle_seconds)
         else:
-            await wait_for_event(runner.settled, settle_seconds)
-        answer = self._answer_of(runner)
-        self._account.tell(EventKind.ANSWERED, f"answered by {answer.model or 'knowledge: passages'}", runner)
+            await wait_for_event(attempt.settled, settle_seconds)
+        answer = self._answer_of(attempt)
+        text = f"answered by {answer.model}" if answer.model else "answered with passages"
+        self._progress.emit(EventKind.ANSWERED, text, attempt)
         return answer
 
-    async def _keep_passages(self) -> None:
-        means = self._desk.means
-        attempt = len(self._account.chosen) + 1
-        no_order = CallRequest(means.new_call_id(), PASSAGES_SOURCE, "", "", 0, 0, 0.0)
-        row = self._line_up.row(no_order, Role.PASSAGES, worker=means.worker(), attempt=attempt)
+    async def _store_passages(self) -> None:
         try:
-            row = await self._ledger.write(row)
-            said = CallResult(Outcome.ANSWERED, answer=self._account.found.says())
-            await self._ledger.settle(row, said, late=False)
+            await store_passages(self._record, self._plan, self._progress.found, self._next_number)
         except RouterError as error:
-            self._account.tell(EventKind.TROUBLE, f"this answer is not in the log: {error}")
+            self._progress.emit(EventKind.TROUBLE, f"the answer was not logged: {error}")
 
-    # -- afterwards ---------------------------------------------------------------------------------------
-
-    def _leave_to_late(self) -> None:
-        """What still runs is late from now on, and held for `late_seconds` at most."""
-        self._racing.end()
-        for runner in self._account.runners:
-            runner.late = runner.under_way
-            if self._given is AnswerRank.CHOSEN_MODEL or runner.leg in (
-                AttemptState.STUCK,
-                AttemptState.RESTING,
+    def _keep_for_late_answer(self) -> None:
+        """Marks calls in progress as late, and cancels them after `late_seconds`."""
+        self._end_pending()
+        for attempt in self._progress.attempts:
+            attempt.late = attempt.in_progress
+            if self._returned is AnswerRank.CHOSEN_MODEL or attempt.state in (
+                AttemptState.WAITING_FOR_PERMIT,
+                AttemptState.UNAVAILABLE,
             ):
-                runner.spare("the prompt was answered")
-        if self._given is None:
-            self.give_up("there is no answer to wait for")
-        late = self._desk.config.answering.late_seconds
-        why = f"no answer came within {late:g} s after the prompt was answered"
-        ending = asyncio.get_running_loop().call_later(late, self.give_up, why)
-        self._errands.close(ending.cancel)
+                attempt.cancel_unsent("the request was already answered")
+        if self._returned is None:
+            self.cancel("the request failed")
+        late_seconds = self._context.config.answering.late_seconds
+        why = f"no answer came within {late_seconds:g} s after the request was answered"
+        ending = asyncio.get_running_loop().call_later(late_seconds, self.cancel, why)
+        self._tasks.close(ending.cancel)
 
-    def _may_come(self, rank: AnswerRank) -> bool:
-        """Whether an answer of a higher rank may still come."""
-        return any(runner.under_way and runner.row.rank > rank for runner in self._account.runners)
+    def _may_improve(self, rank: AnswerRank) -> bool:
+        """Returns whether an answer of a higher rank may still come."""
+        return any(each.in_progress and each.row.rank > rank for each in self._progress.attempts)
 
-    def _answer_of(self, runner: Attempt | None, *, late: bool = False) -> Answer:
-        rank = runner.row.rank if runner else AnswerRank.PASSAGES
-        return self._account.answer(
-            runner, self._line_up, provisional=self._may_come(rank), task_id=self.task_id, late=late
-        )
+    def _answer_of(self, attempt: Attempt | None, *, late: bool = False) -> Answer:
+        rank = attempt.row.rank if attempt else AnswerRank.PASSAGES
+        task = self._record.task
+        return self._progress.answer(
+            attempt, self._plan, provisional=self._may_improve(rank),
+            task_id=task.task_id if task else None, late=late,
+        )  # fmt: skip
 
-    def _news(self, runner: Attempt, what: str) -> None:
-        """Told by a runner: its call went out, has no permit yet, or ended."""
-        account, model = self._account, runner.row.model
-        if what == "sent":
-            self._spare_others(runner)
-            # Told later: nothing may delay the write that follows.
-            asyncio.get_running_loop().call_soon(account.tell, EventKind.SENT, f"sent to {model}", runner)
-        elif what == "stuck":
-            account.tell(EventKind.TROUBLE, f"{model} has no permit yet", runner)
+    def _on_change(self, attempt: Attempt, change: Change) -> None:
+        progress, model = self._progress, attempt.row.model
+        if change == "sent":
+            self._cancel_waiting(attempt)
+            # Emitted later: nothing may delay the write to the socket that follows.
+            asyncio.get_running_loop().call_soon(progress.emit, EventKind.SENT, f"sent to {model}", attempt)
+        elif change == "waiting":
+            progress.emit(EventKind.TROUBLE, f"{model} is waiting for a permit", attempt)
         else:
-            if runner.leg is AttemptState.ANSWERED and runner.row.role is Role.FALLBACK:
-                self._fallback_leg = AttemptState.ANSWERED
-            account.ended(runner)
-            self._errands.begin(runner.close(), f"settle {runner.row.call_id}")
+            progress.ended(attempt)
+            self._tasks.begin(attempt.close(), f"settle {attempt.row.call_id}")
         self._changed.notify_all()
 
-    def _spare_others(self, sent: Attempt) -> None:
-        """Of several models of the ranking that stand in line, only the first to have a permit is sent to."""
-        chosen = self._account.chosen
-        for runner in chosen if sent in chosen else ():
-            runner.spare(f"{sent.row.model} had a permit sooner")  # the sent one is not touched
+    def _cancel_waiting(self, sent: Attempt) -> None:
+        """Of several ranked models that wait for a permit, only the first to get one is sent to."""
+        ranked = self._progress.ranked
+        for attempt in ranked if sent in ranked else ():
+            attempt.cancel_unsent(f"{sent.row.model} got a permit first")  # leaves the sent one alone
 
-    def _patience(self) -> float:
-        if self.question.model is not None:
+    @property
+    def _next_number(self) -> int:
+        return len(self._progress.ranked) + 1
+
+    @property
+    def _ends_at(self) -> float:
+        """The deadline on the monotonic clock."""
+        return self._progress.began + self._deadline
+
+    @property
+    def _patience_seconds(self) -> float:
+        if self._options.model is not None:
             return self._deadline
-        return race.permit_patience(self._deadline, self._desk.config.answering.permit_seconds)
+        return permit_patience(self._deadline, self._context.config.answering.permit_seconds)

@@ -1,6 +1,6 @@
-"""A process that asks: its connections, lease, limiter, roster, knowledge, categoriser, and its duties.
+"""Connections and periodic jobs of a process that answers requests.
 
-It opens also while Postgres or Redis is away: then only knowledge answers, until they are back.
+It opens while Postgres or Redis is unavailable as well: until both are back, only knowledge answers.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ from pathlib import Path
 
 import asyncpg
 
-from router.answering import store as asking
-from router.answering.fallback import Knowledge as Searched
-from router.answering.plan import Desk
-from router.answering.task_record import RequestContext
+from router.answering import store
+from router.answering.context import RequestContext
 from router.background import PeriodicJobs, freeze_garbage_collector, result_or_none
 from router.classification import Classification, ClassifierProcess
 from router.database import UNAVAILABLE_ERRORS
@@ -27,23 +25,25 @@ from router.knowledge import Knowledge
 from router.models import Roster, open_services, read_roster, roster_version
 from router.queue import TaskQueue
 from router.settings import Addresses, RouterConfig
-from router.task import new_call_id
 
 log = logging.getLogger("router.answering")
 
 FIRST_CONTACT_SECONDS = 5.0
 ROSTER_SECONDS = 1.0
 UNCONFIRMED_SECONDS = 1.0
-OVERLOOKED_SECONDS = 30.0
-START_SECONDS = 15.0
+ORPHANS_SECONDS = 30.0
+CLASSIFIER_START_SECONDS = 15.0
 WARM_CONNECTIONS = 4
 REDIS_SECONDS = 2.0
 CLOSE_SECONDS = 3.0
-NO_ROSTER = Roster(models={}, places={}, categories=(), version=-1)
+EMPTY_ROSTER = Roster(models={}, places={}, categories=(), version=-1)
 
 
 class AnsweringService:
-    """Open it, ask with its `means`, close it. All its state belongs to one event loop."""
+    """Lease, connections, roster, knowledge and classifier of one process. Belongs to one event loop.
+
+    `open_calls` returns the calls of this process that are not settled yet.
+    """
 
     def __init__(
         self, addresses: Addresses, config: RouterConfig, folder: Path, data: Path | None,
@@ -55,40 +55,39 @@ class AnsweringService:
         self._data = data
         self._open_calls = open_calls
         self._stack = contextlib.AsyncExitStack()
-        self._duties = PeriodicJobs()
+        self._jobs = PeriodicJobs()
         self._first_targets_done = False
-        self.roster = NO_ROSTER
-        self._knowledge: Searched | None = None
         self._classifier: ClassifierProcess | None = None
+        self.roster = EMPTY_ROSTER
+        self.context: RequestContext
 
     async def open(self) -> None:
-        """Connect as far as that is possible now; what is away is tried again for as long as this is open."""
+        """Connects as far as possible; what is unavailable is retried in the background."""
         try:
             await self._connect()
-            await self._open_knowledge()
             await self._first_contact()
         except BaseException:
             await self.close()
             raise
         freeze_garbage_collector()
-        self._take_up_duties()
+        self._start_jobs()
 
     @property
-    def knows_the_roster(self) -> bool:
-        """False until Postgres has told it."""
+    def has_roster(self) -> bool:
+        """False until the roster has been read from Postgres."""
         return self.roster.version >= 0
 
     async def start_classifier(self) -> None:
-        """Have the categoriser ready; bounded, and only the first time it takes long."""
+        """Starts the classifier on the first call, and waits at most CLASSIFIER_START_SECONDS for it."""
         if self._classifier is None and self._config.classification is not None:
             self._classifier = await self._stack.enter_async_context(
                 ClassifierProcess(self._config.classification)
             )
-            await self._classifier.until_ready(START_SECONDS)
+            await self._classifier.until_ready(CLASSIFIER_START_SECONDS)
 
     async def classify(self, prompt: str, seconds: float) -> Classification:
-        """The prompt's category, within `seconds`; else the default one, and the reason says why."""
-        why = "nobody asked for the categoriser"
+        """Returns the category, or the default category if there is none within `seconds`."""
+        why = "the classifier is not running"
         if self._classifier is not None:
             classifying = self._classifier.classify([prompt])
             found = await result_or_none(classifying, seconds, "router category")
@@ -97,80 +96,68 @@ class AnsweringService:
             why = f"no category within {seconds:.2g} s"
         return Classification(self._config.default_category, 0.0, f"default: {why}")
 
-    @property
-    def desk(self) -> Desk:
-        """What a prompt that comes now is answered with."""
-        return Desk(self._means, self._config, self.roster, self._knowledge)
-
     async def _connect(self) -> None:
         opening = open_services(
             self._addresses, self._config, redis_seconds=REDIS_SECONDS, needs_postgres=False
         )
         services = await self._stack.enter_async_context(opening)
-        self._pool, self.limiter, self._watch = services.pool, services.limiter, services.targets
-        self.queue = TaskQueue(self._pool, host=f"{socket.gethostname()}:asks")
-        self._means = RequestContext(
-            pool=self._pool, limiter=self.limiter, backend=services.backend, worker=lambda: self.queue.worker,
-            rename=self.queue.rename, new_call_id=lambda: new_call_id(self.queue.database_time()),
-        )  # fmt: skip
-
-    async def _open_knowledge(self) -> None:
-        opening = Knowledge.open(
+        self._pool, self._targets = services.pool, services.targets
+        self._queue = TaskQueue(self._pool, host=f"{socket.gethostname()}:asks")
+        opening_knowledge = Knowledge.open(
             self._folder / "knowledge", database_url=self._addresses.database_url, data_folder=self._data
         )
-        self._knowledge = await self._stack.enter_async_context(opening)
+        self.context = RequestContext(
+            pool=self._pool, limiter=services.limiter, backend=services.backend, queue=self._queue,
+            config=self._config, roster=lambda: self.roster,
+            knowledge=await self._stack.enter_async_context(opening_knowledge),
+        )  # fmt: skip
 
     async def _first_contact(self) -> None:
         try:
             done = await result_or_none(self._contact(), FIRST_CONTACT_SECONDS, "router first contact")
         except (RouterError, asyncpg.PostgresError, *UNAVAILABLE_ERRORS) as error:
-            log.warning("nothing can be asked yet: %s (tried again until it works)", error)
+            log.warning("no model can be called yet, retrying: %s", error)
         else:
             if done is None:
-                log.warning("Postgres or Redis does not answer; until it does only knowledge can")
+                log.warning("Postgres or Redis does not respond; only knowledge answers until it does")
 
     async def _contact(self) -> bool:
-        await self.queue.start()
-        # The first prompts shall not wait for connections to be made.
+        await self._queue.renew_lease()
+        # Connections made now do not delay the first requests.
         await asyncio.gather(*(self._pool.fetchval("SELECT 1") for _ in range(WARM_CONNECTIONS)))
         await self._roster_step()
         return True
 
-    def _take_up_duties(self) -> None:
-        self._duties.start(self._heartbeat_step, self._config.worker.heartbeat_seconds, "asker heartbeat")
-        self._duties.start(self._roster_step, ROSTER_SECONDS, "asker roster")
-        self._duties.start(self._unconfirmed_step, UNCONFIRMED_SECONDS, "asker unconfirmed calls")
-        self._duties.start(self._overlooked_step, OVERLOOKED_SECONDS, "asker overlooked claims")
+    def _start_jobs(self) -> None:
+        self._jobs.start(
+            self._queue.renew_lease, self._config.worker.heartbeat_seconds, "answering heartbeat"
+        )
+        self._jobs.start(self._roster_step, ROSTER_SECONDS, "answering roster")
+        self._jobs.start(self._unconfirmed_step, UNCONFIRMED_SECONDS, "answering unconfirmed calls")
+        self._jobs.start(self._orphans_step, ORPHANS_SECONDS, "answering orphaned claims")
 
     async def close(self) -> None:
-        """End the duties, give the lease back and close everything, within seconds whatever hangs."""
-        await self._duties.end()
-        if hasattr(self, "queue"):
+        """Ends the jobs, releases the lease and closes all connections, each within CLOSE_SECONDS."""
+        await self._jobs.stop()
+        if hasattr(self, "context"):
             with contextlib.suppress(RouterError):
                 await result_or_none(self._unconfirmed_step(), CLOSE_SECONDS, "router unconfirmed calls")
-                await result_or_none(self.queue.release(), CLOSE_SECONDS, "router release")
+                await result_or_none(self._queue.release(), CLOSE_SECONDS, "router release")
         await self._stack.aclose()
-
-    # PeriodicJobs.
-
-    async def _heartbeat_step(self) -> None:
-        worker = self.queue.worker
-        if not await self.queue.heartbeat():
-            self.queue.rename(worker)
-            await self.queue.start()
 
     async def _roster_step(self) -> None:
         if self.roster.version != await roster_version(self._pool):
             self.roster = await read_roster(self._pool)
             self._first_targets_done = False
         if not self._first_targets_done:
-            await self._watch.begin(self.roster)
+            await self._targets.restore(self.roster)
             self._first_targets_done = True
 
     async def _unconfirmed_step(self) -> None:
-        for call_id in list(self._means.unconfirmed):
-            await asking.forget(self._pool, call_id, "it was not confirmed when it was written")
-            self._means.unconfirmed.discard(call_id)
+        unconfirmed = self.context.unconfirmed
+        for call_id in list(unconfirmed):
+            await store.discard(self._pool, call_id, "the reply of Postgres was lost when it was logged")
+            unconfirmed.discard(call_id)
 
-    async def _overlooked_step(self) -> None:
-        await self.queue.release_orphaned_claims(self._open_calls())
+    async def _orphans_step(self) -> None:
+        await self._queue.release_orphaned_claims(self._open_calls())

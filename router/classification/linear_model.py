@@ -1,8 +1,8 @@
-"""What a categoriser learned, as numbers: from prompts and their features to a score for each category.
+"""The trained model: logistic regression over TF-IDF of words and character n-grams, shapes and rules.
 
-A logistic regression over TF-IDF of words and of character n-grams, the prompt's shape and the rules that
-matched. Learning takes a second of processor time and scikit-learn another to import, so what came of it is
-kept in a folder of what can be made anew: arrays without pickle, named after all that they depend on.
+TF-IDF is computed here, since it needs only numpy: scikit-learn is imported for training alone, which takes a
+second of processor time, like the import. Trained models are therefore cached on disk, as arrays without
+pickle, in files named after everything that training depends on.
 """
 
 from __future__ import annotations
@@ -28,41 +28,39 @@ from router.classification.features import (
     word_counts,
     words_of,
 )
+from router.files import replacing
 
 SHAPE_SCALE = 0.3
 RULE_SCALE = 0.35
-REGULARISATION = 3.0
-CACHED_MODELS = 8  # those that were used last
+REGULARIZATION = 3.0
+CACHED_MODELS = 8  # the most recently used
 
 Numbers = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """Prompts as the classifier sees them, in order. `matches`: of each prompt a number for each rule."""
+    """Prompts in the forms that features are computed from, in the same order."""
 
-    prompts: Sequence[str]  # cut
-    texts: Sequence[str]  # normal
-    matches: Sequence[Sequence[float]]
+    prompts: Sequence[str]  # shortened
+    texts: Sequence[str]  # normalized
+    matches: Sequence[Sequence[float]]  # per prompt, a number for each rule
 
 
 @dataclass(frozen=True)
 class LinearModel:
-    """Inverse frequencies of words and n-grams; a coefficient for each column and category, and intercepts.
+    """Parameters of the model. Columns are words, n-grams, shapes and rules, in this order."""
 
-    Columns are words, n-grams, shapes and rules, in this order.
-    """
-
-    word_weights: Numbers
-    gram_weights: Numbers
-    coefficients: Numbers
-    intercepts: Numbers
+    word_weights: Numbers  # inverse document frequency per column
+    gram_weights: Numbers  # the same
+    coefficients: Numbers  # (columns, categories)
+    intercepts: Numbers  # (categories,)
 
     @classmethod
-    def learn(
+    def train(
         cls, examples: Features, labels: Sequence[int], weights: Sequence[float] | Numbers, categories: int
     ) -> LinearModel:
-        """From examples with their category's number and weight each."""
+        """Trains on examples, each with the number of its category and a sample weight."""
         from sklearn.linear_model import LogisticRegression  # noqa: PLC0415 - it takes a second
         from threadpoolctl import threadpool_limits  # noqa: PLC0415 - scikit-learn brings it
 
@@ -72,72 +70,65 @@ class LinearModel:
         coefficients, intercepts = np.zeros((columns.shape[1], categories)), np.zeros(categories)
         if categories > 1:
             used = np.flatnonzero(np.asarray(columns.getnnz(axis=0)) > 1)
-            model = LogisticRegression(C=REGULARISATION, max_iter=80, tol=5e-4)
-            with threadpool_limits(1):  # more would be in each other's way on a busy machine
+            model = LogisticRegression(C=REGULARIZATION, max_iter=80, tol=5e-4)
+            with threadpool_limits(1):  # several threads slow each other down on a busy host
                 model.fit(columns[:, used], labels, sample_weight=weights)
-            coefficients[used] = _of_each_category(model.coef_)
-            intercepts = _of_each_category(model.intercept_[:, None])[0]
+            coefficients[used] = _per_category(model.coef_)
+            intercepts = _per_category(model.intercept_[:, None])[0]
         return cls(word_weights, gram_weights, coefficients, intercepts)
 
-    def scores(self, asked: Features) -> Numbers:
-        """A row a prompt, a column a category."""
-        words = _tfidf(word_counts(asked.texts), self.word_weights)
-        grams = _tfidf(gram_counts(asked.texts), self.gram_weights)
-        scores: Numbers = _columns(asked, words, grams) @ self.coefficients + self.intercepts
+    def scores(self, features: Features) -> Numbers:
+        """Returns logits, shape (prompts, categories)."""
+        words = _tfidf(word_counts(features.texts), self.word_weights)
+        grams = _tfidf(gram_counts(features.texts), self.gram_weights)
+        scores: Numbers = _columns(features, words, grams) @ self.coefficients + self.intercepts
         return scores
 
-    def telling_words(self, text: str, category: int) -> dict[str, float]:
-        """How much each word of a normal text spoke for the category (above 0) or against it (below)."""
+    def word_contributions(self, text: str, category: int) -> dict[str, float]:
+        """Returns how much each word of a normalized text adds to the category, relative to the others."""
         coefficients = self.coefficients[:WORD_COLUMNS]
-        own = coefficients[:, category] - coefficients.mean(axis=1)
-        told = _tfidf(word_counts([text]), self.word_weights).multiply(own).tocsr()
-        return {word: float(told[0, word_column(word)]) for word in dict.fromkeys(words_of(text))}
+        relative = coefficients[:, category] - coefficients.mean(axis=1)
+        added = _tfidf(word_counts([text]), self.word_weights).multiply(relative).tocsr()
+        return {word: float(added[0, word_column(word)]) for word in dict.fromkeys(words_of(text))}
 
 
-def kept(folder: Path, name: str, learn: Callable[[], LinearModel]) -> LinearModel:
-    """What was learned under this name and kept in `folder`; else what `learn` gives, kept from now on.
+def load_or_train(folder: Path, name: str, train: Callable[[], LinearModel]) -> LinearModel:
+    """Loads the model `name` from the cache `folder`, or trains and stores it.
 
-    A file that cannot be read is learned anew; a folder that cannot be written keeps nothing.
+    An unreadable file is replaced. In a folder that cannot be written nothing is stored.
     """
     path = folder / f"{name}.npz"
     with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            found = LinearModel(**{field.name: arrays[field.name] for field in fields(LinearModel)})
+            loaded = LinearModel(**{field.name: arrays[field.name] for field in fields(LinearModel)})
         with suppress(OSError):
             os.utime(path)
-        return found
-    made = learn()
+        return loaded
+    trained = train()
     with suppress(OSError):
-        _keep(made, path)
-    return made
+        _store(trained, path)
+    return trained
 
 
-def _keep(made: LinearModel, path: Path) -> None:
+def _store(model: LinearModel, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(f".{os.getpid()}")
-    with fresh.open("wb") as file:
-        np.savez_compressed(file, **{field.name: getattr(made, field.name) for field in fields(made)})
-    fresh.replace(path)
+    with replacing(path, mode=0o644) as file:
+        np.savez_compressed(file, **{field.name: getattr(model, field.name) for field in fields(model)})
     oldest_first = sorted(path.parent.glob("*.npz"), key=lambda file: file.stat().st_mtime)
     for old in oldest_first[:-CACHED_MODELS]:
         old.unlink(missing_ok=True)
 
 
-def _columns(of: Features, words: csr_matrix, grams: csr_matrix) -> csr_matrix:
-    rules = np.array(of.matches, dtype=np.float64).reshape(len(of.texts), -1)
+def _columns(features: Features, words: csr_matrix, grams: csr_matrix) -> csr_matrix:
+    rules = np.array(features.matches, dtype=np.float64).reshape(len(features.texts), -1)
+    shape = shapes(features.prompts, features.texts)
     return hstack(
-        [
-            words,
-            grams,
-            csr_matrix(shapes(of.prompts, of.texts) * SHAPE_SCALE),
-            csr_matrix(rules * RULE_SCALE),
-        ],
-        format="csr",
+        [words, grams, csr_matrix(shape * SHAPE_SCALE), csr_matrix(rules * RULE_SCALE)], format="csr"
     )
 
 
-def _of_each_category(learned: Any) -> Any:
-    """A column a category; of two categories scikit-learn gives only the second's."""
+def _per_category(learned: Any) -> Any:
+    """Returns a column per category; for two categories scikit-learn has only that of the second."""
     return np.concatenate([-learned, learned]).T / 2 if len(learned) == 1 else learned.T
 
 
@@ -148,6 +139,7 @@ def _inverse_frequency(counts: csr_matrix) -> Numbers:
 
 
 def _tfidf(counts: csr_matrix, weights: Numbers) -> csr_matrix:
+    """Returns sublinear TF-IDF with rows of length 1."""
     scaled = counts.copy()
     scaled.data = (1 + np.log(counts.data)) * weights[counts.indices]
     rows = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))

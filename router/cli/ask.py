@@ -1,4 +1,4 @@
-"""The verb `router ask`: one prompt answered now, and shown while it is under way."""
+"""`router ask`: answers one prompt now and shows the progress."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
@@ -20,13 +20,13 @@ from router.task import AnswerRank
 if TYPE_CHECKING:
     from router.answering import Router
 
-GRACE_SECONDS = 1.0  # for calls that can bring no better answer, so that their cost is known
+GRACE_SECONDS = 1.0  # lets calls that are no longer needed end, so that their cost is known
 ASK_HELP = """
 Answer one prompt now.
 
-The model that is best for the prompt's category and a fallback are asked at once. What happens is told on
-standard error as it happens; the answer goes to standard output. If it is not the best model's, a better one
-that comes later is shown too: Ctrl-C ends the waiting. PROMPT - reads standard input.
+Calls the best model for the prompt's category and a fallback in parallel. Progress goes to standard error,
+the answer to standard output. After a provisional answer the command waits for a better one and shows it;
+Ctrl-C stops the wait.
 
 \b
 Examples:
@@ -36,50 +36,49 @@ Examples:
   router ask --json "Why is the sky blue?" | jq -r .answer
 
 \b
---json prints one object: answer, model (null: passages), rank (passages, fallback_model, chosen_model),
-provisional, is_fallback, category, confidence, reason, preferred, fallback, seconds, cost_usd, prompt_tokens,
-completion_tokens, sources, task_id (null: not logged), calls (call_id, model, role, rank, started_seconds,
-sent_seconds, ended_seconds, outcome, error, cost_usd, prompt_tokens, completion_tokens), and late: the better
-answer that came within --late, with the same keys, or null.
+Keys of --json:
+  answer, category, confidence, reason, preferred, fallback, seconds, cost_usd,
+  prompt_tokens, completion_tokens, sources, provisional, is_fallback
+  model    null for passages
+  rank     passages, fallback_model or chosen_model
+  task_id  null if the request was not logged
+  calls    call_id, model, role, rank, started_seconds, sent_seconds, ended_seconds,
+           outcome, error, cost_usd, prompt_tokens, completion_tokens
+  late     a better answer that arrived within --late, with the same keys, or null
 """
 _STYLES = {EventKind.TROUBLE: "yellow", EventKind.ANSWERED: "green", EventKind.LATE: "green"}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Asked:
+class _Command:
     prompt: str
     options: dict[str, Any]
-    late_seconds: float | None  # None: as long as the config says
+    late_seconds: float | None  # None: answering.late_seconds of the config
     as_json: bool
     config: Path
 
 
 def ask(
-    prompt: Annotated[str, typer.Argument(help="What is to be answered; - reads standard input.")],
+    prompt: Annotated[str, typer.Argument(help="Prompt to answer; - reads standard input.")],
     *,
-    category: Annotated[
-        Optional[str],  # noqa: UP045 - typer evaluates it at run time, also on 3.10
-        typer.Option(help="The prompt's category; left out, the router finds it."),
-    ] = None,
-    model: Annotated[
-        Optional[str],  # noqa: UP045 - as above
-        typer.Option(help="Ask this model, and no other."),
-    ] = None,
+    category: Annotated[str | None, typer.Option(help="Category of the prompt. Default: classified.")] = None,
+    model: Annotated[str | None, typer.Option(help="Use this model only.")] = None,
     deadline: Annotated[
-        Optional[float],  # noqa: UP045 - as above
-        typer.Option(metavar="SECONDS", help="When there must be an answer; left out, the category's."),
+        float | None,
+        typer.Option(
+            metavar="SECONDS", help="Time limit for the first answer. Default: that of the category."
+        ),
     ] = None,
     max_tokens: Annotated[
-        Optional[int],  # noqa: UP045 - as above
-        typer.Option(metavar="N", help="The longest answer, in tokens."),
+        int | None, typer.Option(metavar="N", help="Maximum length of the answer, in tokens.")
     ] = None,
     late: Annotated[
-        Optional[float],  # noqa: UP045 - as above
+        float | None,
         typer.Option(
             metavar="SECONDS",
             min=0,
-            help="How long to wait for a better answer after a provisional one; left out, as the config says,"
-            " with --json not at all.",
+            help="Wait this long for a better answer after a provisional one. Default: the config's"
+            " answering.late_seconds; 0 with --json.",
         ),
     ] = None,
     as_json: terminal.Json = False,
@@ -90,90 +89,90 @@ def ask(
     }  # fmt: skip
     if late is None and as_json:
         late = 0.0
-    asyncio.run(_ask(_Asked(prompt, options, late, as_json, config)))
+    asyncio.run(_answer(_Command(prompt, options, late, as_json, config)))
 
 
-async def _ask(asked: _Asked) -> None:
-    # Not at the top: it takes a second, and every other verb would wait for it.
-    from router.answering import Router  # noqa: PLC0415
+async def _answer(command: _Command) -> None:
+    from router.answering import Router  # noqa: PLC0415 - takes a second, which other commands need not wait
 
-    router = Router.from_config(asked.config)
-    prompt = (
-        _standard_input(router.config.answering.max_prompt_bytes) if asked.prompt == "-" else asked.prompt
-    )
+    router = Router.from_config(command.config)
+    prompt = command.prompt
+    if prompt == "-":
+        prompt = _standard_input(router.config.answering.max_prompt_bytes)
     try:
-        answer = await router.answer(prompt, on_event=None if asked.as_json else _tell, **asked.options)
-        if not asked.as_json:
-            _show(answer)
-        better = await _late(router, answer, asked)
-        if asked.as_json:
-            typer.echo(terminal_json(answer, better))
+        on_event = None if command.as_json else _print_event
+        answer = await router.answer(prompt, on_event=on_event, **command.options)
+        if not command.as_json:
+            _print_answer(answer)
+        better = await _late_answer(router, answer, command)
+        if command.as_json:
+            typer.echo(_json(answer, better))
             sys.stdout.flush()
     finally:
         await router.close(grace_seconds=GRACE_SECONDS)
 
 
-def _standard_input(most_bytes: int) -> str:
-    content = sys.stdin.buffer.read(most_bytes + 1)
-    if len(content) > most_bytes:
+def _standard_input(max_bytes: int) -> str:
+    content = sys.stdin.buffer.read(max_bytes + 1)
+    if len(content) > max_bytes:
         raise InputError(
-            f"Standard input holds more than {most_bytes} bytes, the longest prompt. Shorten it."
+            f"Standard input is longer than {max_bytes} bytes, the maximum for a prompt. Shorten it."
         )
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise InputError(f"Standard input is no UTF-8 text, at byte {error.start + 1}.") from error
+        raise InputError(f"Standard input is not valid UTF-8 at byte {error.start + 1}.") from error
 
 
-async def _late(router: Router, answer: Answer, asked: _Asked) -> Answer | None:
-    """The best answer that came later, within the time; each is shown when it comes."""
-    seconds = router.config.answering.late_seconds if asked.late_seconds is None else asked.late_seconds
+async def _late_answer(router: Router, answer: Answer, command: _Command) -> Answer | None:
+    """Waits for better answers, shows each and returns the last; None if there was none."""
+    seconds = router.config.answering.late_seconds if command.late_seconds is None else command.late_seconds
     end = time.monotonic() + seconds
     best: Answer | None = None
     while better := await router.late(best or answer, seconds=end - time.monotonic()):
         best = better
-        if not asked.as_json:
-            _show(better)
+        if not command.as_json:
+            _print_answer(better)
     return best
 
 
-def _tell(event: Event) -> None:
+def _print_event(event: Event) -> None:
     line = Text(f"{event.seconds:7.2f} s  ", style="dim")
     line.append(event.text, style=_STYLES.get(event.kind, "default"))
     terminal.err().print(line, soft_wrap=True)
 
 
-def _show(answer: Answer) -> None:
-    giver = answer.model or "knowledge"
+def _print_answer(answer: Answer) -> None:
+    source = answer.model or "knowledge"
     kind = answer.rank.name.lower().replace("_", " ")
-    words = [f"{giver} ({kind})", f"{answer.seconds:.2f} s", f"${answer.cost_usd:.6f}"]
+    words = [f"{source} ({kind})", f"{answer.seconds:.2f} s", f"${answer.cost_usd:.6f}"]
     if answer.late:
         words.insert(0, "late")
     words.append("not logged" if answer.task_id is None else f"task {answer.task_id}")
     if answer.sources and answer.rank is AnswerRank.PASSAGES:
         words.append(f"from {', '.join(answer.sources)}")
     if answer.provisional:
-        words.append("a better answer may come")
+        words.append("provisional, waiting for a better answer")
     terminal.err().print(Text(f"{'-' * 9}  {' · '.join(words)}", style="bold"), soft_wrap=True)
     typer.echo(answer.text)
 
 
-def terminal_json(answer: Answer, late: Answer | None) -> str:
-    """The one object of `--json`."""
+def _json(answer: Answer, late: Answer | None) -> str:
+    """Formats the output of `--json`."""
     return terminal.as_json({**_object(answer), "late": _object(late) if late else None})
 
 
 def _object(answer: Answer) -> dict[str, Any]:
-    found = dataclasses.asdict(answer)
-    found.pop("late")
-    text = found.pop("text")
-    found["rank"] = answer.rank.name.lower()
-    found["is_fallback"] = answer.rank is not AnswerRank.CHOSEN_MODEL
-    for call, logged in zip(answer.calls, found["calls"], strict=True):
+    printed = dataclasses.asdict(answer)
+    printed.pop("late")
+    text = printed.pop("text")
+    printed["rank"] = answer.rank.name.lower()
+    printed["is_fallback"] = answer.rank is not AnswerRank.CHOSEN_MODEL
+    for call, logged in zip(answer.calls, printed["calls"], strict=True):
         logged.update(
             call_id=str(call.call_id),
             role=call.role.value,
             rank=call.rank.name.lower(),
             outcome=call.outcome.value if call.outcome else None,
         )
-    return {"answer": text, **found}
+    return {"answer": text, **printed}

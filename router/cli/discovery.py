@@ -1,9 +1,14 @@
-"""The verbs `router models search|promote|retire|undo`: better models found, and what becomes of them."""
+"""The commands `router models search`, `promote`, `retire` and `undo`."""
 
 from __future__ import annotations
 
+import functools
+import inspect
+import typing
 from collections import Counter
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
@@ -13,46 +18,49 @@ from router.settings import addresses_from_environment, load_config, load_learni
 
 if TYPE_CHECKING:
     from router.discovery import Decision, SearchReport
+    from router.models import AirflowApi
 
 SHOWN = ("taken", "lost", "unreachable")
+LABELS = {"taken": "admitted"}  # of stored verdicts
+CHANGES = {"taken": "admission", "promoted": "promotion", "retired": "retirement"}  # of stored changes
 
 SEARCH_HELP = """
-Search for better models now: read the catalogues, try what meets the criteria, take on what wins.
+Search for better models now: read the catalogs, try what meets the criteria, and admit winners.
 
-A candidate answers the same prompts as the model that is first in the category, through the Models Backend
-and the limiter. If it is surely better it is taken on: on probation, with a small target of its own. That
-takes as long as the answers do. One search runs at a time. Needs ROUTER_DATABASE_URL, ROUTER_REDIS_URL and
-MODELS_BACKEND_URL.
+A candidate answers the same prompts as the first model of the category, through the Models Backend and the
+limiter. If it is significantly better, it is admitted on probation, with a small target of its own. This
+takes as long as the answers take. Only one search runs at a time. Requires ROUTER_DATABASE_URL,
+ROUTER_REDIS_URL and MODELS_BACKEND_URL.
 
 \b
 Examples:
-  router models search --dry-run               who would be tried; nothing is sent
+  router models search --dry-run               show what would be tried; send nothing
   router models search --category creative
   router models search --json
 
 \b
---json prints one object: search (null: dry run), plans (category, incumbent, judge, prompts, passing,
+--json prints one object: search (null for a dry run), plans (category, incumbent, judge, prompts, passing,
 candidates), findings (model, category, catalogue, verdict, reason, trial), notes.
 """
 PROMOTE_HELP = """
-Promote a model that is on probation: from now on it is ranked as any other.
+Promote a model on probation: it is ranked like any other model.
 
 \b
 Examples:
   router models promote llama-4-maverick
 """
 RETIRE_HELP = """
-Retire a model that a search found: it is sent nothing any more.
+Retire a discovered model: it gets no more prompts.
 
 \b
 Examples:
   router models retire llama-4-maverick
 """
 UNDO_HELP = """
-Set the last change of a model back that a search found: promoted, retired or taken on.
+Undo the last change to a discovered model (admitted, promoted or retired).
 
-Without MODEL all is set back that the last search, or the one of that number, took on. Roster, places,
-discovered.yaml and the Variable are then what they were before.
+Without MODEL, undo everything that the last search, or the one given by --search, admitted. Roster, ranks,
+discovered.yaml and the Variable are restored.
 
 \b
 Examples:
@@ -61,49 +69,88 @@ Examples:
   router models undo --search 12
 """
 
-OptionalText = Optional[str]  # noqa: UP045 - typer evaluates it at run time, also on 3.10
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Its name on the roster.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Name of the model on the roster.")]
 
 
+@dataclass(frozen=True)
+class _Options:
+    """The options that all four commands share."""
+
+    by: terminal.By = None
+    as_json: terminal.Json = False
+    config: terminal.Config = terminal.DEFAULT_CONFIG
+    airflow: terminal.AirflowUrl = None
+    airflow_user: terminal.AirflowUser = None
+    airflow_password: terminal.AirflowPassword = None
+
+    @property
+    def author(self) -> str:
+        return terminal.who(self.by)
+
+    @property
+    def variables(self) -> AirflowApi | None:
+        return terminal.airflow(self.airflow, self.airflow_user, self.airflow_password)
+
+
+def _with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Declares the shared options on a command, which gets them as `options`."""
+    hints = typing.get_type_hints(command, include_extras=True, localns={"_Options": _Options})
+    own = [
+        parameter.replace(annotation=hints[name])
+        for name, parameter in inspect.signature(command).parameters.items()
+        if name != "options"
+    ]
+    shared_hints = typing.get_type_hints(_Options, include_extras=True)
+    shared = [
+        parameter.replace(annotation=shared_hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, parameter in inspect.signature(_Options).parameters.items()
+    ]
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        options = _Options(**{parameter.name: values.pop(parameter.name) for parameter in shared})
+        command(**values, options=options)
+
+    parameters = sorted([*own, *shared], key=lambda parameter: parameter.kind)
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # read by typer
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+@_with_options
 def search(
     *,
     category: Annotated[
-        Optional[list[str]],  # noqa: UP045 - as above
-        typer.Option(help="Only for this category; repeatable."),
+        list[str] | None, typer.Option(help="Search only for this category; repeatable.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show who would be tried; send nothing, keep nothing.")
+        bool, typer.Option("--dry-run", help="Show what would be tried; send and store nothing.")
     ] = False,
-    by: terminal.By = None,
-    as_json: terminal.Json = False,
-    config: terminal.Config = terminal.DEFAULT_CONFIG,
-    airflow: terminal.AirflowUrl = None,
-    airflow_user: terminal.AirflowUser = None,
-    airflow_password: terminal.AirflowPassword = None,
+    options: _Options,
 ) -> None:
-    # Not at the top: it takes a second, and every other verb would wait for it.
+    # Imported here, since it takes a second, which every other command would wait for.
     from router.discovery import run_search  # noqa: PLC0415
     from router.settings import load_discovery  # noqa: PLC0415 - the same
 
-    settings = load_config(config)
-    learning = load_learning(config, settings.categories)
-    looking_for = load_discovery(config, settings.categories)
+    config = load_config(options.config)
+    learning = load_learning(options.config, config.categories)
+    settings = load_discovery(options.config, config.categories)
     addresses = addresses_from_environment()
     with terminal.database(addresses.database_url):
-        pass  # says so if the schema is not there
-    if not dry_run and not as_json:
-        terminal.note("Candidates are tried; that can take many minutes.")
+        pass  # checks the schema
+    if not dry_run and not options.as_json:
+        terminal.note("Trying candidates; this can take many minutes.")
     report = run_search(
-        addresses, settings, learning, looking_for, config, categories=category, by=terminal.who(by),
-        dry_run=dry_run, variables=terminal.airflow(airflow, airflow_user, airflow_password),
+        addresses, config, learning, settings, options.config, categories=category, by=options.author,
+        dry_run=dry_run, variables=options.variables,
     )  # fmt: skip
-    if as_json:
-        terminal.print_json(_plain(report))
+    if options.as_json:
+        terminal.print_json(_report_json(report))
     else:
         _show(report)
 
 
-def _plain(report: SearchReport) -> dict[str, Any]:
+def _report_json(report: SearchReport) -> dict[str, Any]:
     return {
         "search": report.search,
         "plans": [
@@ -126,96 +173,76 @@ def _show(report: SearchReport) -> None:
     for note in report.notes:
         terminal.note(note)
     for plan in report.plans:
-        names = ", ".join(model.name for model in plan.candidates) or "nobody"
+        names = ", ".join(model.name for model in plan.candidates) or "none"
         against = f" against {plan.incumbent.name}" if plan.incumbent and plan.candidates else ""
         tried = "would be tried" if report.search is None else "tried"
         typer.echo(f"{plan.category}: {len(plan.passing)} meet the criteria; {tried}: {names}{against}")
     found = [finding for finding in report.findings if finding.verdict in SHOWN]
-    table = terminal.quiet_table("model", "category", "verdict", "why")
+    table = terminal.quiet_table("model", "category", "verdict", "reason")
     for finding in found:
-        verdict = Text(finding.verdict, style="green" if finding.verdict == "taken" else "dim")
+        label = LABELS.get(finding.verdict, finding.verdict)
+        verdict = Text(label, style="green" if finding.verdict == "taken" else "dim")
         table.add_row(finding.model, finding.category or "", verdict, finding.reason)
     if found:
         terminal.out().print(table)
     others = Counter(finding.verdict for finding in report.findings)
-    typer.echo(f"refused: {others['refused']}, known already: {others['known']} (--json says why)")
+    typer.echo(f"refused: {others['refused']}, already known: {others['known']} (--json shows the reasons)")
 
 
-def promote(
-    model: Model,
-    *,
-    by: terminal.By = None,
-    as_json: terminal.Json = False,
-    database: terminal.Database = None,
-    config: terminal.Config = terminal.DEFAULT_CONFIG,
-    airflow: terminal.AirflowUrl = None,
-    airflow_user: terminal.AirflowUser = None,
-    airflow_password: terminal.AirflowPassword = None,
-) -> None:
-    from router.discovery import promote as promote_now  # noqa: PLC0415 - as in search
+@_with_options
+def promote(model: Model, *, database: terminal.Database = None, options: _Options) -> None:
+    from router.discovery import promote as promote_model  # noqa: PLC0415 - as in search
 
-    variables = terminal.airflow(airflow, airflow_user, airflow_password)
     url = terminal.database_url(database)
-    done = promote_now(url, config, model, by=terminal.who(by), variables=variables)
-    words = "promoted; it is ranked as any other from the next review on, and its target is as it was"
-    _say(done, words, as_json=as_json)
+    decision = promote_model(url, options.config, model, by=options.author, variables=options.variables)
+    _report(decision, "promoted; the next review ranks it, its target is unchanged", options)
 
 
-def retire(
-    model: Model,
-    *,
-    by: terminal.By = None,
-    as_json: terminal.Json = False,
-    database: terminal.Database = None,
-    config: terminal.Config = terminal.DEFAULT_CONFIG,
-    airflow: terminal.AirflowUrl = None,
-    airflow_user: terminal.AirflowUser = None,
-    airflow_password: terminal.AirflowPassword = None,
-) -> None:
-    from router.discovery import retire as retire_now  # noqa: PLC0415 - as in search
+@_with_options
+def retire(model: Model, *, database: terminal.Database = None, options: _Options) -> None:
+    from router.discovery import retire as retire_model  # noqa: PLC0415 - as in search
 
-    variables = terminal.airflow(airflow, airflow_user, airflow_password)
     url = terminal.database_url(database)
-    done = retire_now(url, config, model, by=terminal.who(by), variables=variables)
-    _say(done, "retired; it is sent nothing any more", as_json=as_json)
+    decision = retire_model(url, options.config, model, by=options.author, variables=options.variables)
+    _report(decision, "retired; it gets no more prompts", options)
 
 
-def _say(done: Decision, words: str, *, as_json: bool) -> None:
-    for note in done.notes:
+def _report(decision: Decision, text: str, options: _Options) -> None:
+    for note in decision.notes:
         terminal.note(note)
-    if as_json:
-        terminal.print_json(done)
+    if options.as_json:
+        terminal.print_json(decision)
     else:
-        typer.echo(f"{done.model}: {words}.")
+        typer.echo(f"{decision.model}: {text}.")
 
 
+@_with_options
 def undo(
-    model: Annotated[OptionalText, typer.Argument(metavar="MODEL", help="Its name on the roster.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Name of the model on the roster.")
+    ] = None,
     *,
     number: Annotated[
-        Optional[int],  # noqa: UP045 - as above
-        typer.Option("--search", metavar="NUMBER", help="All that this search took on."),
+        int | None,
+        typer.Option("--search", metavar="NUMBER", help="Undo everything that this search admitted."),
     ] = None,
-    by: terminal.By = None,
-    as_json: terminal.Json = False,
     database: terminal.Database = None,
-    config: terminal.Config = terminal.DEFAULT_CONFIG,
-    airflow: terminal.AirflowUrl = None,
-    airflow_user: terminal.AirflowUser = None,
-    airflow_password: terminal.AirflowPassword = None,
+    options: _Options,
 ) -> None:
     from router.discovery import undo_search  # noqa: PLC0415 - as in search
 
     if model is not None and number is not None:
-        raise typer.BadParameter("either MODEL or --search")
-    variables = terminal.airflow(airflow, airflow_user, airflow_password)
+        raise typer.BadParameter("give either MODEL or --search")
     undone = undo_search(
-        terminal.database_url(database), config, model=model, search=number, by=terminal.who(by),
-        variables=variables,
+        terminal.database_url(database), options.config, model=model, search=number, by=options.author,
+        variables=options.variables,
     )  # fmt: skip
     for note in undone[0].notes:
         terminal.note(note)
-    if as_json:
+    if options.as_json:
         terminal.print_json(undone)
-    for one in () if as_json else undone:
-        typer.echo(f"{one.model}: {one.what} is set back; workers hear of it within a second.")
+        return
+    for one in undone:
+        typer.echo(
+            f"{one.model}: {CHANGES.get(one.what, one.what)} undone; workers apply it within a second."
+        )

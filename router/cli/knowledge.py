@@ -1,4 +1,4 @@
-"""The verbs `router knowledge ...`: what the router answers with when no model does."""
+"""The commands `router knowledge ...`: manage, search and evaluate knowledge."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import typer
 from router.cli import terminal
 from router.errors import InputError, RouterError
 from router.knowledge import (
-    Found,
     Knowledge,
     KnowledgeFile,
-    Refused,
+    RejectedFile,
+    SearchResult,
     add_file,
     evaluate_retrieval,
     files_in,
@@ -29,15 +29,16 @@ from router.knowledge import (
 from router.settings import data_folder
 
 KNOWLEDGE_HELP = """
-What the router answers with when no model does.
+Manage and search the passages that answer when no model does.
 
-It is found in the files of config/knowledge, in files that were added here, and in tasks that were solved
-before. Added files are kept in Postgres: every host finds them within a minute.
+Sources are the files of config/knowledge, files added here, and solved tasks. Added files are stored in
+Postgres and searchable on every host within a minute.
 """
 ADD_HELP = """
-Add files, or all files of folders: Markdown, text, reStructuredText, or JSON lines with "text" and "title".
+Add files, or all files below folders.
 
-Adding a file again replaces what it held. A file that is not text is named and left out.
+Formats are Markdown, text, reStructuredText, and JSON Lines with "text" and "title". Adding a file again
+replaces its entries. A file that is not text is reported and skipped (exit code 3).
 
 \b
 Examples:
@@ -45,7 +46,7 @@ Examples:
   router knowledge add notes/ faq.jsonl
 """
 REMOVE_HELP = """
-Forget files that were added, or all beneath a folder. They need not exist any more.
+Remove added files, or all added files below a folder. They need not exist on disk.
 
 \b
 Examples:
@@ -53,7 +54,7 @@ Examples:
   router knowledge remove notes/
 """
 LIST_HELP = """
-Show which files were added.
+List the added files.
 
 \b
 Examples:
@@ -61,9 +62,10 @@ Examples:
   router knowledge list --json | jq -r .[].source
 """
 SEARCH_HELP = """
-Show what is found for a question, and how sure that is.
+Search for passages.
 
-Without a database config/knowledge alone is searched.
+Shows the best passages, and the confidence that the first one is relevant. Without a database, only
+config/knowledge is searched.
 
 \b
 Examples:
@@ -71,17 +73,18 @@ Examples:
   router knowledge search "refund after 30 days" --limit 3 --json
 """
 EVALUATE_HELP = """
-Measure how well is found: a folder with corpus.jsonl, queries.jsonl and qrels.tsv.
+Measure retrieval quality.
 
-Prints how often a relevant document comes first, or among the first five, the mean reciprocal rank, and
-times.
+The folder must contain corpus.jsonl, queries.jsonl and qrels.tsv (the BEIR format). Prints hit@1 and
+hit@5 (the share of questions with a relevant document first, or among the first five), the mean reciprocal
+rank (MRR), and times.
 
 \b
 Examples:
   router knowledge evaluate collections/cranfield
   router knowledge evaluate collections/cranfield --json
 """
-SHOWN_LINES = 6
+PREVIEW_LINES = 6
 
 knowledge = terminal.verbs()
 
@@ -93,53 +96,50 @@ def add(paths: Paths, *, as_json: terminal.Json = False, database: terminal.Data
     missing = [str(path) for path in paths if not path.exists()]
     if missing:
         raise InputError(f"{missing[0]} does not exist. Nothing was added.")
-    became: dict[str, str] = {}
-    refused: list[Refused] = []
+    changes: dict[str, str] = {}
+    rejected: list[RejectedFile] = []
     with terminal.database(database) as connection:
         for path, file in _read(paths):
-            if isinstance(file, Refused):
-                refused.append(file)
-                terminal.complain(f"{file} It was left out.")
+            if isinstance(file, RejectedFile):
+                rejected.append(file)
+                terminal.complain(f"{file} Skipped.")
                 continue
-            became[source_name(path)] = add_file(connection, path, file)
+            change = changes[source_name(path)] = add_file(connection, path, file)
             connection.commit()
             if not as_json:
-                typer.echo(f"{became[source_name(path)]}: {path} ({len(file.entries):,} entries)")
+                typer.echo(f"{change}: {path} ({len(file.entries):,} entries)")
     if as_json:
-        terminal.print_json({"files": became, "refused": {str(file.path): file.why for file in refused}})
-    if refused:
+        terminal.print_json({"files": changes, "refused": {str(file.path): file.reason for file in rejected}})
+    if rejected:
         raise typer.Exit(terminal.EXIT_SOME_BAD)
 
 
-def _read(paths: list[Path]) -> Iterator[tuple[Path, KnowledgeFile | Refused]]:
+def _read(paths: list[Path]) -> Iterator[tuple[Path, KnowledgeFile | RejectedFile]]:
     for given in paths:
         inside = files_in(given) if given.is_dir() else [given]
         if not inside:
-            yield given, Refused(given, "holds no file")
+            yield given, RejectedFile(given, "contains no files")
         for path in inside:
             folder = given.resolve().name
             name = f"{folder}/{path.relative_to(given).as_posix()}" if given.is_dir() else path.name
-            try:
-                yield path, read_file(path, key=source_name(path), name=name)
-            except InputError as error:
-                yield path, Refused(path, str(error).removeprefix(f"{path} ").removesuffix("."))
+            yield path, read_file(path, key=source_name(path), name=name)
 
 
 @knowledge.command(help=REMOVE_HELP)
 def remove(paths: Paths, *, as_json: terminal.Json = False, database: terminal.Database = None) -> None:
-    gone: list[str] = []
+    removed: list[str] = []
     unknown: list[Path] = []
     with terminal.database(database) as connection:
         for path in paths:
-            removed = remove_path(connection, path)
-            gone += removed
-            if not removed:
+            found = remove_path(connection, path)
+            removed += found
+            if not found:
                 unknown.append(path)
-                terminal.complain(f"{path} was never added, or is removed; see router knowledge list.")
+                terminal.complain(f"{path} is not an added file or folder; see router knowledge list.")
     if as_json:
-        terminal.print_json({"removed": gone, "unknown": unknown})
+        terminal.print_json({"removed": removed, "unknown": unknown})
     else:
-        for source in gone:
+        for source in removed:
             typer.echo(f"removed: {source}")
     if unknown:
         raise typer.Exit(terminal.EXIT_SOME_BAD)
@@ -153,7 +153,7 @@ def list_sources(*, as_json: terminal.Json = False, database: terminal.Database 
         terminal.print_json(found)
         return
     if not found:
-        typer.echo("No file was added yet; see router knowledge add --help.")
+        typer.echo("No files added. See router knowledge add --help.")
         return
     table = terminal.quiet_table("file", "entries", "changed", right=("entries",))
     for source in found:
@@ -163,55 +163,55 @@ def list_sources(*, as_json: terminal.Json = False, database: terminal.Database 
 
 @knowledge.command(help=SEARCH_HELP)
 def search(
-    question: Annotated[str, typer.Argument(help="What to look for.")],
+    question: Annotated[str, typer.Argument(help="Text to search for.")],
     *,
-    limit: Annotated[int, typer.Option(min=1, max=100, help="At most so many passages.")] = 5,
+    limit: Annotated[int, typer.Option(min=1, max=100, help="Maximum number of passages.")] = 5,
     as_json: terminal.Json = False,
     database: Annotated[
         Optional[str],  # noqa: UP045 - typer evaluates it at run time, also on 3.10
-        typer.Option(metavar="URL", envvar="ROUTER_DATABASE_URL", help="Postgres; optional here."),
+        typer.Option(metavar="URL", envvar="ROUTER_DATABASE_URL", help="Postgres; optional."),
     ] = None,
     config: terminal.Config = terminal.DEFAULT_CONFIG,
 ) -> None:
     found, entries = asyncio.run(_search(question, limit, database, config))
     if as_json:
-        terminal.print_json({**dataclasses.asdict(found), "knows": found.knows, "entries": entries})
+        terminal.print_json({**dataclasses.asdict(found), "knows": found.is_relevant, "entries": entries})
         return
-    for place, passage in enumerate(found.passages, 1):
-        typer.echo(f"[{place}] {passage.source}   score {passage.score:.2f}")
-        for line in passage.text.splitlines()[:SHOWN_LINES]:
+    for number, passage in enumerate(found.passages, 1):
+        typer.echo(f"[{number}] {passage.source}   score {passage.score:.2f}")
+        for line in passage.text.splitlines()[:PREVIEW_LINES]:
             typer.echo(f"    {line}")
-    word = "knows" if found.knows else "no knowledge"
-    typer.echo(f"{word}: confidence {found.confidence:.0%}, {entries:,} entries searched")
+    verdict = "relevant" if found.is_relevant else "not relevant"
+    typer.echo(f"{verdict}: confidence {found.confidence:.0%}, {entries:,} entries searched")
 
 
-async def _search(question: str, limit: int, database: str | None, config: Path) -> tuple[Found, int]:
+async def _search(question: str, limit: int, database: str | None, config: Path) -> tuple[SearchResult, int]:
     opening = Knowledge.open(
-        config / "knowledge", database_url=database, data_folder=data_folder(), follow=False
+        config / "knowledge", database_url=database, data_folder=data_folder(), keep_updated=False
     )
     async with opening as opened:
         try:
-            await opened.catch_up()
+            await opened.update()
         except RouterError as error:
-            terminal.note(f"Only what this host has already is searched: {error}")
+            terminal.note(f"Searching the existing index of this host, which could not be updated: {error}")
         return await opened.search(question, limit), opened.entries
 
 
 @knowledge.command(help=EVALUATE_HELP)
 def evaluate(
-    folder: Annotated[Path, typer.Argument(help="The folder of the three files.")],
+    folder: Annotated[Path, typer.Argument(help="Folder with the three files.")],
     *,
     as_json: terminal.Json = False,
 ) -> None:
-    trial = evaluate_retrieval(read_collection(folder))
+    report = evaluate_retrieval(read_collection(folder))
     if as_json:
-        terminal.print_json({"folder": str(folder), **dataclasses.asdict(trial)})
+        terminal.print_json({"folder": str(folder), **dataclasses.asdict(report)})
         return
     typer.echo(
-        f"{trial.queries:,} questions to {trial.documents:,} documents: hit@1 {trial.hit_at_1:.3f},"
-        f" hit@5 {trial.hit_at_5:.3f}, MRR {trial.mrr:.3f}"
+        f"{report.queries:,} questions, {report.documents:,} documents: hit@1 {report.hit_at_1:.3f},"
+        f" hit@5 {report.hit_at_5:.3f}, MRR {report.mrr:.3f}"
     )
     typer.echo(
-        f"{trial.milliseconds_p50:.2f} ms a question (p99 {trial.milliseconds_p99:.2f} ms),"
-        f" built in {trial.build_seconds:.2f} s"
+        f"{report.milliseconds_p50:.2f} ms per question (p99 {report.milliseconds_p99:.2f} ms),"
+        f" index built in {report.build_seconds:.2f} s"
     )

@@ -1,4 +1,4 @@
-"""The verb `router load`: files of prompts become tasks."""
+"""`router load`: adds prompts from files to the queue."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -19,43 +19,45 @@ from router.cli import terminal
 from router.database import Connection
 from router.errors import InputError
 from router.queue import (
-    LARGEST_PRIORITY,
+    MAX_PRIORITY,
     Format,
     IngestDefaults,
     InvalidRow,
     NewTask,
     category_names,
+    decompressed,
     detect_format,
     enqueue,
-    longest_prompt_bytes,
+    max_prompt_bytes,
     read_tasks,
-    unpacked,
 )
 
 BATCH_TASKS = 2000
 BATCH_CHARACTERS = 4 * 1024 * 1024
-SHOWN_BAD_LINES = 20
-SHOWN_CATEGORIES = 5
-LONGEST_SHOWN_NAME = 50
+MAX_SHOWN_ERRORS = 20
+MAX_SHOWN_CATEGORIES = 5
+MAX_NAME_CHARACTERS = 50
 STANDARD_INPUT = "-"
 
 HELP = """
-Load prompts from files or standard input, as tasks to be solved.
+Add prompts from files or standard input to the queue.
 
 \b
 Formats, also gzipped:
-  openai  {"custom_id", "method", "url", "body": {"messages", "max_tokens"}} a line
-  jsonl   {"prompt", "category", "priority", "id", "max_tokens", "deadline_at"}
-          a line, of which only prompt must be there; or openai's lines
-  csv     a header that names prompt, and any other of jsonl's fields;
-          comma, semicolon or tab
-  text    one prompt a line
+  openai  OpenAI Batch API, one object per line:
+          {"custom_id", "method", "url", "body": {"messages", "max_tokens"}}
+  jsonl   one object per line, only prompt is required:
+          {"prompt", "category", "priority", "id", "max_tokens", "deadline_at"};
+          lines of the format openai are accepted too
+  csv     a header with prompt and optionally the other fields of jsonl;
+          separated by comma, semicolon or tab
+  text    one prompt per line
 
-A chat becomes one prompt: its system messages, an empty line, the user's message; a longer chat keeps its
-turns, headed "User:" and "Assistant:".
+A chat becomes one prompt: the system messages, an empty line, the user's message. A chat with several turns
+keeps them under the headings "User:" and "Assistant:".
 
-Loading the same file again adds nothing: a row is known by its own id, else by its prompt and how often the
-file has asked it before. A line that cannot be read is named, the others are loaded, and the exit code is 3.
+Loading a file again adds nothing. A row is identified by its id, or else by its prompt and how often the file
+has repeated it. Invalid rows are listed and skipped; the exit code is then 3.
 
 \b
 Examples:
@@ -68,7 +70,7 @@ Examples:
 
 @dataclass
 class Loaded:
-    """What `router load` did: `read` = `added` + `known` (there already) + `bad`; `errors`: the first few."""
+    """Result of `router load`: `read` = `added` + `known` (already present) + `bad`; the first `errors`."""
 
     files: list[str] = field(default_factory=list)
     read: int = 0
@@ -82,39 +84,39 @@ class Loaded:
 
 def load(
     files: Annotated[
-        list[str], typer.Argument(metavar="FILE", help="Files of prompts; - is standard input.")
+        list[str], typer.Argument(metavar="FILE", help="Files with prompts; - reads standard input.")
     ],
     *,
     file_format: Annotated[
-        Optional[Format],  # noqa: UP045 - typer evaluates it at run time, also on 3.10
-        typer.Option("--format", help="Default: by the file's suffix, else by its first line."),
+        Format | None, typer.Option("--format", help="Default: detected from the suffix, or the first line.")
     ] = None,
     category: Annotated[
-        Optional[str],  # noqa: UP045 - as above
-        typer.Option(help="For rows that name none. Default: the router decides by the prompt."),
+        str | None, typer.Option(help="Category of rows without one. Default: classified.")
     ] = None,
     priority: Annotated[
         int,
         typer.Option(
-            min=-LARGEST_PRIORITY, max=LARGEST_PRIORITY, help="For rows that name none; higher goes first."
+            min=-MAX_PRIORITY,
+            max=MAX_PRIORITY,
+            help="Priority of rows without one; higher goes first.",
         ),
     ] = 0,
-    id_prefix: Annotated[str, typer.Option(help="Put before the ids that rows name. Default: nothing.")] = "",
+    id_prefix: Annotated[str, typer.Option(help="Prefix for the ids of rows. Default: none.")] = "",
     as_json: terminal.Json = False,
     database: terminal.Database = None,
 ) -> None:
     with ExitStack() as stack:
-        opened = [_open(name, stack) for name in files]  # all of them, before anything is added
+        opened = [_open(name, stack) for name in files]  # a missing file is an error before anything is added
         connection = stack.enter_context(terminal.database(database))
         names = category_names(connection)
         if category is not None:
             terminal.known(category, names, "category")
-        rules = IngestDefaults(category, priority, longest_prompt_bytes(connection), id_prefix)
+        rules = IngestDefaults(category, priority, max_prompt_bytes(connection), id_prefix)
         connection.commit()
-        loading = _Loading(connection, rules, frozenset(names), as_json=as_json)
+        loading = _Load(connection, rules, frozenset(names), as_json=as_json)
         for name, stream in opened:
             loading.load(name, stream, file_format)
-    loading.tell()
+    loading.report()
 
 
 def _open(name: str, stack: ExitStack) -> tuple[str, io.BufferedReader]:
@@ -128,8 +130,8 @@ def _open(name: str, stack: ExitStack) -> tuple[str, io.BufferedReader]:
         raise InputError(f"{name} cannot be read: {error.strerror or error}. Nothing was loaded.") from error
 
 
-class _Loading:
-    """One run: reads, adds batch by batch, and keeps count."""
+class _Load:
+    """One run: adds tasks in batches and counts them."""
 
     def __init__(
         self,
@@ -147,7 +149,7 @@ class _Loading:
         self._done = Loaded()
 
     def load(self, name: str, stream: io.BufferedReader, file_format: Format | None) -> None:
-        """Load one file; what was added stays, whatever ends it."""
+        """Loads one file. Batches that were added stay, even after an error."""
         self._done.files.append(name)
         try:
             with self._progress() as progress:
@@ -158,7 +160,9 @@ class _Loading:
                     progress.update(shown, completed=at, added=self._done.added)
         except BaseException:
             added = self._done.added
-            terminal.complain(f"Broken off: {added:,} tasks were added; the same command goes on from there.")
+            terminal.complain(
+                f"Interrupted: {added:,} tasks were added. Run the same command again to continue."
+            )
             raise
 
     def _progress(self) -> Progress:
@@ -171,7 +175,7 @@ class _Loading:
     def _batches(
         self, name: str, stream: io.BufferedReader, file_format: Format | None
     ) -> Iterator[list[NewTask]]:
-        content = unpacked(stream)
+        content = decompressed(stream)
         kind = file_format or detect_format(name, content)
         batch: list[NewTask] = []
         characters = 0
@@ -191,8 +195,8 @@ class _Loading:
     def _with_known_category(self, task: NewTask) -> NewTask:
         if task.category is None or task.category in self._categories:
             return task
-        unknown, name = self._done.unknown_categories, task.category[:LONGEST_SHOWN_NAME]
-        if name not in unknown and len(unknown) < SHOWN_CATEGORIES:
+        unknown, name = self._done.unknown_categories, task.category[:MAX_NAME_CHARACTERS]
+        if name not in unknown and len(unknown) < MAX_SHOWN_CATEGORIES:
             unknown.append(name)
         return replace(task, category=self._rules.category)
 
@@ -200,44 +204,44 @@ class _Loading:
         result = enqueue(self._connection, batch)
         self._done.added += result.added
         self._done.known += result.known
-        for clash in result.clashes:
+        for conflict in result.conflicts:
             problem = (
-                f"the id {clash.external_id!r} belongs to task {clash.task_id}, which has another prompt;"
-                " give it an id of its own, or load with --id-prefix"
+                f"the id {conflict.external_id!r} belongs to task {conflict.task_id}, which has another"
+                " prompt; use another id or --id-prefix"
             )
-            self._bad(name, clash.line, problem)
+            self._bad(name, conflict.line, problem)
 
     def _bad(self, name: str, line: int, problem: str) -> None:
         self._done.bad += 1
-        if len(self._done.errors) < SHOWN_BAD_LINES:
+        if len(self._done.errors) < MAX_SHOWN_ERRORS:
             self._done.errors.append({"file": name, "line": line, "problem": problem})
             self._complain(f"{name}:{line}: {problem}")
-        elif self._done.bad == SHOWN_BAD_LINES + 1:
-            self._complain("... further bad lines are only counted.")
+        elif self._done.bad == MAX_SHOWN_ERRORS + 1:
+            self._complain("... further invalid rows are counted but not listed.")
 
     def _complain(self, message: str) -> None:
-        if not self._as_json:  # there the object names them
+        if not self._as_json:  # JSON output lists them in `errors`
             terminal.complain(message)
 
-    def tell(self) -> None:
-        """Say what was done; exit code 3 if a line was bad."""
+    def report(self) -> None:
+        """Prints the result. Raises typer.Exit with code 3 if a row was invalid."""
         done = self._done
         done.seconds = round(time.monotonic() - self._started, 3)
         if self._as_json:
             terminal.print_json(done)
         else:
             rate = done.read / max(done.seconds, 0.001)
-            parts = [f"{done.added:,} added", f"{done.known:,} there already", f"{done.bad:,} bad"]
+            parts = [f"{done.added:,} added", f"{done.known:,} already present", f"{done.bad:,} invalid"]
             shown = [part for part in parts if not part.startswith("0 ") or part == parts[0]]
             typer.echo(f"{' · '.join(shown)}   ({done.seconds:.1f} s, {rate:,.0f} rows/s)")
             if done.unknown_categories:
                 names = ", ".join(done.unknown_categories)
-                instead = f"{self._rules.category} is taken" if self._rules.category else "the router decides"
-                terminal.note(f"Categories that the config does not name: {names}. For these rows {instead}.")
+                instead = f"set to {self._rules.category}" if self._rules.category else "classified"
+                terminal.note(f"Unknown categories: {names}. These rows are {instead} instead.")
         if done.bad:
             raise typer.Exit(terminal.EXIT_SOME_BAD)
 
 
 def _size(stream: io.BufferedReader) -> int | None:
-    """The file's bytes; None where nobody knows, as for a pipe."""
+    """Returns the size in bytes; None for a pipe."""
     return os.fstat(stream.fileno()).st_size if stream.seekable() else None

@@ -1,21 +1,21 @@
-"""The verb `router log`: the calls that were made, the newest first."""
+"""`router log`: the call log, newest first."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 from router.cli import terminal
 from router.errors import InputError
-from router.queue import MOST_ROWS, LoggedCall, category_names, read_calls
+from router.queue import MAX_ROWS, LoggedCall, category_names, read_calls
 
 LOG_HELP = """
-Show the calls that were made to models, the newest first.
+Show calls to models, newest first.
 
-One line a call: why it was made (batch; asked, next, fallback or passages when one prompt was asked), what it
-came to, what became of its answer, and whether it came late.
+The column role is batch for queued tasks, and asked, next, fallback or passages for interactive requests. The
+column settlement shows what was done with the call's result.
 
 \b
 Examples:
@@ -26,35 +26,25 @@ Examples:
 """
 _UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86_400}
 _SINCE = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h|d)")
-LONGEST_ERROR = 60
+MAX_ERROR_CHARACTERS = 60
 MODEL_COLUMN = 2
 
 
 def log(
     *,
-    task: Annotated[
-        Optional[int],  # noqa: UP045 - typer evaluates it at run time, also on 3.10
-        typer.Option(metavar="ID", help="Calls for this task."),
-    ] = None,
-    model: Annotated[
-        Optional[str],  # noqa: UP045 - as above
-        typer.Option(help="Calls to this model."),
-    ] = None,
-    category: Annotated[
-        Optional[str],  # noqa: UP045 - as above
-        typer.Option(help="Calls for prompts of this category."),
-    ] = None,
+    task: Annotated[int | None, typer.Option(metavar="ID", help="Show calls of this task.")] = None,
+    model: Annotated[str | None, typer.Option(help="Show calls to this model.")] = None,
+    category: Annotated[str | None, typer.Option(help="Show calls for prompts of this category.")] = None,
     since: Annotated[
-        Optional[str],  # noqa: UP045 - as above
-        typer.Option(metavar="AGE", help="Not older than, e.g. 90s, 30min, 2h, 7d."),
+        str | None, typer.Option(metavar="AGE", help="Show calls of the last AGE, e.g. 90s, 30min, 2h, 7d.")
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, max=MOST_ROWS, help="At most so many calls.")] = 50,
+    limit: Annotated[int, typer.Option(min=1, max=MAX_ROWS, help="Maximum number of calls.")] = 50,
     as_json: terminal.Json = False,
     database: terminal.Database = None,
 ) -> None:
     seconds = None if since is None else _seconds(since)
     if task is not None and abs(task) >= 2**63:
-        raise InputError("A task's number is at most 9223372036854775807.")
+        raise InputError(f"Task {task} is out of range; ids end at 9223372036854775807.")
     with terminal.database(database) as connection:
         if category is not None:
             terminal.known(category, category_names(connection), "category")
@@ -64,27 +54,29 @@ def log(
     if as_json:
         terminal.print_json({"calls": calls})
     elif calls:
-        _show(calls)
+        _print(calls)
     else:
-        typer.echo("no such call is in the log")
+        typer.echo("no matching calls")
 
 
 def _seconds(since: str) -> float:
     found = _SINCE.fullmatch(since.strip())
     if found is None:
-        raise InputError(f"--since {since!r} is no age. Write a number and a unit: 90s, 30min, 2h or 7d.")
+        raise InputError(
+            f"--since {since!r} is not an age. Give a number and a unit, e.g. 90s, 30min, 2h or 7d."
+        )
     return float(found[1]) * _UNITS[found[2]]
 
 
-def _show(calls: list[LoggedCall]) -> None:
+def _print(calls: list[LoggedCall]) -> None:
     table = terminal.quiet_table(
-        "started", "task", "model", "category", "sure", "role", "outcome", "became", "seconds", "USD",
-        "error",
-        right=("task", "sure", "seconds", "USD"),
+        "started", "task", "model", "category", "confidence", "role", "outcome", "settlement", "seconds",
+        "USD", "error",
+        right=("task", "confidence", "seconds", "USD"),
     )  # fmt: skip
     table.columns[MODEL_COLUMN].no_wrap = True
     for call in calls:
-        outcome = call.outcome or "under way"
+        outcome = call.outcome or "in flight"
         table.add_row(
             f"{call.started_at:%m-%d %H:%M:%S}",
             str(call.task_id or ""),
@@ -96,6 +88,6 @@ def _show(calls: list[LoggedCall]) -> None:
             call.settlement or "",
             "" if call.latency_seconds is None else f"{call.latency_seconds:.2f}",
             "" if call.cost_usd is None else f"{call.cost_usd:.6f}",
-            (call.error or "")[:LONGEST_ERROR],
+            (call.error or "")[:MAX_ERROR_CHARACTERS],
         )
     terminal.out().print(table)

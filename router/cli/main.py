@@ -1,4 +1,4 @@
-"""The command line: `router`. Each verb lives in the file of its nouns; here they are put together."""
+"""Assembles the command `router` from the modules of its subcommands."""
 
 from __future__ import annotations
 
@@ -33,22 +33,21 @@ from router.models import sync_roster
 from router.settings import load_config
 
 HELP = """
-Solve LLM prompts at scale and under control.
+Route LLM prompts from a Postgres queue to the best model for each, within per-model rate limits.
 
-Prompts are rows of the table tasks in Postgres; Airflow's workers solve them, each model at exactly the
-traffic that its operator set.
+Prompts are rows of the Postgres table tasks. Airflow runs the workers that send them to models.
 
 \b
 Exit codes:
-  0  done
-  1  could not be done; one message on standard error says why
-  2  wrong usage
-  3  done, but for some lines or tasks that were named
+  0  success
+  1  failed; one message on standard error gives the reason
+  2  invalid usage
+  3  completed with errors; each failed row or task is listed
 """
 MIGRATE_HELP = """
-Bring the schema up to date, in place, and carry config/models.yaml over.
+Upgrade the database schema in place and sync the roster with config/models.yaml.
 
-Safe to run at any time and from many machines at once.
+Safe to run at any time, also concurrently from several machines.
 
 \b
 Examples:
@@ -93,12 +92,13 @@ def migrate(
     if as_json:
         terminal.print_json(report)
     else:
-        applied = ", ".join(report.applied) or "nothing new"
+        applied = ", ".join(report.applied) or "none"
         typer.echo(
-            f"applied: {applied}; tasks queued: {report.tasks_queued:,}; models: {len(settings.models)}"
+            f"migrations applied: {applied}; tasks queued: {report.tasks_queued:,};"
+            f" models: {len(settings.models)}"
         )
 
 
 def main() -> None:
-    """Entry point."""
+    """Runs the command line; entry point of the console script `router`."""
     app(prog_name="router")

@@ -1,11 +1,11 @@
-"""The verbs `router traffic` and `router models`: what each model may be sent, and which models there are."""
+"""`router traffic` and `router models`: traffic targets and the roster of models."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
@@ -13,22 +13,19 @@ from rich.text import Text
 from router.cli import terminal
 from router.database import Connection, rows
 from router.errors import AirflowError, ConfigError, RouterError, first_line
-from router.models import AirflowApi, sync_roster
+from router.models import VARIABLE_PREFIX, AirflowApi, sync_roster
 from router.settings import load_config, read_discovered
 from router.status import ModelStatus, Status, read_status
 from router.traffic import GRAMMAR, TrafficTarget
 
-VARIABLE_PREFIX = "traffic."
-PATIENCE_SECONDS = 3.0
-MOST_SHOWN = 120  # characters of a name that somebody mistyped
-
-OptionalText = Optional[str]  # noqa: UP045 - typer evaluates it at run time, also on 3.10
+APPLY_TIMEOUT_SECONDS = 3.0
+MAX_NAME_CHARACTERS = 120
 
 TRAFFIC_HELP = f"""
-Show what each model may be sent, or set it.
+Show or set traffic targets.
 
-A target is set by the Airflow Variable traffic.MODEL. The line is checked first, and when it is set, waited
-for until it is in force, mostly less than a second.
+The target of a model is the Airflow Variable traffic.MODEL. Without TARGET the command shows the active
+targets. With TARGET it validates the line, sets the Variable and waits until the target is active.
 
 \b
 {GRAMMAR}
@@ -41,10 +38,10 @@ Examples:
   router traffic llama-3.3-70b 0
 """
 MODELS_HELP = """
-Show the roster of models; carry it over from the config; search for better ones.
+Show and manage the roster of models.
 
-Each model has its state, its place in each category (1 is asked first), and its trouble if there is one. Of
-models that a search found the last change is told, too, and what the last search made of its candidates.
+Lists each model's state, its rank in each category (1 is preferred), and its last error. Models found by a
+search are listed with their last change, and candidates that the last search rejected with the reason.
 
 \b
 Examples:
@@ -55,15 +52,15 @@ Examples:
   router models undo
 """
 SYNC_HELP = """
-Carry config/models.yaml over to the roster, which workers read at once.
+Apply config/models.yaml to the roster.
 
-Models that the file does not name any more are paused.
+Models that are no longer in the file are paused. Workers pick up the change immediately.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class ModelTarget:
-    """One model's target, since when, what the Variable says (None: unknown or gone), what is wrong."""
+    """Target of one model. `variable` is the line of the Airflow Variable; None if unknown or deleted."""
 
     model: str
     target: str | None
@@ -75,11 +72,10 @@ class ModelTarget:
 
 
 def traffic(
-    model: Annotated[OptionalText, typer.Argument(metavar="MODEL", help="Default: all models.")] = None,
-    target: Annotated[
-        Optional[list[str]],  # noqa: UP045 - as above
-        typer.Argument(metavar="TARGET", help="What the model may be sent from now on; see above."),
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Name of a model. Default: all.")
     ] = None,
+    target: Annotated[list[str] | None, typer.Argument(metavar="TARGET", help="New traffic target.")] = None,
     *,
     as_json: terminal.Json = False,
     database: terminal.Database = None,
@@ -89,49 +85,53 @@ def traffic(
     airflow_password: terminal.AirflowPassword = None,
 ) -> None:
     line = " ".join(target or []).strip()
-    wanted = TrafficTarget.parse(line) if target else None
+    new_target = TrafficTarget.parse(line) if target else None
     with terminal.database(database) as connection:
         now = read_status(connection, redis)
     if model is not None:
         terminal.known(model, [known.model for known in now.models], "model")
     api = terminal.airflow(airflow, airflow_user, airflow_password)
-    if wanted is None or model is None:
-        _show(now, model, api, as_json=as_json)
+    if new_target is None or model is None:
+        _print_targets(now, model, api, as_json=as_json)
         return
     if api is None:
         raise ConfigError(
-            "ROUTER_AIRFLOW_URL is not set, and a target is set by an Airflow Variable. Set it, with"
-            " ROUTER_AIRFLOW_USER and ROUTER_AIRFLOW_PASSWORD, or edit the Variable in Airflow's page."
+            "ROUTER_AIRFLOW_URL is not set, which is needed to edit an Airflow Variable. Set it together with"
+            " ROUTER_AIRFLOW_USER and ROUTER_AIRFLOW_PASSWORD, or edit the Variable in Airflow."
         )
     with api:
         api.set_variable(VARIABLE_PREFIX + model, line)
-    _await(model, wanted, redis, now, as_json=as_json)
+    _wait_until_active(model, new_target, redis, now, as_json=as_json)
 
 
-def _await(model: str, wanted: TrafficTarget, redis: str | None, now: Status, *, as_json: bool) -> None:
-    for warning in wanted.warnings:
+def _wait_until_active(
+    model: str, new_target: TrafficTarget, redis: str | None, now: Status, *, as_json: bool
+) -> None:
+    for warning in new_target.warnings:
         terminal.note(warning)
     seconds = None
     if redis:
-        from router.limiter import seconds_until_applied  # noqa: PLC0415 - it takes half a second
+        from router.limiter import seconds_until_applied  # noqa: PLC0415 - takes half a second
 
-        seconds = seconds_until_applied(redis, model, str(wanted), timeout_seconds=PATIENCE_SECONDS)
+        seconds = seconds_until_applied(redis, model, str(new_target), timeout_seconds=APPLY_TIMEOUT_SECONDS)
     if seconds is None and redis and now.workers and not now.held:
         raise RouterError(
-            f"The Variable is set, but {model} does not work by it after {PATIENCE_SECONDS:g} s."
-            " See `router traffic` for its trouble, and the triggerer's log."
+            f"The Variable of {model} was set, but the target is not active after"
+            f" {APPLY_TIMEOUT_SECONDS:g} s. Check `router traffic` and the log of the triggerer."
         )
     if as_json:
-        done = {"model": model, "target": str(wanted), "in_force": seconds is not None, "seconds": seconds}
-        terminal.print_json(done)
+        active = seconds is not None
+        terminal.print_json(
+            {"model": model, "target": str(new_target), "in_force": active, "seconds": seconds}
+        )
     elif seconds is not None:
-        typer.echo(f"{model}: {wanted}, in force after {seconds:.1f} s")
+        typer.echo(f"{model}: {new_target}, active after {seconds:.1f} s")
     else:
-        why = "no worker is alive" if redis else "ROUTER_REDIS_URL is not set, so it cannot be seen"
-        typer.echo(f"{model}: {wanted}, set; in force as soon as a worker reads it ({why})")
+        reason = "no worker is running" if redis else "unverified, because ROUTER_REDIS_URL is not set"
+        typer.echo(f"{model}: {new_target}, set; applies when a worker reads it ({reason})")
 
 
-def _show(now: Status, model: str | None, api: AirflowApi | None, *, as_json: bool) -> None:
+def _print_targets(now: Status, model: str | None, api: AirflowApi | None, *, as_json: bool) -> None:
     variables, problem = _variables(api)
     targets = [
         _target(known, None if variables is None else variables.get(VARIABLE_PREFIX + known.model))
@@ -141,11 +141,13 @@ def _show(now: Status, model: str | None, api: AirflowApi | None, *, as_json: bo
     if as_json:
         terminal.print_json({entry.model: entry for entry in targets})
         return
-    for note in (*now.notes, *problem, *_strangers(now, variables or {})):
+    for note in (*now.notes, *problem, *_unused_variables(now, variables or {})):
         terminal.note(note)
-    table = terminal.quiet_table("model", "target in force", "for", "Variable")
+    table = terminal.quiet_table("model", "active target", "for", "Variable")
     for entry in targets:
-        table.add_row(entry.model, _in_force(entry), terminal.ago(entry.since), _variable(entry, variables))
+        table.add_row(
+            entry.model, _active_target(entry), terminal.ago(entry.since), _variable(entry, variables)
+        )
     terminal.out().print(table)
     for entry in targets:
         if entry.trouble:
@@ -161,14 +163,14 @@ def _variables(api: AirflowApi | None) -> tuple[dict[str, str] | None, list[str]
         with api:
             return api.variables(VARIABLE_PREFIX), []
     except AirflowError as error:
-        return None, [f"What the Variables say is not known. {first_line(str(error))}"]
+        return None, [f"The Variables could not be read. {first_line(str(error))}"]
 
 
-def _strangers(now: Status, variables: dict[str, str]) -> list[str]:
-    """A sentence for each Variable that is meant for a model which is not there."""
+def _unused_variables(now: Status, variables: dict[str, str]) -> list[str]:
+    """Returns a note for each Variable whose model is not in use."""
     known = {VARIABLE_PREFIX + model.model for model in now.models}
     return [
-        f"The Variable {key[:MOST_SHOWN]!r} names no model in use; it changes nothing."
+        f"The Variable {key[:MAX_NAME_CHARACTERS]!r} has no effect: the model is not in use."
         for key in sorted(variables)
         if key.startswith(VARIABLE_PREFIX) and key not in known
     ]
@@ -181,23 +183,23 @@ def _target(model: ModelStatus, variable: str | None) -> ModelTarget:
     )
 
 
-def _in_force(entry: ModelTarget) -> Text:
+def _active_target(entry: ModelTarget) -> Text:
     if entry.target is None:
-        return Text("none yet", style="yellow")
+        return Text("none", style="yellow")
     return Text(entry.target, style="" if entry.in_force else "dim")
 
 
 def _variable(entry: ModelTarget, variables: dict[str, str] | None) -> Text:
-    """The Variable's line where it differs from what is in force."""
+    """Renders the line of the Variable where it differs from the active target."""
     if variables is None:
         return Text("unknown", style="dim")
     if entry.variable is None:
-        return Text("none: the last target stays", style="yellow")
+        return Text("deleted: the last target stays active", style="yellow")
     try:
         same = str(TrafficTarget.parse(entry.variable)) == entry.target
     except ConfigError:
         same = False
-    return Text("the same", style="dim") if same else Text(entry.variable[:60], style="yellow")
+    return Text("same", style="dim") if same else Text(entry.variable[:60], style="yellow")
 
 
 models = terminal.verbs(help=MODELS_HELP, invoke_without_command=True)
@@ -214,34 +216,34 @@ def _models(
     if context.invoked_subcommand is not None:
         return
     with terminal.database(database) as connection:
-        found = _roster(connection)
-        tried = [] if as_json else _last_tried(connection)
+        roster = _roster(connection)
+        rejected = [] if as_json else _last_rejected(connection)
     _, problem = read_discovered(config)
     if problem is not None:
         terminal.note(problem)
     if as_json:
-        terminal.print_json({row["model"]: row for row in found})
+        terminal.print_json({row["model"]: row for row in roster})
         return
-    categories = sorted({category for row in found for category in row["places"]})
+    categories = sorted({category for row in roster for category in row["places"]})
     table = terminal.quiet_table(
-        "model", "state", *categories, "max tokens", "trouble", right=(*categories, "max tokens")
+        "model", "state", *categories, "max tokens", "last error", right=(*categories, "max tokens")
     )
-    for row in found:
+    for row in roster:
         places = [str(row["places"].get(category, "-")) for category in categories]
         state = Text(row["state"], style="" if row["state"] == "active" else "dim")
-        trouble = Text(row["trouble"] or "", style="red")
-        table.add_row(row["model"], state, *places, f"{row['max_tokens']:,}", trouble)
+        last_error = Text(row["trouble"] or "", style="red")
+        table.add_row(row["model"], state, *places, f"{row['max_tokens']:,}", last_error)
     terminal.out().print(table)
-    for row in found:
+    for row in roster:
         if row["why"]:
             terminal.out().print(Text(f"\n{row['model']}: {row['why']}", style="dim"))
-    for row in tried:
-        said = f"\n{row['model']} for {row['category']}: {row['verdict']}, {row['reason']}"
-        terminal.out().print(Text(said, style="dim"))
+    for row in rejected:
+        verdict = f"\n{row['model']} for {row['category']}: {row['verdict']}, {row['reason']}"
+        terminal.out().print(Text(verdict, style="dim"))
 
 
-def _last_tried(connection: Connection) -> list[dict[str, Any]]:
-    """What the last search made of those candidates that are not on the roster."""
+def _last_rejected(connection: Connection) -> list[dict[str, Any]]:
+    """Returns the candidates of the last search that it tried and did not admit."""
     return rows(
         connection,
         "SELECT model, category, verdict, reason FROM candidates WHERE verdict IN ('lost', 'unreachable')"

@@ -1,9 +1,9 @@
-"""The verb `router ranking`: which model is first for what, why, and since when."""
+"""The command `router ranking`: the models of each category in order, with reasons and history."""
 
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
@@ -11,18 +11,16 @@ from rich.text import Text
 from router.cli import terminal
 from router.database import Connection, rows
 from router.errors import RouterError
-from router.learning import RankChange
+from router.learning import RankChange, Standing
 
-OptionalText = Optional[str]  # noqa: UP045 - typer evaluates it at run time, also on 3.10
-Category = Annotated[OptionalText, typer.Option("--category", "-c", help="Only this category.")]
+Category = Annotated[str | None, typer.Option("--category", "-c", help="Show only this category.")]
 
 
 RANKING_HELP = """
-Show which model is first for each category, and what the last reviews moved.
+Show the ranking of the models in each category, or the changes of past reviews.
 
-The nightly review orders the models by what the log says of them. A model that stands as young keeps its
-place until there are enough calls to judge it by; one that is low, or on trial, gets no more than a bounded
-share.
+The nightly review ranks the models by the call log. A new model keeps its rank until it has enough calls. A
+model below the floor or on probation gets only a bounded share of the tasks.
 
 \b
 Examples:
@@ -32,16 +30,16 @@ Examples:
   router ranking undo
 """
 EXPLAIN_HELP = """
-Say what a model's place in a category stands on.
+Explain a model's rank in a category.
 
 \b
 Examples:
   router ranking explain llama-3.3-70b general
 """
 UNDO_HELP = """
-Set the places back to what they were before the last review that moved any.
+Undo the last review that changed a rank.
 
-The nightly review then keeps this order for some periods (undo_periods in config/learning.yaml).
+The nightly review then keeps the restored ranking for some periods (undo_periods in config/learning.yaml).
 """
 ranking = terminal.verbs(help=RANKING_HELP, invoke_without_command=True)
 
@@ -51,7 +49,7 @@ def _ranking(
     context: typer.Context,
     *,
     category: Category = None,
-    history: Annotated[bool, typer.Option("--history", help="What reviews moved, the newest first.")] = False,
+    history: Annotated[bool, typer.Option("--history", help="Show changes of past reviews.")] = False,
     as_json: terminal.Json = False,
     database: terminal.Database = None,
 ) -> None:
@@ -92,11 +90,13 @@ def _show_order(found: list[dict[str, Any]], *, as_json: bool) -> None:
         return
     for category in dict.fromkeys(row["category"] for row in found):
         terminal.out().print(Text(f"\n{category}", style="bold"))
-        numbers = ("place", "bound", "answered", "score", "seconds", "USD a call", "calls")
-        table = terminal.quiet_table("place", "model", "standing", *numbers[1:], right=numbers)
+        numbers = ("rank", "max share", "bound", "answered", "score", "seconds", "USD per call", "calls")
+        table = terminal.quiet_table("rank", "model", "standing", *numbers[1:], right=numbers)
         for row in found:
             if row["category"] == category:
-                table.add_row(str(row["place"]), row["model"], _standing(row), *_figures(row["evidence"]))
+                share = f"{row['most_share']:.1%}" if row["most_share"] < 1 else ""
+                figures = _figures(row["evidence"])
+                table.add_row(str(row["place"]), row["model"], _standing(row), share, *figures)
         terminal.out().print(table)
 
 
@@ -104,9 +104,8 @@ def _standing(row: dict[str, Any]) -> Text:
     if row["state"] != "active" and row["state"] != "probation":
         return Text(row["state"], style="dim")
     if row["review"] is None:
-        return Text("as config", style="dim")
-    share = f", at most {row['most_share']:.1%}" if row["most_share"] < 1 else ""
-    return Text(row["standing"] + share, style="yellow" if share else "")
+        return Text("as configured", style="dim")
+    return Text(Standing(row["standing"]).label, style="yellow" if row["most_share"] < 1 else "")
 
 
 def _figures(evidence: dict[str, Any] | None) -> list[str]:
@@ -133,11 +132,11 @@ def _history(connection: Connection, category: str | None) -> list[dict[str, Any
     )
     for review in reviews:
         own = [move for move in moves if move["review"] == review["review"]]
-        review["moves"] = [move for move in own if _move(move).is_news]
+        review["moves"] = [move for move in own if _change(move).changed]
     return reviews
 
 
-def _move(row: dict[str, Any]) -> RankChange:
+def _change(row: dict[str, Any]) -> RankChange:
     return RankChange(**{name: row[name] for name in RankChange.__slots__})
 
 
@@ -146,18 +145,18 @@ def _show_history(reviews: list[dict[str, Any]], *, as_json: bool) -> None:
         terminal.print_json(reviews)
         return
     if not reviews:
-        typer.echo("No review yet: the places are those of config/models.yaml.")
+        typer.echo("No review yet; the ranks are those of config/models.yaml.")
     for review in reviews:
         what = f"undo of {review['undoes']}" if review["undoes"] else review["kind"]
         undone = f", undone by {review['undone_by']}" if review["undone_by"] else ""
         head = f"{review['review']}  {review['at']:%Y-%m-%d %H:%M}  {what} by {review['by']}{undone}"
         terminal.out().print(Text(f"\n{head}", style="bold"))
         for move in review["moves"]:
-            typer.echo(f"  {_move(move)}")
+            typer.echo(f"  {_change(move)}")
         for note in review["notes"]:
             typer.echo(f"  {note}")
         if not review["moves"]:
-            typer.echo("  nothing moved")
+            typer.echo("  no changes")
 
 
 @ranking.command(help=EXPLAIN_HELP)
@@ -180,9 +179,9 @@ def explain(
             {**row, "reviewed_at": review and review["at"], "settings": review and review["settings"]}
         )
         return
-    typer.echo(f"{model} is number {row['place']} of {len(order)} for {category}.")
+    typer.echo(f"{model} has rank {row['place']} of {len(order)} for {category}.")
     if review is None or not row["evidence"]:
-        typer.echo("No review has ranked it there: the place is the one in config/models.yaml.")
+        typer.echo("No review has ranked it; the rank is that of config/models.yaml.")
         return
     typer.echo(
         f"Review {review['review']} of {review['at']:%Y-%m-%d %H:%M}, by {review['by']}: {row['reason']}."
@@ -199,17 +198,17 @@ def _explained(row: dict[str, Any], review: dict[str, Any]) -> list[str]:
     cheap = 1 / (1 + e["cost_usd"] / utility["cost_usd"])
     bound = f": bound {e['bound']:.3f}"
     lines = [
-        f"calls     as much as {e['calls']:,.0f} fresh ones{_since(e, review)}",
+        f"calls     {e['calls']:,.0f} effective{_since(e, review)}",
         f"answered  {e['success']:.1%} (+-{e['success_error']:.1%})",
         f"score     {e['score']:.3f} (+-{e['score_error']:.3f}), weight {utility['score']:g}"
-        + (f": {grades}" if grades else ": no answer graded, taken for usual"),
+        + (f": {grades}" if grades else ": no answer graded, prior used"),
         f"seconds   {e['seconds']:.2f}: fast is {fast:.2f}, weight {utility['latency']:g}",
-        f"USD       {e['cost_usd']:.6f} a call: cheap is {cheap:.2f}, weight {utility['cost']:g}",
-        f"worth     {e['worth']:.3f}, less {settings['bound_errors']:g} x {e['error']:.3f}" + bound,
+        f"USD       {e['cost_usd']:.6f} per call: cheap is {cheap:.2f}, weight {utility['cost']:g}",
+        f"utility   {e['worth']:.3f}, minus {settings['bound_errors']:g} x {e['error']:.3f}" + bound,
     ]
     if row["most_share"] < 1 or row["least_share"] > 0:
-        most = "no bound" if row["most_share"] >= 1 else f"{row['most_share']:.2%}"
-        lines.append(f"share     at least {row['least_share']:.2%} of the category's tasks, at most: {most}")
+        most = "unbounded" if row["most_share"] >= 1 else f"at most {row['most_share']:.2%}"
+        lines.append(f"share     at least {row['least_share']:.2%} of the category's tasks, {most}")
     return lines
 
 
@@ -217,8 +216,8 @@ def _since(evidence: dict[str, Any], review: dict[str, Any]) -> str:
     if evidence["since_period"] is None:
         return ""
     back = timedelta(seconds=review["period_seconds"]) * (review["period"] - evidence["since_period"] + 1)
-    forgot = "; what was before differs, and was forgotten" if evidence["forgot_before_period"] else ""
-    return f" of the last {back}{forgot}"
+    dropped = "; older ones were dropped after a change" if evidence["forgot_before_period"] else ""
+    return f", of the last {back}{dropped}"
 
 
 @ranking.command(help=UNDO_HELP)
@@ -228,10 +227,10 @@ def undo(
     with terminal.database(database) as connection:
         done = rows(connection, "SELECT review, undone FROM undo_review(%s)", (terminal.who(by),))[0]
     if done["undone"] is None:
-        raise RouterError("There is no review to set back: none has moved a model, or all were undone.")
+        raise RouterError("No review to undo: none has changed a rank, or all were undone.")
     if as_json:
         terminal.print_json(done)
     else:
         typer.echo(
-            f"Review {done['undone']} is undone by {done['review']}; workers hear of it within a second."
+            f"Review {done['undone']} was undone by {done['review']}; workers apply it within a second."
         )

@@ -1,4 +1,4 @@
-"""The verbs `router review` and `router feedback`: let the log teach, and say what it cannot know."""
+"""The commands `router review` and `router feedback`."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from router.settings import load_config, load_learning
 WORDS = {"good": 1.0, "bad": 0.0}
 
 REVIEW_HELP = """
-Review the log now: grade a sample of the answers, sum the evidence up, order the models anew.
+Review the call log now: grade a sample of the answers, sum up the evidence, and rank the models.
 
-Run again, it changes nothing more. One review runs at a time.
+Running it again changes nothing more. Only one review runs at a time.
 
 \b
 Examples:
-  router review --dry-run      what would move; nothing is kept
+  router review --dry-run      show what would change; store nothing
   router review
 """
 FEEDBACK_HELP = """
-Say how good a task's answer is: good, bad, or a number from 0 (bad) to 1.
+Rate a task's answer: good, bad, or a number from 0 (bad) to 1.
 
-It counts at the next review, for the model that gave the answer. Said again it replaces what was said before.
+The next review counts the rating for the model that gave the answer. A new rating replaces the previous one.
 
 \b
 Examples:
@@ -38,7 +38,9 @@ Examples:
 
 def review(
     *,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would move; keep nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would change; store nothing.")
+    ] = False,
     by: terminal.By = None,
     as_json: terminal.Json = False,
     database: terminal.Database = None,
@@ -46,26 +48,24 @@ def review(
 ) -> None:
     learning = load_learning(config, load_config(config).categories)
     with terminal.database(database):
-        pass  # says so if the schema is not there
+        pass  # checks the schema
     done = run_review(terminal.database_url(database), learning, by=terminal.who(by), dry_run=dry_run)
     if as_json:
         terminal.print_json({
             "review": done.review, "calls_summed": done.calls_summed, "answers_graded": done.answers_graded,
-            "moves": done.news, "notes": done.notes,
+            "moves": done.changes, "notes": done.notes,
         })  # fmt: skip
         return
     name = "Dry run" if done.review is None else f"Review {done.review}"
-    typer.echo(f"{name}: {done.calls_summed:,} calls summed, {done.answers_graded:,} answers graded.")
-    for move in done.news:
-        typer.echo(f"  {move}")
-    for note in done.notes:
-        typer.echo(f"  {note}")
-    if not done.news:
-        typer.echo("  nothing moved")
+    typer.echo(f"{name}: {done.calls_summed:,} calls summed up, {done.answers_graded:,} answers graded.")
+    for line in (*done.changes, *done.notes):
+        typer.echo(f"  {line}")
+    if not done.changes:
+        typer.echo("  no changes")
 
 
 def feedback(
-    task: Annotated[int, typer.Argument(metavar="TASK", help="The task's id.")],
+    task: Annotated[int, typer.Argument(metavar="TASK", help="ID of the task.")],
     verdict: Annotated[str, typer.Argument(metavar="good|bad|0..1")],
     *,
     by: terminal.By = None,
@@ -75,14 +75,14 @@ def feedback(
     score = _score(verdict)
     with terminal.database(database) as connection:
         model = rows(
-            connection, "SELECT give_feedback(%s, %s::real, %s) AS model", (task, score, terminal.who(by))
+            connection, "SELECT record_feedback(%s, %s::real, %s) AS model", (task, score, terminal.who(by))
         )[0]["model"]
     if model is None:
-        raise InputError(f"Task {task} has no answer of a model. See `router status`, or name another task.")
+        raise InputError(f"Task {task} has no model's answer to rate. See `router status`.")
     if as_json:
         terminal.print_json({"task": task, "score": score, "model": model})
     else:
-        typer.echo(f"Kept: {score:g} for {model}'s answer to task {task}.")
+        typer.echo(f"Recorded {score:g} for the answer of {model} to task {task}.")
 
 
 def _score(verdict: str) -> float:
@@ -93,5 +93,5 @@ def _score(verdict: str) -> float:
     except ValueError:
         score = -1.0
     if not 0 <= score <= 1:
-        raise InputError(f"{verdict!r} is no verdict; say good, bad, or a number from 0 to 1.")
+        raise InputError(f"Invalid verdict {verdict!r}: use good, bad, or a number from 0 to 1.")
     return score

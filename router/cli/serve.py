@@ -1,4 +1,4 @@
-"""The verbs `router serve` and `router keys`: the OpenAI protocol over HTTP, and who may speak it."""
+"""`router serve` and `router keys`: the OpenAI-compatible API and its clients' keys."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ DEFAULT_KEYS = Path("~/.config/llm-router/api_keys")
 MEBIBYTE = 1024 * 1024
 
 SERVE_HELP = """
-Answer programs that speak OpenAI's protocol: /v1/chat/completions and /v1/models.
+Serve the OpenAI-compatible API: /v1/chat/completions and /v1/models.
 
-The model "auto" routes the prompt, "auto:CATEGORY" too but in that category; a model's name goes to it. Needs
-ROUTER_DATABASE_URL, ROUTER_REDIS_URL and MODELS_BACKEND_URL, and an API key for each client (`router keys`);
-ROUTER_API_KEY can hold one more, in clear. SIGTERM lets requests under way end, within the grace.
+The model "auto" routes the prompt, "auto:CATEGORY" routes it within a category, and any other name selects
+that model. Requires ROUTER_DATABASE_URL, ROUTER_REDIS_URL, MODELS_BACKEND_URL, and an API key for each client
+(`router keys`); ROUTER_API_KEY may contain one more key in plain text. On SIGTERM, requests in flight may
+finish within --grace.
 
 \b
 Examples:
   router keys add alice && router serve
-  router serve --no-keys --port 8201          programs of this machine only
+  router serve --no-keys --port 8201          localhost only
   ROUTER_API_KEY=... router serve --host 0.0.0.0
 """
 KEYS_HELP = """
-API keys of `router serve`, by client. A change is in force within a second.
+Manage the API keys of clients of `router serve`. Changes apply within a second.
 
 \b
 Examples:
@@ -44,65 +45,70 @@ Examples:
 
 KeysFile = Annotated[
     Path,
-    typer.Option(
-        "--keys", metavar="FILE", envvar="ROUTER_API_KEYS", help="The file of the clients' hashed keys."
-    ),
+    typer.Option("--keys", metavar="FILE", envvar="ROUTER_API_KEYS", help="File with the hashed keys."),
 ]
-Client = Annotated[str, typer.Argument(metavar="CLIENT", help="Whose key it is.")]
+Client = Annotated[str, typer.Argument(metavar="CLIENT", help="Name of the client.")]
 
 keys = terminal.verbs()
 
 
 @keys.command("add")
 def add(client: Client, *, file: KeysFile = DEFAULT_KEYS, as_json: terminal.Json = False) -> None:
-    """Make a key for a client, and print it: only its hash is kept."""
+    """Create a key for a client and print it. Only its hash is stored."""
     key = add_key(file.expanduser(), client)
     if as_json:
         terminal.print_json({"client": client, "key": key})
     else:
         typer.echo(key)
-        terminal.note(f"This is the key of {client}. It is not kept, and cannot be shown again.")
+        terminal.note(f"This is the key of {client}. It is not stored and cannot be shown again.")
 
 
 @keys.command("list")
 def list_clients(*, file: KeysFile = DEFAULT_KEYS, as_json: terminal.Json = False) -> None:
-    """The clients that have a key."""
+    """List the clients that have a key."""
     clients = sorted(read_keys(file.expanduser()))
     if as_json:
         terminal.print_json(clients)
     else:
-        typer.echo("\n".join(clients) or "no client has a key; make one: router keys add NAME")
+        typer.echo("\n".join(clients) or "no client has a key; create one: router keys add NAME")
 
 
 @keys.command("remove")
 def remove(client: Client, *, file: KeysFile = DEFAULT_KEYS) -> None:
-    """Take a client's key away."""
+    """Revoke the key of a client."""
     remove_key(file.expanduser(), client)
-    typer.echo(f"{client} is not let in any more")
+    typer.echo(f"revoked the key of {client}")
 
 
 def serve(
     *,
     host: Annotated[
-        str, typer.Option(envvar="ROUTER_SERVE_HOST", help="The address to listen on.")
+        str, typer.Option(envvar="ROUTER_SERVE_HOST", help="Address to listen on.")
     ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(envvar="ROUTER_SERVE_PORT", min=0, max=65535, help="The port; 0 takes a free one.")
+        int, typer.Option(envvar="ROUTER_SERVE_PORT", min=0, max=65535, help="Port; 0 selects a free one.")
     ] = 8200,
     file: KeysFile = DEFAULT_KEYS,
     no_keys: Annotated[
-        bool, typer.Option("--no-keys", help="Ask nobody for a key, and serve this machine only.")
+        bool, typer.Option("--no-keys", help="Disable authentication; listens on localhost only.")
     ] = False,
     at_once: Annotated[
         int,
         typer.Option(
-            envvar="ROUTER_SERVE_AT_ONCE", min=1, max=10_000, help="Requests at once; more get a 503."
+            envvar="ROUTER_SERVE_AT_ONCE",
+            min=1,
+            max=10_000,
+            help="Maximum concurrent requests; more get a 503.",
         ),
     ] = 64,
     max_body: Annotated[
         int,
         typer.Option(
-            envvar="ROUTER_SERVE_MAX_BODY", metavar="MIB", min=1, max=64, help="The largest request, in MiB."
+            envvar="ROUTER_SERVE_MAX_BODY",
+            metavar="MIB",
+            min=1,
+            max=64,
+            help="Maximum size of a request, in MiB.",
         ),
     ] = 4,
     grace: Annotated[
@@ -112,7 +118,7 @@ def serve(
             metavar="SECONDS",
             min=0,
             max=3600,
-            help="How long requests may go on after SIGTERM.",
+            help="Time for requests in flight after SIGTERM.",
         ),
     ] = 30.0,
     keep_alive: Annotated[
@@ -122,49 +128,47 @@ def serve(
             metavar="SECONDS",
             min=0.1,
             max=300,
-            help="How often a stream that waits for its answer shows a sign of life.",
+            help="Interval of keep-alive comments in a stream that waits for its answer.",
         ),
     ] = 10.0,
     config: terminal.Config = terminal.DEFAULT_CONFIG,
 ) -> None:
-    from router.server import ServeOptions, run_server  # noqa: PLC0415 - only this verb needs half a second
+    from router.server import ServeOptions, run_server  # noqa: PLC0415 - takes half a second
 
-    keys_in_force = None if no_keys else _someone_has_one(file.expanduser())
+    api_keys = None if no_keys else _require_keys(file.expanduser())
     if no_keys:
-        _check_private(host)
+        _require_loopback(host)
     options = ServeOptions(
         host=host,
         port=port,
-        keys=keys_in_force,
+        keys=api_keys,
         limits=Limits(max_body * MEBIBYTE, at_once, keep_alive),
         grace_seconds=grace,
         config=config,
     )
-    who = "this machine only, no keys" if keys_in_force is None else f"{keys_in_force.count} with a key"
+    access = "localhost only, no authentication" if api_keys is None else f"API keys: {api_keys.count}"
 
     def listening(url: str) -> None:
-        terminal.err().print(f"router serve: {url} ({who})", markup=False, soft_wrap=True)
+        terminal.err().print(f"router serve: {url} ({access})", markup=False, soft_wrap=True)
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     asyncio.run(run_server(options, listening))
 
 
-def _check_private(host: str) -> None:
+def _require_loopback(host: str) -> None:
     if host == "localhost":
         return
     with contextlib.suppress(ValueError):
         if ipaddress.ip_address(host).is_loopback:
             return
-    raise ConfigError(
-        f"--no-keys serves this machine only, and {host} is open to others. Leave one of them out."
-    )
+    raise ConfigError(f"--no-keys requires a loopback address, not {host}. Omit --no-keys or --host.")
 
 
-def _someone_has_one(file: Path) -> ApiKeys:
+def _require_keys(file: Path) -> ApiKeys:
     found = ApiKeys(file, os.environ.get(ENVIRONMENT_CLIENT))
     if found.count == 0:
         raise ConfigError(
-            f"No client has an API key in {file}. Make one: router keys add NAME."
-            " To serve this machine only, without keys: router serve --no-keys."
+            f"No client has an API key in {file}. Create one: router keys add NAME."
+            " To serve localhost without authentication: router serve --no-keys."
         )
     return found

@@ -1,10 +1,10 @@
-"""The verbs `router status` and `router watch`: what is going on now, once or live."""
+"""`router status` and `router watch`: tasks, usage of each model's limits, and errors."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from rich.console import Group, RenderableType
@@ -17,7 +17,7 @@ from router.errors import DatabaseError
 from router.status import ModelStatus, Status, read_status
 
 REFRESH_SECONDS = 1.0
-RATE_SECONDS = 30.0  # the rate of solving is taken over so long
+THROUGHPUT_SECONDS = 30.0  # measured over this window
 WAITING = {
     "tokens": "token limit",
     "concurrency": "concurrency limit",
@@ -28,10 +28,10 @@ WAITING = {
 }
 
 STATUS_HELP = """
-Show tasks by state, and each model's target, use and trouble.
+Show tasks by state, and usage and errors of each model.
 
-For each limit of a target stands what was sent in its window until now. If Redis is away, that is said, and
-the last minute is counted from the log of calls. "in flight" are tasks claimed for the model.
+The column usage shows, for each limit of the model's target, what was sent in the current window. If Redis is
+unavailable, it shows the last minute from the call log instead.
 
 \b
 Examples:
@@ -39,7 +39,7 @@ Examples:
   router status --json | jq .tasks.unsolved
 """
 WATCH_HELP = """
-Show the status live, each second, until Ctrl-C.
+Show the status every second until Ctrl-C.
 
 \b
 Examples:
@@ -62,8 +62,7 @@ def status(
 def watch(
     *,
     seconds: Annotated[
-        Optional[float],  # noqa: UP045 - typer evaluates it at run time, also on 3.10
-        typer.Option(min=0, help="Stop after so many seconds. Default: go on until Ctrl-C."),
+        float | None, typer.Option(min=0, help="Stop after this time. Default: run until Ctrl-C.")
     ] = None,
     as_json: terminal.Json = False,
     database: terminal.Database = None,
@@ -71,14 +70,14 @@ def watch(
 ) -> None:
     url = terminal.database_url(database)
     with terminal.database(url):
-        pass  # a wrong address ends it now; a Postgres that goes away later does not
+        pass  # a wrong address is an error; a Postgres that becomes unavailable later is not
     try:
-        _Watching(url, redis, None if seconds is None else time.monotonic() + seconds).run(as_json=as_json)
+        _Watch(url, redis, None if seconds is None else time.monotonic() + seconds).run(as_json=as_json)
     except KeyboardInterrupt:
         raise typer.Exit(0) from None
 
 
-class _Watching:
+class _Watch:
     def __init__(self, database: str, redis: str | None, end_at: float | None) -> None:
         self._database = database
         self._redis = redis
@@ -94,7 +93,7 @@ class _Watching:
                     return
         with Live(console=terminal.out(), auto_refresh=False, vertical_overflow="crop") as screen:
             while True:
-                screen.update(self._shown(self._read()), refresh=True)
+                screen.update(self._render(self._read()), refresh=True)
                 if not self._pause():
                     return
 
@@ -105,22 +104,22 @@ class _Watching:
         except DatabaseError as error:
             return str(error)
 
-    def _shown(self, now: Status | str) -> RenderableType:
+    def _render(self, now: Status | str) -> RenderableType:
         if isinstance(now, str):
-            return Text(f"{now} Looking again each second.", style="red")
-        return rendered(now, self._rate(now.tasks.solved))
+            return Text(f"{now} Retrying every second.", style="red")
+        return rendered(now, self._throughput(now.tasks.solved))
 
-    def _rate(self, solved: int) -> float | None:
-        """Tasks solved a second, lately; None until it can be known."""
+    def _throughput(self, solved: int) -> float | None:
+        """Returns tasks solved per second over THROUGHPUT_SECONDS; None in the first second."""
         at = time.monotonic()
         self._solved.append((at, solved))
-        while at - self._solved[0][0] > RATE_SECONDS:
+        while at - self._solved[0][0] > THROUGHPUT_SECONDS:
             self._solved.popleft()
         since, before = self._solved[0]
         return max(0, solved - before) / (at - since) if at - since >= REFRESH_SECONDS else None
 
     def _pause(self) -> bool:
-        """Wait for the next look; False if the end has come."""
+        """Waits for the next refresh. Returns False if --seconds have passed."""
         left = REFRESH_SECONDS if self._end_at is None else self._end_at - time.monotonic()
         if left <= 0:
             return False
@@ -129,12 +128,12 @@ class _Watching:
 
 
 def rendered(now: Status, solved_per_second: float | None = None) -> RenderableType:
-    """The status for a terminal."""
+    """Renders the status for a terminal."""
     notes = [Text(note, style="yellow") for note in now.notes]
     parts: list[RenderableType] = [_tasks(now, solved_per_second), Text(), *notes]
     if notes:
         parts.append(Text())
-    return Group(*parts, _models(now), _troubles(now)) if now.models else Group(*parts)
+    return Group(*parts, _models(now), _errors(now)) if now.models else Group(*parts)
 
 
 def _tasks(now: Status, solved_per_second: float | None) -> Table:
@@ -153,30 +152,32 @@ def _tasks(now: Status, solved_per_second: float | None) -> Table:
     if backlog:
         grid.add_row(Text("Backlog", style="dim"), Text(" · ".join(backlog)))
     if solved_per_second is not None:
-        grid.add_row(Text("Solving", style="dim"), Text(_pace(tasks.unsolved, solved_per_second)))
+        grid.add_row(
+            Text("Throughput", style="dim"), Text(_throughput_text(tasks.unsolved, solved_per_second))
+        )
     workers = f"{now.workers} alive" if now.workers else "none alive"
     grid.add_row(Text("Workers", style="dim"), Text(workers, style="" if now.workers else "yellow"))
     return grid
 
 
-def _pace(unsolved: int, per_second: float) -> str:
+def _throughput_text(unsolved: int, per_second: float) -> str:
     if per_second <= 0:
-        return "none lately"
+        return "0/min"
     minutes = unsolved / per_second / 60
     left = f"{minutes / 60:,.1f} h" if minutes >= 90 else f"{minutes:,.0f} min"  # noqa: PLR2004 - reads better so
-    return f"{per_second * 60:,.0f}/min" + (f", {left} left at this rate" if unsolved else "")
+    return f"{per_second * 60:,.0f}/min" + (f", {left} left" if unsolved else "")
 
 
 def _models(now: Status) -> Table:
-    table = terminal.quiet_table("model", "sent of its target", "in flight", "", right=("in flight",))
+    table = terminal.quiet_table("model", "usage", "in flight", "", right=("in flight",))
     for model in now.models:
         name = Text(model.model, style="dim" if model.state == "paused" else "")
-        table.add_row(name, _sent(model), _in_flight(model), _standing(model, alive=now.workers > 0))
+        table.add_row(name, _usage(model), _in_flight(model), _limiting_state(model, alive=now.workers > 0))
     return table
 
 
-def _sent(model: ModelStatus) -> Text:
-    """Each limit of the target with what is used of it; or the target, dim, if that is all that is known."""
+def _usage(model: ModelStatus) -> Text:
+    """Renders the usage of each limit, or only the target if the usage is unknown."""
     if model.target is None:
         return Text("no target yet", style="dim")
     if model.sent_last_minute is not None:
@@ -196,28 +197,28 @@ def _in_flight(model: ModelStatus) -> Text:
     return shown
 
 
-def _standing(model: ModelStatus, *, alive: bool) -> Text:
-    """Why a model sends less than its requests allow, in a word or two."""
+def _limiting_state(model: ModelStatus, *, alive: bool) -> Text:
+    """Renders why a model sends less than its request limits allow."""
     if model.state != "active":
         return Text(model.state, style="cyan")
     if model.resting_seconds > 0:
-        return Text(f"rests {model.resting_seconds:.0f} s", style="yellow")
+        return Text(f"cooling down {model.resting_seconds:.0f} s", style="yellow")
     if model.waiting_for == "rebuilding" and not alive:
-        return Text()  # nobody has asked since Redis started: there is nothing to recount yet
+        return Text()  # the state is rebuilt at the first request after a start of Redis
     return Text(WAITING.get(model.waiting_for or "", ""), style="yellow")
 
 
-def _troubles(now: Status) -> RenderableType:
+def _errors(now: Status) -> RenderableType:
     grid = Table.grid(padding=(0, 2, 0, 0))
     for model in now.models:
         name = Text(model.model, no_wrap=True)
         if model.trouble is not None:
             grid.add_row(name, Text(model.trouble, style="red"))
         elif model.last_error is not None:
-            some = (
-                f"{model.failed_calls:,} of {model.calls:,} calls failed lately; the last: {model.last_error}"
+            failed = (
+                f"{model.failed_calls:,} of {model.calls:,} recent calls failed, last: {model.last_error}"
             )
-            grid.add_row(name, Text(some, style="yellow"))
+            grid.add_row(name, Text(failed, style="yellow"))
         for warning in model.warnings:
             grid.add_row(name, Text(warning, style="yellow"))
     return Group(Text(), grid) if grid.row_count else Text()

@@ -1,10 +1,10 @@
-"""The verbs `router export` and `router retry`: finished tasks out, failed ones back."""
+"""`router export` and `router retry`: writes finished tasks, requeues failed ones."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -24,11 +24,11 @@ from router.queue import (
 from router.task import TaskStatus
 
 EXPORT_HELP = """
-Write the answers as an output file of OpenAI's Batch API.
+Write answers in the output format of OpenAI's Batch API.
 
-One JSON object a line. A solved task has its answer as a chat completion in "response"; a failed one has null
-there, and its reasons in "error". custom_id is the id under which the task was loaded, else its number. The
-file appears, or is replaced, only when it is whole.
+One JSON object per line. For a solved task "response" contains a chat completion; for a failed one it is null
+and "error" gives the reasons. custom_id is the id the task was loaded with, or else its number. The file is
+replaced only after all lines were written.
 
 \b
 Examples:
@@ -37,9 +37,9 @@ Examples:
   router export - --solved | jq -r .response.body.choices[0].message.content
 """
 RETRY_HELP = """
-Set failed tasks back to unsolved.
+Requeue failed tasks.
 
-They are tried again from their first attempt, by the models that are right for them now.
+They start again at their first attempt, with the models of the current ranking.
 
 \b
 Examples:
@@ -50,16 +50,18 @@ Examples:
 
 
 def export(
-    file: Annotated[str, typer.Argument(help="Where to; - is standard output.")],
+    file: Annotated[str, typer.Argument(help="Output file; - writes to standard output.")],
     *,
-    everything: Annotated[bool, typer.Option("--all", help="Solved and failed tasks (the default).")] = False,
-    solved: Annotated[bool, typer.Option("--solved", help="Solved tasks only.")] = False,
-    failed: Annotated[bool, typer.Option("--failed", help="Failed tasks only.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Export solved and failed tasks (default).")
+    ] = False,
+    solved: Annotated[bool, typer.Option("--solved", help="Export solved tasks only.")] = False,
+    failed: Annotated[bool, typer.Option("--failed", help="Export failed tasks only.")] = False,
     as_json: terminal.Json = False,
     database: terminal.Database = None,
 ) -> None:
     if sum((everything, solved, failed)) > 1:
-        raise typer.BadParameter("give one of --all, --solved and --failed")
+        raise typer.BadParameter("use only one of --all, --solved and --failed")
     wanted = [
         status.value
         for status, left_out in ((TaskStatus.SOLVED, failed), (TaskStatus.FAILED, solved))
@@ -69,7 +71,7 @@ def export(
     with terminal.database(database) as connection:
         written = write_lines(path, map(output_line, finished_tasks(connection, wanted)))
     if path is None:
-        return  # standard output holds the lines, and nothing else
+        return
     if as_json:
         terminal.print_json({"file": file, "written": written})
     else:
@@ -77,42 +79,36 @@ def export(
 
 
 def retry(
-    task_ids: Annotated[
-        Optional[list[int]],  # noqa: UP045 - typer evaluates it at run time, also on 3.10
-        typer.Argument(metavar="TASK", help="Numbers of failed tasks."),
-    ] = None,
+    task_ids: Annotated[list[int] | None, typer.Argument(metavar="TASK", help="Ids of failed tasks.")] = None,
     *,
-    category: Annotated[
-        Optional[str],  # noqa: UP045 - as above
-        typer.Option(help="All failed tasks of this category."),
-    ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="All failed tasks.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask first.")] = False,
+    category: Annotated[str | None, typer.Option(help="Retry all failed tasks of this category.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Retry all failed tasks.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     as_json: terminal.Json = False,
     database: terminal.Database = None,
 ) -> None:
     if sum((bool(task_ids), category is not None, everything)) != 1:
-        raise typer.BadParameter("name tasks, or give --category or --all; one of the three")
+        raise typer.BadParameter("give either task ids, --category or --all")
     with terminal.database(database) as connection:
         if category is not None:
             terminal.known(category, category_names(connection), "category")
-        not_failed = _not_failed(connection, task_ids or [])
-        for task_id, why in not_failed.items():
+        rejected = _not_retryable(connection, task_ids or [])
+        for task_id, why in rejected.items():
             terminal.complain(f"Task {task_id} {why}")
-        count = len(set(task_ids)) - len(not_failed) if task_ids else failed_tasks(connection, category)
+        count = len(set(task_ids)) - len(rejected) if task_ids else failed_tasks(connection, category)
         connection.commit()
         if count and not yes:
-            _ask(count)
+            _confirm(count)
         done = _retry(connection, category, task_ids)
-    _tell(done, as_json=as_json)
-    if not_failed or done.still_failed:
+    _print(done, as_json=as_json)
+    if rejected or done.still_failed:
         raise typer.Exit(terminal.EXIT_SOME_BAD)
 
 
-def _not_failed(connection: Connection, task_ids: Sequence[int]) -> dict[int, str]:
-    """Those of the tasks that cannot be retried, and why."""
+def _not_retryable(connection: Connection, task_ids: Sequence[int]) -> dict[int, str]:
+    """Returns the tasks that cannot be retried, each with the reason."""
     if any(abs(task_id) >= 2**63 for task_id in task_ids):
-        raise InputError("A task's number is at most 9223372036854775807.")
+        raise InputError("A task id is out of range; ids end at 9223372036854775807.")
     found = statuses(connection, task_ids)
     return {
         task_id: f"is {found[task_id]}, not failed." if task_id in found else "does not exist."
@@ -121,25 +117,25 @@ def _not_failed(connection: Connection, task_ids: Sequence[int]) -> dict[int, st
     }
 
 
-def _ask(count: int) -> None:
-    question = f"Set {count:,} failed task{'s' if count > 1 else ''} back to unsolved?"
+def _confirm(count: int) -> None:
+    question = f"Retry {count:,} failed task{'s' if count > 1 else ''}?"
     if not typer.confirm(question, err=True):
         raise typer.Exit(terminal.EXIT_FAILED)
 
 
 def _retry(connection: Connection, category: str | None, task_ids: list[int] | None) -> Retried:
     done = Retried(0, 0)
-    for done in retry_failed(connection, category=category, task_ids=task_ids or None):  # noqa: B007 - the last counts
+    for done in retry_failed(connection, category=category, task_ids=task_ids or None):  # noqa: B007 - only the last is used
         pass
     return done
 
 
-def _tell(done: Retried, *, as_json: bool) -> None:
+def _print(done: Retried, *, as_json: bool) -> None:
     if as_json:
         terminal.print_json(done)
         return
-    typer.echo(f"{done.unsolved:,} tasks are unsolved again")
+    typer.echo(f"{done.unsolved:,} tasks requeued")
     if done.still_failed:
         terminal.complain(
-            f"{done.still_failed:,} failed again at once: their prompts cannot be sent to any model."
+            f"{done.still_failed:,} failed again immediately: no model can be sent their prompts."
         )

@@ -1,13 +1,12 @@
-"""What all verbs share: where things are, how they speak to a terminal, and how they end.
+"""Shared by all commands: options, output, error messages and exit codes.
 
-Exit codes: 0 done, 1 could not be done (one message on standard error), 2 wrong usage, 3 done but for some
-lines or tasks, each of which was named.
+Exit codes: 0 success, 1 failed (one message on standard error), 2 invalid usage, 3 completed with errors
+(each failed row or task is listed).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import getpass
 import json
 import os
@@ -16,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 import typer.core
@@ -24,46 +23,50 @@ from rich.console import Console
 from rich.table import Table
 
 from router.database import Connection, connect
-from router.errors import ConfigError, InputError, RouterError
+from router.errors import ConfigError, RouterError, unknown
 from router.models import AirflowApi
 from router.queue import require_schema
 from router.settings import DEFAULT_CONFIG_FOLDER
 
 EXIT_FAILED = 1
 EXIT_SOME_BAD = 3
-PIPED_COLUMNS = 120  # a table that is not read in a terminal is not folded to 80
+PIPED_COLUMNS = 120  # rich would wrap piped tables at 80
 
 Database = Annotated[
-    Optional[str],  # noqa: UP045 - typer evaluates this at run time, also on 3.10
+    str | None,
     typer.Option(
-        "--database", metavar="URL", envvar="ROUTER_DATABASE_URL", help="Postgres that holds the tasks."
+        "--database", metavar="URL", envvar="ROUTER_DATABASE_URL", help="URL of the router's Postgres."
     ),
 ]
 Redis = Annotated[
-    Optional[str],  # noqa: UP045 - as above
-    typer.Option("--redis", metavar="URL", envvar="ROUTER_REDIS_URL", help="Redis that holds the limiter."),
+    str | None,
+    typer.Option("--redis", metavar="URL", envvar="ROUTER_REDIS_URL", help="URL of the limiter's Redis."),
 ]
 Config = Annotated[
     Path,
-    typer.Option("--config", metavar="FOLDER", envvar="ROUTER_CONFIG", help="The folder of models.yaml."),
+    typer.Option(
+        "--config", metavar="FOLDER", envvar="ROUTER_CONFIG", help="Folder that contains models.yaml."
+    ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 By = Annotated[
-    Optional[str],  # noqa: UP045 - as above
-    typer.Option("--by", help="Who does it, for the history. Default: your user name."),
+    str | None,
+    typer.Option("--by", help="Author recorded in the history. Default: your user name."),
 ]
 AirflowUrl = Annotated[
-    Optional[str],  # noqa: UP045 - as above
-    typer.Option("--airflow", metavar="URL", envvar="ROUTER_AIRFLOW_URL", help="Where Airflow's page is."),
+    str | None,
+    typer.Option("--airflow", metavar="URL", envvar="ROUTER_AIRFLOW_URL", help="URL of Airflow."),
 ]
 AirflowUser = Annotated[
-    Optional[str],  # noqa: UP045 - as above
-    typer.Option("--airflow-user", envvar="ROUTER_AIRFLOW_USER", help="Who may edit Variables."),
+    str | None,
+    typer.Option("--airflow-user", envvar="ROUTER_AIRFLOW_USER", help="Airflow user who may edit Variables."),
 ]
 AirflowPassword = Annotated[
-    Optional[str],  # noqa: UP045 - as above
+    str | None,
     typer.Option(
-        "--airflow-password", envvar="ROUTER_AIRFLOW_PASSWORD", help="Better given by the environment."
+        "--airflow-password",
+        envvar="ROUTER_AIRFLOW_PASSWORD",
+        help="Password of the Airflow user; prefer the environment variable.",
     ),
 ]
 DEFAULT_CONFIG = DEFAULT_CONFIG_FOLDER
@@ -71,7 +74,7 @@ AIRFLOW_SECONDS = 5.0
 
 
 class RouterGroup(typer.core.TyperGroup):
-    """The verbs; an error that the router raises on purpose becomes one message and exit code 1."""
+    """Command group that turns a RouterError into one message and exit code 1."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -80,12 +83,12 @@ class RouterGroup(typer.core.TyperGroup):
             complain(f"router: {error}")
             raise typer.Exit(EXIT_FAILED) from error
         except UnicodeEncodeError as error:
-            complain("router: an argument is no text in UTF-8.")
+            complain("router: an argument is not valid UTF-8.")
             raise typer.Exit(EXIT_FAILED) from error
 
 
 def verbs(**arguments: Any) -> typer.Typer:
-    """A group of verbs, with plain help texts and without tracebacks."""
+    """Creates a command group with plain help texts and without tracebacks."""
     return typer.Typer(
         cls=RouterGroup,
         no_args_is_help=not arguments.get("invoke_without_command", False),
@@ -97,12 +100,12 @@ def verbs(**arguments: Any) -> typer.Typer:
 
 
 def out() -> Console:
-    """Standard output."""
+    """Returns a console on standard output."""
     return _console(stderr=False)
 
 
 def err() -> Console:
-    """Standard error: progress and notes, so that output can be piped."""
+    """Returns a console on standard error, for progress and notes."""
     return _console(stderr=True)
 
 
@@ -113,22 +116,22 @@ def _console(*, stderr: bool) -> Console:
 
 
 def complain(message: str) -> None:
-    """Say on standard error what is wrong."""
+    """Prints an error on standard error."""
     err().print(message, style="red", markup=False, soft_wrap=True)
 
 
 def note(message: str) -> None:
-    """Say on standard error what is worth knowing."""
+    """Prints a warning on standard error."""
     err().print(message, style="yellow", markup=False, soft_wrap=True)
 
 
 def print_json(value: Any, *, indent: int | None = 2) -> None:
-    """Print a value as JSON; dataclasses become objects and moments ISO 8601 with their offset."""
+    """Prints a value as JSON; see `as_json`."""
     typer.echo(as_json(value, indent=indent))
 
 
 def as_json(value: Any, *, indent: int | None = 2) -> str:
-    """What print_json prints."""
+    """Returns a value as JSON; dataclasses become objects, and times ISO 8601 with their offset."""
     return json.dumps(value, ensure_ascii=False, indent=indent, default=_plain)
 
 
@@ -141,54 +144,51 @@ def _plain(value: Any) -> Any:
 
 
 def required(value: str | None, name: str, example: str) -> str:
-    """The option's value; ConfigError names the environment variable that would give it."""
+    """Returns the value of an option. Raises ConfigError that names its environment variable."""
     if not (value or "").strip():
-        raise ConfigError(
-            f"{name} is not set. Set it, e.g. {name}={example}, or source the demo's router.env."
-        )
+        raise ConfigError(f"{name} is not set. Set it, e.g. {name}={example}, or source .stack/router.env.")
     return str(value)
 
 
 @contextmanager
 def database(url: str | None) -> Iterator[Connection]:
-    """A connection to a database that `router migrate` has prepared."""
+    """Opens a connection and checks that the schema is current."""
     with connect(database_url(url)) as connection:
         require_schema(connection)
         yield connection
 
 
 def airflow(url: str | None, user: str | None, password: str | None) -> AirflowApi | None:
-    """Airflow's REST API, if it is said where that is."""
+    """Returns a client of Airflow's REST API; None without a URL."""
     return AirflowApi(url, user or "", password or "", timeout_seconds=AIRFLOW_SECONDS) if url else None
 
 
 def database_url(url: str | None) -> str:
+    """Returns the URL of Postgres. Raises ConfigError if it is not set."""
     return required(url, "ROUTER_DATABASE_URL", "postgresql://user@host/database")
 
 
 def known(name: str, names: Iterable[str], what: str) -> str:
-    """`name`, if it is among `names`; InputError offers the nearest, or lists them all."""
+    """Returns `name` if it is in `names`. Raises InputError with the closest name, or with all."""
     names = list(names)
-    if name in names:
-        return name
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names) or 'none'}."
-    raise InputError(f"There is no {what} {name[:120]!r}; {hint}")
+    if name not in names:
+        raise unknown(name, names, what)
+    return name
 
 
 def quiet_table(*columns: str, right: Iterable[str] = ()) -> Table:
-    """A table without lines; the columns in `right` hold numbers."""
+    """Creates a borderless table; the columns in `right` are right-aligned."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
     for name in columns:
         table.add_column(name, justify="right" if name in right else "left", no_wrap=name == columns[0])
     return table
 
 
-def ago(moment: datetime | None) -> str:
-    """How long ago, in one number: `12 s`, `5 min`, `3 h`, `2 d`; empty for None."""
-    if moment is None:
+def ago(at: datetime | None) -> str:
+    """Formats the age of a time as `12 s`, `5 min`, `3 h` or `2 d`; empty for None."""
+    if at is None:
         return ""
-    seconds = max(0.0, (datetime.now(timezone.utc) - moment).total_seconds())
+    seconds = max(0.0, (datetime.now(timezone.utc) - at).total_seconds())
     for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
         if seconds >= size:
             return f"{seconds / size:.0f} {unit}"
@@ -196,10 +196,10 @@ def ago(moment: datetime | None) -> str:
 
 
 def who(by: str | None) -> str:
-    """`by`, or the name of whoever calls."""
+    """Returns `by`, or the name of the current user."""
     if by:
         return by
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
+    except (KeyError, OSError):  # in a container the user may have no name
         return "somebody"

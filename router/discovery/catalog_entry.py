@@ -1,60 +1,78 @@
-"""What a catalogue says of one model, read as lies until it holds together. Pure.
+"""Validates catalog entries. Catalog data is untrusted: a bad entry is refused, the others are still read.
 
-A file's entries and a provider's list come here as plain mappings, whose values may be numbers or their
-texts. What cannot be is a reason to refuse the one entry; what is not said is None.
+Values may be numbers or text with a unit: `128k`, `8B`, `$0.59`, `73.3%`. A missing value, `null`, `n/a`,
+`unknown` and the like mean "not known", which is None and never zero.
 """
 
 from __future__ import annotations
 
-import itertools
+import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
-from router.discovery.catalog_fields import (
-    benchmark_name,
-    count,
-    day,
-    number,
-    plain_license,
-    said,
-    score,
-    text,
-    truth,
-    words,
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    AliasPath,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
 )
-from router.discovery.model_names import normal_name, roster_name
-from router.errors import InputError
 
-LARGEST_PARAMETERS = 20_000.0  # thousand millions
-LARGEST_CONTEXT = 100_000_000
-HIGHEST_PRICE = 1000.0  # USD a million tokens
-MOST_SCORES = 200
+from router.discovery.model_names import normal_name, roster_name
+
+MAX_TEXT = 200  # characters
+MAX_PARAMETERS = 20_000.0  # B
+MAX_CONTEXT = 100_000_000  # tokens
+MAX_PRICE = 1000.0  # USD per million tokens
+MAX_HOSTS = 100
+MAX_SCORES = 200
+
+_UNKNOWN = frozenset({"", "~", "null", "none", "n/a", "na", "-", "?", "unknown", "tbd", "tba"})
+_NUMBER = re.compile(r"([-+]?(?:\d[\d,]{0,30}(?:\.\d{0,30})?|\.\d{1,30})(?:e[-+]?\d{1,3})?)\s*([a-z%$/ ]*)")
+_DAY = re.compile(r"(\d{4})-(\d{2})(?:-(\d{2})(?!\d))?(?=$|[T ])", re.ASCII)
+_FIRST_DAY = date(2015, 1, 1)  # an earlier date, such as 1970-01-01, is a placeholder
+_LICENSES = (
+    (re.compile(r"^(?:meta[ -]?)?llama[ -]?(\d(?:\.\d)?)(?:[ -].*)?$"), r"llama-\1"),
+    (re.compile(r"^apache.*2(?:\.0)?$"), "apache-2.0"),
+    (re.compile(r"^(?:the )?mit(?: licen[cs]e)?$"), "mit"),
+    (re.compile(r"^gemma.*$"), "gemma"),
+)
+_NO_LICENSE = frozenset({"other", "custom", "proprietary?", "unlicensed", "see card"})
 _OTHER_KINDS = frozenset({"embedding", "image", "audio", "rerank", "moderation", "video", "transcribe"})
-_MERGED_WORDS = frozenset({"merge", "merged", "slerp", "ties", "frankenmerge", "lorablated", "moerge"})
+_MERGE_WORDS = frozenset({"merge", "merged", "slerp", "ties", "frankenmerge", "lorablated", "moerge"})
 
 
 @dataclass(frozen=True, slots=True)
 class CatalogModel:
-    """A model as a catalogue describes it; None is what the catalogue does not say."""
+    """A model as a catalog describes it. None: the catalog does not say.
 
-    name: str  # for the roster
-    endpoint: str  # what the Models Backend calls it
-    license: str | None  # in its normal form, e.g. llama-3.3, apache-2.0
-    parameters: float | None  # thousand millions
+    Parameters in B, prices in USD per million tokens, scores from 0 to 1 by normalized benchmark name.
+    """
+
+    name: str  # on the roster
+    endpoint: str  # at the Models Backend
+    license: str | None  # normalized, e.g. llama-3.3, apache-2.0
+    parameters: float | None
     context_tokens: int | None
-    input_price: float | None  # USD a million tokens
+    input_price: float | None
     output_price: float | None
-    scores: Mapping[str, float]  # benchmark in its normal form -> 0..1
+    scores: Mapping[str, float]
     released: date | None
     is_merge: bool
-    catalogue: str  # which catalogue names it
+    catalog: str  # name of the catalog that lists it
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """What was not taken, and why, in words."""
+    """An entry or model that was not accepted, with the reason."""
 
     name: str
     reason: str
@@ -62,62 +80,31 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a catalogue holds that can be believed, and what not; duplicates are still in it."""
+    """The valid models of one catalog, including duplicates, and its refused entries."""
 
     models: tuple[CatalogModel, ...]
     refusals: tuple[Refusal, ...]
 
 
-def read_entries(entries: Iterable[Any], catalogue: str) -> Reading:
-    """Each entry as a model, or refused with its reason."""
+def read_entries(entries: Iterable[Any], catalog: str) -> Reading:
+    """Validates each entry on its own."""
     models, refusals = [], []
-    for place, entry in enumerate(entries, start=1):
-        try:
-            models.append(entry_of(entry, catalogue))
-        except InputError as error:  # noqa: PERF203 - one bad entry must not end the reading
-            refusals.append(Refusal(_shown_name(entry, place), str(error)))
+    for number, entry in enumerate(entries, start=1):
+        if isinstance(entry, dict):
+            try:
+                models.append(_Entry.model_validate(entry).as_model(catalog))
+            except ValidationError as error:
+                refusals.append(Refusal(_display_name(entry, number), _reason(error)))
+        else:
+            reason = f"an entry should be a mapping of keys to values, got {printable(entry, 60)}"
+            refusals.append(Refusal(f"entry {number}", reason))
     return Reading(tuple(models), tuple(refusals))
 
 
-def entry_of(entry: Any, catalogue: str) -> CatalogModel:
-    """The model that one entry describes; InputError says what cannot be."""
-    if isinstance(entry, Duplicated):
-        raise InputError(f"the key {entry.key} stands twice in it")
-    if not isinstance(entry, Mapping):
-        raise InputError("it is no entry with keys and values")
-    if truth(said(entry, "available", "active"), "available") is False:
-        raise InputError("the catalogue says itself that it is not available")
-    _refuse_other_kinds(entry)
-    model_id = text(said(entry, "id", "name"), "name") or ""
-    name = roster_name(model_id)
-    input_price, output_price = _prices(entry)
-    return CatalogModel(
-        name=name,
-        endpoint=text(said(entry, "endpoint"), "endpoint") or model_id,
-        license=plain_license(text(said(entry, "license", "licence"), "license")),
-        parameters=_parameters(entry),
-        context_tokens=_context(entry),
-        input_price=input_price,
-        output_price=output_price,
-        scores=_scores(entry),
-        # Not a provider's `created`: that is when the provider set the model up.
-        released=day(said(entry, "released", "release_date"), "released"),
-        is_merge=_is_merge(entry, name),
-        catalogue=catalogue,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Duplicated:
-    """A mapping that had a key twice, so that nobody knows what it says."""
-
-    key: str
-
-
 def merged(models: Sequence[CatalogModel]) -> tuple[list[CatalogModel], list[Refusal]]:
-    """Each model once, in the order given, and a refusal for each further spelling of one.
+    """Merges entries of the same model, keeping the order; each further spelling becomes a refusal.
 
-    The first that names a model gives name, endpoint and facts; what it does not say is taken from the rest.
+    The first entry gives name, endpoint and facts. Facts it lacks are taken from the later ones.
     """
     firsts: dict[str, CatalogModel] = {}
     refusals = []
@@ -128,13 +115,12 @@ def merged(models: Sequence[CatalogModel]) -> tuple[list[CatalogModel], list[Ref
             firsts[key] = model
             continue
         firsts[key] = _completed(first, model)
-        place = "the same catalogue" if first.catalogue == model.catalogue else f"catalogue {first.catalogue}"
-        refusals.append(Refusal(model.endpoint, f"the same model as {first.name} of {place}"))
+        where = "the same catalog" if first.catalog == model.catalog else f"catalog {first.catalog}"
+        refusals.append(Refusal(model.endpoint, f"the same model as {first.name} of {where}"))
     return list(firsts.values()), refusals
 
 
 def _completed(model: CatalogModel, other: CatalogModel) -> CatalogModel:
-    """The model with what it does not say itself from another entry of the same model."""
     has_price = model.input_price is not None and model.output_price is not None
     priced = model if has_price else other
     return replace(
@@ -150,90 +136,228 @@ def _completed(model: CatalogModel, other: CatalogModel) -> CatalogModel:
     )
 
 
-def _shown_name(entry: Any, place: int) -> str:
-    name = said(entry, "id", "name") if isinstance(entry, Mapping) else None
-    return words(name, 100) if isinstance(name, str) and name.strip() else f"entry {place}"
+def printable(value: Any, limit: int = MAX_TEXT) -> str:
+    """Shows a catalog's value in messages: cut to `limit`, without control characters."""
+    if not isinstance(value, (str, int, float, bool)):
+        return f"a {type(value).__name__}"
+    shown = "".join(mark if mark.isprintable() else "?" for mark in str(value)[: limit + 1])
+    return shown if len(shown) <= limit else f"{shown[:limit]}..."
 
 
-def _refuse_other_kinds(entry: Mapping[str, Any]) -> None:
-    kind = said(entry, "type")
-    if isinstance(kind, str) and kind.lower() in _OTHER_KINDS:
-        raise InputError(f"it is no model that answers prompts but of the kind {kind.lower()}")
+def _is_unknown(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and value.strip().lower() in _UNKNOWN)
 
 
-def _parameters(entry: Mapping[str, Any]) -> float | None:
-    parameters = number(said(entry, "parameters", "params_b"), "parameters", units="parameters")
-    if parameters is not None and not 0 < parameters <= LARGEST_PARAMETERS:
-        raise InputError(f"{parameters:g} thousand million parameters cannot be")
-    return parameters
-
-
-def _context(entry: Mapping[str, Any]) -> int | None:
-    keys = ("context_tokens", "context", "context_length", "context_window", "max_model_len")
-    context = count(said(entry, *keys), "context_tokens")
-    if context is not None and not 0 < context <= LARGEST_CONTEXT:
-        raise InputError(f"a context of {context} tokens cannot be")
-    return context
-
-
-def _prices(entry: Mapping[str, Any]) -> tuple[float | None, float | None]:
-    """Input and output price. Of several hosts' prices the middle one, which a slip of one does not move."""
-    hosts = entry.get("price_usd_per_mtok")
-    if isinstance(hosts, Sequence) and not isinstance(hosts, str) and hosts:
-        pairs = [_pair(host) for host in itertools.islice(hosts, 100)]
-        return sorted(pairs, key=sum)[(len(pairs) - 1) // 2]
-    pricing = entry.get("pricing")
-    scale = 1.0
-    if isinstance(pricing, Mapping):
-        scale = 1e6 if "prompt" in pricing else 1.0  # said for one token, else for a million
-        input_price, output_price = said(pricing, "prompt", "input"), said(pricing, "completion", "output")
-    else:
-        input_price, output_price = entry.get("input_price"), entry.get("output_price")
-    return _price(input_price, "input_price", scale), _price(output_price, "output_price", scale)
-
-
-def _pair(host: Any) -> tuple[float, float]:
-    if not isinstance(host, Sequence) or isinstance(host, str) or len(host) < 3:  # noqa: PLR2004 - see below
-        raise InputError("price_usd_per_mtok must hold [host, input price, output price]")
-    prices = _price(host[1], "input_price"), _price(host[2], "output_price")
-    return prices[0] or 0.0, prices[1] or 0.0
-
-
-def _price(value: Any, key: str, scale: float = 1.0) -> float | None:
-    price = number(value, key, units="price")
-    if price is None:
+def _number(value: Any, units: Mapping[str, float]) -> float | None:
+    if _is_unknown(value):
         return None
-    price = round(price * scale, 9)
-    if price < 0:
-        raise InputError(f"{key}: a price of {price:g} USD is below 0")
-    if price > HIGHEST_PRICE:
-        raise InputError(f"{key}: {price:g} USD a million tokens is absurd (above {HIGHEST_PRICE:g})")
-    return price
+    found = math.nan
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        found = float(value)
+    elif isinstance(value, str) and len(value) <= MAX_TEXT:
+        match = _NUMBER.fullmatch(value.strip().lower().removeprefix("$").strip())
+        if match is not None and (unit := match[2].strip()) in units:
+            found = float(match[1].replace(",", "")) * units[unit]
+    if not math.isfinite(found):
+        raise ValueError("input should be a number, with a known unit or none")
+    return found
 
 
-def _scores(entry: Mapping[str, Any]) -> dict[str, float]:
-    scores = entry.get("scores")
-    if scores is None or scores == "":
-        return {}
-    if not isinstance(scores, Mapping):
-        raise InputError("scores: must hold benchmarks and their scores")
-    if len(scores) > MOST_SCORES:
-        raise InputError(f"scores: more than {MOST_SCORES} benchmarks")
-    kind = entry.get("score_kind")
-    percent = isinstance(kind, str) and "%" in kind
-    read: dict[str, float] = {}
-    for benchmark, value in scores.items():
-        found = score(value, f"scores.{words(benchmark, 60)}", percent=percent)
-        if found is not None:
-            read.setdefault(benchmark_name(benchmark), found)
-    return read
+def _in(**units: float) -> BeforeValidator:
+    named = {name.replace("_", " "): factor for name, factor in units.items()}
+    return BeforeValidator(lambda value: _number(value, {"": 1, **named}))
 
 
-def _is_merge(entry: Mapping[str, Any], name: str) -> bool:
-    flags = entry.get("flags")
-    if truth(said(entry, "merge", "merged"), "merge") or (isinstance(flags, Sequence) and "merged" in flags):
-        return True
-    base = entry.get("base_model")
-    if isinstance(base, str) and base.endswith("(Merge)"):
-        return True
-    return not _MERGED_WORDS.isdisjoint(name.replace("_", "-").split("-"))
+def _price(value: Any) -> float | None:
+    return _number(value, {"": 1, "$": 1, "usd": 1})
+
+
+def _per_million(value: Any) -> float | None:
+    price = _price(value)
+    return None if price is None else round(price * 1e6, 9)
+
+
+def _score(value: Any) -> float | None:
+    score = _number(value, {"": 1, "%": 0.01})
+    if score is not None and not 0 <= score <= 1:
+        raise ValueError("input should be between 0 and 1, or a percentage with its %")
+    return score
+
+
+def _day(value: Any) -> date | None:
+    match = _DAY.match(str(value)[:MAX_TEXT].strip())
+    try:
+        found = date(int(match[1]), int(match[2]), int(match[3] or 1)) if match else None
+    except ValueError:
+        found = None
+    if found is None:
+        raise ValueError("input should be a date like 2024-07-23")
+    return found if found >= _FIRST_DAY else None
+
+
+def _license(written: str) -> str | None:
+    """Normalizes a license: `Llama 3.1 Community License` and `llama3.1` become `llama-3.1`."""
+    name = written.lower()
+    if name in _NO_LICENSE:
+        return None
+    for spelling, plain in _LICENSES:
+        if spelling.match(name):
+            return spelling.sub(plain, name)
+    return re.sub(r"[\s_]+", "-", name)
+
+
+def benchmark_name(benchmark: str) -> str:
+    """Normalizes a benchmark: `MMLU-Pro`, `mmlu_pro` and `MMLU Pro (CoT)` become `mmlu-pro`."""
+    bare = re.sub(r"\([^)]*\)", "", printable(benchmark, 100).lower())
+    return re.sub(r"[\s_-]+", "-", bare).strip("-")
+
+
+def _is_printable(line: str) -> str:
+    if not line.isprintable():
+        raise ValueError("input should contain only printable characters")
+    return line
+
+
+def _is_model_id(model_id: str) -> str:
+    roster_name(model_id)
+    return model_id
+
+
+def _is_available(available: bool) -> bool:  # noqa: FBT001 - a validator
+    if not available:
+        raise ValueError("the catalog lists the model as unavailable")
+    return available
+
+
+def _answers_prompts(kind: Any) -> Any:
+    if isinstance(kind, str) and kind.lower() in _OTHER_KINDS:
+        raise ValueError("a model of this kind does not answer prompts")
+    return kind
+
+
+def _key(*names: str | AliasPath, default: Any = None) -> Any:
+    return Field(default=default, validation_alias=AliasChoices(*names))
+
+
+_Text = Annotated[
+    str, StringConstraints(strip_whitespace=True, max_length=MAX_TEXT), AfterValidator(_is_printable)
+]
+_Parameters = Annotated[
+    float, _in(b=1, m=1e-3, t=1e3, billion=1, million=1e-3, trillion=1e3), Field(gt=0, le=MAX_PARAMETERS)
+]
+_Tokens = Annotated[
+    float, _in(k=1e3, m=1e6, tokens=1, k_tokens=1e3, m_tokens=1e6), Field(ge=1, le=MAX_CONTEXT)
+]
+_Price = Annotated[float | None, BeforeValidator(_price), Field(ge=0, le=MAX_PRICE)]
+_TokenPrice = Annotated[_Price, BeforeValidator(_per_million)]
+_Score = Annotated[float | None, BeforeValidator(_score)]
+
+
+class _HostPrice(NamedTuple):
+    host: Any
+    input_price: _Price
+    output_price: _Price
+
+
+class _Entry(BaseModel):
+    """One entry. Unknown keys are ignored; fields are validated in this order, and the first error counts."""
+
+    available: Annotated[bool, AfterValidator(_is_available)] = _key("available", "active", default=True)
+    type: Annotated[Any, AfterValidator(_answers_prompts)] = None
+    model_id: Annotated[_Text, AfterValidator(_is_model_id)] = _key("id", "name", default=...)
+    endpoint: _Text | None = None
+    license: Annotated[_Text, AfterValidator(_license)] | None = _key("license", "licence")
+    parameters: _Parameters | None = _key("parameters", "params_b")
+    context: _Tokens | None = _key(
+        "context_tokens", "context", "context_length", "context_window", "max_model_len"
+    )
+    hosts: tuple[_HostPrice, ...] = _key("price_usd_per_mtok", default=())
+    input_price: _Price = _key(AliasPath("pricing", "input"), "input_price")
+    output_price: _Price = _key(AliasPath("pricing", "output"), "output_price")
+    prompt_price: _TokenPrice = _key(AliasPath("pricing", "prompt"))
+    completion_price: _TokenPrice = _key(AliasPath("pricing", "completion"))
+    score_kind: Any = None
+    scores: dict[str, _Score] = Field({}, max_length=MAX_SCORES)
+    # A provider's `created` is not read: it is the day on which the provider set the model up.
+    released: Annotated[date | None, BeforeValidator(_day)] = _key("released", "release_date")
+    merge: bool = _key("merge", "merged", default=False)
+    flags: Any = None
+    base_model: Any = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_unknown(cls, entry: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in entry.items() if not _is_unknown(value)}
+
+    @field_validator("hosts", mode="before")
+    @classmethod
+    def _without_details(cls, hosts: Any) -> Any:
+        """Cuts `[host, input price, output price, ...]` to the first three."""
+        if not isinstance(hosts, list):
+            return hosts
+        return [host[:3] if isinstance(host, list) else host for host in hosts[:MAX_HOSTS]]
+
+    @field_validator("scores", mode="before")
+    @classmethod
+    def _as_percent(cls, scores: Any, info: Any) -> Any:
+        """A `score_kind` that names % makes bare numbers percentages."""
+        if not isinstance(scores, dict) or "%" not in str(info.data.get("score_kind")):
+            return scores
+        return {
+            name: value if _is_unknown(value) or "%" in str(value) else f"{value}%"
+            for name, value in scores.items()
+        }
+
+    def as_model(self, catalog: str) -> CatalogModel:
+        """The model that the entry describes."""
+        input_price, output_price = self._prices()
+        name = roster_name(self.model_id)
+        scores: dict[str, float] = {}
+        for benchmark, score in self.scores.items():
+            if score is not None:
+                scores.setdefault(benchmark_name(benchmark), score)
+        return CatalogModel(
+            name=name,
+            endpoint=self.endpoint or self.model_id,
+            license=self.license,
+            parameters=self.parameters,
+            context_tokens=None if self.context is None else math.floor(self.context),
+            input_price=input_price,
+            output_price=output_price,
+            scores=scores,
+            released=self.released,
+            is_merge=self._is_merge(name),
+            catalog=catalog,
+        )
+
+    def _prices(self) -> tuple[float | None, float | None]:
+        """The median of the hosts' prices, which one typo does not move, else the entry's own price."""
+        if self.hosts:
+            pairs = [(host.input_price or 0.0, host.output_price or 0.0) for host in self.hosts]
+            return sorted(pairs, key=sum)[(len(pairs) - 1) // 2]
+        return (
+            self.input_price if self.prompt_price is None else self.prompt_price,
+            self.output_price if self.completion_price is None else self.completion_price,
+        )
+
+    def _is_merge(self, name: str) -> bool:
+        return (
+            self.merge
+            or (isinstance(self.flags, Sequence) and "merged" in self.flags)
+            or (isinstance(self.base_model, str) and self.base_model.endswith("(Merge)"))
+            or not _MERGE_WORDS.isdisjoint(name.replace("_", "-").split("-"))
+        )
+
+
+def _display_name(entry: Mapping[str, Any], number: int) -> str:
+    name = next((entry[key] for key in ("id", "name") if not _is_unknown(entry.get(key))), None)
+    return printable(name, 100) if isinstance(name, str) else f"entry {number}"
+
+
+def _reason(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    if first["type"] == "missing":
+        return "the entry has no name"
+    where = ".".join(printable(part, 60) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {message[0].lower()}{message[1:]}, got {printable(first['input'], 60)}"

@@ -1,80 +1,65 @@
-"""Catalogues of models, behind one small interface: a file, and an OpenAI-compatible provider's list.
+"""Catalogs of models: a file, or the model list of an OpenAI-compatible provider.
 
-A catalogue is believed entry by entry: what cannot be is refused with its reason, and the rest is read. One
-that cannot be read at all is a CatalogError that names it and what to do, and no other catalogue's trouble.
+A catalog is validated entry by entry: a bad entry is refused with its reason. A catalog that cannot be read
+at all raises CatalogError, which names it and the next step, and does not affect the others.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import aiohttp
+import yaml
 
-from router.discovery.catalog_entry import CatalogModel, Reading, Refusal, merged, read_entries
-from router.discovery.catalog_text import json_entries, yaml_entries
-from router.discovery.model_names import same_model
+from router.discovery.catalog_entry import Reading, printable, read_entries
 from router.errors import CatalogError, InputError
 from router.settings import (
-    DEFAULT_CONFIG_FOLDER,
     MEGABYTE,
     DiscoverySettings,
     FileCatalogSettings,
     ProviderCatalogSettings,
+    own_or_shipped,
 )
 
-__all__ = [
-    "Catalog",
-    "CatalogModel",
-    "FileCatalog",
-    "ProviderCatalog",
-    "Reading",
-    "Refusal",
-    "merged",
-    "open_catalogs",
-    "same_model",
-]
-
 CONNECT_SECONDS = 5.0
-SHORTEST_SECRET = 8  # a shorter key would be found in innocent text
+MAX_DEPTH = 20  # levels of nested YAML
+LIST_DEPTH = 3  # of open collections in which the list of entries is found
+MIN_SECRET = 8  # characters; a shorter key could match innocent text
+LIST_KEYS = ("models", "data")  # keys that may hold the list; OpenAI uses the second
 
 
 class Catalog(Protocol):
-    """Something that lists models."""
+    """A source of models."""
 
     @property
     def name(self) -> str:
-        """What search.yaml calls it."""
+        """Its name in search.yaml."""
 
     def read(self) -> Reading:
-        """What it lists now; CatalogError if it cannot be read at all. Blocks."""
+        """Reads the catalog; blocks. Raises CatalogError if it cannot be read at all."""
 
 
 def open_catalogs(
     settings: DiscoverySettings, folder: Path, environment: Mapping[str, str] | None = None
 ) -> tuple[Catalog, ...]:
-    """The catalogues of search.yaml in its order; a provider whose address is not set is left out."""
+    """Opens the catalogs of search.yaml in order; skips a provider whose address is not set."""
     environment = os.environ if environment is None else environment
-    catalogues: list[Catalog] = []
-    for catalogue in settings.catalogs:
-        if isinstance(catalogue, FileCatalogSettings):
-            catalogues.append(FileCatalog(catalogue, _place_of(catalogue.path, folder)))
-        elif url := environment.get(catalogue.url_variable, "").strip():
-            key = environment.get(catalogue.key_variable, "").strip()
-            catalogues.append(ProviderCatalog(catalogue, url, key or None))
-    return tuple(catalogues)
-
-
-def _place_of(path: str, folder: Path) -> Path:
-    """The file in the folder, or the shipped one where that has none."""
-    own, shipped = folder / path, DEFAULT_CONFIG_FOLDER / path
-    return shipped if not own.exists() and shipped.exists() else own
+    catalogs: list[Catalog] = []
+    for catalog in settings.catalogs:
+        if isinstance(catalog, FileCatalogSettings):
+            catalogs.append(FileCatalog(catalog, own_or_shipped(folder, catalog.path)))
+        elif url := environment.get(catalog.url_variable, "").strip():
+            key = environment.get(catalog.key_variable, "").strip()
+            catalogs.append(ProviderCatalog(catalog, url, key or None))
+    return tuple(catalogs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,27 +71,27 @@ class FileCatalog:
 
     @property
     def name(self) -> str:
-        """What search.yaml calls it."""
+        """Its name in search.yaml."""
         return self.settings.name
 
     def read(self) -> Reading:
-        """What the file lists now; CatalogError names it if it cannot be read at all."""
+        """Reads the file. Raises CatalogError, which names it, if it cannot be read at all."""
         entries = json_entries if self.path.suffix.lower() == ".json" else yaml_entries
         try:
             return read_entries(entries(self._content(), self.settings.max_models), self.name)
         except InputError as error:
-            hint = "Put the file right, or take it out of search.yaml."
+            hint = "Fix the file, or remove it from search.yaml."
             raise CatalogError(f"Catalog {self.name}: {self.path}: {error}. {hint}") from error
 
     def _content(self) -> bytes:
         limit = int(self.settings.max_megabytes * MEGABYTE)
         if not self.path.is_file():
-            raise InputError("there is no such file")
+            raise InputError("no such file")
         try:
             with self.path.open("rb") as file:
                 content = file.read(limit + 1)
         except OSError as error:
-            raise InputError(f"it cannot be read: {error.strerror}") from error
+            raise InputError(f"cannot be read: {error.strerror}") from error
         if len(content) > limit:
             raise InputError(f"larger than {self.settings.max_megabytes:g} MB (max_megabytes)")
         return content
@@ -114,7 +99,7 @@ class FileCatalog:
 
 @dataclass(frozen=True, slots=True)
 class ProviderCatalog:
-    """An OpenAI-compatible provider's GET /models. The key is in no text, whatever the provider answers."""
+    """GET /models of an OpenAI-compatible provider. No text shows the key, even if the provider echoes it."""
 
     settings: ProviderCatalogSettings
     url: str = field(repr=False)
@@ -122,35 +107,35 @@ class ProviderCatalog:
 
     @property
     def name(self) -> str:
-        """What search.yaml calls it."""
+        """Its name in search.yaml."""
         return self.settings.name
 
     def read(self) -> Reading:
-        """What the provider lists now; CatalogError says why it cannot be read and what to set right."""
+        """Fetches the list. Raises CatalogError with the cause and the setting to check."""
         try:
             address = self._address()
-            # In a thread of its own, since the caller may have a running loop. aiohttp and not requests: its
-            # deadline holds for the whole reply, also for one that comes byte by byte.
-            with ThreadPoolExecutor(1, thread_name_prefix=f"catalogue-{self.name}") as thread:
+            # In its own thread, since the caller may have a running loop. aiohttp and not requests: its
+            # deadline covers the whole reply, also one that arrives byte by byte.
+            with ThreadPoolExecutor(1, thread_name_prefix=f"catalog-{self.name}") as thread:
                 content = thread.submit(asyncio.run, self._fetch(address)).result()
             return read_entries(json_entries(self._without_key(content), self.settings.max_models), self.name)
         except InputError as error:
             raise CatalogError(f"Catalog {self.name}: {error}.") from None
 
     def _address(self) -> str:
-        wrong = f"{self.settings.url_variable} is no http(s) address; set it to the part before /models"
+        invalid = f"{self.settings.url_variable} is not an http(s) address; set it to the part before /models"
         try:
             parts = urlsplit(self.url)
-            parts.port  # noqa: B018 - raises for what is no port
+            parts.port  # noqa: B018 - raises for an invalid port
         except ValueError:
-            raise InputError(wrong) from None
+            raise InputError(invalid) from None
         if parts.scheme not in {"http", "https"} or not parts.hostname:
-            raise InputError(wrong)
+            raise InputError(invalid)
         if parts.username or parts.password or parts.query or parts.fragment:
-            raise InputError(f"{self.settings.url_variable} must hold neither password nor ? nor #")
+            raise InputError(f"{self.settings.url_variable} must not contain a password, ? or #")
         key = self.key or ""
         if not key.isascii() or not key.isprintable() or " " in key:
-            raise InputError(f"{self.settings.key_variable} holds characters that no header can carry")
+            raise InputError(f"{self.settings.key_variable} contains characters that are invalid in a header")
         return f"{self.url.rstrip('/').removesuffix('/chat/completions')}/models"
 
     async def _fetch(self, address: str) -> bytes:
@@ -167,7 +152,7 @@ class ProviderCatalog:
                 return await self._body(response)
         except asyncio.TimeoutError:
             raise InputError(
-                f"no whole reply within {self.settings.timeout_seconds:g} s; the next search asks again"
+                f"no complete reply within {self.settings.timeout_seconds:g} s; the next search tries again"
             ) from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise InputError(
@@ -179,16 +164,16 @@ class ProviderCatalog:
         if status == 200 and response.headers.get("Content-Encoding", "identity") == "identity":  # noqa: PLR2004 - OK
             return
         if status == 200:  # noqa: PLR2004 - OK
-            raise InputError("the provider compressed its list, though it was asked not to")
+            raise InputError("the provider compressed its list, which the request ruled out")
         if status in {401, 403}:
             raise InputError(f"the provider refuses the key ({status}): check {self.settings.key_variable}")
         if 300 <= status < 400:  # noqa: PLR2004 - redirects
-            hint = f"redirects are not followed; set {self.settings.url_variable} to where it leads"
+            hint = f"redirects are not followed; set {self.settings.url_variable} to the final address"
             raise InputError(f"the provider answers {status}: {hint}")
         if status == 404:  # noqa: PLR2004 - not found
-            hint = f"check {self.settings.url_variable}; most often /v1 is missing"
-            raise InputError(f"there is no list of models at the provider's address (404): {hint}")
-        raise InputError(f"the provider answers {status}; the next search asks again")
+            hint = f"check {self.settings.url_variable}; usually /v1 is missing"
+            raise InputError(f"no list of models at the provider's address (404): {hint}")
+        raise InputError(f"the provider answers {status}; the next search tries again")
 
     async def _body(self, response: aiohttp.ClientResponse) -> bytes:
         limit = int(self.settings.max_megabytes * MEGABYTE)
@@ -203,6 +188,91 @@ class ProviderCatalog:
         return bytes(content)
 
     def _without_key(self, content: bytes) -> bytes:
-        if self.key is None or len(self.key) < SHORTEST_SECRET:
+        if self.key is None or len(self.key) < MIN_SECRET:
             return content
         return content.replace(self.key.encode(), b"***")
+
+
+def json_entries(content: bytes, limit: int) -> list[Any]:
+    """Parses JSON into at most `limit` entries. Raises InputError."""
+    try:
+        # int() raises for thousands of digits and would refuse the whole text; float() returns infinity.
+        document = json.loads(_text(content), object_pairs_hook=_mapping, parse_int=float)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else printable(str(error))
+        raise InputError(f"not valid JSON: {reason}") from error
+    return _entries(document, limit)
+
+
+def yaml_entries(content: bytes, limit: int) -> list[Any]:
+    """Parses YAML into at most `limit` entries; every scalar stays text. Raises InputError.
+
+    Tags are ignored. Aliases are refused, since a few of them can expand into millions of entries.
+    """
+    try:
+        text = _text(content)
+        _refuse_excess(text, limit)
+        document = yaml.load(text, Loader=_EntryLoader)  # noqa: S506 - constructs text, lists and mappings only
+    except yaml.YAMLError as error:
+        raise InputError(f"not valid YAML: {' '.join(printable(str(error), 300).split('?'))}") from error
+    return _entries(document, limit)
+
+
+def _text(content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"not valid UTF-8 at byte {error.start}") from error
+
+
+def _entries(document: Any, limit: int) -> list[Any]:
+    if isinstance(document, dict):
+        document = next((document[key] for key in LIST_KEYS if key in document), document)
+    if not isinstance(document, list):
+        raise InputError(f"no list of models at the top or under {' or '.join(LIST_KEYS)}")
+    if len(document) > limit:
+        raise InputError(f"more than {limit} entries (max_models)")
+    return document
+
+
+class _RepeatedKey(str):
+    """Takes the place of a mapping in which a key occurs twice, so that only its own entry is refused."""
+
+    __slots__ = ()
+
+
+def _mapping(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any] | _RepeatedKey:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            return _RepeatedKey(f"a mapping with the key {printable(key, 30)} twice")
+        found[key] = value
+    return found
+
+
+_Loader: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # ten times as fast where libyaml is installed
+
+
+class _EntryLoader(_Loader):  # type: ignore[misc]
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:  # noqa: FBT001, FBT002 - inherited
+        return _mapping(
+            (str(self.construct_object(key)), self.construct_object(value, deep)) for key, value in node.value
+        )
+
+
+def _refuse_excess(text: str, limit: int) -> None:
+    """Refuses, before anything is built, what would take far more memory than the text."""
+    sizes = [0]  # nodes in each open collection
+    for event in yaml.parse(text, Loader=_Loader):
+        line = event.start_mark.line + 1 if event.start_mark else 0
+        if isinstance(event, yaml.AliasEvent):
+            raise InputError(f"line {line}: an alias (*{printable(event.anchor, 30)}); write out its value")
+        sizes[-1] += isinstance(event, yaml.NodeEvent)
+        if len(sizes) <= LIST_DEPTH and sizes[-1] > 2 * limit:  # a mapping has two nodes per key
+            raise InputError(f"more than {limit} entries (max_models)")
+        if isinstance(event, yaml.CollectionStartEvent):
+            sizes.append(0)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            sizes.pop()
+        if len(sizes) > MAX_DEPTH + 1:
+            raise InputError(f"line {line}: nested more than {MAX_DEPTH} levels deep")

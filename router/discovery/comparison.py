@@ -1,12 +1,12 @@
-"""What a trial says: a candidate's calls beside the incumbent's, prompt by prompt. Pure.
+"""Compares a candidate's trial calls with the incumbent's, prompt by prompt. Pure.
 
-    a call is worth what `worth.call_utility` says, and one that failed nothing
-    difference = the candidate's worth less the incumbent's, for each prompt that both were asked
-    error      = spread of the differences / sqrt(their number)
-    it wins if   mean difference - margin_errors x error > margin
+    utility of a call = `utility.call_utility`; 0 for a failed call
+    difference        = utility of the candidate's call - utility of the incumbent's, per prompt
+    error             = standard deviation of the differences / sqrt(number of prompts)
+    the candidate wins if  mean difference - margin_errors x error > margin
 
-Both answer the same prompts, so that what is hard in a prompt cancels out. The spread is drawn towards a wide
-one, as if a few prompts more had shown it: a handful of lucky answers proves nothing.
+Pairing cancels the difficulty of a prompt. The variance is shrunk towards a high prior, with the weight of
+PRIOR_PROMPTS prompts, so that a handful of lucky answers proves nothing.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from router.learning.utility import call_utility
 from router.settings import TrialSettings, UtilitySettings
 from router.task import Outcome
 
-WIDE_SPREAD = 0.3  # of differences of worth
-WIDE_PROMPTS = 5  # that are taken to have shown it
-INCUMBENT_MUST_ANSWER = 0.5  # of its calls: else something is wrong that is no model's fault
-HOPELESS_CALLS = 5  # none of which was answered
-# Against the model; a quota that was used up, or a call that nobody could send, is not.
+PRIOR_DEVIATION = 0.3  # of differences of utility
+PRIOR_PROMPTS = 5
+MIN_INCUMBENT_ANSWERS = 0.5  # share of its calls; below it the backend is at fault, not a model
+MAX_FAILED_FIRST_CALLS = 5
+# Outcomes that count against or for the model; an exhausted quota or an unsent call does not.
 COUNTED = frozenset(
     {
         Outcome.ANSWERED, Outcome.ERROR, Outcome.TIMEOUT, Outcome.GARBAGE, Outcome.OVERLOADED,
@@ -35,17 +35,20 @@ COUNTED = frozenset(
 
 
 class TrialVerdict(str, enum.Enum):
-    """What became of a candidate."""
+    """Verdict on a candidate."""
 
     WON = "won"
     LOST = "lost"
-    UNREACHABLE = "unreachable"  # the backend cannot call it, or too few of its calls came through
-    VOID = "void"  # the incumbent itself could not be tried: nothing is known of the candidate
+    UNREACHABLE = "unreachable"  # unknown to the backend, or too few calls succeeded
+    VOID = "void"  # the incumbent failed, so that the trial shows nothing
 
 
 @dataclass(frozen=True, slots=True)
 class TrialCall:
-    """One model's call for one prompt; `outcome` None: no permit in time, or not asked. Grades by source."""
+    """One model's call for one prompt, with grades by source.
+
+    `outcome` None: no permit in time, or not sent.
+    """
 
     outcome: Outcome | None = None
     grades: Mapping[str, float] = field(default_factory=dict)
@@ -55,35 +58,34 @@ class TrialCall:
 
     @property
     def counts(self) -> bool:
-        """Whether it says something of its model."""
+        """Whether the outcome is the model's."""
         return self.outcome in COUNTED
 
     @property
     def answered(self) -> bool:
-        """Whether there is an answer."""
         return self.outcome is Outcome.ANSWERED
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One model's calls in a trial: shares of 1, means of its answered calls, seconds and USD."""
+    """One model's calls in a trial: mean utility of all; mean score, seconds and USD of the answered ones."""
 
     calls: int
     answered: int
-    worth: float
+    utility: float
     score: float
     seconds: float
     cost_usd: float
 
     @property
     def good(self) -> float:
-        """The share of its calls that brought a good answer."""
+        """The share of calls with a good answer."""
         return self.answered / self.calls * self.score if self.calls else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class TrialResult:
-    """The verdict with what it stands on; `difference` and what follows is over `pairs` prompts."""
+    """The verdict and its basis: mean difference, standard error and lower bound over `pairs` prompts."""
 
     verdict: TrialVerdict
     reason: str
@@ -92,12 +94,12 @@ class TrialResult:
     incumbent: Side
     difference: float = 0.0
     error: float = 0.0
-    lower: float = 0.0  # of the difference, by margin_errors errors
+    lower: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
-        """As it is kept, numbers rounded."""
+        """The basis of the verdict as it is stored, rounded."""
         plain = asdict(self)
-        return {key: _rounded(value) for key, value in plain.items() if key not in ("verdict", "reason")}
+        return {key: _stored(value) for key, value in plain.items() if key not in ("verdict", "reason")}
 
 
 def judge_trial(
@@ -107,67 +109,66 @@ def judge_trial(
     sources: Mapping[str, float],
     settings: TrialSettings,
 ) -> TrialResult:
-    """What the calls of both, in the order of the same prompts, say of the candidate."""
+    """Decides on a candidate from both models' calls, given in the order of the same prompts."""
     pairs = [
         (one, other) for one, other in zip(candidate, incumbent, strict=True) if one.counts and other.counts
     ]
     own = _side([one for one in candidate if one.counts], utility, sources)
-    theirs = _side([other for other in incumbent if other.counts], utility, sources)
-    differences = [_worth(one, utility, sources) - _worth(other, utility, sources) for one, other in pairs]
+    other = _side([other for other in incumbent if other.counts], utility, sources)
+    differences = [_utility(one, utility, sources) - _utility(two, utility, sources) for one, two in pairs]
     mean, error = _mean_and_error(differences)
     lower = mean - settings.margin_errors * error
-    verdict, reason = _hindrance(candidate, incumbent, len(pairs), settings) or (TrialVerdict.WON, "")
+    verdict, reason = _obstacle(candidate, incumbent, len(pairs), settings) or (TrialVerdict.WON, "")
     if verdict is TrialVerdict.WON:
-        reason = f"worth {own.worth:.3f} against {theirs.worth:.3f}: {mean:+.3f} +- {error:.3f}"
+        reason = f"utility {own.utility:.3f} against {other.utility:.3f}: {mean:+.3f} +- {error:.3f}"
         reason += f" over {len(pairs)} prompts"
         if own.good < utility.floor:
             verdict = TrialVerdict.LOST
             reason = f"{own.good:.0%} of its answers are good, below the floor of {utility.floor:.0%}"
         elif lower <= settings.margin:
             verdict = TrialVerdict.LOST
-            reason += f", which is not surely more than {settings.margin:g}"
-    return TrialResult(verdict, reason, len(pairs), own, theirs, mean, error, lower)
+            reason += f", not significantly more than {settings.margin:g}"
+    return TrialResult(verdict, reason, len(pairs), own, other, mean, error, lower)
 
 
-def _hindrance(
+def _obstacle(
     candidate: Sequence[TrialCall], incumbent: Sequence[TrialCall], pairs: int, settings: TrialSettings
 ) -> tuple[TrialVerdict, str] | None:
-    """Why the calls are not even compared; None if they can be."""
+    """The reason why the calls cannot be compared; None if they can."""
     if any(call.outcome is Outcome.UNKNOWN_MODEL for call in candidate):
-        return TrialVerdict.UNREACHABLE, "the Models Backend does not know it, though it names it"
-    theirs = [call for call in incumbent if call.counts]
-    answered = sum(call.answered for call in theirs)
-    if theirs and answered < INCUMBENT_MUST_ANSWER * len(theirs):
-        words = f"the incumbent itself answered {answered} of {len(theirs)} calls"
-        return TrialVerdict.VOID, f"{words}{_last_error(incumbent)}"
-    if is_hopeless(candidate):
-        # "Come back later" and nothing else: a key that is refused, or a host that is full.
-        away = all(call.outcome is Outcome.OVERLOADED for call in candidate if call.counts)
-        verdict = TrialVerdict.UNREACHABLE if away else TrialVerdict.LOST
+        return TrialVerdict.UNREACHABLE, "the Models Backend lists it but does not know it"
+    counted = [call for call in incumbent if call.counts]
+    answered = sum(call.answered for call in counted)
+    if counted and answered < MIN_INCUMBENT_ANSWERS * len(counted):
+        reason = f"the incumbent answered only {answered} of {len(counted)} calls"
+        return TrialVerdict.VOID, f"{reason}{_last_error(incumbent)}"
+    if _fails_always(candidate):
+        # Only "try again later" means a refused key or a full host.
+        is_away = all(call.outcome is Outcome.OVERLOADED for call in candidate if call.counts)
+        verdict = TrialVerdict.UNREACHABLE if is_away else TrialVerdict.LOST
         return verdict, f"none of its first calls was answered{_last_error(candidate)}"
-    if len(theirs) < settings.min_answers:
-        words = f"the incumbent could be asked only {len(theirs)} prompts"
-        return TrialVerdict.VOID, f"{words}{_last_error(incumbent)}"
+    if len(counted) < settings.min_answers:
+        reason = f"the incumbent could be called for only {len(counted)} prompts"
+        return TrialVerdict.VOID, f"{reason}{_last_error(incumbent)}"
     if pairs < settings.min_answers:
-        words = f"only {pairs} of its calls can be compared, and {settings.min_answers} are needed"
-        return TrialVerdict.UNREACHABLE, f"{words}{_last_error(candidate)}"
+        reason = f"only {pairs} of its calls can be compared, {settings.min_answers} are needed"
+        return TrialVerdict.UNREACHABLE, f"{reason}{_last_error(candidate)}"
     return None
 
 
-def is_hopeless(calls: Sequence[TrialCall]) -> bool:
-    """Whether enough calls count, and none of them was answered."""
+def _fails_always(calls: Sequence[TrialCall]) -> bool:
     counted = [call for call in calls if call.counts]
-    return len(counted) >= HOPELESS_CALLS and not any(call.answered for call in counted)
+    return len(counted) >= MAX_FAILED_FIRST_CALLS and not any(call.answered for call in counted)
 
 
-def is_enough(calls: Sequence[TrialCall]) -> bool:
-    """Whether more calls would only cost time and money: so far none came to anything."""
+def has_failed(calls: Sequence[TrialCall]) -> bool:
+    """Whether further calls are useless: the model is unknown, or none of its first calls was answered."""
     ended = [call for call in calls if call.outcome is not None or call.error is not None]
-    unknown = any(call.outcome is Outcome.UNKNOWN_MODEL for call in ended)
-    return unknown or (len(ended) >= HOPELESS_CALLS and not any(call.answered for call in ended))
+    is_unknown = any(call.outcome is Outcome.UNKNOWN_MODEL for call in ended)
+    return is_unknown or (len(ended) >= MAX_FAILED_FIRST_CALLS and not any(call.answered for call in ended))
 
 
-def _worth(call: TrialCall, utility: UtilitySettings, sources: Mapping[str, float]) -> float:
+def _utility(call: TrialCall, utility: UtilitySettings, sources: Mapping[str, float]) -> float:
     if not call.answered:
         return 0.0
     score = _score(call, sources)
@@ -175,7 +176,7 @@ def _worth(call: TrialCall, utility: UtilitySettings, sources: Mapping[str, floa
 
 
 def _score(call: TrialCall, sources: Mapping[str, float]) -> float:
-    """The weighed mean of its grades; without any that counts it is taken for good."""
+    """The weighted mean of the grades; 1 without any grade of a weighted source."""
     weights = {source: sources.get(source, 0.0) for source in call.grades}
     total = sum(weights.values())
     return sum(weights[source] * grade for source, grade in call.grades.items()) / total if total else 1.0
@@ -186,7 +187,7 @@ def _side(calls: Sequence[TrialCall], utility: UtilitySettings, sources: Mapping
     return Side(
         calls=len(calls),
         answered=len(answered),
-        worth=_mean([_worth(call, utility, sources) for call in calls]),
+        utility=_mean([_utility(call, utility, sources) for call in calls]),
         score=_mean([_score(call, sources) for call in answered]),
         seconds=_mean([call.seconds for call in answered]),
         cost_usd=_mean([call.cost_usd for call in answered]),
@@ -201,17 +202,18 @@ def _mean_and_error(differences: Sequence[float]) -> tuple[float, float]:
     if not differences:
         return 0.0, 0.0
     mean, number = _mean(differences), len(differences)
-    squares = sum((difference - mean) ** 2 for difference in differences) + WIDE_PROMPTS * WIDE_SPREAD**2
-    return mean, math.sqrt(squares / (number + WIDE_PROMPTS - 1) / number)
+    squares = sum((difference - mean) ** 2 for difference in differences)
+    squares += PRIOR_PROMPTS * PRIOR_DEVIATION**2
+    return mean, math.sqrt(squares / (number + PRIOR_PROMPTS - 1) / number)
 
 
 def _last_error(calls: Sequence[TrialCall]) -> str:
-    """What the backend said last; else why there was no permit."""
+    """The last error of the backend; without one, the reason why there was no permit."""
     errors = [call.error for call in sorted(calls, key=lambda call: call.outcome is not None) if call.error]
     return f": {errors[-1]}" if errors else ""
 
 
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _rounded(inner) for key, inner in value.items()}
+def _stored(value: Any) -> Any:
+    if isinstance(value, dict):  # a Side, whose utility is stored as "worth"
+        return {"worth" if key == "utility" else key: _stored(inner) for key, inner in value.items()}
     return round(value, 6) if isinstance(value, float) else value

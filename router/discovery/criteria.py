@@ -1,8 +1,8 @@
-"""Which models of the catalogues are worth a trial for a category, by what the catalogues say. Pure.
+"""Selects the catalog models that are worth a trial for a category. Pure.
 
-    score = the weighed mean of the benchmarks that count for the category, over those that are known
+    score = weighted mean of the category's benchmarks that are known
 
-Nobody is believed further than to a trial: the score only orders who is tried first.
+The score only orders the trials; catalogs decide nothing else.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from router.settings import CriteriaSettings, DiscoverySettings
 def passing(
     models: Sequence[CatalogModel], category: str, settings: DiscoverySettings, today: date
 ) -> tuple[list[CatalogModel], list[Refusal]]:
-    """The models that meet the category's criteria, best first, and why the others do not.
+    """The models that meet the category's criteria, best first, and the refusals with all reasons.
 
-    Each model comes once, under the name of the first catalogue that lists it.
+    Each model appears once, under the name of the first catalog that lists it.
     """
     criteria = settings.criteria_of(category)
-    once, refusals = merged(models)
+    unique, refusals = merged(models)
     met: list[CatalogModel] = []
-    for model in once:
+    for model in unique:
         reasons = list(_reasons(model, criteria, today))
         if reasons:
             refusals.append(Refusal(model.name, "; ".join(reasons)))
@@ -35,12 +35,12 @@ def passing(
     for model in sorted(met, key=lambda model: _order(model, criteria)):
         better = best.setdefault(untuned_name(model.name), model)
         if better is not model:
-            refusals.append(Refusal(model.name, f"{better.name} is the same model, and better by its scores"))
+            refusals.append(Refusal(model.name, f"the same model as {better.name}, which has a better score"))
     return list(best.values()), refusals
 
 
 def score_of(model: CatalogModel, criteria: CriteriaSettings) -> float | None:
-    """The weighed mean of the benchmarks that count; None if too few of them are known."""
+    """The weighted mean of the known benchmarks; None if too few are known."""
     known = {name: weight for name, weight in criteria.benchmarks.items() if name in model.scores}
     weight = sum(known.values())
     if not known or weight < criteria.benchmarks_share * sum(criteria.benchmarks.values()) - 1e-9:
@@ -49,11 +49,11 @@ def score_of(model: CatalogModel, criteria: CriteriaSettings) -> float | None:
 
 
 def _order(model: CatalogModel, criteria: CriteriaSettings) -> tuple[float, float, int, str]:
-    """Best first: the score, then the price, then the younger."""
+    """Sorts by score, then by price, then by age, newest first."""
     score = score_of(model, criteria)
     price = (model.input_price or 0.0) + (model.output_price or 0.0)
-    born = model.released.toordinal() if model.released else 0
-    return -(score or 0.0), price, -born, model.name
+    released = model.released.toordinal() if model.released else 0
+    return -(score or 0.0), price, -released, model.name
 
 
 def _reasons(model: CatalogModel, criteria: CriteriaSettings, today: date) -> Iterator[str]:
@@ -63,7 +63,7 @@ def _reasons(model: CatalogModel, criteria: CriteriaSettings, today: date) -> It
     yield from _score(model, criteria)
     yield from _age(model, criteria, today)
     if model.is_merge and not criteria.merges:
-        yield "it is a merge of other models"
+        yield "a merge of other models"
 
 
 def _license(model: CatalogModel, criteria: CriteriaSettings) -> Iterator[str]:
@@ -71,25 +71,25 @@ def _license(model: CatalogModel, criteria: CriteriaSettings) -> Iterator[str]:
         return
     if model.license is None:
         if "license" not in criteria.may_be_unknown:
-            yield "no catalogue says its license"
+            yield "license unknown"
     elif model.license not in criteria.licenses:
-        yield f"the license {model.license} is not among those allowed"
+        yield f"license {model.license} not allowed"
 
 
 def _size(model: CatalogModel, criteria: CriteriaSettings) -> Iterator[str]:
     least, most = criteria.parameters_min, criteria.parameters_max
     if model.parameters is None:
         if "parameters" not in criteria.may_be_unknown and (least > 0 or most is not None):
-            yield "no catalogue says how many parameters it has"
+            yield "number of parameters unknown"
     elif model.parameters < least:
-        yield f"{model.parameters:g} thousand million parameters are fewer than {least:g}"
+        yield f"{model.parameters:g}B parameters, less than {least:g}B"
     elif most is not None and model.parameters > most:
-        yield f"{model.parameters:g} thousand million parameters are more than {most:g}"
+        yield f"{model.parameters:g}B parameters, more than {most:g}B"
     if model.context_tokens is None:
         if "context" not in criteria.may_be_unknown and criteria.context_min > 1:
-            yield "no catalogue says its context"
+            yield "context length unknown"
     elif model.context_tokens < criteria.context_min:
-        yield f"a context of {model.context_tokens} tokens is less than {criteria.context_min}"
+        yield f"context of {model.context_tokens} tokens, less than {criteria.context_min}"
 
 
 def _price(model: CatalogModel, criteria: CriteriaSettings) -> Iterator[str]:
@@ -101,9 +101,9 @@ def _price(model: CatalogModel, criteria: CriteriaSettings) -> Iterator[str]:
             continue
         if price is None:
             if "price" not in criteria.may_be_unknown:
-                yield f"no catalogue says its {kind} price"
+                yield f"{kind} price unknown"
         elif price > most:
-            yield f"its {kind} price of {price:g} USD a million tokens is above {most:g}"
+            yield f"{kind} price of {price:g} USD per million tokens, more than {most:g}"
 
 
 def _score(model: CatalogModel, criteria: CriteriaSettings) -> Iterator[str]:
@@ -112,16 +112,16 @@ def _score(model: CatalogModel, criteria: CriteriaSettings) -> Iterator[str]:
     score = score_of(model, criteria)
     if score is None:
         if "score" not in criteria.may_be_unknown:
-            yield f"too few of the benchmarks that count are known: {', '.join(sorted(criteria.benchmarks))}"
+            yield f"too few benchmarks known of {', '.join(sorted(criteria.benchmarks))}"
     elif score < criteria.score_min:
-        yield f"its score of {score:.3f} is below {criteria.score_min:g}"
+        yield f"score {score:.3f}, less than {criteria.score_min:g}"
 
 
 def _age(model: CatalogModel, criteria: CriteriaSettings, today: date) -> Iterator[str]:
     if model.released is None:
         if "age" not in criteria.may_be_unknown and criteria.age_days_max is not None:
-            yield "no catalogue says when it was released"
+            yield "release date unknown"
     elif model.released > today:
-        yield f"it is said to be released on {model.released}, which is yet to come"
+        yield f"release date {model.released} is in the future"
     elif criteria.age_days_max is not None and (today - model.released).days > criteria.age_days_max:
-        yield f"released on {model.released}, it is older than {criteria.age_days_max} days"
+        yield f"released on {model.released}, more than {criteria.age_days_max} days ago"

@@ -1,111 +1,113 @@
-"""What a search would try: catalogues -> criteria -> what is not known yet. Sends nothing.
+"""Plans a search: reads the catalogs, applies the criteria, and drops known models. Sends nothing.
 
-For each category the candidates, best first by what the catalogues say, and the incumbent that they have to
-beat: the active model that is first there. What becomes of all other models is said, too.
+A category's plan names its candidates, best first by the catalogs, and the incumbent that they have to beat:
+the first active model. All other models become findings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
 from router.database import Connection
-from router.discovery import store as kept
+from router.discovery import store
 from router.discovery.catalog_entry import CatalogModel, Refusal
 from router.discovery.catalogs import open_catalogs
 from router.discovery.criteria import passing
 from router.discovery.model_names import same_model
 from router.discovery.store import Finding
 from router.discovery.trial_prompts import TrialPrompt, read_trial_prompts
-from router.discovery.trials import TrialModel
 from router.errors import CatalogError, ConfigError
+from router.learning import PricedModel
 from router.settings import DiscoverySettings, load_config
 
 
 @dataclass(frozen=True, slots=True)
 class CategoryPlan:
-    """What is to be tried for a category: the candidates against the incumbent, best first by the catalogues.
+    """The trials of a category.
 
-    `next_ones` come in for candidates that cannot be called; `findings` are of all others. Without an
-    incumbent, or without prompts, nobody is tried.
+    `new` holds the new models, best first. The first `max_candidates` that can be called are tried; that is 0
+    without an incumbent or prompts. `findings` cover all other models.
     """
 
     category: str
-    incumbent: TrialModel | None
-    judge: TrialModel | None
+    incumbent: PricedModel | None
+    judge: PricedModel | None
     prompts: tuple[TrialPrompt, ...]
     passing: tuple[str, ...]
-    candidates: tuple[CatalogModel, ...]
-    next_ones: tuple[CatalogModel, ...]
+    new: tuple[CatalogModel, ...]
+    max_candidates: int
     findings: tuple[Finding, ...]
     notes: tuple[str, ...]
+
+    @property
+    def candidates(self) -> tuple[CatalogModel, ...]:
+        """The models to try, or those that were tried."""
+        return self.new[: self.max_candidates]
 
 
 def read_catalogs(
     settings: DiscoverySettings, folder: Path
 ) -> tuple[list[CatalogModel], list[Finding], list[str]]:
-    """What all catalogues list, what of it cannot be believed, and what else there is to say.
+    """The models of all catalogs, a finding for each refused entry, and notes on unreadable catalogs.
 
-    CatalogError if there are catalogues, and none of them can be read.
+    Raises CatalogError if none of the catalogs can be read.
     """
     models: list[CatalogModel] = []
-    refusals: list[Finding] = []
-    troubles: list[str] = []
-    catalogues = open_catalogs(settings, folder)
-    for catalogue in catalogues:
+    refused: list[Finding] = []
+    problems: list[str] = []
+    catalogs = open_catalogs(settings, folder)
+    for catalog in catalogs:
         try:
-            reading = catalogue.read()
-        except CatalogError as error:  # noqa: PERF203 - one catalogue must not keep the others from being read
-            troubles.append(str(error))
+            reading = catalog.read()
+        except CatalogError as error:  # noqa: PERF203 - the other catalogs are still read
+            problems.append(str(error))
         else:
             models += reading.models
-            refusals += _refused(reading.refusals, None, catalogue.name)
-    if troubles and len(troubles) == len(catalogues):
-        raise CatalogError(" ".join(troubles))
-    if not catalogues:
-        troubles.append("no catalogue: name one in config/search.yaml, or set the address of its provider")
-    return models, refusals, troubles
+            refused += _refused(reading.refusals, None, catalog.name)
+    if problems and len(problems) == len(catalogs):
+        raise CatalogError(" ".join(problems))
+    if not catalogs:
+        problems.append("no catalog: name one in config/search.yaml, or set the address of its provider")
+    return models, refused, problems
 
 
-def _refused(refusals: Sequence[Refusal], category: str | None, catalogue: str) -> list[Finding]:
-    """One finding a model, with all that was said of it."""
+def _refused(refusals: Sequence[Refusal], category: str | None, catalog: str) -> list[Finding]:
+    """One finding per model, with all its reasons."""
     reasons: dict[str, list[str]] = {}
     for refusal in refusals:
-        said = reasons.setdefault(refusal.name, [])
-        if refusal.reason not in said:
-            said.append(refusal.reason)
-    return [Finding(name, category, catalogue, "refused", "; ".join(said)) for name, said in reasons.items()]
+        of_model = reasons.setdefault(refusal.name, [])
+        if refusal.reason not in of_model:
+            of_model.append(refusal.reason)
+    return [Finding(name, category, catalog, "refused", "; ".join(all_)) for name, all_ in reasons.items()]
 
 
 def plan_category(
     connection: Connection, category: str, models: Sequence[CatalogModel], *, settings: DiscoverySettings,
     folder: Path, today: date, search: int | None = None,
 ) -> CategoryPlan:  # fmt: skip
-    """Who is to be tried for the category, by what the catalogues say and the roster has now.
+    """Plans the trials of a category.
 
-    What `search` itself took on for another category may be tried, too.
+    Models that `search` itself admitted for another one may be tried, too.
     """
     met, refusals = passing(models, category, settings, today)
-    names = known_names(connection, folder, but_of_search=search)
-    rest = kept.resting(connection, category, settings.trials.retry_after_days)
-    fresh, known = _fresh(category, met, names, rest)
-    incumbent, judge = _incumbent_and_judge(connection, category)
+    names = known_names(connection, folder, except_search=search)
+    tried = store.recently_tried(connection, category, settings.trials.retry_after_days)
+    new, known = _new_models(category, met, names, tried)
+    active = store.active_models(connection, category)
     prompts, notes = _prompts(folder, category, settings.trials.prompts)
-    if fresh and incumbent is None:
-        notes.append(f"{category}: no model is active there, so that there is nothing to compare with")
-    can_be_tried = incumbent is not None and prompts
-    most = settings.criteria_of(category).candidates if can_be_tried else 0
-    next_ones = fresh[most:] if most else []
+    if new and not active:
+        notes.append(f"{category}: no active model to compare with")
     return CategoryPlan(
         category=category,
-        incumbent=incumbent,
-        judge=judge,
+        incumbent=active[0] if active else None,
+        judge=active[1] if len(active) > 1 else None,
         prompts=prompts,
         passing=tuple(model.name for model in met),
-        candidates=tuple(fresh[:most]),
-        next_ones=tuple(next_ones),
+        new=tuple(new),
+        max_candidates=settings.criteria_of(category).candidates if active and prompts else 0,
         findings=(*_with_catalogs(refusals, category, models, met), *known),
         notes=tuple(notes),
     )
@@ -117,66 +119,54 @@ def _with_catalogs(
     models: Sequence[CatalogModel],
     met: Sequence[CatalogModel],
 ) -> list[Finding]:
-    """The refusals with the catalogue that names the model; not of one that passed under another entry."""
-    catalogues = {
-        spelled: model.catalogue for model in reversed(models) for spelled in (model.endpoint, model.name)
+    """Refusals as findings with the model's catalog, without models that passed under another entry."""
+    catalogs = {
+        spelled: model.catalog for model in reversed(models) for spelled in (model.endpoint, model.name)
     }
     passed = {model.name for model in met}
     return [
-        replace(finding, catalogue=catalogues.get(finding.model, ""))
+        replace(finding, catalogue=catalogs.get(finding.model, ""))
         for finding in _refused(refusals, category, "")
         if finding.model not in passed
     ]
 
 
-def _fresh(
-    category: str, met: Sequence[CatalogModel], known: Mapping[str, str], rest: Mapping[str, str]
+def _new_models(
+    category: str, met: Sequence[CatalogModel], known: Mapping[str, str], tried: Collection[str]
 ) -> tuple[list[CatalogModel], list[Finding]]:
-    """The models that are neither known nor left in peace after a trial; and a finding for each known one."""
-    fresh, findings = [], []
+    """The models that are neither known nor recently tried, and a finding for each known one."""
+    new, findings = [], []
     for model in met:
-        said = why_known(model, known)
-        if said is not None:
-            findings.append(Finding(model.name, category, model.catalogue, "known", said))
-        elif model.name not in rest:
-            fresh.append(model)
-    return fresh, findings
+        known_as = why_known(model, known)
+        if known_as is not None:
+            findings.append(Finding(model.name, category, model.catalog, "known", known_as))
+        elif model.name not in tried:
+            new.append(model)
+    return new, findings
 
 
-def known_names(connection: Connection, folder: Path, *, but_of_search: int | None = None) -> dict[str, str]:
-    """Names and endpoints that are not free -> why: the roster's, and what people have written meanwhile.
+def known_names(connection: Connection, folder: Path, *, except_search: int | None = None) -> dict[str, str]:
+    """Names and endpoints of models.yaml and of the roster -> description.
 
-    What the search `but_of_search` took on itself it may take on for another category, too.
+    Leaves out models that the search `except_search` admitted itself.
     """
-    people = {
-        name: f"it is {model} of config/models.yaml"
-        for model, about in load_config(folder).models.items()
-        for name in (model, about.endpoint or model)
+    configured = {
+        name: f"{model} of config/models.yaml"
+        for model, settings in load_config(folder).models.items()
+        for name in (model, settings.endpoint or model)
     }
-    return {**people, **kept.roster_names(connection, but_of_search)}
+    return {**configured, **store.roster_names(connection, except_search)}
 
 
 def why_known(model: CatalogModel, known: Mapping[str, str]) -> str | None:
-    """Why the model is not new, by its endpoint or by any spelling of its name; None if it is."""
+    """The description of a known model with this endpoint or a spelling of this name; None if it is new."""
     if model.endpoint in known:
         return known[model.endpoint]
-    return next((said for name, said in known.items() if same_model(name, model.name)), None)
+    return next((known_as for name, known_as in known.items() if same_model(name, model.name)), None)
 
 
-def _incumbent_and_judge(
-    connection: Connection, category: str
-) -> tuple[TrialModel | None, TrialModel | None]:
-    """The active model that is first in the category, and the next one, which compares answers."""
-    ranked = [
-        one.contender
-        for one in kept.placed(connection, category)
-        if one.state == "active" and one.standing != "low"
-    ]
-    return ranked[0] if ranked else None, ranked[1] if len(ranked) > 1 else None
-
-
-def _prompts(folder: Path, category: str, most: int) -> tuple[tuple[TrialPrompt, ...], list[str]]:
+def _prompts(folder: Path, category: str, limit: int) -> tuple[tuple[TrialPrompt, ...], list[str]]:
     try:
-        return read_trial_prompts(folder, category)[:most], []
+        return read_trial_prompts(folder, category)[:limit], []
     except ConfigError as error:
-        return (), [f"{category}: nobody can be tried. {error}"]
+        return (), [f"{category}: no trials. {error}"]

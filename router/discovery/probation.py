@@ -1,7 +1,7 @@
-"""Models on probation: promoted into the ranking, retired by their log, or set back by people.
+"""Promotes, retires and undoes discovered models.
 
-Each change is one transaction in Postgres, kept with what it replaced; then `discovered.yaml` and the model's
-Variable follow (`publishing`). What people wrote into models.yaml is never touched.
+Each change is one transaction in Postgres and stores the rows that it replaced; then `discovered.yaml` and
+the model's Variable follow (see `publishing`). Models of models.yaml are never changed.
 """
 
 from __future__ import annotations
@@ -14,18 +14,24 @@ from typing import Any
 
 from router.database import Connection, connect, rows, transaction
 from router.discovery.discovered_file import require_writable
-from router.discovery.probation_rules import ProbationVerdict, Stand, Step, probation_verdict, stand_in
+from router.discovery.probation_rules import (
+    CategoryVerdict,
+    ProbationVerdict,
+    Step,
+    category_verdict,
+    probation_verdict,
+)
 from router.discovery.publishing import Variables, line_of, publish
 from router.errors import InputError
 from router.learning import Placed, order_by_evidence
 from router.settings import DiscoverySettings, LearningSettings, RouterConfig
 
-NIGHT_SECONDS = 86_400.0
+DAY_SECONDS = 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What became of a model on probation, and why; `stay`: nothing yet."""
+    """The decision on a model on probation, with its reason."""
 
     model: str
     step: Step
@@ -35,7 +41,7 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Undone:
-    """A change of a model that was set back."""
+    """A change of a model that was undone."""
 
     model: str
     what: str
@@ -53,10 +59,9 @@ def review_probation(
     variables: Variables | None = None,
     dry_run: bool = False,
 ) -> list[Decision]:
-    """Let the log decide on each model on probation, by the evidence that is summed up.
+    """Decides on each model on probation by its evidence. Running it again changes nothing more.
 
-    Done again it changes nothing more.
-    ConfigError, before anything is changed, if `discovered.yaml` could not be written.
+    Raises ConfigError, before any change, if `discovered.yaml` cannot be written.
     """
     if not dry_run:
         require_writable(folder)
@@ -65,27 +70,30 @@ def review_probation(
         if dry_run:
             return [Decision(model, verdict.step, verdict.reason) for model, verdict in verdicts.items()]
         return [
-            _carried_out(connection, folder, model, verdict, by, variables)
-            for model, verdict in verdicts.items()
+            _apply(connection, folder, model, verdict, by, variables) for model, verdict in verdicts.items()
         ]
 
 
 def promote(url: str, folder: Path, model: str, *, by: str, variables: Variables | None = None) -> Decision:
-    """Promote a model that is on probation, whatever its log says. InputError if it is not."""
-    require_writable(folder)
-    with connect(url, autocommit=True) as connection:
-        _require_state(connection, model, ("probation",))
-        verdict = ProbationVerdict(Step.PROMOTE, f"{by} said so")
-        return _carried_out(connection, folder, model, verdict, by, variables)
+    """Promotes a model on probation, regardless of its evidence. InputError if it is not on probation."""
+    return _requested(url, folder, model, Step.PROMOTE, ("probation",), by=by, variables=variables)
 
 
 def retire(url: str, folder: Path, model: str, *, by: str, variables: Variables | None = None) -> Decision:
-    """Retire a model that the search found. InputError if it is not one of them, or is retired already."""
+    """Retires a discovered model. InputError if it is not a discovered model, or already retired."""
+    states = ("probation", "active", "paused")
+    return _requested(url, folder, model, Step.RETIRE, states, by=by, variables=variables)
+
+
+def _requested(
+    url: str, folder: Path, model: str, step: Step, states: Sequence[str], *, by: str,
+    variables: Variables | None,
+) -> Decision:  # fmt: skip
     require_writable(folder)
     with connect(url, autocommit=True) as connection:
-        _require_state(connection, model, ("probation", "active", "paused"))
-        verdict = ProbationVerdict(Step.RETIRE, f"{by} said so")
-        return _carried_out(connection, folder, model, verdict, by, variables)
+        _require_state(connection, model, states)
+        verdict = ProbationVerdict(step, f"requested by {by}")
+        return _apply(connection, folder, model, verdict, by, variables)
 
 
 def undo_search(
@@ -97,10 +105,10 @@ def undo_search(
     search: int | None = None,
     variables: Variables | None = None,
 ) -> list[Undone]:
-    """Set back the last change of `model`; or all that `search`, by default the last that took any, took on.
+    """Undoes the last change of `model`, or everything of the models that `search` admitted.
 
-    Roster, places, `discovered.yaml` and the Variable are then what they were before. InputError if there is
-    nothing to set back, or if people own the model now.
+    `search` defaults to the last one that admitted a model. Restores roster, ranks, `discovered.yaml` and the
+    Variable. InputError if there is nothing to undo, or if models.yaml names the model by now.
     """
     require_writable(folder)
     with connect(url, autocommit=True) as connection:
@@ -122,8 +130,8 @@ def _undone(
     )
     if done[0]["event"] is None:
         raise InputError(
-            f"{event['model']} cannot be set back: config/models.yaml names it by now, or somebody has just"
-            " changed it."
+            f"The change of {event['model']} cannot be undone: config/models.yaml names the model, or it was"
+            " just changed."
         )
     return Undone(event["model"], event["what"])
 
@@ -142,37 +150,37 @@ def _verdicts(
     if not on_probation:
         return {}
     orders = {
-        key.category: order
-        for key, order in order_by_evidence(connection, learning).items()
-        if not key.topic and key.category in config.categories
+        category: order
+        for category, order in order_by_evidence(connection, learning).items()
+        if category in config.categories
     }
     active = {row["model"] for row in rows(connection, "SELECT model FROM roster WHERE state = 'active'")}
     verdicts = {}
     for row in on_probation:
-        nights = row["seconds"] / NIGHT_SECONDS
-        if row["what"] == "undone" and nights < learning.undo_periods:
+        days = row["seconds"] / DAY_SECONDS
+        if row["what"] == "undone" and days < learning.undo_periods:
             verdicts[row["model"]] = ProbationVerdict(
-                Step.STAY, f"somebody set it back; left alone for {learning.undo_periods} nights"
+                Step.STAY, f"its last change was undone; no decision for {learning.undo_periods} days"
             )
         else:
-            stands = _stands(row["model"], orders, active, settings)
-            verdicts[row["model"]] = probation_verdict(stands, nights, settings.probation)
+            of_categories = _category_verdicts(row["model"], orders, active, settings)
+            verdicts[row["model"]] = probation_verdict(of_categories, days, settings.probation)
     return verdicts
 
 
-def _stands(
+def _category_verdicts(
     model: str, orders: Mapping[str, Sequence[Placed]], active: set[str], settings: DiscoverySettings
-) -> list[Stand]:
-    stands = []
+) -> list[CategoryVerdict]:
+    verdicts = []
     for category, order in sorted(orders.items()):
         own = next((placed for placed in order if placed.model == model), None)
         if own is not None:
             others = [placed for placed in order if placed.model in active]
-            stands.append(stand_in(category, own, others, settings.probation))
-    return stands
+            verdicts.append(category_verdict(category, own, others, settings.probation))
+    return verdicts
 
 
-def _carried_out(  # noqa: PLR0917 - private: what its callers have at hand
+def _apply(  # noqa: PLR0917 - private: values of its callers
     connection: Connection,
     folder: Path,
     model: str,
@@ -189,18 +197,18 @@ def _carried_out(  # noqa: PLR0917 - private: what its callers have at hand
             (model, by, verdict.reason, list(verdict.leaves)),
         )
     else:
-        known = json.dumps(line_of(variables, model))
-        rows(connection, "SELECT retire_model(%s, %s, %s, %s::jsonb)", (model, by, verdict.reason, known))
+        line = json.dumps(line_of(variables, model))
+        rows(connection, "SELECT retire_model(%s, %s, %s, %s::jsonb)", (model, by, verdict.reason, line))
     return Decision(model, verdict.step, verdict.reason, tuple(publish(connection, folder, variables)))
 
 
 def _require_state(connection: Connection, model: str, states: Sequence[str]) -> None:
     found = rows(connection, "SELECT state, source FROM roster WHERE model = %s", (model,))
     if not found:
-        raise InputError(f"There is no model {model[:100]!r}. `router models` shows all.")
+        raise InputError(f"Unknown model {model[:100]!r}. `router models` lists all.")
     state, source = found[0]["state"], found[0]["source"]
     if source != "search":
-        raise InputError(f"{model} is not the search's but people's: config/models.yaml says what it is.")
+        raise InputError(f"{model} was not found by a search. Edit its entry in config/models.yaml.")
     if state not in states:
         raise InputError(f"{model} is {state}, not {' or '.join(states)}.")
 
@@ -212,12 +220,12 @@ def _last_event_of(connection: Connection, model: str) -> list[dict[str, Any]]:
         (model,),
     )
     if not found:
-        raise InputError(f"There is nothing to set back of {model[:100]!r}: no search has changed it.")
+        raise InputError(f"Nothing to undo for {model[:100]!r}: no search has changed it.")
     return found
 
 
 def _events_of(connection: Connection, search: int | None) -> list[dict[str, Any]]:
-    """All that became of the models that a search took on, since it did: the newest first."""
+    """All changes of the models that a search admitted, since then, newest first."""
     found = rows(
         connection,
         "WITH taken AS (SELECT model, min(event) AS first FROM roster_events"
@@ -228,6 +236,6 @@ def _events_of(connection: Connection, search: int | None) -> list[dict[str, Any
         (search,),
     )
     if not found:
-        which = "No search has" if search is None else f"Search {search} has not"
-        raise InputError(f"There is nothing to set back: {which} taken on a model that is still there.")
+        which = "no search has" if search is None else f"search {search} has not"
+        raise InputError(f"Nothing to undo: {which} admitted a model that is still on the roster.")
     return found

@@ -1,13 +1,13 @@
-"""Whether a model on probation has proved itself, by its log. Pure.
+"""Decides on models on probation. Pure.
 
-In each category it is measured by the middle one of the active models: of n the one in place n/2, rounded up.
+In each category the model is compared with the median active model, the one with rank n/2 rounded up:
 
-    promote   enough calls, and the lower bound of its worth is not below that one's by more than a margin
-    retire    enough calls, and its upper bound is; or it is surely below the category's floor
-    stay      else
+    promote   enough calls, and its lower bound is not below the median model's by more than a margin
+    retire    enough calls, and its upper bound is; or it is below the category's floor
+    stay      otherwise
 
-A model is promoted if one category promotes it, and leaves those that would retire it. It is retired if all
-would, or if the nights are over without a word.
+One category that promotes is enough; the model then leaves those that would retire it. It is retired if all
+categories retire it, or if the days of probation are over.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from router.settings import ProbationSettings
 
 
 class Step(str, enum.Enum):
-    """What happens to a model on probation."""
+    """Next step of a model on probation."""
 
     PROMOTE = "promote"
     RETIRE = "retire"
@@ -29,8 +29,8 @@ class Step(str, enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Stand:
-    """What one category's log says of a model."""
+class CategoryVerdict:
+    """Verdict of one category."""
 
     category: str
     step: Step
@@ -39,47 +39,49 @@ class Stand:
 
 @dataclass(frozen=True, slots=True)
 class ProbationVerdict:
-    """What happens to the model, why, and which categories it leaves when it is promoted."""
+    """The next step, the reason, and the categories that a promoted model leaves."""
 
     step: Step
     reason: str
     leaves: tuple[str, ...] = ()
 
 
-def stand_in(category: str, own: Placed, active: Sequence[Placed], settings: ProbationSettings) -> Stand:
-    """What the category's log says of the model; `active`: the active models there, in order."""
+def category_verdict(
+    category: str, own: Placed, active: Sequence[Placed], settings: ProbationSettings
+) -> CategoryVerdict:
+    """Compares the model with the category's active models, given in rank order."""
 
-    def stand(step: Step, reason: str) -> Stand:
-        return Stand(category, step, f"{category}: {reason}")
+    def verdict(step: Step, reason: str) -> CategoryVerdict:
+        return CategoryVerdict(category, step, f"{category}: {reason}")
 
-    if own.standing is Standing.LOW:
-        return stand(Step.RETIRE, own.reason)
+    if own.standing is Standing.BELOW_FLOOR:
+        return verdict(Step.RETIRE, own.reason)
     calls = own.evidence.seen
     if calls < settings.min_calls:
-        return stand(Step.STAY, f"{calls:.0f} of {settings.min_calls} calls")
+        return verdict(Step.STAY, f"{calls:.0f} of {settings.min_calls} calls")
     if not active:
-        return stand(Step.PROMOTE, "no other model is active there")
-    middle = active[(len(active) - 1) // 2]
-    bar = middle.worth.lower - settings.margin
-    beside = f"beside {middle.worth.lower:.3f} of {middle.model}, over {calls:.0f} calls"
-    if own.worth.lower >= bar:
-        return stand(Step.PROMOTE, f"its bound is {own.worth.lower:.3f} {beside}")
-    if own.worth.upper < bar:
-        return stand(Step.RETIRE, f"at best it is worth {own.worth.upper:.3f} {beside}")
-    return stand(Step.STAY, f"worth {own.worth.lower:.3f} to {own.worth.upper:.3f} {beside}")
+        return verdict(Step.PROMOTE, "no other model is active")
+    median = active[(len(active) - 1) // 2]
+    bar = median.utility.lower - settings.margin
+    against = f"against {median.utility.lower:.3f} of {median.model}, over {calls:.0f} calls"
+    if own.utility.lower >= bar:
+        return verdict(Step.PROMOTE, f"lower bound {own.utility.lower:.3f} {against}")
+    if own.utility.upper < bar:
+        return verdict(Step.RETIRE, f"upper bound {own.utility.upper:.3f} {against}")
+    return verdict(Step.STAY, f"utility {own.utility.lower:.3f} to {own.utility.upper:.3f} {against}")
 
 
 def probation_verdict(
-    stands: Sequence[Stand], nights: float, settings: ProbationSettings
+    verdicts: Sequence[CategoryVerdict], days: float, settings: ProbationSettings
 ) -> ProbationVerdict:
-    """What happens to a model that has been on probation for so many nights."""
-    reason = "; ".join(stand.reason for stand in stands) or "it is ranked nowhere"
-    steps = [stand.step for stand in stands]
+    """Combines the verdicts of all categories on a model that has been on probation for `days`."""
+    reason = "; ".join(verdict.reason for verdict in verdicts) or "not ranked in any category"
+    steps = [verdict.step for verdict in verdicts]
     if Step.PROMOTE in steps:
-        leaves = tuple(stand.category for stand in stands if stand.step is Step.RETIRE)
+        leaves = tuple(verdict.category for verdict in verdicts if verdict.step is Step.RETIRE)
         return ProbationVerdict(Step.PROMOTE, reason, leaves)
     if steps and all(step is Step.RETIRE for step in steps):
         return ProbationVerdict(Step.RETIRE, reason)
-    if nights >= settings.max_days:
-        return ProbationVerdict(Step.RETIRE, f"not proved within {settings.max_days} nights; {reason}")
+    if days >= settings.max_days:
+        return ProbationVerdict(Step.RETIRE, f"not promoted within {settings.max_days} days; {reason}")
     return ProbationVerdict(Step.STAY, reason)

@@ -1,7 +1,7 @@
-"""The search's models, carried from the roster into `discovered.yaml` and the Variables.
+"""Publishes the discovered models of the roster to `discovered.yaml` and to the Variables of Airflow.
 
-Postgres comes first, in one transaction; then the file, then the Variables. Each step can be done again, and
-whoever publishes next does what a death left undone.
+Postgres comes first, in one transaction; then the file; then the Variables. Each step is idempotent, and the
+next publication completes what a crash left.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any, Protocol
 from router.database import Connection, rows
 from router.discovery.discovered_file import write_discovered, writing
 from router.errors import AirflowError
+from router.models import VARIABLE_PREFIX
 from router.settings import load_config
 from router.traffic import GRAMMAR
 
-VARIABLE_PREFIX = "traffic."
 NOT_FOUND = 404
-NO_AIRFLOW = "The Variables wait: Airflow is not known here (ROUTER_AIRFLOW_URL). The roster's targets count."
-# The oldest change that the Variables have not heard of; an undo's with what it set back.
+NO_AIRFLOW = "Variables unchanged: ROUTER_AIRFLOW_URL is not set. The roster's targets apply."
+# The oldest change that is not in the Variables yet; for an undo, with the change that it undid.
 _NEXT = """
 SELECT e.event, e.model, e.what, e.before, u.what AS undone, u.before AS undone_before, r.default_target
   FROM roster_events e
@@ -30,26 +30,26 @@ SELECT e.event, e.model, e.what, e.before, u.what AS undone, u.before AS undone_
 
 
 class Variables(Protocol):
-    """Airflow's Variables: `airflow_api.AirflowApi` from outside, a thin shell of Airflow's own inside it.
+    """Airflow's Variables: `AirflowApi` over HTTP, or Airflow's own API inside a task.
 
-    AirflowError says what is wrong; with status 404 for one that is not there.
+    All methods raise AirflowError, with status 404 for a Variable that does not exist.
     """
 
     def variables(self, prefix: str = "") -> dict[str, str]:
-        """All whose key starts with `prefix`."""
+        """The Variables whose key starts with `prefix`."""
 
     def create_variable(self, key: str, value: str, description: str = "") -> bool:
-        """Create it unless it is there; tells whether it was created."""
+        """Creates a Variable; returns False if it exists."""
 
     def set_variable(self, key: str, value: str, description: str | None = None) -> None:
-        """Create it, or change its value."""
+        """Creates a Variable or changes its value."""
 
     def delete_variable(self, key: str) -> None:
-        """Delete it."""
+        """Deletes a Variable."""
 
 
 def line_of(variables: Variables | None, model: str) -> dict[str, str | None]:
-    """`{"variable": what it says, None if there is none}`; empty if nobody can tell."""
+    """`{"variable": value, or None if it does not exist}`; empty if Airflow is not configured."""
     if variables is None:
         return {}
     key = VARIABLE_PREFIX + model
@@ -57,15 +57,15 @@ def line_of(variables: Variables | None, model: str) -> dict[str, str | None]:
 
 
 def publish(connection: Connection, folder: Path, variables: Variables | None) -> list[str]:
-    """Write the file and the Variables as the roster has it; what is worth knowing of that, in sentences."""
+    """Writes the file and the Variables from the roster. Returns notes for people."""
     publish_file(connection, folder)
     return publish_variables(connection, variables)
 
 
 def publish_file(connection: Connection, folder: Path) -> bool:
-    """Write `discovered.yaml` as the roster has it; tells whether it changed.
+    """Writes `discovered.yaml` from the roster; returns whether it changed.
 
-    What stands in it and the database never heard of is taken over first, so that it is not lost.
+    Models of the file that are new to the database are imported first, so that they are not lost.
     """
     with writing(folder):
         found = load_config(folder).model_dump(mode="json")["discovered"]
@@ -74,37 +74,37 @@ def publish_file(connection: Connection, folder: Path) -> bool:
 
 
 def publish_variables(connection: Connection, variables: Variables | None) -> list[str]:
-    """Do to the Variables what the changes of the roster ask for, the oldest first, each once."""
+    """Applies the roster's changes to the Variables, oldest first, each once. Returns notes for people."""
     while pending := rows(connection, _NEXT):
         (event,) = pending
         if variables is None:
             return [NO_AIRFLOW]
         try:
-            known = _put(variables, event)
+            before = _apply(variables, event)
         except AirflowError as error:
-            return [f"The Variables are not all as the roster has it; the next search sees to it. {error}"]
+            return [f"Not all Variables match the roster; the next search updates them. {error}"]
         rows(
             connection,
             "UPDATE roster_events SET variable_done = true, before = %s::jsonb || before WHERE event = %s",
-            (json.dumps(known), event["event"]),
+            (json.dumps(before), event["event"]),
         )
     return []
 
 
-def _put(variables: Variables, event: dict[str, Any]) -> dict[str, str | None]:
-    """Do what one change asks for; what the Variable was before, if that is known."""
+def _apply(variables: Variables, event: dict[str, Any]) -> dict[str, str | None]:
+    """Applies one change. Returns the Variable's previous value as in `line_of`, if it is known."""
     key, what, undone = VARIABLE_PREFIX + event["model"], event["what"], event["undone_before"] or {}
     if what == "taken" and event["default_target"] is not None:
-        about = f"What {event['model']} may be sent. {GRAMMAR}"
-        if variables.create_variable(key, event["default_target"], about):
+        description = f"Traffic target of {event['model']}. {GRAMMAR}"
+        if variables.create_variable(key, event["default_target"], description):
             return {"variable": None}
         return line_of(variables, event["model"])
     if what == "retired":
-        known = line_of(variables, event["model"])
+        before = line_of(variables, event["model"])
         _delete(variables, key)
-        return known
-    is_back = what == "undone" and (event["undone"] == "retired" or undone.get("roster") is None)
-    if is_back and event["undone"] != "promoted" and "variable" in undone:
+        return before
+    is_restored = what == "undone" and (event["undone"] == "retired" or undone.get("roster") is None)
+    if is_restored and event["undone"] != "promoted" and "variable" in undone:
         if undone["variable"] is None:
             _delete(variables, key)
         else:

@@ -1,8 +1,8 @@
-"""The search for better models: catalogues -> criteria -> trials -> what won is taken on, on probation.
+"""Searches for better models: reads catalogs, applies criteria, runs trials, and admits winners on probation.
 
-One category after the other. What was found of its candidates is kept at once, in one transaction; then
-`discovered.yaml` and the Variables follow (`publishing`). A search that dies leaves whole steps behind it,
-and the next one goes on from there.
+Categories are searched one after the other. The findings of a category are stored in one transaction; then
+`discovered.yaml` and the Variables follow (see `publishing`). After a crash, the next search continues with
+the first incomplete step.
 """
 
 from __future__ import annotations
@@ -11,39 +11,37 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime
 from pathlib import Path
 
-import psycopg2
-
-from router.database import Connection, connect, rows, transaction
-from router.discovery import store as kept
+from router.database import Connection, advisory_lock, connect, transaction
+from router.discovery import store
 from router.discovery.catalog_entry import CatalogModel
 from router.discovery.comparison import TrialResult, TrialVerdict, judge_trial
 from router.discovery.discovered_file import require_writable
 from router.discovery.model_names import normal_name
 from router.discovery.plan import CategoryPlan, known_names, plan_category, read_catalogs, why_known
-from router.discovery.publishing import VARIABLE_PREFIX, Variables, line_of, publish
+from router.discovery.publishing import Variables, line_of, publish
 from router.discovery.store import Finding
-from router.discovery.trials import Budget, CandidateTrial, TrialModel, TrialSetup, run_trial
-from router.errors import AirflowError, ConfigError, InputError, RouterError
-from router.models import DirectCaller
+from router.discovery.trials import CandidateTrial, TrialSetup, run_trial
+from router.errors import AirflowError, ConfigError, RouterError, unknown
+from router.learning import Budget, PricedModel
+from router.models import VARIABLE_PREFIX, DirectCaller
 from router.settings import Addresses, DiscoverySettings, LearningSettings, RouterConfig
 
-SEARCH_LOCK = 7_205_759_405
-LONGEST_SECONDS = 3600.0  # after which a night begins no further category
-NOT_NAMED = "the Models Backend does not name it among its models"
+SEARCH_LOCK = 7_205_759_405  # advisory lock; no other part uses this number
+MAX_SECONDS = 3600.0  # a nightly search begins no further category after that
+NOT_LISTED = "the Models Backend does not list it"
 
 
-class SearchBusy(RouterError):  # noqa: N818 - a state of the world, read as one
-    """Another search runs on this database."""
+class SearchBusy(RouterError):  # noqa: N818 - a state, not a failure
+    """Another search is running on this database."""
 
 
 @dataclass(frozen=True, slots=True)
 class SearchReport:
-    """What a search did, or would do: then `search` is None. `findings`: every model that was looked at."""
+    """Result of a search; `search` is its number, None for a dry run. `findings` cover every model."""
 
     search: int | None
     plans: tuple[CategoryPlan, ...]
@@ -51,14 +49,14 @@ class SearchReport:
     notes: tuple[str, ...]
 
     @property
-    def taken(self) -> tuple[Finding, ...]:
-        """What came to the roster."""
+    def admitted(self) -> tuple[Finding, ...]:
+        """The models that were admitted."""
         return tuple(finding for finding in self.findings if finding.verdict == "taken")
 
 
 @dataclass(slots=True)
 class _Search:
-    """What the steps of one search share."""
+    """State that the steps of one search share."""
 
     connection: Connection
     addresses: Addresses
@@ -68,10 +66,11 @@ class _Search:
     folder: Path
     by: str
     variables: Variables | None
-    notes: list[str]
-    purse: Budget
+    budget: Budget
+    dry_run: bool
     number: int = 0
     findings: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def note(self, *notes: str) -> None:
         self.notes += [note for note in notes if note not in self.notes]
@@ -81,211 +80,208 @@ class _Search:
 
 
 def run_search(
-    addresses: Addresses, config: RouterConfig, learning: LearningSettings,
-    search_settings: DiscoverySettings,
+    addresses: Addresses, config: RouterConfig, learning: LearningSettings, settings: DiscoverySettings,
     folder: Path, *, categories: Collection[str] | None = None, by: str, dry_run: bool = False,
     today: date | None = None, variables: Variables | None = None, since: datetime | None = None,
 ) -> SearchReport:  # fmt: skip
-    """The whole search, for `categories` or all; blocks for as long as its trials take, often many minutes.
+    """Searches for `categories`, or all. Blocks for the duration of the trials, often many minutes.
 
-    With `dry_run` nothing is sent and nothing kept. `since` is when the night began that this try belongs to:
-    what earlier ones cost counts, what they tried is not tried again, and after an hour nothing new is begun.
+    A dry run sends and stores nothing. `since` is the start of the nightly run: the cost of its earlier
+    attempts counts, categories that they tried are skipped, and after an hour no further category is begun.
 
-    SearchBusy if another one runs; ConfigError, before anything is tried, if `discovered.yaml` could not be
-    written; CatalogError if no catalogue can be read, BackendUnavailable, AirflowError.
+    Raises SearchBusy if another search runs; ConfigError, before any trial, if `discovered.yaml` cannot be
+    written; CatalogError if no catalog can be read; BackendUnavailable; AirflowError.
     """
     wanted = _wanted(config, categories)
     if not dry_run:
         require_writable(folder)
         if variables is not None:
-            variables.variables(VARIABLE_PREFIX)  # says now if Airflow cannot be reached
-    with _alone(addresses.database_url) as connection:
-        models, refusals, notes = read_catalogs(search_settings, folder)
-        tried, cost = kept.tried_since(connection, since) if since else (frozenset[str](), 0.0)
-        purse = Budget(search_settings.trials.budget_usd - cost)
-        about = _Search(
-            connection, addresses, config, learning, search_settings, folder, by, variables, notes, purse
-        )
+            variables.variables(VARIABLE_PREFIX)  # fails now if Airflow is unavailable
+    busy = SearchBusy("Another search is running on this database. Try again when it has ended.")
+    with (
+        connect(addresses.database_url, autocommit=True) as connection,
+        advisory_lock(connection, SEARCH_LOCK, busy),
+    ):
+        models, refused, notes = read_catalogs(settings, folder)
+        tried, cost = store.tried_since(connection, since) if since else (frozenset[str](), 0.0)
+        search = _Search(
+            connection, addresses, config, learning, settings, folder, by, variables,
+            Budget(settings.trials.budget_usd - cost), dry_run, findings=[*refused], notes=notes,
+        )  # fmt: skip
         if not dry_run:
-            about.publish()  # what a death left undone
-            about.number = kept.begin_search(connection, by)
-            kept.keep_findings(connection, about.number, refusals)
-        day = today or kept.today(connection)
-        about.findings += refusals
-        plans = []
-        began = time.monotonic()
-        for category in wanted:
-            if category in tried:
-                about.note(f"{category}: its candidates were tried this night already")
-                continue
-            if since and time.monotonic() - began > LONGEST_SECONDS:
-                about.note(f"{category}: time is up, its candidates are for the next night")
-                continue
-            plan = plan_category(
-                connection, category, models,
-                settings=search_settings, folder=folder, today=day, search=about.number,
-            )  # fmt: skip
-            about.note(*plan.notes)
-            if dry_run:
-                about.findings += plan.findings
-            else:
-                plan = _carry_out(about, plan)
-            plans.append(plan)
-        return _ended(about, plans, dry_run=dry_run)
+            search.publish()  # completes what a crashed search left
+            search.number = store.begin_search(connection, by)
+            store.record_findings(connection, search.number, refused)
+        plans = _search_categories(
+            search, wanted, models, tried, today or store.today(connection), is_nightly=since is not None
+        )
+        if search.budget.is_empty:
+            search.note(f"the budget of {settings.trials.budget_usd:g} USD for trials is used up")
+        if not dry_run:
+            store.end_search(connection, search.number, search.notes)
+        number = None if dry_run else search.number
+        return SearchReport(number, tuple(plans), tuple(search.findings), tuple(search.notes))
 
 
-def _ended(about: _Search, plans: Sequence[CategoryPlan], *, dry_run: bool) -> SearchReport:
-    if about.purse.is_empty:
-        about.note(f"the budget of {about.settings.trials.budget_usd:g} USD for trials is used up")
-    if not dry_run:
-        kept.end_search(about.connection, about.number, about.notes)
-    number = None if dry_run else about.number
-    return SearchReport(number, tuple(plans), tuple(about.findings), tuple(about.notes))
-
-
-@contextmanager
-def _alone(url: str) -> Iterator[Connection]:
-    with connect(url, autocommit=True) as connection:
-        if not rows(connection, "SELECT pg_try_advisory_lock(%s) AS mine", (SEARCH_LOCK,))[0]["mine"]:
-            raise SearchBusy("Another search is running on this database. Wait for it to end, and try again.")
-        try:
-            yield connection
-        finally:  # at the connection's end it would be free too, but a moment after
-            with contextlib.suppress(psycopg2.Error):
-                connection.rollback()
-                rows(connection, "SELECT pg_advisory_unlock(%s)", (SEARCH_LOCK,))
+def _search_categories(
+    search: _Search,
+    categories: Sequence[str],
+    models: Sequence[CatalogModel],
+    tried: Collection[str],
+    today: date,
+    *,
+    is_nightly: bool,
+) -> list[CategoryPlan]:
+    plans = []
+    deadline = time.monotonic() + MAX_SECONDS
+    for category in categories:
+        if category in tried:
+            search.note(f"{category}: an earlier attempt of this run has tried its candidates")
+            continue
+        if is_nightly and time.monotonic() > deadline:
+            search.note(f"{category}: not enough time; its candidates are left for the next run")
+            continue
+        plan = plan_category(
+            search.connection, category, models,
+            settings=search.settings, folder=search.folder, today=today, search=search.number,
+        )  # fmt: skip
+        search.note(*plan.notes)
+        if search.dry_run:
+            search.findings += plan.findings
+        else:
+            plan = _run_trials(search, plan)
+        plans.append(plan)
+    return plans
 
 
 def _wanted(config: RouterConfig, categories: Collection[str] | None) -> list[str]:
     for category in categories or ():
         if category not in config.categories:
-            known = ", ".join(config.categories)
-            raise InputError(f"There is no category {category[:60]!r}; known are {known}.")
+            raise unknown(category, config.categories, "category")
     return [category for category in config.categories if not categories or category in categories]
 
 
-def _carry_out(about: _Search, plan: CategoryPlan) -> CategoryPlan:
-    """Try the category's candidates, keep what was found, and take on the one that won by most.
-
-    Returns the plan with those who were tried.
-    """
-    trials, unreachable = asyncio.run(_trials(about, plan)) if plan.candidates else ({}, [])
+def _run_trials(search: _Search, plan: CategoryPlan) -> CategoryPlan:
+    """Tries the candidates, stores the findings, and admits the best winner. Returns the plan as executed."""
+    trials, unreachable = asyncio.run(_trials(search, plan)) if plan.candidates else ({}, [])
     results = {
         name: judge_trial(
-            trial.candidate, trial.incumbent, about.learning.utility_of(plan.category),
-            about.learning.grading.sources, about.settings.trials,
+            trial.candidate, trial.incumbent, search.learning.utility_of(plan.category),
+            search.learning.grading.sources, search.settings.trials,
         )
         for name, trial in trials.items()
     }  # fmt: skip
-    lines = {name: _line_of(about.variables, name) for name in results}
-    listed = {model.name: model for model in (*plan.candidates, *plan.next_ones)}
-    plan = replace(plan, candidates=tuple(listed[name] for name in trials))
-    with transaction(about.connection):
+    lines = {name: _line_of(search.variables, name) for name in results}
+    plan = replace(plan, new=tuple(model for model in plan.new if model.name in trials))
+    with transaction(search.connection):
         findings = [
             *plan.findings,
-            *(_finding(plan, model, "unreachable", NOT_NAMED) for model in unreachable),
-            *_decided(about, plan, trials, results, lines),
+            *(_finding(plan, model, "unreachable", NOT_LISTED) for model in unreachable),
+            *_verdicts(search, plan, trials, results, lines),
         ]
-        kept.keep_findings(about.connection, about.number, findings)
+        store.record_findings(search.connection, search.number, findings)
         for trial in trials.values():
-            kept.keep_grades(about.connection, trial.grades)
-    about.findings += findings
-    about.publish()
+            store.record_grades(search.connection, trial.grades)
+    search.findings += findings
+    search.publish()
     return plan
 
 
 async def _trials(
-    about: _Search, plan: CategoryPlan
+    search: _Search, plan: CategoryPlan
 ) -> tuple[Mapping[str, CandidateTrial], list[CatalogModel]]:
-    """The trials of as many candidates as there were to be, and those that the backend cannot call."""
+    """Trials of the first `max_candidates` that the backend can call, and the models that it cannot call."""
     assert plan.incumbent is not None
-    settings = about.settings
-    bench = TrialSetup(plan.category, plan.incumbent, plan.judge, plan.prompts, settings.trials, about.purse)
-    contenders: list[TrialModel] = []
+    settings = search.settings
+    setup = TrialSetup(
+        plan.category, plan.incumbent, plan.judge, plan.prompts, settings.trials, search.budget
+    )
+    candidates: list[PricedModel] = []
     unreachable = []
-    async with DirectCaller(about.addresses, about.config) as caller:
+    async with DirectCaller(search.addresses, search.config) as caller:
         served = await caller.known_models()
-        for model in (*plan.candidates, *plan.next_ones):
+        for model in plan.new:
             endpoint = _served_as(model, served)
             if endpoint is None:
                 unreachable.append(model)
-            elif len(contenders) < len(plan.candidates):
-                contenders.append(kept.as_contender(model, endpoint, settings.probation, about.config))
-        return (await run_trial(caller, bench, contenders) if contenders else {}), unreachable
+            elif len(candidates) < plan.max_candidates:
+                candidates.append(store.as_candidate(model, endpoint, settings.probation, search.config))
+        return (await run_trial(caller, setup, candidates) if candidates else {}), unreachable
 
 
 def _served_as(model: CatalogModel, served: Collection[str]) -> str | None:
-    """What the backend calls the model: as the catalogue says, as the roster will, or in another spelling."""
+    """The backend's name for the model: the catalog's, the roster's, or another spelling."""
     spelled = (name for name in sorted(served) if normal_name(name) == normal_name(model.name))
     return next((name for name in (model.endpoint, model.name, *spelled) if name in served), None)
 
 
 def _line_of(variables: Variables | None, model: str) -> dict[str, str | None]:
-    with contextlib.suppress(AirflowError):  # said by whoever publishes
+    with contextlib.suppress(AirflowError):  # reported when the Variables are published
         return line_of(variables, model)
     return {}
 
 
-def _decided(
-    about: _Search,
+def _verdicts(
+    search: _Search,
     plan: CategoryPlan,
     trials: Mapping[str, CandidateTrial],
     results: Mapping[str, TrialResult],
     lines: Mapping[str, Mapping[str, str | None]],
 ) -> Iterator[Finding]:
-    """A finding for each candidate that was tried; the best winner is taken on, within the transaction."""
+    """A finding for each tried candidate, best first. Admits the best winner, within the transaction."""
     models = {model.name: model for model in plan.candidates}
-    taken: str | None = None
+    admitted: str | None = None
     for name, result in sorted(results.items(), key=lambda item: -item[1].lower):
         model = models[name]
         if result.verdict is TrialVerdict.VOID:
-            about.note(f"{plan.category}: {name} was not judged: {result.reason}")
+            search.note(f"{plan.category}: the trial of {name} is void: {result.reason}")
         elif result.verdict is TrialVerdict.UNREACHABLE:
             yield _finding(plan, model, "unreachable", result.reason)
         elif result.verdict is TrialVerdict.LOST:
             yield _finding(plan, model, "lost", result.reason, result)
-        elif taken is not None:
-            yield _finding(plan, model, "lost", f"{taken} won by more; {result.reason}", result)
+        elif admitted is not None:
+            yield _finding(plan, model, "lost", f"{admitted} won by more; {result.reason}", result)
         else:
             try:
-                finding = _taken(about, plan, model, trials[name].contender, result, lines[name])
-            except ConfigError as error:  # what people have written cannot be read: what was paid for is kept
-                about.note(f"{plan.category}: {name} won, and is not taken on: {error}")
+                finding = _admit(search, plan, model, trials[name].model, result, lines[name])
+            except ConfigError as error:  # models.yaml became unreadable; the paid trials are still stored
+                search.note(f"{plan.category}: {name} won but was not admitted: {error}")
                 continue
-            taken = name if finding.verdict == "taken" else None
+            admitted = name if finding.verdict == "taken" else None
             yield finding
 
 
-def _taken(  # noqa: PLR0917 - private: what _decided has at hand
-    about: _Search,
+def _admit(  # noqa: PLR0917 - private: values of _verdicts
+    search: _Search,
     plan: CategoryPlan,
     model: CatalogModel,
-    contender: TrialModel,
+    candidate: PricedModel,
     result: TrialResult,
     line: Mapping[str, str | None],
 ) -> Finding:
-    """Take the winner on, unless people have written it into models.yaml or the roster meanwhile."""
-    known = known_names(about.connection, about.folder, but_of_search=about.number)
-    said = why_known(replace(model, endpoint=contender.model.endpoint), known)
-    if said is not None:
-        return _finding(plan, model, "known", said)
+    """Admits the winner, unless models.yaml or the roster contain it by now."""
+    known = known_names(search.connection, search.folder, except_search=search.number)
+    known_as = why_known(replace(model, endpoint=candidate.model.endpoint), known)
+    if known_as is not None:
+        return _finding(plan, model, "known", known_as)
     assert plan.incumbent is not None
-    why = f"better than {plan.incumbent.name} for {plan.category}: {result.reason} (by {model.catalogue})"
-    event = kept.take(
-        about.connection, about.number, contender, context_tokens=model.context_tokens,
-        category=plan.category, by=about.by, why=why, share=about.learning.exploration.share / 2, known=line,
+    why = f"better than {plan.incumbent.name} for {plan.category}: {result.reason} (catalog {model.catalog})"
+    event = store.admit(
+        search.connection, search.number, candidate, context_tokens=model.context_tokens,
+        category=plan.category, by=search.by, why=why, share=search.learning.exploration.share / 2,
+        known=line,
     )  # fmt: skip
     if event is None:
-        return _finding(plan, model, "known", "the roster has had it since a moment ago")
+        return _finding(plan, model, "known", "added to the roster during the trial")
     return _finding(plan, model, "taken", why, result)
 
 
 def _finding(
     plan: CategoryPlan,
     model: CatalogModel,
-    verdict: kept.Verdict,
+    verdict: store.Verdict,
     reason: str,
     result: TrialResult | None = None,
 ) -> Finding:
     trial = None if result is None else result.as_json()
-    return Finding(model.name, plan.category, model.catalogue, verdict, reason, trial)
+    return Finding(model.name, plan.category, model.catalog, verdict, reason, trial)

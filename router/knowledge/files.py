@@ -1,4 +1,4 @@
-"""Files of knowledge: which there are in a folder, and what they hold."""
+"""Reads knowledge files: lists a folder, and splits each file into entries."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from router.errors import InputError
-from router.knowledge.chunking import TEXT_SUFFIXES, Entry, file_entries, text_of
+from router.knowledge.chunking import TEXT_SUFFIXES, Entry, decode_text, file_entries
 
-MOST_BYTES = 128 * 1024 * 1024
+MAX_BYTES = 128 * 1024 * 1024
 
-Stamp = tuple[tuple[str, int, int], ...]
+Stamp = tuple[tuple[str, int, int], ...]  # path, size and modification time of each file
 
 
 @dataclass(frozen=True, slots=True)
 class KnowledgeFile:
-    """A file's entries, and the checksum of what it holds."""
+    """Entries of one file, and the SHA-256 of its content."""
 
     key: str
     checksum: str
@@ -25,18 +25,18 @@ class KnowledgeFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
-    """A file that holds nothing that could be found, and why."""
+class RejectedFile:
+    """A file without usable text, and the reason."""
 
     path: Path
-    why: str
+    reason: str
 
     def __str__(self) -> str:
-        return f"{self.path} {self.why}."
+        return f"{self.path} {self.reason}."
 
 
 def files_in(folder: Path) -> list[Path]:
-    """The files beneath `folder` in order, hidden ones and those in hidden folders left out."""
+    """Lists the files below `folder`, sorted; skips hidden files and hidden folders."""
     found = (path for path in folder.rglob("*") if _is_file(path))
     return sorted(
         path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)
@@ -46,12 +46,12 @@ def files_in(folder: Path) -> list[Path]:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # in a folder that may be listed, and not entered
+    except OSError:  # inside a folder that may be listed but not entered
         return False
 
 
 def stamp(folder: Path) -> Stamp:
-    """Differs once a file in `folder` was added, changed or removed."""
+    """Returns a value that differs once a file in `folder` was added, changed or removed."""
     stamps = []
     for path in files_in(folder):
         try:
@@ -62,33 +62,30 @@ def stamp(folder: Path) -> Stamp:
     return tuple(stamps)
 
 
-def read_file(path: Path, *, key: str, name: str) -> KnowledgeFile:
-    """What the file holds, shown to people under `name`. InputError names the file and what is wrong."""
+def read_file(path: Path, *, key: str, name: str) -> KnowledgeFile | RejectedFile:
+    """Reads and splits one file; its passages are displayed under `name`."""
     try:
         content = _content(path)
-        entries = tuple(file_entries(key, name, text_of(content)))
+        entries = tuple(file_entries(key, name, decode_text(content)))
     except InputError as error:
-        raise InputError(f"{path} {error}.") from error
+        return RejectedFile(path, str(error))
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+        return RejectedFile(path, f"cannot be read: {error.strerror}")
     if not entries:
-        raise InputError(f"{path} holds headings only.")
+        return RejectedFile(path, "contains only headings")
     return KnowledgeFile(key, hashlib.sha256(content).hexdigest(), entries)
 
 
 def _content(path: Path) -> bytes:
     if path.suffix.lower() not in TEXT_SUFFIXES:
-        raise InputError(f"is none of {', '.join(TEXT_SUFFIXES)}")
-    if path.stat().st_size > MOST_BYTES:
-        raise InputError(f"is larger than {MOST_BYTES // 2**20} MB; split it")
+        raise InputError(f"has none of the suffixes {', '.join(TEXT_SUFFIXES)}")
+    if path.stat().st_size > MAX_BYTES:
+        raise InputError(f"is larger than {MAX_BYTES // 2**20} MB; split it")
     return path.read_bytes()
 
 
-def read_folder(folder: Path) -> Iterator[KnowledgeFile | Refused]:
-    """Every file of `folder`, read or refused; nothing if there is no such folder."""
+def read_folder(folder: Path) -> Iterator[KnowledgeFile | RejectedFile]:
+    """Reads every file of `folder`; yields nothing if the folder does not exist."""
     for path in files_in(folder) if folder.is_dir() else ():
         name = path.relative_to(folder).as_posix()
-        try:
-            yield read_file(path, key=f"file:{name}", name=name)
-        except InputError as error:
-            yield Refused(path, str(error).removeprefix(f"{path} ").removesuffix("."))
+        yield read_file(path, key=f"file:{name}", name=name)

@@ -1,7 +1,7 @@
-"""The index of knowledge: entries in, the best for a question out. On disk, or in memory alone.
+"""Full-text index of entries, on disk or in memory.
 
-The engine is tantivy, in this process: it lets go of the interpreter while it searches and commits, its files
-are mapped and shared by all processes of a host, one writer at a time. What it holds can always be made anew
+The engine is tantivy, in process: it releases the GIL while it searches and commits, and its memory-mapped
+files are shared by all processes of a host, one of which writes at a time. The index can always be rebuilt
 from config/knowledge and Postgres.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,55 +20,37 @@ from router.errors import RouterError
 from router.knowledge.chunking import Entry
 from router.knowledge.relevance import (
     BM25_K1,
-    QUESTION_CHARACTERS,
-    QUESTION_STEMS,
+    MAX_QUERY_CHARACTERS,
+    MAX_QUERY_STEMS,
     WEIGHTS,
     Evidence,
-    Views,
-    rarity,
-    views,
+    Tokens,
+    confidence,
+    inverse_document_frequency,
+    tokenize,
 )
+from router.knowledge.results import Passage, SearchResult
 
-FORMAT = "1"  # of the fields below; with the engine's own it names the folder
+FORMAT = "1"  # of the schema; part of the folder's name, like the engine's version
 ENGINE = version("tantivy")
 WRITER_BYTES = 64_000_000
-MOST_LOOKED_AT = 500_000  # entries that hold a word, summed over the words: bounds the time of a search
-SPARE_HITS = 2  # of each hit that is asked for, against entries that say the same
+MAX_POSTINGS = 500_000  # entries that contain a term, summed over the terms of a query: bounds its time
+HITS_PER_PASSAGE = 2  # fetched, since entries with equal texts are merged
 
 Term = tuple[str, str]  # field, word
 
 
-class IndexBroken(RouterError):  # noqa: N818 - a state of the world, read as one
-    """The index on disk cannot be read or written; made anew it will be."""
-
-
-@dataclass(frozen=True, slots=True)
-class Hit:
-    """One entry that was found, with its BM25 score."""
-
-    text: str
-    source: str
-    score: float
-
-
-@dataclass(frozen=True, slots=True)
-class Hits:
-    """What was found, best first, and what the best one's relevance is judged by."""
-
-    hits: tuple[Hit, ...]
-    evidence: Evidence
-
-
-NOTHING = Hits((), Evidence(0.0, 0.0))
+class KnowledgeIndexError(RouterError):
+    """The index on disk cannot be read or written; it is rebuilt by the next run of the indexer."""
 
 
 class KnowledgeIndex:
-    """Entries that can be searched, by any thread; in the folder, or in memory if there is none."""
+    """Searchable entries in a folder, or in memory without one. Thread-safe."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self._schema = _schema()
         self._stemmer = _analyzer().filter(tantivy.Filter.stemmer("english")).build()
-        with _told():
+        with _engine_errors():
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
             self._index = tantivy.Index(self._schema, None if folder is None else str(folder))
@@ -82,123 +63,122 @@ class KnowledgeIndex:
         return int(self._searcher.num_docs)
 
     def reload(self) -> None:
-        """See what was committed since, here or by another process."""
-        with _told():
+        """Makes later searches see all commits so far, also those of other processes."""
+        with _engine_errors():
             self._index.reload()
             self._searcher = self._index.searcher()
 
-    def search(self, question: str, limit: int) -> Hits:
-        """The best entries for the question, at most `limit`, no two of the same text."""
+    def search(self, query: str, limit: int) -> SearchResult:
+        """Returns the best entries for `query`, at most `limit`, no two with the same text."""
+        passages, evidence = self.rank(query, limit)
+        return SearchResult(passages, confidence(evidence))
+
+    def rank(self, query: str, limit: int) -> tuple[tuple[Passage, ...], Evidence]:
+        """Returns passages as `search` does, and the evidence that their confidence is computed from."""
         searcher = self._searcher
-        entries = int(searcher.num_docs)
-        asked = _affordable(self._asked(searcher, views(question[:QUESTION_CHARACTERS])))
-        known = [term for term, holding in asked.items() if holding]
-        if not known or limit < 1:
-            return NOTHING
-        with _told():
-            found = searcher.search(self._query(known), limit * SPARE_HITS + 1, count=False).hits
-            hits = [_hit(score, searcher.doc(address)) for score, address in found]
-        if not hits:
-            return NOTHING  # what holds the words was forgotten since; the counts learn of it later
-        distinct = list({hit.text: hit for hit in reversed(hits)}.values())[::-1]
-        return Hits(tuple(distinct[:limit]), _evidence(asked, entries, distinct))
+        frequencies = self._document_frequencies(searcher, tokenize(query[:MAX_QUERY_CHARACTERS]))
+        frequencies = without_common_terms(frequencies)
+        terms = [term for term, matching in frequencies.items() if matching]
+        if not terms or limit < 1:
+            return (), Evidence()
+        with _engine_errors():
+            hits = searcher.search(self._query(terms), limit * HITS_PER_PASSAGE + 1, count=False).hits
+            passages = [_passage(score, searcher.doc(address)) for score, address in hits]
+        if not passages:  # every match is deleted, and document frequencies follow at the next merge
+            return (), Evidence()
+        distinct = list({passage.text: passage for passage in reversed(passages)}.values())[::-1]
+        return tuple(distinct[:limit]), _evidence(frequencies, int(searcher.num_docs), distinct)
 
     @contextmanager
     def writing(self, *, heap_bytes: int = WRITER_BYTES) -> Iterator[Writer]:
-        """The right to write, which one process has at a time. What was not committed is forgotten."""
-        with _told():
+        """Opens the only writer, and discards what it did not commit.
+
+        Raises KnowledgeIndexError if another process writes.
+        """
+        with _engine_errors():
             inner = self._index.writer(heap_bytes, 1)
         try:
             yield Writer(inner, self._schema)
         finally:
-            with _told():
+            with _engine_errors():
                 inner.rollback()
                 inner.wait_merging_threads()
         self.reload()
 
     def task_ids(self, first: int, last: int) -> set[int]:
-        """Numbers of the tasks in the index from `first` to `last`."""
+        """Returns the ids of the indexed tasks from `first` to `last`, both inclusive."""
         searcher = self._searcher
         addresses = [address for _, address in self._by_task(searcher, first, last, len(self) or 1)]
-        return {
-            int(number) for number in searcher.fast_field_values("task_id", addresses) if number is not None
-        }
+        return {int(found) for found in searcher.fast_field_values("task_id", addresses) if found is not None}
 
     def oldest_tasks(self, count: int) -> list[int]:
-        """The `count` lowest numbers of tasks, in order."""
+        """Returns the `count` lowest ids of indexed tasks, ascending."""
         return [int(number) for number, _ in self._by_task(self._searcher, -(2**62), 2**62, max(1, count))]
 
     def _by_task(self, searcher: Any, first: int, last: int, limit: int) -> list[tuple[Any, Any]]:
-        numbers = tantivy.Query.range_query(self._schema, "task_id", tantivy.FieldType.Integer, first, last)
-        with _told():
-            return list(
-                searcher.search(
-                    numbers, limit, count=False, order_by_field="task_id", order=tantivy.Order.Asc
-                ).hits
-            )
+        in_range = tantivy.Query.range_query(self._schema, "task_id", tantivy.FieldType.Integer, first, last)
+        order = {"order_by_field": "task_id", "order": tantivy.Order.Asc}
+        with _engine_errors():
+            return list(searcher.search(in_range, limit, count=False, **order).hits)
 
-    def _asked(self, searcher: Any, question: Views) -> dict[Term, int]:
-        """What is looked for, and how many entries hold it: the rarest stems, and what goes with them."""
-        stems: dict[str, list[int]] = {}
-        for place, stem in enumerate(self._stemmer.analyze(question.stems)):
-            stems.setdefault(stem, []).append(place)
-        held = {stem: int(searcher.doc_freq("stems", stem)) for stem in stems}
-        kept = sorted(stems, key=lambda stem: (held[stem] == 0, held[stem]))[:QUESTION_STEMS]
-        places = {place for stem in kept for place in stems[stem][:1]}
-        asked: dict[Term, int] = {("stems", stem): held[stem] for stem in kept}
-        heads, pairs = question.heads, question.pairs
-        others = [("heads", heads[place]) for place in places]
-        others += [("pairs", pairs[place]) for place in places if place < len(pairs)]
+    def _document_frequencies(self, searcher: Any, query: Tokens) -> dict[Term, int]:
+        """Returns, for the rarest stems of the query and their heads and pairs, how many entries match."""
+        positions: dict[str, int] = {}
+        for position, stem in enumerate(self._stemmer.analyze(query.stems)):
+            positions.setdefault(stem, position)
+        matching = {stem: int(searcher.doc_freq("stems", stem)) for stem in positions}
+        rarest = sorted(positions, key=lambda stem: (matching[stem] == 0, matching[stem]))[:MAX_QUERY_STEMS]
+        found: dict[Term, int] = {("stems", stem): matching[stem] for stem in rarest}
+        chosen = {positions[stem] for stem in rarest}
+        heads, pairs = query.heads, query.pairs
+        others = [("heads", heads[position]) for position in chosen]
+        others += [("pairs", pairs[position]) for position in chosen if position < len(pairs)]
         for field, word in others:
-            asked[field, word] = int(searcher.doc_freq(field, word))
-        return asked
+            found[field, word] = int(searcher.doc_freq(field, word))
+        return found
 
     def _query(self, terms: Iterable[Term]) -> Any:
         query = tantivy.Query
-        return query.boolean_query(
-            [
-                (
-                    tantivy.Occur.Should,
-                    query.boost_query(query.term_query(self._schema, field, word, "freq"), WEIGHTS[field]),
-                )
-                for field, word in terms
-            ]
+        weighted = (
+            query.boost_query(query.term_query(self._schema, field, word, "freq"), WEIGHTS[field])
+            for field, word in terms
         )
+        return query.boolean_query([(tantivy.Occur.Should, term) for term in weighted])
 
 
 class Writer:
-    """Adds and forgets entries; nothing is seen before `commit`."""
+    """Adds and deletes entries; nothing is visible before `commit`."""
 
     def __init__(self, inner: Any, schema: Any) -> None:
         self._inner = inner
         self._schema = schema
 
     def add(self, entry: Entry) -> None:
-        """Add one entry, beside others of its key."""
-        seen = views(entry.searched)
+        """Adds one entry; keeps the others of its key."""
+        tokens = tokenize(entry.indexed_text)
         document = tantivy.Document()
         document.add_text("key", entry.key)
-        document.add_bytes("shown", json.dumps([entry.shown, entry.source]).encode())
+        document.add_bytes("shown", json.dumps([entry.display_text, entry.source]).encode())
         if entry.task_id is not None:
             document.add_integer("task_id", entry.task_id)
-        document.add_text("stems", seen.stems)
-        document.add_text("heads", " ".join(seen.heads))
-        document.add_text("pairs", " ".join(seen.pairs))
-        with _told():
+        document.add_text("stems", tokens.stems)
+        document.add_text("heads", " ".join(tokens.heads))
+        document.add_text("pairs", " ".join(tokens.pairs))
+        with _engine_errors():
             self._inner.add_document(document)
 
-    def forget(self, key: str) -> None:
-        """Take out all entries of this key that were added before."""
-        with _told():
+    def delete(self, key: str) -> None:
+        """Deletes all entries of this key that were added before."""
+        with _engine_errors():
             self._inner.delete_documents_by_term("key", key)
 
-    def forget_all(self) -> None:
-        with _told():
+    def delete_all(self) -> None:
+        with _engine_errors():
             self._inner.delete_all_documents()
 
     def commit(self) -> None:
-        """Let all processes see, once they reload, what was added and forgotten."""
-        with _told():
+        """Publishes the changes to all processes that reload."""
+        with _engine_errors():
             self._inner.commit()
 
 
@@ -217,38 +197,41 @@ def _analyzer() -> Any:
     return tantivy.TextAnalyzerBuilder(tantivy.Tokenizer.whitespace())
 
 
-def _hit(score: float, document: Any) -> Hit:
+def _passage(score: float, document: Any) -> Passage:
     text, source = json.loads(bytes(document.get_first("shown")))
-    return Hit(text, source, float(score))
+    return Passage(text, source, float(score))
 
 
-def _affordable(asked: dict[Term, int]) -> dict[Term, int]:
-    """Without the commonest: what so many entries hold says little, and looking at all of them takes long."""
+def without_common_terms(frequencies: dict[Term, int]) -> dict[Term, int]:
+    """Keeps the rarest terms, up to MAX_POSTINGS in total, but at least one that entries contain.
+
+    Common terms hardly affect the ranking, and reading their postings takes long.
+    """
     kept: dict[Term, int] = {}
-    left = MOST_LOOKED_AT
-    for term, holding in sorted(asked.items(), key=lambda item: item[1]):
-        if holding > left and left < MOST_LOOKED_AT:
+    left = MAX_POSTINGS
+    for term, matching in sorted(frequencies.items(), key=lambda item: item[1]):
+        if matching > left and left < MAX_POSTINGS:
             break
-        kept[term] = holding
-        left -= holding
+        kept[term] = matching
+        left -= matching
     return kept
 
 
-def _evidence(asked: dict[Term, int], entries: int, hits: list[Hit]) -> Evidence:
-    """How much of what the question asks the best entry holds, and how far it is ahead of the next."""
-    most = sum(
-        WEIGHTS[field] * rarity(holding, entries) * (BM25_K1 + 1)
-        for (field, _), holding in asked.items()
-        if holding or field == "stems"
+def _evidence(frequencies: dict[Term, int], entries: int, passages: list[Passage]) -> Evidence:
+    highest_possible = sum(
+        WEIGHTS[field] * inverse_document_frequency(matching, entries) * (BM25_K1 + 1)
+        for (field, _), matching in frequencies.items()
+        if matching or field == "stems"
     )
-    best = hits[0].score
-    second = hits[1].score if len(hits) > 1 else 0.0
-    return Evidence(best / most, (best - second) / best)
+    best = passages[0].score
+    second = passages[1].score if len(passages) > 1 else 0.0
+    return Evidence(best / highest_possible, (best - second) / best)
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _engine_errors() -> Iterator[None]:
+    """Turns the exceptions that the engine raises into KnowledgeIndexError."""
     try:
         yield
-    except (ValueError, OSError) as error:  # all that the engine raises
-        raise IndexBroken(f"the index of knowledge: {error}") from error
+    except (ValueError, OSError) as error:
+        raise KnowledgeIndexError(f"the knowledge index failed: {error}") from error

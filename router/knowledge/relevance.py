@@ -1,9 +1,9 @@
-"""How a text is taken apart to be found, and how sure a finding is. Pure.
+"""Tokens of a text, BM25 weights, and the confidence of a search result. Pure.
 
-A text is seen in three ways at once: the stems of its words, the first six letters of each word, and each
-pair of neighbouring words. BM25 over each, added up with the weights below, finds more than any of them
-alone: stems join "solve" and "solving", beginnings join what the stemmer keeps apart, pairs prefer what
-stands together in the question. docs/knowledge.md has the figures.
+A text is indexed in three fields: stems of its words, heads (the first six letters of each word) and pairs of
+neighboring words. A score is the weighted sum of BM25 over the fields, which ranks better than any field
+alone: stems match "solve" and "solving", heads match words that the stemmer keeps apart, and pairs reward
+words in the order of the query. docs/knowledge.md has the measurements.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from itertools import pairwise
 
 WEIGHTS = {"stems": 1.0, "heads": 0.3, "pairs": 0.2}
 HEAD_LETTERS = 6
-LONGEST_WORD = 40
-QUESTION_CHARACTERS = 20_000  # of a longer prompt the beginning is asked with
-QUESTION_STEMS = 24  # the rarest; more change the finding little, and cost time
+MAX_WORD_LETTERS = 40
+MAX_QUERY_CHARACTERS = 20_000  # the rest of a longer prompt is ignored
+MAX_QUERY_STEMS = 24  # the rarest; more change the ranking little and take longer
 BM25_K1 = 1.2
 
-# Chinese and Japanese are written without spaces: each character is a word, and their pairs do the work.
+# Chinese and Japanese are written without spaces: each character is a word, and pairs tell texts apart.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
 _STOP_TEXT = """
     a an and are as at be but by can did do does for from had has have how i if in into is it its me my no not
@@ -31,14 +31,14 @@ STOP_WORDS = frozenset(_STOP_TEXT.split())
 
 
 @dataclass(frozen=True, slots=True)
-class Views:
-    """The words of one text, in order, as they are looked for."""
+class Tokens:
+    """Words of one text in order, without stop words, and the contents of the three fields."""
 
     words: tuple[str, ...]
 
     @property
     def stems(self) -> str:
-        """Space-separated; the index takes their stems."""
+        """Words separated by spaces; the index stems them."""
         return " ".join(self.words)
 
     @property
@@ -47,37 +47,36 @@ class Views:
 
     @property
     def pairs(self) -> list[str]:
-        heads = self.heads
-        return [f"{first}_{second}" for first, second in pairwise(heads)]
+        return [f"{first}_{second}" for first, second in pairwise(self.heads)]
 
 
-def views(text: str) -> Views:
-    """The words that count: lower case, without those that stand in every English text."""
+def tokenize(text: str) -> Tokens:
+    """Splits a text into lower-case words and drops stop words."""
     words = _WORD.findall(text.lower())
-    return Views(tuple(word[:LONGEST_WORD] for word in words if word not in STOP_WORDS))
+    return Tokens(tuple(word[:MAX_WORD_LETTERS] for word in words if word not in STOP_WORDS))
 
 
-def rarity(holding: int, entries: int) -> float:
-    """BM25's inverse document frequency of a word that `holding` of `entries` entries hold."""
-    return math.log(1 + (entries - holding + 0.5) / (holding + 0.5))
+def inverse_document_frequency(matching: int, entries: int) -> float:
+    """BM25's weight of a term that `matching` of `entries` entries contain."""
+    return math.log(1 + (entries - matching + 0.5) / (matching + 0.5))
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What a finding's relevance is judged by; both from 0 to 1."""
+    """Features of the confidence; both from 0 to 1."""
 
-    coverage: float  # the best score, as a share of the most that this question can reach
-    lead: float  # how far the best is ahead of the second
+    coverage: float = 0.0  # best score, as a share of the highest score that the query can reach
+    lead: float = 0.0  # distance of the second score from the best, as a share of the best
 
 
-# Fitted by `python -m bench.knowledge --calibrate`; docs/knowledge.md says on what, and how well it holds.
+# Fitted by `python -m bench.knowledge --calibrate`; docs/knowledge.md has the data and the errors.
 COVERAGE_WEIGHT = 18.1
 LEAD_WEIGHT = 2.1
 BIAS = -5.8
 
 
 def confidence(evidence: Evidence) -> float:
-    """How likely it is, from 0 to 1, that the best entry is to the point; 0 if nothing was found."""
+    """Probability (0 to 1) that the first entry is relevant; 0 if nothing was found."""
     if evidence.coverage <= 0:
         return 0.0
     return 1 / (1 + math.exp(-(COVERAGE_WEIGHT * evidence.coverage + LEAD_WEIGHT * evidence.lead + BIAS)))

@@ -1,4 +1,4 @@
-"""Knowledge that people add, in Postgres: files in, files out. Every host's index follows from there."""
+"""Added sources: files whose entries are stored in Postgres, from where every host indexes them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from router.database import Connection, rows
 from router.knowledge.files import KnowledgeFile
 
-_ADD = "SELECT add_knowledge(%s, %s, %s::text[], %s::text[], %s::text[]) AS became"
+_ADD = "SELECT add_knowledge(%s, %s, %s::text[], %s::text[], %s::text[]) AS change"
 _SOURCES = """
 SELECT k.source, count(e.place) AS entries, k.changed_at
   FROM knowledge_sources k JOIN knowledge_entries e USING (source)
@@ -21,7 +21,7 @@ SELECT k.source, remove_knowledge(k.source) AS removed FROM knowledge_sources k
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A file that was added: its path, how many entries it gave, and when."""
+    """An added file: its path, its number of entries, and when it last changed."""
 
     source: str
     entries: int
@@ -29,7 +29,7 @@ class Source:
 
 
 def add_file(connection: Connection, path: Path, file: KnowledgeFile) -> str:
-    """Let the entries of `file` be what is known from `path`; returns added, replaced or unchanged."""
+    """Stores `file` in place of what `path` contained before; returns added, replaced or unchanged."""
     entries = file.entries
     found = rows(
         connection,
@@ -42,20 +42,20 @@ def add_file(connection: Connection, path: Path, file: KnowledgeFile) -> str:
             [entry.text for entry in entries],
         ),
     )
-    return str(found[0]["became"])
+    return str(found[0]["change"])
 
 
 def remove_path(connection: Connection, path: Path) -> list[str]:
-    """Forget what was added from this file, or from all files beneath this folder; returns their paths."""
+    """Removes the source `path`, or all sources below this folder; returns their names."""
     name = source_name(path)
     return [row["source"] for row in rows(connection, _REMOVE, (name, f"{name.rstrip('/')}/"))]
 
 
 def read_sources(connection: Connection) -> list[Source]:
-    """All files that were added, by path."""
+    """Returns all sources, ordered by path."""
     return [Source(**row) for row in rows(connection, _SOURCES)]
 
 
 def source_name(path: Path) -> str:
-    """The same for every way of writing one path, whether it still exists or not."""
+    """Returns the absolute path, whether the file still exists or not."""
     return str(path.expanduser().resolve())

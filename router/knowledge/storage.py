@@ -1,43 +1,42 @@
-"""Where a host keeps its index of knowledge: the index, what it holds already, and who may write it.
+"""Index folder of a host: the index, the indexer's progress, and the lock of the one process that writes.
 
-FOLDER/index/       tantivy's files
-FOLDER/state.json   what they hold already; written last, so that its time is when the host caught up
-FOLDER/lock         held by the one process that writes
+FOLDER/index/       files of tantivy
+FOLDER/state.json   progress; written last, so its modification time is that of the last update
 """
 
 from __future__ import annotations
 
-import dataclasses
-import fcntl
-import json
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from router.knowledge.index import IndexBroken, KnowledgeIndex
+from pydantic import BaseModel, ConfigDict, Field
 
-LARGEST = 2**62
+from router.files import locked, replacing
+from router.knowledge.index import KnowledgeIndex, KnowledgeIndexError
+
+MAX_TASK_ID = 2**62
 UNUSED_DAYS = 14
 
 
-@dataclass
-class State:
-    """What the index holds already; kept beside it."""
+class State(BaseModel):
+    """Progress of the indexer: what the index contains. Aliases are the keys of state.json."""
 
-    identity: str = ""
-    version: int = 0  # of sources
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+    identity: str = ""  # of the database
+    sources_version: int = Field(default=0, alias="version")
     solved_until: float = 0.0  # seconds of the database's clock
-    walk_from: int = LARGEST  # the circle goes on with this task, downwards
-    circles: int = 0
-    floor: int = -LARGEST  # tasks below are too many
-    files: dict[str, str] = field(default_factory=dict)  # key -> checksum
+    scan_from: int = Field(default=MAX_TASK_ID, alias="walk_from")  # the full scan descends from this task id
+    full_scans: int = Field(default=0, alias="circles")  # completed
+    lowest_task: int = Field(default=-MAX_TASK_ID, alias="floor")  # older tasks exceed the index's size
+    files: dict[str, str] = {}  # key -> checksum
 
 
 class IndexFolder:
-    """One host's index of one database, in `path`."""
+    """Index of one database on this host, in the folder `path`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -45,40 +44,41 @@ class IndexFolder:
         self._state = path / "state.json"
 
     def open_index(self) -> KnowledgeIndex:
-        """The index; an empty one, to be filled anew, where it is broken."""
+        """Opens the index; replaces a broken one by an empty one."""
         try:
             return self.read_index()
-        except IndexBroken:
-            self._state.unlink(missing_ok=True)  # first: a state without its index would seem to be all there
+        except KnowledgeIndexError:
+            self._state.unlink(missing_ok=True)  # first: state without its index would claim to be complete
             shutil.rmtree(self._index)
             return self.read_index()
 
     def read_index(self) -> KnowledgeIndex:
+        """Opens the index. Raises KnowledgeIndexError if it is broken."""
         return KnowledgeIndex(self._index)
 
-    def state(self) -> State:
-        """What was kept last; an empty one, for which everything is new, where there is none."""
+    def read_state(self) -> State:
+        """Reads the stored progress; an empty state, which indexes everything, if there is none."""
         try:
-            return State(**json.loads(self._state.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            return State.model_validate_json(self._state.read_bytes())
+        except (OSError, ValueError):
             return State()
 
-    def keep(self, state: State) -> None:
-        fresh = self._state.with_suffix(".new")
-        fresh.write_text(json.dumps(dataclasses.asdict(state)), encoding="utf-8")
-        fresh.replace(self._state)
+    def write_state(self, state: State) -> None:
+        """Replaces the stored progress. Raises OSError."""
+        with replacing(self._state) as file:
+            file.write(state.model_dump_json(by_alias=True).encode())
 
-    def caught_up_at(self) -> float | None:
-        """When a pass of this host last kept what it did, in Unix time; None if there was none."""
+    def updated_at(self) -> float | None:
+        """Unix time of this host's last update; None if there was none."""
         try:
             return self._state.stat().st_mtime
         except OSError:
             return None
 
-    def drop_unused(self) -> None:
-        """Delete the indexes beside this one that no pass has kept for UNUSED_DAYS.
+    def delete_unused(self) -> None:
+        """Deletes neighboring indexes that were not updated for UNUSED_DAYS.
 
-        They were of another engine, address or config folder; one that is in use is kept at each pass.
+        They belong to another engine version, database address or config folder.
         """
         for state in self.path.parent.glob(f"*/{self._state.name}"):
             unused = time.time() - state.stat().st_mtime > UNUSED_DAYS * 86_400
@@ -87,13 +87,8 @@ class IndexFolder:
                 shutil.rmtree(state.parent, ignore_errors=True)
 
     @contextmanager
-    def alone(self) -> Iterator[bool]:
-        """Whether this is the only writer of the host; the lock goes with the process."""
+    def exclusive(self) -> Iterator[bool]:
+        """Locks the folder; False if another process has locked it. The lock ends with the process."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / "lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            yield True
+        with locked(self.path, timeout_seconds=0) as acquired:
+            yield acquired

@@ -5,14 +5,17 @@ from typing import TYPE_CHECKING
 from lazy_loader import attach
 
 if TYPE_CHECKING:
-    from router.learning.grading import Judgement as Judgement
     from router.learning.grading import against_reference as against_reference
     from router.learning.grading import check as check
-    from router.learning.grading import judge_prompts as judge_prompts
-    from router.learning.grading import parse_verdict as parse_verdict
     from router.learning.judging import Judged as Judged
     from router.learning.judging import judge_answers as judge_answers
+    from router.learning.pairwise import Budget as Budget
+    from router.learning.pairwise import PricedModel as PricedModel
+    from router.learning.pairwise import answer_of as answer_of
+    from router.learning.pairwise import compare as compare
+    from router.learning.pairwise import gather_or_cancel as gather_or_cancel
     from router.learning.ranking import Placed as Placed
+    from router.learning.ranking import Standing as Standing
     from router.learning.retention import drop_old_calls as drop_old_calls
     from router.learning.review import RankChange as RankChange
     from router.learning.review import grade_answers as grade_answers
@@ -24,9 +27,10 @@ else:
     __getattr__, __dir__, __all__ = attach(
         __name__,
         submod_attrs={
-            "grading": ["Judgement", "against_reference", "check", "judge_prompts", "parse_verdict"],
+            "grading": ["against_reference", "check"],
             "judging": ["Judged", "judge_answers"],
-            "ranking": ["Placed"],
+            "pairwise": ["Budget", "PricedModel", "answer_of", "compare", "gather_or_cancel"],
+            "ranking": ["Placed", "Standing"],
             "retention": ["drop_old_calls"],
             "review": [
                 "RankChange",

@@ -1,11 +1,10 @@
-"""How good an answer is: good is more than HTTP 200. Pure.
+"""Grades answers with scores between 0 and 1. Pure.
 
-`check`              cheap checks of any answer: empty, refused, cut off, repeats itself, off topic
-`against_reference`  an answer against one that is known to be right
-`Judgement`          two answers compared by another model, twice, in swapped order
+`check`              cheap checks of any answer: empty, refused, cut off, repetitive, off topic
+`against_reference`  compares an answer with a known right one
+`Judgment`           another model's comparison of two answers, in both orders
 
-Every way ends in a score between 0 and 1. A check looks at no more than the two ends of a long text, and
-takes well under a millisecond, so that it may be done anywhere.
+A check reads only the two ends of a long text and takes well under a millisecond.
 """
 
 from __future__ import annotations
@@ -14,15 +13,15 @@ import enum
 import re
 from dataclasses import dataclass
 
-CHECKED_CHARACTERS = 2_500  # of each end of an answer, and of the prompt's beginning
-REFUSED_WITHIN = 240  # characters of the beginning in which a refusal is looked for
-REFUSAL_IS_ALL = 700  # a longer answer that begins so goes on with something of use
-LEAST_WORDS_TO_REPEAT = 24
-REPEATED_SHARE = 0.4  # of runs of four words that were there before
-LEAST_TOPIC_WORDS = 5
-MANY_TOPIC_WORDS = 12  # of which one may be met by chance
-LEAST_WORDS_ON_TOPIC = 16
-PROSE_LINE = 60  # characters of a last line that ought to end in a sentence's end
+CHECKED_CHARACTERS = 2_500  # of each end of an answer, and of the start of a prompt
+REFUSED_WITHIN = 240  # characters from the start that are searched for a refusal
+MAX_REFUSAL = 700  # characters; a longer answer continues with something useful
+MIN_WORDS_TO_REPEAT = 24
+REPEATED_SHARE = 0.4  # of four-word sequences
+MIN_TOPIC_WORDS = 5
+MANY_TOPIC_WORDS = 12  # one match may be chance
+MIN_WORDS_ON_TOPIC = 16
+PROSE_LINE = 60  # characters; a last line of this length should end a sentence
 JUDGED_CHARACTERS = 8_000
 
 _WORD = re.compile(r"\w+")
@@ -37,7 +36,7 @@ _REFUSAL = re.compile(
     re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"[.!?\u2026\u3002\uff01\uff1f:;)\]}>\"'\u201d\u2019`*_|~\d%]\s*$")
-# Words that tell nothing of a topic; shorter ones than four letters are not looked at anyway.
+# Words without a topic; words of up to three letters are ignored anyway.
 _COMMON = frozenset(
     _WORD.findall(
         "about above after again also answer because been before being below between both could does doing"
@@ -51,7 +50,7 @@ _COMMON = frozenset(
 
 
 class Flaw(str, enum.Enum):
-    """What a check finds wrong."""
+    """A flaw that a check finds."""
 
     EMPTY = "empty"
     REFUSED = "refused"
@@ -60,7 +59,7 @@ class Flaw(str, enum.Enum):
     OFF_TOPIC = "off topic"
 
 
-_LEFT_BY = {  # what is left of the score
+_SCORE_WITH = {
     Flaw.EMPTY: 0.0,
     Flaw.REFUSED: 0.1,
     Flaw.REPEATS: 0.2,
@@ -71,7 +70,7 @@ _LEFT_BY = {  # what is left of the score
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """A score between 0 and 1, and why it is not 1."""
+    """A score between 0 and 1, with the flaws that lowered it."""
 
     score: float
     flaws: tuple[Flaw, ...] = ()
@@ -80,7 +79,7 @@ class Grade:
 def check(
     prompt: str, answer: str, *, completion_tokens: int | None = None, max_tokens: int | None = None
 ) -> Grade:
-    """What cheap checks say of an answer; 1 if they find nothing. The tokens tell a cut-off end for sure."""
+    """Checks an answer; the score is 1 if nothing is found. Token counts detect a cut-off answer reliably."""
     words = _words(answer)
     if not words:
         return Grade(0.0, (Flaw.EMPTY,))
@@ -96,7 +95,7 @@ def check(
         flaws.append(Flaw.CUT_OFF)
     score = 1.0
     for flaw in flaws:
-        score *= _LEFT_BY[flaw]
+        score *= _SCORE_WITH[flaw]
     return Grade(score, tuple(flaws))
 
 
@@ -107,14 +106,14 @@ def _words(text: str) -> list[str]:
 
 
 def _refuses(answer: str) -> bool:
-    return len(answer) <= REFUSAL_IS_ALL and _REFUSAL.search(answer, 0, REFUSED_WITHIN) is not None
+    return len(answer) <= MAX_REFUSAL and _REFUSAL.search(answer, 0, REFUSED_WITHIN) is not None
 
 
 def _repeats(words: list[str]) -> bool:
-    if len(words) < LEAST_WORDS_TO_REPEAT:
+    if len(words) < MIN_WORDS_TO_REPEAT:
         return False
-    # A loop is mostly at the end, of which there may be little beside a long good beginning.
-    return _is_loop(words) or (len(words) > 4 * LEAST_WORDS_TO_REPEAT and _is_loop(words[len(words) // 2 :]))
+    # A loop is usually at the end, and may be short compared with a long good start.
+    return _is_loop(words) or (len(words) > 4 * MIN_WORDS_TO_REPEAT and _is_loop(words[len(words) // 2 :]))
 
 
 def _is_loop(words: list[str]) -> bool:
@@ -123,14 +122,14 @@ def _is_loop(words: list[str]) -> bool:
 
 
 def _off_topic(prompt: str, words: list[str]) -> bool:
-    topic = {_stem(word) for word in _words(prompt[:CHECKED_CHARACTERS]) if _tells_topic(word)}
-    if len(topic) < LEAST_TOPIC_WORDS or len(words) < LEAST_WORDS_ON_TOPIC:
+    topic = {_stem(word) for word in _words(prompt[:CHECKED_CHARACTERS]) if _has_topic(word)}
+    if len(topic) < MIN_TOPIC_WORDS or len(words) < MIN_WORDS_ON_TOPIC:
         return False
     met = topic.intersection(map(_stem, words))
     return len(met) < (2 if len(topic) >= MANY_TOPIC_WORDS else 1)
 
 
-def _tells_topic(word: str) -> bool:
+def _has_topic(word: str) -> bool:
     return len(word) > 3 and word not in _COMMON  # noqa: PLR2004 - see _COMMON
 
 
@@ -153,26 +152,26 @@ _ARTICLES = frozenset({"a", "an", "the"})
 
 
 def against_reference(answer: str, reference: str) -> Grade:
-    """1 if the answer states the reference, else the share of words that both have (F1).
+    """Scores 1 if the answer contains the reference, else the F1 score of their words.
 
-    A reference that is a number is stated by the last number of the answer.
+    A reference that is a number is compared with the last number of the answer.
     """
     wanted = _NUMBER.fullmatch(reference.strip())
     if wanted is not None:
         numbers = [_as_number(found) for found in _NUMBER.findall(answer)]
         return Grade(1.0 if numbers and _as_number(wanted.group()) == numbers[-1] else 0.0)
-    said, right = _plain(answer), _plain(reference)
-    if not right:
-        return Grade(0.0 if said else 1.0)
-    if f" {' '.join(right)} " in f" {' '.join(said)} ":
+    given, wanted_words = _plain(answer), _plain(reference)
+    if not wanted_words:
+        return Grade(0.0 if given else 1.0)
+    if f" {' '.join(wanted_words)} " in f" {' '.join(given)} ":
         return Grade(1.0)
-    left = list(right)
+    left = list(wanted_words)
     common = 0
-    for word in said:
+    for word in given:
         if word in left:
             left.remove(word)
             common += 1
-    return Grade(2 * common / (len(said) + len(right)))
+    return Grade(2 * common / (len(given) + len(wanted_words)))
 
 
 def _as_number(text: str) -> float:
@@ -184,7 +183,7 @@ def _plain(text: str) -> list[str]:
 
 
 class Verdict(str, enum.Enum):
-    """Which of two answers a judge found better, in the order they were shown."""
+    """The answer that a judge preferred, in the order shown."""
 
     FIRST = "first"
     SECOND = "second"
@@ -192,24 +191,24 @@ class Verdict(str, enum.Enum):
 
 
 class Result(str, enum.Enum):
-    """What both orders together say of the first answer."""
+    """Outcome of the comparison for the first answer, from both orders together."""
 
     WIN = "win"
     TIE = "tie"
     LOSS = "loss"
 
 
-# That another answer was better does not make one bad.
-_WORTH = {Result.WIN: 1.0, Result.TIE: 0.75, Result.LOSS: 0.5}
+# A loss is not 0: a worse answer is not a bad one.
+_SCORE_OF = {Result.WIN: 1.0, Result.TIE: 0.75, Result.LOSS: 0.5}
 _OPPOSITE = {Result.WIN: Result.LOSS, Result.TIE: Result.TIE, Result.LOSS: Result.WIN}
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
-    """Two answers to one prompt, judged as (one, other) and, in `swapped`, as (other, one).
+class Judgment:
+    """Verdicts on two answers to one prompt, shown as (one, other) and, for `swapped`, as (other, one).
 
-    A verdict that does not survive the swap is a tie, also where only one of the two could be read. A judge
-    that could not be read at all (None, None) has said nothing, and `result` is None.
+    Verdicts that do not agree after the swap are a tie, also if only one of them could be parsed. If neither
+    could be parsed, `result` and `scores` are None.
     """
 
     straight: Verdict | None
@@ -217,7 +216,7 @@ class Judgement:
 
     @property
     def result(self) -> Result | None:
-        """What it says of the one answer."""
+        """The outcome for the first answer."""
         if self.straight is None and self.swapped is None:
             return None
         if (self.straight, self.swapped) == (Verdict.FIRST, Verdict.SECOND):
@@ -228,13 +227,13 @@ class Judgement:
 
     @property
     def scores(self) -> tuple[float, float] | None:
-        """The scores of the one answer and of the other; None if nothing was said."""
+        """The scores of the two answers."""
         result = self.result
-        return None if result is None else (_WORTH[result], _WORTH[_OPPOSITE[result]])
+        return None if result is None else (_SCORE_OF[result], _SCORE_OF[_OPPOSITE[result]])
 
 
 def judge_prompts(prompt: str, one: str, other: str) -> tuple[str, str]:
-    """What to ask a judge, in both orders."""
+    """The prompts for a judge, in both orders."""
     return _judge_prompt(prompt, one, other), _judge_prompt(prompt, other, one)
 
 
@@ -255,7 +254,7 @@ _MARK = re.compile(r"<(?=\s*/?\s*(?:request|answer_[12])\s*>)", re.IGNORECASE)
 
 
 def _as_material(text: str) -> str:
-    """The text as it is shown to a judge: it can end no mark, so nothing in it stands outside of its own."""
+    """Escapes text for a judge, so that it cannot close the tag that encloses it."""
     return _MARK.sub("&lt;", text[:JUDGED_CHARACTERS])
 
 
@@ -264,7 +263,7 @@ _VERDICTS = {"1": Verdict.FIRST, "2": Verdict.SECOND, "tie": Verdict.TIE}
 
 
 def parse_verdict(reply: str) -> Verdict | None:
-    """The judge's last word; None if it has none."""
+    """Parses the last verdict in a judge's reply; None if it has none."""
     found = _VERDICT.findall(reply[-CHECKED_CHARACTERS:])
     if found:
         return _VERDICTS[found[-1].lower()]

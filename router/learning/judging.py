@@ -1,51 +1,48 @@
-"""Sampled answers judged by another model: the part of grading that costs calls.
+"""Judges a sample of the checked answers with another model.
 
-For a sample of the answers that were graded, the first model of the category is asked the same prompt anew,
-and a third model says, in both orders, which of the two answers is better. The first model is the measure of
-the others: against itself it is a tie. All calls go through the limiter and stand in the log as `judge`; they
-are no evidence. What one night may cost is bounded, in calls and in USD, also over several runs.
+For each sampled answer, the first model of the category answers the same prompt again, and a third model
+says, in both orders, which answer is better. So all models are measured against the first; the first itself
+scores a tie. The calls go through the limiter and are logged as `judge`; they are not evidence. Calls and
+USD per period are bounded, also across several runs.
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from router.background import cancel_and_wait
 from router.database import fetch, fetch_one, postgres_text
-from router.learning.grading import (
-    JUDGED_CHARACTERS,
-    Judgement,
-    Result,
-    Verdict,
-    judge_prompts,
-    parse_verdict,
+from router.learning.grading import JUDGED_CHARACTERS, Judgment, Result, Verdict
+from router.learning.pairwise import (
+    VERDICT_TOKENS,
+    Budget,
+    PricedModel,
+    answer_of,
+    compare,
+    gather_or_cancel,
 )
 from router.models import DirectCaller, DirectResult, Roster, read_roster
 from router.settings import JudgingSettings, LearningSettings
 from router.task import Outcome
 
-CALLS_AN_ANSWER = 3  # the opponent's answer, and the judge in both orders
-VERDICT_TOKENS = 300  # a sentence of reasons and the verdict; some models think first
-PATIENCE_SECONDS = 60.0
-LONGEST_SECONDS = 900.0  # the night has other work
-AT_ONCE = 8
-MILLION = 1e6
+CALLS_PER_ANSWER = 3  # the opponent's answer, and the judge in both orders
+PERMIT_SECONDS = 60.0
+MAX_SECONDS = 900.0  # the nightly run has other steps
+MAX_CONCURRENCY = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """What the judges of one run said: answers that were compared, by result, and what it cost."""
+    """Summary of one run: the results of the comparisons, and their cost."""
 
-    drawn: int  # answers of the sample that nobody had judged yet
+    drawn: int  # sampled answers without a judgment
     wins: int
     ties: int
     losses: int
-    unread: int  # compared, but nothing could be read or was answered
-    unasked: int  # left for another night: no budget, no permit or no judge
+    unread: int  # compared without a verdict
+    unasked: int  # left for the next run: no budget, permit or judge
     calls: int
     cost_usd: float
     notes: tuple[str, ...] = ()
@@ -53,7 +50,7 @@ class Judged:
     def __str__(self) -> str:
         return (
             f"{self.drawn} answers drawn: {self.wins} wins, {self.ties} ties, {self.losses} losses against"
-            f" the first of their category, {self.unread} not readable, {self.unasked} left;"
+            f" the first of their category, {self.unread} without a verdict, {self.unasked} not judged;"
             f" {self.calls} calls, {self.cost_usd:.4f} USD"
         )
 
@@ -68,88 +65,57 @@ class _Drawn:
 
 
 @dataclass(slots=True)
-class _Budget:
-    """What may still be spent. The most that a call can cost is set aside before it is made."""
-
-    calls: int
-    usd: float
-    spent_calls: int = 0
-    spent_usd: float = 0.0
-
-    def set_aside(self, calls: int, usd: float) -> bool:
-        if calls > self.calls or usd > self.usd:
-            return False
-        self.calls -= calls
-        self.usd -= usd
-        return True
-
-    def account(self, set_aside: tuple[int, float], calls: int, usd: float) -> None:
-        self.calls += set_aside[0] - calls
-        self.usd += set_aside[1] - usd
-        self.spent_calls += calls
-        self.spent_usd += usd
-
-
-@dataclass(slots=True)
 class _Tally:
     results: dict[Result, int] = field(default_factory=lambda: dict.fromkeys(Result, 0))
     unread: int = 0
     unasked: int = 0
     decided_in: set[str] = field(default_factory=set)  # categories
-    notes: dict[str, None] = field(default_factory=dict)  # in order, each once
+    notes: dict[str, None] = field(default_factory=dict)  # ordered, without duplicates
 
 
 async def judge_answers(caller: DirectCaller, learning: LearningSettings) -> Judged:
-    """Judge the sample of the last period within what is left of its budget; asks nothing twice.
+    """Judges the sample of the last period within the rest of its budget. Running it again repeats no call.
 
-    DatabaseError or LimiterUnavailable if Postgres or Redis is away; what models do never raises.
+    Raises DatabaseError or LimiterUnavailable if Postgres or Redis is unavailable; never for failed calls.
     """
     pool, settings, seconds = caller.pool, learning.judging, learning.period_seconds
     found = await fetch(
         pool, "SELECT * FROM answers_to_judge($1, period_to_judge($1), $2, $3)",
         seconds, settings.answers, JUDGED_CHARACTERS,
     )  # fmt: skip
-    spent = await fetch_one(pool, "SELECT * FROM judging_spent($1)", seconds)
-    prices = await fetch(pool, "SELECT model, input_price::float8, output_price::float8 FROM roster")
-    judging = _Judging(
-        caller,
-        settings,
-        await read_roster(pool),
-        _Budget(settings.calls - spent["calls"], settings.cost_usd - spent["usd"]),
-        {row["model"]: (row["input_price"], row["output_price"]) for row in prices},
+    spent = await fetch_one(pool, "SELECT * FROM judging_usage($1)", seconds)
+    roster = await read_roster(pool)
+    found_prices = await fetch(pool, "SELECT model, input_price::float8, output_price::float8 FROM roster")
+    prices = {row["model"]: (row["input_price"], row["output_price"]) for row in found_prices}
+    models = {name: PricedModel(model, *prices.get(name, ())) for name, model in roster.models.items()}
+    budget = Budget(settings.cost_usd - spent["usd"], settings.calls - spent["calls"])
+    return await _Judging(caller, settings, roster, models, budget).run(
+        [_Drawn(**dict(row)) for row in found]
     )
-    return await judging.run([_Drawn(**dict(row)) for row in found])
 
 
 class _Judging:
-    """One run. `prices`: USD a million tokens, of prompt and of answer."""
+    """One run."""
 
     def __init__(
-        self, caller: DirectCaller, settings: JudgingSettings, roster: Roster, budget: _Budget,
-        prices: Mapping[str, tuple[float, float]],
+        self, caller: DirectCaller, settings: JudgingSettings, roster: Roster,
+        models: Mapping[str, PricedModel], budget: Budget,
     ) -> None:  # fmt: skip
         self._caller = caller
         self._settings = settings
         self._roster = roster
+        self._models = models
         self._budget = budget
-        self._prices = prices
         self._tally = _Tally()
-        self._until = time.monotonic() + LONGEST_SECONDS
+        self._deadline = time.monotonic() + MAX_SECONDS
 
     async def run(self, drawn: Sequence[_Drawn]) -> Judged:
-        measures = [answer for answer in drawn if self._in_order(answer.category)[:1] == [answer.model]]
-        waiting = iter([answer for answer in drawn if answer not in measures])
-        workers = [
-            asyncio.get_running_loop().create_task(self._work(waiting), name=f"router judging {number}")
-            for number in range(AT_ONCE)
-        ]
-        try:
-            await asyncio.gather(*workers)
-        finally:
-            await cancel_and_wait(*workers)
-        for answer in measures:
+        of_first = [answer for answer in drawn if self._ranked(answer.category)[:1] == [answer.model]]
+        waiting = iter([answer for answer in drawn if answer not in of_first])
+        await gather_or_cancel(*(self._work(waiting) for _ in range(MAX_CONCURRENCY)), name="router judging")
+        for answer in of_first:
             if answer.category in self._tally.decided_in:
-                await self._keep_measure(answer)
+                await self._record_tie(answer)
         tally, budget = self._tally, self._budget
         return Judged(
             len(drawn), tally.results[Result.WIN], tally.results[Result.TIE], tally.results[Result.LOSS],
@@ -158,85 +124,83 @@ class _Judging:
 
     async def _work(self, waiting: Iterator[_Drawn]) -> None:
         for answer in waiting:
-            order = self._in_order(answer.category)
-            judge = self._judge_of(order, answer.model)
-            if time.monotonic() > self._until:
-                self._leave(f"not all were judged within {LONGEST_SECONDS:g} s")
+            ranked = self._ranked(answer.category)
+            judge = self._judge_of(ranked, answer.model)
+            if time.monotonic() > self._deadline:
+                self._skip(f"not all answers were judged within {MAX_SECONDS:g} s")
             elif judge is None:
-                self._leave(f"{answer.category}: no third model is in use that could judge {answer.model}")
+                self._skip(f"{answer.category}: no third model is active that could judge {answer.model}")
             else:
-                await self._compare(answer, order[0], judge)
+                await self._compare(answer, self._models[ranked[0]], self._models[judge])
 
-    def _in_order(self, category: str) -> list[str]:
-        """The models that are used in the category, the best first; not those on probation."""
+    def _ranked(self, category: str) -> list[str]:
+        """The active models of the category, best first; models on probation are left out."""
         places = self._roster.places.get(category, {})
         active = {name for name, model in self._roster.models.items() if model.state == "active"}
         return sorted(active & set(places), key=lambda name: (places[name], name))
 
-    def _judge_of(self, order: Sequence[str], judged: str) -> str | None:
-        wanted = [name for name in self._settings.models if name in self._roster.models] or order
-        return next((name for name in wanted if name not in (judged, *order[:1])), None) if order else None
+    def _judge_of(self, ranked: Sequence[str], judged: str) -> str | None:
+        wanted = [name for name in self._settings.models if name in self._roster.models] or ranked
+        return next((name for name in wanted if name not in (judged, *ranked[:1])), None) if ranked else None
 
-    def _leave(self, why: str) -> None:
+    def _skip(self, reason: str) -> None:
         self._tally.unasked += 1
-        self._tally.notes[why] = None
+        self._tally.notes[reason] = None
 
-    async def _compare(self, answer: _Drawn, opponent: str, judge: str) -> None:
-        aside = CALLS_AN_ANSWER, self._most_usd(answer, opponent, judge)
-        if not self._budget.set_aside(*aside):
-            self._leave("the budget of this period is used up (judging.calls, judging.cost_usd)")
+    async def _compare(self, answer: _Drawn, opponent: PricedModel, judge: PricedModel) -> None:
+        reserved = _max_usd(answer, opponent, judge), CALLS_PER_ANSWER
+        if not self._budget.reserve(*reserved):
+            self._skip("the budget of this period is used up (judging.calls, judging.cost_usd)")
             return
-        calls: list[tuple[DirectResult, str]] = []
+        calls: list[tuple[DirectResult, PricedModel]] = []
         try:
-            if await self._take(answer, opponent, judge, aside):
+            if await self._claim(answer, opponent.name, judge.name, reserved):
                 await self._ask(answer, opponent, judge, calls)
-                spent = self._spent(calls)
-                keep = "UPDATE judgements SET calls = $2, cost = $3 WHERE call_id = $1"
-                await fetch(self._caller.pool, keep, answer.call_id, *spent)
+                usd, sent = _spent(calls)
+                update = "UPDATE judgements SET calls = $2, cost = $3 WHERE call_id = $1"
+                await fetch(self._caller.pool, update, answer.call_id, sent, usd)
         finally:
-            self._budget.account(aside, *self._spent(calls))
+            self._budget.release(*reserved)
+            self._budget.spend(*_spent(calls))
 
-    async def _take(self, answer: _Drawn, opponent: str, judge: str, most: tuple[int, float]) -> bool:
-        """Write down that it is judged, and what that costs at most; False if somebody else does."""
-        taken = await fetch_one(
+    async def _claim(self, answer: _Drawn, opponent: str, judge: str, reserved: tuple[float, int]) -> bool:
+        """Records that the answer is being judged, at its maximum cost; False if another run does it."""
+        claimed = await fetch_one(
             self._caller.pool,
-            "INSERT INTO judgements (call_id, category, model, opponent, judge, note, calls, cost)"
+            "INSERT INTO judgements (call_id, category, model, opponent, judge, note, cost, calls)"
             " VALUES ($1, $2, $3, $4, $5, 'begun', $6, $7) ON CONFLICT DO NOTHING RETURNING 1",
-            answer.call_id, answer.category, answer.model, opponent, judge, *most,
+            answer.call_id, answer.category, answer.model, opponent, judge, *reserved,
         )  # fmt: skip
-        return taken is not None
+        return claimed is not None
 
     async def _ask(
-        self, answer: _Drawn, opponent: str, judge: str, calls: list[tuple[DirectResult, str]]
-    ) -> None:
-        other = await self._call(opponent, answer.prompt, answer.category, None)
+        self, answer: _Drawn, opponent: PricedModel, judge: PricedModel,
+        calls: list[tuple[DirectResult, PricedModel]],
+    ) -> None:  # fmt: skip
+        other = await self._caller.call(
+            opponent.model, answer.prompt, category=answer.category, purpose="judge",
+            timeout_seconds=PERMIT_SECONDS,
+        )  # fmt: skip
         calls.append((other, opponent))
-        if not _was_sent(other):  # nothing was asked: another night may
+        if not _was_sent(other):  # the next run may try again
             await fetch(self._caller.pool, "DELETE FROM judgements WHERE call_id = $1", answer.call_id)
-            self._leave(f"{opponent} could not be asked: {other.why}")
+            self._skip(f"{opponent.name} could not be called: {other.why}")
             return
-        text = _answer_of(other)
+        text = answer_of(other)
         if text is None:
-            await self._keep(answer, Judgement(None, None), f"{opponent} did not answer: {other.why}")
+            note = f"{opponent.name} did not answer: {other.why}"
+            await self._record(answer, Judgment(None, None), note)
             return
-        said = await asyncio.gather(
-            *(self._call(judge, prompt, answer.category, VERDICT_TOKENS)
-              for prompt in judge_prompts(answer.prompt, answer.answer, text))
+        compared = await compare(
+            self._caller, judge.model, answer.category, answer.prompt, (answer.answer, text),
+            timeout_seconds=PERMIT_SECONDS,
         )  # fmt: skip
-        calls.extend((called, judge) for called in said)
-        straight, swapped = (parse_verdict(_answer_of(called) or "") for called in said)
-        trouble = next((called.why for called in said if called.why), "no verdict in what it said")
-        judgement = Judgement(straight, swapped)
-        await self._keep(answer, judgement, None if judgement.result else f"{judge}: {trouble}")
+        calls.extend((called, judge) for called in compared.calls)
+        note = "" if compared.judgment.result else f"{judge.name}: {compared.problem}"
+        await self._record(answer, compared.judgment, note or None)
 
-    async def _call(self, model: str, prompt: str, category: str, max_tokens: int | None) -> DirectResult:
-        return await self._caller.call(
-            self._roster.models[model], prompt, category=category, purpose="judge", max_tokens=max_tokens,
-            timeout_seconds=PATIENCE_SECONDS,
-        )  # fmt: skip
-
-    async def _keep(self, answer: _Drawn, judgement: Judgement, note: str | None) -> None:
-        result, scores = judgement.result, judgement.scores
+    async def _record(self, answer: _Drawn, judgment: Judgment, note: str | None) -> None:
+        result, scores = judgment.result, judgment.scores
         if result is None:
             self._tally.unread += 1
         else:
@@ -244,49 +208,32 @@ class _Judging:
             self._tally.decided_in.add(answer.category)
         await fetch(
             self._caller.pool, "SELECT record_judgment($1, $2, $3, $4, $5, $6)", answer.call_id,
-            judgement.straight and judgement.straight.value, judgement.swapped and judgement.swapped.value,
+            judgment.straight and judgment.straight.value, judgment.swapped and judgment.swapped.value,
             result and result.value, scores and scores[0], postgres_text(note),
         )  # fmt: skip
 
-    async def _keep_measure(self, answer: _Drawn) -> None:
-        """The first model's answer: a tie with itself."""
-        if await self._take(answer, answer.model, answer.model, (0, 0.0)):
-            tie = Judgement(Verdict.TIE, Verdict.TIE)
-            scores = tie.scores
+    async def _record_tie(self, answer: _Drawn) -> None:
+        """Records an answer of the first model as a tie with itself, without a call."""
+        if await self._claim(answer, answer.model, answer.model, (0.0, 0)):
+            scores = Judgment(Verdict.TIE, Verdict.TIE).scores
             await fetch(
                 self._caller.pool, "SELECT record_judgment($1, 'tie', 'tie', 'tie', $2, $3)", answer.call_id,
-                scores and scores[0], "the measure of its category",
+                scores and scores[0], "the first of its category",
             )  # fmt: skip
 
-    def _most_usd(self, answer: _Drawn, opponent: str, judge: str) -> float:
-        """What judging this answer can cost, counted high: as if each byte were a token."""
-        of_opponent = self._roster.models[opponent].max_tokens
-        shown = len((answer.prompt + answer.answer)[: 2 * JUDGED_CHARACTERS].encode()) + JUDGED_CHARACTERS
-        return self._price(opponent, len(answer.prompt.encode()), of_opponent) + 2 * self._price(
-            judge, shown, VERDICT_TOKENS
-        )
 
-    def _spent(self, calls: Sequence[tuple[DirectResult, str]]) -> tuple[int, float]:
-        """Calls that were sent, and USD."""
-        sent = [(called, model) for called, model in calls if _was_sent(called)]
-        return len(sent), sum(self._usd(called, model) for called, model in sent)
+def _max_usd(answer: _Drawn, opponent: PricedModel, judge: PricedModel) -> float:
+    """An upper bound of the cost of judging an answer: one token per byte."""
+    shown = len((answer.prompt + answer.answer)[: 2 * JUDGED_CHARACTERS].encode()) + JUDGED_CHARACTERS
+    of_opponent = opponent.price(len(answer.prompt.encode()), opponent.model.max_tokens)
+    return of_opponent + 2 * judge.price(shown, VERDICT_TOKENS)
 
-    def _usd(self, called: DirectResult, model: str) -> float:
-        """What a call cost: as the backend says, else by its tokens."""
-        result = called.result
-        if result is None or result.cost_usd is not None:
-            return called.cost_usd or 0.0
-        return self._price(model, result.prompt_tokens or 0, result.completion_tokens or 0)
 
-    def _price(self, model: str, prompt_tokens: int, completion_tokens: int) -> float:
-        of_prompt, of_answer = self._prices.get(model, (0.0, 0.0))
-        return (prompt_tokens * of_prompt + completion_tokens * of_answer) / MILLION
+def _spent(calls: Sequence[tuple[DirectResult, PricedModel]]) -> tuple[float, int]:
+    """USD and number of the calls that were sent."""
+    costs = [model.cost(called) for called, model in calls if _was_sent(called)]
+    return sum(costs), len(costs)
 
 
 def _was_sent(called: DirectResult) -> bool:
     return called.result is not None and called.result.outcome is not Outcome.UNSENT
-
-
-def _answer_of(called: DirectResult) -> str | None:
-    result = called.result
-    return result.answer if result is not None and result.outcome is Outcome.ANSWERED else None

@@ -1,13 +1,10 @@
-"""Which model is first for a category: from evidence to an order. Pure.
+"""Ranks the models of a category by their evidence. Pure.
 
-Models are ordered by a lower bound of their worth there (see `worth.py`): the mean less `bound_errors`
-standard errors. An order changes only where the margin is passed, so that it does not flap.
+Models are ordered by a lower confidence bound of their utility (see `utility`): the mean minus `bound_errors`
+standard errors. A model overtakes another only by a margin, so that the order does not flap.
 
-A bounded share of a category's tasks goes to models that have to prove themselves: those below the floor and
-on probation, which get nothing beyond it, and those that may be better than the first for all that is known.
-
-A `Key` is a category, or a topic beneath it: a topic's evidence is drawn towards its category's
-(`beneath`), so that it may be thin.
+A bounded share of the category's tasks explores: it goes to models below the floor and on probation, which
+get no other traffic, and to models whose upper bound still exceeds the lower bound of the first.
 """
 
 from __future__ import annotations
@@ -18,32 +15,37 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from router.learning.evidence import Evidence
-from router.learning.utility import Prior, Utility, usual, worth
+from router.learning.utility import Prior, Utility, category_prior, estimate_utility
 from router.settings import LearningSettings
 
-ALL = 1.0  # of the tasks: no bound
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Key:
-    """What a ranking is of: a category, or a topic beneath it."""
-
-    category: str
-    topic: str = ""
+UNBOUNDED = 1.0  # share of the tasks
 
 
 class Standing(str, enum.Enum):
-    """How a model stands in a category."""
+    """Standing of a model in a category; the values are stored."""
 
     RANKED = "ranked"
-    YOUNG = "young"  # too few calls: it keeps its place and is given some
-    TRIAL = "trial"  # on probation: its share is bounded
-    LOW = "low"  # below the floor: it gets nothing but exploration
+    NEW = "young"  # too few calls: it keeps its rank and gets some exploration
+    PROBATION = "trial"  # its share is bounded
+    BELOW_FLOOR = "low"  # it gets only exploration
+
+    @property
+    def label(self) -> str:
+        """The standing as it is shown to people."""
+        return _LABELS[self]
+
+
+_LABELS = {
+    Standing.RANKED: "ranked",
+    Standing.NEW: "new (few calls)",
+    Standing.PROBATION: "on probation",
+    Standing.BELOW_FLOOR: "below the floor",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A model to be placed: where it stood (1 is first), whether it is on probation, what is known of it."""
+    """A model to be ranked. `place` is its rank so far; 1 is first."""
 
     model: str
     place: int
@@ -53,16 +55,16 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A model in its new place. It gets at least `least_share` of the tasks, at most `most_share`.
+    """A model with its new rank. It gets between `least_share` and `most_share` of the tasks.
 
-    `quality` is the lower bound, made to fall from place to place: what `assignment` weighs.
+    `quality` is the lower bound, made non-increasing from rank to rank; the assignment maximizes it.
     """
 
     model: str
     place: int
     place_before: int
     standing: Standing
-    worth: Utility
+    utility: Utility
     evidence: Evidence
     quality: float
     least_share: float
@@ -71,69 +73,72 @@ class Placed:
 
 
 def rank(
-    key: Key,
+    category: str,
     candidates: Sequence[Candidate],
     learning: LearningSettings,
     priors: Mapping[str, Prior] | None = None,
 ) -> list[Placed]:
-    """The candidates in their new order. Without any evidence nothing moves.
+    """Ranks the candidates, best first. Without evidence the order stays.
 
-    `priors`: what each model is drawn towards; by default what is usual among the candidates.
+    `priors` replaces the category's prior for single models.
     """
-    utility = learning.utility_of(key.category)
-    general = usual([c.evidence for c in candidates], utility, learning.prior_calls)
-    worths = {
-        c.model: worth(
-            c.evidence, (priors or {}).get(c.model, general), utility, learning.grading.sources,
+    settings = learning.utility_of(category)
+    prior = category_prior([c.evidence for c in candidates], settings, learning.prior_calls)
+    utilities = {
+        c.model: estimate_utility(
+            c.evidence, (priors or {}).get(c.model, prior), settings, learning.grading.sources,
             learning.bound_errors,
         )
         for c in candidates
     }  # fmt: skip
-    standings = _standings(candidates, worths, utility.floor, learning)
+    standings = _standings(candidates, utilities, settings.floor, learning)
     before = sorted(candidates, key=lambda c: (c.place, c.model))
-    low = [c for c in before if standings[c.model] is Standing.LOW]
-    order = _ordered([c for c in before if c not in low], worths, learning)
-    order += sorted(low, key=lambda c: -worths[c.model].lower)
-    shares = _shares(order, worths, standings, utility.floor, learning)
-    qualities = _falling([worths[c.model].lower for c in order])
+    low = [c for c in before if standings[c.model] is Standing.BELOW_FLOOR]
+    order = _ordered([c for c in before if c not in low], utilities, learning)
+    order += sorted(low, key=lambda c: -utilities[c.model].lower)
+    shares = _shares(order, utilities, standings, settings.floor, learning)
+    qualities = _non_increasing([utilities[c.model].lower for c in order])
     return [
         Placed(
-            c.model, place, c.place, standings[c.model], worths[c.model], c.evidence, quality,
-            *shares[c.model], _reason(c, order, worths, standings[c.model], utility.floor),
+            c.model, place, c.place, standings[c.model], utilities[c.model], c.evidence, quality,
+            *shares[c.model], _reason(c, order, utilities, standings[c.model], settings.floor),
         )
         for place, (c, quality) in enumerate(zip(order, qualities, strict=True), 1)
     ]  # fmt: skip
 
 
 def _standings(
-    candidates: Sequence[Candidate], worths: Mapping[str, Utility], floor: float, learning: LearningSettings
+    candidates: Sequence[Candidate],
+    utilities: Mapping[str, Utility],
+    floor: float,
+    learning: LearningSettings,
 ) -> dict[str, Standing]:
     standings = {}
     for c in candidates:
-        own, judged = worths[c.model], c.evidence.seen >= learning.enough_calls
-        surely = own.good + learning.bound_errors * own.good_error < floor
-        if surely and (judged or own.success.mean < floor):
-            standings[c.model] = Standing.LOW
+        own, has_enough = utilities[c.model], c.evidence.seen >= learning.enough_calls
+        is_below = own.good + learning.bound_errors * own.good_error < floor
+        if is_below and (has_enough or own.success.mean < floor):
+            standings[c.model] = Standing.BELOW_FLOOR
         elif c.on_probation:
-            standings[c.model] = Standing.TRIAL
+            standings[c.model] = Standing.PROBATION
         else:
-            standings[c.model] = Standing.RANKED if judged else Standing.YOUNG
-    regular = [m for m, standing in standings.items() if standing in (Standing.RANKED, Standing.YOUNG)]
-    if candidates and not regular:  # somebody must do the work
-        standings[max(standings, key=lambda model: worths[model].lower)] = Standing.RANKED
+            standings[c.model] = Standing.RANKED if has_enough else Standing.NEW
+    regular = [m for m, standing in standings.items() if standing in (Standing.RANKED, Standing.NEW)]
+    if candidates and not regular:  # one model has to take the tasks
+        standings[max(standings, key=lambda model: utilities[model].lower)] = Standing.RANKED
     return standings
 
 
 def _ordered(
-    before: Sequence[Candidate], worths: Mapping[str, Utility], learning: LearningSettings
+    before: Sequence[Candidate], utilities: Mapping[str, Utility], learning: LearningSettings
 ) -> list[Candidate]:
-    """Place by place: the one who stood here before, unless another is better beyond the margin."""
+    """Fills rank by rank: the previous holder, unless another model is better by the margin."""
     left, order = list(before), []
     while left:
         first = left[0]
         rivals = [c for c in left[1:] if c.evidence.seen >= learning.enough_calls]
-        best = max(rivals, key=lambda c: worths[c.model].lower, default=first)
-        if _overtakes(worths[best.model], worths[first.model], first.evidence, learning):
+        best = max(rivals, key=lambda c: utilities[c.model].lower, default=first)
+        if _overtakes(utilities[best.model], utilities[first.model], first.evidence, learning):
             first = best
         left.remove(first)
         order.append(first)
@@ -141,7 +146,7 @@ def _ordered(
 
 
 def _overtakes(best: Utility, first: Utility, known: Evidence, learning: LearningSettings) -> bool:
-    if known.seen < learning.enough_calls:  # only if it is surely worse
+    if known.seen < learning.enough_calls:  # a new model loses its rank only if it is clearly worse
         return best.lower > first.mean + learning.bound_errors * first.error + learning.margin
     error = math.hypot(best.error, first.error)
     return (
@@ -151,69 +156,72 @@ def _overtakes(best: Utility, first: Utility, known: Evidence, learning: Learnin
 
 def _shares(
     order: Sequence[Candidate],
-    worths: Mapping[str, Utility],
+    utilities: Mapping[str, Utility],
     standings: Mapping[str, Standing],
     floor: float,
     learning: LearningSettings,
 ) -> dict[str, tuple[float, float]]:
     """model -> (least, most) share of the category's tasks.
 
-    One half of what exploration takes goes to those who get nothing else, in equal parts; the other, most of
-    it to one at a time, to those with too few calls, then to those who may be better than the first for all
-    that is known. One that may be below the floor still, for all that is known, counts with the former: after
-    so many bad calls it is last, nobody would ask it again, and that it is well now would never be known.
+    Half of the exploration is split evenly among models without other traffic, and models that may still be
+    below the floor: ranked last after many failures, they would otherwise never show that they recovered.
+    The other half goes to new models, then to models that may be better than the first, most of it to one
+    at a time.
     """
-    shut = [c.model for c in order if standings[c.model] in (Standing.LOW, Standing.TRIAL)]
-    first = worths[order[0].model] if order else None
-    young = [c for c in order if standings[c.model] is Standing.YOUNG]
+    shut_out = [c.model for c in order if standings[c.model] in (Standing.BELOW_FLOOR, Standing.PROBATION)]
+    first = utilities[order[0].model] if order else None
+    new = [c for c in order if standings[c.model] is Standing.NEW]
     others = [c for c in order[1:] if standings[c.model] is Standing.RANKED]
-    promising = [c.model for c in sorted(young, key=lambda c: -c.evidence.seen)]
+    promising = [c.model for c in sorted(new, key=lambda c: -c.evidence.seen)]
     promising += sorted(
-        (c.model for c in others if first and worths[c.model].upper > first.lower),
-        key=lambda model: -worths[model].upper,
+        (c.model for c in others if first and utilities[c.model].upper > first.lower),
+        key=lambda model: -utilities[model].upper,
     )
-    doubted = [
+    doubtful = [
         c.model
         for c in others
         if c.model not in promising
-        and worths[c.model].good - learning.bound_errors * worths[c.model].good_error < floor
+        and utilities[c.model].good - learning.bound_errors * utilities[c.model].good_error < floor
     ]
     calls = sum(c.evidence.newest_calls for c in order)
-    cap = learning.exploration.calls / calls if calls > 0 else ALL
-    half = learning.exploration.share / (2 if (shut or doubted) and promising else 1)
-    given = {model: min(cap, half / len(shut + doubted)) for model in shut + doubted}
+    cap = learning.exploration.calls / calls if calls > 0 else UNBOUNDED
+    half = learning.exploration.share / (2 if (shut_out or doubtful) and promising else 1)
+    given = {model: min(cap, half / len(shut_out + doubtful)) for model in shut_out + doubtful}
     left = half
     for model in promising:
         given[model] = min(cap, left / 2)
         left -= given[model]
-    return {c.model: (given.get(c.model, 0.0), given[c.model] if c.model in shut else ALL) for c in order}
+    return {
+        c.model: (given.get(c.model, 0.0), given[c.model] if c.model in shut_out else UNBOUNDED)
+        for c in order
+    }
 
 
-def _falling(lowers: Sequence[float]) -> list[float]:
-    """The same numbers, none lower than one that follows."""
-    falling, highest = [], 0.0
+def _non_increasing(lowers: Sequence[float]) -> list[float]:
+    """Raises each number to the highest that follows it."""
+    qualities, highest = [], 0.0
     for lower in reversed(lowers):
         highest = max(highest, lower)
-        falling.append(highest)
-    return falling[::-1]
+        qualities.append(highest)
+    return qualities[::-1]
 
 
 def _reason(
     candidate: Candidate,
     order: Sequence[Candidate],
-    worths: Mapping[str, Utility],
+    utilities: Mapping[str, Utility],
     standing: Standing,
     floor: float,
 ) -> str:
-    own, place = worths[candidate.model], order.index(candidate) + 1
-    if standing is Standing.LOW:
-        return f"{own.good:.0%} of its calls bring a good answer, below the floor of {floor:.0%}"
-    if standing is Standing.YOUNG:
-        return f"{candidate.evidence.seen:.0f} calls, too few to judge it by"
+    own, place = utilities[candidate.model], order.index(candidate) + 1
+    if standing is Standing.BELOW_FLOOR:
+        return f"{own.good:.0%} of its calls return a good answer, below the floor of {floor:.0%}"
+    if standing is Standing.NEW:
+        return f"new: {candidate.evidence.seen:.0f} calls are too few to rank it"
     passed = [c.model for c in order[place:] if c.place < candidate.place]
     passed_by = [c.model for c in order[: place - 1] if c.place > candidate.place]
     if passed:
-        return f"its bound of {own.lower:.3f} passes {', '.join(passed)}"
+        return f"its bound of {own.lower:.3f} exceeds {', '.join(passed)}"
     if passed_by:
-        return f"its bound of {own.lower:.3f} is passed by {', '.join(passed_by)}"
+        return f"its bound of {own.lower:.3f} is exceeded by {', '.join(passed_by)}"
     return f"bound {own.lower:.3f}"

@@ -1,8 +1,8 @@
-"""The nightly review: grade a sample of the answers, sum the log up, order the models anew, put it in force.
+"""The nightly review: grades a sample of the answers, sums the call log into evidence, and ranks the models.
 
-Each step may be run again and then changes nothing more; a run that dies leaves the old ranking in force,
-since the new one is put there in one transaction. Only one review runs at a time. Workers hear of the new
-order through the roster's version, within a second.
+Each step is idempotent. The new ranking is activated in one transaction, so that a crash leaves the previous
+one active. Only one review runs at a time. Workers load the new ranking within a second, when the roster's
+version changes.
 """
 
 from __future__ import annotations
@@ -14,28 +14,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import psycopg2
 import psycopg2.extras
 
-from router.database import Connection, connect, rows
+from router.database import Connection, advisory_lock, connect, rows, transaction
 from router.errors import RouterError
 from router.learning.evidence import Moments, PeriodStats, decayed
 from router.learning.grading import check
-from router.learning.ranking import Candidate, Key, Placed, Standing, rank
+from router.learning.ranking import Candidate, Placed, Standing, rank
 from router.settings import LearningSettings
 
-REVIEW_LOCK = 7_205_759_404  # any number that no other part uses as an advisory lock
-ANSWERS_AT_ONCE = 500
-BOUNDED = frozenset({Standing.LOW.value, Standing.TRIAL.value})
+REVIEW_LOCK = 7_205_759_404  # advisory lock; no other part uses this number
+BATCH_SIZE = 500  # answers
+BOUNDED = frozenset({Standing.BELOW_FLOOR.value, Standing.PROBATION.value})
 
 
-class ReviewBusy(RouterError):  # noqa: N818 - a state of the world, read as one
-    """Another review runs on this database."""
+class ReviewBusy(RouterError):  # noqa: N818 - a state, not a failure
+    """Another review is running on this database."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankChange:
-    """One model in one category. `standing_before` and `place_before`: as it was in force."""
+    """The old and new rank of one model in one category. The old values are those that were active."""
 
     category: str
     model: str
@@ -46,176 +45,159 @@ class RankChange:
     reason: str
 
     @property
-    def is_news(self) -> bool:
-        """Whether it is in another place, or gets a bounded share now, or no longer."""
+    def changed(self) -> bool:
+        """Whether the rank changed, or whether its share became or is no longer bounded."""
         bounded = (self.standing_before in BOUNDED, self.standing in BOUNDED)
         return self.place_before != self.place or (self.standing_before != self.standing and any(bounded))
 
     def __str__(self) -> str:
-        standing = (
-            f", {self.standing_before} -> {self.standing}" if self.standing != self.standing_before else ""
-        )
+        before, after = Standing(self.standing_before).label, Standing(self.standing).label
+        standing = f", {before} -> {after}" if before != after else ""
         return f"{self.category}: {self.model} {self.place_before} -> {self.place}{standing}: {self.reason}"
 
 
 @dataclass(frozen=True, slots=True)
 class Review:
-    """What a review did, or would do: then `review` is None. `moves` holds all models that were looked at."""
+    """Result of a review; `review` is its number, None for a dry run. `ranked` holds every ranked model."""
 
     review: int | None
     calls_summed: int
     answers_graded: int
-    moves: tuple[RankChange, ...]
+    ranked: tuple[RankChange, ...]
     notes: tuple[str, ...]
 
     @property
-    def news(self) -> tuple[RankChange, ...]:
-        """The moves that change a place or a standing."""
-        return tuple(move for move in self.moves if move.is_news)
+    def changes(self) -> tuple[RankChange, ...]:
+        """The models whose rank or standing changed."""
+        return tuple(change for change in self.ranked if change.changed)
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
     period: int
-    placed: Mapping[Key, list[Placed]] = field(default_factory=dict)
-    standings: Mapping[tuple[str, str], str] = field(default_factory=dict)  # (category, model) -> as it was
+    placed: Mapping[str, list[Placed]] = field(default_factory=dict)  # by category
+    standings: Mapping[tuple[str, str], str] = field(default_factory=dict)  # (category, model) -> the old one
     notes: tuple[str, ...] = ()
 
 
 def run_review(url: str, learning: LearningSettings, *, by: str, dry_run: bool = False) -> Review:
-    """The whole review. With `dry_run` nothing is kept. ReviewBusy if another one runs."""
-    with alone(url, autocommit=not dry_run) as connection:
+    """Runs all steps; a dry run rolls everything back. Raises ReviewBusy."""
+    with exclusive_review(url, autocommit=not dry_run) as connection:
         graded = _grade(connection, learning)
         summed = _sum(connection, learning)
         review = _rank(connection, learning, by, dry_run=dry_run)
-        return Review(review.review, summed, graded, review.moves, review.notes)
+        return Review(review.review, summed, graded, review.ranked, review.notes)
 
 
 def grade_answers(url: str, learning: LearningSettings) -> int:
-    """The first step: cheap checks of a bounded sample. Returns how many answers were graded."""
-    with alone(url, autocommit=True) as connection:
+    """Checks a bounded sample of the answers. Returns the number of graded answers."""
+    with exclusive_review(url, autocommit=True) as connection:
         return _grade(connection, learning)
 
 
 def sum_evidence(url: str, learning: LearningSettings) -> int:
-    """The second step: sum up the periods that are not closed. Returns how many calls were read."""
-    with alone(url, autocommit=True) as connection:
+    """Sums up the calls of all open periods. Returns the number of calls."""
+    with exclusive_review(url, autocommit=True) as connection:
         return _sum(connection, learning)
 
 
 def rank_models(url: str, learning: LearningSettings, *, by: str) -> Review:
-    """The last step: from the evidence to an order in force."""
-    with alone(url, autocommit=True) as connection:
+    """Ranks the models by their evidence and activates the ranking."""
+    with exclusive_review(url, autocommit=True) as connection:
         return _rank(connection, learning, by, dry_run=False)
 
 
-def order_by_evidence(connection: Connection, learning: LearningSettings) -> Mapping[Key, list[Placed]]:
-    """Each ranking as the evidence that is summed up would have it now; nothing is kept."""
+def order_by_evidence(connection: Connection, learning: LearningSettings) -> Mapping[str, list[Placed]]:
+    """Ranks each category by its evidence, without storing anything."""
     return _plan(connection, learning).placed
 
 
 @contextmanager
-def alone(url: str, *, autocommit: bool) -> Iterator[Connection]:
-    """A connection while no other review works on this database. ReviewBusy if one does."""
-    with connect(url, autocommit=autocommit) as connection:
-        if not rows(connection, "SELECT pg_try_advisory_lock(%s) AS mine", (REVIEW_LOCK,))[0]["mine"]:
-            raise ReviewBusy("Another review is running on this database. Wait for it to end, and try again.")
-        try:
-            yield connection
-        finally:  # at the connection's end it would be free too, but a moment after
-            with contextlib.suppress(psycopg2.Error):
-                connection.rollback()
-                rows(connection, "SELECT pg_advisory_unlock(%s)", (REVIEW_LOCK,))
+def exclusive_review(url: str, *, autocommit: bool) -> Iterator[Connection]:
+    """A connection that holds the lock of the review. Raises ReviewBusy if another session holds it."""
+    busy = ReviewBusy("Another review is running on this database. Try again when it has ended.")
+    with connect(url, autocommit=autocommit) as connection, advisory_lock(connection, REVIEW_LOCK, busy):
+        yield connection
 
 
-def _periods(connection: Connection, learning: LearningSettings) -> list[int]:
-    asked = (learning.period_seconds, learning.memory_periods)
-    return [
-        row["period"] for row in rows(connection, "SELECT * FROM periods_to_sum(%s, %s) AS period", asked)
-    ]
+def _open_periods(connection: Connection, learning: LearningSettings) -> list[int]:
+    arguments = (learning.period_seconds, learning.memory_periods)
+    found = rows(connection, "SELECT * FROM periods_to_sum(%s, %s) AS period", arguments)
+    return [row["period"] for row in found]
 
 
 def _grade(connection: Connection, learning: LearningSettings) -> int:
     graded = 0
-    for period in _periods(connection, learning):
+    for period in _open_periods(connection, learning):
         with connection.cursor(name="router_answers", withhold=True) as answers:
-            asked = (learning.period_seconds, period, learning.grading.answers)
-            answers.execute("SELECT * FROM answers_to_check(%s, %s, %s)", asked)
-            while some := answers.fetchmany(ANSWERS_AT_ONCE):
-                _keep_grades(connection, some)
-                graded += len(some)
+            arguments = (learning.period_seconds, period, learning.grading.answers)
+            answers.execute("SELECT * FROM answers_to_check(%s, %s, %s)", arguments)
+            while batch := answers.fetchmany(BATCH_SIZE):
+                _store_grades(connection, batch)
+                graded += len(batch)
     return graded
 
 
-def _keep_grades(connection: Connection, answers: list[tuple[Any, ...]]) -> None:
-    kept = []
+def _store_grades(connection: Connection, answers: list[tuple[Any, ...]]) -> None:
+    grades = []
     for call_id, prompt, answer, completion_tokens, max_tokens in answers:
         grade = check(prompt, answer, completion_tokens=completion_tokens, max_tokens=max_tokens)
-        kept.append((call_id, "check", grade.score, [flaw.value for flaw in grade.flaws]))
+        grades.append((call_id, "check", grade.score, [flaw.value for flaw in grade.flaws]))
     with connection.cursor() as cursor:
         psycopg2.extras.execute_values(
             cursor,
             "INSERT INTO call_scores (call_id, source, score, reasons) VALUES %s ON CONFLICT DO NOTHING",
-            kept,
+            grades,
             template="(%s::uuid, %s, %s, %s::text[])",
-            page_size=ANSWERS_AT_ONCE,
+            page_size=BATCH_SIZE,
         )
 
 
 def _sum(connection: Connection, learning: LearningSettings) -> int:
     outage = learning.outage
     calls = 0
-    for period in _periods(connection, learning):
-        asked = (learning.period_seconds, period, outage.seconds, outage.share, outage.models)
-        calls += rows(connection, "SELECT sum_evidence(%s, %s, %s, %s, %s) AS calls", asked)[0]["calls"]
+    for period in _open_periods(connection, learning):
+        arguments = (learning.period_seconds, period, outage.seconds, outage.share, outage.models)
+        calls += rows(connection, "SELECT sum_evidence(%s, %s, %s, %s, %s) AS calls", arguments)[0]["calls"]
     return calls
 
 
 def _rank(connection: Connection, learning: LearningSettings, by: str, *, dry_run: bool) -> Review:
-    if not dry_run:
-        rows(connection, "BEGIN")
-    try:
-        rows(connection, "LOCK TABLE rankings IN SHARE ROW EXCLUSIVE MODE")  # readers go on
+    with contextlib.nullcontext() if dry_run else transaction(connection):
+        rows(connection, "LOCK TABLE rankings IN SHARE ROW EXCLUSIVE MODE")  # does not block readers
         plan = _plan(connection, learning)
-        review = None if dry_run else _keep(connection, learning, plan, by)
-    except BaseException:
-        if not dry_run:
-            rows(connection, "ROLLBACK")
-        raise
-    if not dry_run:
-        rows(connection, "COMMIT")
-    return Review(review, 0, 0, tuple(_moves(plan)), plan.notes)
+        review = None if dry_run else _store(connection, learning, plan, by)
+    return Review(review, 0, 0, tuple(_rank_changes(plan)), plan.notes)
 
 
 def _plan(connection: Connection, learning: LearningSettings) -> _Plan:
-    now = rows(connection, "SELECT period_of(clock_timestamp(), %s) AS now", (learning.period_seconds,))[0][
-        "now"
-    ]
+    period_of = "SELECT period_of(clock_timestamp(), %s) AS now"
+    now = rows(connection, period_of, (learning.period_seconds,))[0]["now"]
     history = _history(connection, learning, now)
-    standing = rows(
+    ranked = rows(
         connection,
         "SELECT k.category, k.model, k.place, k.standing, o.state,"
         " k.category IN (SELECT name FROM categories) AS known"
         " FROM rankings k JOIN roster o USING (model) WHERE o.state IN ('active', 'probation')",
     )
-    held = _held(connection, learning, now)
-    placed: dict[Key, list[Placed]] = {}
+    undone = _undone(connection, learning, now)
+    placed: dict[str, list[Placed]] = {}
     notes: list[str] = []
-    for category in sorted({row["category"] for row in standing}):
-        about = [row for row in standing if row["category"] == category]
-        if not about[0]["known"]:
-            notes.append(f"{category}: no category of the config any more; its ranking was left alone")
-        elif category in held:
+    for category in sorted({row["category"] for row in ranked}):
+        models = [row for row in ranked if row["category"] == category]
+        if not models[0]["known"]:
+            notes.append(f"{category}: not in the config; its ranking was left unchanged")
+        elif category in undone:
             notes.append(
-                f"{category}: kept as undo {held[category]} set it, for {learning.undo_periods} periods"
+                f"{category}: unchanged for {learning.undo_periods} periods after undo {undone[category]}"
             )
-        elif not any(history.get((category, row["model"])) for row in about):
-            notes.append(f"{category}: no call that counts yet; its ranking was left alone")
+        elif not any(history.get((category, row["model"])) for row in models):
+            notes.append(f"{category}: no evidence yet; its ranking was left unchanged")
         else:
-            candidates = [_candidate(row, history, now, learning) for row in about]
-            placed[Key(category)] = rank(Key(category), candidates, learning)
-    before = {(row["category"], row["model"]): row["standing"] for row in standing}
-    return _Plan(now, placed, before, tuple(notes))
+            candidates = [_candidate(row, history, now, learning) for row in models]
+            placed[category] = rank(category, candidates, learning)
+    standings = {(row["category"], row["model"]): row["standing"] for row in ranked}
+    return _Plan(now, placed, standings, tuple(notes))
 
 
 def _candidate(
@@ -238,21 +220,21 @@ def _history(
     found: dict[tuple[str, str], list[PeriodStats]] = {}
     for row in rows(
         connection,
-        "SELECT * FROM evidence WHERE period_seconds = %s AND period > %s AND topic = '' AND calls > 0",
+        "SELECT * FROM evidence WHERE period_seconds = %s AND period > %s AND calls > 0",
         (learning.period_seconds, now - learning.memory_periods),
     ):
-        sums = PeriodStats(
+        stats = PeriodStats(
             row["period"], row["calls"], row["answered"],
             Moments.of(row["timed"], row["log_seconds"], row["log_seconds_squares"]),
             Moments.of(row["priced"], row["cost"], row["cost_squares"]),
             {source: Moments.of(*numbers) for source, numbers in row["scores"].items()},
         )  # fmt: skip
-        found.setdefault((row["category"], row["model"]), []).append(sums)
+        found.setdefault((row["category"], row["model"]), []).append(stats)
     return found
 
 
-def _held(connection: Connection, learning: LearningSettings, now: int) -> dict[str, int]:
-    """category -> the undo by which its order is kept."""
+def _undone(connection: Connection, learning: LearningSettings, now: int) -> dict[str, int]:
+    """category -> the recent undo that changed its ranking."""
     found = rows(
         connection,
         "SELECT p.category, max(r.review) AS undo FROM reviews r JOIN review_places p USING (review)"
@@ -263,47 +245,45 @@ def _held(connection: Connection, learning: LearningSettings, now: int) -> dict[
     return {row["category"]: row["undo"] for row in found}
 
 
-def _moves(plan: _Plan) -> Iterator[RankChange]:
-    for key, order in plan.placed.items():
+def _rank_changes(plan: _Plan) -> Iterator[RankChange]:
+    for category, order in plan.placed.items():
         for p in order:
-            before = plan.standings[key.category, p.model]
-            yield RankChange(
-                key.category, p.model, p.place_before, p.place, before, p.standing.value, p.reason
-            )
+            before = plan.standings[category, p.model]
+            yield RankChange(category, p.model, p.place_before, p.place, before, p.standing.value, p.reason)
 
 
-def _keep(connection: Connection, learning: LearningSettings, plan: _Plan, by: str) -> int:
+def _store(connection: Connection, learning: LearningSettings, plan: _Plan, by: str) -> int:
     places = [
         {
-            "category": key.category, "topic": key.topic, "model": p.model, "place_before": p.place_before,
+            "category": category, "topic": "", "model": p.model, "place_before": p.place_before,
             "place": p.place, "standing": p.standing.value, "quality": p.quality,
             "least_share": p.least_share, "most_share": p.most_share, "reason": p.reason,
-            "evidence": evidence_of(p),
+            "evidence": evidence_json(p),
         }
-        for key, order in plan.placed.items()
+        for category, order in plan.placed.items()
         for p in order
     ]  # fmt: skip
-    kept = rows(
+    stored = rows(
         connection,
         "SELECT record_review(%s, %s, %s, %s::jsonb, %s::text[], %s::jsonb) AS review",
         (by, learning.period_seconds, plan.period, json.dumps(learning.model_dump(mode="json")),
          list(plan.notes), json.dumps(places)),
     )  # fmt: skip
-    return int(kept[0]["review"])
+    return int(stored[0]["review"])
 
 
-def evidence_of(placed: Placed) -> dict[str, Any]:
-    """What a place stands on, as it is kept: counts as of fresh calls, shares of 1, seconds and USD."""
-    worth, evidence = placed.worth, placed.evidence
+def evidence_json(placed: Placed) -> dict[str, Any]:
+    """The evidence of a rank as it is stored: effective calls, shares from 0 to 1, seconds and USD."""
+    utility, evidence = placed.utility, placed.evidence
     return {
         "calls": round(evidence.calls, 1),
         "newest_calls": evidence.newest_calls,
         "since_period": evidence.since,
         "forgot_before_period": evidence.forgot_before,
-        "worth": round(worth.mean, 6), "error": round(worth.error, 6), "bound": round(worth.lower, 6),
-        "success": round(worth.success.mean, 6), "success_error": round(worth.success.error, 6),
-        "score": round(worth.score.mean, 6), "score_error": round(worth.score.error, 6),
-        "seconds": round(worth.seconds, 4), "cost_usd": round(worth.cost_usd, 9),
+        "worth": round(utility.mean, 6), "error": round(utility.error, 6), "bound": round(utility.lower, 6),
+        "success": round(utility.success.mean, 6), "success_error": round(utility.success.error, 6),
+        "score": round(utility.score.mean, 6), "score_error": round(utility.score.error, 6),
+        "seconds": round(utility.seconds, 4), "cost_usd": round(utility.cost_usd, 9),
         "grades": {
             source: {"answers": round(moments.effective, 1), "mean": round(moments.mean, 4)}
             for source, moments in sorted(evidence.scores.items())

@@ -6,7 +6,7 @@ import asyncio
 import random
 from collections import deque
 
-from router.background import finish
+from router.background import resolve_future
 from router.errors import LimiterError, LimiterUnavailable, PermitExpired
 from router.limiter.notifications import Notifications
 from router.limiter.permit import UNAVAILABLE_REASONS, Permit, Wait, WaitReason
@@ -132,7 +132,7 @@ class WaitQueue:
         try:
             while True:
                 future: asyncio.Future[None] = loop.create_future()
-                timer = loop.call_at(at + self._loop_offset, finish, future)
+                timer = loop.call_at(at + self._loop_offset, resolve_future, future)
                 try:
                     await future
                 finally:

@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING
 from lazy_loader import attach
 
 if TYPE_CHECKING:
+    from router.models.airflow_api import VARIABLE_PREFIX as VARIABLE_PREFIX
     from router.models.airflow_api import AirflowApi as AirflowApi
     from router.models.backend import NO_CONNECTION as NO_CONNECTION
     from router.models.backend import ModelsBackend as ModelsBackend
+    from router.models.call_request import CallRequest as CallRequest
     from router.models.direct_calls import DirectCaller as DirectCaller
     from router.models.direct_calls import DirectResult as DirectResult
     from router.models.dispatch import Availability as Availability
-    from router.models.dispatch import CallRequest as CallRequest
     from router.models.dispatch import availability as availability
     from router.models.dispatch import send_permitted as send_permitted
     from router.models.roster import Roster as Roster
@@ -22,16 +23,16 @@ if TYPE_CHECKING:
     from router.models.roster import roster_version as roster_version
     from router.models.roster import sync_roster as sync_roster
     from router.models.services import open_services as open_services
-    from router.models.targets import VARIABLE_PREFIX as VARIABLE_PREFIX
     from router.models.targets import read_targets as read_targets
 else:
     __getattr__, __dir__, __all__ = attach(
         __name__,
         submod_attrs={
-            "airflow_api": ["AirflowApi"],
+            "airflow_api": ["AirflowApi", "VARIABLE_PREFIX"],
             "backend": ["ModelsBackend", "NO_CONNECTION"],
+            "call_request": ["CallRequest"],
             "direct_calls": ["DirectCaller", "DirectResult"],
-            "dispatch": ["Availability", "CallRequest", "availability", "send_permitted"],
+            "dispatch": ["Availability", "availability", "send_permitted"],
             "roster": [
                 "Roster",
                 "RosterModel",
@@ -42,6 +43,6 @@ else:
                 "sync_roster",
             ],
             "services": ["open_services"],
-            "targets": ["VARIABLE_PREFIX", "read_targets"],
+            "targets": ["read_targets"],
         },
     )

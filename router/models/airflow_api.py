@@ -1,4 +1,4 @@
-"""A small synchronous client of Airflow's public REST API: log in, and read and set Variables."""
+"""Synchronous client of Airflow's public REST API: login, and Variables."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from typing_extensions import Self
 
 from router.errors import AirflowError
 
+VARIABLE_PREFIX = "traffic."  # of the Variable that holds a model's traffic target
 TIMEOUT_SECONDS = 30.0
-LONGEST_WORDS = 500
+MAX_ERROR_CHARACTERS = 500
 
 
 class AirflowApi:
-    """`url` is where Airflow's page is. Logs in at the first call, and again when the token has run out."""
+    """Client of the Airflow at `url`. Logs in at the first call, and again when the token has expired.
+
+    Every method raises AirflowError, with the HTTP status if Airflow rejected the request.
+    """
 
     def __init__(
         self, url: str, user: str, password: str, *, timeout_seconds: float = TIMEOUT_SECONDS
@@ -25,10 +29,10 @@ class AirflowApi:
         self._password = password
         self._timeout_seconds = timeout_seconds
         self._session = requests.Session()
-        self._session.trust_env = False  # a proxy has no part in this
+        self._session.trust_env = False  # bypasses proxies of the environment
 
     def close(self) -> None:
-        """End the connections; the client can be used again."""
+        """Closes the connections; the client can be used again."""
         self._session.close()
 
     def __enter__(self) -> Self:
@@ -38,14 +42,14 @@ class AirflowApi:
         self.close()
 
     def login(self) -> str:
-        """A fresh bearer token; it is used for the calls that follow."""
+        """Returns a new bearer token, which later calls use."""
         body = {"username": self._user, "password": self._password}
         token = str(self._send("POST", "/auth/token", json=body)["access_token"])
         self._session.headers["Authorization"] = f"Bearer {token}"
         return token
 
     def call(self, method: str, path: str, **arguments: Any) -> Any:
-        """One call of `/api/v2<path>`; its JSON, or None. AirflowError carries the status of a refusal."""
+        """Calls `/api/v2<path>` and returns its JSON, or None for an empty reply."""
         if "Authorization" not in self._session.headers:
             self.login()
         try:
@@ -57,7 +61,7 @@ class AirflowApi:
         return self._send(method, f"/api/v2{path}", **arguments)
 
     def variables(self, prefix: str = "") -> dict[str, str]:
-        """All Variables whose key starts with `prefix`."""
+        """Reads all Variables whose key starts with `prefix`."""
         found: dict[str, str] = {}
         read, total = 0, 1
         while read < total:
@@ -71,7 +75,7 @@ class AirflowApi:
         return {key: value for key, value in found.items() if key.startswith(prefix)}
 
     def set_variable(self, key: str, value: str, description: str | None = None) -> None:
-        """Create the Variable, or change its value; a description that is not given stays."""
+        """Creates the Variable or changes its value; a description that is not given is preserved."""
         body: dict[str, str] = {"key": key, "value": value}
         if description is not None:
             body["description"] = description
@@ -84,7 +88,7 @@ class AirflowApi:
             self.call("POST", "/variables", json=body)
 
     def create_variable(self, key: str, value: str, description: str = "") -> bool:
-        """Create the Variable unless it is there; tells whether it was created."""
+        """Creates the Variable unless it exists; returns whether it was created."""
         try:
             self.call("POST", "/variables", json={"key": key, "value": value, "description": description})
         except AirflowError as error:
@@ -94,7 +98,7 @@ class AirflowApi:
         return True
 
     def delete_variable(self, key: str) -> None:
-        """Delete the Variable; one that is not there is an AirflowError with status 404."""
+        """Deletes the Variable; status 404 if it does not exist."""
         self.call("DELETE", f"/variables/{quote(key, safe='')}")
 
     def _send(self, method: str, path: str, **arguments: Any) -> Any:
@@ -105,15 +109,15 @@ class AirflowApi:
         except requests.RequestException as error:
             raise AirflowError(f"Airflow at {self.url} cannot be reached: {_reason(error)}.") from error
         if not answer.ok:
-            words = answer.text[:LONGEST_WORDS]
+            text = answer.text[:MAX_ERROR_CHARACTERS]
             raise AirflowError(
-                f"{method} {path}: Airflow answered {answer.status_code}: {words}", answer.status_code
+                f"{method} {path}: Airflow answered {answer.status_code}: {text}", answer.status_code
             )
         try:
             return answer.json() if answer.content else None
         except ValueError as error:
             raise AirflowError(
-                f"{method} {path}: {self.url} did not answer as Airflow does: no JSON."
+                f"{method} {path}: {self.url} did not answer with JSON, as Airflow does."
             ) from error
 
 

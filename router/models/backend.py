@@ -1,8 +1,8 @@
-"""The HTTP client of the Models Backend: the only way to a model.
+"""HTTP client of the Models Backend, the only way to a model.
 
-A call never raises for what the backend does: whatever happens becomes a `CallResult`. The one exception that
-passes through is that of `before_send`, the check of the permit, which runs between having a connection and
-writing the first byte to it; there is no await between that check and the write.
+A call raises nothing for what the backend does: every outcome is a `CallResult`. Only exceptions of
+`before_send`, the check of the permit, pass through. The check runs between acquiring a connection and
+writing the first byte to it, and no await separates the check from the write.
 """
 
 from __future__ import annotations
@@ -22,38 +22,36 @@ from aiohttp.abc import AbstractStreamWriter
 from typing_extensions import Self
 
 from router.errors import BackendUnavailable, ConfigError
+from router.models.call_request import CallRequest
 from router.models.responses import (
-    _UNSTORABLE,
-    LARGEST_ERROR_BYTES,
-    _amount,
-    _count,
-    _error_text,
-    _get,
-    _model_names,
-    _one_line,
-    _refused,
-    _words,
+    MAX_ERROR_BYTES,
+    answer_result,
+    error_result,
+    error_text,
+    model_names,
+    one_line,
 )
 from router.settings import BackendSettings
 from router.task import CallResult, Outcome
 
 KEEPALIVE_SECONDS = 4.0  # below the 5 s after which uvicorn closes an idle connection: reuse never races that
 DNS_SECONDS = 30
-LARGE_JSON_BYTES = 256 * 1024  # above it, parsing would hold the loop for milliseconds
+LARGE_JSON_BYTES = 256 * 1024  # above it, parsing would block the event loop for milliseconds
 NO_CONNECTION = "no connection to the backend"
 MODELS_SECONDS = 10.0
 
 
 class ModelsBackend:
-    """A pooled client of one Models Backend, to be used as `async with`; safe for thousands of calls at once.
+    """Pooled client of one Models Backend for thousands of concurrent calls; use it as `async with`.
 
-    A `session` that is handed in stays the caller's to close, and must not trace or compress requests: both
-    put an await between the permit's check and the write.
+    A `session` that is passed in must be closed by the caller, and must neither trace nor compress requests:
+    both put an await between the permit's check and the write.
     """
 
     def __init__(
         self, base_url: str, settings: BackendSettings, session: aiohttp.ClientSession | None = None
     ) -> None:
+        """Raises ConfigError if `base_url` is not an http(s) URL."""
         self._base_url = _checked(base_url)
         self._settings = settings
         self._session = session
@@ -70,88 +68,62 @@ class ModelsBackend:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connections unless the session was handed in; closing twice is the same as once."""
+        """Closes the connections, unless the session was passed in. May be called twice."""
         if self._owns_session and self._session is not None:
             session, self._session = self._session, None
             await session.close()
 
     async def call(
-        self,
-        *,
-        model_endpoint: str,
-        prompt: str,
-        max_tokens: int,
-        request_id: str,
-        tokens_reserved: int,
-        timeout_seconds: float,
-        before_send: Callable[[], None] | None = None,
+        self, request: CallRequest, *, before_send: Callable[[], None] | None = None
     ) -> CallResult:
-        """Send one prompt and return what came of it within `timeout_seconds`, connecting included.
+        """Sends one prompt and returns the result within `request.timeout_seconds`, connecting included.
 
-        What `before_send` raises passes through unchanged, with nothing written. `Outcome.UNSENT` says that
-        the request never got as far as `before_send`, so that its permit was not used.
+        Exceptions of `before_send` pass through unchanged, with nothing written. `Outcome.UNSENT` means that
+        `before_send` was not reached, so that the permit was not used.
         """
         names = self._settings.fields
         document: dict[str, Any] = {}
         for path, value in (
-            (names.model, model_endpoint),
-            (names.prompt, prompt),
-            (names.max_tokens, max_tokens),
-            (names.request_id, request_id),
-            (names.tokens_reserved, tokens_reserved),
+            (names.model, request.endpoint),
+            (names.prompt, request.prompt),
+            (names.max_tokens, request.max_tokens),
+            (names.request_id, str(request.call_id)),
+            (names.tokens_reserved, request.reserved_tokens),
         ):
             _put(document, path, value)
         body = _GuardedBody(json.dumps(document).encode(), before_send)
-        timeout = aiohttp.ClientTimeout(total=timeout_seconds, connect=self._settings.connect_seconds)
+        timeout = aiohttp.ClientTimeout(total=request.timeout_seconds, connect=self._settings.connect_seconds)
         try:
             result = await self._exchange(body, timeout)
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
             if body.refusal is not None:
                 raise body.refusal from None
-            return _broken(error, body.sent_at, timeout_seconds)
+            return _broken(error, body.sent_at, request.timeout_seconds)
         return replace(result, latency_seconds=_since(body.sent_at))
 
     async def _exchange(self, body: _GuardedBody, timeout: aiohttp.ClientTimeout) -> CallResult:
         url = self._base_url + self._settings.paths.single
+        limit = self._settings.max_answer_bytes
         # A redirect would send a second request on one permit, so none is followed.
         async with self._open().post(url, data=body, timeout=timeout, allow_redirects=False) as response:
             if not response.ok or response.status >= HTTPStatus.MULTIPLE_CHOICES:
-                content = await _read_up_to(response, LARGEST_ERROR_BYTES)
-                return _refused(response.status, response.headers, content[:LARGEST_ERROR_BYTES])
-            limit = self._settings.max_answer_bytes
+                content = await _read_up_to(response, MAX_ERROR_BYTES)
+                return error_result(response.status, response.headers, content[:MAX_ERROR_BYTES])
             content = await _read_up_to(response, limit)
         if len(content) > limit:
             return CallResult(Outcome.GARBAGE, error=f"the backend's answer is larger than {limit} bytes")
-        return await self._answered(content)
-
-    async def _answered(self, content: bytes) -> CallResult:
         try:
             if len(content) > LARGE_JSON_BYTES:
                 document = await asyncio.to_thread(json.loads, content)
             else:
                 document = json.loads(content)
         except (ValueError, RecursionError):
-            return CallResult(
-                Outcome.GARBAGE, error=f"the backend's answer is not JSON: {_one_line(content)}"
-            )
-        names = self._settings.fields
-        usage = CallResult(
-            Outcome.GARBAGE,
-            prompt_tokens=_count(_get(document, names.prompt_tokens)),
-            completion_tokens=_count(_get(document, names.completion_tokens)),
-            cost_usd=_amount(_get(document, names.cost_usd)),
-        )
-        answer = _get(document, names.answer)
-        if not isinstance(answer, str):
-            return replace(
-                usage, error=f"the backend's JSON holds no text at {names.answer!r}: {_one_line(content)}"
-            )
-        if not answer.strip():
-            return replace(usage, error="the model's answer is empty")
-        return replace(usage, outcome=Outcome.ANSWERED, answer=_UNSTORABLE.sub("\ufffd", answer))
+            error = f"the backend's answer is not JSON: {one_line(content)}"
+            return CallResult(Outcome.GARBAGE, error=error)
+        return answer_result(document, self._settings, content)
 
     async def models(self) -> list[str]:
-        """The names that the backend can call now. BackendUnavailable says why they cannot be had."""
+        """Returns the names of the models that the backend can call now. Raises BackendUnavailable."""
         url = self._base_url + self._settings.paths.models
         timeout = aiohttp.ClientTimeout(total=MODELS_SECONDS, connect=self._settings.connect_seconds)
         limit = self._settings.max_answer_bytes
@@ -160,28 +132,18 @@ class ModelsBackend:
                 content = await _read_up_to(response, limit)
                 status = response.status
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
-            raise BackendUnavailable(f"The Models Backend does not answer: {_words(error)}") from error
+            raise BackendUnavailable(f"The Models Backend does not answer: {one_line(error)}") from error
         if status != HTTPStatus.OK:
             raise BackendUnavailable(
-                f"The Models Backend refuses to list its models: {status} {_error_text(content)}"
+                f"The Models Backend does not list its models: {status} {error_text(content)}"
             )
         try:
-            return _model_names(json.loads(content) if len(content) <= limit else None)
+            return model_names(json.loads(content) if len(content) <= limit else None)
         except (ValueError, RecursionError) as error:
             expected = 'expected ["name", ...] or {"models": [{"name": ...}, ...]}'
             raise BackendUnavailable(
                 f"The Models Backend's list of models cannot be read; {expected}"
             ) from error
-
-    async def healthy(self) -> bool:
-        """Whether the backend's health path answers 2xx within `connect_seconds`; never raises."""
-        url = self._base_url + self._settings.paths.health
-        timeout = aiohttp.ClientTimeout(total=self._settings.connect_seconds)
-        try:
-            async with self._open().get(url, timeout=timeout, allow_redirects=False) as response:
-                return 200 <= response.status < HTTPStatus.MULTIPLE_CHOICES  # noqa: PLR2004 - the 2xx
-        except (aiohttp.ClientError, asyncio.TimeoutError, OSError):
-            return False
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
@@ -190,10 +152,10 @@ class ModelsBackend:
 
 
 class _GuardedBody(aiohttp.payload.Payload):
-    """The request's body, which runs the check right before its bytes go to the socket, headers and all.
+    """Request body that runs the check right before its bytes and the headers go to the socket.
 
-    aiohttp holds the headers back until the body's first write and sends both in one go, synchronously: what
-    the check has allowed is on the socket before anything else can run.
+    aiohttp holds the headers back until the first write of the body and then sends both in one synchronous
+    step: after the check, the request is on the socket before anything else can run.
     """
 
     def __init__(self, content: bytes, before_send: Callable[[], None] | None) -> None:
@@ -211,7 +173,7 @@ class _GuardedBody(aiohttp.payload.Payload):
             try:
                 self._before_send()
             except Exception as refusal:
-                self.refusal = refusal  # aiohttp would hand it on wrapped
+                self.refusal = refusal  # aiohttp would wrap it
                 raise
         self.sent_at = time.monotonic()
         await writer.write(self._value)
@@ -227,7 +189,7 @@ def _new_session(settings: BackendSettings) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         connector=connector,
         cookie_jar=aiohttp.DummyCookieJar(),
-        trust_env=False,  # a proxy from the environment would be a second door, with delays of its own
+        trust_env=False,  # a proxy from the environment would delay calls after their permit
         headers={"Accept": "application/json", "Accept-Encoding": "identity"},
     )
 
@@ -236,13 +198,13 @@ def _checked(base_url: str) -> str:
     parts = urlsplit(base_url)
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise ConfigError(
-            "The Models Backend's address is no http(s) URL. Set MODELS_BACKEND_URL=http://host:8100"
+            "The Models Backend's address is not an http(s) URL. Set MODELS_BACKEND_URL=http://host:8100"
         )
     return base_url.rstrip("/")
 
 
 async def _read_up_to(response: aiohttp.ClientResponse, limit: int) -> bytes:
-    """At most a little more than `limit` bytes; longer says that there was more, and the rest is not read."""
+    """Reads the body up to the first chunk beyond `limit`; a result longer than `limit` is incomplete."""
     content = bytearray()
     async for chunk in response.content.iter_any():
         content += chunk
@@ -254,12 +216,12 @@ async def _read_up_to(response: aiohttp.ClientResponse, limit: int) -> bytes:
 
 def _broken(error: Exception, sent_at: float | None, timeout_seconds: float) -> CallResult:
     if sent_at is None:
-        return CallResult(Outcome.UNSENT, error=f"{NO_CONNECTION}: {_words(error)}")
+        return CallResult(Outcome.UNSENT, error=f"{NO_CONNECTION}: {one_line(error)}")
     if isinstance(error, asyncio.TimeoutError):
-        words = f"no answer within {timeout_seconds:g} s"
-        return CallResult(Outcome.TIMEOUT, error=words, latency_seconds=_since(sent_at), may_go_on=True)
-    words = f"the connection to the backend broke: {_words(error)}"
-    return CallResult(Outcome.ERROR, error=words, latency_seconds=_since(sent_at), may_go_on=True)
+        outcome, message = Outcome.TIMEOUT, f"no answer within {timeout_seconds:g} s"
+    else:
+        outcome, message = Outcome.ERROR, f"the connection to the backend broke: {one_line(error)}"
+    return CallResult(outcome, error=message, latency_seconds=_since(sent_at), may_go_on=True)
 
 
 def _put(document: dict[str, Any], path: str, value: Any) -> None:
@@ -269,5 +231,5 @@ def _put(document: dict[str, Any], path: str, value: Any) -> None:
     document[last] = value
 
 
-def _since(moment: float | None) -> float | None:
-    return None if moment is None else time.monotonic() - moment
+def _since(start: float | None) -> float | None:
+    return None if start is None else time.monotonic() - start

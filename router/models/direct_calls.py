@@ -1,7 +1,7 @@
-"""Calls without a task: trials of models, and questions to a judging model.
+"""Calls without a task: trials of models, and questions to a judge model.
 
-They go the way of every other call, under a permit of the limiter and through the Models Backend, and each is
-in the call log with its purpose, from before it is sent.
+Like every other call they need a permit of the limiter and pass through the Models Backend. Each is in the
+call log with its purpose from before it is sent.
 """
 
 from __future__ import annotations
@@ -19,30 +19,31 @@ from typing import Literal
 import asyncpg
 from typing_extensions import Self
 
-from router.background import cancel_and_wait, result_or_none
+from router.background import cancel_and_wait, result_or_none, spawn
 from router.database import fetch, fetch_one, retry_while_unavailable, settled_values
 from router.errors import DatabaseError, LimiterError
 from router.limiter import Permit
-from router.models.dispatch import CallRequest, availability, send_permitted
+from router.models.call_request import CallRequest
+from router.models.dispatch import availability, send_permitted
 from router.models.roster import RosterModel, read_roster
 from router.models.services import open_services
+from router.models.targets import DEFAULT_VERSION
 from router.settings import Addresses, RouterConfig
 from router.task import CallResult, Outcome, new_call_id
 
 Purpose = Literal["trial", "judge"]
 
-MOST_AT_ONCE = 64
+MAX_CONCURRENCY = 64
 REDIS_SECONDS = 2.0
-LOOK_AGAIN_SECONDS = 1.0  # whether a permit may still come in time
-CLOSE_SECONDS = 5.0  # for the log to hear of calls that were given up
-FIRST_VERSION = 1  # of a target that nobody set: any Variable that was ever read is newer
+POLL_SECONDS = 1.0  # how often to check whether a permit may still come in time
+CLOSE_SECONDS = 5.0  # for logging the calls that were canceled
 
 
 @dataclass(frozen=True, slots=True)
 class DirectResult:
-    """What came of one call. `result` is None if there was no permit in time; `why` says what went wrong.
+    """Result of one call. Without a permit in time `result` is None. `why` is the error, if any.
 
-    `seconds` are those at the backend, 0 if nothing was sent.
+    `seconds` is the latency at the backend, 0 if nothing was sent.
     """
 
     call_id: uuid.UUID
@@ -54,29 +55,29 @@ class DirectResult:
 
 @dataclass(slots=True)
 class _Call:
-    order: CallRequest
+    request: CallRequest
     category: str
     purpose: Purpose
-    sent_at: float | None = None  # on the monotonic clock
-    no_permit: str | None = None  # why there was none
+    sent_at: float | None = None  # by the monotonic clock
+    no_permit: str | None = None  # the reason
 
-    def going_out(self, permit: Permit) -> None:
+    def before_send(self, permit: Permit) -> None:
         permit.check()
         self.sent_at = time.monotonic()
 
-    def given_up(self) -> CallResult:
+    def canceled(self) -> CallResult:
+        error = "canceled by the caller"
         if self.sent_at is None:
-            return CallResult(Outcome.UNSENT, error="given up: whoever called went away")
+            return CallResult(Outcome.UNSENT, error=error)
         passed = time.monotonic() - self.sent_at
-        why = "whoever called went away"
-        return CallResult(Outcome.ABANDONED, error=why, latency_seconds=passed, may_go_on=True)
+        return CallResult(Outcome.ABANDONED, error=error, latency_seconds=passed, may_go_on=True)
 
 
 class DirectCaller:
-    """Makes calls without a task, at most MOST_AT_ONCE at the same time; to be used as `async with`.
+    """Makes calls without a task, at most MAX_CONCURRENCY at a time; use it as `async with`.
 
-    Opening raises DatabaseError or LimiterUnavailable if Postgres or Redis is away. What is under way when it
-    closes is given up, and logged so. All its state belongs to one event loop.
+    Opening raises DatabaseError or LimiterUnavailable if Postgres or Redis is unavailable. Closing cancels
+    the calls in flight and logs them as canceled. An instance belongs to one event loop.
     """
 
     def __init__(self, addresses: Addresses, config: RouterConfig) -> None:
@@ -84,8 +85,8 @@ class DirectCaller:
         self._config = config
         self._worker = f"{socket.gethostname()}:calls:{secrets.token_hex(6)}"
         self._stack = contextlib.AsyncExitStack()
-        self._places = asyncio.Semaphore(MOST_AT_ONCE)
-        self._making: set[asyncio.Task[DirectResult]] = set()
+        self._slots = asyncio.Semaphore(MAX_CONCURRENCY)
+        self._calls: set[asyncio.Task[DirectResult]] = set()
         self._ending: set[asyncio.Task[None]] = set()
         self._with_target: set[str] = set()
         self._clock_offset_seconds = 0.0
@@ -102,7 +103,7 @@ class DirectCaller:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await cancel_and_wait(*self._making)
+        await cancel_and_wait(*self._calls)
         if self._ending:
             await asyncio.wait(set(self._ending), timeout=CLOSE_SECONDS)
         await cancel_and_wait(*self._ending)
@@ -112,22 +113,19 @@ class DirectCaller:
         self, model: RosterModel, prompt: str, *, category: str, purpose: Purpose,
         max_tokens: int | None = None, timeout_seconds: float,
     ) -> DirectResult:  # fmt: skip
-        """Make one call: never raises for what the model does, and waits `timeout_seconds` for its permit.
+        """Makes one call. Raises nothing for what the model does; waits `timeout_seconds` for the permit.
 
-        DatabaseError if it cannot be logged: then it is not sent. A model without a traffic target has its
-        `default_target`. Cancelled, it is given up, and logged so.
+        Raises DatabaseError if the call cannot be logged; then it is not sent. A model without a traffic
+        target gets its `default_target`. A cancellation cancels the call and logs it.
         """
-        order = self._order(model, prompt, max_tokens)
-        making = asyncio.get_running_loop().create_task(
-            self._made(_Call(order, category, purpose), model, timeout_seconds),
-            name=f"router {purpose} call {order.call_id}",
+        request = CallRequest.to(
+            model, new_call_id(time.monotonic() + self._clock_offset_seconds), prompt, max_tokens
         )
-        self._making.add(making)
-        making.add_done_callback(self._making.discard)
-        return await making
+        calling = self._call(_Call(request, category, purpose), model, timeout_seconds)
+        return await spawn(calling, f"{purpose} call {request.call_id}", self._calls)
 
     async def known_models(self) -> frozenset[str]:
-        """The names that the Models Backend can call now. BackendUnavailable if it does not say."""
+        """Returns the names that the Models Backend can call now. Raises BackendUnavailable."""
         return frozenset(await self._backend.models())
 
     async def _open(self) -> None:
@@ -138,30 +136,22 @@ class DirectCaller:
         now = await fetch_one(self.pool, "SELECT extract(epoch FROM clock_timestamp())::float8 AS now")
         self._clock_offset_seconds = now["now"] - (before + time.monotonic()) / 2
         roster = await read_roster(self.pool)
-        await services.targets.begin(roster)
+        await services.targets.restore(roster)
         self._with_target.update(roster.models)
 
-    def _order(self, model: RosterModel, prompt: str, max_tokens: int | None) -> CallRequest:
-        most = model.max_tokens if max_tokens is None else min(max_tokens, model.max_tokens)
-        return CallRequest(
-            call_id=new_call_id(time.monotonic() + self._clock_offset_seconds), model=model.model,
-            endpoint=model.endpoint, prompt=prompt, max_tokens=most,
-            reserved_tokens=len(prompt.encode("utf-8", "replace")) + most,  # no token is shorter than a byte
-            timeout_seconds=model.timeout_seconds,
-        )  # fmt: skip
-
-    async def _made(self, call: _Call, model: RosterModel, timeout_seconds: float) -> DirectResult:
-        async with self._places:
+    async def _call(self, call: _Call, model: RosterModel, timeout_seconds: float) -> DirectResult:
+        async with self._slots:
             until = time.monotonic() + timeout_seconds
-            why_not = await self._why_not(model, timeout_seconds)
+            why_not = await self._wait_for_permit(model, timeout_seconds)
             if why_not is not None:
-                return DirectResult(call.order.call_id, None, 0.0, None, why_not)
-            return await self._logged(call, until)
+                return DirectResult(call.request.call_id, None, 0.0, None, why_not)
+            return await self._send_logged(call, until)
 
-    async def _why_not(self, model: RosterModel, timeout_seconds: float) -> str | None:
-        """Wait until a send looks possible; why none does in time.
+    async def _wait_for_permit(self, model: RosterModel, timeout_seconds: float) -> str | None:
+        """Waits until a permit looks likely; returns the reason if none can come in time.
 
-        What is logged before is open. So a Redis that lost its memory asks the log before this call is there.
+        The call is logged only after that: its open row would count as sent when a Redis that lost its state
+        rebuilds it from the log.
         """
 
         async def near() -> bool:
@@ -170,77 +160,71 @@ class DirectCaller:
 
         until = time.monotonic() + timeout_seconds
         try:
-            await self._give_target(model)
+            await self._ensure_target(model)
             is_near = None
             ahead = await availability(self._limiter, model.model)
             while ahead.seconds is not None and (left := until - time.monotonic()) >= ahead.seconds:
-                if is_near:  # and it was so when looked at after that
+                if is_near:  # and the check after it agrees
                     return None
-                wait_seconds = min(left, LOOK_AGAIN_SECONDS)
+                wait_seconds = min(left, POLL_SECONDS)
                 is_near = await result_or_none(near(), wait_seconds, f"router near {model.model}")
                 ahead = await availability(self._limiter, model.model)
         except LimiterError as error:
             return str(error)
         return f"no permit for {model.model} in time: {ahead.why}"
 
-    async def _give_target(self, model: RosterModel) -> None:
-        """A model that is tried before it is on the roster has a target, too; nobody keeps it."""
+    async def _ensure_target(self, model: RosterModel) -> None:
+        """Gives a model that is not on the roster a target, which is not recorded."""
         if model.model not in self._with_target:
-            await self._limiter.set_target(model.model, model.default_target, version=FIRST_VERSION)
+            await self._limiter.set_target(model.model, model.default_target, version=DEFAULT_VERSION)
             self._with_target.add(model.model)
 
-    async def _logged(self, call: _Call, until: float) -> DirectResult:
+    async def _send_logged(self, call: _Call, until: float) -> DirectResult:
         try:
-            await self._begin(call)
-            result = await self._sent(call, until)
+            await self._log_begin(call)
+            result = await self._send(call, until)
         except DatabaseError:
-            self._end(call, CallResult(Outcome.UNSENT, error="Postgres had not confirmed it"))
+            self._log_end(call, CallResult(Outcome.UNSENT, error="Postgres had not confirmed the call"))
             raise
         except asyncio.CancelledError:
-            self._end(call, call.given_up())
+            self._log_end(call, call.canceled())
             raise
-        await asyncio.shield(self._end(call, result))
+        await asyncio.shield(self._log_end(call, result))
         if call.no_permit is not None:
-            return DirectResult(call.order.call_id, None, 0.0, None, call.no_permit)
+            return DirectResult(call.request.call_id, None, 0.0, None, call.no_permit)
         seconds = result.latency_seconds or 0.0
-        return DirectResult(call.order.call_id, result, seconds, result.cost_usd, result.error)
+        return DirectResult(call.request.call_id, result, seconds, result.cost_usd, result.error)
 
-    async def _sent(self, call: _Call, until: float) -> CallResult:
+    async def _send(self, call: _Call, until: float) -> CallResult:
         left = until - time.monotonic()
         try:
             return await send_permitted(
-                self._limiter, self._backend, call.order, permit_seconds=left, going_out=call.going_out
+                self._limiter, self._backend, call.request, permit_seconds=left, before_send=call.before_send
             )
         except LimiterError as error:
             call.no_permit = str(error)
             return CallResult(Outcome.UNSENT, error=call.no_permit)
 
-    async def _begin(self, call: _Call) -> None:
+    async def _log_begin(self, call: _Call) -> None:
         await fetch(
-            self.pool, "SELECT begin_call($1, $2, $3, $4, $5, $6)", call.order.call_id, call.order.model,
-            call.category, call.purpose, self._worker, call.order.reserved_tokens,
+            self.pool, "SELECT begin_call($1, $2, $3, $4, $5, $6)", call.request.call_id, call.request.model,
+            call.category, call.purpose, self._worker, call.request.reserved_tokens,
         )  # fmt: skip
 
-    def _end(self, call: _Call, result: CallResult) -> asyncio.Task[None]:
-        """Close the call in the log, in a task of its own: it goes on when whoever called has gone."""
-        ending = asyncio.get_running_loop().create_task(
-            self._closed(call, result), name=f"router end of call {call.order.call_id}"
-        )
-        self._ending.add(ending)
-        ending.add_done_callback(self._over)
-        return ending
-
-    async def _closed(self, call: _Call, result: CallResult) -> None:
+    def _log_end(self, call: _Call, result: CallResult) -> asyncio.Task[None]:
+        """Completes the call's row in a task of its own, which outlives a canceled caller."""
         outcome, _answer, *values = settled_values(result)
-        order = call.order
-        closing = (
-            order.call_id, outcome, *values, order.model, call.category, call.purpose, self._worker,
-            order.reserved_tokens,
+        request = call.request
+        arguments = (
+            request.call_id, outcome, *values, request.model, call.category, call.purpose, self._worker,
+            request.reserved_tokens,
         )  # fmt: skip
         statement = "SELECT end_call($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)"
-        await retry_while_unavailable(lambda: fetch(self.pool, statement, *closing))
 
-    def _over(self, ending: asyncio.Task[None]) -> None:
-        self._ending.discard(ending)
-        if not ending.cancelled():
-            ending.exception()  # looked at: whoever waits for it hears of it, and otherwise the call is lost
+        async def end() -> None:
+            await retry_while_unavailable(lambda: fetch(self.pool, statement, *arguments))
+
+        ending = spawn(end(), f"end of call {request.call_id}", self._ending)
+        # Retrieved: a waiting caller gets the error, and otherwise the call is marked lost.
+        ending.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return ending

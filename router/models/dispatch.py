@@ -1,138 +1,126 @@
-"""One permitted call: stand in line for a permit, send at its moment, give the permit back.
+"""Sends one call under a permit: waits for the permit, sends before it expires, releases it.
 
-Every call to a model goes this way, whoever makes it: a worker of the batch, or somebody who asks.
+Every call to a model passes through here, whether from a worker or from a request.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from router.background import result_or_none
 from router.errors import LimiterError, PermitExpired
 from router.limiter import AFTER_TIMEOUT_SECONDS, UNAVAILABLE_REASONS, Permit, TrafficLimiter, WaitReason
 from router.models.backend import ModelsBackend
+from router.models.call_request import CallRequest
 from router.task import CallResult, Outcome
 from router.traffic import LARGEST_COUNT
 
 MAX_EXPIRED_PERMITS = 20
-UNKNOWN_WAIT_SECONDS = 60.0  # where only a person can help, e.g. a target of 0
-LOOK_SECONDS = 0.25
+UNKNOWN_WAIT_SECONDS = 60.0  # where only an operator can help, e.g. a target of 0
+SNAPSHOT_SECONDS = 0.25
 MAY_PASS_AT_ANY_MOMENT = frozenset(
     {WaitReason.NOTHING, WaitReason.CONCURRENCY, WaitReason.REBUILDING, WaitReason.HALF_OPEN}
 )
 
 
-@dataclass(frozen=True, slots=True)
-class CallRequest:
-    """What is to be sent, and to which model."""
-
-    call_id: uuid.UUID
-    model: str
-    endpoint: str
-    prompt: str
-    max_tokens: int
-    reserved_tokens: int
-    timeout_seconds: float
-
-
 async def send_permitted(
     limiter: TrafficLimiter,
     backend: ModelsBackend,
-    order: CallRequest,
+    request: CallRequest,
     *,
     permit_seconds: float,
-    going_out: Callable[[Permit], None],
-    came: Callable[[CallResult], None] | None = None,
+    before_send: Callable[[Permit], None],
+    on_result: Callable[[CallResult], None] | None = None,
 ) -> CallResult:
-    """Send one call under a permit; what came of it. LimiterError if no permit is to be had in time.
+    """Sends one call under a permit and returns its result. Raises LimiterError without a permit in time.
 
-    `going_out` is called immediately before the first byte is written. It checks the permit, and whatever
-    else must hold; what it raises passes through, and the permit is given back. So it is when the caller is
-    cancelled before that; afterwards the permit stays counted, since the backend may still be working.
-    `came` is told the result at once: giving the permit back may take as long as Redis does.
+    `before_send` runs immediately before the first byte is written. It checks the permit and any other
+    condition; its exceptions pass through and cancel the permit. A cancellation before that point cancels
+    the permit as well. After it the permit stays counted, since the backend may still be working.
+    `on_result` gets the result at once: releasing the permit may take as long as Redis does.
     """
     for _ in range(MAX_EXPIRED_PERMITS):
         permit = await limiter.acquire(
-            order.model, tokens=order.reserved_tokens, timeout_seconds=permit_seconds
+            request.model, tokens=request.reserved_tokens, timeout_seconds=permit_seconds
         )
         try:
-            return await _send(limiter, backend, order, permit, going_out, came)
+            result = await _send(limiter, backend, request, permit, before_send)
         except PermitExpired:
             continue
-    raise PermitExpired(f"{MAX_EXPIRED_PERMITS} permits of {order.model} died before they could be used")
+        if on_result is not None:
+            on_result(result)
+        await _release(limiter, request, permit, result)
+        return result
+    raise PermitExpired(f"{MAX_EXPIRED_PERMITS} permits of {request.model} expired before they could be used")
 
 
-async def _send(  # noqa: PLR0917 - private: send_permitted's own arguments
+async def _send(
     limiter: TrafficLimiter,
     backend: ModelsBackend,
-    order: CallRequest,
+    request: CallRequest,
     permit: Permit,
-    going_out: Callable[[Permit], None],
-    came: Callable[[CallResult], None] | None,
+    before_send: Callable[[Permit], None],
 ) -> CallResult:
     sent = False
-    # A call that outlives its place in the limiter would let one too many through.
+    # A call that outlives its slot in the limiter would let one too many through.
     longest = limiter.settings.max_call_seconds - AFTER_TIMEOUT_SECONDS
+    request = replace(request, timeout_seconds=min(request.timeout_seconds, longest))
 
-    def before_send() -> None:
+    def check() -> None:
         nonlocal sent
-        going_out(permit)
+        before_send(permit)
         sent = True
 
     try:
-        result = await backend.call(
-            model_endpoint=order.endpoint, prompt=order.prompt, max_tokens=order.max_tokens,
-            request_id=str(order.call_id), tokens_reserved=order.reserved_tokens,
-            timeout_seconds=min(order.timeout_seconds, longest), before_send=before_send,
-        )  # fmt: skip
+        return await backend.call(request, before_send=check)
     except BaseException:
-        if not sent:
-            with contextlib.suppress(LimiterError):  # it stays counted, which is safe
+        with contextlib.suppress(LimiterError):  # the permit stays counted, which is safe
+            if sent:  # if this was the half-open probe, another call may be the next one
+                abandoned = limiter.record_outcome(request.model, Outcome.ABANDONED, permit=permit)
+                await asyncio.shield(abandoned)
+            else:
                 await asyncio.shield(limiter.cancel(permit))
-        else:  # if it was a probe, another call may be the next one
-            with contextlib.suppress(LimiterError):
-                await asyncio.shield(limiter.record_outcome(order.model, Outcome.ABANDONED, permit=permit))
         raise
-    if came is not None:
-        came(result)
-    with contextlib.suppress(LimiterError):  # a rest is said again by whoever knows of it
+
+
+async def _release(limiter: TrafficLimiter, request: CallRequest, permit: Permit, result: CallResult) -> None:
+    with contextlib.suppress(LimiterError):  # the next call learns of the refusal itself
         await limiter.record_outcome(
-            order.model, result.outcome, result.retry_after_seconds, why=result.error or "", permit=permit
+            request.model, result.outcome, result.retry_after_seconds, why=result.error or "", permit=permit
         )
-    with contextlib.suppress(LimiterError):  # the reservation ends by itself
+    with contextlib.suppress(LimiterError):  # the reservation expires by itself
         if result.outcome is Outcome.UNSENT:
             await limiter.cancel(permit)
         elif not result.may_go_on:
             used = result.used_tokens
             await limiter.release(permit, tokens=None if used is None else min(used, LARGEST_COUNT))
-    return result
 
 
 @dataclass(frozen=True, slots=True)
 class Availability:
-    """In how many seconds a model may have a permit, None if only a change can help; and why not now."""
+    """Seconds until a model may have a permit, None if only a change can help; and the reason to wait."""
 
     seconds: float | None
     why: str
-    rests: bool = False  # after failures, or a refusal
+    cooling_down: bool = False  # after failures, or a 429 or 503
 
     @property
     def retry_after_seconds(self) -> float:
+        """Seconds after which a client should try again."""
         return UNKNOWN_WAIT_SECONDS if self.seconds is None else self.seconds
 
 
 async def availability(limiter: TrafficLimiter, model: str) -> Availability:
-    """What a prompt that joins the model's line now has to expect; 0 s if the limiter cannot say it.
+    """Predicts the wait of a prompt that joins the model's queue now; 0 s if the limiter cannot tell.
 
-    A place that another call holds may be free at any moment.
+    A slot that another call holds may be released at any time, and counts as 0 s.
     """
     try:
         traffic = await result_or_none(
-            limiter.shared_snapshot(model), LOOK_SECONDS, f"router availability of {model}"
+            limiter.shared_snapshot(model), SNAPSHOT_SECONDS, f"router availability of {model}"
         )
     except LimiterError:
         traffic = None

@@ -1,4 +1,4 @@
-"""Rank of a model in a category, as the assignment uses it."""
+"""Rank of a model in a category, as the assignment uses it. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class RankedModel:
-    """Of one model in one category: its quality, and which share of the tasks it may have."""
+    """Quality of one model in one category (0 to 1), and the bounds of its share of the tasks."""
 
     quality: float
     least_share: float = 0.0

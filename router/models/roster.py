@@ -1,7 +1,7 @@
-"""The roster in Postgres: which models are in use, their order for each category, the targets kept for them.
+"""Roster in Postgres: the models in use and their ranking in each category.
 
-`config/models.yaml` is written by people and carried over at start and on `router models sync`; at run time
-Postgres is the truth. Synchronous where people wait for it, asynchronous where a worker reads it.
+`router models sync` writes `config/models.yaml` to Postgres, which is authoritative at runtime. The roster is
+written synchronously by the command line, and read asynchronously by workers.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from router.database import Connection, fetch, rows
 from router.models.ranked import RankedModel, Rankings
 from router.settings import RouterConfig
 
-NOTHING_THERE = RankedModel(quality=1.0, most_share=0.0)  # of no weight beside what was learned of others
+NO_SHARE = RankedModel(quality=1.0, most_share=0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class RosterModel:
-    """One model that may be used now."""
+    """One model in use."""
 
     model: str
     endpoint: str
@@ -33,17 +33,17 @@ class RosterModel:
 
 @dataclass(frozen=True, slots=True)
 class Roster:
-    """All models that may be used now, and their places (category -> model -> place, 1 is best)."""
+    """All models in use. `places`: category -> model -> rank, 1 is best. `learned`: the review's ranking."""
 
     models: Mapping[str, RosterModel]
     places: Mapping[str, Mapping[str, int]]
     categories: tuple[str, ...]
     version: int
-    learned: Rankings = field(default_factory=dict)  # category -> model, where a review ranked it
+    learned: Rankings = field(default_factory=dict)
 
 
 def sync_roster(connection: Connection, config: RouterConfig) -> None:
-    """Carry `config/models.yaml` over: categories, models, places, and the queue's settings."""
+    """Writes the config to Postgres: categories, models, ranks, and settings of the queue."""
     whole = {**config.model_dump(mode="json"), "categorise": False}
     if config.classification is not None:
         whole["categorise"] = config.classification.classify_tasks
@@ -52,7 +52,7 @@ def sync_roster(connection: Connection, config: RouterConfig) -> None:
 
 
 async def read_roster(pool: asyncpg.Pool) -> Roster:
-    """The roster as it is now, for a worker."""
+    """Reads the current roster."""
     version = await roster_version(pool)
     places: dict[str, dict[str, int]] = {}
     learned: dict[str, dict[str, RankedModel]] = {}
@@ -66,8 +66,8 @@ async def read_roster(pool: asyncpg.Pool) -> Roster:
     categories = tuple(row["name"] for row in found)
     for row in models:
         for category in categories if row["state"] == "probation" else ():
-            if row["model"] not in places.get(category, {}):  # it proves itself where it was taken on
-                learned.setdefault(category, {})[row["model"]] = NOTHING_THERE
+            if row["model"] not in places.get(category, {}):  # its probation is in other categories
+                learned.setdefault(category, {})[row["model"]] = NO_SHARE
     return Roster(
         models={row["model"]: RosterModel(**dict(row)) for row in models},
         places=places,
@@ -78,22 +78,22 @@ async def read_roster(pool: asyncpg.Pool) -> Roster:
 
 
 async def roster_version(pool: asyncpg.Pool) -> int:
-    """A number that moves with every change of roster or ranking."""
+    """Reads a number that grows with every change of roster or ranking."""
     found = await fetch(pool, "SELECT last_value FROM roster_version")
     return int(found[0]["last_value"])
 
 
 async def read_solved(pool: asyncpg.Pool) -> dict[str, int]:
-    """category -> tasks solved up to now."""
+    """Reads category -> number of tasks solved so far."""
     found = await fetch(pool, "SELECT category, solved FROM task_counts_now")
     return {row["category"]: int(row["solved"]) for row in found}
 
 
-async def record_model_error(pool: asyncpg.Pool, model: str, trouble: str | None) -> None:
-    """Say why a model gets nothing though it is active; None when it is well again."""
+async def record_model_error(pool: asyncpg.Pool, model: str, error: str | None) -> None:
+    """Records the last error of a model's calls; None once a call has succeeded again."""
     await fetch(
         pool,
         "UPDATE roster SET trouble = $2 WHERE model = $1 AND trouble IS DISTINCT FROM $2",
         model,
-        trouble,
+        error,
     )

@@ -1,4 +1,4 @@
-"""Connections that a process needs to call models, opened and closed in one place."""
+"""Opens and closes the connections that a process needs to call models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLOSE_SECONDS = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """Postgres pool, rate limiter, Models Backend client and the targets that the limiter enforces."""
+    """Postgres pool, rate limiter, Models Backend client, and the sync of targets into the limiter."""
 
     pool: asyncpg.Pool
     limiter: TrafficLimiter
@@ -38,16 +38,16 @@ async def open_services(
     redis_seconds: float = 5.0,
     needs_postgres: bool = True,
 ) -> AsyncIterator[Services]:
-    """Open the services of one event loop; on exit each is closed, within CLOSE_SECONDS whatever hangs.
+    """Opens the services of one event loop and closes them on exit, each within CLOSE_SECONDS.
 
-    `connections` bounds the pool (default: `worker.pool_connections`). A reply of Redis may take
-    `redis_seconds`. Raises DatabaseError if Postgres is away, unless `needs_postgres` is false.
+    `connections` limits the pool (default: `worker.pool_connections`), `redis_seconds` a reply of Redis.
+    Raises DatabaseError if Postgres is unavailable, unless `needs_postgres` is false.
     """
     async with contextlib.AsyncExitStack() as stack:
         pool = await open_pool(
             addresses.database_url,
             connections=connections or config.worker.pool_connections,
-            at_first=1 if needs_postgres else 0,
+            min_connections=1 if needs_postgres else 0,
         )
         stack.push_async_callback(close_with_timeout, CLOSE_SECONDS, pool.close, pool.terminate)
         client = redis_client(addresses.redis_url, seconds=redis_seconds)
@@ -60,9 +60,9 @@ async def open_services(
 
 
 async def past_calls(pool: asyncpg.Pool, model: str, seconds: float) -> list[PastCall]:
-    """Calls of the log that were sent within the last `seconds`, for a limiter that lost its state.
+    """Reads the calls of the last `seconds` from the log, for a limiter that lost its state.
 
-    Ages are by Postgres's clock; each call counts as sent at the latest time possible.
+    Ages are by Postgres's clock. Each call counts as sent at the latest possible time.
     """
     found = await fetch(pool, "SELECT * FROM past_calls($1, $2)", model, float(seconds))
     return [PastCall(row["age_seconds"], row["tokens"], row["is_open"]) for row in found]

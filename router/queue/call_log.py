@@ -1,19 +1,18 @@
-"""The log of calls: rows of `model_calls` as people read them, and one JSON line for each answered prompt."""
+"""Reads the call log, the table `model_calls`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 from router.database import Connection, rows
 
-MOST_ROWS = 10_000
+MAX_ROWS = 10_000
 
 _READ = """
-SELECT c.call_id, c.task_id, c.model, c.category, c.confidence, c.role, c.rank, c.preferred, c.fallback,
+SELECT c.call_id::text, c.task_id, c.model, c.category, c.confidence, c.role, c.rank, c.preferred, c.fallback,
        c.worker, c.attempt, c.started_at, c.sent_at, c.finished_at, c.outcome, c.settlement, c.late, c.error,
-       c.prompt_tokens, c.completion_tokens, c.cost, c.latency_seconds
+       c.prompt_tokens, c.completion_tokens, c.cost::float8 AS cost_usd, c.latency_seconds
   FROM model_calls c
  WHERE (%s::bigint IS NULL OR c.task_id = %s)
    AND (%s::text IS NULL OR c.model = %s)
@@ -25,7 +24,7 @@ SELECT c.call_id, c.task_id, c.model, c.category, c.confidence, c.role, c.rank, 
 
 @dataclass(frozen=True, slots=True)
 class LoggedCall:
-    """One row of the log. `outcome` is None while the call is under way; cost in USD."""
+    """One row of the call log; `outcome` is None while the call is in flight."""
 
     call_id: str
     task_id: int | None
@@ -60,12 +59,6 @@ def read_calls(
     since_seconds: float | None = None,
     limit: int = 100,
 ) -> list[LoggedCall]:
-    """The newest calls that fit, the newest first; at most `limit` and MOST_ROWS."""
+    """Returns the calls that match, newest first; at most `limit`, and never more than MAX_ROWS."""
     wanted = (task_id, task_id, model, model, category, category, since_seconds, since_seconds)
-    return list(map(_logged, rows(connection, _READ, (*wanted, min(limit, MOST_ROWS)))))
-
-
-def _logged(row: dict[str, Any]) -> LoggedCall:
-    cost = row.pop("cost")
-    call_id = str(row.pop("call_id"))
-    return LoggedCall(call_id=call_id, cost_usd=None if cost is None else float(cost), **row)
+    return [LoggedCall(**row) for row in rows(connection, _READ, (*wanted, min(limit, MAX_ROWS)))]

@@ -1,22 +1,23 @@
-"""Finished tasks as the output file of OpenAI's Batch API, written whole or not at all."""
+"""Exports finished tasks in the output format of OpenAI's Batch API."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import secrets
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from router.errors import InputError
+from router.files import replacing
 from router.task import TaskStatus
 
 
 def output_line(task: Mapping[str, Any]) -> str:
-    """One line of an OpenAI Batch output file: the answer as a chat completion, or why there is none."""
+    """Returns one line of an OpenAI Batch output file: a chat completion, or an error for a failed task."""
     name = task["external_id"] or str(task["id"])
     line: dict[str, Any] = {"id": f"task-{task['id']}", "custom_id": name, "response": None, "error": None}
     if task["status"] == TaskStatus.FAILED.value:
@@ -37,19 +38,19 @@ def _completion(task: Mapping[str, Any], call: str) -> dict[str, Any]:
         "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
     }
     prompt, completion = task["prompt_tokens"], task["completion_tokens"]
-    if prompt is not None or completion is not None:  # the log keeps calls for some days only
+    if prompt is not None or completion is not None:  # old calls are dropped from the log
         counts = {"prompt_tokens": prompt or 0, "completion_tokens": completion or 0}
         body["usage"] = {**counts, "total_tokens": sum(counts.values())}
     return body
 
 
 def write_lines(path: Path | None, lines: Iterable[str]) -> int:
-    """Write the lines to `path`, or to standard output for None; returns how many.
+    """Writes the lines to `path`, or to standard output if it is None. Returns how many.
 
-    A file appears, or is replaced, only when all lines are in it; if anything fails it is as it was before.
+    A file is created or replaced only once all lines are written. Raises InputError if that fails.
     """
     written = 0
-    with _target(path) as file:
+    with _opened(path) as file:
         for line in lines:
             file.write(line)
             written += 1
@@ -57,12 +58,12 @@ def write_lines(path: Path | None, lines: Iterable[str]) -> int:
 
 
 @contextmanager
-def _target(path: Path | None) -> Iterator[IO[str]]:
+def _opened(path: Path | None) -> Iterator[IO[str]]:
     if path is None:
         yield sys.stdout
         sys.stdout.flush()
         return
-    path = Path(os.path.realpath(path))  # a link stays a link
+    path = Path(os.path.realpath(path))  # a symbolic link keeps its target
     if path.is_dir():
         raise InputError(f"{path} is a folder; name a file in it.")
     try:
@@ -78,15 +79,13 @@ def _is_special(path: Path) -> bool:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[IO[str]]:
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with beside.open("x", encoding="utf-8") as file:
-            if path.exists():
-                beside.chmod(path.stat().st_mode & 0o777)
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        with suppress(FileNotFoundError):
-            beside.unlink()
+    with replacing(path, mode=None if path.exists() else _default_mode()) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8")
+        yield text
+        text.detach()
+
+
+def _default_mode() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask

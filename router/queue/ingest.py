@@ -1,8 +1,8 @@
-"""Rows of prompt files, made into tasks: each field checked, and every task given an id.
+"""Turns the rows of prompt files into tasks: validates each field and gives every task an id.
 
-A task is known by the id that its row names (`custom_id`, `external_id` or `id`), else by its prompt and the
-number of times that the same file has asked it before: so the same file again holds nothing new. A row that
-makes no task is a `InvalidRow` with its number, and reading goes on after it.
+A row is identified by its own id (`custom_id`, `external_id` or `id`), otherwise by its prompt and the number
+of earlier rows of the file with the same prompt. Loading a file again therefore adds nothing. An invalid row
+yields an `InvalidRow`; reading continues after it.
 """
 
 from __future__ import annotations
@@ -11,24 +11,34 @@ import hashlib
 import io
 import sqlite3
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    PlainValidator,
+    ValidationError,
+    ValidationInfo,
+)
 from typing_extensions import Self
 
 from router.errors import InputError
-from router.queue.prompt_files import READERS, Fields, Format, Lines, clean
+from router.queue.prompt_files import READERS, Fields, Format, Lines, storable
 
-LONGEST_ID_CHARACTERS = 500
-LARGEST_PRIORITY = 9
-LARGEST_MAX_TOKENS = 10_000_000
+MAX_ID_CHARACTERS = 500
+MAX_PRIORITY = 9
+MAX_MAX_TOKENS = 10_000_000
 ID_FIELDS = ("custom_id", "external_id", "id")
 
 
 @dataclass(frozen=True, slots=True)
 class NewTask:
-    """One prompt to be solved, as it came in. `own_id` tells whether the row itself named its id."""
+    """One prompt to solve. `own_id`: whether the row contained the id."""
 
     line: int
     prompt: str
@@ -42,7 +52,7 @@ class NewTask:
 
 @dataclass(frozen=True, slots=True)
 class InvalidRow:
-    """A line that holds no task, and why."""
+    """A row that is not a task, and the reason."""
 
     line: int
     problem: str
@@ -50,7 +60,7 @@ class InvalidRow:
 
 @dataclass(frozen=True, slots=True)
 class IngestDefaults:
-    """What holds for every row: defaults where it says nothing, and the longest prompt that can be sent."""
+    """Defaults for fields that a row does not set, and the longest prompt accepted."""
 
     category: str | None = None
     priority: int = 0
@@ -58,101 +68,103 @@ class IngestDefaults:
     id_prefix: str = ""
 
 
+def _storable(value: Any, info: ValidationInfo) -> Any:
+    return storable(value, str(info.field_name)) if isinstance(value, str) else value
+
+
+def _integer(value: Any) -> Any:
+    with suppress(ValueError):
+        return int(value) if isinstance(value, str) else value
+    return value
+
+
+def _digits(value: Any) -> Any:
+    return str(value) if type(value) is int else value
+
+
+def _utc(value: Any) -> datetime:
+    try:
+        time = datetime.fromisoformat(value.strip().replace("Z", "+00:00"))
+        if time.tzinfo is not None:
+            return time.astimezone(timezone.utc)  # Postgres accepts fewer offsets than Python
+    except (ValueError, AttributeError, OverflowError):
+        pass
+    raise ValueError("write a time with its offset, e.g. 2026-01-31T12:00:00Z")
+
+
+_Text = Annotated[str, Field(strict=True), BeforeValidator(_storable)]
+_Id = Annotated[
+    str,
+    Field(strict=True, max_length=MAX_ID_CHARACTERS),
+    BeforeValidator(_storable),
+    BeforeValidator(_digits),
+]
+_Integer = Annotated[int, BeforeValidator(_integer), Field(strict=True)]
+
+
+class _Row(BaseModel):
+    prompt: _Text
+    category: Annotated[_Text | None, BeforeValidator(lambda value: value or None)] = None
+    external_id: _Id | None = Field(None, validation_alias=AliasChoices(*ID_FIELDS))
+    priority: Annotated[_Integer, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    max_tokens: Annotated[_Integer, Field(ge=1, le=MAX_MAX_TOKENS)] | None = None
+    deadline_at: Annotated[datetime, PlainValidator(_utc)] | None = None
+
+
 def read_tasks(
-    stream: io.BufferedReader, kind: Format, rules: IngestDefaults
+    stream: io.BufferedReader, kind: Format, defaults: IngestDefaults
 ) -> Iterator[NewTask | InvalidRow]:
-    """Every task of the file, and every line that should hold one but does not; empty lines do not count."""
+    """Yields each row of the file as a task, or as invalid; blank lines are skipped."""
     lines = Lines(stream)
-    rows = READERS[kind]
     with _Occurrences() as occurrences:
-        for number, fields in rows(lines):
+        for number, fields in READERS[kind](lines):
             try:
-                yield _task(number, fields(), rules, occurrences)
-            except InputError as error:  # noqa: PERF203 - a bad line must not end the others
+                yield _task(number, fields(), defaults, occurrences)
+            except InputError as error:  # noqa: PERF203 - reading continues after an invalid row
                 yield InvalidRow(number, str(error))
     if lines.broken:
         yield InvalidRow(lines.number + 1, f"the file cannot be read from here on: {lines.broken}")
 
 
-def _task(number: int, fields: Fields, rules: IngestDefaults, occurrences: _Occurrences) -> NewTask:
-    prompt = fields.get("prompt")
-    if prompt is None:
-        raise InputError("no prompt: a row needs `prompt`, or `body` with `messages`")
-    if not isinstance(prompt, str):
-        raise InputError("the prompt is no text")
-    size = len(clean(prompt, "the prompt").encode())
-    if not prompt.strip():
+def _task(number: int, fields: Fields, defaults: IngestDefaults, occurrences: _Occurrences) -> NewTask:
+    row = _validated(fields)
+    size = len(row.prompt.encode())
+    if not row.prompt.strip():
         raise InputError("the prompt is empty")
-    if size > rules.max_prompt_bytes:
-        raise InputError(f"the prompt has {size:,} bytes, and at most {rules.max_prompt_bytes:,} are sent")
-    category = fields.get("category") or rules.category
-    if category is not None and not isinstance(category, str):
-        raise InputError("the category is no text")
-    own_id = _own_id(fields)
+    if size > defaults.max_prompt_bytes:
+        raise InputError(f"the prompt has {size:,} bytes; the maximum is {defaults.max_prompt_bytes:,}")
+    category = row.category or defaults.category
+    own_id = row.external_id
     return NewTask(
         line=number,
-        prompt=prompt,
+        prompt=row.prompt,
+        external_id=occurrences.id_of(row.prompt) if own_id is None else defaults.id_prefix + own_id,
         own_id=own_id is not None,
-        category=None if category is None else clean(category, "the category").strip().lower(),
-        priority=_whole(fields, "priority", -LARGEST_PRIORITY, LARGEST_PRIORITY, rules.priority),
-        max_tokens=_whole(fields, "max_tokens", 1, LARGEST_MAX_TOKENS, None),
-        deadline_at=_moment(fields.get("deadline_at")),
-        # Last, so that a row which is refused is not counted.
-        external_id=occurrences.name(prompt) if own_id is None else rules.id_prefix + own_id,
+        category=None if category is None else category.strip().lower(),
+        priority=defaults.priority if row.priority is None else row.priority,
+        max_tokens=row.max_tokens,
+        deadline_at=row.deadline_at,
     )
 
 
-def _own_id(fields: Fields) -> str | None:
-    for name in ID_FIELDS:
-        value = fields.get(name)
-        if value is None or value == "":
-            continue
-        if isinstance(value, bool) or not isinstance(value, (str, int)):
-            raise InputError(f"{name} is neither text nor a whole number")
-        text = clean(str(value), name)
-        if len(text) > LONGEST_ID_CHARACTERS:
-            raise InputError(f"{name} has {len(text)} characters; at most {LONGEST_ID_CHARACTERS} are kept")
-        return text
-    return None
-
-
-def _whole(fields: Fields, name: str, least: int, most: int, default: Any) -> Any:
-    value = fields.get(name)
-    if value is None:
-        return default
+def _validated(fields: Fields) -> _Row:
+    given = {name: value for name, value in fields.items()
+             if value is not None and not (value == "" and name in ID_FIELDS)}  # fmt: skip
     try:
-        number = int(value) if isinstance(value, str) else value
-    except ValueError:
-        number = None
-    if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= most:
-        raise InputError(f"{name} is {str(value)[:40]!r}; it must be a whole number from {least} to {most:,}")
-    return number
-
-
-def _moment(value: Any) -> datetime | None:
-    if value is None:
-        return None
-    moment: datetime | None
-    try:
-        moment = datetime.fromisoformat(value.strip().replace("Z", "+00:00"))
-        # In UTC, since Postgres takes fewer offsets than Python.
-        moment = None if moment.tzinfo is None else moment.astimezone(timezone.utc)
-    except (ValueError, AttributeError, OverflowError):
-        moment = None
-    if moment is None:
-        raise InputError(
-            f"deadline_at is {str(value)[:40]!r}; write a moment and its offset, e.g. 2026-01-31T12:00:00Z"
-        )
-    return moment
+        return _Row.model_validate(given)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        if first["type"] == "missing":
+            raise InputError("no prompt: a row needs `prompt`, or `body` with `messages`") from error
+        message = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"{first['loc'][0]} is {str(first['input'])[:40]!r}: {message}") from error
 
 
 class _Occurrences:
-    """How often each prompt was asked in this file; kept in SQLite's temporary file, not in memory."""
+    """Counts how often each prompt occurred in a file, in a temporary file of SQLite to bound memory."""
 
     def __enter__(self) -> Self:
-        self._seen = sqlite3.connect(
-            "", isolation_level=None
-        )  # the empty name: private, and gone when closed
+        self._seen = sqlite3.connect("", isolation_level=None)  # an empty name: deleted when closed
         self._seen.execute("PRAGMA journal_mode = OFF")
         self._seen.execute("CREATE TABLE seen (digest BLOB PRIMARY KEY, times INTEGER) WITHOUT ROWID")
         self._seen.execute("BEGIN")
@@ -161,11 +173,11 @@ class _Occurrences:
     def __exit__(self, *_: object) -> None:
         self._seen.close()
 
-    def name(self, prompt: str) -> str:
-        """An id for this prompt: the same for the nth time it is asked, whatever the file."""
+    def id_of(self, prompt: str) -> str:
+        """Counts the prompt. Returns an id that is the same for its nth occurrence in any file."""
         digest = hashlib.sha256(prompt.encode()).digest()[:16]
-        times = 1
-        if not self._seen.execute("INSERT OR IGNORE INTO seen VALUES (?, 1)", (digest,)).rowcount:
-            self._seen.execute("UPDATE seen SET times = times + 1 WHERE digest = ?", (digest,))
-            times = self._seen.execute("SELECT times FROM seen WHERE digest = ?", (digest,)).fetchone()[0]
+        self._seen.execute(
+            "INSERT INTO seen VALUES (?, 1) ON CONFLICT (digest) DO UPDATE SET times = times + 1", (digest,)
+        )
+        (times,) = self._seen.execute("SELECT times FROM seen WHERE digest = ?", (digest,)).fetchone()
         return f"prompt:{digest.hex()}:{times}"

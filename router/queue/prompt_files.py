@@ -1,7 +1,7 @@
-"""Files of prompts, taken apart row by row: OpenAI Batch JSONL, plain JSONL, CSV and text, also gzipped.
+"""Reads files of prompts row by row: OpenAI Batch JSONL, plain JSONL, CSV and text, also gzipped.
 
-Memory stays bounded whatever the file: a line is read up to LONGEST_LINE_BYTES. A row is read only when it is
-asked for, so that what is wrong with one is raised where rows are counted, and the next one is still read.
+Memory is bounded: a line is read up to MAX_LINE_BYTES. Readers yield a line number and a function that parses
+the row, so that the caller handles the error of an invalid row and continues with the next one.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any, NoReturn
 from router.errors import InputError
 from router.queue.chat import prompt_of
 
-LONGEST_LINE_BYTES = 8 * 1024 * 1024
+MAX_LINE_BYTES = 8 * 1024 * 1024
 COMPLETION_URLS = ("/v1/chat/completions", "/v1/completions")
-# What decoding leaves where bytes cannot be text; no valid text holds these.
+# Lone surrogates that mark invalid input in decoded lines; valid text never contains them.
 NUL_MARK, TOO_LONG_MARK = "\udc00", "\udc01"
 _GZIP_MAGIC = b"\x1f\x8b"
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
@@ -32,7 +32,7 @@ Rows = Iterator[tuple[int, Callable[[], Fields]]]
 
 
 class Format(str, enum.Enum):
-    """How a file holds its prompts."""
+    """Format of a prompt file."""
 
     OPENAI = "openai"
     JSONL = "jsonl"
@@ -49,15 +49,15 @@ _SUFFIXES = {
 }
 
 
-def unpacked(stream: io.BufferedReader) -> io.BufferedReader:
-    """The stream itself, or what is in it where it is gzip."""
+def decompressed(stream: io.BufferedReader) -> io.BufferedReader:
+    """Returns the stream, decompressed if it is gzip."""
     if stream.peek(len(_GZIP_MAGIC)).startswith(_GZIP_MAGIC):
         return io.BufferedReader(gzip.GzipFile(fileobj=stream))
     return stream
 
 
 def detect_format(name: str, stream: io.BufferedReader) -> Format:
-    """The format by the name's suffix, else by the first line, which stays unread."""
+    """Detects the format by the name's suffix, otherwise by the first line, which is not consumed."""
     bare = name.lower().removesuffix(".gz")
     for suffix, kind in _SUFFIXES.items():
         if bare.endswith(suffix):
@@ -65,7 +65,7 @@ def detect_format(name: str, stream: io.BufferedReader) -> Format:
     try:
         head = stream.peek(4096)
     except (OSError, EOFError, zlib.error):
-        return Format.TEXT  # reading it will say what is wrong
+        return Format.TEXT  # reading it reports the error
     first = head.decode("utf-8-sig", "replace").lstrip().split("\n", 1)[0]
     if first.startswith(("{", "[")):
         return Format.JSONL
@@ -75,7 +75,10 @@ def detect_format(name: str, stream: io.BufferedReader) -> Format:
 
 
 class Lines:
-    """The lines of a stream as text, with marks where bytes are none; each bounded in length."""
+    """Decoded lines of a stream, each bounded in length, with marks for invalid bytes.
+
+    `broken` is the reason why the rest of the stream cannot be read.
+    """
 
     def __init__(self, stream: io.BufferedReader) -> None:
         self._stream = stream
@@ -85,16 +88,16 @@ class Lines:
     def __iter__(self) -> Iterator[str]:
         while True:
             try:
-                line = self._stream.readline(LONGEST_LINE_BYTES + 1)
-                whole = len(line) <= LONGEST_LINE_BYTES
+                line = self._stream.readline(MAX_LINE_BYTES + 1)
+                whole = len(line) <= MAX_LINE_BYTES
                 rest = line
                 while rest and not rest.endswith(b"\n"):
-                    rest = self._stream.readline(LONGEST_LINE_BYTES)
+                    rest = self._stream.readline(MAX_LINE_BYTES)
             except (OSError, EOFError, zlib.error) as error:
                 self.broken = str(error) or type(error).__name__
                 return
             if self.number == 0 and line.startswith(_UTF16_MARKS):
-                self.broken = "it is UTF-16; save it as UTF-8"
+                self.broken = "it is encoded in UTF-16; save it as UTF-8"
                 return
             if not line:
                 return
@@ -117,7 +120,7 @@ def _text_rows(lines: Lines) -> Rows:
 
 
 def _csv_rows(lines: Lines) -> Rows:
-    csv.field_size_limit(LONGEST_LINE_BYTES)
+    csv.field_size_limit(MAX_LINE_BYTES)
     source = iter(lines)
     first = next(source, "")
     if not first:
@@ -125,8 +128,8 @@ def _csv_rows(lines: Lines) -> Rows:
     delimiter = max(_DELIMITERS, key=first.count)
     header = _header(first, delimiter)
     if "prompt" not in header:
-        why = f"the header names no column `prompt`, only {', '.join(header)[:200] or 'nothing'}"
-        yield 1, partial(_refuse, why)
+        columns = ", ".join(header)[:200] or "nothing"
+        yield 1, partial(_fail, f"the header has no column `prompt`, only {columns}")
         return
     reader = csv.reader(source, delimiter=delimiter, strict=True)
     while True:
@@ -136,8 +139,7 @@ def _csv_rows(lines: Lines) -> Rows:
         except StopIteration:
             return
         except csv.Error as error:
-            why = f"the row that begins here is no CSV: {error}"
-            yield number, partial(_refuse, why)
+            yield number, partial(_fail, f"the row that starts here is not valid CSV: {error}")
             continue
         if cells:
             yield number, partial(_csv_fields, header, cells)
@@ -166,22 +168,22 @@ def _header(line: str, delimiter: str) -> list[str]:
 def _csv_fields(header: list[str], cells: list[str]) -> Fields:
     if len(cells) > len(header):
         raise InputError(
-            f"the row has {len(cells)} cells, and the header {len(header)}: quote a text that holds commas"
+            f"the row has {len(cells)} cells and the header {len(header)}; quote text that contains commas"
         )
     return {name: cell for name, cell in zip(header, cells, strict=False) if cell.strip()}
 
 
 def _json_fields(text: str, *, strict: bool) -> Fields:
-    clean(text, "the line")
+    storable(text, "the line")
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        hint = "; write one object a line" if text.lstrip().startswith("[") else ""
-        raise InputError(f"the line is no JSON: {error.msg} at column {error.colno}{hint}") from error
+        hint = "; write one object per line" if text.lstrip().startswith("[") else ""
+        raise InputError(f"the line is not valid JSON: {error.msg} at column {error.colno}{hint}") from error
     except (RecursionError, ValueError) as error:
-        raise InputError(f"the line is JSON that cannot be read: {type(error).__name__}") from error
+        raise InputError(f"the line is JSON that cannot be parsed: {type(error).__name__}") from error
     if not isinstance(value, dict):
-        raise InputError("the line is no JSON object; write one object a line")
+        raise InputError("the line is not a JSON object; write one object per line")
     if strict and ("body" not in value or "custom_id" not in value):
         raise InputError("an OpenAI Batch line needs custom_id and body")
     if "body" in value or "messages" in value:
@@ -192,26 +194,26 @@ def _json_fields(text: str, *, strict: bool) -> Fields:
 def _chat_fields(request: Fields) -> Fields:
     body = request.get("body", request)
     if not isinstance(body, dict):
-        raise InputError("body is no JSON object")
+        raise InputError("body must be a JSON object")
     if request.get("url", COMPLETION_URLS[0]) not in COMPLETION_URLS:
-        raise InputError(f"the url is {request['url']!r}; only {' and '.join(COMPLETION_URLS)} can be solved")
+        raise InputError(f"the url is {request['url']!r}; only {' and '.join(COMPLETION_URLS)} are supported")
     limit = body.get("max_completion_tokens", body.get("max_tokens"))
     prompt = prompt_of(body["messages"]) if "messages" in body else body.get("prompt")
     return {"prompt": prompt, "max_tokens": limit}
 
 
-def clean(text: str, what: str) -> str:
-    """The text, if Postgres can keep it."""
+def storable(text: str, name: str) -> str:
+    """Returns the text. Raises InputError if it is too long, not UTF-8, or contains NUL."""
     if TOO_LONG_MARK in text:
-        raise InputError(f"the line is longer than {LONGEST_LINE_BYTES // 1024**2} MiB")
+        raise InputError(f"the line is longer than {MAX_LINE_BYTES // 1024**2} MiB")
     if "\0" in text or NUL_MARK in text:
-        raise InputError(f"{what} holds a NUL character, which cannot be kept")
+        raise InputError(f"{name} contains a NUL character, which Postgres cannot store")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{what} is not UTF-8 at character {error.start + 1}") from error
+        raise InputError(f"{name} is not valid UTF-8 at character {error.start + 1}") from error
     return text
 
 
-def _refuse(problem: str) -> NoReturn:
+def _fail(problem: str) -> NoReturn:
     raise InputError(problem)

@@ -1,13 +1,14 @@
-"""The task queue as a worker sees it: claim one, settle it, keep the lease, keep the house.
+"""The workers' client of the task queue: claims, settlements, leases and maintenance.
 
-All decisions are made by the SQL functions in `sql/functions/`; this file calls them by name and turns driver
-errors into DatabaseError. Every statement is its own transaction: none is open across a model call.
+Decisions are made by the SQL functions in `sql/functions/`. Every statement is its own transaction; none
+stays open during a model call.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import secrets
 import time
 import uuid
@@ -18,31 +19,31 @@ from typing import Any
 
 import asyncpg
 
-from router.database import InvalidValue, LeaseLost, fetch, fetch_one, retry_while_unavailable, settled_values
-from router.errors import DatabaseError
+from router.database import fetch, fetch_one, retry_while_unavailable, settled_values
+from router.errors import DatabaseError, LeaseLost
 from router.task import CallResult, Claim, Outcome, new_call_id
 
-__all__ = ["InvalidValue", "LeaseLost", "QueueState", "TaskQueue", "listening"]
+log = logging.getLogger("router.queue")
 
 CHANNELS = ("router_tasks", "router_control")
-OVERLOOKED_SECONDS = 60.0
+ORPHANED_SECONDS = 60.0
 SETTLE = "SELECT settle_call($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13) AS settlement"
 
 
 @dataclass(frozen=True, slots=True)
 class QueueState:
-    """What a worker must know each second: may the batch send, which runs are over, has the roster moved."""
+    """State that a worker process polls every second."""
 
-    held: bool
-    watched: bool  # somebody watches the Variables where they are near
-    left_runs: dict[str, str]  # run -> reason
+    held: bool  # the batch is paused
+    watched: bool  # a process near Airflow's database watches the Variables
+    left_runs: dict[str, str]  # ended run -> reason
     roster_version: int
-    unsolved: dict[str, int]  # category -> tasks in the queue, whatever their state
+    unsolved: dict[str, int]  # category -> queued tasks of any state
 
 
 @dataclass(frozen=True, slots=True)
 class UnclassifiedTask:
-    """A task that is to be given a category; of a long prompt, its beginning and its end."""
+    """A task to classify; a long prompt is cut to its beginning and end."""
 
     task_id: int
     prompt_version: int
@@ -50,32 +51,40 @@ class UnclassifiedTask:
 
 
 class TaskQueue:
-    """Claims and settles for one worker process. `worker` is its name in the log, new at every start."""
+    """Claims and settles tasks for one worker process, under the unique name `worker`.
+
+    Raises LeaseLost, InvalidValue (not retryable) or another DatabaseError.
+    """
 
     def __init__(self, pool: asyncpg.Pool, *, host: str) -> None:
         self._pool = pool
         self._host = host
         self.worker = self._new_name()
-        self._clock_offset_seconds = time.time() - time.monotonic()  # until the database has said it
+        self._clock_offset_seconds = time.time() - time.monotonic()  # until the first heartbeat
 
     def _new_name(self) -> str:
         return f"{self._host}:{secrets.token_hex(6)}"
 
-    async def start(self) -> None:
-        """Begin the lease, and learn what the database's clock says."""
+    async def renew_lease(self) -> None:
+        """Begins or extends the lease. If it has expired, begins a new one under a new name.
+
+        Claims under the former name are fenced off.
+        """
+        worker = self.worker
         if not await self.heartbeat():
-            self.worker = self._new_name()
+            log.warning("lease of worker %s expired, continuing under a new name", worker)
+            self.rename(worker)
             await self.heartbeat()
 
     def database_time(self) -> float:
-        """Seconds since 1970 by the database's clock as of the last heartbeat, not by this machine's."""
+        """Returns the Unix time of the database's clock, as of the last heartbeat."""
         return time.monotonic() + self._clock_offset_seconds
 
     async def claim(self, model: str, categories: Sequence[str], *, max_tokens: int) -> Claim | None:
-        """Take one ready task of the first of `categories` that has one; None if none is ready.
+        """Claims one ready task of the first of `categories` that has one; returns None if none is ready.
 
-        If the reply is lost the claim is given back before DatabaseError is raised, or by the lease.
-        LeaseLost if this worker may not claim any more.
+        Raises LeaseLost if the lease has expired. If the reply is lost, the claim is released before
+        DatabaseError is raised, or when the lease expires.
         """
         call_id = new_call_id(self.database_time())
         try:
@@ -97,14 +106,14 @@ class TaskQueue:
         return Claim(call_id=call_id, model=model, **dict(row))
 
     async def unclaim(self, call_id: uuid.UUID) -> None:
-        """Give a task back unsent; the attempt does not count. Retried while Postgres is away."""
+        """Releases a claim unsent; the attempt does not count. Retries while Postgres is unavailable."""
         await retry_while_unavailable(lambda: self._one("SELECT unclaim($1)", call_id))
 
     async def settle(self, claim: Claim, result: CallResult) -> str:
-        """Close the call and its task in one transaction; returns what became of it (see settle_call).
+        """Closes the call and its task in one transaction. Returns the settlement (see settle_call).
 
-        Retried while Postgres is away: settling twice returns what came of the first time. What Postgres
-        cannot hold (NUL, half a surrogate pair, a number out of range) is made to fit.
+        Retries while Postgres is unavailable; settling twice returns the first settlement. NUL, lone
+        surrogates and numbers out of range are replaced.
         """
         row = await retry_while_unavailable(
             lambda: self._one(
@@ -120,52 +129,52 @@ class TaskQueue:
         )
         return str(row["settlement"])
 
-    async def give_up(self, claim: Claim, why: str) -> None:
-        """Settle a claim that no call can be made for, as a counted attempt that names the reason."""
-        await self.settle(claim, CallResult(Outcome.REJECTED, error=why))
+    async def reject(self, claim: Claim, reason: str) -> None:
+        """Settles a claim that cannot be sent; counts as an attempt."""
+        await self.settle(claim, CallResult(Outcome.REJECTED, error=reason))
 
     async def heartbeat(self) -> bool:
-        """Prolong the lease of all this worker's claims with one statement. False if it was found gone."""
-        asked_at = time.monotonic()
+        """Renews the lease. Returns False if it had expired."""
+        sent_at = time.monotonic()
         row = await self._one(
             "SELECT heartbeat($1, $2) AS alive, extract(epoch FROM clock_timestamp())::float8 AS now",
             self.worker, self._host,
         )  # fmt: skip
-        self._clock_offset_seconds = row["now"] - (asked_at + time.monotonic()) / 2
+        self._clock_offset_seconds = row["now"] - (sent_at + time.monotonic()) / 2
         return bool(row["alive"])
 
     def rename(self, lost: str) -> None:
-        """Go on under a new name after the lease of `lost` was; claims under the old one are fenced off.
+        """Continues under a new name after the lease of `lost` expired; its claims are fenced off.
 
-        Of several who find that out at once the first renames.
+        Does nothing if another task of this process has renamed it already.
         """
         if self.worker == lost:
             self.worker = self._new_name()
 
     async def release(self) -> None:
-        """Leave in good order: what is still held is ready again at once."""
+        """Ends the lease; the remaining claims are ready immediately."""
         await self._one("SELECT release_worker($1)", self.worker)
 
     async def run_maintenance(self, *, release_lost: bool = True) -> None:
-        """One bounded step of everything that must go on while tasks are solved; any process may do it."""
+        """Runs one bounded step of maintenance: retries, classification timeouts, lost claims, counters."""
         await self._one("SELECT promote_waiting()")
         await self._one("SELECT apply_default_category()")
         if release_lost:
             await self._one("SELECT release_lost_claims()")
         await self._one("SELECT compact_counts()")
 
-    async def wants_categories(self) -> bool:
-        """Whether tasks without a category are to be given one."""
+    async def classification_enabled(self) -> bool:
+        """Returns whether tasks without a category are classified."""
         return bool((await self._one("SELECT categorise FROM queue_settings"))["categorise"])
 
     async def announce_classifier(self, seconds: float) -> None:
-        """Say that a categoriser will be there within `seconds`: the backlog may wait for it."""
+        """Announces a classifier within `seconds`; until then few tasks take the default category."""
         await self._one("SELECT announce_classifier($1)", seconds)
 
     async def claim_uncategorized(self, limit: int) -> list[UnclassifiedTask]:
-        """Tasks to be given a category now, at most `limit`; no one else gets the same."""
-        return [UnclassifiedTask(**dict(row)) for row in
-                await self._many("SELECT * FROM claim_uncategorized($1)", limit)]  # fmt: skip
+        """Claims at most `limit` tasks to classify."""
+        found = await self._many("SELECT * FROM claim_uncategorized($1)", limit)
+        return [UnclassifiedTask(**dict(row)) for row in found]
 
     async def assign_categories(
         self,
@@ -174,28 +183,28 @@ class TaskQueue:
         confidences: Sequence[float],
         reasons: Sequence[str],
     ) -> int:
-        """Queue these tasks under their categories; returns how many still waited for one."""
+        """Queues these tasks under their categories. Returns how many were still unclassified."""
         row = await self._one(
-            "SELECT assign_categories($1, $2, $3, $4, $5) AS kept",
+            "SELECT assign_categories($1, $2, $3, $4, $5) AS assigned",
             [task.task_id for task in tasks],
             [task.prompt_version for task in tasks],
             list(categories),
             list(confidences),
             list(reasons),
         )
-        return int(row["kept"])
+        return int(row["assigned"])
 
-    async def keep_partitions(self) -> None:
-        """See to it that the call log has its partitions a week ahead."""
+    async def create_partitions(self) -> None:
+        """Creates the partitions of the call log for the next week."""
         await self._one("SELECT make_call_partitions()")
 
     async def reconcile_step(self, after: int) -> int | None:
-        """Make queue and tasks agree for the next ids after `after`; the last of them, None at the end."""
+        """Reconciles queue and tasks for the next ids after `after`. Returns the last; None at the end."""
         row = await self._one("SELECT next_after FROM reconcile($1)", after)
         return None if row["next_after"] is None else int(row["next_after"])
 
     async def state(self, runs: Sequence[str]) -> QueueState:
-        """What has to be known each second, in one round trip."""
+        """Reads the state in one round trip."""
         row = await self._one("SELECT * FROM worker_state($1)", list(runs))
         return QueueState(
             held=row["held"],
@@ -206,18 +215,18 @@ class TaskQueue:
         )
 
     async def release_orphaned_claims(self, in_flight: Collection[uuid.UUID]) -> int:
-        """Give back claims of this worker, held for a minute, that nobody here works on; returns how many.
+        """Releases claims of this worker older than a minute and not in `in_flight`. Returns how many.
 
-        A claim whose reply was lost can be made after it was given back.
+        A claim whose reply was lost can commit after its release.
         """
-        held = await self._many("SELECT call_id FROM held_claims($1, $2)", self.worker, OVERLOOKED_SECONDS)
-        overlooked = [row["call_id"] for row in held if row["call_id"] not in in_flight]
-        for call_id in overlooked:
+        claims = await self._many("SELECT call_id FROM worker_claims($1, $2)", self.worker, ORPHANED_SECONDS)
+        orphaned = [row["call_id"] for row in claims if row["call_id"] not in in_flight]
+        for call_id in orphaned:
             await self.unclaim(call_id)
-        return len(overlooked)
+        return len(orphaned)
 
     async def finish_run(self, run: str, reason: str) -> str:
-        """Let all workers of the run leave; returns the reason that holds (the first one given)."""
+        """Ends a run for all of its workers. Returns the reason; the first one given is kept."""
         row = await self._one("SELECT finish_run($1, $2) AS reason", run, reason)
         return str(row["reason"])
 
@@ -229,8 +238,8 @@ class TaskQueue:
 
 
 @asynccontextmanager
-async def listening(url: str, heard: Callable[[str], None]) -> AsyncIterator[asyncpg.Connection]:
-    """A connection of its own, in session mode, that calls `heard(channel)` for each notification."""
+async def listening(url: str, notify: Callable[[str], None]) -> AsyncIterator[asyncpg.Connection]:
+    """Opens a separate connection that calls `notify(channel)` for each notification of CHANNELS."""
     try:
         connection = await asyncpg.connect(
             url, timeout=10, server_settings={"application_name": "router listener"}
@@ -239,7 +248,7 @@ async def listening(url: str, heard: Callable[[str], None]) -> AsyncIterator[asy
         raise DatabaseError(f"Postgres cannot be reached: {error}") from error
     try:
         for channel in CHANNELS:
-            await connection.add_listener(channel, lambda _connection, _pid, name, _payload: heard(name))
+            await connection.add_listener(channel, lambda _connection, _pid, name, _payload: notify(name))
         yield connection
     finally:
         await connection.close(timeout=2)

@@ -1,6 +1,6 @@
-"""The table `tasks` as people fill it and read it: new tasks in, finished ones out, failed ones back.
+"""Synchronous access to the table `tasks`: inserts new tasks, reads finished ones, retries failed ones.
 
-Synchronous, in batches that are each a transaction of their own: stopping half-way keeps what is done.
+Each batch is committed separately, so that an interrupted run keeps its progress.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from router.queue.ingest import NewTask
 RETRY_BATCH = 1000
 READ_BATCH = 500
 
-_INTAKE = """
-CREATE TEMP TABLE router_intake (
+_STAGING = """
+CREATE TEMP TABLE router_staging (
     line bigint, prompt text, category text, priority integer, external_id text, own_id boolean,
     max_tokens integer, deadline_at timestamptz) ON COMMIT DROP"""
-_ADD = """
+_INSERT = """
 INSERT INTO tasks (prompt, category, priority, external_id, max_tokens, deadline_at)
 SELECT i.prompt, i.category, i.priority, i.external_id, i.max_tokens, i.deadline_at
-  FROM router_intake i ORDER BY i.line
+  FROM router_staging i ORDER BY i.line
 ON CONFLICT (external_id) WHERE external_id IS NOT NULL DO NOTHING"""
-_CLASHES = """
+_CONFLICTS = """
 SELECT i.line, i.external_id, t.id AS task_id
-  FROM router_intake i JOIN tasks t ON t.external_id = i.external_id
+  FROM router_staging i JOIN tasks t ON t.external_id = i.external_id
  WHERE i.own_id AND t.prompt <> i.prompt ORDER BY i.line"""
 _FINISHED = """
 SELECT t.id, t.external_id, t.status, t.answer, t.answered_by, t.answer_call_id, t.failure,
-       coalesce(t.solved_at, t.created_at) AS finished_at, c.prompt_tokens, c.completion_tokens
+       readable_time(coalesce(t.solved_at, t.created_at)) AS finished_at, c.prompt_tokens, c.completion_tokens
   FROM tasks t LEFT JOIN model_calls c ON c.call_id = t.answer_call_id
  WHERE t.status = ANY (%s) ORDER BY t.id"""
 _RETRY = """
 UPDATE tasks SET status = 'unsolved'
  WHERE id IN (SELECT id FROM tasks
                WHERE status = 'failed' AND id > %s AND id <= %s
-                 AND (%s::text IS NULL OR known_category(category) = %s)
+                 AND (%s::text IS NULL OR resolve_category(category) = %s)
                  AND (%s::bigint[] IS NULL OR id = ANY (%s))
                ORDER BY id LIMIT %s FOR UPDATE SKIP LOCKED)
 RETURNING id, status"""
@@ -50,7 +50,7 @@ _COPY_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\
 
 @dataclass(frozen=True, slots=True)
 class IdConflict:
-    """A row whose own id already belongs to a task with another prompt."""
+    """A row whose own id belongs to a task with a different prompt."""
 
     line: int
     external_id: str
@@ -59,44 +59,44 @@ class IdConflict:
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """What became of a batch: tasks that are new, rows that were there already, and rows that clash."""
+    """Result of a batch: number of new tasks, number of rows loaded before, and conflicting rows."""
 
     added: int
     known: int
-    clashes: tuple[IdConflict, ...]
+    conflicts: tuple[IdConflict, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Retried:
-    """Tasks that are unsolved again, and tasks that cannot be: no model can be sent their prompt."""
+    """Number of tasks that are unsolved again, and of tasks whose prompt cannot be sent to any model."""
 
     unsolved: int
     still_failed: int
 
 
-def longest_prompt_bytes(connection: Connection) -> int:
-    """The longest prompt that is sent to a model."""
+def max_prompt_bytes(connection: Connection) -> int:
+    """Returns the size of the longest prompt that can be sent."""
     return int(rows(connection, "SELECT max_prompt_bytes FROM queue_settings")[0]["max_prompt_bytes"])
 
 
 def category_names(connection: Connection) -> list[str]:
-    """The categories that the router knows, the default last."""
+    """Returns the configured categories, the default one last."""
     return [row["name"] for row in rows(connection, "SELECT name FROM categories ORDER BY is_default, name")]
 
 
 def enqueue(connection: Connection, batch: Sequence[NewTask]) -> Added:
-    """Insert and commit the tasks whose external_id is new; the same batch again adds nothing."""
+    """Inserts and commits the tasks whose external_id is new."""
     copied = StringIO("".join(map(_copy_line, batch)))
     with connection.cursor() as cursor:
-        cursor.execute(_INTAKE)
-        cursor.copy_expert("COPY router_intake FROM STDIN", copied)
-        # Two loads of the same ids in different orders would deadlock: one batch after the other.
+        cursor.execute(_STAGING)
+        cursor.copy_expert("COPY router_staging FROM STDIN", copied)
+        # Serialized, because two batches with the same ids in different order would deadlock.
         cursor.execute("SELECT pg_advisory_xact_lock(hashtext('router_load'), 0)")
-        cursor.execute(_ADD)
+        cursor.execute(_INSERT)
         added = cursor.rowcount
-    clashes = rows(connection, _CLASHES) if added < len(batch) else []
+    found = rows(connection, _CONFLICTS) if added < len(batch) else []
     connection.commit()
-    return Added(added, len(batch) - added - len(clashes), tuple(IdConflict(**row) for row in clashes))
+    return Added(added, len(batch) - added - len(found), tuple(IdConflict(**row) for row in found))
 
 
 def _copy_line(task: NewTask) -> str:
@@ -110,7 +110,7 @@ def _copy_line(task: NewTask) -> str:
 
 
 def finished_tasks(connection: Connection, statuses: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Every task of these statuses, by id, as of one moment; read through a cursor, a few at a time."""
+    """Yields every task of these statuses by id, from one snapshot; reads READ_BATCH rows at a time."""
     with connection.cursor("router_export", cursor_factory=psycopg2.extras.RealDictCursor) as cursor:
         cursor.itersize = READ_BATCH
         cursor.execute(_FINISHED, (list(statuses),))
@@ -119,7 +119,7 @@ def finished_tasks(connection: Connection, statuses: Sequence[str]) -> Iterator[
 
 
 def failed_tasks(connection: Connection, category: str | None = None) -> int:
-    """How many tasks have failed, from the counters."""
+    """Returns the number of failed tasks, from the counters."""
     found = rows(
         connection,
         "SELECT coalesce(sum(failed), 0)::bigint AS failed FROM task_counts_now"
@@ -130,7 +130,7 @@ def failed_tasks(connection: Connection, category: str | None = None) -> int:
 
 
 def statuses(connection: Connection, task_ids: Sequence[int]) -> dict[int, str]:
-    """The status of each of these tasks; one that is not there is left out."""
+    """Returns the status of each of these tasks that exists."""
     found = rows(connection, "SELECT id, status FROM tasks WHERE id = ANY (%s)", (list(task_ids),))
     return {row["id"]: row["status"] for row in found}
 
@@ -138,9 +138,9 @@ def statuses(connection: Connection, task_ids: Sequence[int]) -> dict[int, str]:
 def retry_failed(
     connection: Connection, *, category: str | None = None, task_ids: Sequence[int] | None = None
 ) -> Iterator[Retried]:
-    """Set failed tasks back to unsolved, in committed batches; what was done so far is told after each.
+    """Resets failed tasks to unsolved in committed batches; yields the totals after each.
 
-    Tasks that fail again meanwhile are not taken a second time.
+    A task that fails again meanwhile is not reset twice.
     """
     last = rows(connection, "SELECT coalesce(max(id), 0) AS id FROM tasks")[0]["id"]
     ids = None if task_ids is None else list(task_ids)
@@ -157,7 +157,9 @@ def retry_failed(
 
 
 def require_schema(connection: Connection) -> None:
-    """DatabaseError with the next step if `router migrate` has never run here."""
-    there = rows(connection, "SELECT to_regclass('queue_settings') IS NOT NULL AS there")[0]["there"]
-    if not there:
-        raise DatabaseError("This database holds no tables of the router yet. Run `router migrate` first.")
+    """Raises DatabaseError if `router migrate` has never run on this database."""
+    found = rows(connection, "SELECT to_regclass('queue_settings') IS NOT NULL AS found")[0]["found"]
+    if not found:
+        raise DatabaseError(
+            "This database does not have the router's tables yet. Run `router migrate` first."
+        )

@@ -1,6 +1,6 @@
-"""What goes back to a program that speaks OpenAI's protocol: completions, streams, models, errors. No I/O.
+"""Responses in OpenAI's format: completions, streams, models and errors.
 
-Beyond OpenAI's fields each completion has `router`: how the prompt was routed and who answered.
+Each completion has one more field, `router`: how the prompt was routed and who answered.
 """
 
 from __future__ import annotations
@@ -11,19 +11,26 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
 from router.answering import Answer
 
-PASSAGES_MODEL = "passages"  # stands for `model` where no model answered
-PIECE_CHARACTERS = 200
+PASSAGES_MODEL = "passages"  # `model` of an answer that is passages
+CHUNK_CHARACTERS = 200
 OWNER = "llm-router"
 SERVER_ERRORS = 500
 KEEP_ALIVE = b": waiting\n\n"
 STREAM_END = b"data: [DONE]\n\n"
-_KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+ROUTING = (
+    *("category", "confidence", "reason", "preferred", "fallback", "provisional", "rank", "sources"),
+    *("task_id", "seconds", "cost_usd"),
+)
+ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):
-    """What goes back instead of an answer, with its HTTP status."""
+    """Error that the client receives, with its HTTP status."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None,
@@ -37,13 +44,13 @@ class ApiError(Exception):
 
     @property
     def document(self) -> dict[str, Any]:
-        usual = "invalid_request_error" if self.status < SERVER_ERRORS else "server_error"
-        kind = _KINDS.get(self.status, usual)
+        default = "invalid_request_error" if self.status < SERVER_ERRORS else "server_error"
+        kind = ERROR_TYPES.get(self.status, default)
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
     @property
     def headers(self) -> dict[str, str]:
-        """Retry-After in whole seconds, and in milliseconds, which OpenAI's clients read first."""
+        """Retry-After in seconds, and in milliseconds, which OpenAI's clients prefer."""
         if self.status == 401:  # noqa: PLR2004 - HTTP
             return {"www-authenticate": "Bearer"}
         if self.retry_after_seconds is None:
@@ -52,56 +59,70 @@ class ApiError(Exception):
         return {"retry-after": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(seconds * 1000))}
 
 
+class ApiResponse(JSONResponse):
+    """JSON whose texts may hold half a surrogate pair: it is sent as a question mark."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, ensure_ascii=False, default=str).encode("utf-8", "replace")
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events."""
+
+    media_type = "text/event-stream"
+
+    async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        await self.stream_response(send)  # the endpoint itself watches for a disconnect
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One answer on its way back, under the id and the moment (Unix seconds) of its request.
+    """Answer to one chat request, with the request's id and time (Unix seconds).
 
-    `longest` is how many tokens it could have: one that has so many was cut off.
+    `max_tokens` is the longest answer that was possible: one of that many tokens was cut off.
     """
 
     answer: Answer
     completion_id: str
     created: int
-    longest: int | None = None
+    max_tokens: int | None = None
     stops: tuple[str, ...] = ()
 
     @property
     def model(self) -> str:
-        """Who answered."""
+        """Name of the model that answered."""
         return self.answer.model or PASSAGES_MODEL
 
     @property
     def text(self) -> str:
-        """The answer up to the first of the texts that were to stop it."""
-        places = [place for stop in self.stops if (place := self.answer.text.find(stop)) >= 0]
-        return self.answer.text[: min(places)] if places else self.answer.text
+        """The answer up to the first stop text."""
+        positions = [at for stop in self.stops if (at := self.answer.text.find(stop)) >= 0]
+        return self.answer.text[: min(positions)] if positions else self.answer.text
 
     @property
     def finish_reason(self) -> str:
         used = self.answer.completion_tokens
-        cut = self.longest is not None and used is not None and used >= self.longest
+        cut = self.max_tokens is not None and used is not None and used >= self.max_tokens
         return "length" if cut and self.text == self.answer.text else "stop"
 
     def completion(self) -> dict[str, Any]:
-        """The whole completion."""
+        """Returns the whole completion."""
         message = {"role": "assistant", "content": self.text, "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": self.finish_reason}
-        return {
-            **self._head("chat.completion"),
-            "choices": [choice],
-            "usage": self.usage(),
-            "router": self.routing(),
-        }
+        head = _head("chat.completion", self.completion_id, self.created, self.model)
+        return {**head, "choices": [choice], "usage": self.usage(), "router": self.routing()}
 
     def events(self, *, include_usage: bool) -> Iterator[bytes]:
-        """The stream from the first piece of text on; the role went before it."""
-        rest: dict[str, Any] = {"usage": None} if include_usage else {}
-        for start in range(0, len(self.text), PIECE_CHARACTERS):
-            piece = {"content": self.text[start : start + PIECE_CHARACTERS]}
-            yield event(self._chunk(piece, None, rest))
-        yield event(self._chunk({}, self.finish_reason, {**rest, "router": self.routing()}))
+        """Yields the stream after its first event, which `role_event` returns."""
+        head = _head("chat.completion.chunk", self.completion_id, self.created, self.model)
+        usage = {"usage": None} if include_usage else {}
+        for start in range(0, len(self.text), CHUNK_CHARACTERS):
+            delta = {"content": self.text[start : start + CHUNK_CHARACTERS]}
+            yield event({**head, "choices": [_delta(delta)], **usage})
+        choices = [_delta({}, self.finish_reason)]
+        yield event({**head, "choices": choices, **usage, "router": self.routing()})
         if include_usage:
-            yield event({**self._head("chat.completion.chunk"), "choices": [], "usage": self.usage()})
+            yield event({**head, "choices": [], "usage": self.usage()})
         yield STREAM_END
 
     def usage(self) -> dict[str, int]:
@@ -113,55 +134,43 @@ class Reply:
         }
 
     def routing(self) -> dict[str, Any]:
-        """How the prompt was routed."""
-        answer = self.answer
-        return {
-            "category": answer.category,
-            "confidence": answer.confidence,
-            "reason": answer.reason,
-            "preferred": answer.preferred,
-            "fallback": answer.fallback,
-            "provisional": answer.provisional,
-            "rank": int(answer.rank),
-            "sources": list(answer.sources),
-            "task_id": answer.task_id,
-            "seconds": answer.seconds,
-            "cost_usd": answer.cost_usd,
-        }
+        """Returns how the prompt was routed."""
+        return {name: getattr(self.answer, name) for name in ROUTING} | {"sources": [*self.answer.sources]}
 
     def headers(self) -> dict[str, str]:
-        """The routing in short, for programs that only see headers."""
+        """Returns the routing as headers. Characters outside Latin-1 become question marks."""
         answer = self.answer
         found = {
             "x-router-category": answer.category,
             "x-router-model": self.model,
             "x-router-provisional": str(answer.provisional).lower(),
         }
-        return found if answer.task_id is None else {**found, "x-router-task": str(answer.task_id)}
-
-    def _chunk(self, delta: Mapping[str, str], reason: str | None, rest: Mapping[str, Any]) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-        return {**self._head("chat.completion.chunk"), "choices": [choice], **rest}
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.completion_id, "object": kind, "created": self.created, "model": self.model}
+        if answer.task_id is not None:
+            found["x-router-task"] = str(answer.task_id)
+        return {name: value.encode("latin-1", "replace").decode("latin-1") for name, value in found.items()}
 
 
 def role_event(completion_id: str, created: int, model: str, *, include_usage: bool) -> bytes:
-    """The first event of a stream, sent before it is known who will answer: `model` is the name asked for."""
-    delta = {"role": "assistant", "content": "", "refusal": None}
-    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}
-    chunk = {"id": completion_id, "object": "chat.completion.chunk", "created": created, "model": model}
-    usage: dict[str, Any] = {"usage": None} if include_usage else {}
-    return event({**chunk, "choices": [choice], **usage})
+    """Returns the first event of a stream; before there is an answer, `model` is the requested one."""
+    head = _head("chat.completion.chunk", completion_id, created, model)
+    choice = _delta({"role": "assistant", "content": "", "refusal": None})
+    return event({**head, "choices": [choice], **({"usage": None} if include_usage else {})})
+
+
+def _head(kind: str, completion_id: str, created: int, model: str) -> dict[str, Any]:
+    return {"id": completion_id, "object": kind, "created": created, "model": model}
+
+
+def _delta(delta: Mapping[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+    return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
 
 
 def event(document: Mapping[str, Any]) -> bytes:
-    """One server-sent event."""
+    """Returns one server-sent event."""
     text = json.dumps(document, ensure_ascii=False, default=str)
     return b"data: " + text.encode("utf-8", "replace") + b"\n\n"
 
 
 def model_object(name: str) -> dict[str, Any]:
-    """One model as `/v1/models` shows it; when it was made is not known here."""
+    """Returns one model of `/v1/models`; its creation time is unknown."""
     return {"id": name, "object": "model", "created": 0, "owned_by": OWNER}

@@ -1,4 +1,4 @@
-"""The server as a process: the router behind the OpenAI protocol, from its start to its end."""
+"""Runs the HTTP server: the router behind OpenAI's protocol, from start to shutdown."""
 
 from __future__ import annotations
 
@@ -23,19 +23,18 @@ from router.answering import Router
 from router.background import PeriodicJobs
 from router.errors import ConfigError
 from router.server.api_keys import ApiKeys
-from router.server.chat import Answering, Chats, ReadCatalog
-from router.server.middleware import AuthMiddleware, Limits
-from router.server.requests import Catalog
+from router.server.chat import ChatCompletions, read_catalog
+from router.server.middleware import Limits, protected
 from router.server.responses import ApiError, model_object
 
 KEYS_SECONDS = 1.0
 KEEPALIVE_SECONDS = 75
-LAST_WORDS_SECONDS = 5  # after the grace, for clients to be told that the server stops
+ERROR_SECONDS = 5  # after the grace, for clients to receive that the server is stopping
 
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """Where to listen (port 0: a free one), whom to let in (keys None: this machine), how much, how long."""
+    """Address (port 0: any free one), keys (None: local programs only), limits and grace at shutdown."""
 
     host: str
     port: int
@@ -46,28 +45,22 @@ class ServeOptions:
 
 
 async def run_server(options: ServeOptions, listening: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM; `listening` is told the URL. ConfigError says why it cannot begin."""
-    with contextlib.closing(_listen(options.host, options.port)) as door:
+    """Serves until SIGINT or SIGTERM; calls `listening` with the URL. Raises ConfigError."""
+    with contextlib.closing(_listen(options.host, options.port)) as listener:
         router = Router.from_config(options.config)
-        duties = PeriodicJobs()
-        api = OpenAIApp(router, lambda: _catalogue(router), options.keys, options.limits)
-        server = _Server(api, options.grace_seconds)
+        jobs = PeriodicJobs()
+        app = OpenAIApp(router, options.keys, options.limits)
+        server = _Server(app, options.grace_seconds)
         try:
             await router.open()
             if options.keys is not None:
                 reload = options.keys.reload
-                duties.start(lambda: asyncio.to_thread(reload), KEYS_SECONDS, "api keys")
-            listening(_url(door))
-            await server.serve([door])
+                jobs.start(lambda: asyncio.to_thread(reload), KEYS_SECONDS, "api keys")
+            listening(_url(listener))
+            await server.serve([listener])
         finally:
-            await duties.end()
+            await jobs.stop()
             await router.close(grace_seconds=server.grace_left())
-
-
-async def _catalogue(router: Router) -> Catalog:
-    config = router.config
-    longest = {model.model: model.max_tokens for model in await router.models()}
-    return Catalog(longest, tuple(sorted(config.categories)), config.fallback.max_tokens)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -76,38 +69,38 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         why = error.strerror or error
-        raise ConfigError(f"Cannot listen on {host}, port {port}: {why}. Give another --port.") from error
+        raise ConfigError(f"Cannot listen on {host}, port {port}: {why}. Use another --port.") from error
 
 
-def _url(door: socket.socket) -> str:
-    host, port = door.getsockname()[:2]
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
 
 
 class _Server(uvicorn.Server):
-    """Stops at a signal: no new requests, those under way may end within the grace."""
+    """Stops at a signal: no new requests; those in progress may end within the grace."""
 
-    def __init__(self, api: OpenAIApp, grace_seconds: float) -> None:
-        self._api = api
+    def __init__(self, app: OpenAIApp, grace_seconds: float) -> None:
+        self._app = app
         self._grace_seconds = grace_seconds
         self._stopped_at: float | None = None
         super().__init__(
             uvicorn.Config(
-                api, http="h11",  # the other one takes in headers of any size
+                app, http="h11",  # httptools does not limit the size of headers
                 lifespan="off", ws="none", access_log=False, log_config=None, log_level="warning",
                 server_header=False, proxy_headers=False, timeout_keep_alive=KEEPALIVE_SECONDS,
-                timeout_graceful_shutdown=int(grace_seconds) + LAST_WORDS_SECONDS,
+                timeout_graceful_shutdown=int(grace_seconds) + ERROR_SECONDS,
             )
         )  # fmt: skip
 
     def grace_left(self) -> float:
-        """Seconds of the grace that are left."""
-        gone = 0.0 if self._stopped_at is None else time.monotonic() - self._stopped_at
-        return max(0.0, self._grace_seconds - gone)
+        """Returns the seconds of the grace that are left."""
+        passed = 0.0 if self._stopped_at is None else time.monotonic() - self._stopped_at
+        return max(0.0, self._grace_seconds - passed)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        # uvicorn's own would have the process die of the signal in the end.
+        # uvicorn's own version raises the signal again at the end, which kills the process.
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.handle_exit, number, None)
@@ -120,47 +113,40 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._stopped_at is None:
             self._stopped_at = time.monotonic()
-            asyncio.get_running_loop().call_later(self._grace_seconds, self._api.give_up)
+            asyncio.get_running_loop().call_later(self._grace_seconds, self._app.cancel)
         super().handle_exit(sig, frame)
 
 
 class OpenAIApp:
-    """The server's ASGI application: the door, and behind it the paths."""
+    """ASGI application of the server."""
 
-    def __init__(
-        self,
-        router: Answering,
-        catalogue: ReadCatalog,
-        keys: ApiKeys | None,
-        limits: Limits | None = None,
-    ) -> None:
-        """`catalogue` is asked for each request, so that models come and go while the server runs."""
-        self._catalogue = catalogue
-        self._chats = Chats(router, catalogue, limits or Limits())
-        paths = Routes(
+    def __init__(self, router: Router, keys: ApiKeys | None, limits: Limits) -> None:
+        self._router = router
+        self._chat = ChatCompletions(router, limits)
+        routes = Routes(
             [
-                Route("/v1/chat/completions", self._chats, methods=["POST"]),
+                Route("/v1/chat/completions", self._chat, methods=["POST"]),
                 Route("/v1/models", self._models),
                 Route("/v1/models/{name:path}", self._model),
             ],
             redirect_slashes=False,
         )
-        self._door = AuthMiddleware(paths, keys)
+        self._app = protected(routes, keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._door(scope, receive, send)
+        await self._app(scope, receive, send)
 
-    def give_up(self) -> None:
-        """Cancel what is still being asked; its clients are told to come again."""
-        self._chats.give_up()
+    def cancel(self) -> None:
+        """Cancels all requests in progress; their clients are asked to retry."""
+        self._chat.cancel()
 
     async def _models(self, _request: Request) -> JSONResponse:
-        names = (await self._catalogue()).names()
+        names = (await read_catalog(self._router)).names()
         return JSONResponse({"object": "list", "data": [model_object(name) for name in names]})
 
     async def _model(self, request: Request) -> JSONResponse:
         name: str = request.path_params["name"]
-        if name not in (await self._catalogue()).names():
+        if name not in (await read_catalog(self._router)).names():
             message = f"The model {name[:100]!r} does not exist."
             raise ApiError(404, message, param="model", code="model_not_found")
         return JSONResponse(model_object(name))

@@ -19,6 +19,7 @@ from router.settings.environment import (
     classifier_folder,
     config_folder,
     data_folder,
+    own_or_shipped,
 )
 from router.settings.learning import JudgingSettings, LearningSettings, UtilitySettings, load_learning
 from router.settings.models import DISCOVERED, MODEL_NAME_PATTERN, read_discovered
@@ -52,5 +53,6 @@ __all__ = [
     "load_config",
     "load_discovery",
     "load_learning",
+    "own_or_shipped",
     "read_discovered",
 ]

@@ -1,4 +1,4 @@
-"""Environment variables: addresses of Postgres, Redis and the Models Backend, and the folders."""
+"""Environment variables: addresses of Postgres, Redis and the Models Backend, and folders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEFAULT_CONFIG_FOLDER = ROOT / "config"
 
 
 class Addresses(Frozen):
-    """Where Postgres, Redis and the Models Backend are. Never logged: they may hold passwords."""
+    """URLs of Postgres, Redis and the Models Backend. Never logged, since they may contain passwords."""
 
     database_url: str = Field(repr=False)
     redis_url: str = Field(repr=False)
@@ -25,7 +25,7 @@ class Addresses(Frozen):
 
 
 def addresses_from_environment(environment: Mapping[str, str] | None = None) -> Addresses:
-    """Read the three addresses from the environment; ConfigError names the one that is missing."""
+    """Reads the three addresses. Raises ConfigError with the name of a variable that is not set."""
     environment = os.environ if environment is None else environment
     return Addresses(
         database_url=_required(environment, "ROUTER_DATABASE_URL", "postgresql://user@host/database"),
@@ -44,22 +44,26 @@ def _required(environment: Mapping[str, str], name: str, example: str) -> str:
 
 
 def config_folder(environment: Mapping[str, str] | None = None) -> Path:
-    """The folder of the YAML files: `ROUTER_CONFIG`, or the `config/` that ships with the project."""
+    """Folder of the YAML files: `ROUTER_CONFIG`, or the shipped `config/`."""
     environment = os.environ if environment is None else environment
     return Path(environment.get("ROUTER_CONFIG") or DEFAULT_CONFIG_FOLDER)
 
 
+def own_or_shipped(folder: Path, name: str) -> Path:
+    """Returns the file `name` (a relative path) in `folder`, or the shipped one if only that exists."""
+    own, shipped = folder / name, DEFAULT_CONFIG_FOLDER / name
+    return shipped if not own.exists() and shipped.exists() else own
+
+
 def data_folder(environment: Mapping[str, str] | None = None) -> Path:
-    """Where this host keeps what can be made anew: `ROUTER_DATA`, or `router` in the user's cache."""
+    """Folder of this host's caches: `ROUTER_DATA`, or `router` in the user's cache folder."""
     environment = os.environ if environment is None else environment
     if environment.get("ROUTER_DATA"):
         return Path(environment["ROUTER_DATA"])
-    cache = environment.get("XDG_CACHE_HOME") or Path(
-        environment.get("HOME") or tempfile.gettempdir(), ".cache"
-    )
-    return Path(cache) / "router"
+    home = environment.get("HOME") or tempfile.gettempdir()
+    return Path(environment.get("XDG_CACHE_HOME") or Path(home, ".cache")) / "router"
 
 
 def classifier_folder() -> Path:
-    """Where this host keeps what its categorisers learned."""
+    """Folder of this host's trained classifiers."""
     return data_folder() / "categories"

@@ -1,4 +1,4 @@
-"""How a file of `config/` is read: strictly, into a frozen value, or refused with its file and key."""
+"""Reads the YAML files of `config/` strictly: duplicate keys, unknown keys and invalid values are errors."""
 
 from __future__ import annotations
 
@@ -14,38 +14,46 @@ from router.errors import ConfigError
 
 log = logging.getLogger("router.settings")
 
-Settings = TypeVar("Settings", bound=BaseModel)
-
 
 class Frozen(BaseModel):
-    """Settings that never change and refuse unknown keys.
+    """Immutable settings that reject unknown keys.
 
-    `renamed_keys` maps a key of the release before to its present name: it is accepted, with a warning.
+    `renamed_keys` maps a key of the previous release to its new name, or to None if it was removed. Such a
+    key is accepted with a warning.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    renamed_keys: ClassVar[Mapping[str, str]] = {}
+    renamed_keys: ClassVar[Mapping[str, str | None]] = {}
 
     @model_validator(mode="before")
     @classmethod
     def _accept_renamed_keys(cls, data: Any, info: ValidationInfo) -> Any:
-        if not isinstance(data, dict) or not cls.renamed_keys.keys() & data.keys():
-            return data
-        renamed = {}
-        for key, value in data.items():
-            new = cls.renamed_keys.get(key, key)
-            if new != key:
-                if new in data:
-                    raise ValueError(f"{key} is the former name of {new}: keep only {new}")
-                log.warning(
-                    "%s: %s is now called %s; rename it before the next release", info.context, key, new
-                )
-            renamed[new] = value
-        return renamed
+        return with_new_names(data, cls.renamed_keys, info)
+
+
+Settings = TypeVar("Settings", bound=Frozen)
+
+
+def with_new_names(data: Any, renamed_keys: Mapping[str, str | None], info: ValidationInfo) -> Any:
+    """Renames former keys of a mapping and logs a warning for each; raises ValueError if both names occur."""
+    if not isinstance(data, dict) or not renamed_keys.keys() & data.keys():
+        return data
+    renamed = {}
+    for key, value in data.items():
+        new = renamed_keys.get(key, key)
+        if new is None:
+            log.warning("%s: %s is no longer used; remove it before the next release", info.context, key)
+            continue
+        if new != key:
+            if new in data:
+                raise ValueError(f"{key} is the former name of {new}: keep only {new}")
+            log.warning("%s: %s is now called %s; rename it before the next release", info.context, key, new)
+        renamed[new] = value
+    return renamed
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """A safe loader that refuses a key written twice, which YAML would silently let win."""
+    """Safe loader that rejects duplicate keys, of which YAML silently keeps the last."""
 
 
 def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -53,11 +61,9 @@ def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[An
     for key_node, _ in node.value:
         key = loader.construct_object(key_node)
         if not isinstance(key, Hashable):
-            raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=key_node.start_mark)
+            raise yaml.MarkedYAMLError(problem="a key must be a scalar", problem_mark=key_node.start_mark)
         if key in seen:
-            raise yaml.MarkedYAMLError(
-                problem=f"the key {key!r} stands twice", problem_mark=key_node.start_mark
-            )
+            raise yaml.MarkedYAMLError(problem=f"duplicate key {key!r}", problem_mark=key_node.start_mark)
         seen.add(key)
     return loader.construct_mapping(node, deep=True)
 
@@ -66,11 +72,11 @@ _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG,
 
 
 def read_yaml(path: Path) -> Any:
-    """What the file holds; ConfigError names it if it is not there, no text or no YAML."""
+    """Parses a file. Raises ConfigError if it is missing, unreadable or not valid YAML."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise ConfigError(f"{path} does not exist. Set ROUTER_CONFIG to the folder that holds it.") from error
+        raise ConfigError(f"{path} does not exist. Set ROUTER_CONFIG to the folder of that file.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}") from error
     try:
@@ -80,15 +86,17 @@ def read_yaml(path: Path) -> Any:
 
 
 def validated(kind: type[Settings], data: Any, path: Path) -> Settings:
-    """The settings that the file's data hold; ConfigError names file and key of the first that is wrong."""
+    """Validates the data of a file. Raises ConfigError with the file and the key of the first error."""
     if not isinstance(data, dict):
-        raise ConfigError(
-            f"{path} must hold keys and values at its top; see the comments of the shipped file."
-        )
+        raise ConfigError(f"{path} must be a mapping of keys to values; see the shipped file.")
     try:
         return kind.model_validate(data, context=path)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "(top)"
-        message = str(first["msg"]).removeprefix("Value error, ")
-        raise ConfigError(f"{path}: {where}: {message}") from error
+        key, message = first_problem(error)
+        raise ConfigError(f"{path}: {key + ': ' if key else ''}{message}") from error
+
+
+def first_problem(error: ValidationError) -> tuple[str, str]:
+    """Returns the dotted key and the message of the first error; no key if it concerns the whole."""
+    first = error.errors()[0]
+    return ".".join(map(str, first["loc"])), str(first["msg"]).removeprefix("Value error, ")

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from router.errors import ConfigError
-from router.settings.environment import DEFAULT_CONFIG_FOLDER, config_folder
-from router.settings.files import Frozen, read_yaml, validated
+from router.settings.files import Frozen
+from router.settings.overrides import WithOverrides, check_overrides, load_with_overrides, overridden
 
-GRADE_SOURCES = ("check", "reference", "judge", "feedback")  # where the score of an answer comes from
+GradeSource = Annotated[str, Field(pattern="^(check|reference|judge|feedback)$")]
+Weight = Annotated[float, Field(ge=0, le=1000)]  # a bound that catches typing errors
 
 
 class UtilitySettings(Frozen):
-    """The worth of a call: weights, the scales of seconds and USD at which half is left, and the floor."""
+    """Utility of a call: weights, half-value scales of latency and cost, and the floor for models."""
 
     success: float = Field(default=0.25, ge=0)
     score: float = Field(default=0.50, ge=0)
@@ -26,21 +27,21 @@ class UtilitySettings(Frozen):
     floor: float = Field(default=0.4, ge=0, lt=1)
 
     @model_validator(mode="after")
-    def _weighs_something(self) -> UtilitySettings:
+    def _some_weight_is_positive(self) -> UtilitySettings:
         if self.success + self.score + self.latency + self.cost <= 0:
             raise ValueError("the weights success, score, latency and cost are all 0; give one a weight")
         return self
 
 
 class ExplorationSettings(Frozen):
-    """How much traffic goes to models that have to prove themselves: a share, and calls a period for each."""
+    """Traffic for models with little evidence: their share of a category, and calls per model and period."""
 
     share: float = Field(default=0.05, ge=0, le=0.5)
     calls: int = Field(default=150, ge=0)
 
 
 class OutageSettings(Frozen):
-    """When failures are the backend's and no model's."""
+    """When simultaneous failures are attributed to the backend instead of the models."""
 
     seconds: int = Field(default=30, ge=1, le=3600)
     share: float = Field(default=0.9, gt=0, le=1)
@@ -48,24 +49,16 @@ class OutageSettings(Frozen):
 
 
 class GradingSettings(Frozen):
-    """How many answers are graded, and what a grade weighs by its source."""
+    """Number of answers graded per model, category and period, and weights of grades by source."""
 
     answers: int = Field(default=300, ge=0, le=100_000)
-    sources: dict[str, float] = Field(default={"check": 1, "reference": 2, "judge": 2, "feedback": 3})
-
-    @field_validator("sources")
-    @classmethod
-    def _weights_are_weights(cls, sources: dict[str, float]) -> dict[str, float]:
-        for source, weight in sources.items():
-            if source not in GRADE_SOURCES:
-                raise ValueError(f"{source!r} is none of {', '.join(GRADE_SOURCES)}")
-            if not 0 <= weight <= 1000:  # noqa: PLR2004 - a bound that catches a typing error
-                raise ValueError(f"{source}: {weight:g} is not between 0 and 1000")
-        return sources
+    sources: dict[GradeSource, Weight] = Field(
+        default={"check": 1, "reference": 2, "judge": 2, "feedback": 3}
+    )
 
 
 class JudgingSettings(Frozen):
-    """How many answers other models judge, who they are, and what that may cost a night (a period)."""
+    """Pairwise judging by other models: the judges, the sample size, and the budget per period."""
 
     models: tuple[str, ...] = ()
     answers: int = Field(default=8, ge=0, le=1000)
@@ -73,11 +66,10 @@ class JudgingSettings(Frozen):
     cost_usd: float = Field(default=0.5, ge=0, le=1e6)
 
 
-class LearningSettings(Frozen):
-    """`config/learning.yaml`, whole."""
+class LearningSettings(WithOverrides):
+    """Contents of `config/learning.yaml`; categories override `utility`."""
 
     utility: UtilitySettings = UtilitySettings()
-    categories: dict[str, dict[str, float]] = Field(default={})
     period_hours: float = Field(default=24.0, ge=0.001, le=24 * 31)
     half_life_periods: float = Field(default=14.0, gt=0)
     memory_periods: int = Field(default=56, ge=1, le=400)
@@ -95,39 +87,20 @@ class LearningSettings(Frozen):
     retention_days: int = Field(default=30, ge=3, le=36_500)
 
     @model_validator(mode="after")
-    def _categories_are_utilities(self) -> LearningSettings:
-        category = ""
-        try:
-            for category in self.categories:
-                self.utility_of(category)
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"])
-            raise ValueError(f"categories.{category}.{key}: {first['msg']}") from error
+    def _overrides_are_valid(self) -> LearningSettings:
+        check_overrides(self.utility, self.categories)
         return self
 
     def utility_of(self, category: str) -> UtilitySettings:
-        """The worth of a call of this category: the usual one, with what is different there."""
-        return UtilitySettings.model_validate(
-            {**self.utility.model_dump(), **self.categories.get(category, {})}
-        )
+        """Returns the utility settings of a category: the usual ones with its overrides."""
+        return overridden(self.utility, self.categories.get(category, {}))
 
     @property
     def period_seconds(self) -> int:
-        """The length of a period in whole seconds."""
+        """Length of a period in whole seconds."""
         return max(1, round(self.period_hours * 3600))
 
 
 def load_learning(folder: Path | None, categories: Collection[str]) -> LearningSettings:
-    """Read and check `learning.yaml` in `folder`, or the shipped one where that has none.
-
-    ConfigError if it speaks of a category that is not among `categories`.
-    """
-    path = (folder or config_folder()) / "learning.yaml"
-    shipped = DEFAULT_CONFIG_FOLDER / "learning.yaml"
-    own = path.exists()
-    learning = validated(LearningSettings, read_yaml(path if own else shipped), path if own else shipped)
-    for category in learning.categories:
-        if own and category not in categories:
-            raise ConfigError(f"{path}: categories.{category}: no such category; known: {sorted(categories)}")
-    return learning
+    """Loads `learning.yaml`; see `load_with_overrides`."""
+    return load_with_overrides(LearningSettings, "learning.yaml", folder, categories)

@@ -1,4 +1,4 @@
-"""Models: those of `config/models.yaml` and of `config/discovered.yaml`."""
+"""Models: settings in `config/models.yaml` and `config/discovered.yaml`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from router.errors import ConfigError
 from router.settings.files import Frozen, read_yaml, validated
@@ -16,31 +16,33 @@ MODEL_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 DISCOVERED = "discovered.yaml"
 
 
+def _checked_target(line: str) -> str:
+    TrafficTarget.parse(line)
+    return line
+
+
+TrafficTargetLine = Annotated[str, AfterValidator(_checked_target)]
+
+
 class _AnyModel(Frozen):
-    endpoint: str | None = None  # the name the Models Backend knows; default: the model's own
-    target: str  # the default of the Variable `traffic.<model>`
-    ranks: dict[str, int]  # category -> starting rank, 1 is best
+    endpoint: str | None = None  # name at the Models Backend; default: the model's own name
+    target: TrafficTargetLine  # initial value of the Variable `traffic.<model>`
+    ranks: dict[str, int]  # category -> initial rank, 1 is best
     context_tokens: int = Field(default=8192, ge=1)
     max_tokens: int = Field(default=512, ge=1)
     timeout_seconds: float = Field(default=180.0, gt=0)
     input_price: float = Field(default=0.0, ge=0)
     output_price: float = Field(default=0.0, ge=0)
 
-    @field_validator("target")
-    @classmethod
-    def _target_parses(cls, line: str) -> str:
-        TrafficTarget.parse(line)
-        return line
-
 
 class ModelSettings(_AnyModel):
-    """One model of `config/models.yaml`. Prices in USD a million tokens, times in seconds."""
+    """A model of `config/models.yaml`. Prices in USD per million tokens, times in seconds."""
 
     state: Literal["active", "paused"] = "active"
 
 
 class RosterChange(Frozen):
-    """What became of a model that the search found: when, whose doing, and why."""
+    """A change to a discovered model: what, when, by whom, and why."""
 
     what: Literal["taken", "promoted", "retired"]
     at: datetime
@@ -49,7 +51,7 @@ class RosterChange(Frozen):
 
 
 class DiscoveredModel(_AnyModel):
-    """One model of `config/discovered.yaml`, which the search writes."""
+    """A model of `config/discovered.yaml`, which the discovery writes."""
 
     state: Literal["probation", "active", "retired"]
     history: tuple[RosterChange, ...] = Field(min_length=1)
@@ -60,11 +62,11 @@ class _Discovered(Frozen):
 
 
 def read_discovered(folder: Path) -> tuple[dict[str, DiscoveredModel], str | None]:
-    """The models of `discovered.yaml`, if there is one; else, or if it is wrong, none and what is wrong."""
+    """Reads `discovered.yaml`; returns its models, and the error if the file is invalid."""
     path = folder / DISCOVERED
     if not path.exists():
         return {}, None
     try:
         return validated(_Discovered, read_yaml(path), path).models, None
     except ConfigError as error:
-        return {}, f"{error} None of its models is read; mend it, or delete it: the search writes it anew."
+        return {}, f"{error} All of its models are ignored. Fix the file, or delete it to have it rewritten."

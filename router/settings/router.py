@@ -1,36 +1,36 @@
-"""Everything that can be configured, read once into frozen values.
+"""`config/models.yaml`: the models, and how the router works with them.
 
-Two sources: the environment (where things are, and secrets) and `config/*.yaml` (how things behave). Both
-are read only here and at the edges (`cli`, plugins); below, settings are passed as values. An unknown key is
-refused with its file and path.
+Settings are read once, here and at the edges (`cli`, plugins); other code gets them as values.
 """
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from router.errors import ConfigError
-from router.settings.classification import CATEGORY_PATTERN, ClassificationSettings, load_categories
+from router.settings.classification import ClassificationSettings, check_category_names, load_categories
 from router.settings.environment import config_folder
 from router.settings.files import Frozen, read_yaml, validated
 from router.settings.models import MODEL_NAME_PATTERN, DiscoveredModel, ModelSettings, read_discovered
 
+Deadline = Annotated[float, Field(gt=0, le=3600)]
+
 
 class BackendPaths(Frozen):
-    """Where the existing Models Backend serves what."""
+    """Paths of the Models Backend's endpoints."""
+
+    renamed_keys: ClassVar = {"batch": None, "health": None}
 
     single: str = "/single"
-    batch: str = "/batch"
     models: str = "/models"
-    health: str = "/health"
 
 
 class BackendFields(Frozen):
-    """What the existing Models Backend calls things, as dotted paths into its JSON."""
+    """Names of the Models Backend's fields: keys of its requests, dotted paths into its responses."""
 
     model: str = "model"
     prompt: str = "prompt"
@@ -44,7 +44,7 @@ class BackendFields(Frozen):
 
 
 class BackendSettings(Frozen):
-    """How to speak to the Models Backend. Its address comes from the environment."""
+    """Client of the Models Backend. Its address comes from the environment."""
 
     paths: BackendPaths = BackendPaths()
     fields: BackendFields = BackendFields()
@@ -54,7 +54,7 @@ class BackendSettings(Frozen):
 
 
 class WorkerSettings(Frozen):
-    """The pull loop and its engine. All times in seconds."""
+    """Workers and their engine. Times in seconds."""
 
     lease_seconds: float = Field(default=10.0, ge=1)
     heartbeat_seconds: float = Field(default=2.5, gt=0)
@@ -70,7 +70,7 @@ class WorkerSettings(Frozen):
 
 
 class TrafficSettings(Frozen):
-    """How late a send may be, and when a model is given a rest. All times in seconds; see docs/limiter.md."""
+    """Slacks of the rate limiter and its circuit breaker; see docs/limiter.md. Times in seconds."""
 
     renamed_keys: ClassVar = {
         "failures_borne": "failure_threshold",
@@ -95,34 +95,25 @@ class TrafficSettings(Frozen):
 
 
 class AnsweringSettings(Frozen):
-    """Answering one prompt now. All times in seconds; a deadline counts from when the prompt came."""
+    """Interactive requests. Times in seconds; a deadline counts from the arrival of the prompt."""
 
     renamed_keys: ClassVar = {"most_models": "max_models", "most_at_once": "max_concurrency"}
 
-    # category -> its deadline; the others have default_deadline_seconds
-    deadline_seconds: dict[str, float] = Field(default={})
-    default_deadline_seconds: float = Field(default=30.0, gt=0, le=3600)
+    deadline_seconds: dict[str, Deadline] = Field(default={})  # category -> deadline
+    default_deadline_seconds: Deadline = 30.0
     permit_seconds: float = Field(default=2.0, gt=0, le=60)
     late_seconds: float = Field(default=120.0, ge=0, le=3600)
     max_models: int = Field(default=3, ge=1, le=20)
     max_concurrency: int = Field(default=500, ge=1, le=100_000)
     max_prompt_bytes: int = Field(default=1_048_576, ge=1, le=16_777_216)
 
-    @field_validator("deadline_seconds")
-    @classmethod
-    def _deadlines_are_times(cls, deadlines: dict[str, float]) -> dict[str, float]:
-        for category, seconds in deadlines.items():
-            if not 0 < seconds <= 3600:  # noqa: PLR2004 - as default_deadline_seconds
-                raise ValueError(f"{category}: {seconds:g} is not above 0 and at most 3600")
-        return deadlines
-
     def deadline_of(self, category: str) -> float:
-        """Seconds within which a prompt of this category is answered."""
+        """Returns the deadline of a category in seconds."""
         return self.deadline_seconds.get(category, self.default_deadline_seconds)
 
 
 class FallbackSettings(Frozen):
-    """Who answers beside the preferred model: knowledge, then one of `models` given what was found."""
+    """The fallback: retrieved passages, and one of `models`, which answers with them."""
 
     models: tuple[str, ...] = ()
     passages: int = Field(default=5, ge=1, le=50)
@@ -132,12 +123,12 @@ class FallbackSettings(Frozen):
 
 
 class RouterConfig(Frozen):
-    """`config/models.yaml`, whole, with the names of the categories."""
+    """Contents of `config/models.yaml`, the categories, and the discovered models."""
 
     renamed_keys: ClassVar = {"asking": "answering"}
 
     models: dict[str, ModelSettings]
-    default_category: str = "general"  # this and the next come from categories.yaml
+    default_category: str = "general"  # these two are from categories.yaml
     categories: tuple[str, ...] = ("technical", "creative", "general")
     classification: ClassificationSettings | None = Field(default=None, exclude=True, repr=False)
     backend: BackendSettings = BackendSettings()
@@ -145,8 +136,8 @@ class RouterConfig(Frozen):
     traffic: TrafficSettings = TrafficSettings()
     answering: AnsweringSettings = AnsweringSettings()
     fallback: FallbackSettings = FallbackSettings()
-    discovered: dict[str, DiscoveredModel] = Field(default={})  # of discovered.yaml, less those of models
-    discovered_problem: str | None = Field(default=None, exclude=True)  # why that could not be read
+    discovered: dict[str, DiscoveredModel] = Field(default={})  # without those that `models` overrides
+    discovered_problem: str | None = Field(default=None, exclude=True)  # why discovered.yaml is ignored
 
     @model_validator(mode="after")
     def _answering_names_agree(self) -> RouterConfig:
@@ -162,15 +153,11 @@ class RouterConfig(Frozen):
 
     @model_validator(mode="after")
     def _names_agree(self) -> RouterConfig:
-        for category in self.categories:
-            if not re.fullmatch(CATEGORY_PATTERN, category):
-                raise ValueError(f"categories: {category!r} is no category name ({CATEGORY_PATTERN})")
-        if self.default_category not in self.categories:
-            raise ValueError(f"default_category: {self.default_category!r} is not among the categories")
+        check_category_names(self.categories, self.default_category)
         for name, model in self.models.items():
             if not re.fullmatch(MODEL_NAME_PATTERN, name):
                 raise ValueError(
-                    f"models.{name[:120]!r}: no model name: letters, digits, '.', '_' and '-', at most 100"
+                    f"models.{name[:120]!r}: not a model name: letters, digits, '.', '_' and '-', at most 100"
                 )
             unknown = sorted(set(model.ranks) - set(self.categories))
             if unknown:
@@ -181,29 +168,28 @@ class RouterConfig(Frozen):
 
 
 def load_config(folder: Path | None = None) -> RouterConfig:
-    """Read and check `models.yaml` and `categories.yaml` in `folder`. ConfigError names file and key.
+    """Loads `models.yaml`, `categories.yaml` and `discovered.yaml` from `folder`.
 
-    After them `discovered.yaml`, where people's models win. If that is wrong nothing of it counts, and
-    `discovered_problem` says why: what the search wrote must not keep the router from starting.
+    Raises ConfigError with file and key. Models of `models.yaml` override discovered ones. An invalid
+    `discovered.yaml` is ignored as a whole and `discovered_problem` has the reason: a file that a nightly job
+    writes must not keep the router from starting.
     """
     folder = folder or config_folder()
     path = folder / "models.yaml"
     data = read_yaml(path)
     classification = load_categories(folder)
-    names = {
+    added = {
         "categories": tuple(classification.categories),
         "default_category": classification.default_category,
         "classification": classification,
     }
     if isinstance(data, dict):
-        for key in names.keys() & data.keys():
-            raise ConfigError(
-                f"{path}: {key}: the categories are named in categories.yaml; take it out here."
-            )
+        for key in added.keys() & data.keys():
+            raise ConfigError(f"{path}: {key}: categories are defined in categories.yaml; remove this key.")
         if "discovered" in data or "discovered_problem" in data:
-            raise ConfigError(f"{path}: discovered: what a search found stands in discovered.yaml.")
+            raise ConfigError(f"{path}: discovered: discovered models are stored in discovered.yaml.")
         found, problem = read_discovered(folder)
         ours = data["models"] if isinstance(data.get("models"), dict) else {}
         discovered = {name: model for name, model in found.items() if name not in ours}
-        data = {**data, **names, "discovered": discovered, "discovered_problem": problem}
+        data = {**data, **added, "discovered": discovered, "discovered_problem": problem}
     return validated(RouterConfig, data, path)

@@ -1,23 +1,24 @@
-"""The engine's duty that gives categories to tasks that came without one."""
+"""Periodic job of the engine: classifies the tasks that came without a category."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
-from router.classification import ClassifierProcess
+from router.classification import Classification, ClassifierProcess
 from router.queue import TaskQueue
 from router.settings import ClassificationSettings
 
 log = logging.getLogger("router.workers.classification_job")
 
-BATCH = 256
-START_SECONDS = 6.0  # so long a backlog waits for the categoriser when an engine starts
+BATCH_SIZE = 256
+START_SECONDS = 6.0  # for which the backlog waits for the classifier when an engine starts
 
 
 class ClassificationJob:
-    """Takes uncategorised tasks in bounded batches and brings their categories back, if that is wanted."""
+    """Claims unclassified tasks in batches and assigns their categories, if the configuration enables it."""
 
     def __init__(self, queue: TaskQueue, settings: ClassificationSettings | None) -> None:
         self._queue = queue
@@ -25,31 +26,32 @@ class ClassificationJob:
         self._process: ClassifierProcess | None = None
 
     async def start(self, stack: AsyncExitStack) -> None:
-        """Have the child process start, if tasks are to be categorised; `stack` ends it."""
-        if self._settings is None or not await self._queue.wants_categories():
+        """Starts the classifier process, if tasks are to be classified; `stack` ends it."""
+        if self._settings is None or not await self._queue.classification_enabled():
             return
         await self._queue.announce_classifier(START_SECONDS)
         self._process = await stack.enter_async_context(ClassifierProcess(self._settings))
         self._process.warm_up()
 
     async def step(self) -> None:
-        """Categorise what waits for it now, batch by batch; none while the process is not there."""
+        """Classifies the tasks that wait now, batch by batch; none while the process is not ready."""
         process = self._process
         if process is None:
             return
-        while process.ready and (tasks := await self._queue.claim_uncategorized(BATCH)):
+        while process.ready and (tasks := await self._queue.claim_uncategorized(BATCH_SIZE)):
             found = await process.classify([task.prompt for task in tasks])
-            kept = await self._queue.assign_categories(
+            assigned = await self._queue.assign_categories(
                 tasks,
                 [one.category for one in found],
                 [one.confidence for one in found],
                 [one.reason for one in found],
             )
-            _say(kept, [one.category for one in found], [one.reason for one in found])
+            _log_batch(assigned, found)
 
 
-def _say(kept: int, categories: list[str], reasons: list[str]) -> None:
-    shares = ", ".join(f"{name} {number}" for name, number in Counter(categories).most_common())
-    defaults = [reason for reason in reasons if reason.startswith("default:")]
-    because = f"; {len(defaults)} took the default, e.g. {defaults[0]}" if defaults else ""
-    log.info("categorised %d tasks: %s%s", kept, shares, because)
+def _log_batch(assigned: int, found: Sequence[Classification]) -> None:
+    counts = Counter(one.category for one in found).most_common()
+    shares = ", ".join(f"{name} {number}" for name, number in counts)
+    defaults = [one.reason for one in found if one.reason.startswith("default:")]
+    because = f"; {len(defaults)} got the default, e.g. {defaults[0]}" if defaults else ""
+    log.info("classified %d tasks: %s%s", assigned, shares, because)

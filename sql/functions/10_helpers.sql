@@ -1,10 +1,31 @@
--- Small rules that the larger functions share.
+-- Terms
+--   task       One prompt to solve: a row of `tasks`. Producers only INSERT there.
+--   queue row  The small companion of an unsolved task, in `queue`. Claims, retries and delays update only this row,
+--              never prompt or answer. It is deleted when the task is solved or has failed.
+--   lane       The ready tasks of one category and one priority, ordered by `position`. Negative positions are
+--              requeued tasks, positive ones new tasks.
+--   watermark  The low-water mark of one half of a lane: a position below which no task is ready. Claims start there
+--              and so skip dead index entries that a long snapshot keeps from vacuum.
+--   claim      A worker's exclusive right to one task. The call_id is its fencing token: only that call settles it.
+--   lease      Every worker renews one lease by heartbeat. When it expires, the worker's claims become ready again.
+--   attempt    A claim that counts against max_attempts. Calls that were not sent and exhausted quotas do not count.
+--   call       A row of `model_calls`, written before anything is sent.
+--   answer     Has a rank: 1 passages, 2 fallback model, 3 chosen model. It replaces only an answer of lower rank to
+--              the same version of the prompt.
+--
+-- Lock order
+-- Every transaction locks tables and rows in this order: workers, tasks, queue, model_calls, counters. A claim locks
+-- no row of tasks and skips locked queue rows. It still locks the table tasks first, so that it cannot deadlock with
+-- a TRUNCATE of tasks, which continues to the queue. Functions that lock many rows (release_lost_claims, reconcile)
+-- skip locked rows and never wait.
+--
+-- Helper functions.
 
--- What runs for producers is pinned to the schema that holds tasks, whatever their own search_path.
+-- Triggers use the schema of tasks, whatever the search_path of the producer's session.
 SELECT set_config('search_path', quote_ident(n.nspname) || ', pg_temp', true)
   FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = 'tasks'::regclass;
 
--- Why this prompt cannot be sent to any model; NULL if it can.
+-- Reason why this prompt cannot be sent to any model; NULL if it can.
 CREATE OR REPLACE FUNCTION prompt_problem(p_prompt text) RETURNS text
 LANGUAGE sql STABLE AS $$
     SELECT CASE
@@ -16,43 +37,50 @@ LANGUAGE sql STABLE AS $$
       FROM queue_settings s
 $$;
 
--- The category under which a task is queued: its own if the config knows it, else the default.
-CREATE OR REPLACE FUNCTION known_category(p_category text) RETURNS text
+-- Category under which a task is queued: its own if it is configured, else the default one.
+CREATE OR REPLACE FUNCTION resolve_category(p_category text) RETURNS text
 LANGUAGE sql STABLE AS $$
     SELECT coalesce((SELECT name FROM categories WHERE name = p_category),
                     (SELECT name FROM categories WHERE is_default), 'general')
 $$;
 
--- Why a task is not queued under the category that its producer named; NULL if it is, or if none was named.
-CREATE OR REPLACE FUNCTION unknown_category(p_category text) RETURNS text
+-- Reason why a task is not queued under the category that its producer set; NULL if it is, or if none was set.
+CREATE OR REPLACE FUNCTION category_problem(p_category text) RETURNS text
 LANGUAGE sql STABLE AS $$
     SELECT format('default: %L is not a category that the config names', left(p_category, 60))
      WHERE p_category IS NOT NULL AND NOT EXISTS (SELECT FROM categories WHERE name = p_category)
 $$;
 
--- Until when a task is kept from the lanes, to be given a category; NULL if its producer has named one, or if none are
--- given. Then it takes the default one.
+-- Time until which a new task waits for the classifier; NULL if its producer set a category or classification is
+-- off.
 CREATE OR REPLACE FUNCTION uncategorized_until(p_category text) RETURNS timestamptz
 LANGUAGE sql VOLATILE AS $$
     SELECT clock_timestamp() + make_interval(secs => s.categorise_seconds)
       FROM queue_settings s WHERE p_category IS NULL AND s.categorise
 $$;
 
+-- A producer's time within the years that every driver can represent, so that no value of one row stops its readers.
+CREATE OR REPLACE FUNCTION readable_time(p_time timestamptz) RETURNS timestamptz
+LANGUAGE sql IMMUTABLE AS $$
+    SELECT CASE WHEN p_time IS NOT NULL
+                THEN greatest('0001-01-03 00:00:00+00', least(p_time, '9999-12-29 00:00:00+00')) END
+$$;
+
 CREATE OR REPLACE FUNCTION queue_priority(p_priority bigint) RETURNS smallint
 LANGUAGE sql IMMUTABLE AS $$ SELECT greatest(-9, least(9, coalesce(p_priority, 0)))::smallint $$;
 
--- No token of a byte-level tokenizer is shorter than a byte: a bound, whatever the model.
+-- Upper bound for any model: no token of a byte-level tokenizer is shorter than one byte.
 CREATE OR REPLACE FUNCTION reserved_tokens(p_prompt text, p_max_tokens integer) RETURNS integer
 LANGUAGE sql IMMUTABLE AS $$ SELECT least(octet_length(p_prompt)::bigint + p_max_tokens, 2147483647)::integer $$;
 
--- Earlier than every fresh position, and among those that came back in the order of their coming.
-CREATE OR REPLACE FUNCTION returned_position() RETURNS bigint
+-- Position of a requeued task: before all new tasks of its lane, after those that were requeued earlier.
+CREATE OR REPLACE FUNCTION requeue_position() RETURNS bigint
 LANGUAGE sql VOLATILE AS $$ SELECT nextval('queue_position') - 4611686018427387904 $$;
 
 CREATE OR REPLACE FUNCTION new_prompt_version() RETURNS integer
 LANGUAGE sql VOLATILE AS $$ SELECT (1 + floor(random() * 2147483646))::integer $$;
 
--- Count a change. Zeros leave no row.
+-- Adds to the task counters. Writes nothing if all values are zero.
 CREATE OR REPLACE FUNCTION count_change(p_category text, p_unsolved bigint, p_solved bigint, p_failed bigint) RETURNS void
 LANGUAGE sql AS $$
     INSERT INTO task_count_deltas (category, unsolved, solved, failed)
@@ -60,15 +88,15 @@ LANGUAGE sql AS $$
      WHERE (p_unsolved, p_solved, p_failed) IS DISTINCT FROM (0::bigint, 0::bigint, 0::bigint)
 $$;
 
--- Make sure that claims look into this lane. Never waits for others who open the same.
-CREATE OR REPLACE FUNCTION open_lane(p_category text, p_priority smallint) RETURNS void
+-- Adds the lane to those that claims search. Never waits for a transaction that adds the same lane.
+CREATE OR REPLACE FUNCTION ensure_lane(p_category text, p_priority smallint) RETURNS void
 LANGUAGE sql AS $$
     INSERT INTO queue_lanes
     SELECT p_category, p_priority
      WHERE NOT EXISTS (SELECT FROM queue_lanes l WHERE l.category = p_category AND l.priority = p_priority)
 $$;
 
--- Exponential with jitter, so that what failed together does not come back together.
+-- Exponential backoff with jitter, so that tasks that failed together are not retried together.
 CREATE OR REPLACE FUNCTION retry_delay(p_attempt integer) RETURNS interval
 LANGUAGE sql VOLATILE AS $$
     SELECT make_interval(secs => least(s.retry_cap_seconds, s.retry_base_seconds * 2 ^ least(p_attempt - 1, 30))
@@ -79,13 +107,13 @@ $$;
 CREATE OR REPLACE FUNCTION wake_workers() RETURNS void
 LANGUAGE sql VOLATILE AS $$ SELECT pg_notify('router_tasks', '') $$;
 
--- The moment that a UUIDv7 bears.
+-- Time encoded in a UUIDv7.
 CREATE OR REPLACE FUNCTION call_time(p_call_id uuid) RETURNS timestamptz
 LANGUAGE sql IMMUTABLE AS $$
     SELECT to_timestamp(('x' || lpad(left(replace(p_call_id::text, '-', ''), 12), 16, '0'))::bit(64)::bigint / 1000.0)
 $$;
 
--- The first UUID of a moment, to ask the call log for what is newer.
+-- Smallest UUIDv7 of this time, to select newer calls by their primary key.
 CREATE OR REPLACE FUNCTION first_call_id(p_at timestamptz) RETURNS uuid
 LANGUAGE sql IMMUTABLE AS $$
     SELECT (lpad(to_hex((extract(epoch FROM p_at) * 1000)::bigint), 12, '0') || '00000000000000000000')::uuid

@@ -1,7 +1,7 @@
--- What producers, people and old programs do to `tasks`, carried over to the queue.
+-- Triggers that apply changes of `tasks` to the queue.
 --
--- Run with the rights of whoever migrated (SECURITY DEFINER): a producer that may do nothing but INSERT INTO tasks
--- still can.
+-- SECURITY DEFINER: they run with the privileges of the migrating role, so that a producer needs only INSERT on
+-- tasks.
 
 CREATE OR REPLACE FUNCTION tasks_inserted() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
@@ -14,11 +14,11 @@ BEGIN
         SELECT i.id, known.name, queue_priority(i.priority), nextval('queue_position'),
                CASE WHEN i.category IS NULL AND s.until IS NOT NULL THEN 'uncategorised' ELSE 'ready' END,
                CASE WHEN i.category IS NULL THEN s.until END, i.prompt_version, i.deadline_at,
-               CASE WHEN i.category <> known.name THEN unknown_category(i.category) END
+               CASE WHEN i.category <> known.name THEN category_problem(i.category) END
           FROM inserted i
           CROSS JOIN (SELECT max_prompt_bytes, uncategorized_until(NULL) AS until FROM queue_settings OFFSET 0) AS s
           LEFT JOIN categories own ON own.name = i.category
-          CROSS JOIN LATERAL (SELECT coalesce(own.name, (SELECT known_category(NULL))) AS name) AS known
+          CROSS JOIN LATERAL (SELECT coalesce(own.name, (SELECT resolve_category(NULL))) AS name) AS known
          WHERE i.status = 'unsolved' AND octet_length(i.prompt) <= s.max_prompt_bytes AND i.prompt ~ '\S'
          ORDER BY i.id
         ON CONFLICT (task_id) DO NOTHING
@@ -34,7 +34,7 @@ BEGIN
     SELECT sum(unsolved) INTO queued FROM counted;
 
     INSERT INTO task_count_deltas (category, solved, failed)
-    SELECT known_category(category), count(*) FILTER (WHERE status = 'solved'), count(*) FILTER (WHERE status = 'failed')
+    SELECT resolve_category(category), count(*) FILTER (WHERE status = 'solved'), count(*) FILTER (WHERE status = 'failed')
       FROM inserted WHERE status <> 'unsolved' GROUP BY 1;
 
     IF queued IS DISTINCT FROM (SELECT count(*) FROM inserted WHERE status = 'unsolved') THEN
@@ -49,8 +49,8 @@ BEGIN
 END
 $$;
 
--- Somebody other than settle_call changed a task. Set back to unsolved, or edited, it is a new version: calls
--- that are under way answer the old one, and change nothing.
+-- Handles an update of a task by anyone but settle_call. A task that is reset to unsolved or edited is a new
+-- version: calls in flight for the old version change nothing.
 CREATE OR REPLACE FUNCTION task_updated() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER
 SET search_path FROM CURRENT SET enable_seqscan = off SET enable_bitmapscan = off AS $$
@@ -60,7 +60,7 @@ DECLARE
     held queue;
     lane text;
     rank_in_lane smallint := queue_priority(NEW.priority);
-    kept_until timestamptz;  -- from the lanes, until it has a category
+    classify_until timestamptz;
 BEGIN
     IF NOT (edited OR NEW.status IS DISTINCT FROM OLD.status OR NEW.category IS DISTINCT FROM OLD.category
             OR NEW.priority IS DISTINCT FROM OLD.priority OR NEW.deadline_at IS DISTINCT FROM OLD.deadline_at) THEN
@@ -81,26 +81,26 @@ BEGIN
     IF NEW.status = 'solved' AND OLD.status <> 'solved' THEN
         IF NEW.answer IS NOT NULL AND NEW.answer_rank IS NOT DISTINCT FROM OLD.answer_rank
            AND NEW.answer IS DISTINCT FROM OLD.answer THEN
-            NEW.answer_rank := 3;  -- given from outside: what is still under way must not replace it
+            NEW.answer_rank := 3;  -- written by a person or program: calls in flight must not replace it
         END IF;
         NEW.solved_at := coalesce(NEW.solved_at, clock_timestamp());
     END IF;
 
     IF NEW.status = 'unsolved' THEN
         lane := CASE WHEN held.category IS NULL OR edited OR NEW.category IS DISTINCT FROM OLD.category
-                     THEN known_category(NEW.category) ELSE held.category END;
-        PERFORM open_lane(lane, rank_in_lane);
-        kept_until := uncategorized_until(NEW.category);
+                     THEN resolve_category(NEW.category) ELSE held.category END;
+        PERFORM ensure_lane(lane, rank_in_lane);
+        classify_until := uncategorized_until(NEW.category);
         IF held.task_id IS NULL THEN
             INSERT INTO queue (task_id, category, priority, position, state, wake_at, prompt_version, category_reason)
             VALUES (NEW.id, lane, rank_in_lane, nextval('queue_position'),
-                    CASE WHEN kept_until IS NULL THEN 'ready' ELSE 'uncategorised' END, kept_until,
-                    NEW.prompt_version, unknown_category(NEW.category));
+                    CASE WHEN classify_until IS NULL THEN 'ready' ELSE 'uncategorised' END, classify_until,
+                    NEW.prompt_version, category_problem(NEW.category));
         ELSIF reset OR edited OR (held.state IN ('ready', 'uncategorised') AND NEW.category IS DISTINCT FROM OLD.category) THEN
             UPDATE queue q
                SET category = lane, priority = rank_in_lane, position = nextval('queue_position'),
-                   state = CASE WHEN kept_until IS NULL THEN 'ready' ELSE 'uncategorised' END, wake_at = kept_until,
-                   confidence = NULL, category_reason = unknown_category(NEW.category),
+                   state = CASE WHEN classify_until IS NULL THEN 'ready' ELSE 'uncategorised' END, wake_at = classify_until,
+                   confidence = NULL, category_reason = category_problem(NEW.category),
                    prompt_version = NEW.prompt_version, attempt = CASE WHEN reset OR edited THEN 0 ELSE held.attempt END,
                    call_id = NULL, worker = NULL, claimed_at = NULL,
                    not_by = NULL, not_by_until = NULL
@@ -124,8 +124,8 @@ BEGIN
     SELECT moved.category, sum(moved.unsolved), sum(moved.solved), sum(moved.failed)
       FROM (VALUES (held.category, -1, 0, 0),
                    (lane, 1, 0, 0),
-                   (known_category(OLD.category), 0, -(OLD.status = 'solved')::int, -(OLD.status = 'failed')::int),
-                   (known_category(NEW.category), 0, (NEW.status = 'solved')::int, (NEW.status = 'failed')::int))
+                   (resolve_category(OLD.category), 0, -(OLD.status = 'solved')::int, -(OLD.status = 'failed')::int),
+                   (resolve_category(NEW.category), 0, (NEW.status = 'solved')::int, (NEW.status = 'failed')::int))
            AS moved (category, unsolved, solved, failed)
      WHERE moved.category IS NOT NULL
      GROUP BY moved.category
@@ -142,7 +142,7 @@ BEGIN
     )
     INSERT INTO task_count_deltas (category, unsolved) SELECT category, -count(*) FROM gone GROUP BY category;
     INSERT INTO task_count_deltas (category, solved, failed)
-    SELECT known_category(category), -count(*) FILTER (WHERE status = 'solved'), -count(*) FILTER (WHERE status = 'failed')
+    SELECT resolve_category(category), -count(*) FILTER (WHERE status = 'solved'), -count(*) FILTER (WHERE status = 'failed')
       FROM deleted WHERE status <> 'unsolved' GROUP BY 1;
     RETURN NULL;
 END
@@ -158,7 +158,7 @@ $$;
 
 CREATE OR REPLACE TRIGGER router_inserted AFTER INSERT ON tasks
     REFERENCING NEW TABLE AS inserted FOR EACH STATEMENT EXECUTE FUNCTION tasks_inserted();
--- settle_call always sets a new answer_call_id, and has done the queue's part itself; people clear it at most.
+-- settle_call sets a new answer_call_id and updates the queue itself. Other updates clear it at most.
 CREATE OR REPLACE TRIGGER router_updated BEFORE UPDATE OF status, prompt, category, priority, deadline_at ON tasks
     FOR EACH ROW
     WHEN (NEW.answer_call_id IS NULL OR NEW.answer_call_id IS NOT DISTINCT FROM OLD.answer_call_id)

@@ -1,20 +1,20 @@
--- Taking one task, and giving it back.
+-- Claiming a task, and releasing it unsent.
 --
--- The functions of the hot path pin their plans (enable_seqscan and such): a session that planned while the queue
--- was nearly empty would else keep reading it whole when a million rows have come in.
+-- Functions of the hot path pin their plans (enable_seqscan and others). A session that planned while the queue was
+-- nearly empty would otherwise keep scanning the whole table after a million rows were added.
 
--- The published floor of one half of a lane.
+-- Published low-water mark of one half of a lane.
 CREATE OR REPLACE FUNCTION low_watermark(p_category text, p_priority smallint, p_came_back boolean) RETURNS bigint
 LANGUAGE sql STABLE AS $$
-    SELECT coalesce((SELECT f.position FROM queue_watermarks f
-                      WHERE f.category = p_category AND f.priority = p_priority AND f.came_back = p_came_back
-                        AND f.published
-                      ORDER BY f.position DESC LIMIT 1),
+    SELECT coalesce((SELECT w.position FROM queue_watermarks w
+                      WHERE w.category = p_category AND w.priority = p_priority AND w.came_back = p_came_back
+                        AND w.published
+                      ORDER BY w.position DESC LIMIT 1),
                     CASE WHEN p_came_back THEN -4611686018427387904 ELSE 1 END)
 $$;
 
--- The lowest ready position of a lane that is not below p_from and is below p_below.
-CREATE OR REPLACE FUNCTION lowest_ready(p_category text, p_priority smallint, p_from bigint, p_below bigint)
+-- Lowest ready position of a lane in [p_from, p_below).
+CREATE OR REPLACE FUNCTION min_ready_position(p_category text, p_priority smallint, p_from bigint, p_below bigint)
 RETURNS bigint
 LANGUAGE sql STABLE AS $$
     SELECT q.position FROM queue q
@@ -23,41 +23,42 @@ LANGUAGE sql STABLE AS $$
      ORDER BY q.position LIMIT 1
 $$;
 
--- Raise the floor of a lane: find the lowest ready position, wait until every transaction that could still add
--- one below it has ended, then publish it. A position comes from the sequence after its transaction has locked
--- `queue`, so the holders of that lock at the moment of looking are all the witnesses there can be.
--- Each step looks with a snapshot of its own, taken after the one before; where that is not so, it does nothing.
--- (A prepared transaction, '-1/...', has changed its name since it was seen: any of them is waited for.)
+-- Advances the low-water mark of one half of a lane in two steps. The first step records the lowest ready position
+-- as a candidate, together with the blocking transactions: those that may still add a row below it. A later step
+-- publishes the candidate once they have ended. A position is taken from the sequence after its transaction has
+-- locked `queue`, so the current holders of that lock are all possible blocking transactions.
+-- The steps need separate snapshots; outside READ COMMITTED the function does nothing. A prepared transaction
+-- ('-1/...') changes its name when it is prepared, so each of them blocks publication.
 CREATE OR REPLACE FUNCTION advance_low_watermark(p_category text, p_priority smallint, p_came_back boolean) RETURNS void
 LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
     base bigint := CASE WHEN p_came_back THEN -4611686018427387904 ELSE 0 END;
     below bigint := CASE WHEN p_came_back THEN 0 ELSE 9223372036854775807 END;
-    floor_now bigint;
+    watermark bigint;
     pending queue_watermarks;
     bound bigint;
     others text[];
 BEGIN
     IF current_setting('transaction_isolation') <> 'read committed'
-       OR NOT pg_try_advisory_xact_lock(hashtext('router_floor'), hashtext(p_category || '/' || p_priority)) THEN
+       OR NOT pg_try_advisory_xact_lock(hashtext('router_watermark'), hashtext(p_category || '/' || p_priority)) THEN
         RETURN;
     END IF;
-    floor_now := low_watermark(p_category, p_priority, p_came_back);
-    SELECT * INTO pending FROM queue_watermarks f
-     WHERE f.category = p_category AND f.priority = p_priority AND f.came_back = p_came_back AND NOT f.published
-     ORDER BY f.position DESC LIMIT 1;
-    IF pending.position > floor_now THEN
+    watermark := low_watermark(p_category, p_priority, p_came_back);
+    SELECT * INTO pending FROM queue_watermarks w
+     WHERE w.category = p_category AND w.priority = p_priority AND w.came_back = p_came_back AND NOT w.published
+     ORDER BY w.position DESC LIMIT 1;
+    IF pending.position > watermark THEN
         IF EXISTS (SELECT FROM pg_locks l
                     WHERE l.locktype = 'relation' AND l.relation = 'queue'::regclass
                       AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
                       AND (l.virtualtransaction = ANY (pending.witnesses) OR l.virtualtransaction LIKE '-1/%')) THEN
             RETURN;
         END IF;
-        floor_now := greatest(floor_now, least(pending.position, coalesce(
-            lowest_ready(p_category, p_priority, floor_now, below), pending.position)));
-        DELETE FROM queue_watermarks f
-         WHERE f.category = p_category AND f.priority = p_priority AND f.came_back = p_came_back;
-        INSERT INTO queue_watermarks VALUES (p_category, p_priority, p_came_back, true, floor_now);
+        watermark := greatest(watermark, least(pending.position, coalesce(
+            min_ready_position(p_category, p_priority, watermark, below), pending.position)));
+        DELETE FROM queue_watermarks w
+         WHERE w.category = p_category AND w.priority = p_priority AND w.came_back = p_came_back;
+        INSERT INTO queue_watermarks VALUES (p_category, p_priority, p_came_back, true, watermark);
     END IF;
 
     SELECT base + s.last_value + s.is_called::int INTO bound FROM queue_position s;
@@ -65,16 +66,16 @@ BEGIN
      WHERE l.locktype = 'relation' AND l.relation = 'queue'::regclass AND l.pid IS DISTINCT FROM pg_backend_pid()
        AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
        AND l.mode = 'RowExclusiveLock';
-    bound := least(bound, coalesce(lowest_ready(p_category, p_priority, floor_now, below), bound));
-    IF bound > floor_now THEN
+    bound := least(bound, coalesce(min_ready_position(p_category, p_priority, watermark, below), bound));
+    IF bound > watermark THEN
         INSERT INTO queue_watermarks VALUES (p_category, p_priority, p_came_back, false, bound, others);
     END IF;
 END
 $$;
 
--- Take ONE ready task of the first of these categories that has one, for this worker, under this call_id.
--- Writes the call's row before anything can be sent. Returns no row when nothing is ready. Raises if the
--- worker's lease is gone. Commits asynchronously: a claim that a crash forgets is merely made again.
+-- Claims one ready task of the first of these categories that has one, and logs the call before anything can be
+-- sent. Returns no row if no task is ready. Raises RT001 if the worker's lease has expired. Commits asynchronously:
+-- a claim that a crash loses is made again.
 CREATE OR REPLACE FUNCTION claim_task(
     p_model text, p_categories text[], p_worker text, p_call_id uuid, p_max_tokens integer DEFAULT NULL)
 RETURNS TABLE (task_id bigint, prompt text, category text, prompt_version integer, attempt integer,
@@ -87,16 +88,15 @@ DECLARE
     task record;
 BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
-    LOCK TABLE tasks IN ACCESS SHARE MODE;  -- before the queue: see "Lock order"
+    LOCK TABLE tasks IN ACCESS SHARE MODE;  -- before the queue: see "Lock order" in 10_helpers.sql
     PERFORM FROM workers w WHERE w.worker = p_worker AND w.released_at IS NULL;
     IF NOT FOUND AND NOT heartbeat(p_worker) THEN
         RAISE EXCEPTION 'worker % has lost its lease and may not claim: start again under a new name', p_worker
             USING ERRCODE = 'RT001';
     END IF;
 
-    -- In each lane those that came back go first.
-    -- Before all lanes, whatever another model failed: the model that is best for its category has had its try,
-    -- and the others, who have lanes of their own, would never come to it.
+    -- Before all lanes come tasks that another model failed: other models, which have lanes of their own, would never
+    -- reach them. In each lane requeued tasks come first.
     FOR lane IN
         SELECT NULL::text AS category, NULL::smallint AS priority, true AS came_back, NULL::bigint AS below
         UNION ALL
@@ -107,7 +107,7 @@ BEGIN
              WHERE p_categories IS NULL OR cardinality(p_categories) = 0 OR l.category = ANY (p_categories)
              ORDER BY array_position(p_categories, l.category), l.priority DESC, half.came_back DESC) AS lanes
     LOOP
-        LOOP  -- looked for first, written then: to begin an UPDATE opens every index, also where nothing is found
+        LOOP  -- a SELECT first: starting an UPDATE opens every index, even if no row matches
             IF lane.category IS NULL THEN
                 SELECT q.task_id, q.category, q.priority, q.attempt, q.confidence, q.category_reason
                   INTO found_row FROM queue q
@@ -125,8 +125,8 @@ BEGIN
             END IF;
             EXIT WHEN NOT FOUND;
 
-            SELECT t.prompt::text, t.prompt_version, t.deadline_at,
-                   CASE WHEN t.max_tokens IS NOT NULL  -- greatest() and least() pass over NULL
+            SELECT t.prompt::text, t.prompt_version, readable_time(t.deadline_at) AS deadline_at,
+                   CASE WHEN t.max_tokens IS NOT NULL  -- greatest() and least() ignore NULL
                         THEN greatest(1, least(t.max_tokens, 2147483647)) END::integer AS max_tokens
               INTO task FROM tasks t WHERE t.id = found_row.task_id AND t.status = 'unsolved';
             IF FOUND THEN
@@ -153,15 +153,15 @@ BEGIN
                 RETURN NEXT;
                 RETURN;
             END IF;
-            PERFORM remove_queue_row(found_row.task_id);  -- two tables, one truth: tasks is the truth
+            PERFORM remove_queue_row(found_row.task_id);  -- tasks is authoritative
         END LOOP;
-        IF random() < 0.015 AND lane.category IS NOT NULL THEN  -- empty, but perhaps full of dead entries: somebody deleted what was there
+        IF random() < 0.015 AND lane.category IS NOT NULL THEN  -- may hold dead entries of deleted tasks
             PERFORM advance_low_watermark(lane.category, lane.priority, lane.came_back);
         END IF;
     END LOOP;
 
-    -- Nothing is ready: what has waited for a category in vain is, under the default one.
-    IF (p_categories IS NULL OR cardinality(p_categories) = 0 OR known_category(NULL) = ANY (p_categories))
+    -- Nothing is ready: apply the default category to tasks whose classification timed out.
+    IF (p_categories IS NULL OR cardinality(p_categories) = 0 OR resolve_category(NULL) = ANY (p_categories))
        AND apply_default_category(50) > 0 THEN
         RETURN QUERY SELECT * FROM claim_task(p_model, p_categories, p_worker, p_call_id, p_max_tokens);
     END IF;
@@ -174,8 +174,8 @@ LANGUAGE sql AS $$
     INSERT INTO task_count_deltas (category, unsolved) SELECT category, -1 FROM gone
 $$;
 
--- What this worker holds since p_seconds or longer: it knows best whether it still works on it.
-CREATE OR REPLACE FUNCTION held_claims(p_worker text, p_seconds double precision)
+-- Claims that this worker has held for at least p_seconds. The worker compares them with the calls in progress.
+CREATE OR REPLACE FUNCTION worker_claims(p_worker text, p_seconds double precision)
 RETURNS TABLE (call_id uuid, task_id bigint, claimed_at timestamptz)
 LANGUAGE sql STABLE AS $$
     SELECT q.call_id, q.task_id, q.claimed_at FROM queue q
@@ -183,15 +183,15 @@ LANGUAGE sql STABLE AS $$
        AND q.claimed_at < clock_timestamp() - make_interval(secs => p_seconds)
 $$;
 
--- Give a task back unsent; the attempt does not count. False if this call does not hold it (any more).
--- The call's row goes too: nothing was sent, and nothing is to be paid.
+-- Releases a claim unsent and deletes its call; the attempt does not count. Returns false if this call does not hold
+-- the claim.
 CREATE OR REPLACE FUNCTION unclaim(p_call_id uuid) RETURNS boolean
 LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
     held bigint;
 BEGIN
     SELECT c.task_id INTO held FROM model_calls c WHERE c.call_id = p_call_id AND c.outcome IS NULL;
-    UPDATE queue SET state = 'ready', position = returned_position(), attempt = greatest(attempt - 1, 0),
+    UPDATE queue SET state = 'ready', position = requeue_position(), attempt = greatest(attempt - 1, 0),
                      call_id = NULL, worker = NULL, claimed_at = NULL
      WHERE task_id = held AND call_id = p_call_id;
     IF NOT FOUND THEN
@@ -199,7 +199,7 @@ BEGIN
     END IF;
     DELETE FROM model_calls WHERE call_id = p_call_id AND outcome IS NULL;
     IF held IS NOT NULL THEN
-        PERFORM wake_workers();  -- another model may have room for it
+        PERFORM wake_workers();  -- another model may have capacity
     END IF;
     RETURN held IS NOT NULL;
 END

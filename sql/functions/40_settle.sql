@@ -1,17 +1,17 @@
--- Closing a call and its task, in one transaction.
+-- Settling calls.
 
--- What becomes of a call, by its outcome; returned, and kept in model_calls.settlement:
---   solved      the answer is the task's answer now
---   kept        the answer is kept, but the task waits for a better one (a rank below the chosen model's)
---   superseded  an answer of the same or a higher rank was there before
---   stale       the prompt was edited, set back or deleted since: the answer is for something else
---   retry       it failed; the task is tried again
---   failed      it failed, and the task's attempts are used up
---   late        it failed, and the claim was gone anyhow: nothing to do
--- A call that comes out kept or superseded while it holds its task gives it back as an attempt, so that nothing
--- can be asked, and paid for, without end.
--- The same call settled twice returns what came of it the first time. A call whose row a crash lost is put back
--- from the last arguments. Never commits asynchronously.
+-- Closes a call and its task in one transaction. Returns the settlement, which is stored in model_calls.settlement:
+--   solved      the answer is now the task's answer
+--   kept        the answer is stored, but the task still waits for one of the chosen model
+--   superseded  the task already has an answer of the same or a higher rank
+--   stale       the prompt was edited, reset or deleted since
+--   retry       the call failed and the task is retried
+--   failed      the call failed and the task has no attempts left
+--   late        the call failed after it had lost the claim
+-- A call that ends kept or superseded while it holds the claim uses up an attempt, so that no task can be sent
+-- without end.
+-- Settling the same call again returns the first settlement. If a crash lost the call's row, it is restored from the
+-- last arguments. Never commits asynchronously.
 CREATE OR REPLACE FUNCTION settle_call(
     p_call_id uuid, p_outcome text, p_answer text DEFAULT NULL,
     p_prompt_tokens integer DEFAULT NULL, p_completion_tokens integer DEFAULT NULL, p_cost double precision DEFAULT NULL,
@@ -29,8 +29,8 @@ BEGIN
     IF current_setting('synchronous_commit') = 'off' THEN
         PERFORM set_config('synchronous_commit', 'on', true);
     END IF;
-    LOCK TABLE tasks IN ROW EXCLUSIVE MODE;  -- before the queue: see "Lock order"
-    -- Whoever holds the task is open, and of the chosen model's rank: the log need not be read for it.
+    LOCK TABLE tasks IN ROW EXCLUSIVE MODE;  -- before the queue: see "Lock order" in 10_helpers.sql
+    -- The call that holds the claim is open and of rank 3: its log row need not be read.
     SELECT q.task_id, q.prompt_version, q.category INTO call.task_id, call.prompt_version, call.category
       FROM queue q WHERE q.task_id = p_task_id AND q.call_id = p_call_id;
     IF FOUND AND p_model IS NOT NULL THEN
@@ -75,8 +75,8 @@ BEGIN
 END
 $$;
 
--- Write in the log how a call ended, if it is open or was given up as lost. Returns how many rows that were: 1 or 0.
--- Planned anew each time, for this id: then its day is the only one that is looked at, and locked.
+-- Closes an open or lost call in the log. Returns the number of rows changed: 1 or 0. Planned for each call_id, so
+-- that only one partition is read and locked.
 CREATE OR REPLACE FUNCTION close_call(
     p_call_id uuid, p_outcome text, p_settlement text, p_late boolean, p_error text, p_latency_seconds double precision,
     p_cost double precision, p_prompt_tokens integer, p_completion_tokens integer) RETURNS integer
@@ -96,16 +96,16 @@ BEGIN
 END
 $$;
 
--- The one rule for every answer: it replaces only an answer of lower rank to the same version of the prompt.
--- A task that is unsolved is the usual case, and is written without looking first; what else there may be is
--- looked at under its lock. held: whether this call held the task.
+-- Stores an answer if its rank is higher than that of the task's answer to the same version of the prompt. The usual
+-- case, an unsolved task, is updated without reading it first; any other task is locked and read. held: whether this
+-- call held the claim.
 CREATE OR REPLACE FUNCTION record_answer(p_call model_calls, p_answer text, OUT settlement text, OUT held boolean)
 LANGUAGE plpgsql AS $$
 DECLARE
     before record;
     kept record;
     gone record;
-    looked boolean := false;
+    checked boolean := false;
 BEGIN
     held := false;
     SELECT 'unsolved' AS status, NULL::text AS category, p_call.prompt_version AS prompt_version INTO before;
@@ -121,16 +121,16 @@ BEGIN
            AND coalesce(t.answer_rank, CASE WHEN t.status = 'solved' THEN 3 ELSE 0 END) < p_call.rank
         RETURNING t.status::text, t.category::text INTO kept;
         EXIT WHEN FOUND;
-        IF NOT looked THEN
+        IF NOT checked THEN
             SELECT t.status::text, t.category::text, t.prompt_version INTO before
               FROM tasks t WHERE t.id = p_call.task_id FOR NO KEY UPDATE;
         END IF;
-        IF looked OR before.prompt_version IS DISTINCT FROM p_call.prompt_version THEN
-            settlement := CASE WHEN looked THEN 'superseded' ELSE 'stale' END;
-            held := requeue(p_call, p_counted => looked) IS NOT NULL;
+        IF checked OR before.prompt_version IS DISTINCT FROM p_call.prompt_version THEN
+            settlement := CASE WHEN checked THEN 'superseded' ELSE 'stale' END;
+            held := requeue(p_call, p_counted => checked) IS NOT NULL;
             RETURN;
         END IF;
-        looked := true;
+        checked := true;
     END LOOP;
 
     IF kept.status <> 'solved' THEN
@@ -149,16 +149,16 @@ BEGIN
         PERFORM count_change(gone.category, -1, 0, 0);
     END IF;
     IF before.status = 'failed' THEN
-        PERFORM count_change(known_category(before.category), 0, 0, -1);
+        PERFORM count_change(resolve_category(before.category), 0, 0, -1);
     END IF;
     IF before.status <> 'solved' THEN
-        PERFORM count_change(known_category(kept.category), 0, 1, 0);
+        PERFORM count_change(resolve_category(kept.category), 0, 1, 0);
     END IF;
 END
 $$;
 
--- A claim that brought no answer: try the task again, or end it. NULL if this call does not hold it any more.
--- A lost call is tried again at once: the task is no more to blame than the worker that died.
+-- Ends a claim without an answer: retries the task, or fails it after the last attempt. Returns NULL if this call
+-- does not hold the claim. A task whose worker was lost is ready again immediately.
 CREATE OR REPLACE FUNCTION requeue(
     p_call model_calls, p_counted boolean, p_error text DEFAULT NULL, p_outcome text DEFAULT NULL) RETURNS text
 LANGUAGE plpgsql AS $$
@@ -166,7 +166,7 @@ DECLARE
     held queue;
     woken timestamptz;
     failed_by text[];
-    at_once boolean;
+    immediately boolean;
 BEGIN
     SELECT * INTO held FROM queue q WHERE q.task_id = p_call.task_id AND q.call_id = p_call.call_id FOR UPDATE;
     IF NOT FOUND THEN
@@ -178,11 +178,11 @@ BEGIN
                solved_at = CASE WHEN t.answer_rank >= 2 THEN clock_timestamp() END,
                failure = CASE WHEN t.answer_rank >= 2 THEN NULL
                               ELSE failure_reasons(p_call, p_error, p_outcome) END
-         WHERE t.id = held.task_id;  -- its trigger takes the queue row away and counts
+         WHERE t.id = held.task_id;  -- the trigger deletes the queue row and counts
         RETURN 'failed';
     END IF;
     IF NOT p_counted OR p_outcome = 'lost' THEN
-        UPDATE queue SET state = 'ready', position = returned_position(), call_id = NULL, worker = NULL, claimed_at = NULL,
+        UPDATE queue SET state = 'ready', position = requeue_position(), call_id = NULL, worker = NULL, claimed_at = NULL,
                          attempt = CASE WHEN p_counted THEN held.attempt ELSE greatest(held.attempt - 1, 0) END
          WHERE task_id = held.task_id;
         PERFORM wake_workers();
@@ -191,24 +191,24 @@ BEGIN
     woken := clock_timestamp() + retry_delay(held.attempt);
     failed_by := array_append(array_remove(held.not_by, p_call.model), p_call.model);
     IF NOT EXISTS (SELECT FROM roster r WHERE r.state IN ('active', 'probation') AND NOT r.model = ANY (failed_by)) THEN
-        failed_by := NULL;  -- nobody else is left: anyone may try again
+        failed_by := NULL;  -- every model failed: any of them may retry
     END IF;
-    -- What this model cannot answer another may try at once; after any other failure all wait.
-    at_once := failed_by IS NOT NULL AND p_outcome IN ('garbage', 'rejected');
-    UPDATE queue SET state = CASE WHEN at_once THEN 'ready' ELSE 'waiting' END,
-                     position = CASE WHEN at_once THEN returned_position() ELSE position END,
-                     wake_at = CASE WHEN at_once THEN NULL ELSE woken END, not_by = failed_by,
+    -- If this model cannot answer the prompt, another may try immediately. After any other failure all models wait.
+    immediately := failed_by IS NOT NULL AND p_outcome IN ('garbage', 'rejected');
+    UPDATE queue SET state = CASE WHEN immediately THEN 'ready' ELSE 'waiting' END,
+                     position = CASE WHEN immediately THEN requeue_position() ELSE position END,
+                     wake_at = CASE WHEN immediately THEN NULL ELSE woken END, not_by = failed_by,
                      not_by_until = woken + (SELECT make_interval(secs => s.another_model_seconds) FROM queue_settings s),
                      call_id = NULL, worker = NULL, claimed_at = NULL
      WHERE task_id = held.task_id;
-    IF at_once THEN
+    IF immediately THEN
         PERFORM wake_workers();
     END IF;
     RETURN 'retry';
 END
 $$;
 
--- One line a call, the newest first.
+-- One line per failed call, newest first.
 CREATE OR REPLACE FUNCTION failure_reasons(p_call model_calls, p_error text, p_outcome text) RETURNS text
 LANGUAGE sql STABLE AS $$
     SELECT string_agg(reason, E'\n')

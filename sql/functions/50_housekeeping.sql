@@ -1,6 +1,7 @@
--- What the workers do beside solving: bounded steps, safe to run from every process at once.
+-- Maintenance: bounded steps that any process may run at any time.
 
--- Prolong the worker's lease, or begin it. False if the lease was found gone before: start under a new name.
+-- Starts or renews the worker's lease. Returns false if it had already expired: the worker must continue under a new
+-- name.
 CREATE OR REPLACE FUNCTION heartbeat(p_worker text, p_host text DEFAULT NULL) RETURNS boolean
 LANGUAGE plpgsql AS $$
 BEGIN
@@ -12,7 +13,7 @@ BEGIN
 END
 $$;
 
--- A worker that leaves in good order; what it still held is ready at once.
+-- Ends the lease of a worker that shuts down. Its claims become ready immediately.
 CREATE OR REPLACE FUNCTION release_worker(p_worker text) RETURNS integer
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -30,7 +31,7 @@ BEGIN
 END
 $$;
 
--- End claims of this worker as lost, at most p_limit. Tasks that somebody has locked are left for the next time.
+-- Settles at most p_limit claims of this worker as lost. Skips locked tasks.
 CREATE OR REPLACE FUNCTION release_claims(p_worker text, p_limit integer) RETURNS integer
 LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
@@ -43,7 +44,7 @@ BEGIN
     LOOP
         PERFORM FROM tasks t WHERE t.id = lost.task_id FOR NO KEY UPDATE SKIP LOCKED;
         IF FOUND THEN
-            PERFORM settle_call(lost.call_id, 'lost', p_error => 'the worker''s lease ran out',
+            PERFORM settle_call(lost.call_id, 'lost', p_error => 'the worker''s lease expired',
                                 p_task_id => lost.task_id, p_model => 'unknown', p_prompt_version => lost.prompt_version);
             PERFORM close_lost_calls(lost.task_id, p_worker);
             released := released + 1;
@@ -55,10 +56,10 @@ BEGIN
 END
 $$;
 
--- Close in the log what ended workers left open: calls whose task somebody else has solved meanwhile, so that no claim
--- leads to them. Once a worker, when it holds nothing any more, and what others were at in that moment is over. If one of
--- its calls ends after all, the real outcome replaces this one.
--- Two hours back, since a prompt may be asked with a deadline of one.
+-- Marks open calls of released workers as lost if no claim leads to them, for example because another call has
+-- solved the task. Runs once per worker, after its last claim and 5 seconds for transactions in progress. The real
+-- outcome of such a call replaces this one if it still arrives.
+-- Reads two hours of the log, because a request may have a deadline of one hour.
 CREATE OR REPLACE FUNCTION close_abandoned_calls() RETURNS void
 LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
@@ -72,14 +73,14 @@ BEGIN
          LIMIT 5 FOR UPDATE SKIP LOCKED
     LOOP
         UPDATE model_calls c SET finished_at = clock_timestamp(), outcome = 'lost', settlement = 'late',
-                                 error = 'the worker''s lease ran out'
+                                 error = 'the worker''s lease expired'
          WHERE c.call_id >= first_call_id(ended.since) AND c.worker = ended.worker AND c.outcome IS NULL;
         UPDATE workers SET swept_at = clock_timestamp() WHERE worker = ended.worker;
     END LOOP;
 END
 $$;
 
--- Give back what workers held whose lease is gone; at most p_limit claims. Returns how many.
+-- Releases the claims of workers whose lease has expired, at most p_limit. Returns how many.
 CREATE OR REPLACE FUNCTION release_lost_claims(p_limit integer DEFAULT 500) RETURNS integer
 LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
@@ -111,13 +112,13 @@ BEGIN
 END
 $$;
 
--- Retries whose time has come are ready again; at most p_limit. Returns how many.
+-- Makes retries ready whose delay has passed, at most p_limit. Returns how many.
 CREATE OR REPLACE FUNCTION promote_waiting(p_limit integer DEFAULT 500) RETURNS integer
 LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
     promoted integer;
 BEGIN
-    UPDATE queue SET state = 'ready', wake_at = NULL, position = returned_position()
+    UPDATE queue SET state = 'ready', wake_at = NULL, position = requeue_position()
      WHERE task_id IN (SELECT q.task_id FROM queue q
                         WHERE q.state = 'waiting' AND q.wake_at <= clock_timestamp()
                         ORDER BY q.wake_at LIMIT p_limit FOR UPDATE SKIP LOCKED);
@@ -129,24 +130,24 @@ BEGIN
 END
 $$;
 
--- All deltas of transactions before this one are summed up. A value from another cluster, which a restored dump may
--- bring, is ahead of all that run here, and does not count.
-CREATE OR REPLACE FUNCTION folded_before() RETURNS xid8
+-- Transaction id below which all counter deltas are compacted. Ignores values ahead of the current snapshot, which a
+-- restored dump of another cluster may contain.
+CREATE OR REPLACE FUNCTION compacted_before() RETURNS xid8
 LANGUAGE sql STABLE AS $$
     SELECT coalesce((SELECT f.before FROM task_count_folds f WHERE f.before <= pg_snapshot_xmin(pg_current_snapshot())
                       ORDER BY f.before DESC LIMIT 1), '0'::xid8)
 $$;
 
--- Sum the deltas up. One at a time; the others leave it to that one.
+-- Compacts the counter deltas into task_counts. Returns immediately if another session is compacting.
 CREATE OR REPLACE FUNCTION compact_counts() RETURNS void
 LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 BEGIN
-    IF NOT pg_try_advisory_xact_lock(hashtext('router_fold_counts'), 0) THEN
+    IF NOT pg_try_advisory_xact_lock(hashtext('router_compact_counts'), 0) THEN
         RETURN;
     END IF;
-    LOCK TABLE task_count_deltas IN ROW EXCLUSIVE MODE;  -- before task_counts, as all others
+    LOCK TABLE task_count_deltas IN ROW EXCLUSIVE MODE;  -- before task_counts, as everywhere
     WITH taken AS (
-        DELETE FROM task_count_deltas WHERE counted_by >= (SELECT folded_before()) RETURNING *
+        DELETE FROM task_count_deltas WHERE counted_by >= (SELECT compacted_before()) RETURNING *
     ), summed AS (
         INSERT INTO task_counts AS c
         SELECT category, sum(unsolved), sum(solved), sum(failed) FROM taken GROUP BY category
@@ -154,7 +155,7 @@ BEGIN
            SET unsolved = c.unsolved + EXCLUDED.unsolved, solved = c.solved + EXCLUDED.solved,
                failed = c.failed + EXCLUDED.failed
     ), old AS (
-        DELETE FROM task_count_folds WHERE before >= (SELECT folded_before()) AND EXISTS (SELECT FROM taken)
+        DELETE FROM task_count_folds WHERE before >= (SELECT compacted_before()) AND EXISTS (SELECT FROM taken)
     )
     INSERT INTO task_count_folds SELECT pg_snapshot_xmin(pg_current_snapshot()) WHERE EXISTS (SELECT FROM taken);
 
@@ -167,12 +168,12 @@ $$;
 CREATE OR REPLACE VIEW task_counts_now AS
     SELECT category, sum(unsolved)::bigint AS unsolved, sum(solved)::bigint AS solved, sum(failed)::bigint AS failed
       FROM (SELECT category, unsolved, solved, failed FROM task_count_deltas
-             WHERE counted_by >= (SELECT folded_before())
+             WHERE counted_by >= (SELECT compacted_before())
             UNION ALL SELECT category, unsolved, solved, failed FROM task_counts) AS parts
      GROUP BY category;
 
--- Count again from the tasks themselves: after an upgrade, a restore that ran without triggers, or a change of
--- the categories. Holds off writers of tasks while it counts.
+-- Counts all tasks again: after an upgrade, after a restore without triggers, or after a change of the categories.
+-- Blocks writers of tasks meanwhile.
 CREATE OR REPLACE FUNCTION recount_tasks() RETURNS void
 LANGUAGE plpgsql AS $$
 BEGIN
@@ -186,7 +187,7 @@ BEGIN
     SELECT category, sum(unsolved), sum(solved), sum(failed)
       FROM (SELECT category, count(*) AS unsolved, 0 AS solved, 0 AS failed FROM queue GROUP BY category
             UNION ALL
-            SELECT known_category(category), 0, coalesce(sum(n) FILTER (WHERE status = 'solved'), 0),
+            SELECT resolve_category(category), 0, coalesce(sum(n) FILTER (WHERE status = 'solved'), 0),
                    coalesce(sum(n) FILTER (WHERE status = 'failed'), 0)
               FROM (SELECT category, status, count(*) AS n FROM tasks WHERE status <> 'unsolved' GROUP BY 1, 2) AS t
              GROUP BY 1) AS parts (category, unsolved, solved, failed)
@@ -194,8 +195,8 @@ BEGIN
 END
 $$;
 
--- Make queue and tasks agree, in both directions, for the next p_limit task ids after p_after.
--- next_after is NULL when the end was reached. Rows that somebody has locked are left for the next round.
+-- Repairs differences between queue and tasks for the next p_limit task ids after p_after. next_after is NULL at the
+-- end. Skips locked rows.
 CREATE OR REPLACE FUNCTION reconcile(p_after bigint, p_limit integer DEFAULT 5000)
 RETURNS TABLE (next_after bigint, added integer, removed integer)
 LANGUAGE plpgsql SET enable_seqscan = off AS $$
@@ -212,7 +213,7 @@ BEGIN
     added := 0;
     removed := 0;
 
-    -- Claims of a worker that is not in the list can only be found by their lease: give it one that is over.
+    -- Claims are found by their worker's lease: give an unknown worker an expired one.
     INSERT INTO workers (worker, lease_until, released_at)
     SELECT DISTINCT q.worker, 'epoch'::timestamptz, clock_timestamp() FROM queue q
      WHERE q.task_id > p_after AND q.task_id <= range_end AND q.state = 'claimed'
@@ -244,13 +245,13 @@ BEGIN
           FROM queue q JOIN tasks t ON t.id = q.task_id AND t.status = 'unsolved'
           LEFT JOIN categories own ON own.name = t.category
           LEFT JOIN categories held ON held.name = q.category
-          CROSS JOIN LATERAL (SELECT coalesce(own.name, held.name, (SELECT known_category(NULL))) AS category,
+          CROSS JOIN LATERAL (SELECT coalesce(own.name, held.name, (SELECT resolve_category(NULL))) AS category,
                                      queue_priority(t.priority) AS priority) AS wanted
          WHERE q.task_id > p_after AND q.task_id <= range_end AND t.id > p_after AND t.id <= range_end
            AND (q.category, q.priority) IS DISTINCT FROM (wanted.category, wanted.priority)
          ORDER BY q.task_id LIMIT p_limit FOR UPDATE OF q SKIP LOCKED
     LOOP
-        PERFORM open_lane(row_now.category, row_now.priority);
+        PERFORM ensure_lane(row_now.category, row_now.priority);
         UPDATE queue q SET category = row_now.category, priority = row_now.priority, position = nextval('queue_position')
          WHERE q.task_id = row_now.task_id;
         IF row_now.was <> row_now.category THEN
@@ -265,16 +266,16 @@ BEGIN
 END
 $$;
 
--- Unsolved tasks without a queue row, locked by the caller. One that bears the marks of an end was set back without
--- triggers: it is a new version, as if they had run. Returns how many were queued.
+-- Queues unsolved tasks without a queue row, which the caller has locked. Returns how many. A task with the columns
+-- of a finished one was reset without triggers and becomes a new version, as the trigger would have made it.
 CREATE OR REPLACE FUNCTION requeue_tasks(p_ids bigint[]) RETURNS integer
 LANGUAGE plpgsql AS $$
 DECLARE
     queued integer;
 BEGIN
-    PERFORM count_change(known_category(t.category), 0, -count(*) FILTER (WHERE t.solved_at IS NOT NULL),
+    PERFORM count_change(resolve_category(t.category), 0, -count(*) FILTER (WHERE t.solved_at IS NOT NULL),
                          -count(*) FILTER (WHERE t.solved_at IS NULL AND t.failure IS NOT NULL))
-       FROM tasks t WHERE t.id = ANY (p_ids) AND t.status = 'unsolved' GROUP BY known_category(t.category);
+       FROM tasks t WHERE t.id = ANY (p_ids) AND t.status = 'unsolved' GROUP BY resolve_category(t.category);
     UPDATE tasks t SET prompt_version = new_prompt_version(), answer_rank = NULL, answered_by = NULL, solved_at = NULL,
                        failure = NULL
      WHERE t.id = ANY (p_ids) AND t.status = 'unsolved'
@@ -285,9 +286,9 @@ BEGIN
     WITH back AS (
         INSERT INTO queue (task_id, category, priority, position, state, wake_at, prompt_version, deadline_at,
                            category_reason)
-        SELECT t.id, known_category(t.category), queue_priority(t.priority), nextval('queue_position'),
+        SELECT t.id, resolve_category(t.category), queue_priority(t.priority), nextval('queue_position'),
                CASE WHEN kept.until IS NULL THEN 'ready' ELSE 'uncategorised' END, kept.until,
-               t.prompt_version, t.deadline_at, unknown_category(t.category)
+               t.prompt_version, t.deadline_at, category_problem(t.category)
           FROM tasks t CROSS JOIN LATERAL (SELECT uncategorized_until(t.category) AS until) AS kept WHERE t.id = ANY (p_ids) AND t.status = 'unsolved'
          ORDER BY t.id
         ON CONFLICT (task_id) DO NOTHING
@@ -304,8 +305,8 @@ BEGIN
 END
 $$;
 
--- A queue row whose task is gone, or ended without triggers. Counts what the triggers would have. False if the task
--- is locked, or well after all.
+-- Removes the queue row of a task that is deleted or was finished without triggers, and updates the counters.
+-- Returns false if the task is locked or unsolved.
 CREATE OR REPLACE FUNCTION drop_orphan(p_task_id bigint) RETURNS boolean
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -316,17 +317,16 @@ BEGIN
         RETURN false;
     END IF;
     IF task.status IS NOT NULL THEN
-        PERFORM count_change(known_category(task.category), 0, (task.status = 'solved')::int, (task.status = 'failed')::int);
+        PERFORM count_change(resolve_category(task.category), 0, (task.status = 'solved')::int, (task.status = 'failed')::int);
     END IF;
     PERFORM remove_queue_row(p_task_id);
     RETURN true;
 END
 $$;
 
--- Partitions of the call log, from two days ago to p_days ahead, and for days whose calls had to be kept in the
--- default partition because nobody made theirs in time. Returns how many were made.
--- Never makes those wait who claim and settle, for longer than a blink: with a long query on the log in the way
--- it gives up, and there is a week in which to try again.
+-- Creates the daily partitions of the call log from two days ago to p_days ahead, and those of days whose calls are
+-- in the default partition. Returns how many. Gives up after 200 ms of waiting for a lock, so that claims and
+-- settlements are not delayed; the next run tries again.
 CREATE OR REPLACE FUNCTION make_call_partitions(p_days integer DEFAULT 7) RETURNS integer
 LANGUAGE plpgsql SET lock_timeout = '200ms' AS $$
 DECLARE
@@ -351,12 +351,12 @@ BEGIN
     END LOOP;
     RETURN made;
 EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
-    RETURN 0;  -- all of this step is undone, the next one begins anew
+    RETURN 0;  -- this step is rolled back; the next run tries again
 END
 $$;
 
--- Made beside its place and attached: CREATE ... PARTITION OF would lock the whole log against everybody, and refuse a
--- day of which the default partition holds rows.
+-- Creates a table and attaches it. CREATE TABLE ... PARTITION OF would lock the whole log exclusively, and fails for
+-- a day with rows in the default partition.
 CREATE OR REPLACE FUNCTION make_call_partition(p_day timestamptz) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -373,7 +373,7 @@ BEGIN
 END
 $$;
 
--- tasks with the derived state: running while claimed, waiting for a retry, uncategorised until it has a category.
+-- Tasks with their derived state: running while claimed, waiting for a retry, uncategorised until classified.
 CREATE OR REPLACE VIEW task_states AS
     SELECT t.id, t.status,
            CASE q.state WHEN 'claimed' THEN 'running' WHEN 'waiting' THEN 'waiting' WHEN 'ready' THEN 'ready'

@@ -1,17 +1,18 @@
--- Giving a category to tasks that came without one.
+-- Classification of tasks that were inserted without a category.
 --
--- Until then a task is `uncategorised`: queued and counted under the default category, but in no lane. Categorisers take
--- batches and bring back categories; whatever has none by its wake_at takes the default one, so that no categoriser is
--- needed for progress. What is taken is marked by claimed_at, and is nobody else's until a second is over.
+-- Until it is classified a task is `uncategorised`: queued and counted under the default category, but in no lane.
+-- Classifiers claim batches and assign categories. A task that is not classified by its wake_at takes the default
+-- category, so that tasks are solved without a classifier too. claimed_at marks a claim of a classifier, which
+-- expires after one second.
 
--- Tasks to be given a category, the most urgent first; at most p_limit. Of a long prompt the beginning and the end.
+-- Claims at most p_limit tasks to classify, most urgent first. Long prompts are cut to their beginning and end.
 CREATE OR REPLACE FUNCTION claim_uncategorized(p_limit integer)
 RETURNS TABLE (task_id bigint, prompt_version integer, prompt text)
 LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off AS $$
 #variable_conflict use_column
 BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
-    LOCK TABLE tasks IN ACCESS SHARE MODE;  -- before the queue: see "Lock order"
+    LOCK TABLE tasks IN ACCESS SHARE MODE;  -- before the queue: see "Lock order" in 10_helpers.sql
     RETURN QUERY
         WITH taken AS (
             UPDATE queue q SET claimed_at = clock_timestamp()
@@ -21,7 +22,7 @@ BEGIN
                     ORDER BY o.priority DESC, o.position LIMIT p_limit FOR UPDATE SKIP LOCKED))
             RETURNING q.task_id
         )
-        SELECT t.id, t.prompt_version,
+        SELECT t.id::bigint, t.prompt_version,
                CASE WHEN length(t.prompt) > 2000 THEN left(t.prompt, 1400) || E'\n' || right(t.prompt, 500) ELSE t.prompt::text END
           FROM taken JOIN tasks t ON t.id = taken.task_id;
     IF FOUND THEN
@@ -31,34 +32,34 @@ BEGIN
 END
 $$;
 
--- A categoriser starts, and may take tasks within p_seconds.
+-- Announces that a classifier starts and may claim tasks within p_seconds.
 CREATE OR REPLACE FUNCTION announce_classifier(p_seconds double precision) RETURNS void
 LANGUAGE sql AS $$
     UPDATE categorising SET starts_until = greatest(starts_until, clock_timestamp() + make_interval(secs => p_seconds))
 $$;
 
--- Let these tasks into the lanes of their categories, in the order in which they came. One that was edited meanwhile
--- waits for its own; a category that the config does not know is the default one. Returns how many had none yet.
+-- Moves these tasks into the lanes of their categories, in the order of their arrival. Ignores tasks that were
+-- edited since. Unknown categories become the default one. Returns how many tasks were moved.
 CREATE OR REPLACE FUNCTION assign_categories(
     p_task_ids bigint[], p_versions integer[], p_categories text[], p_confidences real[], p_reasons text[]) RETURNS integer
 LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
     kept integer;
 BEGIN
-    PERFORM set_config('synchronous_commit', 'off', true);  -- what a crash forgets is found out again
+    PERFORM set_config('synchronous_commit', 'off', true);  -- what a crash loses is classified again
     LOCK TABLE tasks IN ACCESS SHARE MODE;
     WITH given AS MATERIALIZED (
         SELECT g.task_id, g.version, g.confidence, known.category, coalesce(known.problem, g.reason) AS reason
           FROM unnest(p_task_ids, p_versions, p_categories, p_confidences, p_reasons)
                AS g (task_id, version, category, confidence, reason)
-          JOIN (SELECT c.name, known_category(c.name) AS category, unknown_category(c.name) AS problem
+          JOIN (SELECT c.name, resolve_category(c.name) AS category, category_problem(c.name) AS problem
                   FROM (SELECT DISTINCT unnest(p_categories)) AS c (name)) AS known
             ON known.name IS NOT DISTINCT FROM g.category
     ), held AS MATERIALIZED (
         SELECT q.task_id, q.category AS was, q.position AS came, g.category, g.confidence, g.reason
           FROM given g JOIN queue q ON q.task_id = g.task_id AND q.prompt_version = g.version
          WHERE q.state = 'uncategorised' FOR UPDATE OF q SKIP LOCKED
-    ), placed AS MATERIALIZED (  -- a position of its own: floors rely on later rows getting higher ones
+    ), placed AS MATERIALIZED (  -- new positions: watermarks rely on later rows having higher ones
         SELECT h.*, nextval('queue_position') AS place FROM (SELECT * FROM held ORDER BY came) AS h
     ), moved AS (
         UPDATE queue q SET state = 'ready', wake_at = NULL, claimed_at = NULL, position = p.place,
@@ -82,8 +83,9 @@ BEGIN
 END
 $$;
 
--- Tasks whose time is over take the default category; at most p_limit. Returns how many. Not while a categoriser is at
--- work, which then takes the backlog in its order; while one starts, only a few, to have something to do.
+-- Moves tasks whose classification timed out into the default category, at most p_limit. Returns how many. Does
+-- nothing while a classifier is working. While one is starting, moves a few only, so that workers have something to
+-- do.
 CREATE OR REPLACE FUNCTION apply_default_category(p_limit integer DEFAULT 1000) RETURNS integer
 LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off AS $$
 DECLARE
@@ -95,7 +97,7 @@ BEGIN
     IF wanted AND categoriser.works_until > clock_timestamp() THEN
         RETURN 0;
     END IF;
-    LOCK TABLE tasks IN ACCESS SHARE MODE;  -- before the queue: see "Lock order"
+    LOCK TABLE tasks IN ACCESS SHARE MODE;  -- before the queue: see "Lock order" in 10_helpers.sql
     SELECT array_agg(late.task_id) AS ids, array_agg(late.prompt_version) AS versions,
            array_agg(NULL::text) AS categories, array_agg(NULL::real) AS confidences,
            array_agg('default: no category was found in time'::text) AS reasons

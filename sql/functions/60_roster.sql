@@ -1,6 +1,6 @@
--- Targets, the hold on the batch, and the runs of solve_tasks.
+-- Targets, the pause of the batch, runs of solve_tasks, and the roster.
 
--- Keep a target that is in force now. The older read loses; the same line again is no news.
+-- Records an active target. Ignores an older version than the newest one, and an unchanged target.
 CREATE OR REPLACE FUNCTION record_target(p_model text, p_target text, p_version bigint) RETURNS boolean
 LANGUAGE plpgsql AS $$
 BEGIN
@@ -22,14 +22,14 @@ LANGUAGE sql AS $$
      WHERE t.line <> EXCLUDED.line
 $$;
 
--- Only the lines of these models can be wrong: the others are gone.
+-- Deletes the errors of all other models.
 CREATE OR REPLACE FUNCTION clear_target_errors(p_models text[]) RETURNS void
 LANGUAGE sql AS $$ DELETE FROM traffic_troubles WHERE NOT model = ANY (p_models) $$;
 
 CREATE OR REPLACE VIEW newest_targets AS
     SELECT DISTINCT ON (model) model, version, target, in_force_at FROM traffic_targets ORDER BY model, version DESC;
 
--- Hold the batch back, or let it go again. The older read loses.
+-- Pauses or resumes the batch. Ignores a version that is not newer.
 CREATE OR REPLACE FUNCTION set_paused(p_held boolean, p_version bigint) RETURNS boolean
 LANGUAGE plpgsql AS $$
 BEGIN
@@ -42,11 +42,12 @@ BEGIN
 END
 $$;
 
--- Somebody watches the Variables and the pause: workers need not read them through their slow way.
+-- Records that a process near the metadata database watches the Variables and the pause, so that workers need not
+-- poll the REST API.
 CREATE OR REPLACE FUNCTION watcher_heartbeat() RETURNS void
 LANGUAGE sql AS $$ UPDATE solving SET watched_at = clock_timestamp() $$;
 
--- A run's workers all leave, for the first reason that one of them found; the first reason stays.
+-- Ends a run: all of its workers leave. Returns the reason; the first one given is kept.
 CREATE OR REPLACE FUNCTION finish_run(p_run text, p_reason text) RETURNS text
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -83,9 +84,9 @@ CREATE OR REPLACE TRIGGER router_roster_changed AFTER INSERT OR DELETE OR UPDATE
 CREATE OR REPLACE TRIGGER router_rankings_changed AFTER INSERT OR DELETE OR UPDATE ON rankings
     FOR EACH STATEMENT EXECUTE FUNCTION roster_changed();
 
--- Carry config/models.yaml over. What people wrote wins over what a search wrote; a model that people had
--- written and the file does not name any more is paused; a search's models are left alone. Those of discovered.yaml
--- that this database has never heard of are taken over as they stand there.
+-- Applies config/models.yaml. Its entries override those of the search. A model that was removed from the file is
+-- paused; models of the search are not changed. Models of discovered.yaml that are new to this database are
+-- imported.
 CREATE OR REPLACE FUNCTION sync_roster(p_config jsonb) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -127,9 +128,9 @@ BEGIN
     UPDATE roster SET state = 'paused', changed_at = clock_timestamp()
      WHERE source = 'people' AND state <> 'paused' AND NOT p_config -> 'models' ? model;
 
-    -- A search's model that people name now: only the places that they give it count.
+    -- A model of the search that is in models.yaml now: only the ranks of the file count.
     DELETE FROM rankings WHERE model = ANY (taken_over);
-    -- Where a review has ranked, the file's places no longer count, until people change one there.
+    -- Ranks of a review override those of the file until the file changes.
     INSERT INTO rankings AS r (category, model, place, starting_place)
     SELECT rank.key, m.key, rank.value::integer, rank.value::integer
       FROM jsonb_each(p_config -> 'models') AS m, jsonb_each_text(m.value -> 'ranks') AS rank
@@ -147,9 +148,8 @@ CREATE OR REPLACE VIEW roster_in_use AS
     SELECT model, endpoint, state, max_tokens, timeout_seconds, default_target FROM roster
      WHERE state IN ('active', 'probation');
 
--- Every call of the model that may have been sent within the last p_seconds: how long ago (as late as it could
--- have been sent: an open one now), its tokens (the reserved ones while its use is not known), and whether it may
--- still be going on.
+-- Calls of the model that may have been sent within the last p_seconds: age at the latest possible send time (0 if
+-- open), tokens (the reserved ones until the usage is known), and whether the call is still open.
 CREATE OR REPLACE FUNCTION past_calls(p_model text, p_seconds double precision)
 RETURNS TABLE (age_seconds double precision, tokens integer, is_open boolean)
 LANGUAGE sql STABLE AS $$
@@ -158,13 +158,13 @@ LANGUAGE sql STABLE AS $$
       FROM model_calls c
       CROSS JOIN LATERAL (SELECT coalesce(c.sent_at, c.finished_at, clock_timestamp()) AS sent_at) AS latest
      WHERE c.model = p_model AND c.outcome IS DISTINCT FROM 'unsent'
-       -- claimed at most a quarter of an hour before it was sent
-       -- (asked once, by the sub-select: else it would be volatile, and no index would help)
+       -- Claimed at most 15 minutes before it was sent. The sub-select evaluates the volatile function once, so that
+       -- the index is used.
        AND c.call_id >= (SELECT first_call_id(clock_timestamp() - make_interval(secs => p_seconds) - interval '15 minutes'))
        AND latest.sent_at > clock_timestamp() - make_interval(secs => p_seconds)
 $$;
 
--- What a worker process must know each second, in one round trip.
+-- State that a worker process polls every second, in one round trip.
 CREATE OR REPLACE FUNCTION worker_state(
     p_runs text[], OUT held boolean, OUT watched boolean, OUT roster_version bigint, OUT left_runs jsonb,
     OUT unsolved jsonb)
@@ -176,7 +176,7 @@ LANGUAGE sql STABLE AS $$
            (SELECT coalesce(jsonb_object_agg(category, unsolved), '{}') FROM task_counts_now)
 $$;
 
--- A run's calls by model and outcome.
+-- Calls of a run by model and outcome.
 CREATE OR REPLACE FUNCTION run_calls(p_run text) RETURNS TABLE (model text, outcome text, calls bigint)
 LANGUAGE sql STABLE AS $$
     SELECT c.model, coalesce(c.outcome, 'open'), count(*)

@@ -1,7 +1,7 @@
--- Knowledge that people added, and what the indexes of the hosts read.
+-- Knowledge that people added, and the reads of each host's index.
 
--- Replace what this source holds; returns added, replaced or unchanged. Versions are given out one transaction at a
--- time: whoever has read up to one of them has missed none below it.
+-- Replaces the entries of a source. Returns added, replaced or unchanged. Versions are assigned by one transaction
+-- at a time: a reader of version N has seen all lower ones.
 CREATE OR REPLACE FUNCTION add_knowledge(
     p_source text, p_checksum text, p_shown_sources text[], p_titles text[], p_bodies text[]) RETURNS text
 LANGUAGE plpgsql AS $$
@@ -25,7 +25,7 @@ BEGIN
 END
 $$;
 
--- Forget what this source holds; false if there is nothing.
+-- Deletes the entries of a source. Returns false if there are none.
 CREATE OR REPLACE FUNCTION remove_knowledge(p_source text) RETURNS boolean
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -41,18 +41,19 @@ BEGIN
 END
 $$;
 
--- Which database this is, whatever its address, and its time.
+-- Identity of this database, independent of its address, and its time.
 CREATE OR REPLACE FUNCTION knowledge_state(OUT identity text, OUT now double precision)
 LANGUAGE sql AS $$
     SELECT format('%s-%s', i.identity, d.oid), extract(epoch FROM clock_timestamp())::float8
       FROM knowledge_identity i, pg_database d WHERE d.datname = current_database()
 $$;
 
--- Whether a task is one to learn from; its answer is not read for that. An answer from before ranks were kept counts as a chosen model's.
+-- Whether a task is indexed as knowledge; does not read its answer. An answer without a rank is from before ranks
+-- were stored and counts as the chosen model's.
 CREATE OR REPLACE FUNCTION is_knowledge(p_status text, p_rank integer, p_answer text) RETURNS boolean
 LANGUAGE sql IMMUTABLE AS $$ SELECT p_status = 'solved' AND coalesce(p_rank, 3) = 3 AND octet_length(p_answer) > 0 $$;
 
--- The next slice of tasks, from the newest down, and which of them are knowledge.
+-- Next tasks by descending id, and whether each is knowledge.
 CREATE OR REPLACE FUNCTION knowledge_slice(p_from bigint, p_down_to bigint, p_limit integer)
 RETURNS TABLE (id bigint, known boolean)
 LANGUAGE sql STABLE SET enable_seqscan = off AS $$
@@ -60,7 +61,7 @@ LANGUAGE sql STABLE SET enable_seqscan = off AS $$
       FROM tasks t WHERE t.id <= p_from AND t.id >= p_down_to ORDER BY t.id DESC LIMIT p_limit
 $$;
 
--- Tasks solved since a moment, in the order of their numbers.
+-- Tasks solved since a time, by id.
 CREATE OR REPLACE FUNCTION knowledge_since(p_since double precision, p_after bigint, p_limit integer)
 RETURNS TABLE (id bigint)
 LANGUAGE sql STABLE AS $$

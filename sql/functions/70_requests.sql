@@ -1,16 +1,17 @@
--- Asking for one prompt now: preferred model and fallback at once, on the same table, by the same rule of ranks.
+-- Interactive requests: the preferred model and the fallback run in parallel, on the same table and by the same rule
+-- of ranks.
 --
--- An asked prompt is a task like any other, inserted with its claim already held by the asker's first call. Its other
--- calls stand beside that one. When the call that holds the task ends without the chosen model's answer, it hands the
--- task over to another call of the same asking that is still open; when none is left, the task's attempts count as used
--- up, so that it ends: solved if a model of any rank answered it, else failed with its reasons, the passages kept beside
--- it. Nothing is sent and paid for after the asker has gone. Only if the asker dies is its task ready for the batch.
+-- A request is a task that is inserted with its claim held by the request's first call. When the call that holds the
+-- claim ends without the chosen model's answer, the claim passes to another open call of the request. If none is
+-- open, the task's attempts count as used up, so that the task ends: solved if a model of any rank answered, else
+-- failed. Nothing is sent after the client has left. Only if the process is lost does the task become ready for the
+-- batch.
 --
 -- Lock order as everywhere: tasks, queue, model_calls.
 
--- Insert a prompt as a task that the first call of its asking holds; nothing is sent before. Raises RT001 if the asker
--- has lost its lease, RT003 if the prompt can be sent to no model. Commits asynchronously: the asker is told of it, and
--- every answer commits for good.
+-- Inserts a prompt as a task that is claimed by the first call of its request. Raises RT001 if the worker's lease
+-- has expired, RT003 if the prompt cannot be sent. Commits asynchronously: the client learns of a failure, and
+-- answers commit synchronously.
 CREATE OR REPLACE FUNCTION begin_request(
     p_prompt text, p_deadline_seconds double precision, p_call_id uuid, p_model text, p_role text, p_rank smallint,
     p_category text, p_confidence real, p_worker text, p_reserved_tokens integer, p_preferred text, p_fallback text)
@@ -26,10 +27,10 @@ BEGIN
     END IF;
     PERFORM FROM workers w WHERE w.worker = p_worker AND w.released_at IS NULL;
     IF NOT FOUND AND NOT heartbeat(p_worker) THEN
-        RAISE EXCEPTION 'worker % has lost its lease and may not ask: start again under a new name', p_worker
+        RAISE EXCEPTION 'worker % has lost its lease and may not send: start again under a new name', p_worker
             USING ERRCODE = 'RT001';
     END IF;
-    PERFORM set_config('router.interactive', 'on', true);  -- it is held from the start: nobody need be woken
+    PERFORM set_config('router.interactive', 'on', true);  -- claimed already: no worker needs a notification
     INSERT INTO tasks (prompt, category, deadline_at)
     VALUES (p_prompt, p_category, clock_timestamp() + make_interval(secs => p_deadline_seconds))
     RETURNING id, tasks.prompt_version INTO added;
@@ -40,11 +41,11 @@ BEGIN
                              fallback, worker, attempt, reserved_tokens)
     VALUES (p_call_id, added.id, added.prompt_version, p_model, p_category, p_confidence, p_role, p_rank, p_preferred,
             p_fallback, p_worker, 1, p_reserved_tokens);
-    RETURN QUERY SELECT added.id, added.prompt_version;
+    RETURN QUERY SELECT added.id::bigint, added.prompt_version;
 END
 $$;
 
--- Write the log's row of another call of an asking, before it is sent.
+-- Logs another call of a request before it is sent.
 CREATE OR REPLACE FUNCTION add_request_call(
     p_call_id uuid, p_task_id bigint, p_prompt_version integer, p_model text, p_role text, p_rank smallint,
     p_category text, p_confidence real, p_worker text, p_attempt integer, p_reserved_tokens integer,
@@ -60,9 +61,9 @@ BEGIN
 END
 $$;
 
--- Close a call of an asking, and its task as settle_call does. If this call holds the task and does not solve it, the
--- task goes to p_heir, if that call is still open, else its attempts are used up. p_late: the asker had its answer
--- before. Returns settle_call's word, and 'passed' for a call that failed while another one holds the task.
+-- Closes a call of a request, and its task as settle_call does. If this call holds the claim and does not solve the
+-- task, the claim passes to p_heir if that call is open; otherwise the attempts are used up. p_late: the client
+-- already had an answer. Returns the settlement, or 'passed' for a failed call while another one holds the claim.
 CREATE OR REPLACE FUNCTION settle_request_call(
     p_call_id uuid, p_outcome text, p_answer text, p_prompt_tokens integer, p_completion_tokens integer,
     p_cost double precision, p_latency_seconds double precision, p_error text, p_task_id bigint, p_model text,
@@ -88,7 +89,7 @@ BEGIN
              WHERE q.task_id = p_task_id AND q.call_id = p_call_id;
         END IF;
     END IF;
-    -- Without task and model settle_call reads them from the log, with the rank, which need not be the chosen model's.
+    -- Without task and model settle_call reads them, and the rank, from the log.
     settled := settle_call(p_call_id, p_outcome, p_answer, p_prompt_tokens, p_completion_tokens, p_cost, p_latency_seconds,
                            p_error, true, NULL, NULL, p_prompt_version, p_reserved_tokens);
     IF settled = 'late' THEN
@@ -100,7 +101,7 @@ BEGIN
 END
 $$;
 
--- An asking whose reply was lost on the way: if it was begun, end it. Whether it was.
+-- Ends a request whose begin_request was committed but whose reply was lost. Returns whether it was committed.
 CREATE OR REPLACE FUNCTION discard_request_call(p_call_id uuid, p_error text) RETURNS boolean
 LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
@@ -117,16 +118,17 @@ BEGIN
 END
 $$;
 
--- The other open calls of a task that a dead asker held: nobody will report their end.
+-- Closes the other open calls of a request whose worker's lease has expired.
 CREATE OR REPLACE FUNCTION close_lost_calls(p_task_id bigint, p_worker text) RETURNS void
 LANGUAGE sql AS $$
     UPDATE model_calls c SET finished_at = clock_timestamp(), outcome = 'lost', settlement = 'late',
-                             error = 'the asker''s lease ran out'
+                             error = 'the lease of the requesting process expired'
      WHERE c.task_id = p_task_id AND c.worker = p_worker AND c.outcome IS NULL AND c.role <> 'batch'
 $$;
 
--- Tasks whose deadline is at most p_ahead_seconds off and that no model has answered, the earliest first. They are
--- taken for p_hold_seconds: if nothing is said until then, another process may take them.
+-- Claims tasks that have no model's answer and whose deadline is at most p_ahead_seconds away: first those whose
+-- deadline can still be met, earliest first, so that a backlog of missed deadlines delays no other. The claim expires
+-- after p_hold_seconds.
 CREATE OR REPLACE FUNCTION claim_due_deadlines(p_ahead_seconds double precision, p_hold_seconds double precision, p_limit integer)
 RETURNS TABLE (task_id bigint, prompt text, prompt_version integer, category text, confidence real,
                max_tokens integer, seconds_left double precision)
@@ -135,10 +137,17 @@ LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 BEGIN
     LOCK TABLE tasks IN ACCESS SHARE MODE;
     RETURN QUERY
-    WITH due AS (
+    WITH in_time AS MATERIALIZED (
         SELECT q.task_id FROM queue q
-         WHERE q.deadline_at IS NOT NULL AND q.deadline_at <= clock_timestamp() + make_interval(secs => p_ahead_seconds)
+         WHERE q.deadline_at >= clock_timestamp()
+           AND q.deadline_at <= clock_timestamp() + make_interval(secs => p_ahead_seconds)
          ORDER BY q.deadline_at LIMIT p_limit FOR UPDATE SKIP LOCKED
+    ), missed AS MATERIALIZED (
+        SELECT q.task_id FROM queue q
+         WHERE q.deadline_at < clock_timestamp()
+         ORDER BY q.deadline_at DESC LIMIT p_limit - (SELECT count(*) FROM in_time) FOR UPDATE SKIP LOCKED
+    ), due AS (
+        SELECT task_id FROM in_time UNION ALL SELECT task_id FROM missed
     ), taken AS (
         UPDATE queue q
            SET deadline_at = CASE WHEN coalesce(t.answer_rank, 0) < 2
@@ -148,13 +157,13 @@ BEGIN
         RETURNING q.task_id, q.category, q.confidence
     )
     SELECT t.id::bigint, t.prompt::text, t.prompt_version, taken.category, taken.confidence, t.max_tokens::integer,
-           extract(epoch FROM t.deadline_at - clock_timestamp())::float8
+           extract(epoch FROM readable_time(t.deadline_at) - clock_timestamp())::float8
       FROM taken JOIN tasks t ON t.id = taken.task_id
      WHERE t.status = 'unsolved' AND t.deadline_at IS NOT NULL AND coalesce(t.answer_rank, 0) < 2;
 END
 $$;
 
--- Whoever serves the deadline is still at it: nobody else takes it meanwhile.
+-- Extends the claim of a deadline that is being served.
 CREATE OR REPLACE FUNCTION extend_deadline_claim(
     p_task_id bigint, p_prompt_version integer, p_ahead_seconds double precision, p_hold_seconds double precision)
 RETURNS void
@@ -164,8 +173,7 @@ LANGUAGE sql AS $$
      WHERE q.task_id = p_task_id AND q.deadline_at IS NOT NULL AND t.id = q.task_id AND t.prompt_version = p_prompt_version
 $$;
 
--- The deadline of this prompt was served: what could be had is kept. One that was moved away meanwhile is still to come,
--- and so is that of an edited prompt.
+-- Completes a deadline. A deadline that was postponed, or belongs to an edited prompt, stays due.
 CREATE OR REPLACE FUNCTION complete_deadline(p_task_id bigint, p_prompt_version integer, p_ahead_seconds double precision)
 RETURNS void
 LANGUAGE sql AS $$

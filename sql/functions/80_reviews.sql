@@ -1,4 +1,4 @@
--- What the nightly review asks of the log: answers to grade, evidence summed up, an order put in force or set back.
+-- The nightly review: answers to grade, evidence, and rankings that are applied or undone.
 
 CREATE OR REPLACE FUNCTION period_of(p_at timestamptz, p_period_seconds integer) RETURNS bigint
 LANGUAGE sql IMMUTABLE AS $$ SELECT floor(extract(epoch FROM p_at) / p_period_seconds)::bigint $$;
@@ -6,8 +6,8 @@ LANGUAGE sql IMMUTABLE AS $$ SELECT floor(extract(epoch FROM p_at) / p_period_se
 CREATE OR REPLACE FUNCTION period_start(p_period bigint, p_period_seconds integer) RETURNS uuid
 LANGUAGE sql IMMUTABLE AS $$ SELECT first_call_id(to_timestamp(p_period::float8 * p_period_seconds)) $$;
 
--- The periods whose evidence is missing or out of date, the oldest first: within p_memory periods, not closed yet, or
--- with a score that came after it was summed. A period ahead of now, from before a clock went back, is one of them.
+-- Periods without current evidence, oldest first: those of the last p_memory periods that are not closed or have a
+-- score newer than their sums. Includes a period in the future if the clock was set back.
 CREATE OR REPLACE FUNCTION periods_to_sum(p_period_seconds integer, p_memory integer) RETURNS SETOF bigint
 LANGUAGE sql STABLE AS $$
     WITH now_period AS (
@@ -37,16 +37,16 @@ LANGUAGE sql STABLE AS $$
      ORDER BY 1
 $$;
 
--- Sum one period anew, of the calls that a chosen model made, not a fallback. Returns how many.
+-- Recomputes the evidence of one period from calls of rank 3. Returns the number of calls.
 --
--- Not counted against a model: 429 (the target is over the quota), calls that were never sent, given up by whoever asked
--- or lost with their worker, and failures within a stretch in which nearly all calls of several models failed.
+-- Excluded from a model's failures: 429 (the target exceeds the quota), calls that were not sent, abandoned or lost,
+-- and failures during an outage, when nearly all calls of several models failed.
 --
--- Of calls without a task, those to a judge are no evidence, and trials are that only of models that have no place yet:
--- those of the others would double their sample.
+-- Judge calls are not evidence. Trials are evidence only for models that are not ranked yet, since they would double
+-- the sample of the others.
 --
--- Failures are few. Only where several models failed within a stretch is it looked at what was answered there: so one
--- pass over the period adds up into as many rows as there are models and categories.
+-- Failures are rare. Answers are read only for windows in which several models failed, so that one pass over the
+-- period aggregates into one row per model and category.
 CREATE OR REPLACE FUNCTION sum_evidence(
     p_period_seconds integer, p_period bigint, p_outage_seconds integer, p_outage_share float8, p_outage_models integer)
 RETURNS bigint
@@ -67,12 +67,12 @@ BEGIN
         RETURN 0;
     END IF;
     PERFORM mark_calls_lost(first_id, end_id, 3600);
-    -- Before they are summed: a call that ends meanwhile is not in the sums.
+    -- Read before the sums: a call that ends in between is not in them.
     SELECT EXISTS (SELECT FROM model_calls c WHERE c.call_id >= first_id AND c.call_id < end_id AND c.outcome IS NULL)
       INTO open_calls;
 
     SELECT array_agg(f.stretch) INTO suspected
-      FROM (SELECT outage_stretch(c.sent_at, c.started_at, p_outage_seconds) AS stretch
+      FROM (SELECT outage_window(c.sent_at, c.started_at, p_outage_seconds) AS stretch
               FROM model_calls c
              WHERE c.call_id >= first_id AND c.call_id < end_id AND c.outcome = ANY (failing)
                AND c.category IS NOT NULL AND c.rank = 3
@@ -80,12 +80,12 @@ BEGIN
              GROUP BY 1 HAVING count(DISTINCT c.model) >= p_outage_models) AS f;
     IF suspected IS NOT NULL THEN
         SELECT array_agg(s.stretch) INTO outages
-          FROM (SELECT outage_stretch(c.sent_at, c.started_at, p_outage_seconds) AS stretch
+          FROM (SELECT outage_window(c.sent_at, c.started_at, p_outage_seconds) AS stretch
                   FROM model_calls c
                  WHERE c.call_id >= first_id AND c.call_id < end_id AND c.category IS NOT NULL AND c.rank = 3
                    AND (c.outcome = 'answered' OR c.outcome = ANY (failing))
                    AND (c.purpose IS NULL OR (c.purpose = 'trial' AND c.model <> ALL (placed)))
-                   AND outage_stretch(c.sent_at, c.started_at, p_outage_seconds) = ANY (suspected)
+                   AND outage_window(c.sent_at, c.started_at, p_outage_seconds) = ANY (suspected)
                  GROUP BY 1 HAVING count(*) FILTER (WHERE c.outcome <> 'answered') >= p_outage_share * count(*)) AS s;
     END IF;
 
@@ -106,7 +106,7 @@ BEGIN
                count(*) FILTER (WHERE c.outcome IN ('rejected', 'unknown_model')) AS refused,
                count(*) FILTER (WHERE c.outcome = ANY (failing)
                    AND (outages IS NULL
-                        OR outage_stretch(c.sent_at, c.started_at, p_outage_seconds) <> ALL (outages))) AS failed,
+                        OR outage_window(c.sent_at, c.started_at, p_outage_seconds) <> ALL (outages))) AS failed,
                coalesce(sum(c.log_seconds) FILTER (WHERE c.outcome = 'answered'), 0) AS log_seconds,
                coalesce(sum(c.log_seconds * c.log_seconds) FILTER (WHERE c.outcome = 'answered'), 0) AS log_squares,
                count(c.log_seconds) FILTER (WHERE c.outcome = 'answered') AS timed,
@@ -119,7 +119,7 @@ BEGIN
                  WHERE call_id >= first_id AND call_id < end_id
                    AND outcome IS NOT NULL AND category IS NOT NULL AND rank = 3
                    AND (purpose IS NULL OR (purpose = 'trial' AND model <> ALL (placed)))
-                OFFSET 0) AS c  -- each number is made once
+                OFFSET 0) AS c  -- OFFSET 0: each expression is evaluated once
          GROUP BY 1, 2
     ), kept AS (
         INSERT INTO evidence (period_seconds, period, category, model, calls, answered, excused, log_seconds,
@@ -133,21 +133,21 @@ BEGIN
 
     INSERT INTO evidence_periods AS e (period_seconds, period, summed_at, closed)
     VALUES (p_period_seconds, p_period, began,
-            NOT open_calls AND p_period < period_of(began, p_period_seconds) - 1)  -- lost calls are closed late
+            NOT open_calls AND p_period < period_of(began, p_period_seconds) - 1)  -- lost calls are closed after up to an hour
     ON CONFLICT (period_seconds, period) DO UPDATE SET summed_at = EXCLUDED.summed_at, closed = EXCLUDED.closed;
     RETURN seen;
 END
 $$;
 
--- The stretch of p_seconds in which a call was made, numbered from 1970. STABLE, as extract is: else PostgreSQL would not
--- put it in line, and call it for each row.
-CREATE OR REPLACE FUNCTION outage_stretch(p_sent_at timestamptz, p_started_at timestamptz, p_seconds integer) RETURNS bigint
+-- Number of the window of p_seconds in which a call was made, since 1970. STABLE like extract(): otherwise
+-- PostgreSQL would not inline it.
+CREATE OR REPLACE FUNCTION outage_window(p_sent_at timestamptz, p_started_at timestamptz, p_seconds integer) RETURNS bigint
 LANGUAGE sql STABLE AS $$
     SELECT floor(extract(epoch FROM coalesce(p_sent_at, p_started_at))::float8 / p_seconds)::bigint
 $$;
 
--- Answers of one period that are kept in tasks and have no score from the checks yet: about p_answers of each model and
--- category, always the same ones, drawn by the random end of their call_id. Long texts come as their two ends.
+-- Answers of one period without a check score: a sample of about p_answers per model and category, fixed by the
+-- random end of the call_id. Long texts are cut to their two ends.
 CREATE OR REPLACE FUNCTION answers_to_check(p_period_seconds integer, p_period bigint, p_answers integer)
 RETURNS TABLE (call_id uuid, prompt text, answer text, completion_tokens integer, max_tokens integer)
 LANGUAGE plpgsql STABLE AS $$
@@ -179,9 +179,9 @@ BEGIN
 END
 $$;
 
--- Answers of one period to be judged by another model: of those that were graded, p_answers of each model and category,
--- always the same ones, and of these what was not judged yet and whose prompt is not longer than p_longest. By turns, so
--- that a budget that ends early was spent on all alike.
+-- Answers of one period to judge: a fixed sample of p_answers of the checked ones per model and category, except
+-- those already judged or with a prompt longer than p_longest. Round-robin over models, so that a budget that runs
+-- out is spent evenly.
 CREATE OR REPLACE FUNCTION answers_to_judge(p_period_seconds integer, p_period bigint, p_answers integer, p_longest integer)
 RETURNS TABLE (call_id uuid, category text, model text, prompt text, answer text)
 LANGUAGE sql STABLE AS $$
@@ -203,7 +203,7 @@ LANGUAGE sql STABLE AS $$
      ORDER BY d.turn, d.draw, d.call_id
 $$;
 
--- The period whose answers are judged: the last whole one, if any of its answers was graded, else the one that goes on.
+-- Period whose answers are judged: the last complete one if any of its answers was checked, else the current one.
 CREATE OR REPLACE FUNCTION period_to_judge(p_period_seconds integer) RETURNS bigint
 LANGUAGE sql STABLE AS $$
     SELECT CASE WHEN EXISTS (SELECT FROM call_scores s
@@ -213,14 +213,14 @@ LANGUAGE sql STABLE AS $$
       FROM (SELECT period_of(clock_timestamp(), p_period_seconds) AS newest) AS n
 $$;
 
--- What judging has cost in the period that goes on, in calls and USD.
-CREATE OR REPLACE FUNCTION judging_spent(p_period_seconds integer) RETURNS TABLE (calls bigint, usd double precision)
+-- Calls and USD spent on judging in the current period.
+CREATE OR REPLACE FUNCTION judging_usage(p_period_seconds integer) RETURNS TABLE (calls bigint, usd double precision)
 LANGUAGE sql STABLE AS $$
     SELECT coalesce(sum(j.calls), 0)::bigint, coalesce(sum(j.cost), 0)::float8 FROM judgements j
      WHERE j.at >= to_timestamp(period_of(clock_timestamp(), p_period_seconds)::float8 * p_period_seconds)
 $$;
 
--- Keep what came of a judgement, with the score of the judged answer if the judge said anything.
+-- Stores the result of a judgment, and the score of the judged answer if there is one.
 CREATE OR REPLACE FUNCTION record_judgment(
     p_call_id uuid, p_straight text, p_swapped text, p_result text, p_score real, p_note text) RETURNS void
 LANGUAGE sql AS $$
@@ -232,8 +232,8 @@ LANGUAGE sql AS $$
      WHERE call_id = p_call_id
 $$;
 
--- Keep a person's word on a task's answer. Returns the model that gave it; NULL if no model did.
-CREATE OR REPLACE FUNCTION give_feedback(p_task_id bigint, p_score real, p_by text) RETURNS text
+-- Stores a person's score of a task's answer. Returns the model that gave the answer; NULL if no model did.
+CREATE OR REPLACE FUNCTION record_feedback(p_task_id bigint, p_score real, p_by text) RETURNS text
 LANGUAGE sql AS $$
     WITH answered AS (
         SELECT t.answer_call_id, t.answered_by FROM tasks t
@@ -247,8 +247,8 @@ LANGUAGE sql AS $$
     SELECT answered_by FROM answered
 $$;
 
--- Put an order in force and keep it with what it stands on, in one statement each; the caller's transaction is all or
--- nothing. p_places: an array of the rows of review_places, without review and before.
+-- Applies a ranking and stores it with its evidence. p_places: array of review_places rows, without review and
+-- before.
 CREATE OR REPLACE FUNCTION record_review(
     p_by text, p_period_seconds integer, p_period bigint, p_settings jsonb, p_notes text[], p_places jsonb) RETURNS bigint
 LANGUAGE plpgsql AS $$
@@ -277,7 +277,7 @@ BEGIN
 END
 $$;
 
--- Set the last review back that was not yet. Returns the undo's own review, or no row if there is none to set back.
+-- Reverts the last review that changed ranks and was not undone. Returns no row if there is none.
 CREATE OR REPLACE FUNCTION undo_review(p_by text, OUT review bigint, OUT undone bigint)
 LANGUAGE plpgsql AS $$
 BEGIN

@@ -1,8 +1,8 @@
--- Dropping old days of the log, and old scores.
+-- Dropping old partitions of the call log, and old scores.
 
--- Days of the log that ended more than p_days ago, the oldest first, with their size; `kept` says why one must stay,
--- NULL if it may be dropped: every period that it lies in is summed up and closed, or it holds nothing.
-CREATE OR REPLACE FUNCTION old_days(p_period_seconds integer, p_days double precision)
+-- Partitions of the call log that ended more than p_days ago, oldest first, with their size. `kept` is the reason
+-- why a partition must not be dropped; NULL if all of its periods are summed and closed, or if it is empty.
+CREATE OR REPLACE FUNCTION old_call_partitions(p_period_seconds integer, p_days double precision)
 RETURNS TABLE (partition text, day timestamptz, bytes bigint, kept text)
 LANGUAGE plpgsql STABLE AS $$
 DECLARE
@@ -34,14 +34,14 @@ BEGIN
 END
 $$;
 
--- Drop one day of the log. The periods that it lies in are not summed anew from then on. It needs the whole log for an
--- instant: the caller sets a lock_timeout, and tries again.
-CREATE OR REPLACE FUNCTION drop_day(p_partition text) RETURNS void
+-- Drops one day of the call log; its periods are not summed again. Needs an exclusive lock on the log: the caller
+-- sets lock_timeout and retries.
+CREATE OR REPLACE FUNCTION drop_call_partition(p_partition text) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
     began float8 := extract(epoch FROM to_date(right(p_partition, 8), 'YYYYMMDD')::timestamp AT TIME ZONE 'UTC');
 BEGIN
-    -- Not CONCURRENTLY: PostgreSQL refuses that for a table with a default partition.
+    -- PostgreSQL refuses CONCURRENTLY for a table with a default partition.
     EXECUTE format('ALTER TABLE model_calls DETACH PARTITION %I', p_partition);
     EXECUTE format('DROP TABLE %I', p_partition);
     UPDATE evidence_periods e SET calls_dropped = true
@@ -49,7 +49,7 @@ BEGIN
 END
 $$;
 
--- Delete scores and judgements of calls before that one, at most p_limit of each. Returns how many.
+-- Deletes scores and judgments of calls before p_before, at most p_limit of each. Returns how many.
 CREATE OR REPLACE FUNCTION prune_scores(p_before uuid, p_limit integer) RETURNS bigint
 LANGUAGE sql AS $$
     WITH scores AS (

@@ -1,21 +1,21 @@
--- What the search changes in the roster, each change with what it replaced. Locks are taken in the order of sync_roster:
--- roster, then rankings. A model of which people are the source is never touched.
+-- Changes of the search to the roster. Each stores the rows that it replaced. Lock order as in sync_roster: roster,
+-- then rankings. Models of config/models.yaml are never changed.
 
--- A model's rows as they are now, to be set back.
-CREATE OR REPLACE FUNCTION roster_state(p_model text) RETURNS jsonb
+-- Rows of a model, to be restored by an undo.
+CREATE OR REPLACE FUNCTION roster_snapshot(p_model text) RETURNS jsonb
 LANGUAGE sql STABLE AS $$
     SELECT jsonb_build_object(
         'roster', (SELECT to_jsonb(r) FROM roster r WHERE r.model = p_model),
         'rankings', coalesce((SELECT jsonb_agg(to_jsonb(k) ORDER BY k.category) FROM rankings k WHERE k.model = p_model), '[]'))
 $$;
 
--- The last change of a model that was not undone.
+-- Last change of a model that was not undone.
 CREATE OR REPLACE FUNCTION last_roster_event(p_model text) RETURNS bigint
 LANGUAGE sql STABLE AS $$
     SELECT max(event) FROM roster_events WHERE model = p_model AND what <> 'undone' AND undone_by IS NULL
 $$;
 
--- Keep what a search found of a model in a category, unless the newest finding says the same. Returns whether it is news.
+-- Stores a finding of the search unless it equals the newest one. Returns whether it was stored.
 CREATE OR REPLACE FUNCTION record_candidate(
     p_search bigint, p_model text, p_category text, p_catalogue text, p_verdict text, p_reason text, p_trial jsonb)
 RETURNS boolean
@@ -32,7 +32,8 @@ BEGIN
 END
 $$;
 
--- Models that were tried for the category within so many nights, or taken and undone: they are left in peace.
+-- Models that lost a trial in the category, or whose admission was undone, within p_nights days. They are not tried
+-- again.
 CREATE OR REPLACE FUNCTION recently_tried(p_category text, p_nights integer) RETURNS TABLE (model text, why text)
 LANGUAGE sql STABLE AS $$
     SELECT DISTINCT ON (r.model) r.model, r.why
@@ -46,7 +47,7 @@ LANGUAGE sql STABLE AS $$
      ORDER BY r.model, r.at DESC
 $$;
 
--- The categories whose candidates were tried since then, and what trials cost, their judging included.
+-- Categories with trials since p_since, and the cost of the trials including their judging.
 CREATE OR REPLACE FUNCTION trials_since(p_since timestamptz, OUT categories text[], OUT cost_usd float8)
 LANGUAGE sql STABLE AS $$
     SELECT coalesce((SELECT array_agg(DISTINCT c.category) FROM candidates c WHERE c.trial IS NOT NULL AND c.at >= p_since), '{}'),
@@ -56,14 +57,14 @@ LANGUAGE sql STABLE AS $$
               FROM model_calls c WHERE c.call_id >= (SELECT first_call_id(p_since))) AS spent
 $$;
 
--- Take a model on: on probation, last in the category, with a bounded share. p_model: a row of the roster. Returns the
--- event; NULL if the roster has the name already, but for this search's own taking of it for another category.
+-- Admits a model: on probation, last in the category, with a bounded share. p_model: a roster row. Returns the
+-- event; NULL if the model exists already, unless this search admitted it for another category.
 CREATE OR REPLACE FUNCTION admit_candidate(
     p_search bigint, p_by text, p_model jsonb, p_category text, p_share float8, p_why text, p_known jsonb) RETURNS bigint
 LANGUAGE plpgsql AS $$
 DECLARE
     name text := p_model ->> 'model';
-    was jsonb := roster_state(name) || p_known;
+    was jsonb := roster_snapshot(name) || p_known;
     id bigint;
 BEGIN
     INSERT INTO roster (model, endpoint, state, source, context_tokens, max_tokens, timeout_seconds, input_price,
@@ -78,7 +79,7 @@ BEGIN
            AND r.source = 'search' AND r.state = 'probation') THEN
         RETURN NULL;
     END IF;
-    LOCK TABLE rankings IN SHARE ROW EXCLUSIVE MODE;  -- nobody else may take the last place
+    LOCK TABLE rankings IN SHARE ROW EXCLUSIVE MODE;  -- no other transaction may take the last rank
     INSERT INTO rankings (category, model, place, starting_place, standing, quality, least_share, most_share)
     SELECT p_category, name, coalesce(max(place), 0) + 1, coalesce(max(place), 0) + 1, 'trial',
            coalesce(min(quality), 1), p_share, p_share
@@ -93,7 +94,8 @@ BEGIN
 END
 $$;
 
--- Promote a model: it is active, ranked as any other, and leaves the categories of p_drop. NULL if it is not on probation.
+-- Promotes a model on probation to active, and removes it from the categories of p_drop. Returns NULL if it is not
+-- on probation.
 CREATE OR REPLACE FUNCTION promote_model(p_model text, p_by text, p_why text, p_drop text[], p_known jsonb) RETURNS bigint
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -104,7 +106,7 @@ BEGIN
     IF NOT FOUND THEN
         RETURN NULL;
     END IF;
-    was := roster_state(p_model) || p_known;
+    was := roster_snapshot(p_model) || p_known;
     UPDATE roster SET state = 'active', changed_at = clock_timestamp() WHERE model = p_model;
     DELETE FROM rankings WHERE model = p_model AND category = ANY (p_drop);
     UPDATE rankings SET standing = 'ranked', least_share = 0, most_share = 1 WHERE model = p_model;
@@ -114,7 +116,8 @@ BEGIN
 END
 $$;
 
--- Retire a model: it gets nothing any more and stands in no ranking. NULL if it is not one of the search's in use.
+-- Retires a model and removes it from all rankings. Returns NULL if the model is not from the search, or retired
+-- already.
 CREATE OR REPLACE FUNCTION retire_model(p_model text, p_by text, p_why text, p_known jsonb) RETURNS bigint
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -125,7 +128,7 @@ BEGIN
     IF NOT FOUND THEN
         RETURN NULL;
     END IF;
-    was := roster_state(p_model) || p_known;
+    was := roster_snapshot(p_model) || p_known;
     UPDATE roster SET state = 'retired', changed_at = clock_timestamp() WHERE model = p_model;
     DELETE FROM rankings WHERE model = p_model;
     INSERT INTO roster_events (model, by, what, why, before)
@@ -134,8 +137,8 @@ BEGIN
 END
 $$;
 
--- Set one change back: the model's rows are what they were before it. Returns the undo's own event; NULL if it was undone
--- already, is not the model's last change, or if people own the model now.
+-- Restores a model's rows from before a change. Returns the undo's event; NULL if the change was undone already, is
+-- not the model's last one, or if the model is in config/models.yaml now.
 CREATE OR REPLACE FUNCTION undo_roster_event(p_event bigint, p_by text, p_known jsonb) RETURNS bigint
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -150,7 +153,7 @@ BEGIN
        OR EXISTS (SELECT FROM roster WHERE model = done.model AND source <> 'search') THEN
         RETURN NULL;
     END IF;
-    now_is := roster_state(done.model) || p_known;
+    now_is := roster_snapshot(done.model) || p_known;
     IF done.before -> 'roster' = 'null' THEN
         DELETE FROM roster WHERE model = done.model;
     ELSE
@@ -171,7 +174,7 @@ BEGIN
 END
 $$;
 
--- The models that a search found, as config/discovered.yaml shows them, with what became of each.
+-- Models of the search with their history, as config/discovered.yaml shows them.
 CREATE OR REPLACE VIEW discovered_models AS
     SELECT r.model, r.endpoint, r.state, r.default_target, r.context_tokens, r.max_tokens, r.timeout_seconds,
            r.input_price::float8, r.output_price::float8, h.history,
@@ -179,7 +182,7 @@ CREATE OR REPLACE VIEW discovered_models AS
               FROM jsonb_populate_recordset(NULL::rankings, CASE
                    WHEN r.state = 'retired' THEN (SELECT e.before -> 'rankings' FROM roster_events e
                                                    WHERE e.event = last_roster_event(r.model))
-                   ELSE roster_state(r.model) -> 'rankings' END) AS k) AS ranks
+                   ELSE roster_snapshot(r.model) -> 'rankings' END) AS k) AS ranks
       FROM roster r
       CROSS JOIN LATERAL (
            SELECT coalesce(jsonb_agg(jsonb_build_object(
@@ -189,8 +192,8 @@ CREATE OR REPLACE VIEW discovered_models AS
              FROM roster_events e WHERE e.model = r.model AND e.what <> 'undone' AND e.undone_by IS NULL) AS h
      WHERE r.source = 'search';
 
--- Carry config/discovered.yaml over: models of which this database has never heard. One that was undone stays away.
--- Its share is a little until the next review says how much.
+-- Imports the models of config/discovered.yaml that are new to this database, but none whose admission was undone.
+-- Their share is minimal until the next review.
 CREATE OR REPLACE FUNCTION import_discovered(p_models jsonb) RETURNS void
 LANGUAGE sql AS $$
     WITH found AS (

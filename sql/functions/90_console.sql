@@ -1,5 +1,4 @@
--- What the console reads. Everything is bounded in rows: a page that is open must cost next to nothing, whatever the
--- tables hold.
+-- Reads of the console. All are bounded in rows, so that an open page costs little whatever the size of the tables.
 
 CREATE OR REPLACE FUNCTION record_failure() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
@@ -30,7 +29,7 @@ CREATE OR REPLACE TRIGGER router_failure_deleted AFTER DELETE ON tasks
 CREATE OR REPLACE TRIGGER router_failures_truncated AFTER TRUNCATE ON tasks
     FOR EACH STATEMENT EXECUTE FUNCTION prune_failures();
 
--- Calls by model, in stretches of p_seconds since 1970, by the moment of their claim. Of the newest p_most calls.
+-- Calls by model and interval of p_seconds since 1970, by claim time. Reads the newest p_most calls.
 CREATE OR REPLACE FUNCTION console_sends(p_from timestamptz, p_seconds integer, p_most integer)
 RETURNS TABLE (model text, stretch bigint, calls bigint)
 LANGUAGE sql STABLE AS $$
@@ -41,7 +40,7 @@ LANGUAGE sql STABLE AS $$
      GROUP BY 1, 2
 $$;
 
--- The newest calls that fit, among the newest p_among before p_before.
+-- Newest matching calls of the p_among calls before p_before.
 CREATE OR REPLACE FUNCTION console_calls(
     p_model text, p_category text, p_outcome text, p_before uuid, p_among integer, p_limit integer)
 RETURNS SETOF model_calls
@@ -57,25 +56,25 @@ LANGUAGE sql STABLE AS $$
      ORDER BY recent.call_id DESC LIMIT p_limit
 $$;
 
--- The tasks that failed last, before the one that failed then.
+-- Tasks that failed last, before p_before.
 CREATE OR REPLACE FUNCTION console_failures(p_category text, p_before timestamptz, p_limit integer)
 RETURNS TABLE (task_id bigint, category text, failure text, prompt text, failed_at timestamptz)
 LANGUAGE sql STABLE AS $$
-    SELECT t.id, known_category(t.category), left(t.failure, 1000), left(t.prompt, 200), f.failed_at
+    SELECT t.id::bigint, resolve_category(t.category), left(t.failure, 1000), left(t.prompt, 200), f.failed_at
       FROM task_failures f JOIN tasks t ON t.id = f.task_id AND t.status = 'failed'
-     WHERE (p_before IS NULL OR f.failed_at < p_before) AND (p_category IS NULL OR known_category(t.category) = p_category)
+     WHERE (p_before IS NULL OR f.failed_at < p_before) AND (p_category IS NULL OR resolve_category(t.category) = p_category)
      ORDER BY f.failed_at DESC, f.task_id DESC LIMIT p_limit
 $$;
 
--- The unsolved task with the lowest number; no row if there is none.
+-- Unsolved task with the lowest id; no row if there is none.
 CREATE OR REPLACE FUNCTION console_oldest()
 RETURNS TABLE (task_id bigint, category text, state text, created_at timestamptz, attempt integer)
 LANGUAGE sql STABLE AS $$
-    SELECT q.task_id, q.category, q.state, t.created_at, q.attempt
+    SELECT q.task_id, q.category, q.state, readable_time(t.created_at), q.attempt
       FROM tasks t JOIN (SELECT * FROM queue ORDER BY task_id LIMIT 1) AS q ON q.task_id = t.id
 $$;
 
--- Tasks that ended within the last p_seconds, by category; seen in the newest p_among calls.
+-- Tasks finished within the last p_seconds by category, according to the newest p_among calls.
 CREATE OR REPLACE FUNCTION console_ended(p_seconds integer, p_among integer)
 RETURNS TABLE (category text, ended bigint)
 LANGUAGE sql STABLE AS $$
@@ -86,7 +85,7 @@ LANGUAGE sql STABLE AS $$
      GROUP BY 1
 $$;
 
--- What the newest p_among calls say about each model in each category. Seconds, and USD a call.
+-- Results of each model in each category in the newest p_among calls; latency in seconds, cost in USD per call.
 CREATE OR REPLACE FUNCTION console_evidence(p_among integer)
 RETURNS TABLE (category text, model text, calls bigint, answered bigint, seconds double precision, cost double precision)
 LANGUAGE sql STABLE AS $$
@@ -99,8 +98,8 @@ LANGUAGE sql STABLE AS $$
      GROUP BY 1, 2
 $$;
 
--- The newest finding of each model in each category (NULL: whatever the category), among the newest p_among findings of
--- all searches: at most p_each of a verdict, and how many there are.
+-- Newest finding of each model and category (NULL: all categories) among the newest p_among findings: at most p_each
+-- per verdict, and how many there are.
 CREATE OR REPLACE FUNCTION console_candidates(p_among integer, p_each integer)
 RETURNS TABLE (category text, verdict text, model text, catalogue text, reason text, trial jsonb, search bigint,
                at timestamptz, alike bigint)
@@ -116,8 +115,8 @@ LANGUAGE sql STABLE AS $$
      ORDER BY found.category, array_position('{taken,lost,unreachable,refused,known}'::text[], found.verdict), found.number
 $$;
 
--- The models on probation that a search took on, one row for each category in which they stand: by whom and why, with
--- the trial that they won there, and the calls that the reviews have summed up since.
+-- Models of the search on probation, one row per category: who admitted them and why, the trial that they won, and
+-- the calls that reviews have summed since.
 CREATE OR REPLACE FUNCTION console_probation(p_most integer)
 RETURNS TABLE (model text, target text, since timestamptz, by text, why text, search bigint, category text, place integer,
                most_share double precision, bound double precision, reason text, calls bigint, trial jsonb)

@@ -1,5 +1,5 @@
-"""The DAG ask_prompt without scheduler and triggerer, in an Airflow that `local.first_start` made ready: only
-Postgres, Redis and the Models Backend are up. And what cannot be asked, in an Airflow that runs.
+"""The DAG ask_prompt: without scheduler and triggerer, in an Airflow that `local.first_start` prepared; and
+an invalid request in a running Airflow.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BackendServer]
 
 @dataclass(frozen=True)
 class Deployment:
-    """An Airflow before its processes start: its own folder, database and passwords."""
+    """An Airflow whose processes are not started: its folder, database and passwords."""
 
     home: Path
     database_url: str
@@ -65,7 +65,7 @@ def deployment(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactor
         "ROUTER_DATABASE_URL": postgres.create_database(f"router_{os.getpid()}"),
         "ROUTER_REDIS_URL": "redis://127.0.0.1:1/0",
         "MODELS_BACKEND_URL": "http://127.0.0.1:1",
-        **{name: f"the one of {user}" for user, name in first_start.PASSWORDS.items()},
+        **{name: f"password of {user}" for user, name in first_start.PASSWORDS.items()},
     }
     command = [sys.executable, "-m", "local.first_start"]
     subprocess.run(command, cwd=ROOT, env={**made.environment, **needed}, check=True, capture_output=True)
@@ -100,35 +100,35 @@ def task(database_url: str) -> dict[str, Any]:
     return found
 
 
-def test_the_first_start_makes_all_that_airflow_needs(deployment: Deployment) -> None:
+def test_first_start_creates_variables_and_passwords(deployment: Deployment) -> None:
     with connect(deployment.database_url) as connection:
         made = {row["key"]: row["description"] for row in rows(connection, "SELECT * FROM variable")}
     assert set(made) == {f"traffic.{name}" for name in load_config().models}
     assert all(GRAMMAR in description for description in made.values())
-    assert json.loads((deployment.home / "passwords.json").read_text())["admin"] == "the one of admin"
+    assert json.loads((deployment.home / "passwords.json").read_text())["admin"] == "password of admin"
 
 
 def test_dags_test_answers_a_prompt(deployment: Deployment, environment: dict[str, str]) -> None:
     asked = json.dumps({"prompt": "Explain how a B-tree stays balanced"})
     done = run_airflow(deployment, environment, "dags", "test", "ask_prompt", "-c", asked)
-    said = done.stdout + done.stderr
-    assert done.returncode == 0, said
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
     solved = task(environment["AIRFLOW_CONN_ROUTER_DB"])
     assert solved["status"] == "solved"
-    assert solved["answer"] in said  # whoever looks into the Airflow task's log reads the answer there
-    assert "deepseek-v3 is asked, as the first for this category" in said
-    assert '"event": "answered"' in said  # the JSON line
+    assert solved["answer"] in output  # the log of the Airflow task shows the answer
+    assert "calling deepseek-v3 (preferred model)" in output
+    assert '"event": "answered"' in output  # the JSON line
 
 
 @pytest.mark.soak
-def test_tasks_test_answers_the_forms_own_prompt(deployment: Deployment, environment: dict[str, str]) -> None:
+def test_tasks_test_answers_the_default_prompt(deployment: Deployment, environment: dict[str, str]) -> None:
     done = run_airflow(deployment, environment, "tasks", "test", "ask_prompt", "ask", "2024-01-01")
     assert done.returncode == 0, done.stdout + done.stderr
     assert task(environment["AIRFLOW_CONN_ROUTER_DB"])["prompt"] == "Why is the sky blue?"
 
 
-@pytest.mark.alone  # as all that use the stack that is up
-def test_a_prompt_that_cannot_be_asked_fails_in_one_try(solving: Solving) -> None:
+@pytest.mark.alone  # it uses the shared stack
+def test_an_invalid_request_fails_without_retry(solving: Solving) -> None:
     solving.api.pause("ask_prompt", paused=False)
     run = solving.api.trigger("ask_prompt", {"prompt": "Why?", "category": "poetry"})
 
@@ -136,6 +136,6 @@ def test_a_prompt_that_cannot_be_asked_fails_in_one_try(solving: Solving) -> Non
         (ask,) = solving.api.task_instances("ask_prompt", run)
         return (ask["state"], ask["try_number"]) == ("failed", 1)
 
-    wait_until(ended, 30, "it has failed, in its first try")
+    wait_until(ended, 30, "it failed on the first try")
     log = solving.api.call("GET", f"/dags/ask_prompt/dagRuns/{run}/taskInstances/ask/logs/1")
-    assert "There is no category 'poetry'" in json.dumps(log)  # not the line itself: what its exception says
+    assert "There is no category 'poetry'" in json.dumps(log)  # in the exception of the log line

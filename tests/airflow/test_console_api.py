@@ -1,4 +1,4 @@
-"""The console's API in Airflow's api-server: who may what, what is refused, and what it answers."""
+"""The console's API in Airflow's api-server: permissions, rejected requests and responses."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ pytestmark = [pytest.mark.airflow, pytest.mark.alone, pytest.mark.timeout(180)]
 
 FILLED = {"model": "phi-4", "task_id": "1", "anything:path": "nothing-here"}
 WRITE = {"X-Router-Console": "1"}
-LOOKING_SECONDS = 3.0
+STREAM_SECONDS = 3.0
 KEY = "traffic.phi-4"
 
 
-class Visitor:
-    """A person's browser: the login cookie, and whatever headers it is made to send."""
+class Client:
+    """A user's browser: it sends the login cookie and the given headers."""
 
     def __init__(self, solving: Solving, user: str | None) -> None:
         self.base = f"{solving.stack.airflow_url}/router"
@@ -40,7 +40,7 @@ class Visitor:
         return self.session.request(method, f"{self.base}{path}", timeout=20, **more)
 
     def routes(self) -> list[tuple[str, str]]:
-        """Every method of every route, its parameters filled in."""
+        """Returns every method of every route, with values for its parameters."""
         found = []
         for route in self("GET", "/api").json()["routes"]:
             path = route["path"]
@@ -51,24 +51,24 @@ class Visitor:
 
 
 @pytest.fixture(scope="module")
-def admin(solving_stack: Solving) -> Iterator[Visitor]:
-    visitor = Visitor(solving_stack, "admin")
-    yield visitor
-    visitor.session.close()
+def admin(solving_stack: Solving) -> Iterator[Client]:
+    client = Client(solving_stack, "admin")
+    yield client
+    client.session.close()
 
 
 @pytest.fixture(scope="module")
-def viewer(solving_stack: Solving) -> Iterator[Visitor]:
-    visitor = Visitor(solving_stack, "viewer")
-    yield visitor
-    visitor.session.close()
+def viewer(solving_stack: Solving) -> Iterator[Client]:
+    client = Client(solving_stack, "viewer")
+    yield client
+    client.session.close()
 
 
-def test_nobody_gets_anything_without_logging_in(solving_stack: Solving, admin: Visitor) -> None:
+def test_every_route_requires_a_login(solving_stack: Solving, admin: Client) -> None:
     routes = admin.routes()
     assert len(routes) > 20
     assert {"/page", "/console.js", "/console.css"} <= {path for _, path in routes}
-    anonymous, forged = Visitor(solving_stack, None), Visitor(solving_stack, None)
+    anonymous, forged = Client(solving_stack, None), Client(solving_stack, None)
     forged.session.cookies.set("_token", "eyJhbGciOiJub25lIn0.eyJzdWIiOiJhZG1pbiJ9.")
     for method, path in routes:
         answer = anonymous(method, path, headers=WRITE, json={"target": "1/s"} if method != "GET" else None)
@@ -76,7 +76,7 @@ def test_nobody_gets_anything_without_logging_in(solving_stack: Solving, admin: 
         assert forged(method, path, headers=WRITE).status_code in {401, 403}, (method, path)
 
 
-def test_a_viewer_may_look_and_change_nothing(viewer: Visitor, admin: Visitor) -> None:
+def test_a_viewer_can_read_and_change_nothing(viewer: Client, admin: Client) -> None:
     writes = [(m, p) for m, p in admin.routes() if m not in {"GET", "HEAD"} and "nothing-here" not in p]
     assert {path for _, path in writes} == {"/api/traffic/phi-4", "/api/failures/retry", "/api/ask"}
     for method, path in writes:
@@ -96,7 +96,7 @@ def test_a_viewer_may_look_and_change_nothing(viewer: Visitor, admin: Visitor) -
         {"Sec-Fetch-Site": "same-origin"},
     ],
 )
-def test_a_write_that_another_page_could_send_is_refused(admin: Visitor, headers: dict[str, str]) -> None:
+def test_cross_site_writes_are_rejected(admin: Client, headers: dict[str, str]) -> None:
     for method, path, body in (
         ("PUT", "/api/traffic/phi-4", {"target": "1/s"}),
         ("POST", "/api/failures/retry", {}),
@@ -105,7 +105,7 @@ def test_a_write_that_another_page_could_send_is_refused(admin: Visitor, headers
         assert admin(method, path, headers=headers, json=body).status_code == 403, path
 
 
-def test_every_answer_says_what_a_browser_may_do_with_it(admin: Visitor) -> None:
+def test_every_response_has_security_headers(admin: Client) -> None:
     for path in ("/page", "/console.js", "/api/me", "/api/calls", "/nothing-here"):
         headers = admin("GET", path).headers
         policy = headers["content-security-policy"]
@@ -129,7 +129,7 @@ def test_every_answer_says_what_a_browser_may_do_with_it(admin: Visitor) -> None
         ("POST /api/ask", {"json": {"prompt": "?", "model": "gpt-17"}}, 200, "gpt-17"),
         ("POST /api/ask", {"json": {"prompt": ""}}, 422, "prompt"),
         ("POST /api/ask", {"data": b"{" * 5_000_000}, 413, "bytes"),
-        ("POST /api/failures/retry", {"json": {"task_ids": [2**70]}}, 422, "number"),
+        ("POST /api/failures/retry", {"json": {"task_ids": [2**70]}}, 422, "out of range"),
         ("GET /api/tasks/999999999", {}, 404, "999999999"),
         ("GET /api/tasks/99999999999999999999999", {}, 404, "no task"),
         ("GET /api/tasks/x", {}, 422, "task_id"),
@@ -138,8 +138,8 @@ def test_every_answer_says_what_a_browser_may_do_with_it(admin: Visitor) -> None
         ("GET /api/failures?before=now", {}, 422, "now"),
     ],
 )
-def test_what_is_wrong_is_said_in_words_and_without_internals(
-    admin: Visitor, asked: str, more: dict[str, Any], status: int, words: str
+def test_invalid_requests_are_reported_without_internals(
+    admin: Client, asked: str, more: dict[str, Any], status: int, words: str
 ) -> None:
     method, path = asked.split(" ")
     headers = dict(WRITE)
@@ -152,25 +152,25 @@ def test_what_is_wrong_is_said_in_words_and_without_internals(
         assert inside not in answer.text
 
 
-def test_the_status_speaks_the_words_of_the_command_line(solving: Solving, admin: Visitor) -> None:
+def test_the_status_has_the_keys_of_the_command_line(solving: Solving, admin: Client) -> None:
     router = CommandLine(solving.stack.addresses)
-    said = router("status", "--json").json
+    printed = router("status", "--json").json
     shown = admin("GET", "/api/status").json()
-    assert said.keys() <= shown.keys()
-    assert said["models"]["phi-4"].keys() <= shown["models"]["phi-4"].keys()
+    assert printed.keys() <= shown.keys()
+    assert printed["models"]["phi-4"].keys() <= shown["models"]["phi-4"].keys()
     every = [name for (name,) in solving.rows("SELECT name FROM categories ORDER BY name")]
-    assert shown["category_names"] == every, "those that no task has been of, too"
+    assert shown["category_names"] == every, "also categories without tasks"
 
-    def says_the_same() -> bool:  # what all who look share is up to a second old
+    def same_target() -> bool:  # the shared reading is up to a second old
         models = admin("GET", "/api/status").json()["models"]
-        return bool(models["phi-4"]["target"] == said["models"]["phi-4"]["target"])
+        return bool(models["phi-4"]["target"] == printed["models"]["phi-4"]["target"])
 
-    wait_until(says_the_same, 3, "the target of the command line")
+    wait_until(same_target, 3, "the target of the command line")
 
 
-def test_a_target_set_here_is_the_variable_and_says_who_did_it(solving: Solving, admin: Visitor) -> None:
-    with solving.stack.api("router") as somebody_else:
-        somebody_else.set_variable(KEY, "4/s")
+def test_setting_a_target_sets_the_variable_and_records_the_author(solving: Solving, admin: Client) -> None:
+    with solving.stack.api("router") as other_user:
+        other_user.set_variable(KEY, "4/s")
     before = solving.api.call("GET", f"/variables/{KEY}")
     began = time.monotonic()
     answer = admin("PUT", "/api/traffic/phi-4", headers=WRITE, json={"target": " 2/s,  5 at once "})
@@ -185,7 +185,7 @@ def test_a_target_set_here_is_the_variable_and_says_who_did_it(solving: Solving,
     def known() -> Any:
         return admin("GET", "/api/status").json()["variables"].get("phi-4")
 
-    wait_until(lambda: known()["line"] == "2/s,  5 at once", 3, "the board knows")
+    wait_until(lambda: known()["line"] == "2/s,  5 at once", 3, "the status has it")
     assert known()["edited_by"] == "admin"
     audit = {"event": "patch_variable", "order_by": "-event_log_id", "limit": 1}
     (newest,) = solving.api.call("GET", "/eventLogs", params=audit)["event_logs"]
@@ -193,22 +193,22 @@ def test_a_target_set_here_is_the_variable_and_says_who_did_it(solving: Solving,
     assert "2/s" not in newest["extra"], "Airflow keeps values out of its audit log"
 
 
-def test_a_failed_task_is_retried_and_its_story_told(solving: Solving, admin: Visitor) -> None:
-    solving.insert(200)  # what is pulled before the workers are there has no Airflow task
+def test_a_failed_task_is_retried_and_its_details_shown(solving: Solving, admin: Client) -> None:
+    solving.insert(200)  # tasks that run before the workers have no Airflow task
     wait_until(lambda: workers_are_there(solving), 40, "all workers at work")
     solving.rows("DELETE FROM tasks WHERE status = 'unsolved'")
-    solving.rows("INSERT INTO tasks (prompt, status, failure) VALUES ('Why?', 'failed', 'the test said so')")
+    solving.rows("INSERT INTO tasks (prompt, status, failure) VALUES ('Why?', 'failed', 'set by the test')")
     (failure,) = admin("GET", "/api/failures").json()["failures"]
-    assert failure["failure"] == "the test said so"
+    assert failure["failure"] == "set by the test"
     task = failure["task_id"]
     asked = {"task_ids": [task]}
     assert admin("POST", "/api/failures/retry", headers=WRITE, json=asked).json()["unsolved"] == 1
     wait_until(lambda: solving.unsolved() == 0, 30, "solved after all")
     assert admin("GET", "/api/failures").json()["failures"] == []
-    story = wait_for(lambda: _with_log(admin, task), 10, "the story with its Airflow log")
-    assert story["task"]["state"] == "solved"
-    assert story["calls"][-1]["settlement"] == "solved"
-    log = story["logs"][story["calls"][-1]["call_id"]]
+    details = wait_for(lambda: _with_log(admin, task), 10, "the details with the Airflow log")
+    assert details["task"]["state"] == "solved"
+    assert details["calls"][-1]["settlement"] == "solved"
+    log = details["logs"][details["calls"][-1]["call_id"]]
     assert log.startswith("/dags/solve_tasks/runs/")
     assert solving.stack.api("admin").call("GET", "/dags/solve_tasks")["dag_id"] == "solve_tasks"
 
@@ -218,9 +218,9 @@ def workers_are_there(solving: Solving) -> bool:
     return states == {"deferred"}
 
 
-def _with_log(admin: Visitor, task: int) -> Any:
-    story = admin("GET", f"/api/tasks/{task}").json()
-    return story if story["logs"] else None
+def _with_log(admin: Client, task: int) -> Any:
+    details = admin("GET", f"/api/tasks/{task}").json()
+    return details if details["logs"] else None
 
 
 def test_a_worker_links_to_its_models_row(solving: Solving) -> None:
@@ -235,32 +235,32 @@ def test_a_worker_links_to_its_models_row(solving: Solving) -> None:
 
     links = wait_for(lambda: (found := linked()) and any(found.values()) and found, 15, "the link")
     (link,) = links.values()
-    assert link.endswith(f"/router/page#traffic/{solving.models[0]}")
+    assert link.endswith(f"/router/page#models/{solving.models[0]}")
 
 
-def test_all_who_look_share_one_reading(solving: Solving) -> None:
+def test_all_clients_share_one_reading(solving: Solving) -> None:
     seen: dict[int, set[str]] = {}
 
-    def look(number: int) -> None:
-        viewer = Visitor(solving, "viewer")
-        until = time.monotonic() + LOOKING_SECONDS
+    def follow(number: int) -> None:
+        viewer = Client(solving, "viewer")
+        until = time.monotonic() + STREAM_SECONDS
         with viewer("GET", "/api/live", stream=True) as answer:
             for line in answer.iter_lines():
                 seen.setdefault(number, set()).add(json.loads(line)["at"])
                 if time.monotonic() > until:
                     return
 
-    looking = [threading.Thread(target=look, args=(n,)) for n in range(6)]
-    for thread in looking:
+    following = [threading.Thread(target=follow, args=(n,)) for n in range(6)]
+    for thread in following:
         thread.start()
-    for thread in looking:
+    for thread in following:
         thread.join()
-    assert all(len(moments) >= 2 for moments in seen.values()), "it is told again while it changes"
+    assert all(len(times) >= 2 for times in seen.values()), "the stream is updated"
     everything = set().union(*seen.values())
-    assert len(everything) <= LOOKING_SECONDS + 4, "each looked for itself"
+    assert len(everything) <= STREAM_SECONDS + 4, "clients do not read separately"
 
 
-def test_asking_tells_what_happens_as_it_happens(solving: Solving, admin: Visitor) -> None:
+def test_asking_streams_progress(solving: Solving, admin: Client) -> None:
     lines, arrived = [], []
     body = {"prompt": "Why is <b>the sky</b> blue?", "category": "general"}
     with admin("POST", "/api/ask", headers=WRITE, json=body, stream=True) as answer:
@@ -274,25 +274,23 @@ def test_asking_tells_what_happens_as_it_happens(solving: Solving, admin: Visito
     given = next(line["answer"] for line in lines if "answer" in line)
     assert given["text"]
     assert given["category"] == "general"
-    assert arrived[-1] - arrived[0] > 0.02, "it came all at once"
-    story = admin("GET", f"/api/tasks/{given['task_id']}").json()
-    assert story["task"]["prompt"] == body["prompt"]
-    assert len(story["calls"]) == len(given["calls"])
+    assert arrived[-1] - arrived[0] > 0.02, "all lines arrived together"
+    details = admin("GET", f"/api/tasks/{given['task_id']}").json()
+    assert details["task"]["prompt"] == body["prompt"]
+    assert len(details["calls"]) == len(given["calls"])
 
 
 @pytest.fixture
 def slow_first(solving: Solving) -> Iterator[str]:
-    """The first model for `general`, whose answers take 0.4 to 8 s meanwhile."""
+    """The preferred model for `general`, slowed down to 0.4 to 8 s per answer."""
     first = solving.value("SELECT model FROM rankings WHERE category = 'general' ORDER BY place LIMIT 1")
-    weather = f"{solving.stack.backend_url}/weather"
+    weather = f"{solving.stack.backend_url}/conditions"
     requests.put(weather, json=[{"model": first, "latency_factor": 8}], timeout=5).raise_for_status()
     yield first
     requests.put(weather, json=[], timeout=5).raise_for_status()
 
 
-def test_a_late_answer_is_told_and_replaces_the_one_for_now(
-    solving: Solving, admin: Visitor, slow_first: str
-) -> None:
+def test_a_late_answer_replaces_the_provisional_one(solving: Solving, admin: Client, slow_first: str) -> None:
     body = {"prompt": "Why is the sea salty?", "category": "general", "deadline_seconds": 0.3}
     with admin("POST", "/api/ask", headers=WRITE, json=body, stream=True) as answer:
         lines = [json.loads(line) for line in answer.iter_lines()]

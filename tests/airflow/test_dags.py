@@ -1,4 +1,4 @@
-"""The DAG files are wiring: they parse without errors, without talking to anybody, and quickly."""
+"""The DAG files parse fast, without errors and without connections."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.stack import say
 pytestmark = pytest.mark.airflow
 ROOT = Path(__file__).parents[2]
 DAG_FILES = sorted((ROOT / "dags").glob("*.py"))
-MOST_LINES = 60
+MAX_LINES = 60
 PARSE_SECONDS = 1.0
 
 PARSE = """
@@ -24,15 +24,15 @@ import json, socket, sys
 tried = []
 def refuse(*arguments, **_):
     tried.append(repr(arguments))
-    raise OSError("a DAG file must not talk to anybody while it is parsed")
+    raise OSError("a DAG file must not connect while it is parsed")
 socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
 import psycopg2
 psycopg2.connect = refuse
 from airflow.dag_processing.dagbag import DagBag
-DagBag(sys.argv[1])  # a DAG processor has all imports behind it, too, once it has loaded the plugins
+DagBag(sys.argv[1])  # a DAG processor has imported everything, too, once it has loaded the plugins
 bag = DagBag(sys.argv[1])
 from airflow.models.connection import Connection
-from model_worker import addresses_of
+from connections import addresses_of
 from router_console import _build
 urls = ["https://a", "https://a:8443", "http://a:80", "http://a/api"]
 connections = [Connection(uri=url) for url in urls]
@@ -49,7 +49,7 @@ json.dump({
 
 @pytest.fixture(scope="module")
 def parsed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What Airflow finds in dags/ where no database can be reached; its plugins are links."""
+    """Airflow's view of dags/ without a database; its plugins are links."""
     folder = tmp_path_factory.mktemp("parse")
     (folder / "plugins").mkdir()
     for plugin in (ROOT / "plugins").glob("*.py"):
@@ -76,34 +76,34 @@ def test_every_dag_file_parses(parsed: dict[str, Any]) -> None:
     assert set(parsed["dags"]) == {file.stem for file in DAG_FILES}
 
 
-def test_parsing_talks_to_nobody(parsed: dict[str, Any]) -> None:
+def test_parsing_opens_no_connection(parsed: dict[str, Any]) -> None:
     assert parsed["tried"] == []
 
 
-def test_parsing_is_quick(parsed: dict[str, Any]) -> None:
+def test_parsing_is_fast(parsed: dict[str, Any]) -> None:
     say(f"parsed in {parsed['seconds']} s")
     assert max(parsed["seconds"].values()) < PARSE_SECONDS
 
 
-def test_a_backends_url_keeps_its_scheme_however_the_connection_is_given(
+def test_the_scheme_of_the_models_backend(
     parsed: dict[str, Any],
 ) -> None:
     assert parsed["backends"] == ["https://a", "https://a:8443", "http://a:80", "http://a", "https://a:443"]
 
 
-def test_the_console_is_found_where_its_plugin_is_a_link(parsed: dict[str, Any]) -> None:
+def test_the_console_loads_through_a_linked_plugin(parsed: dict[str, Any]) -> None:
     assert parsed["console"] == "Console"
 
 
-def test_every_dag_says_what_it_is_for(parsed: dict[str, Any]) -> None:
+def test_every_dag_has_documentation(parsed: dict[str, Any]) -> None:
     for name, dag in parsed["dags"].items():
         assert dag["doc"], f"{name} has no doc_md"
 
 
-def test_solve_tasks_waits_assigns_works_and_reports(parsed: dict[str, Any]) -> None:
+def test_tasks_of_solve_tasks(parsed: dict[str, Any]) -> None:
     assert set(parsed["dags"]["solve_tasks"]["tasks"]) == {"wait_for_work", "assign_models", "work", "report"}
 
 
 @pytest.mark.parametrize("file", DAG_FILES, ids=lambda file: file.name)
 def test_a_dag_file_is_short(file: Path) -> None:
-    assert len(file.read_text().splitlines()) < MOST_LINES
+    assert len(file.read_text().splitlines()) < MAX_LINES

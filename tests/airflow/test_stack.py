@@ -1,4 +1,4 @@
-"""The embedded stack as people use it: a demo from nothing, left open, found well, and gone when it ends."""
+"""The embedded stack from the command line: demo, health, logins, isolation and shutdown."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from router.traffic import GRAMMAR
 
 pytestmark = [pytest.mark.airflow, pytest.mark.timeout(400)]
 ROOT = Path(__file__).parents[2]
-UP = "Everything is up"
-SOLVED = "The stack stays open"
+UP = "The stack is ready"
+SOLVED = "The stack keeps running"
 TASKS = 40
-SET_UP_SECONDS = 30  # that make took before Python, as told
-PARTS = {"postgres", "redis", "backend", "api-server", "scheduler", "dag-processor", "triggerer"}
+SET_UP_SECONDS = 30  # time of make before Python, as passed to the demo
+PROCESSES = {"postgres", "redis", "backend", "api-server", "scheduler", "dag-processor", "triggerer"}
 
 
 class Launcher:
-    """`python -m local up` or `python -m bench.demo` on one folder, in a session of its own."""
+    """`python -m local up` or `python -m bench.demo` on one folder, in its own session."""
 
     def __init__(self, data: Path, *command: str) -> None:
         self.data = data
@@ -55,16 +55,16 @@ class Launcher:
         return self.output.read_text()
 
     def wait_until(self, words: str) -> None:
-        """Until it says these words."""
+        """Waits until the output contains `words`."""
         wait_until(lambda: words in self.text or self.process.poll() is not None, 240)
         assert words in self.text, self.text
 
     def family(self) -> list[psutil.Process]:
-        """The processes of all parts; one that has ended, and waits for its parent to notice, is none."""
-        return left_of(psutil.Process(self.process.pid).children(recursive=True))
+        """Returns all running descendants, without zombies."""
+        return running_of(psutil.Process(self.process.pid).children(recursive=True))
 
     def addresses(self) -> dict[str, str]:
-        """router.env, read by a shell, as a person would."""
+        """Returns the variables of router.env as a shell reads them."""
         script = 'set -a; . "$0"; set +a; exec "$1" -c "import json, os; print(json.dumps(dict(os.environ)))"'
         command = ["sh", "-c", script, str(self.data / "router.env"), sys.executable]
         done = subprocess.run(command, capture_output=True, text=True, check=True, env={})
@@ -83,11 +83,11 @@ class Launcher:
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not come true in time"
+        assert time.monotonic() < deadline, "the condition did not become true in time"
         time.sleep(0.05)
 
 
-def left_of(family: list[psutil.Process]) -> list[psutil.Process]:
+def running_of(family: list[psutil.Process]) -> list[psutil.Process]:
     return [
         process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     ]
@@ -103,21 +103,21 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
         if running.process.poll() is None:
             family = running.family()
             assert running.end() == 0
-            assert left_of(family) == []
+            assert running_of(family) == []
 
 
-def test_a_demo_solves_its_tasks_and_says_how(launcher: Launcher) -> None:
+def test_the_demo_solves_its_tasks_and_reports(launcher: Launcher) -> None:
     check_report(launcher)
 
 
 @pytest.mark.soak
-def test_a_demo_that_is_to_exit_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_the_demo_with_exit_ends_all_processes(tmp_path: Path) -> None:
     running = Launcher.demo(tmp_path / "demo", "--exit")
     running.wait_until(UP)
     family = running.family()
     assert running.process.wait(300) == 0, running.text
     check_report(running)
-    assert left_of(family) == []
+    assert running_of(family) == []
 
 
 def check_report(launcher: Launcher) -> None:
@@ -127,7 +127,7 @@ def check_report(launcher: Launcher) -> None:
     }
     assert report["tasks"] == TASKS
     assert report["solved"] + report["failed"] == TASKS
-    assert report["solved"] >= TASKS - 4  # the stand-in gives bad answers now and then
+    assert report["solved"] >= TASKS - 4  # the simulated backend sometimes gives bad answers
     assert 0 < report["bound_seconds"] <= report["seconds"]
     assert report["seconds_to_first_answer"] > SET_UP_SECONDS
     assert set(report["models"]) == set(load_config().models)
@@ -137,20 +137,20 @@ def check_report(launcher: Launcher) -> None:
     assert sum(model["sent"] for model in report["models"].values()) >= report["solved"]
 
 
-def test_the_demo_counts_from_the_command() -> None:
+def test_the_demo_measures_from_the_start_of_the_command() -> None:
     assert command_started({"ROUTER_DEMO_STARTED_AT": "1700000000"}) == 1_700_000_000
     assert command_started({}) == psutil.Process().create_time()
 
 
-def test_all_parts_are_up_and_well(launcher: Launcher) -> None:
+def test_all_processes_are_healthy(launcher: Launcher) -> None:
     with launcher.api("viewer") as api:
         assert api.health() == dict.fromkeys(
             ("metadatabase", "scheduler", "triggerer", "dag_processor"), True
         )
-    assert {path.stem for path in (launcher.data / "logs").glob("*.log")} >= PARTS
+    assert {path.stem for path in (launcher.data / "logs").glob("*.log")} >= PROCESSES
 
 
-def test_it_says_where_to_log_in_and_with_what(launcher: Launcher) -> None:
+def test_the_output_contains_addresses_and_logins(launcher: Launcher) -> None:
     secrets = json.loads((launcher.data / "secrets.json").read_text())
     assert launcher.addresses()["ROUTER_AIRFLOW_URL"] in launcher.text
     assert secrets["admin"] in launcher.text
@@ -159,14 +159,14 @@ def test_it_says_where_to_log_in_and_with_what(launcher: Launcher) -> None:
     assert secrets["postgres"] not in launcher.text
 
 
-def test_nobody_gets_in_without_a_password(launcher: Launcher) -> None:
+def test_a_wrong_password_is_rejected(launcher: Launcher) -> None:
     url = launcher.addresses()["ROUTER_AIRFLOW_URL"]
     with AirflowApi(url, "admin", "guessed") as api, pytest.raises(AirflowApiError) as refused:
         api.variables()
     assert refused.value.status == 401
 
 
-def test_each_user_may_do_what_its_role_says(launcher: Launcher) -> None:
+def test_permissions_of_each_user(launcher: Launcher) -> None:
     with launcher.api("viewer") as viewer, pytest.raises(AirflowApiError) as refused:
         viewer.set_variable("test.role", "1")
     assert refused.value.status == 403
@@ -178,7 +178,7 @@ def test_each_user_may_do_what_its_role_says(launcher: Launcher) -> None:
         service.delete_variable("test.role")
 
 
-def test_each_model_has_its_traffic_variable_with_the_grammar_beside_it(launcher: Launcher) -> None:
+def test_each_model_has_a_traffic_variable_with_the_grammar(launcher: Launcher) -> None:
     models = load_config().models
     with launcher.api("router") as api:
         expected = {f"traffic.{name}": model.target for name, model in models.items()}
@@ -192,7 +192,7 @@ def test_the_dags_parse(launcher: Launcher) -> None:
         assert api.import_errors() == []
 
 
-def test_router_env_serves_another_terminal_and_both_drivers(launcher: Launcher) -> None:
+def test_router_env_works_with_both_drivers(launcher: Launcher) -> None:
     addresses = launcher.addresses()
     connection = psycopg2.connect(addresses["ROUTER_DATABASE_URL"])
     with connection.cursor() as cursor:
@@ -203,8 +203,8 @@ def test_router_env_serves_another_terminal_and_both_drivers(launcher: Launcher)
         assert client.ping()
 
 
-def test_airflows_connections_give_urls_that_the_drivers_take(launcher: Launcher) -> None:
-    """As a trigger sees them: by id, through Airflow."""
+def test_airflows_connections_give_valid_urls(launcher: Launcher) -> None:
+    """Reads them as a trigger does, by id."""
     code = """
 import asyncio, asyncpg, psycopg2, redis, requests
 from airflow.sdk import Connection
@@ -225,7 +225,7 @@ assert requests.get(Connection.get("models_backend").get_uri() + "/health").ok
     assert done.returncode == 0, done.stderr
 
 
-def test_secrets_are_for_their_owner_alone(launcher: Launcher) -> None:
+def test_secrets_are_readable_by_their_owner_only(launcher: Launcher) -> None:
     files = ["secrets.json", "router.env", "airflow/passwords.json", "redis/redis.conf"]
     assert {name: oct((launcher.data / name).stat().st_mode & 0o777) for name in files} == dict.fromkeys(
         files, "0o600"
@@ -242,7 +242,7 @@ def test_secrets_are_for_their_owner_alone(launcher: Launcher) -> None:
 def test_everything_listens_on_the_loopback_only(launcher: Launcher) -> None:
     listening = []
     for process in launcher.family():
-        with suppress(psutil.NoSuchProcess):  # an Airflow task that has ended meanwhile
+        with suppress(psutil.NoSuchProcess):  # an Airflow task that has ended
             listening += [
                 (process.name(), connection.laddr.ip)
                 for connection in process.net_connections(kind="inet")
@@ -252,7 +252,7 @@ def test_everything_listens_on_the_loopback_only(launcher: Launcher) -> None:
     assert {address for _, address in listening} == {"127.0.0.1"}, listening
 
 
-def test_a_folder_serves_one_stack_at_a_time(launcher: Launcher) -> None:
+def test_a_folder_is_used_by_one_stack_at_a_time(launcher: Launcher) -> None:
     second = Launcher.__new__(Launcher)
     second.data, second.output = launcher.data, launcher.data.with_suffix(".second")
     command = [sys.executable, "-m", "local", "up", "--data", str(launcher.data)]
@@ -263,8 +263,8 @@ def test_a_folder_serves_one_stack_at_a_time(launcher: Launcher) -> None:
 
 
 @pytest.mark.soak
-def test_two_stacks_live_side_by_side_and_each_ends_whole(launcher: Launcher, tmp_path: Path) -> None:
-    """The first is stopped, started again and killed; the second loses a part. Neither minds the other."""
+def test_two_stacks_run_in_parallel_and_end_completely(launcher: Launcher, tmp_path: Path) -> None:
+    """The first is stopped, restarted and killed; a process of the second crashes. They are independent."""
     with launcher.api("router") as api:
         api.set_variable(f"traffic.{next(iter(load_config().models))}", "7/min")
     connection = psycopg2.connect(launcher.addresses()["ROUTER_DATABASE_URL"])
@@ -273,30 +273,30 @@ def test_two_stacks_live_side_by_side_and_each_ends_whole(launcher: Launcher, tm
     connection.close()
     family = launcher.family()
     assert launcher.end(signal.SIGINT) == 0
-    assert left_of(family) == []
+    assert running_of(family) == []
 
     first, second = Launcher(launcher.data, "local", "up"), Launcher(tmp_path / "second", "local", "up")
     try:
         first.wait_until(UP)
         second.wait_until(UP)
-        check_that_it_went_on(first)
+        check_data_persisted(first)
 
         family = second.family()
-        with_a_crash(second)
-        assert left_of(family) == []
+        crash_dag_processor(second)
+        assert running_of(family) == []
 
         with first.api("viewer") as api:
             assert all(api.health().values())
         family = first.family()
         first.end(signal.SIGKILL)
-        wait_until(lambda: left_of(family) == [], 40)
+        wait_until(lambda: running_of(family) == [], 40)
     finally:
         for running in (first, second):
             if running.process.poll() is None:
                 running.end()
 
 
-def check_that_it_went_on(launcher: Launcher) -> None:
+def check_data_persisted(launcher: Launcher) -> None:
     with launcher.api("router") as api:
         assert "7/min" in api.variables("traffic.").values()
     connection = psycopg2.connect(launcher.addresses()["ROUTER_DATABASE_URL"])
@@ -307,8 +307,8 @@ def check_that_it_went_on(launcher: Launcher) -> None:
     assert "migrate-airflow" not in launcher.text
 
 
-def with_a_crash(launcher: Launcher) -> None:
-    (part,) = [p for p in launcher.family() if p.cmdline()[1:4] == ["-m", "airflow", "dag-processor"]][:1]
-    part.kill()
+def crash_dag_processor(launcher: Launcher) -> None:
+    (process,) = [p for p in launcher.family() if p.cmdline()[1:4] == ["-m", "airflow", "dag-processor"]][:1]
+    process.kill()
     assert launcher.process.wait(60) == 1
     assert "dag-processor ended by itself (SIGKILL)" in launcher.text

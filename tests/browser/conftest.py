@@ -1,4 +1,4 @@
-"""One browser for all tests of pages: to start it and to log in takes longer than most of them."""
+"""One logged-in browser for all tests, because starting it is slow."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.stack import Solving
 
 @pytest.fixture(scope="session")
 def admin(solving_stack: Solving, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """Logged in through Airflow's own form."""
+    """Browser logged in as admin."""
     with browsing(solving_stack.stack.airflow_url, tmp_path_factory.mktemp("admin")) as browser:
         browser.log_in("admin", solving_stack.stack.passwords["admin"])
         yield browser

@@ -1,4 +1,4 @@
-"""What an operator does in Airflow's own pages: edits a Variable, switches a DAG, triggers one."""
+"""Airflow's own pages: editing a Variable, pausing a DAG, triggering a DAG."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def fill_in(field: WebElement, text: str) -> None:
     field.send_keys(text)
 
 
-def test_editing_a_variable_in_airflows_form_changes_the_traffic(solving: Solving, admin: Browser) -> None:
+def test_editing_a_variable_changes_the_traffic(solving: Solving, admin: Browser) -> None:
     model = solving.models[0]
     admin.open("/variables")
     admin.click(f"//tr[.//text()='traffic.{model}']//*[@aria-label='Edit Variable']", By.XPATH)
@@ -32,40 +32,38 @@ def test_editing_a_variable_in_airflows_form_changes_the_traffic(solving: Solvin
     admin.click("//*[@role='dialog']//button[normalize-space()='Save']", By.XPATH)
     saved = time.monotonic()
     in_force = "SELECT target FROM newest_targets WHERE model = %s"
-    wait_until(lambda: solving.value(in_force, model) == "3/s, 20 at once", 5, "the edit is in force")
-    say(f"saved in the form -> in force: {time.monotonic() - saved:.2f} s")
+    wait_until(lambda: solving.value(in_force, model) == "3/s, 20 at once", 5, "the edit is active")
+    say(f"saved in the form -> active: {time.monotonic() - saved:.2f} s")
     admin.find(f"//tr[.//text()='traffic.{model}' and .//text()='3/s, 20 at once']", By.XPATH)
     admin.show("variables")
 
 
 def toggle_pause(admin: Browser) -> float:
-    """The switch beside the DAG's name; returns the moment before the click."""
+    """Clicks the DAG's switch and returns the time before the click."""
     switch = admin.find("[data-testid=toggle-pause]")
     clicking = time.monotonic()
     switch.click()
     return clicking
 
 
-def test_the_switch_on_the_dags_page_stops_and_starts_the_solving(solving: Solving, admin: Browser) -> None:
+def test_pausing_the_dag_stops_and_resumes_sending(solving: Solving, admin: Browser) -> None:
     solving.insert(400)
     admin.open(f"/dags/{DAG}")
     wait_for(lambda: solving.arrived(time.monotonic() - 1), 60, "solving")
     toggle_pause(admin)
     wait_until(lambda: solving.api.is_paused(DAG), 10, "the DAG is paused")
     paused = time.monotonic()
-    wait_until(lambda: time.monotonic() > paused + 2, 3, "the pause has had its time")
+    wait_until(lambda: time.monotonic() > paused + 2, 3, "two seconds after the pause")
     admin.show("paused")
     unpausing = toggle_pause(admin)
     wait_until(lambda: not solving.api.is_paused(DAG), 10, "the DAG is unpaused")
-    wait_for(lambda: solving.arrived(unpausing), 5, "sending goes on")
+    wait_for(lambda: solving.arrived(unpausing), 5, "sending resumes")
     admin.show("unpaused")
     solving.stop_backlog()
     assert [at for at in solving.arrived(paused + 2) if at < unpausing] == []
 
 
-def test_triggering_the_dag_of_a_prompt_with_airflows_button_answers_it(
-    solving: Solving, admin: Browser
-) -> None:
+def test_triggering_ask_prompt_answers_the_prompt(solving: Solving, admin: Browser) -> None:
     admin.open(f"/dags/{ASK}")
     admin.click("//button[normalize-space()='Trigger']", By.XPATH)
     fill_in(admin.find("[role=dialog] textarea[name=element_prompt]"), PROMPT)
@@ -76,6 +74,6 @@ def test_triggering_the_dag_of_a_prompt_with_airflows_button_answers_it(
     run = solving.api.runs(ASK, limit=1)[0]
     wait_for(
         lambda: solving.api.call("GET", f"/dags/{ASK}/dagRuns/{run['dag_run_id']}")["state"] == "success",
-        40, "the run has ended well",
+        40, "the run succeeded",
     )  # fmt: skip
     admin.show("triggered")

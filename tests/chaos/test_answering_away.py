@@ -1,4 +1,4 @@
-"""Whatever hangs or is away, whoever asks has an answer by the deadline: at the least the passages."""
+"""Every request returns by its deadline, whatever service hangs or is down; if need be with passages."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from router.errors import ModelFailed
 from router.models.roster import sync_roster
 from router.settings.environment import Addresses
 from router.task import AnswerRank
-from tests.support.answering import CHEAP, PREFERRED, Asking, asking_config
+from tests.support.answering import CHEAP, PREFERRED, Harness, answering_config
 from tests.support.stalls import Stall, stalling
 
 DEADLINE_SECONDS = 1.0
-MOST_OVER_SECONDS = 0.1
+MAX_OVER_SECONDS = 0.1
 KNOWN = "The router pauses a model whose traffic target is 0."
 
 
@@ -36,15 +36,15 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BackendServer]
     server.stop()
 
 
-class Fragile(Asking):
-    """An asking whose servers can hang, each by its name."""
+class Fragile(Harness):
+    """A harness whose servers can be stalled, by name."""
 
     stalls: dict[str, Stall]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A config folder that holds one fact."""
+    """A config folder whose knowledge is one fact."""
     (tmp_path / "knowledge").mkdir()
     (tmp_path / "knowledge" / "facts.md").write_text(f"# Pausing a model\n\n{KNOWN}\n")
     return tmp_path
@@ -52,7 +52,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def redis_port(redis_server: RedisServer, redis_client: Any) -> int:
-    """Of a Redis that is empty."""
+    """Port of an empty Redis."""
     return int(urlsplit(redis_server.url).port or 0)
 
 
@@ -80,17 +80,16 @@ async def fragile(
             redis_url=f"redis://127.0.0.1:{stalls['redis'].port}/0",
             backend_url=f"http://127.0.0.1:{stalls['backend'].port}",
         )
-        config = asking_config()
+        config = answering_config()
         with connect(database) as connection:
             sync_roster(connection, config)
         router = Router(through, config, folder)
         await router.open(classify=False)
+        harness = Fragile(router, through.model_copy(update={"database_url": database}), backend)
+        harness.stalls = stalls
         for model in config.models:
-            limiter = router._asker.limiter
-            await limiter.cancel(await limiter.acquire(model, timeout_seconds=10))
-        asking = Fragile(router, through.model_copy(update={"database_url": database}), backend)
-        asking.stalls = stalls
-        yield asking
+            await harness.limiter.cancel(await harness.limiter.acquire(model, timeout_seconds=10))
+        yield harness
         for stall in stalls.values():
             stall.go_on()
         await router.close()
@@ -99,7 +98,9 @@ async def fragile(
 @pytest.mark.parametrize(
     "hanging", [("postgres",), ("redis",), ("backend",), ("postgres", "redis", "backend")]
 )
-async def test_what_hangs_costs_no_more_than_the_deadline(fragile: Fragile, hanging: tuple[str, ...]) -> None:
+async def test_a_hanging_service_costs_the_deadline_at_most(
+    fragile: Fragile, hanging: tuple[str, ...]
+) -> None:
     for name in hanging:
         fragile.stalls[name].stall()
     answers = await asyncio.gather(
@@ -108,13 +109,13 @@ async def test_what_hangs_costs_no_more_than_the_deadline(fragile: Fragile, hang
     for answer in answers:
         assert answer.rank is AnswerRank.PASSAGES
         assert KNOWN in answer.text
-        assert answer.seconds <= DEADLINE_SECONDS + MOST_OVER_SECONDS
+        assert answer.seconds <= DEADLINE_SECONDS + MAX_OVER_SECONDS
     assert all((answer.task_id is None) == ("postgres" in hanging) for answer in answers)
-    if "backend" not in hanging:  # what cannot be logged, or has no permit, is not sent
+    if "backend" not in hanging:  # without a log row or a permit nothing is sent
         assert all(call.sent_seconds is None for answer in answers for call in answer.calls)
 
 
-async def test_an_answer_does_not_wait_for_its_permits_return(fragile: Fragile) -> None:
+async def test_an_answer_does_not_wait_for_the_release_of_its_permit(fragile: Fragile) -> None:
     def redis_hangs_once_sent(event: Event) -> None:
         if event.kind is EventKind.SENT and event.call is not None and event.call.model == PREFERRED:
             fragile.stalls["redis"].stall()
@@ -124,7 +125,7 @@ async def test_an_answer_does_not_wait_for_its_permits_return(fragile: Fragile) 
     assert answer.seconds < 1.5, "the client of Redis waits for 2 s"
 
 
-async def test_once_it_is_back_models_answer_again(fragile: Fragile) -> None:
+async def test_models_answer_again_once_services_are_back(fragile: Fragile) -> None:
     for stall in fragile.stalls.values():
         stall.stall()
     answer = await fragile.ask(deadline_seconds=0.5)
@@ -139,20 +140,20 @@ async def test_once_it_is_back_models_answer_again(fragile: Fragile) -> None:
     assert fragile.rows("SELECT FROM queue WHERE state = 'claimed'") == []
 
 
-async def test_a_router_opens_while_everything_is_away(folder: Path) -> None:
+async def test_a_router_opens_while_every_service_is_unavailable(folder: Path) -> None:
     nowhere = Addresses(
         database_url="postgresql://nobody@127.0.0.1:1/none", redis_url="redis://127.0.0.1:1/0",
         backend_url="http://127.0.0.1:1",
     )  # fmt: skip
-    async with Router(nowhere, asking_config(), folder) as router:
+    async with Router(nowhere, answering_config(), folder) as router:
         answer = await router.answer("How is a model paused?", category="general")
-        with pytest.raises(ModelFailed, match="Postgres is away"):
+        with pytest.raises(ModelFailed, match="Postgres is unavailable"):
             await router.answer("How is a model paused?", model=PREFERRED)
     assert KNOWN in answer.text
     assert (answer.task_id, answer.provisional, answer.calls) == (None, False, ())
 
 
-async def test_a_database_that_goes_away_in_the_middle_says_that_nothing_was_logged(fragile: Fragile) -> None:
+async def test_an_answer_without_a_log_row_has_no_task_id(fragile: Fragile) -> None:
     fragile.stalls["postgres"].stall()
     fragile.fault("error", CHEAP)
     answer = await fragile.ask(deadline_seconds=0.5)

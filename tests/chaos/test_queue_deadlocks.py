@@ -1,4 +1,4 @@
-"""Everybody does everything to the same few tasks at once: nobody deadlocks, and the counters stay exact."""
+"""Concurrent operations of every kind on few tasks: no deadlock, and exact counters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.queue import Probe, probing
 
 SECONDS = 6.0
 
-Deed = Callable[[Probe, random.Random], Awaitable[object]]
+Operation = Callable[[Probe, random.Random], Awaitable[object]]
 
 
 async def _produce(p: Probe, dice: random.Random) -> None:
@@ -46,16 +46,16 @@ async def _one_row(p: Probe, dice: random.Random) -> None:
 
 
 async def _many_rows(p: Probe, dice: random.Random) -> None:
-    # In order of id, so that two people do not deadlock with each other: that is not ours to prevent.
+    # Locked in order of id, because two such statements may otherwise deadlock with each other.
     rows = "(SELECT id FROM tasks ORDER BY id FOR UPDATE)"
-    deed = dice.choice(
+    operation = dice.choice(
         [
             "UPDATE tasks SET status = 'unsolved'",
             "UPDATE tasks SET prompt = 'y', category = 'creative'",
             "DELETE FROM tasks",
         ]
     )
-    await p.run(f"{deed} WHERE id = ANY (ARRAY{rows})")
+    await p.run(f"{operation} WHERE id = ANY (ARRAY{rows})")
 
 
 async def _truncate(p: Probe, dice: random.Random) -> None:
@@ -88,38 +88,40 @@ async def _reconcile(p: Probe, dice: random.Random) -> None:
         await p.run("SELECT recount_tasks()")
 
 
-DEEDS: tuple[Deed, ...] = (
+OPERATIONS: tuple[Operation, ...] = (
     _produce, _produce, _claim_and_end, _claim_and_end, _claim_and_end, _one_row, _one_row, _many_rows,
     _truncate, _house, _lose, _reconcile,
 )  # fmt: skip
 
 
-async def _trouble_of(deed: Awaitable[object]) -> str | None:
+async def _error_of(operation: Awaitable[object]) -> str | None:
     try:
-        await deed
+        await operation
     except asyncpg.PostgresError as error:
-        lease_gone = error.sqlstate == "RT001"  # what _lose does to the others
-        return None if lease_gone else f"{error!r} {error.as_dict().get('detail')}"
+        lease_expired = error.sqlstate == "RT001"  # by _lose of another connection
+        return None if lease_expired else f"{error!r} {error.as_dict().get('detail')}"
     return None
 
 
-async def test_everything_at_once_never_deadlocks(probe: Probe, database: str) -> None:
+async def test_concurrent_operations_never_deadlock(probe: Probe, database: str) -> None:
     done: Counter[str] = Counter()
-    troubles: list[str] = []
+    errors: list[str] = []
     until = time.monotonic() + SECONDS
 
-    async def go(deed: Deed, seed: int) -> None:
+    async def go(operation: Operation, seed: int) -> None:
         dice = random.Random(seed)
         async with probing(database) as p:
             await p.run("SET deadlock_timeout = '50ms'")
-            while time.monotonic() < until and not troubles:
-                trouble = await _trouble_of(deed(p, dice))
-                done[deed.__name__] += 1
-                if trouble is not None:
-                    troubles.append(f"{deed.__name__}: {trouble}")
+            while time.monotonic() < until and not errors:
+                error = await _error_of(operation(p, dice))
+                done[operation.__name__] += 1
+                if error is not None:
+                    errors.append(f"{operation.__name__}: {error}")
 
-    await asyncio.wait_for(asyncio.gather(*(go(deed, n) for n, deed in enumerate(DEEDS))), SECONDS + 60)
-    assert not troubles, "\n".join(troubles)
-    assert all(done[deed.__name__] > 5 for deed in DEEDS), done
+    await asyncio.wait_for(
+        asyncio.gather(*(go(operation, n) for n, operation in enumerate(OPERATIONS))), SECONDS + 60
+    )
+    assert not errors, "\n".join(errors)
+    assert all(done[operation.__name__] > 5 for operation in OPERATIONS), done
     await probe.assert_counts_exact()
-    assert await probe.reconcile() == (0, 0), "queue and tasks agree without its help"
+    assert await probe.reconcile() == (0, 0), "queue and tasks differ"

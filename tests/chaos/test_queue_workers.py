@@ -1,4 +1,4 @@
-"""Many worker processes on one queue, some of them killed: every task is solved, and recorded, once."""
+"""Worker processes on one queue, some of them killed: every task is solved and recorded once."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def _work(url: str, name: str, seed: int, log: Path) -> None:
 
 
 async def _solve_forever(url: str, name: str, dice: random.Random, log: Path) -> None:
-    """Claim, note it, and then solve, solve twice, fail or give back; without end."""
-    async with probing(url) as queue, probing(url) as house:
+    """Claims tasks, logs each claim, and solves, solves twice, fails or releases it."""
+    async with probing(url) as queue, probing(url) as maintenance:
         await queue.run("SELECT heartbeat($1)", name)
-        beating = asyncio.create_task(_keep_house(house, name), name="house")
+        beating = asyncio.create_task(_maintain(maintenance, name), name="maintenance")
         with log.open("a", buffering=1) as notes:
             while True:
                 taken = await queue.claim(worker=name, model=name)
@@ -51,20 +51,20 @@ async def _end(queue: Probe, taken: Taken, dice: random.Random) -> None:
     else:
         await queue.settle(taken, answer=str(taken.call_id))
         if chance < 0.25:
-            await queue.settle(taken, answer="said twice")
+            await queue.settle(taken, answer="sent twice")
 
 
-async def _keep_house(house: Probe, name: str) -> None:
+async def _maintain(maintenance: Probe, name: str) -> None:
     while True:
-        await house.run("SELECT heartbeat($1)", name)
-        await house.run("SELECT promote_waiting()")
-        await house.run("SELECT release_lost_claims()")
-        await house.run("SELECT compact_counts()")
+        await maintenance.run("SELECT heartbeat($1)", name)
+        await maintenance.run("SELECT promote_waiting()")
+        await maintenance.run("SELECT release_lost_claims()")
+        await maintenance.run("SELECT compact_counts()")
         await asyncio.sleep(0.2)
 
 
 @pytest.mark.timeout(120)
-async def test_sixteen_processes_and_twelve_kills_lose_nothing_and_record_nothing_twice(
+async def test_killed_workers_lose_no_task_and_record_no_answer_twice(
     probe: Probe, database: str, tmp_path: Path
 ) -> None:
     await probe.run(
@@ -110,7 +110,7 @@ async def test_sixteen_processes_and_twelve_kills_lose_nothing_and_record_nothin
 
     assert killed >= 3
     await _assert_each_task_was_solved_once(probe)
-    _assert_no_two_held_one_call(tmp_path)
+    _assert_claims_are_unique(tmp_path)
 
 
 async def _assert_each_task_was_solved_once(probe: Probe) -> None:
@@ -127,7 +127,7 @@ async def _assert_each_task_was_solved_once(probe: Probe) -> None:
     await probe.assert_counts_exact()
 
 
-def _assert_no_two_held_one_call(folder: Path) -> None:
+def _assert_claims_are_unique(folder: Path) -> None:
     notes = Counter(
         line.split()[1]
         for log in folder.glob("*.log")

@@ -1,4 +1,4 @@
-"""Redis or Postgres goes away in the middle of a drain: nothing is lost, and no window is broken."""
+"""Redis or Postgres fails while tasks are solved: nothing is lost and no rate limit is exceeded."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from router.workers.worker import Worker
 MODELS = ("llama-3.1-8b", "phi-4")
 TARGET = "40/2s, 12 at once"
 TASKS = 400
-AWAY = [pytest.param(3.0, id="3 s"), pytest.param(20.0, id="20 s", marks=pytest.mark.soak)]
+OUTAGES = [pytest.param(3.0, id="3 s"), pytest.param(20.0, id="20 s", marks=pytest.mark.soak)]
 
 
 @dataclass
-class Parts:
-    """What the workers need, each of our own, so that it can be taken away."""
+class Services:
+    """Own services of the test, so that each can be stopped."""
 
     folder: Path
     postgres: PostgresServer
@@ -55,46 +55,46 @@ class Parts:
 
 
 @pytest.fixture
-def parts() -> Iterator[Parts]:
-    with ExitStack() as stopping:  # whatever was started ends, also when the next one does not start
-        folder = Path(tempfile.mkdtemp(prefix="router-away-"))
+def services() -> Iterator[Services]:
+    with ExitStack() as stopping:  # stops what was started, also if the next service fails to start
+        folder = Path(tempfile.mkdtemp(prefix="router-outage-"))
         stopping.callback(shutil.rmtree, folder, ignore_errors=True)
         postgres = start_postgres(folder / "pg", settings={"fsync": "off"})
         stopping.callback(postgres.stop)
         redis = start_redis(folder / "redis")
         backend = start_backend(folder / "backend", "--time-scale", "20", "--latency", "even:1:10")
         url = postgres.create_database("router")
-        parts = Parts(folder, postgres, redis, backend, Addresses(
+        services = Services(folder, postgres, redis, backend, Addresses(
             database_url=url, redis_url=redis.url, backend_url=backend.url
         ))  # fmt: skip
-        stopping.callback(lambda: parts.redis.stop())  # noqa: PLW0108 - tests put another in its place
+        stopping.callback(lambda: services.redis.stop())  # noqa: PLW0108 - tests replace it
         stopping.callback(backend.stop)
         migrate(url)
-        yield parts
+        yield services
 
 
 @asynccontextmanager
-async def draining(parts: Parts) -> AsyncIterator[Engine]:
-    """A backlog, and workers that have begun on it."""
+async def draining(services: Services) -> AsyncIterator[Engine]:
+    """Workers in the middle of a backlog."""
     models = {name: ModelSettings(target=TARGET, ranks={"general": 1}) for name in MODELS}
     worker = WorkerSettings(
         retry_base_seconds=0.2, retry_cap_seconds=1, lease_seconds=2, heartbeat_seconds=0.5
     )  # fmt: skip
     config = RouterConfig(models=models, worker=worker)
-    with connect(parts.addresses.database_url) as connection:
+    with connect(services.addresses.database_url) as connection:
         sync_roster(connection, config)
         rows(
             connection,
             "INSERT INTO tasks (prompt) SELECT 'prompt ' || g FROM generate_series(1, %s) g",
             (TASKS,),
         )
-    engine = Engine(parts.addresses, config)
+    engine = Engine(services.addresses, config)
     await engine.start()
     workers = [asyncio.create_task(Worker(engine, model, "run").run()) for model in MODELS]
     try:
-        await until(lambda: parts.tasks("status = 'solved'") > TASKS // 8)
+        await until(lambda: services.tasks("status = 'solved'") > TASKS // 8)
         yield engine
-        await until(lambda: parts.tasks("status = 'unsolved'") == 0, 60)
+        await until(lambda: services.tasks("status = 'unsolved'") == 0, 60)
     finally:
         for worker in workers:
             worker.cancel()
@@ -105,48 +105,48 @@ async def draining(parts: Parts) -> AsyncIterator[Engine]:
 async def until(condition: Callable[[], bool], seconds: float = 30.0) -> float:
     started = time.monotonic()
     while not condition():
-        assert time.monotonic() - started < seconds, f"not so within {seconds:g} s"
+        assert time.monotonic() - started < seconds, f"the condition did not come true within {seconds:g} s"
         await asyncio.sleep(0.1)
     return time.monotonic() - started
 
 
-def assert_nothing_lost(parts: Parts) -> None:
-    assert parts.tasks("status = 'solved'") == TASKS
-    with connect(parts.addresses.database_url) as connection:
+def assert_nothing_lost(services: Services) -> None:
+    assert services.tasks("status = 'solved'") == TASKS
+    with connect(services.addresses.database_url) as connection:
         kept = rows(connection, "SELECT count(*) AS n FROM model_calls WHERE settlement = 'solved'")
         still_open = rows(connection, "SELECT count(*) AS n FROM model_calls WHERE outcome IS NULL")
     assert (kept[0]["n"], still_open[0]["n"]) == (TASKS, 0)
 
 
-@pytest.mark.parametrize("away_seconds", AWAY)
-async def test_redis_goes_away_and_comes_back_without_its_memory(parts: Parts, away_seconds: float) -> None:
-    async with draining(parts) as engine:
-        parts.redis.stop()
+@pytest.mark.parametrize("outage_seconds", OUTAGES)
+async def test_redis_restarts_without_its_state(services: Services, outage_seconds: float) -> None:
+    async with draining(services) as engine:
+        services.redis.stop()
         gone = time.monotonic()
-        await until(lambda: engine.in_flight() <= len(MODELS) * 4, 10)  # what was sent ends
-        await asyncio.sleep(max(0.0, away_seconds - (time.monotonic() - gone)))
-        parts.redis = start_redis(parts.folder / "redis", port=parts.redis.port)
+        await until(lambda: engine.in_flight() <= len(MODELS) * 4, 10)  # calls in flight end
+        await asyncio.sleep(max(0.0, outage_seconds - (time.monotonic() - gone)))
+        services.redis = start_redis(services.folder / "redis", port=services.redis.port)
         back = time.monotonic()
-        before = parts.tasks("status = 'solved'")
-        took = await until(lambda: parts.tasks("status = 'solved'") > before)
-        assert took < 5, "sending goes on by itself"
-    verdict = parts.verdict()
-    sent = [arrival.at for arrival in read_arrivals(parts.backend.arrival_log)]
-    assert not [at for at in sent if gone + 0.5 < at < back], "nothing is sent without a limiter"
+        before = services.tasks("status = 'solved'")
+        took = await until(lambda: services.tasks("status = 'solved'") > before)
+        assert took < 5, "sending resumes by itself"
+    verdict = services.verdict()
+    sent = [arrival.at for arrival in read_arrivals(services.backend.arrival_log)]
+    assert not [at for at in sent if gone + 0.5 < at < back], "nothing is sent while Redis is down"
     assert verdict.breach_count == 0
-    assert_nothing_lost(parts)
+    assert_nothing_lost(services)
 
 
-@pytest.mark.parametrize("away_seconds", AWAY)
-async def test_postgres_restarts_under_the_workers(parts: Parts, away_seconds: float) -> None:
-    async with draining(parts):
-        parts.postgres.stop()
-        await asyncio.sleep(away_seconds)
-        start_postgres(parts.folder / "pg", settings={"fsync": "off"})
-        before = parts.tasks("status = 'solved'")
-        assert await until(lambda: parts.tasks("status = 'solved'") > before + 10) < 15
-    with connect(parts.addresses.database_url) as connection:
+@pytest.mark.parametrize("outage_seconds", OUTAGES)
+async def test_postgres_restarts_while_workers_run(services: Services, outage_seconds: float) -> None:
+    async with draining(services):
+        services.postgres.stop()
+        await asyncio.sleep(outage_seconds)
+        start_postgres(services.folder / "pg", settings={"fsync": "off"})
+        before = services.tasks("status = 'solved'")
+        assert await until(lambda: services.tasks("status = 'solved'") > before + 10) < 15
+    with connect(services.addresses.database_url) as connection:
         lost = rows(connection, "SELECT count(*) AS n FROM model_calls WHERE late OR outcome = 'lost'")
-    assert lost == [{"n": 0}], "it was away for longer than a lease, and yet all workers live"
-    assert parts.verdict().breach_count == 0
-    assert_nothing_lost(parts)
+    assert lost == [{"n": 0}], "an outage longer than the lease must not lose claims of living workers"
+    assert services.verdict().breach_count == 0
+    assert_nothing_lost(services)

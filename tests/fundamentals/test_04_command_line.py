@@ -51,7 +51,7 @@ def test_prompts_come_from_files_of_many_kinds(router: CommandLine, tmp_path: Pa
 def test_the_same_file_again_adds_nothing(router: CommandLine, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("Why is the sky blue?\n")
     router("load", tmp_path / "prompts.txt")
-    assert "0 added · 1 there already" in router("load", tmp_path / "prompts.txt").out
+    assert "0 added · 1 already present" in router("load", tmp_path / "prompts.txt").out
 
 
 def test_a_line_that_cannot_be_read_is_named_and_the_others_are_loaded(
@@ -61,7 +61,7 @@ def test_a_line_that_cannot_be_read_is_named_and_the_others_are_loaded(
     said = router("load", tmp_path / "prompts.jsonl")
     assert said.code == 3
     assert "prompts.jsonl:2: the line is no JSON" in said.err
-    assert "1 added · 1 bad" in said.out
+    assert "1 added · 1 invalid" in said.out
 
 
 def test_answers_go_out_under_the_ids_they_came_in_with(

@@ -1,4 +1,4 @@
-"""Words for tests of asking: a router on real parts, the stand-in's faults, and what the log says."""
+"""Helpers for tests of answering: a router on real services, backend faults, and its tasks and calls."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from router.task import AnswerRank
 PREFERRED, SECOND, THIRD, CHEAP = "deepseek-v3", "llama-3.3-70b", "qwen-2.5-72b", "llama-3.1-8b"
 
 
-def asking_config(
+def answering_config(
     *, answering: dict[str, Any] | None = None, fallback: dict[str, Any] | None = None, **targets: str
 ) -> RouterConfig:
-    """Three models in rank, and a cheap one that is nobody's first choice."""
+    """Three models in rank, and a cheap one as fallback."""
     places = {PREFERRED: 1, SECOND: 2, THIRD: 3, CHEAP: 9}
     models = {
         name: ModelSettings(
@@ -46,22 +46,27 @@ def asking_config(
 
 
 @dataclass
-class Asking:
-    """A router, and what it left in Postgres and at the backend."""
+class Harness:
+    """An open router, and access to its database and backend."""
 
     router: Router
     addresses: Addresses
     backend: BackendServer
     events: list[Any] = field(default_factory=list)
 
+    @property
+    def limiter(self) -> Any:
+        assert self.router._service is not None
+        return self.router._service.context.limiter
+
     async def ask(self, prompt: str = "Why is the sky blue?", **options: Any) -> Any:
         return await self.router.answer(
             prompt, **{"category": "general", "on_event": self.events.append, **options}
         )
 
-    async def ask_too_late(self) -> Any:
-        """The answer to a prompt whose preferred model was sent it, and could not answer by the deadline."""
-        for _ in range(50):  # on a crowded machine it is not even sent in time, now and then
+    async def ask_with_short_deadline(self) -> Any:
+        """Returns passages for a prompt that was sent to the preferred model just before its deadline."""
+        for _ in range(50):  # on a busy machine it is sometimes not even sent in time
             answer = await self.ask(deadline_seconds=0.07)
             if answer.rank is AnswerRank.PASSAGES and answer.calls[0].sent_seconds is not None:
                 return answer
@@ -80,24 +85,24 @@ class Asking:
             return rows(connection, statement, arguments)
 
     def task(self) -> dict[str, Any]:
-        """The one task that there is."""
+        """Returns the only task."""
         (task,) = self.rows("SELECT * FROM tasks")
         return task
 
     def calls(self) -> list[dict[str, Any]]:
-        """The log, the oldest first."""
+        """Returns the call log, oldest first."""
         return self.rows("SELECT * FROM model_calls ORDER BY call_id")
 
 
 @asynccontextmanager
-async def asking_router(
+async def open_harness(
     addresses: Addresses, backend: BackendServer, config: RouterConfig, folder: Path
-) -> AsyncIterator[Asking]:
-    """A router that is open, and closed at the end."""
+) -> AsyncIterator[Harness]:
+    """Opens a router, and closes it at the end."""
     with connect(addresses.database_url) as connection:
         sync_roster(connection, config)
     async with Router(addresses, config, folder) as router:
-        limiter = router._asker.limiter
-        for model in config.models:  # a Redis that was just emptied finds out what was sent before
-            await limiter.cancel(await limiter.acquire(model, timeout_seconds=5))
-        yield Asking(router, addresses, backend)
+        harness = Harness(router, addresses, backend)
+        for model in config.models:  # an empty Redis first rebuilds its state from the call log
+            await harness.limiter.cancel(await harness.limiter.acquire(model, timeout_seconds=5))
+        yield harness

@@ -1,4 +1,4 @@
-"""A headless Chromium for tests that look at pages as people do."""
+"""Headless Chromium for tests of pages."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ FLAGS = (
     "--disable-sync",
     "--window-size=1400,1000",
 )
-PATIENCE_SECONDS = 30.0
+TIMEOUT_SECONDS = 30.0
 
 
 class Browser:
-    """One person's browser. `show` keeps a picture in `pictures`."""
+    """Browser of one user. `show` saves a screenshot in `pictures`."""
 
     def __init__(self, driver: webdriver.Chrome, url: str, pictures: Path) -> None:
         self.driver = driver
@@ -46,12 +46,12 @@ class Browser:
         self._pictures = pictures
 
     def open(self, path: str) -> None:
-        """Open the page anew, also if only what follows # differs."""
+        """Loads a page, also if only the fragment differs."""
         self.driver.get("about:blank")
         self.driver.get(self.url + path)
 
     def log_in(self, user: str, password: str) -> None:
-        """Through Airflow's own form."""
+        """Logs in through Airflow's form."""
         self.driver.delete_all_cookies()
         self.open("/auth/login")
         self.find("[name=username]").send_keys(user)
@@ -60,21 +60,21 @@ class Browser:
         self.until(lambda: "/auth/login" not in self.driver.current_url, "logged in")
 
     def find(self, what: str, how: str = By.CSS_SELECTOR) -> WebElement:
-        """The element as soon as it can be clicked."""
-        found: WebElement = WebDriverWait(self.driver, PATIENCE_SECONDS).until(
+        """Returns an element as soon as it can be clicked."""
+        found: WebElement = WebDriverWait(self.driver, TIMEOUT_SECONDS).until(
             element_to_be_clickable((how, what)), f"{what} cannot be clicked on {self.driver.current_url}"
         )
         return found
 
     def click(self, what: str, how: str = By.CSS_SELECTOR) -> None:
-        """Click it as soon as that is possible; again if it is drawn anew just then."""
+        """Clicks an element as soon as possible; retries if it is replaced meanwhile."""
 
         def clicked(_driver: webdriver.Chrome) -> bool:
             self.find(what, how).click()
             return True
 
         waiting = WebDriverWait(
-            self.driver, PATIENCE_SECONDS, ignored_exceptions=(StaleElementReferenceException,)
+            self.driver, TIMEOUT_SECONDS, ignored_exceptions=(StaleElementReferenceException,)
         )
         waiting.until(clicked)
 
@@ -82,7 +82,7 @@ class Browser:
         return self.driver.find_elements(By.CSS_SELECTOR, what)
 
     def text(self, what: str = "body") -> str:
-        """What can be read there now; nothing if it is not there."""
+        """Returns the visible text of an element, or an empty string."""
         try:
             return "\n".join(element.text for element in self.all(what))
         except StaleElementReferenceException:
@@ -92,15 +92,15 @@ class Browser:
         return self.driver.execute_script(script, *values)
 
     def run_async(self, script: str, *values: Any) -> Any:
-        """What the script gives to its last argument."""
+        """Returns the value that the script passes to its last argument."""
         return self.driver.execute_async_script(script, *values)
 
-    def until(self, condition: Callable[[], Any], what: str, seconds: float = PATIENCE_SECONDS) -> Any:
-        """What `condition` says as soon as it is true."""
+    def until(self, condition: Callable[[], Any], what: str, seconds: float = TIMEOUT_SECONDS) -> Any:
+        """Returns the first true result of `condition`."""
         waiting = WebDriverWait(self.driver, seconds, poll_frequency=0.1)
         return waiting.until(lambda _: condition(), f"{what}: not on {self.driver.current_url}")
 
-    def until_text(self, words: str, where: str = "body", seconds: float = PATIENCE_SECONDS) -> None:
+    def until_text(self, words: str, where: str = "body", seconds: float = TIMEOUT_SECONDS) -> None:
         self.until(lambda: words in self.text(where), f"{words!r} in {where}", seconds)
 
     def show(self, name: str) -> None:
@@ -109,14 +109,14 @@ class Browser:
 
 @contextmanager
 def browsing(url: str, folder: Path) -> Iterator[Browser]:
-    """A headless Chromium for the pages of `url`. Where there is none the test skips, but fails in CI."""
+    """Starts Chromium for the pages of `url`. Without Chromium the test is skipped, or fails in CI."""
     chromium = next(filter(None, map(shutil.which, CHROMIUM)), None)
     driver_program = shutil.which("chromedriver")
     if chromium is None or driver_program is None:
-        words = "no Chromium with its driver here (on Debian: apt-get install chromium chromium-driver)"
+        message = "Chromium or its driver is missing (on Debian: apt-get install chromium chromium-driver)"
         if os.environ.get("CI"):
-            pytest.fail(words)
-        pytest.skip(words)
+            pytest.fail(message)
+        pytest.skip(message)
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for flag in (*FLAGS, f"--user-data-dir={folder / 'profile'}"):
@@ -130,15 +130,15 @@ def browsing(url: str, folder: Path) -> Iterator[Browser]:
 
 
 def axe_core(folder: Path) -> str:
-    """The source of axe-core, from the npm registry; the test skips where that is out of reach."""
+    """Returns the source of axe-core from the npm registry; skips the test if it is unreachable."""
     npm = shutil.which("npm")
     if npm is None:
-        pytest.skip("no npm here, which would bring axe-core")
+        pytest.skip("npm is missing, needed for axe-core")
     command = [npm, "pack", "axe-core@4", "--silent", "--pack-destination", str(folder)]
     try:
         subprocess.run(command, check=True, capture_output=True, timeout=60, cwd=folder)
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
-        pytest.skip("the npm registry cannot be reached, which would bring axe-core")
+        pytest.skip("axe-core cannot be downloaded from the npm registry")
     (archive,) = folder.glob("axe-core-*.tgz")
     with tarfile.open(archive) as packed:
         source = packed.extractfile("package/axe.min.js")

@@ -1,4 +1,4 @@
-"""`router` as a person calls it: in this process where that is enough, else as a program of its own."""
+"""Calls `router` in this process or as a separate one."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 
 from router.cli.main import app
 
-TAKEN_AWAY = ("ROUTER_DATABASE_URL", "ROUTER_REDIS_URL", "ROUTER_AIRFLOW_URL", "ROUTER_CONFIG")
+REMOVED = ("ROUTER_DATABASE_URL", "ROUTER_REDIS_URL", "ROUTER_AIRFLOW_URL", "ROUTER_CONFIG")
 
 
 @dataclass(frozen=True)
-class Said:
-    """What a call printed, and its exit code."""
+class CommandResult:
+    """Output and exit code of a call."""
 
     code: int
     out: str
@@ -32,23 +32,23 @@ class Said:
 
 @dataclass(frozen=True)
 class CommandLine:
-    """Calls `router` where `environment` says where things are."""
+    """Calls `router` with the given environment variables."""
 
     environment: Mapping[str, str]
 
-    def __call__(self, *arguments: object, answer: str | None = None) -> Said:
-        """Call it in this process; `answer` is typed when it asks."""
-        environment = {**dict.fromkeys(TAKEN_AWAY), "COLUMNS": "100", **self.environment}
+    def __call__(self, *arguments: object, answer: str | None = None) -> CommandResult:
+        """Runs a command in this process; `answer` is its standard input."""
+        environment = {**dict.fromkeys(REMOVED), "COLUMNS": "100", **self.environment}
         result = CliRunner().invoke(
             app, [str(argument) for argument in arguments], input=answer, env=environment
         )
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
-        return Said(result.exit_code, result.stdout, result.stderr)
+        return CommandResult(result.exit_code, result.stdout, result.stderr)
 
     def start(self, *arguments: object, **options: Any) -> subprocess.Popen[bytes]:
-        """Start it as a program."""
-        environment = {name: value for name, value in os.environ.items() if name not in TAKEN_AWAY}
+        """Starts a command as a process."""
+        environment = {name: value for name, value in os.environ.items() if name not in REMOVED}
         pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         return subprocess.Popen(
             [sys.executable, "-m", "router.cli", *map(str, arguments)],

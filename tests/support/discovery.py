@@ -1,5 +1,8 @@
-"""Words for tests of the search: a config folder with a catalogue, a backend whose models are as good as a
-test wants them, the part of Airflow that keeps Variables, and what a search left behind."""
+"""Helpers for tests of the search.
+
+A config folder with a catalog, a backend with simulated conditions, a stand-in for Airflow's Variables, and
+the results of a search.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +41,8 @@ ENTRY = {
 }  # fmt: skip
 
 
-def people(*names: str, **more: Any) -> dict[str, Any]:
-    """A models.yaml: the first is first for everything."""
+def models_yaml(*names: str, **more: Any) -> dict[str, Any]:
+    """Content of models.yaml; the first model is first in every category."""
     ranks = {name: dict.fromkeys(CATEGORIES, place) for place, name in enumerate(names or (FIRST, SECOND), 1)}
     return {
         "models": {
@@ -51,9 +54,9 @@ def people(*names: str, **more: Any) -> dict[str, Any]:
 
 
 def write_config(folder: Path, *entries: dict[str, Any], **trials: Any) -> None:
-    """models.yaml, a catalogue of `entries`, and a search.yaml that tries them all, quickly."""
-    (folder / "models.yaml").write_text(yaml.safe_dump(people()))
-    write_catalogue(folder, *entries)
+    """Writes models.yaml, a catalog of `entries`, and a search.yaml that tries them all quickly."""
+    (folder / "models.yaml").write_text(yaml.safe_dump(models_yaml()))
+    write_catalog(folder, *entries)
     settings = {
         "catalogs": [{"kind": "file", "name": "mock", "path": "catalogue.json"}],
         "criteria": {"candidates": 10, "licenses": ["apache-2.0"], "benchmarks": {"mmlu-pro": 1}},
@@ -63,14 +66,14 @@ def write_config(folder: Path, *entries: dict[str, Any], **trials: Any) -> None:
     (folder / "search.yaml").write_text(yaml.safe_dump(settings))
 
 
-def write_catalogue(folder: Path, *entries: dict[str, Any]) -> None:
-    """A catalogue of these models; what an entry leaves out is as in ENTRY."""
+def write_catalog(folder: Path, *entries: dict[str, Any]) -> None:
+    """Writes a catalog of these models, with defaults from ENTRY."""
     models = [{**ENTRY, **entry} for entry in entries or ({"name": name} for name in CANDIDATES)]
     (folder / "catalogue.json").write_text(json.dumps(models, default=str))
 
 
 def references(folder: Path) -> Path:
-    """A file that tells the stand-in what the shipped trial prompts are about, and what is right."""
+    """A file with the categories and right answers of the shipped trial prompts, for the stand-in."""
     path = folder / "references.jsonl"
     shipped = Path(__file__).parents[2] / "config" / "trials"
     with path.open("w") as file:
@@ -80,8 +83,8 @@ def references(folder: Path) -> Path:
     return path
 
 
-class AirflowPart(ThreadingHTTPServer):
-    """The part of Airflow's REST API that keeps Variables."""
+class FakeAirflow(ThreadingHTTPServer):
+    """Stand-in for the Variables of Airflow's REST API."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -94,7 +97,7 @@ class AirflowPart(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: AirflowPart
+    server: FakeAirflow
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -135,9 +138,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def airflow_part() -> Iterator[AirflowPart]:
-    """It serves until the end."""
-    with AirflowPart() as server:
+def fake_airflow() -> Iterator[FakeAirflow]:
+    """Serves during the block."""
+    with FakeAirflow() as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         try:
@@ -149,12 +152,12 @@ def airflow_part() -> Iterator[AirflowPart]:
 
 @dataclass
 class Searching:
-    """A search's surroundings, and what it left in them."""
+    """The services and files of a search, and their state."""
 
     addresses: Addresses
     folder: Path
     backend: BackendServer
-    airflow: AirflowPart | None = None
+    airflow: FakeAirflow | None = None
     orders: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -162,23 +165,23 @@ class Searching:
         return without_classification(load_config(self.folder))
 
     def sync(self) -> None:
-        """What every start of the stack does."""
+        """Syncs the roster, as every start of the stack does."""
         with connect(self.addresses.database_url) as connection:
             sync_roster(connection, self.config)
 
-    def weather(self, *orders: dict[str, Any], **quality: float) -> None:
-        """From now on these models are so good, or as their orders say; the others stay as they are."""
+    def set_conditions(self, *orders: dict[str, Any], **quality: float) -> None:
+        """Sets the quality or other conditions of these models; the others stay unchanged."""
         named = [{"model": name.replace("_", "-"), "quality": share} for name, share in quality.items()]
         self.orders |= {order["model"]: order for order in [*named, *orders]}
-        reply = requests.put(f"{self.backend.url}/weather", json=list(self.orders.values()), timeout=5)
+        reply = requests.put(f"{self.backend.url}/conditions", json=list(self.orders.values()), timeout=5)
         assert reply.ok, reply.text
 
     def search(self, *categories: str, **options: Any) -> SearchReport:
-        """A search of these categories, or of `general`."""
+        """Searches for these categories, or for `general`."""
         return self.prepared(self.folder, *categories, **options)()
 
     def prepared(self, folder: Path, *categories: str, **options: Any) -> Callable[[], SearchReport]:
-        """The same, to be begun later; it writes its file into `folder`."""
+        """The same search, to be started later; it writes its file to `folder`."""
         config = self.config
         return partial(
             run_search, self.addresses, config, load_learning(self.folder, config.categories),
@@ -200,7 +203,7 @@ class Searching:
         return {row["model"]: row["state"] for row in self.query("SELECT model, state FROM roster")}
 
     def everything(self) -> dict[str, Any]:
-        """All that a search changes and an undo sets back, to the byte."""
+        """Everything that a search changes and an undo restores."""
         file = self.folder / DISCOVERED
         return {
             "roster": self.query("SELECT * FROM roster ORDER BY model"),
@@ -210,12 +213,12 @@ class Searching:
         }
 
     def discovered(self) -> dict[str, Any]:
-        """What discovered.yaml holds."""
+        """The models of discovered.yaml."""
         found: dict[str, Any] = yaml.safe_load((self.folder / DISCOVERED).read_text())["models"]
         return found
 
-    def arrived(self, model: str) -> int:
-        """Calls of this model that came to the backend, by the log."""
+    def calls_of(self, model: str) -> int:
+        """The number of logged calls of this model."""
         return int(self.value("SELECT count(*) FROM model_calls WHERE model = %s", model))
 
 

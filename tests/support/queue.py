@@ -1,4 +1,4 @@
-"""Words for tests of the queue: one connection that produces, claims, settles, and counts by hand."""
+"""Helpers for tests of the queue: a connection that inserts, claims, settles and counts tasks."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from router.task import new_call_id
 
 CATEGORIES = ("technical", "creative", "general")
 
-# What the counters must say, counted from the tables themselves.
+# Expected counters, counted from the tables.
 COUNTED = """
 SELECT category, sum(unsolved)::bigint AS unsolved, sum(solved)::bigint AS solved,
        sum(failed)::bigint AS failed
   FROM (SELECT category, count(*) AS unsolved, 0 AS solved, 0 AS failed FROM queue GROUP BY 1
         UNION ALL
-        SELECT known_category(category), 0, count(*) FILTER (WHERE status = 'solved'),
+        SELECT resolve_category(category), 0, count(*) FILTER (WHERE status = 'solved'),
                count(*) FILTER (WHERE status = 'failed') FROM tasks GROUP BY 1) AS parts
  GROUP BY category
 """
@@ -37,7 +37,7 @@ def without_classification(config: RouterConfig) -> RouterConfig:
 
 @dataclass(frozen=True)
 class Taken:
-    """What claim_task returned, and under which call."""
+    """A claimed task, as claim_task returned it."""
 
     call_id: uuid.UUID
     task_id: int
@@ -70,7 +70,7 @@ class Probe:
         return list(await self.connection.fetch(statement, *arguments))
 
     async def add(self, prompt: str | None = "a prompt", **columns: Any) -> int:
-        """INSERT one task with these columns; returns its id."""
+        """Inserts one task with these columns. Returns its id."""
         names = ["prompt", *columns]
         places = ", ".join(f"${n + 1}" for n in range(len(names)))
         statement = f"INSERT INTO tasks ({', '.join(names)}) VALUES ({places}) RETURNING id"
@@ -86,7 +86,7 @@ class Probe:
         return await self.row("SELECT * FROM model_calls WHERE call_id = $1", call_id)
 
     async def claim(self, *categories: str, worker: str = "w1", model: str = "m1") -> Taken | None:
-        """Take one task of these categories in this order; of any, when none is given."""
+        """Claims one task of these categories in this order, or of any category."""
         call_id = new_call_id(time.time())
         row = await self.connection.fetchrow(
             "SELECT * FROM claim_task($1, $2, $3, $4)", model, list(categories), worker, call_id
@@ -118,7 +118,7 @@ class Probe:
         return bool(await self.value("SELECT unclaim($1)", taken.call_id))
 
     async def fallback_call(self, task_id: int, rank: int, *, version: int | None = None) -> Taken:
-        """Write the log row of a call that asks beside the claim, as the fallback does."""
+        """Logs a call next to the claim, as the fallback does."""
         task = await self.task(task_id)
         call_id = new_call_id(time.time())
         version = task["prompt_version"] if version is None else version
@@ -130,7 +130,7 @@ class Probe:
         return Taken(call_id, task_id, task["prompt"], "general", version, 0, 0, 0)
 
     async def wake(self) -> None:
-        """Let the delay of every waiting retry be over, for the model that failed it too; promote them."""
+        """Ends the delay of every retry, also for the model that failed it, and promotes them."""
         await self.run(
             "UPDATE queue SET wake_at = clock_timestamp() - interval '1 s',"
             " not_by_until = clock_timestamp() - interval '1 s' WHERE state = 'waiting'"
@@ -138,14 +138,14 @@ class Probe:
         await self.run("SELECT promote_waiting()")
 
     async def lose_lease(self, worker: str = "w1") -> int:
-        """Let this worker's lease be over, and let somebody notice; returns how many claims were released."""
+        """Expires this worker's lease and releases its claims. Returns how many."""
         await self.run(
             "UPDATE workers SET lease_until = clock_timestamp() - interval '1 s' WHERE worker = $1", worker
         )
         return int(await self.value("SELECT release_lost_claims()"))
 
     async def reconcile(self) -> tuple[int, int]:
-        """Run the reconciler over all ids; returns how many queue rows were added and removed."""
+        """Reconciles all ids. Returns how many queue rows were added and removed."""
         added = removed = 0
         after: int | None = -(2**62)
         while after is not None:
@@ -154,11 +154,11 @@ class Probe:
         return added, removed
 
     async def counts(self) -> dict[str, tuple[int, int, int]]:
-        """category -> (unsolved, solved, failed), as the counters say; without zeros."""
+        """Returns category -> (unsolved, solved, failed) from the counters, without zeros."""
         return _table(await self.all("SELECT * FROM task_counts_now"))
 
     async def assert_counts_exact(self) -> None:
-        """The counters equal what is counted, before a fold and after."""
+        """Asserts that the counters equal the counted tasks before and after compaction."""
         counted = _table(await self.all(COUNTED))
         assert await self.counts() == counted
         await self.run("SELECT compact_counts()")
@@ -168,10 +168,12 @@ class Probe:
     async def advance_low_watermark(
         self, category: str = "general", priority: int = 0, *, came_back: bool = False
     ) -> None:
-        """One step; two of them, with no witness left, publish what the first one saw."""
+        """Runs one step; the second step publishes the candidate if no transaction blocks it."""
         await self.run("SELECT advance_low_watermark($1, $2::smallint, $3)", category, priority, came_back)
 
-    async def floor(self, category: str = "general", priority: int = 0, *, came_back: bool = False) -> int:
+    async def low_watermark(
+        self, category: str = "general", priority: int = 0, *, came_back: bool = False
+    ) -> int:
         return int(
             await self.value("SELECT low_watermark($1, $2::smallint, $3)", category, priority, came_back)
         )
@@ -184,7 +186,7 @@ def _table(rows: list[asyncpg.Record]) -> dict[str, tuple[int, int, int]]:
 
 @asynccontextmanager
 async def probing(url: str) -> AsyncIterator[Probe]:
-    """A Probe on a connection of its own."""
+    """Opens a Probe on a separate connection."""
     connection = await asyncpg.connect(url)
     try:
         yield Probe(connection)

@@ -1,4 +1,4 @@
-"""Words for tests of the review: a log made up by the day, and what a review made of it."""
+"""Helpers for tests of the review: a generated call log, and the results of a review."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from router.settings.router import load_config
 
 DAY = 86_400
 
-# Calls spread evenly over a stretch, each with a task that keeps its answer. The end of a call_id is random,
-# as that of a real one; the first parts bear its time.
+# Calls spread evenly over a time span, each with a task that holds its answer. As in a real call_id, the
+# first part is the time and the rest is random.
 _CALLS = """
 WITH made AS (
     SELECT n, %(since)s::timestamptz + make_interval(secs => %(seconds)s * n / %(calls)s) AS at,
@@ -23,7 +23,7 @@ WITH made AS (
     SELECT n, at,
            (left(first_call_id(at)::text, 13) || '-7' || substr(r, 16, 3) || right(r, 18))::uuid AS call_id
       FROM made
-), asked AS (
+), answered AS (
     INSERT INTO tasks (prompt, status, answer, answered_by, answer_rank, answer_call_id, category,
                        prompt_version, created_at, solved_at)
     SELECT %(prompt)s, 'solved', CASE WHEN n < %(bad_answers)s * %(calls)s THEN '' ELSE %(answer)s END,
@@ -33,16 +33,16 @@ WITH made AS (
 )
 INSERT INTO model_calls (call_id, task_id, prompt_version, model, category, rank, started_at, sent_at,
                          finished_at, outcome, reserved_tokens, completion_tokens, cost, latency_seconds)
-SELECT named.call_id, asked.id, 1, %(model)s, %(category)s, %(rank)s, at, at,
+SELECT named.call_id, answered.id, 1, %(model)s, %(category)s, %(rank)s, at, at,
        CASE WHEN %(outcome)s IS NOT NULL THEN at + make_interval(secs => %(latency)s) END, %(outcome)s,
        1000, 50, %(cost)s, %(latency)s * (0.75 + 0.5 * (n %% 100) / 100)
-  FROM named LEFT JOIN asked ON asked.answer_call_id = named.call_id
+  FROM named LEFT JOIN answered ON answered.answer_call_id = named.call_id
 """
 
 
 @dataclass(frozen=True)
 class Log:
-    """Writes calls into the log of the database at `url`."""
+    """Generates calls in the log of the database at `url`."""
 
     url: str
 
@@ -61,9 +61,9 @@ class Log:
         rank: int = 3,
         with_answers: bool = True,
     ) -> None:
-        """`calls` within `seconds` of the day that many days ago; of the answers a share is empty."""
+        """Adds calls within `seconds` of that day, with a share of empty answers."""
         with connect(self.url) as connection:
-            # Early in the day's period, so that no test straddles two.
+            # Early in the period, so that no test spans two periods.
             since = rows(
                 connection,
                 "SELECT to_timestamp(period_of(clock_timestamp(), %s) * %s - %s * %s) AS since",
@@ -112,6 +112,6 @@ class Log:
 
 
 def shipped_learning(**changes: Any) -> LearningSettings:
-    """config/learning.yaml, with changes."""
+    """The shipped config/learning.yaml with changes."""
     learning = load_learning(None, load_config().categories)
     return LearningSettings.model_validate({**learning.model_dump(), **changes})

@@ -1,4 +1,4 @@
-"""A TCP relay on the loopback whose far end can be changed and whose way can be made slow."""
+"""TCP relay on the loopback with a changeable destination and delay."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class SlowLink:
-    """Relays connections to `port`; `delay_seconds` holds for each direction, from now on."""
+    """Relays connections to `port`, delaying each direction by `delay_seconds`."""
 
     def __init__(self, port: int) -> None:
         self.delay_seconds = 0.0
@@ -19,12 +19,12 @@ class SlowLink:
         self._writers: set[asyncio.StreamWriter] = set()
 
     async def start(self) -> int:
-        """Listen on a port of its own, which is returned."""
+        """Listens on a free port and returns it."""
         self._server = await asyncio.start_server(self._relay, "127.0.0.1", 0)
         return int(self._server.sockets[0].getsockname()[1])
 
     async def stop(self) -> None:
-        """Close everything."""
+        """Closes the relay and its connections."""
         if self._server is not None:
             self._server.close()
         self._cut()
@@ -33,7 +33,7 @@ class SlowLink:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def turn_to(self, port: int) -> None:
-        """Cut what is open; whoever connects again reaches another server."""
+        """Closes open connections; new ones go to another server."""
         self._port = port
         self._cut()
 

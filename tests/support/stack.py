@@ -1,7 +1,7 @@
-"""The whole product at work, for the tests that need Airflow: one embedded stack a session, and words for it.
+"""One embedded stack per session for tests that need Airflow, with helpers.
 
-Loaded as a plugin by `tests/conftest.py`. The stack's config is a copy of `config/` in which an empty queue
-ends a run and a lease is over sooner; its backend serves two models more than the roster names.
+Loaded as a plugin by `tests/conftest.py`. The stack's config is a copy of `config/` with shorter leases and
+idle times; its backend serves two models that are not on the roster.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import pytest
 
 from bench.judge import Arrival, TargetChange, Verdict, judge
 from local.airflow_api import AirflowApi
-from local.processes import PartDied
+from local.processes import ProcessDied
 from local.stack import Stack
-from local.stack_plan import AIRFLOW_PARTS, StackOptions
+from local.stack_plan import AIRFLOW_PROCESSES, StackOptions
 from router.settings.environment import DEFAULT_CONFIG_FOLDER
 from router.settings.router import load_config
 from router.traffic import TrafficTarget
@@ -33,13 +33,13 @@ from router.traffic import TrafficTarget
 T = TypeVar("T")
 
 DAG = "solve_tasks"
-NEWCOMER = "llama-4-scout"  # the backend serves it; no config names it
-FOUND = "llama-found-9b"  # so it does this one, for a search to find
+NEWCOMER = "llama-4-scout"  # served by the backend, not in any config
+FOUND = "llama-found-9b"  # served by the backend, for a search to find
 IDLE_LEAVE_SECONDS = 4.0
-FLUSH_SECONDS = 0.3  # what ended is in the arrival log after so long
+FLUSH_SECONDS = 0.3  # delay until a finished call is in the arrival log
 LEASE_SECONDS = 5.0
 HEARTBEAT_SECONDS = 1.0
-SOONER = {
+WORKER_SETTINGS = {
     "idle_leave_seconds": IDLE_LEAVE_SECONDS,
     "lease_seconds": LEASE_SECONDS,
     "heartbeat_seconds": HEARTBEAT_SECONDS,
@@ -53,7 +53,7 @@ LATENCY = ("--time-scale", "20", "--latency", "lognormal:4:0.6:1:20")
 
 
 class Edit(NamedTuple):
-    """One change of a Variable through Airflow's REST API, on the monotonic clock."""
+    """A change of a Variable through Airflow's REST API, in monotonic times."""
 
     model: str
     line: str
@@ -63,7 +63,7 @@ class Edit(NamedTuple):
 
 @dataclass
 class Solving:
-    """The stack under test. Times are seconds of the machine's monotonic clock, as in the arrival log."""
+    """The stack under test. Times are monotonic seconds, as in the arrival log."""
 
     stack: Stack
     config_folder: Path
@@ -76,7 +76,7 @@ class Solving:
 
     @property
     def models(self) -> list[str]:
-        """The models that may be sent to, in the order of their workers' map indexes."""
+        """Active models in the order of their workers' map indexes."""
         return [row[0] for row in self.rows("SELECT model FROM roster WHERE state = 'active' ORDER BY model")]
 
     def rows(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
@@ -87,7 +87,7 @@ class Solving:
     def value(self, statement: str, *values: Any) -> Any:
         return self.rows(statement, *values)[0][0]
 
-    # What an operator does.
+    # Actions of an operator
 
     def set_target(self, model: str, line: str) -> Edit:
         began = time.monotonic()
@@ -98,7 +98,7 @@ class Solving:
         return edit
 
     def set_targets(self, line: str) -> None:
-        """The same target for every model, and wait until it is in force everywhere."""
+        """Sets the same target for every model and waits until it is active."""
         target = str(TrafficTarget.parse(line))
         for model in self.models:
             self.set_target(model, line)
@@ -109,7 +109,7 @@ class Solving:
         return [row[0] for row in self.rows(f"SELECT target FROM newest_targets WHERE model IN ({in_use})")]
 
     def insert(self, number: int, about: str = "task") -> None:
-        """Unsolved tasks, each with a prompt of its own."""
+        """Inserts unsolved tasks with distinct prompts."""
         self.rows(
             "INSERT INTO tasks (prompt) SELECT %s || ' ' || n || ' of ' || clock_timestamp()"
             " FROM generate_series(1, %s) AS n",
@@ -118,15 +118,15 @@ class Solving:
         )
 
     def clear(self, task_id: str, map_index: int, run: str) -> None:
-        """Clear one Airflow task, as a person does in the UI."""
+        """Clears one Airflow task, as the UI does."""
         body = {"dry_run": False, "only_failed": False, "dag_run_id": run, "task_ids": [[task_id, map_index]]}
         self.api.call("POST", f"/dags/{DAG}/clearTaskInstances", json=body)
 
-    # What can be seen.
+    # Observations
 
     @property
     def arrivals(self) -> list[Arrival]:
-        """All calls that ended at the backend, in the order of their arrival."""
+        """All calls that ended at the backend, in order of arrival."""
         with self.stack.arrival_log.open("rb") as log:
             log.seek(self._read_to)
             text = log.read()
@@ -138,25 +138,25 @@ class Solving:
         return self._arrivals
 
     def arrived(self, since: float, model: str | None = None) -> list[float]:
-        """When calls (of the model) arrived after `since`."""
+        """Returns the arrival times after `since`, of one model or all."""
         return [a.at for a in self.arrivals if a.at > since and model in (None, a.model)]
 
     def unsolved(self) -> int:
         return int(self.value("SELECT count(*) FROM tasks WHERE status = 'unsolved'"))
 
     def run(self) -> dict[str, Any]:
-        """The newest run of solve_tasks."""
+        """Returns the newest run of solve_tasks."""
         return self.api.runs(DAG, limit=1)[0]
 
     def airflow_tasks(self, run: str, task_id: str = "work") -> list[dict[str, Any]]:
-        """The run's Airflow tasks of that name by map index."""
+        """Returns the Airflow tasks of a run with this id, by map index."""
         found = [entry for entry in self.api.task_instances(DAG, run) if entry["task_id"] == task_id]
         return sorted(found, key=lambda entry: int(entry["map_index"]))
 
-    # What tests wait for.
+    # Waiting
 
     def until_all_send(self, since: float, seconds: float = 30.0) -> None:
-        """Wait until every model was sent something after `since`."""
+        """Waits until every model was called after `since`."""
         wanted = set(self.models)
         wait_until(
             lambda: wanted <= {a.model for a in self.arrivals if a.at > since}, seconds, "all models at work"
@@ -167,30 +167,30 @@ class Solving:
         self.until_quiet()
 
     def until_quiet(self, seconds: float = 30.0) -> None:
-        """Wait until no call is open any more and the arrival log holds them all."""
-        going_on = "SELECT count(*) FROM model_calls WHERE outcome IS NULL"
-        going_on += " OR finished_at > clock_timestamp() - make_interval(secs => %s)"
-        wait_until(lambda: self.value(going_on, FLUSH_SECONDS) == 0, seconds, "no call is open")
+        """Waits until no call is in flight and all are in the arrival log."""
+        open_calls = "SELECT count(*) FROM model_calls WHERE outcome IS NULL"
+        open_calls += " OR finished_at > clock_timestamp() - make_interval(secs => %s)"
+        wait_until(lambda: self.value(open_calls, FLUSH_SECONDS) == 0, seconds, "no call is open")
 
     def until_run_is_over(self, run: str, seconds: float) -> dict[str, Any]:
-        """Wait until the run has ended; the run as it is then."""
+        """Waits until a run has ended and returns it."""
         path = f"/dags/{DAG}/dagRuns/{run}"
         return wait_for(lambda: _ended(self.api.call("GET", path)), seconds, f"the end of {run}")
 
     def stop_backlog(self) -> None:
-        """Delete what is unsolved, and wait for the calls that are under way."""
+        """Deletes unsolved tasks and waits for calls in flight."""
         self.rows("DELETE FROM tasks WHERE status = 'unsolved'")
         self.until_quiet()
 
     def ready(self, line: str = "4/s") -> None:
-        """The DAG going, every model at `line`."""
+        """Unpauses the DAG and sets every model's target."""
         self.api.pause(DAG, paused=False)
         self.set_targets(line)
 
-    # What must always be true.
+    # Invariants
 
     def judged(self, since: float | None = None, until: float | None = None) -> Verdict:
-        """The whole session's arrivals against all targets; the use between `since` and `until`."""
+        """Checks all arrivals of the session against the targets; measures usage in the given period."""
         return judge(
             self.arrivals,
             self.changes,
@@ -200,19 +200,19 @@ class Solving:
         )
 
     def assert_nothing_lost_or_doubled(self) -> None:
-        """Every task has one kept answer, which a call gave; no call came twice, and all are known."""
+        """Checks that every task has one answer from a logged call, and that no call arrived twice."""
         assert self.unsolved() == 0
         assert self.value("SELECT count(*) FROM queue") == 0
         assert self.rows("SELECT id, failure FROM tasks WHERE status <> 'solved'") == []
-        kept = (
+        wrong_answers = (
             "SELECT t.id FROM tasks t LEFT JOIN model_calls c ON c.task_id = t.id AND c.settlement = 'solved'"
             " GROUP BY t.id HAVING count(c.call_id) <> 1 OR bool_or(c.call_id <> t.answer_call_id)"
         )
-        assert self.rows(kept) == []
+        assert self.rows(wrong_answers) == []
         requests = [arrival.request_id for arrival in self.arrivals]
         assert len(requests) == len(set(requests)), "a call arrived twice"
         logged = {str(row[0]) for row in self.rows("SELECT call_id FROM model_calls")}
-        assert set(requests) <= logged, "a call arrived that the log does not know"
+        assert set(requests) <= logged, "a call arrived that is not in the log"
         answered = "SELECT call_id::text, to_jsonb(c) FROM model_calls c"
         answered += " WHERE outcome = 'answered' AND role IS DISTINCT FROM 'passages'"
         arrived = set(requests)
@@ -224,10 +224,10 @@ def _ended(run: dict[str, Any]) -> dict[str, Any] | None:
     return run if run["state"] in ("success", "failed") else None
 
 
-def wait_for(look: Callable[[], T | None], seconds: float, what: str) -> T:
-    """What `look` finds as soon as it finds something (true)."""
+def wait_for(read: Callable[[], T | None], seconds: float, what: str) -> T:
+    """Returns the first true result of `read`."""
     deadline = time.monotonic() + seconds
-    while not (found := look()):
+    while not (found := read()):
         assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
         time.sleep(0.05)
     return found
@@ -238,28 +238,28 @@ def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None
 
 
 def crowding() -> float:
-    """How many processes want each core, at least 1: what Airflow does takes so much longer."""
+    """Returns the load per core, at least 1, by which Airflow's actions take longer."""
     return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def say(figures: str) -> None:
-    """Show what was measured (`pytest -s`, or when the test fails)."""
-    print(figures)  # noqa: T201 - this is what it is for
+    """Prints measurements (shown by `pytest -s`, or if the test fails)."""
+    print(figures)  # noqa: T201
 
 
 def spread(seconds: Sequence[float]) -> str:
-    """`median 0.2 s, p99 0.7 s, most 0.8 s`."""
+    """Formats a distribution as `median 0.2 s, p99 0.7 s, max 0.8 s`."""
     ordered = sorted(seconds)
     p99 = ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))]
-    return f"median {statistics.median(ordered):.2f} s, p99 {p99:.2f} s, most {ordered[-1]:.2f} s"
+    return f"median {statistics.median(ordered):.2f} s, p99 {p99:.2f} s, max {ordered[-1]:.2f} s"
 
 
 def config_for_tests(folder: Path) -> Path:
-    """A copy of `config/` in which an empty queue ends a run sooner, and a dead process is noticed sooner."""
+    """Copies `config/` with shorter leases and idle times."""
     shutil.copytree(DEFAULT_CONFIG_FOLDER, folder)
     file = folder / "models.yaml"
     text = file.read_text()
-    for key, seconds in SOONER.items():
+    for key, seconds in WORKER_SETTINGS.items():
         text, number = re.subn(rf"(?m)^  {key}: .*$", f"  {key}: {seconds}", text)
         assert number == 1, f"{file} has no line for {key}"
     file.write_text(text)
@@ -267,7 +267,7 @@ def config_for_tests(folder: Path) -> Path:
 
 
 def start_solving(folder: Path) -> Solving:
-    """Boot a stack of its own in `folder`; whoever asks stops `solving.stack`."""
+    """Starts a stack in `folder`; the caller stops `solving.stack`."""
     config_folder = config_for_tests(folder / "config")
     arguments = (
         "--models",
@@ -295,15 +295,15 @@ def solving_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Solving]
     solving = start_solving(tmp_path_factory.mktemp("solving"))
     with closing(solving.database), solving.api:
         yield solving
-    for name in AIRFLOW_PARTS:  # an end in order takes half a minute; `test_stack.py` looks at those
-        with suppress(PartDied):
-            solving.stack.part(name).kill()
+    for name in AIRFLOW_PROCESSES:  # an orderly stop takes half a minute; `test_stack.py` tests it
+        with suppress(ProcessDied):
+            solving.stack.process(name).kill()
     solving.stack.stop()
 
 
 @pytest.fixture
 def solving(solving_stack: Solving) -> Iterator[Solving]:
-    """The session's stack with nothing to do, every model at 4/s, and judged when the test is over."""
+    """The session's stack with an empty queue and every model at 4/s; checks the limits after the test."""
     solving_stack.stack.check()
     solving_stack.ready()
     yield solving_stack
@@ -313,5 +313,5 @@ def solving(solving_stack: Solving) -> Iterator[Solving]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests that share the stack come last: while it is up it slows the others down."""
+    """Runs tests that share the stack last, because it slows down the others."""
     items.sort(key=lambda item: "solving_stack" in getattr(item, "fixturenames", ()))

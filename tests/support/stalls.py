@@ -1,4 +1,4 @@
-"""A TCP proxy that can stop forwarding, as a server that hangs: connections stay open, nothing comes."""
+"""TCP proxy that can stop forwarding, like a server that hangs with open connections."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class Stall:
-    """`port` leads to the server until `stall()`; after `go_on()` what was held back comes through."""
+    """Forwards `port` to the server; `stall()` pauses forwarding, `go_on()` resumes it with the held data."""
 
     def __init__(self, connect: Callable[[], Awaitable[Streams]]) -> None:
         self._connect = connect
@@ -53,7 +53,7 @@ class Stall:
 
 @asynccontextmanager
 async def stalling(connect: Callable[[], Awaitable[Streams]]) -> AsyncIterator[Stall]:
-    """A proxy in front of what `connect` reaches."""
+    """Runs a proxy to the server that `connect` opens."""
     stall = Stall(connect)
     server = await asyncio.start_server(stall.serve, "127.0.0.1", 0)
     stall.port = server.sockets[0].getsockname()[1]

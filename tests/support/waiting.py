@@ -1,4 +1,4 @@
-"""Waiting for a condition instead of sleeping."""
+"""Waits for conditions."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 
 def until(condition: Callable[[], object], seconds: float = 30.0) -> float:
-    """Wait until the condition holds; the seconds it took. AssertionError if it does not in time."""
+    """Waits until the condition is true and returns the seconds it took. Fails after `seconds`."""
     started = time.monotonic()
     while not condition():
-        assert time.monotonic() - started < seconds, f"not so within {seconds:g} s"
+        assert time.monotonic() - started < seconds, f"not true within {seconds:g} s"
         time.sleep(0.02)
     return time.monotonic() - started

@@ -1,4 +1,4 @@
-"""What is there when the work begins is left out of later garbage collections."""
+"""Objects that exist when the work begins are excluded from later garbage collections."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import gc
 from router.background import freeze_garbage_collector
 
 
-def test_a_full_collection_looks_only_at_what_came_later() -> None:
+def test_existing_objects_are_excluded_from_later_collections() -> None:
     freeze_garbage_collector.cache_clear()
     before = [[number] for number in range(10_000)]
     freeze_garbage_collector()
     try:
         assert gc.get_freeze_count() >= len(before)
         later = [[number] for number in range(10)]
-        looked_at = len(gc.get_objects())
+        tracked = len(gc.get_objects())
         freeze_garbage_collector()
-        assert len(gc.get_objects()) >= looked_at, "it is done once: a second time nothing is left out"
+        assert len(gc.get_objects()) >= tracked, "only the first call freezes"
         assert later
     finally:
         gc.unfreeze()

@@ -1,4 +1,4 @@
-"""JSON Lines, files replaced as a whole, and locks between processes."""
+"""JSON Lines, atomic replacement, and locks between processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from router.errors import ConfigError, InputError
 from router.files import json_lines, locked, replacing
 
 
-def test_json_lines_gives_each_object_with_its_place(tmp_path: Path) -> None:
+def test_json_lines_yields_each_object_with_its_place(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('{"a": 1}\n\n{"a": "\u2028"}\n', encoding="utf-8")
     assert list(json_lines(file)) == [(f"{file}, line 1", {"a": 1}), (f"{file}, line 3", {"a": "\u2028"})]
@@ -40,7 +40,7 @@ def test_json_lines_names_a_file_that_does_not_exist(tmp_path: Path) -> None:
         list(json_lines(tmp_path / "missing.jsonl"))
 
 
-def test_a_replaced_file_keeps_its_mode(tmp_path: Path) -> None:
+def test_replaced_file_keeps_its_mode(tmp_path: Path) -> None:
     file = tmp_path / "a"
     file.write_text("old")
     file.chmod(0o640)
@@ -50,7 +50,7 @@ def test_a_replaced_file_keeps_its_mode(tmp_path: Path) -> None:
     assert (file.read_text(), stat.S_IMODE(file.stat().st_mode)) == ("new", 0o640)
 
 
-def test_an_error_while_replacing_leaves_the_old_file_alone(tmp_path: Path) -> None:
+def test_error_while_replacing_keeps_the_old_file(tmp_path: Path) -> None:
     file = tmp_path / "a"
     file.write_text("old")
     with pytest.raises(TypeError), replacing(file) as fresh:
@@ -59,7 +59,7 @@ def test_an_error_while_replacing_leaves_the_old_file_alone(tmp_path: Path) -> N
     assert file.read_text() == "old"
 
 
-def test_a_lock_is_held_by_one_at_a_time(tmp_path: Path) -> None:
+def test_lock_is_exclusive(tmp_path: Path) -> None:
     with locked(tmp_path) as first:
         assert first
         with locked(tmp_path, timeout_seconds=0.01) as second:

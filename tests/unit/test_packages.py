@@ -1,4 +1,4 @@
-"""The packages: what the import contracts cannot say."""
+"""Rules for packages and modules beyond the import contracts."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ MAX_ENTRIES = 22
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the product by its import name."""
+    """Returns every module of the product by its import name."""
     found = {}
     for folder in FOLDERS:
         for path in sorted((ROOT / folder).rglob("*.py")):
-            # Airflow puts these two folders themselves on the path.
+            # Airflow puts these two folders on the path.
             base = ROOT / folder if folder in {"plugins", "dags"} else ROOT
             parts = path.relative_to(base).with_suffix("").parts
             found[".".join(part for part in parts if part != "__init__")] = path
@@ -43,7 +43,7 @@ PURE = frozenset(
 
 
 def imported(module: str) -> Iterator[str]:
-    """The product's modules that this one imports, wherever the statement stands."""
+    """Yields the product's modules that this one imports, at any level of the file."""
     path = MODULES[module]
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -67,7 +67,7 @@ GRAPH = {module: frozenset(imported(module)) for module in MODULES}
 
 
 def cycle(graph: dict[str, frozenset[str]]) -> list[str]:
-    """One cycle of the graph, or nothing."""
+    """Returns one cycle of the graph, or an empty list."""
     done: set[str] = set()
 
     def visit(node: str, path: list[str]) -> list[str]:
@@ -83,7 +83,7 @@ def cycle(graph: dict[str, frozenset[str]]) -> list[str]:
     return next(filter(None, (visit(node, []) for node in sorted(graph))), [])
 
 
-def test_router_can_be_read_off_its_folder() -> None:
+def test_router_has_few_entries() -> None:
     listed = subprocess.run(
         ["git", "ls-files", "router"], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout.split()
@@ -91,14 +91,14 @@ def test_router_can_be_read_off_its_folder() -> None:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_a_package_states_its_charter_in_one_sentence(package: str) -> None:
+def test_package_docstring_is_one_sentence(package: str) -> None:
     charter = importlib.import_module(f"router.{package}").__doc__ or ""
     assert charter.strip().endswith(".")
     assert "\n" not in charter.strip()
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_every_public_name_of_a_package_can_be_imported(package: str) -> None:
+def test_public_names_of_a_package_can_be_imported(package: str) -> None:
     face = importlib.import_module(f"router.{package}")
     tree = ast.parse(Path(str(face.__file__)).read_text(encoding="utf-8"))
     names = [
@@ -114,8 +114,8 @@ def test_every_public_name_of_a_package_can_be_imported(package: str) -> None:
         )
 
 
-def test_other_packages_are_imported_by_their_public_names() -> None:
-    """The pure modules alone name files: a package's other names would bring its I/O into their contract."""
+def test_packages_import_each_other_by_public_names() -> None:
+    """Pure modules may name files, because a package's face would bring its I/O into their contract."""
     reached_into = []
     for module, others in GRAPH.items():
         own = module.split(".")[:2]
@@ -127,7 +127,7 @@ def test_other_packages_are_imported_by_their_public_names() -> None:
     assert not reached_into
 
 
-def test_top_level_folders_import_one_another_in_one_direction() -> None:
+def test_top_level_folders_have_no_import_cycle() -> None:
     folders = {path: path.relative_to(ROOT).parts[0] for path in MODULES.values()}
     graph: dict[str, set[str]] = {folder: set() for folder in FOLDERS}
     for module, others in GRAPH.items():
@@ -136,8 +136,8 @@ def test_top_level_folders_import_one_another_in_one_direction() -> None:
     assert not cycle({folder: frozenset(others) for folder, others in graph.items()})
 
 
-def test_modules_import_one_another_in_one_direction() -> None:
-    # A package's __init__ names its own modules, and they may import the package's parent: no edge there.
+def test_modules_have_no_import_cycle() -> None:
+    # A package's __init__ imports its own modules, and they may import the package's parent.
     graph = {
         module: frozenset(
             other
@@ -149,7 +149,7 @@ def test_modules_import_one_another_in_one_direction() -> None:
     assert not cycle(graph)
 
 
-def test_no_file_is_too_long_to_be_read_at_once() -> None:
+def test_no_file_exceeds_the_maximum_length() -> None:
     listed = subprocess.run(
         ["git", "ls-files", *FOLDERS, "sql"], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout.split()

@@ -1,4 +1,4 @@
-"""`router ask` and `router log`, as a person calls them, on real parts."""
+"""`router ask` and `router log` as programs, on real services."""
 
 from __future__ import annotations
 
@@ -59,23 +59,23 @@ def logged(router: CommandLine, *arguments: str) -> list[dict[str, Any]]:
     return list(router("log", "--json", *arguments).json["calls"])
 
 
-def test_what_happens_is_told_and_the_answer_is_on_standard_output(router: CommandLine) -> None:
+def test_events_go_to_standard_error_and_the_answer_to_standard_output(router: CommandLine) -> None:
     code, out, err = run(router, "ask", "--category", "general", "-", typed="Why is the sky blue?\n")
     assert code == 0
-    assert "Why is the sky blue?" in out  # the stand-in's good answers speak of the prompt
-    for told in (
-        "general (1.00): whoever asked said so",
-        f"{PREFERRED} is asked, as the first for this category",
-        f"{CHEAP} is asked, as the fallback",
+    assert "Why is the sky blue?" in out  # the simulated models repeat the prompt in good answers
+    for line in (
+        "general (1.00): given by the caller",
+        f"calling {PREFERRED} (preferred model)",
+        f"calling {CHEAP} (fallback)",
         f"sent to {PREFERRED}",
         f"{PREFERRED} (chosen model)",
         "task 1",
     ):
-        assert told in err
-    assert "Unclosed" not in err, "what was opened is closed before the program ends"
+        assert line in err
+    assert "Unclosed" not in err, "connections are closed before the program ends"
 
 
-def test_json_is_one_object_and_the_log_has_every_call(router: CommandLine, database: str) -> None:
+def test_json_output_and_the_call_log(router: CommandLine, database: str) -> None:
     code, out, _ = run(router, "ask", "--json", "Write a haiku about the sea")
     found = json.loads(out)
     assert code == 0
@@ -98,27 +98,25 @@ def test_json_is_one_object_and_the_log_has_every_call(router: CommandLine, data
 
 
 @pytest.mark.soak
-def test_a_better_answer_is_waited_for_no_longer_than_wanted(
-    router: CommandLine, backend: BackendServer
-) -> None:
+def test_late_option_limits_the_wait(router: CommandLine, backend: BackendServer) -> None:
     hang(backend, PREFERRED)
     asked = ("ask", "--json", "--category", "general", "--deadline", "6", "--late", "0.5", "Why?")
     code, out, _ = run(router, *asked)
     found = json.loads(out)
     assert (code, found["model"], found["provisional"], found["late"]) == (0, CHEAP, True, None)
     by_role = {call["role"]: call for call in logged(router)}
-    assert (by_role["asked"]["outcome"], by_role["asked"]["error"]) == ("abandoned", "the asker stopped")
+    assert (by_role["asked"]["outcome"], by_role["asked"]["error"]) == ("abandoned", "the router was closed")
 
 
-def test_control_c_gives_up_what_is_under_way(router: CommandLine, backend: BackendServer) -> None:
+def test_control_c_cancels_the_calls(router: CommandLine, backend: BackendServer) -> None:
     hang(backend, "*")
     process = router.start("ask", "--category", "general", "Why?")
     assert process.stderr is not None
-    told = b""
+    shown = b""
     end = time.monotonic() + 60
-    while b"sent to" not in told:
+    while b"sent to" not in shown:
         assert time.monotonic() < end
-        told += process.stderr.read1(4096)
+        shown += process.stderr.read1(4096)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode != 0
@@ -132,21 +130,21 @@ def test_control_c_gives_up_what_is_under_way(router: CommandLine, backend: Back
     ("arguments", "typed", "words"),
     [
         ((" ",), "", "The prompt is empty"),
-        (("-",), "x" * 2_000_000, "Standard input holds more than 1048576 bytes"),
-        (("--deadline", "0", "Why?"), "", "A deadline of 0 s cannot be met"),
+        (("-",), "x" * 2_000_000, "Standard input is longer than 1048576 bytes"),
+        (("--deadline", "0", "Why?"), "", "The deadline must be 0.05 to 3600 s, not 0 s"),
         (("--category", "poetry", "Why?"), "", "There is no category 'poetry'"),
         (("--model", "gpt-5", "--deadline", "1", "Why?"), "", "There is no model in use 'gpt-5'"),
     ],
 )
-def test_bad_input_is_one_message(
+def test_invalid_input_is_one_message(
     router: CommandLine, arguments: tuple[str, ...], typed: str, words: str
 ) -> None:
-    said = router("ask", *arguments, answer=typed)
-    assert (said.code, said.out) == (1, "")
-    assert words in said.err
+    result = router("ask", *arguments, answer=typed)
+    assert (result.code, result.out) == (1, "")
+    assert words in result.err
 
 
-def test_the_log_refuses_what_is_no_age_and_offers_categories(router: CommandLine) -> None:
-    assert "is no age" in router("log", "--since", "soon").err
+def test_invalid_log_options_are_reported(router: CommandLine) -> None:
+    assert "is not an age" in router("log", "--since", "soon").err
     assert "did you mean 'technical'" in router("log", "--category", "technicl").err
-    assert "no such call is in the log" in router("log").out
+    assert "no matching calls" in router("log").out

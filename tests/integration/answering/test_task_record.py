@@ -1,4 +1,4 @@
-"""The task of one asking: held by one open call at any moment, handed on, and ended by the last one."""
+"""The task of a request: claimed by one open call at a time, handed on, and ended by the last."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from router.answering.context import RequestContext
 from router.answering.store import CallRow
-from router.answering.task_record import RequestContext, TaskRecord
+from router.answering.task_record import TaskRecord
 from router.database import open_pool
 from router.task import AnswerRank, CallResult, Outcome, Role, new_call_id
 from tests.support.queue import Probe
@@ -21,54 +22,50 @@ FAILED = CallResult(Outcome.ERROR, error="500")
 def row(model: str, rank: AnswerRank = AnswerRank.CHOSEN_MODEL) -> CallRow:
     role = Role.ASKED if rank is AnswerRank.CHOSEN_MODEL else Role.FALLBACK
     return CallRow(
-        new_call_id(time.time()), model, role, rank, "general", 0.9, "asker", 1, 100, "first", "cheap"
+        new_call_id(time.time()), model, role, rank, "general", 0.9, "client", 1, 100, "first", "cheap"
     )
 
 
 @pytest.fixture
-async def ledger(database: str) -> AsyncIterator[TaskRecord]:
+async def record(database: str) -> AsyncIterator[TaskRecord]:
     pool = await open_pool(database, connections=4)
     unused: Any = None
-    means = RequestContext(
-        pool, unused, unused, lambda: "asker", lambda: None, lambda: new_call_id(time.time())
-    )
-    yield TaskRecord(means, "Why?", 10.0)
+    context = RequestContext(pool, limiter=unused, backend=unused, queue=unused, config=unused, roster=unused)
+    yield TaskRecord(context, "Why?", 10.0)
     await pool.close()
 
 
-async def test_a_call_that_failed_waits_for_its_heir_while_one_may_come(
-    ledger: TaskRecord, probe: Probe
-) -> None:
+async def test_a_failed_call_waits_for_its_successor(record: TaskRecord, probe: Probe) -> None:
     first, second = row("first"), row("second")
-    await ledger.write(first)
-    coming = ledger.grow()
-    settling = asyncio.create_task(ledger.settle(first, FAILED, late=False))
+    await record.write(first)
+    end_pending = record.expect_call()
+    settling = asyncio.create_task(record.settle(first, FAILED, late=False))
     await asyncio.wait({settling}, timeout=0.3)
     assert not settling.done()
     assert await probe.value("SELECT call_id FROM queue") == first.call_id
 
-    await ledger.write(second)
-    coming.end()
+    await record.write(second)
+    end_pending()
     await settling
     assert await probe.value("SELECT call_id FROM queue") == second.call_id
     assert (await probe.call(first.call_id))["settlement"] == "passed"
 
-    await ledger.settle(second, CallResult(Outcome.ANSWERED, answer="Because."), late=False)
+    await record.settle(second, CallResult(Outcome.ANSWERED, answer="Because."), late=False)
     assert (await probe.row("SELECT status, answer FROM tasks"))["answer"] == "Because."
     await probe.assert_counts_exact()
 
 
-async def test_with_nobody_to_come_the_last_call_ends_the_task(ledger: TaskRecord, probe: Probe) -> None:
+async def test_the_last_call_ends_the_task(record: TaskRecord, probe: Probe) -> None:
     first, cheap = row("first"), row("cheap", AnswerRank.FALLBACK_MODEL)
-    coming = ledger.grow()
-    await ledger.write(first)
-    await ledger.write(cheap)
-    await ledger.settle(cheap, CallResult(Outcome.ANSWERED, answer="Perhaps."), late=False)
-    assert await probe.value("SELECT status FROM tasks") == "unsolved", "the chosen model may yet answer"
-    settling = asyncio.create_task(ledger.settle(first, FAILED, late=False))
+    end_pending = record.expect_call()
+    await record.write(first)
+    await record.write(cheap)
+    await record.settle(cheap, CallResult(Outcome.ANSWERED, answer="Perhaps."), late=False)
+    assert await probe.value("SELECT status FROM tasks") == "unsolved", "the chosen model may still answer"
+    settling = asyncio.create_task(record.settle(first, FAILED, late=False))
     await asyncio.wait({settling}, timeout=0.2)
-    coming.end()
-    coming.end()  # twice is the same as once
+    end_pending()
+    end_pending()  # idempotent
     await settling
     task = await probe.row("SELECT status, answer, answer_rank FROM tasks")
     assert tuple(task) == ("solved", "Perhaps.", 2)
@@ -76,12 +73,12 @@ async def test_with_nobody_to_come_the_last_call_ends_the_task(ledger: TaskRecor
     await probe.assert_counts_exact()
 
 
-async def test_a_task_that_nobody_answered_fails_with_every_reason(ledger: TaskRecord, probe: Probe) -> None:
+async def test_an_unanswered_task_fails_with_all_reasons(record: TaskRecord, probe: Probe) -> None:
     first, cheap = row("first"), row("cheap", AnswerRank.FALLBACK_MODEL)
-    await ledger.write(first)
-    await ledger.write(cheap)
-    await ledger.settle(first, FAILED, late=False)
-    await ledger.settle(cheap, CallResult(Outcome.TIMEOUT, error="too slow"), late=True)
+    await record.write(first)
+    await record.write(cheap)
+    await record.settle(first, FAILED, late=False)
+    await record.settle(cheap, CallResult(Outcome.TIMEOUT, error="too slow"), late=True)
     task = await probe.row("SELECT status, failure FROM tasks")
     assert task["status"] == "failed"
     assert sorted(task["failure"].splitlines()) == ["cheap: timeout: too slow", "first: error: 500"]
@@ -89,23 +86,21 @@ async def test_a_task_that_nobody_answered_fails_with_every_reason(ledger: TaskR
     await probe.assert_counts_exact()
 
 
-async def test_settling_twice_is_the_same_as_once_and_a_lost_call_is_found_again(
-    ledger: TaskRecord, probe: Probe
-) -> None:
+async def test_a_lost_call_can_still_be_settled(record: TaskRecord, probe: Probe) -> None:
     first = row("first")
-    await ledger.write(first)
+    await record.write(first)
     await probe.run("UPDATE workers SET lease_until = clock_timestamp() - interval '1 s'")
     await probe.run("SELECT release_lost_claims()")
     assert await probe.value("SELECT state FROM queue") == "ready"
-    await ledger.settle(first, CallResult(Outcome.ANSWERED, answer="Late, but good."), late=True)
+    await record.settle(first, CallResult(Outcome.ANSWERED, answer="Late, but good."), late=True)
     assert await probe.value("SELECT answer FROM tasks") == "Late, but good."
     assert (await probe.call(first.call_id))["settlement"] == "solved"
     await probe.assert_counts_exact()
 
 
-async def test_an_asking_that_nobody_confirmed_is_forgotten(ledger: TaskRecord, probe: Probe) -> None:
+async def test_an_unconfirmed_call_is_discarded(record: TaskRecord, probe: Probe) -> None:
     first = row("first")
-    await ledger.write(first)
+    await record.write(first)
     assert await probe.value("SELECT discard_request_call($1, 'its reply was lost')", first.call_id)
     assert await probe.value("SELECT status FROM tasks") == "failed"
     assert (await probe.call(first.call_id))["outcome"] == "unsent"

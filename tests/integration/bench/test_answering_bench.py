@@ -1,4 +1,4 @@
-"""bench/answering.py in its quick form: every scene, few prompts; what it checks must hold."""
+"""A quick form of bench/answering.py: every scene with few prompts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def servers() -> Iterator[tuple[Addresses, BackendServer]]:
 @pytest.mark.alone
 @pytest.mark.parametrize("scene", SCENES)
 @pytest.mark.soak
-async def test_every_prompt_is_answered_in_time_and_nothing_is_left_over(
+async def test_every_prompt_is_answered_in_time_without_leftovers(
     servers: tuple[Addresses, BackendServer], scene: str
 ) -> None:
     seen = await play(scene, *servers, asks=12, at_once=4, deadline=2.0)

@@ -1,4 +1,4 @@
-"""The demo of learning in a short form: a few days on a fast clock, with real parts; what is said of them."""
+"""A short form of the learning demo: three days on a fast clock, with real services."""
 
 from __future__ import annotations
 
@@ -18,21 +18,19 @@ import pytest
 from rich.console import Console
 
 from bench.learning_demo.__main__ import main, play
-from bench.learning_demo.cast import FAILING, NEWCOMERS
-from bench.learning_demo.plot import draw
-from bench.learning_demo.report import summary_lines
-from bench.learning_demo.script import Script
+from bench.learning_demo.report import draw, summary_lines
+from bench.learning_demo.scenario import CANDIDATES, FAILING, Scenario
 from bench.learning_demo.story import SIDES, WITH, WITHOUT, Story
 from tests.support.waiting import until
 
 ROOT = Path(__file__).parents[3]
 WIDTH = 100
-# So few calls a day need a model that fails for sure.
-SHORT = Script(
+# With so few calls a day the failure has to be certain.
+SHORT = Scenario(
     days=3,
     period_seconds=4,
     tasks=270,
-    asked=12,
+    interactive=12,
     rate=30,
     trial_prompts=15,
     failing_share=0.6,
@@ -41,8 +39,8 @@ SHORT = Script(
 
 
 @pytest.fixture(scope="module")
-def told() -> tuple[Story, str]:
-    """The story of SHORT, and what a terminal shows of it."""
+def played() -> tuple[Story, str]:
+    """The story of SHORT and its terminal output."""
     console = Console(file=io.StringIO(), width=WIDTH)
     story = play(SHORT, threading.Event(), console)
     assert story is not None
@@ -51,56 +49,56 @@ def told() -> tuple[Story, str]:
 
 
 @pytest.mark.soak
-def test_a_model_that_begins_to_fail_is_off_its_first_place_at_the_next_review(
-    told: tuple[Story, str],
+def test_a_failing_model_loses_its_first_rank_at_the_next_review(
+    played: tuple[Story, str],
 ) -> None:
-    story, text = told
+    story, text = played
     begins = SHORT.failing_days.start
     first_after = {day.number: day.night.first("technical") for day in story.days}
     assert first_after[begins - 1] == FAILING
     assert first_after[begins] != FAILING
-    assert story.failing.reviews_until_off == 1
-    assert "off its first place at review 1 after that" in text
+    assert story.failing["reviews_until_off"] == 1
+    assert "off the first rank at review 1 after that" in " ".join(text.split())
 
 
 @pytest.mark.soak
-def test_afterwards_it_gets_no_more_than_the_exploration_share(told: tuple[Story, str]) -> None:
-    story, _ = told
+def test_a_failing_model_gets_no_more_than_the_exploration_share(played: tuple[Story, str]) -> None:
+    story, _ = played
     share = SHORT.learning().exploration.share
     tasks = sum(task.category == "technical" for task in SHORT.day(1))
-    ahead = 4 / tasks  # two calls that a bounded model may save up, and what was ahead
-    assert story.failing.shares
-    assert max(story.failing.shares) <= share + ahead
-    assert min(story.failing.shares_without) > max(story.failing.shares)
+    ahead = 4 / tasks  # two calls that a bounded model may save up, and calls ahead
+    failing = story.failing
+    assert failing["shares"]
+    assert max(failing["shares"]) <= share + ahead
+    assert min(failing["shares_without"]) > max(failing["shares"])
 
 
 @pytest.mark.soak
-def test_the_same_prompts_on_both_sides_and_all_of_them_end(told: tuple[Story, str]) -> None:
-    story, _ = told
+def test_both_sides_end_all_of_the_same_prompts(played: tuple[Story, str]) -> None:
+    story, _ = played
     for day in story.days:
         one, other = (day.sides[side].tasks for side in SIDES)
         assert [task.key for task in one] == [task.key for task in other]
-        assert len(one) == SHORT.tasks + SHORT.asked
-        asked = [task for task in (*one, *other) if task.asked]
+        assert len(one) == SHORT.tasks + SHORT.interactive
+        asked = [task for task in (*one, *other) if task.interactive]
         assert all(task.seconds is not None for task in asked)
-    # What is not taught is not learned: the other side keeps the order of the file.
     assert all(len(day.sides[WITHOUT].tasks) for day in story.days)
-    assert 0.5 < story.totals(WITHOUT).good < 1
-    assert 0.5 < story.totals(WITH).good < 1
+    assert 0.5 < story.totals(WITHOUT)["good"] < 1
+    assert 0.5 < story.totals(WITH)["good"] < 1
 
 
 @pytest.mark.soak
-def test_the_search_says_what_it_found_tried_and_could_not_call(told: tuple[Story, str]) -> None:
-    story, text = told
-    tried = {line.split()[1] for _, line in story.searched if " lost: " in line or " taken: " in line}
-    assert tried >= {newcomer.model for newcomer in NEWCOMERS}
-    assert any(line.startswith("unreachable") for _, line in story.searched)
+def test_discovery_reports_found_tried_and_unreachable_models(played: tuple[Story, str]) -> None:
+    story, text = played
+    tried = {line.split()[1] for _, line in story.discovery if " lost: " in line or " taken: " in line}
+    assert tried >= {candidate.model for candidate in CANDIDATES}
+    assert any(line.startswith("unreachable") for _, line in story.discovery)
     assert "models found" in text
 
 
 @pytest.mark.soak
-def test_it_can_be_read_in_a_terminal_of_a_hundred_columns(told: tuple[Story, str]) -> None:
-    story, text = told
+def test_the_output_fits_a_terminal_of_a_hundred_columns(played: tuple[Story, str]) -> None:
+    story, text = played
     assert max(map(len, text.splitlines())) <= WIDTH
     for day in story.days:
         assert f"Day {day.number} of {SHORT.days}" in text
@@ -108,8 +106,8 @@ def test_it_can_be_read_in_a_terminal_of_a_hundred_columns(told: tuple[Story, st
 
 
 @pytest.mark.soak
-def test_the_numbers_and_the_picture(told: tuple[Story, str], tmp_path: Path) -> None:
-    story, _ = told
+def test_the_results_are_written_as_json_and_as_a_picture(played: tuple[Story, str], tmp_path: Path) -> None:
+    story, _ = played
     document = json.loads(json.dumps(story.as_json()))
     assert set(document["sides"]) == {WITH, WITHOUT}
     assert document["failing"]["reviews_until_off"] == 1
@@ -121,13 +119,13 @@ def test_the_numbers_and_the_picture(told: tuple[Story, str], tmp_path: Path) ->
 
 @pytest.fixture
 def temporary(tmp_path: Path) -> Iterator[Path]:
-    """Where the demo keeps its data; PostgreSQL's own user must get there."""
+    """The demo's data folder, which PostgreSQL's own user has to reach."""
     folder = Path(tempfile.mkdtemp(prefix="router-test-demo-"))
     yield folder
     folder.rmdir()  # fails if anything was left behind
 
 
-def test_ctrl_c_in_the_middle_of_a_day_leaves_nothing_behind(temporary: Path) -> None:
+def test_ctrl_c_during_a_day_leaves_no_process_or_file_behind(temporary: Path) -> None:
     environment = {**os.environ, "TMPDIR": str(temporary), "COLUMNS": str(WIDTH)}
     command = [sys.executable, "-m", "bench.learning_demo", "--days", "3", "--tasks", "3000"]
     shown = []
@@ -152,9 +150,7 @@ def test_ctrl_c_in_the_middle_of_a_day_leaves_nothing_behind(temporary: Path) ->
 
 
 @pytest.mark.parametrize("wrong", [("--days", "2"), ("--days", "61"), ("--tasks", "0")])
-def test_a_wrong_argument_is_refused_in_words(
-    wrong: tuple[str, str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_invalid_argument_is_named(wrong: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([*wrong])
     assert f"argument {wrong[0]}" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The side-by-side bench in small: both flows on real parts, and what it says of them."""
+"""A small form of the comparison bench: both flows on real services."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def test_both_flows_solve_every_task_with_one_call_each(result: Result, postgres
     assert result.old.answered[-1] == result.new.answered[-1] == TASKS
 
 
-def test_neither_has_more_calls_at_once_than_the_other_may(result: Result):
+def test_both_flows_keep_to_the_same_concurrency(result: Result):
     assert result.old.most_at_once <= SMALL.old.at_once
     assert result.new.most_at_once <= SMALL.old.at_once
 
 
-def test_the_old_flow_takes_as_long_as_computed_and_neither_beats_what_no_order_can(result: Result):
+def test_the_old_flow_matches_its_simulation_and_nothing_beats_the_lower_bound(result: Result):
     assert result.old_runs == result.old_simulated.runs > 1
     assert result.old.seconds >= result.old_simulated.seconds * 0.999
     drawn = side_by_side.drawn_latencies("even", TASKS, SMALL.seed)
@@ -52,7 +52,7 @@ def test_the_old_flow_takes_as_long_as_computed_and_neither_beats_what_no_order_
 
 
 @pytest.mark.soak
-def test_the_picture_is_drawn(result: Result, tmp_path: Path):
+def test_the_plot_is_written(result: Result, tmp_path: Path):
     draw([result], SMALL.old.at_once, tmp_path / "small.png")
     assert (tmp_path / "small.png").read_bytes().startswith(b"\x89PNG")
 
@@ -64,11 +64,11 @@ def test_the_stand_in_answers_every_prompt_of_the_bench():
     assert all(compose_answer(model, text, max_tokens=most, seed=1).text.strip() for text in texts)
 
 
-def test_the_shares_of_the_old_flows_time_add_up_to_all_of_it():
+def test_the_shares_of_the_old_flows_time_add_up_to_one():
     assert sum(losses("lognormal", Bench(tasks=1000))["shares"].values()) == pytest.approx(1.0)
 
 
-def test_what_the_old_flow_loses_needs_no_run(capsys: pytest.CaptureFixture[str]):
+def test_the_old_flows_losses_are_computed_without_a_run(capsys: pytest.CaptureFixture[str]):
     assert main(["--computed", "--json", "--tasks", "500", "--shapes", "even"]) == 0
     found = json.loads(capsys.readouterr().out)["even"]
     assert found["gain_without"]["slowest of ten"] > 1.3

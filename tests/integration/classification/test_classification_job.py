@@ -1,4 +1,4 @@
-"""Tasks without a category: kept from the lanes until one is found, but never for long."""
+"""Tasks without a category: in no lane until they are classified, or for a second at most."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ from tests.support.queue import Probe, probing
 POEM = "Write a poem about the sea in winter"
 CODE = "Write a Python function that reverses a linked list"
 FACT = "What is the capital of Mongolia?"
-TAKE = "SELECT * FROM claim_uncategorized($1)"
+CLAIM = "SELECT * FROM claim_uncategorized($1)"
 
 
 @pytest.fixture
 async def probe(database: str) -> AsyncIterator[Probe]:
-    """A probe of a database in which tasks are categorised."""
+    """A probe of a database whose tasks are classified."""
     with connect(database) as connection:
         sync_roster(connection, load_config())
     async with probing(database) as opened:
         yield opened
 
 
-async def keep(probe: Probe, rows: list[Any], category: str, confidence: float = 0.9) -> int:
-    """Bring these taken rows' category back."""
+async def assign(probe: Probe, rows: list[Any], category: str, confidence: float = 0.9) -> int:
+    """Assigns a category to claimed rows; returns how many took it."""
     ids, versions = [row["task_id"] for row in rows], [row["prompt_version"] for row in rows]
-    reasons = ["classifier: told so"] * len(rows)
+    reasons = ["classifier: test"] * len(rows)
     return int(
         await probe.value(
             "SELECT assign_categories($1, $2, $3, $4, $5)",
@@ -54,7 +54,7 @@ async def keep(probe: Probe, rows: list[Any], category: str, confidence: float =
 
 
 async def let_time_pass(probe: Probe) -> None:
-    """Let the second be over for whatever waits for a category, and for categorisers that were at work."""
+    """Ends the second that tasks wait for a category, and the announcements of classifiers."""
     await probe.run(
         "UPDATE queue SET wake_at = wake_at - interval '2 s', claimed_at = claimed_at - interval '2 s'"
         " WHERE state = 'uncategorised'"
@@ -62,7 +62,7 @@ async def let_time_pass(probe: Probe) -> None:
     await probe.run("UPDATE categorising SET works_until = 'epoch', starts_until = 'epoch'")
 
 
-async def test_without_a_category_it_is_in_no_lane_and_counted_under_the_default(probe: Probe) -> None:
+async def test_unclassified_task_is_in_no_lane_and_counted_under_the_default(probe: Probe) -> None:
     task_id = await probe.add(POEM)
     assert await probe.claim() is None
     queued = await probe.queued(task_id)
@@ -74,51 +74,49 @@ async def test_without_a_category_it_is_in_no_lane_and_counted_under_the_default
     await probe.assert_counts_exact()
 
 
-async def test_with_a_category_it_is_ready_at_once(probe: Probe) -> None:
+async def test_task_with_a_category_is_ready_at_once(probe: Probe) -> None:
     await probe.add(POEM, category="creative")
     taken = await probe.must_claim()
     call = await probe.call(taken.call_id)
     assert (call["category"], call["confidence"], call["category_reason"]) == ("creative", None, None)
 
 
-async def test_a_category_that_was_found_opens_its_lane_and_is_in_the_log(probe: Probe) -> None:
+async def test_assigned_category_makes_the_task_ready_and_is_logged(probe: Probe) -> None:
     task_id = await probe.add(POEM)
-    rows = await probe.all(TAKE, 10)
+    rows = await probe.all(CLAIM, 10)
     assert [row["prompt"] for row in rows] == [POEM]
-    assert await keep(probe, rows, "creative", 0.8) == 1
+    assert await assign(probe, rows, "creative", 0.8) == 1
     assert await probe.counts() == {"creative": (1, 0, 0)}
     taken = await probe.must_claim("creative")
     call = await probe.call(taken.call_id)
-    assert (call["category"], call["category_reason"]) == ("creative", "classifier: told so")
+    assert (call["category"], call["category_reason"]) == ("creative", "classifier: test")
     assert call["confidence"] == pytest.approx(0.8)
-    assert (await probe.task(task_id))["category"] is None  # its producer said nothing, until it is solved
+    assert (await probe.task(task_id))["category"] is None  # set when it is solved
     await probe.settle(taken)
     assert (await probe.task(task_id))["category"] == "creative"
     await probe.assert_counts_exact()
 
 
-async def test_what_one_took_is_not_taken_by_another_until_a_second_is_over(
-    probe: Probe, database: str
-) -> None:
+async def test_claimed_tasks_are_exclusive_for_a_second(probe: Probe, database: str) -> None:
     for _ in range(6):
         await probe.add(POEM)
     async with probing(database) as other:
-        taken = [*await asyncio.gather(probe.all(TAKE, 3), other.all(TAKE, 3)), await probe.all(TAKE, 6)]
+        taken = [*await asyncio.gather(probe.all(CLAIM, 3), other.all(CLAIM, 3)), await probe.all(CLAIM, 6)]
     ids = [row["task_id"] for rows in taken for row in rows]
     assert len(ids) == len(set(ids)) == 6
     await let_time_pass(probe)
-    assert len(await probe.all(TAKE, 10)) == 6
+    assert len(await probe.all(CLAIM, 10)) == 6
 
 
-async def test_order_and_priority_are_those_of_arrival(probe: Probe) -> None:
+async def test_claims_are_ordered_by_priority_and_arrival(probe: Probe) -> None:
     ids = [await probe.add(f"{POEM} {n}", priority=n % 2) for n in range(6)]
-    rows = await probe.all(TAKE, 10)
-    assert await keep(probe, rows, "creative") == 6
+    rows = await probe.all(CLAIM, 10)
+    assert await assign(probe, rows, "creative") == 6
     order = [(await probe.must_claim()).task_id for _ in range(6)]
     assert order == [*ids[1::2], *ids[::2]]
 
 
-async def test_after_a_second_it_takes_the_default_by_a_step_of_housekeeping(probe: Probe) -> None:
+async def test_maintenance_applies_the_default_after_a_second(probe: Probe) -> None:
     await probe.add(POEM)
     assert await probe.value("SELECT apply_default_category()") == 0
     await let_time_pass(probe)
@@ -129,17 +127,17 @@ async def test_after_a_second_it_takes_the_default_by_a_step_of_housekeeping(pro
     await probe.assert_counts_exact()
 
 
-async def test_a_claim_that_finds_nothing_ready_needs_no_housekeeping(probe: Probe) -> None:
+async def test_claim_without_ready_tasks_applies_the_default_itself(probe: Probe) -> None:
     task_id = await probe.add(POEM)
     await let_time_pass(probe)
     assert await probe.claim("technical") is None
     assert (await probe.must_claim("technical", "general")).task_id == task_id
 
 
-async def test_while_a_categoriser_is_at_work_the_backlog_waits_for_it(probe: Probe) -> None:
+async def test_backlog_waits_for_an_active_classifier(probe: Probe) -> None:
     await probe.run("INSERT INTO tasks (prompt) SELECT 'p' FROM generate_series(1, 100)")
     await let_time_pass(probe)
-    assert len(await probe.all(TAKE, 10)) == 10
+    assert len(await probe.all(CLAIM, 10)) == 10
     assert await probe.value("SELECT apply_default_category()") == 0
     await let_time_pass(probe)
     await probe.run("SELECT announce_classifier(5)")
@@ -148,35 +146,35 @@ async def test_while_a_categoriser_is_at_work_the_backlog_waits_for_it(probe: Pr
     assert await probe.value("SELECT apply_default_category()") == 95
 
 
-async def test_ready_tasks_do_not_wait_behind_uncategorised_ones(probe: Probe) -> None:
+async def test_ready_tasks_do_not_wait_behind_unclassified_ones(probe: Probe) -> None:
     await probe.run("INSERT INTO tasks (prompt, priority) SELECT 'p', 9 FROM generate_series(1, 1000)")
     ready = await probe.add(CODE, category="technical")
     assert (await probe.must_claim()).task_id == ready
 
 
-async def test_an_edit_while_it_is_looked_at_is_looked_at_again(probe: Probe) -> None:
+async def test_prompt_edited_during_classification_is_classified_again(probe: Probe) -> None:
     task_id = await probe.add(POEM)
-    rows = await probe.all(TAKE, 10)
+    rows = await probe.all(CLAIM, 10)
     await probe.run("UPDATE tasks SET prompt = $1", CODE)
-    assert await keep(probe, rows, "creative") == 0
-    again = await probe.all(TAKE, 10)
+    assert await assign(probe, rows, "creative") == 0
+    again = await probe.all(CLAIM, 10)
     assert [row["prompt"] for row in again] == [CODE]
-    assert await keep(probe, again, "technical") == 1
+    assert await assign(probe, again, "technical") == 1
     assert (await probe.must_claim("technical")).task_id == task_id
     await probe.assert_counts_exact()
 
 
 @pytest.mark.parametrize("category", ["creative", "general"])
-async def test_a_category_that_its_producer_adds_ends_the_waiting(probe: Probe, category: str) -> None:
+async def test_category_set_by_the_producer_makes_the_task_ready(probe: Probe, category: str) -> None:
     await probe.add(POEM)
-    rows = await probe.all(TAKE, 10)
+    rows = await probe.all(CLAIM, 10)
     await probe.run("UPDATE tasks SET category = $1", category)
-    assert await keep(probe, rows, "technical") == 0
+    assert await assign(probe, rows, "technical") == 0
     assert (await probe.must_claim()).category == category
     await probe.assert_counts_exact()
 
 
-async def test_a_category_that_is_taken_away_is_found_again(probe: Probe) -> None:
+async def test_task_whose_category_is_removed_is_classified_again(probe: Probe) -> None:
     task_id = await probe.add(POEM, category="technical")
     await probe.run("UPDATE tasks SET category = NULL")
     queued = await probe.queued(task_id)
@@ -185,55 +183,55 @@ async def test_a_category_that_is_taken_away_is_found_again(probe: Probe) -> Non
     await probe.assert_counts_exact()
 
 
-async def test_an_unknown_category_is_the_default_and_noted(probe: Probe) -> None:
+async def test_unknown_category_becomes_the_default_with_a_reason(probe: Probe) -> None:
     await probe.add(POEM, category="poetry")
     call = await probe.call((await probe.must_claim("general")).call_id)
     assert call["category_reason"] == "default: 'poetry' is not a category that the config names"
     await probe.add(POEM)
-    assert await keep(probe, await probe.all(TAKE, 10), "prose") == 1
+    assert await assign(probe, await probe.all(CLAIM, 10), "prose") == 1
     call = await probe.call((await probe.must_claim("general")).call_id)
     assert call["category_reason"] == "default: 'prose' is not a category that the config names"
 
 
-async def test_whoever_deletes_solves_or_truncates_leaves_nothing_behind(probe: Probe) -> None:
+async def test_deleting_solving_and_truncating_leave_no_queue_rows(probe: Probe) -> None:
     for prompt in (POEM, CODE, FACT):
         await probe.add(prompt)
-    rows = await probe.all(TAKE, 10)
+    rows = await probe.all(CLAIM, 10)
     await probe.run("DELETE FROM tasks WHERE prompt = $1", POEM)
     await probe.run("UPDATE tasks SET status = 'solved', answer = '42' WHERE prompt = $1", CODE)
     await probe.assert_counts_exact()
-    assert await keep(probe, rows, "technical") == 1
+    assert await assign(probe, rows, "technical") == 1
     await probe.assert_counts_exact()
     await probe.run("TRUNCATE tasks")
     assert await probe.value("SELECT count(*) FROM queue") == 0
 
 
-async def test_the_reconciler_queues_lost_rows_to_be_categorised(probe: Probe) -> None:
+async def test_reconciler_requeues_lost_rows_for_classification(probe: Probe) -> None:
     task_id = await probe.add(POEM)
     await probe.run("DELETE FROM queue")
     await probe.run("SELECT recount_tasks()")
     assert await probe.reconcile() == (1, 0)
-    assert [row["task_id"] for row in await probe.all(TAKE, 10)] == [task_id]
+    assert [row["task_id"] for row in await probe.all(CLAIM, 10)] == [task_id]
     await probe.assert_counts_exact()
 
 
-async def test_of_a_long_prompt_only_the_ends_are_fetched(probe: Probe) -> None:
+async def test_only_the_ends_of_a_long_prompt_are_fetched(probe: Probe) -> None:
     await probe.add("begin " + "x" * 900_000 + " the end")
-    (row,) = await probe.all(TAKE, 10)
+    (row,) = await probe.all(CLAIM, 10)
     assert len(row["prompt"]) < 2000
     assert row["prompt"].startswith("begin ")
     assert row["prompt"].endswith(" the end")
 
 
-async def test_switched_off_tasks_take_the_default_at_once(probe: Probe) -> None:
+async def test_with_classification_disabled_tasks_take_the_default_at_once(probe: Probe) -> None:
     early = await probe.add(POEM)
     await probe.run("UPDATE queue_settings SET categorise = false")
     late = await probe.add(POEM)
     assert {(await probe.must_claim()).task_id, (await probe.must_claim()).task_id} == {early, late}
 
 
-async def test_many_hands_at_once_lose_and_double_nothing(probe: Probe, database: str) -> None:
-    """Inserts, edits, deletes, categorisers and claims at the same time."""
+async def test_concurrent_changes_lose_and_duplicate_nothing(probe: Probe, database: str) -> None:
+    """Concurrent inserts, edits, deletes, classifications and claims."""
     stop = time.monotonic() + 3
 
     async def produce(p: Probe) -> None:
@@ -244,7 +242,7 @@ async def test_many_hands_at_once_lose_and_double_nothing(probe: Probe, database
 
     async def classify(p: Probe, category: str) -> None:
         while time.monotonic() < stop:
-            await keep(p, await p.all(TAKE, 16), category)
+            await assign(p, await p.all(CLAIM, 16), category)
             await p.run("SELECT apply_default_category()")
 
     async def solve(p: Probe) -> None:
@@ -263,16 +261,16 @@ async def test_many_hands_at_once_lose_and_double_nothing(probe: Probe, database
     assert await probe.value(odd) == 0
 
 
-# The child process.
+# Child process
 
 
 @pytest.mark.soak
-async def test_the_process_tells_categories_comes_back_if_it_dies_and_ends_with_its_owner() -> None:
+async def test_process_classifies_restarts_after_death_and_ends_with_its_owner() -> None:
     patient = load_categories()
     async with ClassifierProcess(patient.model_copy(update={"timeout_seconds": 0.3})) as process:
         started = time.monotonic()
         (cold,) = await process.classify([POEM])
-        assert time.monotonic() - started < 1.5, "who cannot wait takes the default"
+        assert time.monotonic() - started < 1.5, "callers that cannot wait get the default"
         assert (cold.category, cold.confidence) == ("general", 0.0)
         assert "still starting" in cold.reason
         assert await process.until_ready(75)
@@ -295,9 +293,9 @@ async def test_the_process_tells_categories_comes_back_if_it_dies_and_ends_with_
 
 
 @pytest.mark.soak
-async def test_a_child_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_hanging_child_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("router.classification.process.HANG_SECONDS", 1.0)
-    settings = load_categories().model_copy(update={"timeout_seconds": 0.4})  # over long before
+    settings = load_categories().model_copy(update={"timeout_seconds": 0.4})  # shorter than a hang
     async with ClassifierProcess(settings) as process:
         assert await process.until_ready(75)
         child = process._process
@@ -311,7 +309,7 @@ async def test_a_child_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.soak
-async def test_a_child_that_nobody_asked_for_a_while_is_not_taken_to_hang(
+async def test_idle_child_is_not_considered_hanging(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("router.classification.process.HANG_SECONDS", 0.4)
@@ -319,19 +317,19 @@ async def test_a_child_that_nobody_asked_for_a_while_is_not_taken_to_hang(
     async with ClassifierProcess(settings) as process:
         assert await process.until_ready(75)
         child = process._process
-        await asyncio.sleep(1)  # longer than a hang may last
+        await asyncio.sleep(1)  # longer than HANG_SECONDS
         assert (await process.classify([POEM]))[0].category == "creative"
         assert process._process is child
 
 
-async def test_more_than_the_line_holds_take_the_default_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("router.classification.process.MOST_WAITING", 2)
+async def test_prompts_beyond_the_limit_get_the_default_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.classification.process.MAX_WAITING", 2)
     async with ClassifierProcess(load_categories()) as process:
         found = await process.classify([POEM] * 3)
     assert {one.reason for one in found} == {"default: too many prompts wait for a category"}
 
 
-async def test_broken_examples_are_said_and_everybody_takes_the_default(
+async def test_invalid_examples_are_logged_and_the_default_is_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = load_categories().model_copy(update={"folder": tmp_path, "timeout_seconds": 5.0})
@@ -341,7 +339,7 @@ async def test_broken_examples_are_said_and_everybody_takes_the_default(
     assert "no file matches 'examples/*.jsonl'" in caplog.text
 
 
-# The engine.
+# Engine
 
 
 @pytest.fixture
@@ -366,7 +364,7 @@ async def solving(addresses: Addresses, settings: RouterConfig) -> AsyncIterator
         await engine.stop()
 
 
-async def test_an_engine_categorises_what_comes_and_sends_it_soon(
+async def test_engine_classifies_new_tasks_and_sends_them_soon(
     probe: Probe, database: str, redis_server: RedisServer, redis_client: Any, backend: BackendServer
 ) -> None:
     config = load_config()
@@ -408,11 +406,11 @@ async def solved(probe: Probe, number: int) -> None:
         await asyncio.sleep(0.02)
 
 
-async def test_the_queue_speaks_of_what_waits_for_a_category(probe: Probe, database: str) -> None:
+async def test_queue_claims_unclassified_tasks(probe: Probe, database: str) -> None:
     await probe.add(POEM)
     async with asyncpg.create_pool(database, min_size=1, max_size=1) as pool:
         queue = TaskQueue(pool, host="here")
-        assert await queue.wants_categories()
+        assert await queue.classification_enabled()
         (row,) = await queue.claim_uncategorized(5)
         assert isinstance(row, UnclassifiedTask)
         assert (

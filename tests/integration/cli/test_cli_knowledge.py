@@ -24,20 +24,20 @@ def notes(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_folder_is_added_and_found_at_once(router: CommandLine, notes: Path):
-    said = router("knowledge", "add", notes)
-    assert said.code == 0, said.err
-    assert f"added: {notes}/owls.md (1 entries)" in said.out
+def test_added_folder_is_found_at_once(router: CommandLine, notes: Path):
+    result = router("knowledge", "add", notes)
+    assert result.code == 0, result.err
+    assert f"added: {notes}/owls.md (1 entries)" in result.out
     found = router("knowledge", "search", "Which bird hunts at night?", "--json").json
     assert found["knows"]
     assert found["passages"][0]["source"] == "notes/owls.md: Owls"
     assert found["passages"][0]["text"] == "Owls\nAn owl hunts at night."
-    said = router("knowledge", "search", "a bat hears")
-    assert "[1] notes/deep/bats.txt" in said.out
-    assert "knows: confidence" in said.out
+    result = router("knowledge", "search", "a bat hears")
+    assert "[1] notes/deep/bats.txt" in result.out
+    assert "relevant: confidence" in result.out
 
 
-def test_adding_again_changes_nothing_or_replaces(router: CommandLine, notes: Path):
+def test_adding_again_replaces_changed_files(router: CommandLine, notes: Path):
     router("knowledge", "add", notes)
     again = router("knowledge", "add", notes, "--json").json
     assert set(again["files"].values()) == {"unchanged"}
@@ -52,25 +52,25 @@ def test_adding_again_changes_nothing_or_replaces(router: CommandLine, notes: Pa
     ]
 
 
-def test_a_file_that_is_not_text_is_named_and_the_others_are_added(router: CommandLine, notes: Path):
+def test_file_that_is_not_text_is_reported_and_others_are_added(router: CommandLine, notes: Path):
     (notes / "photo.jpg").write_bytes(b"\xff\xd8\xff")
     (notes / "old.md").write_bytes(b"M\xfcnchen")
     (notes / "bad.jsonl").write_text('{"text": "fine"}\n{"text": 7}\n')
-    said = router("knowledge", "add", notes)
-    assert said.code == 3
-    assert f"{notes}/photo.jpg is none of .md, .txt, .rst, .jsonl. It was left out." in said.err
-    assert f"{notes}/old.md is not UTF-8 text: line 1 holds the byte 0xfc." in said.err
-    assert f'{notes}/bad.jsonl line 2 is no object with a "text".' in said.err
-    assert "owls.md" in said.out
+    result = router("knowledge", "add", notes)
+    assert result.code == 3
+    assert f"{notes}/photo.jpg has none of the suffixes .md, .txt, .rst, .jsonl. Skipped." in result.err
+    assert f"{notes}/old.md is not UTF-8 text: line 1 contains the byte 0xfc." in result.err
+    assert f'{notes}/bad.jsonl line 2 is not an object with a "text".' in result.err
+    assert "owls.md" in result.out
 
 
-def test_what_does_not_exist_is_an_error(router: CommandLine, tmp_path: Path):
-    said = router("knowledge", "add", tmp_path / "nothing.md")
-    assert said.code == 1
-    assert "nothing.md does not exist" in said.err
+def test_missing_file_is_an_error(router: CommandLine, tmp_path: Path):
+    result = router("knowledge", "add", tmp_path / "nothing.md")
+    assert result.code == 1
+    assert "nothing.md does not exist" in result.err
 
 
-def test_removed_is_forgotten(router: CommandLine, notes: Path):
+def test_removed_file_is_not_found(router: CommandLine, notes: Path):
     router("knowledge", "add", notes)
     (notes / "owls.md").unlink()
     assert router("knowledge", "remove", notes / "owls.md").out == f"removed: {notes}/owls.md\n"
@@ -78,13 +78,13 @@ def test_removed_is_forgotten(router: CommandLine, notes: Path):
     assert router("knowledge", "remove", notes, "--json").json["removed"] == [
         str(notes / "deep" / "bats.txt")
     ]
-    said = router("knowledge", "remove", notes)
-    assert said.code == 3
-    assert "was never added" in said.err
-    assert "No file was added yet" in router("knowledge", "list").out
+    result = router("knowledge", "remove", notes)
+    assert result.code == 3
+    assert "is not an added file" in result.err
+    assert "No files added" in router("knowledge", "list").out
 
 
-def test_a_folder_does_not_stand_for_its_namesakes(router: CommandLine, tmp_path: Path):
+def test_removing_a_folder_keeps_folders_with_similar_names(router: CommandLine, tmp_path: Path):
     for name in ("a_b", "a_b-c", "aXb"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "n.md").write_text(f"text of {name}")
@@ -94,23 +94,23 @@ def test_a_folder_does_not_stand_for_its_namesakes(router: CommandLine, tmp_path
     ]
 
 
-def test_searching_needs_no_database(tmp_path: Path):
+def test_search_works_without_a_database(tmp_path: Path):
     router = CommandLine({"ROUTER_DATA": str(tmp_path)})
-    said = router("knowledge", "search", "How do I pause a model?")
-    assert said.code == 0, said.err
-    assert "traffic.md" in said.out
-    said = router("knowledge", "search", "Who won the cup in 1998?")
-    assert "no knowledge" in said.out
+    result = router("knowledge", "search", "How do I pause a model?")
+    assert result.code == 0, result.err
+    assert "traffic.md" in result.out
+    result = router("knowledge", "search", "Who won the cup in 1998?")
+    assert "not relevant" in result.out
 
 
-def test_a_database_that_is_away_is_said_and_the_files_answer(tmp_path: Path):
+def test_unreachable_database_is_reported_and_files_are_searched(tmp_path: Path):
     router = CommandLine(
         {"ROUTER_DATA": str(tmp_path), "ROUTER_DATABASE_URL": "postgresql://nobody@127.0.0.1:9/none"}
     )
-    said = router("knowledge", "search", "How do I pause a model?")
-    assert said.code == 0
-    assert "Only what this host has already is searched" in said.err
-    assert "traffic.md" in said.out
+    result = router("knowledge", "search", "How do I pause a model?")
+    assert result.code == 0
+    assert "which could not be updated" in result.err
+    assert "traffic.md" in result.out
 
 
 @pytest.fixture
@@ -128,11 +128,11 @@ def collection(tmp_path: Path) -> Path:
     return folder
 
 
-def test_evaluate_counts(router: CommandLine, collection: Path):
-    said = router("knowledge", "evaluate", collection, "--json").json
-    assert (said["documents"], said["queries"]) == (2, 1)
-    assert (said["hit_at_1"], said["hit_at_5"], said["mrr"]) == (1, 1, 1)
-    assert said["build_seconds"] > 0
+def test_evaluate_reports_quality(router: CommandLine, collection: Path):
+    result = router("knowledge", "evaluate", collection, "--json").json
+    assert (result["documents"], result["queries"]) == (2, 1)
+    assert (result["hit_at_1"], result["hit_at_5"], result["mrr"]) == (1, 1, 1)
+    assert result["build_seconds"] > 0
     assert "hit@1 1.000" in router("knowledge", "evaluate", collection).out
 
 
@@ -140,20 +140,20 @@ def test_evaluate_counts(router: CommandLine, collection: Path):
     ("name", "content", "why"),
     [
         ("corpus.jsonl", None, "corpus.jsonl does not exist"),
-        ("corpus.jsonl", "{", "corpus.jsonl, line 1 is not JSON"),
-        ("queries.jsonl", '{"_id": 1}', 'queries.jsonl, line 1 must be an object with "_id"'),
+        ("corpus.jsonl", "{", "corpus.jsonl, line 1: not valid JSON"),
+        ("queries.jsonl", '{"_id": 1}', 'queries.jsonl, line 1: must have an "_id"'),
         ("qrels.tsv", "q1 d0 1", "names no relevant document"),
-        ("qrels.tsv", "a\tb\tc\nq1\td0\n", "qrels.tsv, line 2 must hold"),
+        ("qrels.tsv", "a\tb\tc\nq1\td0\n", "qrels.tsv, line 2: must be"),
         ("qrels.tsv", "q1\td9\t1\n", "document 'd9' is not in corpus.jsonl"),
     ],
 )
-def test_evaluate_names_what_is_wrong(
+def test_evaluate_reports_invalid_files(
     router: CommandLine, collection: Path, name: str, content: str | None, why: str
 ):
     if content is None:
         (collection / name).unlink()
     else:
         (collection / name).write_text(content)
-    said = router("knowledge", "evaluate", collection)
-    assert said.code == 1
-    assert why in said.err
+    result = router("knowledge", "evaluate", collection)
+    assert result.code == 1
+    assert why in result.err

@@ -1,4 +1,4 @@
-"""`router load`, on a real PostgreSQL: what is added, what is not, and what is said about it."""
+"""`router load` on a real PostgreSQL."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from router.database import connect, rows
 from router.queue.ingest import NewTask
 from router.queue.tasks import enqueue
-from tests.support.command_line import CommandLine, Said
+from tests.support.command_line import CommandLine, CommandResult
 from tests.support.waiting import until
 
 
@@ -37,7 +37,7 @@ def prompts_in(ask: Callable[..., list[dict[str, Any]]]) -> list[str]:
     return [row["prompt"] for row in ask("SELECT prompt FROM tasks ORDER BY id")]
 
 
-def test_every_format_becomes_tasks_that_are_queued(router: CommandLine, ask: Any, tmp_path: Path):
+def test_tasks_of_every_format_are_queued(router: CommandLine, ask: Any, tmp_path: Path):
     chat = {
         "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
         "max_tokens": 7,
@@ -49,8 +49,8 @@ def test_every_format_becomes_tasks_that_are_queued(router: CommandLine, ask: An
     )  # fmt: skip
     (tmp_path / "b.csv").write_text("prompt,category\nfrom csv,creative\n")
     (tmp_path / "c.txt").write_text("from text\n")
-    said = router("load", tmp_path / "a.jsonl", tmp_path / "b.csv", tmp_path / "c.txt", "--json")
-    assert (said.code, said.json["added"], said.json["read"], said.json["bad"]) == (0, 4, 4, 0)
+    result = router("load", tmp_path / "a.jsonl", tmp_path / "b.csv", tmp_path / "c.txt", "--json")
+    assert (result.code, result.json["added"], result.json["read"], result.json["bad"]) == (0, 4, 4, 0)
     found = ask(
         "SELECT prompt, external_id, category, priority, max_tokens, deadline_at FROM tasks ORDER BY id"
     )
@@ -63,7 +63,7 @@ def test_every_format_becomes_tasks_that_are_queued(router: CommandLine, ask: An
     assert ask("SELECT count(*) AS n FROM queue")[0]["n"] == 4
 
 
-def test_the_same_file_again_adds_nothing(router: CommandLine, ask: Any, tmp_path: Path):
+def test_loading_a_file_again_adds_nothing(router: CommandLine, ask: Any, tmp_path: Path):
     file = tmp_path / "a.txt"
     file.write_text("one\ntwo\none\n")
     assert router("load", file, "--json").json["added"] == 3
@@ -72,85 +72,75 @@ def test_the_same_file_again_adds_nothing(router: CommandLine, ask: Any, tmp_pat
     assert prompts_in(ask) == ["one", "two", "one"]
 
 
-def test_bad_lines_are_named_by_file_and_line_and_the_rest_is_loaded(
-    router: CommandLine, ask: Any, tmp_path: Path
-):
+def test_invalid_rows_are_listed_and_the_others_loaded(router: CommandLine, ask: Any, tmp_path: Path):
     file = tmp_path / "a.jsonl"
     file.write_text('{"prompt": "good"}\nbad\n{"prompt": "good too"}\n{"prompt": ""}\n')
-    said = router("load", file)
-    assert said.code == 3
-    assert f"{file}:2: the line is no JSON" in said.err
-    assert f"{file}:4: the prompt is empty" in said.err
-    assert "2 added · 2 bad" in said.out
+    result = router("load", file)
+    assert result.code == 3
+    assert f"{file}:2: the line is no JSON" in result.err
+    assert f"{file}:4: the prompt is empty" in result.err
+    assert "2 added · 2 invalid" in result.out
     assert prompts_in(ask) == ["good", "good too"]
 
 
-def test_of_many_bad_lines_the_first_are_shown_and_all_are_counted(router: CommandLine, tmp_path: Path):
+def test_the_first_invalid_rows_are_listed_and_all_are_counted(router: CommandLine, tmp_path: Path):
     (tmp_path / "a.jsonl").write_text("bad\n" * 100)
-    said = router("load", tmp_path / "a.jsonl")
-    assert (said.code, said.err.count("no JSON")) == (3, 20)
+    result = router("load", tmp_path / "a.jsonl")
+    assert (result.code, result.err.count("no JSON")) == (3, 20)
     result = router("load", tmp_path / "a.jsonl", "--json")
     assert (result.json["bad"], len(result.json["errors"]), result.err) == (100, 20, "")
 
 
-def test_an_id_that_belongs_to_another_prompt_is_said_and_a_prefix_helps(
-    router: CommandLine, ask: Any, tmp_path: Path
-):
+def test_an_id_conflict_is_reported_and_a_prefix_resolves_it(router: CommandLine, ask: Any, tmp_path: Path):
     first, second = tmp_path / "1.jsonl", tmp_path / "2.jsonl"
     first.write_text('{"id": "request-1", "prompt": "a"}\n')
     second.write_text('{"id": "request-1", "prompt": "b"}\n')
     router("load", first)
-    said = router("load", second)
-    assert said.code == 3
-    assert "belongs to task 1, which has another prompt" in said.err
+    result = router("load", second)
+    assert result.code == 3
+    assert "belongs to task 1, which has another prompt" in result.err
     assert router("load", second, "--id-prefix", "2/").code == 0
     assert prompts_in(ask) == ["a", "b"]
 
 
-def test_a_category_that_the_config_does_not_name_is_left_to_the_router(
-    router: CommandLine, ask: Any, tmp_path: Path
-):
+def test_an_unknown_category_is_classified(router: CommandLine, ask: Any, tmp_path: Path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "category": "maths"}\n')
-    said = router("load", tmp_path / "a.jsonl")
-    assert said.code == 0
-    assert "maths" in said.err
+    result = router("load", tmp_path / "a.jsonl")
+    assert result.code == 0
+    assert "maths" in result.err
     assert ask("SELECT category FROM tasks")[0]["category"] is None
 
 
-def test_options_give_what_rows_do_not_say(router: CommandLine, ask: Any, tmp_path: Path):
+def test_options_are_defaults_for_rows(router: CommandLine, ask: Any, tmp_path: Path):
     (tmp_path / "a.txt").write_text("a\n")
     assert router("load", tmp_path / "a.txt", "--category", "technical", "--priority", "-3").code == 0
     assert ask("SELECT category, priority FROM queue") == [{"category": "technical", "priority": -3}]
-    said = router("load", tmp_path / "a.txt", "--category", "techncal")
-    assert (said.code, "did you mean 'technical'?" in said.err) == (1, True)
+    result = router("load", tmp_path / "a.txt", "--category", "techncal")
+    assert (result.code, "did you mean 'technical'?" in result.err) == (1, True)
     assert router("load", tmp_path / "a.txt", "--priority", "99").code == 2
 
 
-def test_a_file_that_is_not_there_stops_it_before_anything_is_added(
-    router: CommandLine, ask: Any, tmp_path: Path
-):
+def test_a_missing_file_fails_before_anything_is_added(router: CommandLine, ask: Any, tmp_path: Path):
     (tmp_path / "a.txt").write_text("a\n")
-    said = router("load", tmp_path / "a.txt", tmp_path / "missing.txt")
-    assert (said.code, "missing.txt cannot be read: No such file" in said.err) == (1, True)
+    result = router("load", tmp_path / "a.txt", tmp_path / "missing.txt")
+    assert (result.code, "missing.txt cannot be read: No such file" in result.err) == (1, True)
     assert prompts_in(ask) == []
 
 
-def test_standard_input_is_read_as_a_program_gives_it(router: CommandLine, ask: Any):
+def test_standard_input(router: CommandLine, ask: Any):
     program = router.start("load", "-", "--json")
     out, err = program.communicate(b'{"prompt": "piped"}\n')
     assert (program.returncode, json.loads(out)["added"], err) == (0, 1, b"")
     assert prompts_in(ask) == ["piped"]
 
 
-def test_what_was_added_stays_when_it_is_interrupted_and_the_same_command_goes_on(
-    router: CommandLine, ask: Any
-):
+def test_an_interrupted_load_continues(router: CommandLine, ask: Any):
     lines = [f'{{"prompt": "number {number}"}}\n'.encode() for number in range(5000)]
     program = router.start("load", "-")
     assert program.stdin is not None
     program.stdin.write(b"".join(lines[:2500]))
     program.stdin.flush()
-    until(lambda: len(prompts_in(ask)) == 2000)  # one batch; the next one waits for more
+    until(lambda: len(prompts_in(ask)) == 2000)  # one batch; the next one waits for more rows
     program.send_signal(signal.SIGINT)
     _, err = program.communicate()
     assert program.returncode == 130
@@ -161,7 +151,7 @@ def test_what_was_added_stays_when_it_is_interrupted_and_the_same_command_goes_o
     assert (result["added"], result["known"]) == (3000, 2000)
 
 
-def test_loads_of_the_same_ids_in_different_orders_end_well(database: str, ask: Any):
+def test_concurrent_loads_of_the_same_ids_succeed(database: str, ask: Any):
     empty = NewTask(0, "", "", own_id=True, category=None, priority=0, max_tokens=None, deadline_at=None)
     rounds = [
         [replace(empty, prompt="p", external_id=f"{turn}-{number}") for number in range(3000)]
@@ -174,10 +164,10 @@ def test_loads_of_the_same_ids_in_different_orders_end_well(database: str, ask: 
         try:
             with connect(database) as connection:
                 for batch in rounds:
-                    in_its_order = [replace(task, line=line) for line, task in enumerate(batch[::step])]
+                    in_order = [replace(task, line=line) for line, task in enumerate(batch[::step])]
                     together.wait()
-                    enqueue(connection, in_its_order)
-        except BaseException as error:  # noqa: BLE001 - told below
+                    enqueue(connection, in_order)
+        except BaseException as error:  # noqa: BLE001 - asserted below
             failed.append(error)
             together.abort()
 
@@ -190,17 +180,17 @@ def test_loads_of_the_same_ids_in_different_orders_end_well(database: str, ask: 
     assert ask("SELECT count(*) AS n FROM tasks")[0]["n"] == 9000
 
 
-def refused(said: Said) -> str:
-    assert said.code == 1
-    assert said.out == ""
-    assert "Traceback" not in said.err
-    return said.err
+def error_of(result: CommandResult) -> str:
+    assert result.code == 1
+    assert result.out == ""
+    assert "Traceback" not in result.err
+    return result.err
 
 
-def test_what_is_missing_is_named_with_the_next_step(empty_database: str, tmp_path: Path):
+def test_missing_settings_and_services_are_reported(empty_database: str, tmp_path: Path):
     (tmp_path / "a.txt").write_text("a\n")
     load = ("load", tmp_path / "a.txt")
-    assert "ROUTER_DATABASE_URL is not set" in refused(CommandLine({})(*load))
-    assert "`router migrate`" in refused(CommandLine({"ROUTER_DATABASE_URL": empty_database})(*load))
+    assert "ROUTER_DATABASE_URL is not set" in error_of(CommandLine({})(*load))
+    assert "`router migrate`" in error_of(CommandLine({"ROUTER_DATABASE_URL": empty_database})(*load))
     away = "postgresql://nobody@127.0.0.1:9/none"
-    assert "Postgres cannot be reached" in refused(CommandLine({"ROUTER_DATABASE_URL": away})(*load))
+    assert "Postgres cannot be reached" in error_of(CommandLine({"ROUTER_DATABASE_URL": away})(*load))

@@ -54,7 +54,7 @@ def ask(database: str) -> Ask:
 
 
 def send(redis_url: str, target: str, times: int) -> None:
-    """Put a target for phi-4 in force, and send by it."""
+    """Sets a target for phi-4 and reserves permits."""
 
     async def sending() -> None:
         client = redis.asyncio.Redis.from_url(redis_url)
@@ -89,23 +89,23 @@ def test_tasks_are_shown_by_state(router: CommandLine, ask: Ask):
     assert status["categories"]["technical"] == {"unsolved": 5, "solved": 0, "failed": 0}
     assert status["models"]["phi-4"]["in_flight"] == 1
     assert (status["workers"], status["held"]) == (1, False)
-    said = router("status").out
-    assert "5 unsolved   1 running   1 waiting   1 solved   1 failed" in said
-    assert "technical 5" in said
+    result = router("status").out
+    assert "5 unsolved   1 running   1 waiting   1 solved   1 failed" in result
+    assert "technical 5" in result
 
 
-def test_use_is_shown_limit_by_limit(router: CommandLine, clean_redis: str):
+def test_usage_is_shown_for_each_limit(router: CommandLine, clean_redis: str):
     send(clean_redis, "10/min, 4k tokens/min, 3 at once, burst", 2)
     model = router("status", "--json").json["models"]["phi-4"]
     assert model["target"] == "10/min, 4k tokens/min, 3 at once, burst"
     assert (model["sent"], model["tokens"]) == ({"10/min": 2}, {"4k tokens/min": 100})
     assert (model["in_flight"], model["at_once"], model["target_kept"]) == (2, 3, False)
-    said = router("status").out
-    assert "2 of 10/min, 100 of 4k tokens/min" in said
-    assert "2 of 3" in said
+    result = router("status").out
+    assert "2 of 10/min, 100 of 4k tokens/min" in result
+    assert "2 of 3" in result
 
 
-def test_a_target_above_the_providers_quota_is_said(router: CommandLine, clean_redis: str):
+def test_a_target_above_the_providers_quota_is_reported(router: CommandLine, clean_redis: str):
     async def refused() -> None:
         client = redis.asyncio.Redis.from_url(clean_redis)
         async with TrafficLimiter(client) as limiter:
@@ -119,36 +119,36 @@ def test_a_target_above_the_providers_quota_is_said(router: CommandLine, clean_r
     assert (model["refused"], model["breaker"]) == (2, "open")
     assert 0 <= model["refused_seconds"] < 30
     assert any("above what the provider allows" in warning for warning in model["warnings"])
-    said = " ".join(router("status").out.split())
-    assert "2 of its calls refused (429)" in said
-    assert "rests" in said
+    result = " ".join(router("status").out.split())
+    assert "2 of its calls refused (429)" in result
+    assert "cooling down" in result
 
 
-def test_without_redis_it_says_so_and_counts_from_the_log(router: CommandLine, ask: Ask):
+def test_without_redis_usage_comes_from_the_call_log(router: CommandLine, ask: Ask):
     ask("INSERT INTO tasks (prompt) VALUES ('p')")
     ask("SELECT heartbeat('w')")
     ask("SELECT record_target('phi-4', '7/min', 1)")
     ask("SELECT * FROM claim_task('phi-4', '{general}', 'w', %s, 100)", str(new_call_id(time.time())))
-    said = router("status", "--redis", NOWHERE, "--json")
-    model = said.json["models"]["phi-4"]
-    assert (said.code, "Redis is unavailable" in said.json["notes"][0]) == (0, True)
+    result = router("status", "--redis", NOWHERE, "--json")
+    model = result.json["models"]["phi-4"]
+    assert (result.code, "Redis is away" in result.json["notes"][0]) == (0, True)
     assert (model["target"], model["target_kept"], model["sent_last_minute"]) == ("7/min", True, 1)
     assert "7/min; 1 in the last minute" in router("status", "--redis", NOWHERE).out
     assert "ROUTER_REDIS_URL is not set" in router("status", "--redis", "").out
 
 
-def test_what_stands_still_is_said(router: CommandLine, ask: Ask, clean_redis: str):
+def test_reasons_for_not_sending_are_reported(router: CommandLine, ask: Ask, clean_redis: str):
     send(clean_redis, "5/min", 0)
-    said = router("status").out
-    assert "No worker is alive" in said
-    assert "rebuilding state" not in said  # nobody has asked the limiter yet
+    result = router("status").out
+    assert "No worker is alive" in result
+    assert "rebuilding state" not in result  # the limiter was not used yet
     ask("SELECT heartbeat('w')")
     assert "rebuilding state" in router("status").out
     ask("SELECT set_paused(true, 1)")
     assert "solve_tasks is paused" in router("status").out
 
 
-def test_troubles_are_shown_beside_their_models(router: CommandLine, ask: Ask):
+def test_errors_of_models_are_shown(router: CommandLine, ask: Ask):
     ask("SELECT record_target_error('phi-4', '12/mn', E'''mn'' is no unit of time.\\nGrammar')")
     ask("UPDATE roster SET trouble = 'the backend does not know it' WHERE model = 'deepseek-v3'")
     ask("INSERT INTO tasks (prompt) VALUES ('p')")
@@ -161,17 +161,17 @@ def test_troubles_are_shown_beside_their_models(router: CommandLine, ask: Ask):
     assert models["deepseek-v3"]["trouble"] == "the backend does not know it"
     assert models["gpt-4o-mini"]["last_error"] == "timeout: no answer in 180 s"
     assert (models["gpt-4o-mini"]["calls"], models["gpt-4o-mini"]["failed_calls"]) == (1, 1)
-    assert "1 of 1 calls failed lately; the last: timeout: no answer in 180 s" in router("status").out
+    assert "1 of 1 recent calls failed, last: timeout: no answer in 180 s" in router("status").out
 
 
 # -- watch ------------------------------------------------------------------------------------------------
 
 
-def test_watch_goes_on_for_as_long_as_it_is_told(router: CommandLine):
+def test_watch_stops_after_the_given_seconds(router: CommandLine):
     started = time.monotonic()
-    said = router("watch", "--seconds", "1.5", "--json")
+    result = router("watch", "--seconds", "1.5", "--json")
     assert 1.5 <= time.monotonic() - started < 15
-    lines = [json.loads(line) for line in said.out.splitlines()]
+    lines = [json.loads(line) for line in result.out.splitlines()]
     assert len(lines) == 3
     assert all(line["tasks"]["unsolved"] == 0 for line in lines)
 
@@ -187,7 +187,7 @@ def test_watch_ends_cleanly_when_interrupted(router: CommandLine):
 
 
 @pytest.mark.soak
-def test_watch_outlives_a_postgres_that_goes_away(router: CommandLine, database: str):
+def test_watch_continues_while_postgres_is_unavailable(router: CommandLine, database: str):
     name = psycopg2.extensions.parse_dsn(database)["dbname"]
     admin = psycopg2.extensions.make_dsn(database, dbname="postgres")
     with router.start("watch", "--json") as program, closing(psycopg2.connect(admin)) as connection:
@@ -204,8 +204,8 @@ def test_watch_outlives_a_postgres_that_goes_away(router: CommandLine, database:
 # -- traffic ----------------------------------------------------------------------------------------------
 
 
-class AirflowPart(ThreadingHTTPServer):
-    """The part of Airflow's REST API that keeps Variables; a token is good for `token_uses` calls."""
+class FakeAirflow(ThreadingHTTPServer):
+    """Simulated REST API for Variables; a token is valid for `token_uses` calls."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -219,7 +219,7 @@ class AirflowPart(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: AirflowPart
+    server: FakeAirflow
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -275,8 +275,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def airflow() -> Iterator[AirflowPart]:
-    with AirflowPart() as server:
+def airflow() -> Iterator[FakeAirflow]:
+    with FakeAirflow() as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
         yield server
@@ -285,7 +285,7 @@ def airflow() -> Iterator[AirflowPart]:
 
 
 @pytest.fixture
-def traffic(router: CommandLine, airflow: AirflowPart) -> CommandLine:
+def traffic(router: CommandLine, airflow: FakeAirflow) -> CommandLine:
     names = {"URL": airflow.url, "USER": "router", "PASSWORD": "secret"}
     return CommandLine(
         {**router.environment, **{f"ROUTER_AIRFLOW_{key}": value for key, value in names.items()}}
@@ -293,8 +293,8 @@ def traffic(router: CommandLine, airflow: AirflowPart) -> CommandLine:
 
 
 @contextmanager
-def watching(airflow: AirflowPart, database: str, redis_url: str) -> Iterator[None]:
-    """Put what the Variables say in force, as a worker does."""
+def watching(airflow: FakeAirflow, database: str, redis_url: str) -> Iterator[None]:
+    """Applies the Variables to the limiter, as a worker does."""
     ending = threading.Event()
 
     async def watch() -> None:
@@ -318,12 +318,12 @@ def watching(airflow: AirflowPart, database: str, redis_url: str) -> Iterator[No
         thread.join()
 
 
-def test_a_target_is_set_and_waited_for(
-    traffic: CommandLine, airflow: AirflowPart, database: str, clean_redis: str
+def test_setting_a_target_waits_until_it_is_active(
+    traffic: CommandLine, airflow: FakeAirflow, database: str, clean_redis: str
 ):
     with watching(airflow, database, clean_redis):
-        said = traffic("traffic", "phi-4", "120/min,", "4/s")  # as typed without quotes
-        assert (said.code, said.out.startswith("phi-4: 120/min, 4/s, in force after ")) == (0, True)
+        result = traffic("traffic", "phi-4", "120/min,", "4/s")  # as typed without quotes
+        assert (result.code, result.out.startswith("phi-4: 120/min, 4/s, active after ")) == (0, True)
         assert airflow.variables == {"traffic.phi-4": "120/min, 4/s"}
         result = traffic("traffic", "phi-4", "0", "--json").json
         assert (result["target"], result["in_force"], result["seconds"] < 3) == ("0", True, True)
@@ -332,54 +332,53 @@ def test_a_target_is_set_and_waited_for(
     assert shown["since"] is not None
 
 
-def test_a_line_that_does_not_parse_is_refused_with_its_place_before_anything_is_set(
-    traffic: CommandLine, airflow: AirflowPart
-):
-    said = traffic("traffic", "phi-4", "120/mn")
-    assert (said.code, "'mn' is no unit of time; did you mean 'min'? at column 5" in said.err) == (1, True)
-    assert "90k tokens/min" in said.err  # the grammar
+def test_an_invalid_target_is_rejected_with_its_column(traffic: CommandLine, airflow: FakeAirflow):
+    result = traffic("traffic", "phi-4", "120/mn")
+    assert (result.code, "'mn' is no unit of time; did you mean 'min'? at column 5" in result.err) == (
+        1,
+        True,
+    )
+    assert "90k tokens/min" in result.err  # the grammar
     assert airflow.variables == {}
 
 
-def test_a_target_that_a_live_worker_does_not_take_is_an_error(traffic: CommandLine, ask: Ask):
+def test_a_target_that_does_not_become_active_is_an_error(traffic: CommandLine, ask: Ask):
     ask("SELECT heartbeat('w')")
-    said = traffic("traffic", "phi-4", "5/min")
-    assert (said.code, "does not work by it after 3 s" in said.err) == (1, True)
+    result = traffic("traffic", "phi-4", "5/min")
+    assert (result.code, "is not active after 3 s" in result.err) == (1, True)
 
 
-def test_without_a_worker_it_is_set_for_when_one_comes(traffic: CommandLine, airflow: AirflowPart):
-    said = traffic("traffic", "phi-4", "5/min")
-    assert (said.code, "in force as soon as a worker reads it" in said.out) == (0, True)
+def test_without_a_worker_the_target_is_set_for_later(traffic: CommandLine, airflow: FakeAirflow):
+    result = traffic("traffic", "phi-4", "5/min")
+    assert (result.code, "applies when a worker reads it" in result.out) == (0, True)
     assert airflow.variables == {"traffic.phi-4": "5/min"}
 
 
-def test_what_the_variables_say_is_shown_where_it_differs(
-    traffic: CommandLine, airflow: AirflowPart, clean_redis: str
+def test_variables_that_differ_from_the_target_are_shown(
+    traffic: CommandLine, airflow: FakeAirflow, clean_redis: str
 ):
     send(clean_redis, "60/min", 0)
     airflow.variables = {"traffic.phi-4": "60/1min", "traffic.deepseek-v3": "nonsense", "other": "x"}
-    said = traffic("traffic").out
-    lines = {line.split()[0]: line for line in said.splitlines() if line}
-    assert "the same" in lines["phi-4"]
+    result = traffic("traffic").out
+    lines = {line.split()[0]: line for line in result.splitlines() if line}
+    assert "same" in lines["phi-4"]
     assert "nonsense" in lines["deepseek-v3"]
-    assert "the last target stays" in lines["gpt-4o-mini"]
+    assert "the last target stays active" in lines["gpt-4o-mini"]
     assert "gpt-4o-mini" not in traffic("traffic", "phi-4").out
 
 
-def test_a_model_that_is_not_there_and_an_airflow_that_is_not_there_are_named(
-    router: CommandLine, traffic: CommandLine
-):
+def test_unknown_models_and_an_unreachable_airflow_are_reported(router: CommandLine, traffic: CommandLine):
     assert "did you mean 'phi-4'?" in traffic("traffic", "phi4", "5/min").err
     assert "ROUTER_AIRFLOW_URL is not set" in router("traffic", "phi-4", "5/min").err
     away = ("--airflow", "http://127.0.0.1:9")
     assert "cannot be reached: no connection" in traffic("traffic", "phi-4", "5/min", *away).err
     shown = traffic("traffic", *away)
-    assert (shown.code, "What the Variables say is not known" in shown.err) == (0, True)
+    assert (shown.code, "The Variables could not be read" in shown.err) == (0, True)
     wrong = traffic("traffic", "phi-4", "5/min", "--airflow-password", "wrong")
     assert (wrong.code, "Invalid credentials" in wrong.err) == (1, True)
 
 
-def test_the_client_logs_in_again_and_reads_page_after_page(airflow: AirflowPart):
+def test_the_client_logs_in_again_and_reads_all_pages(airflow: FakeAirflow):
     with AirflowApi(airflow.url, "router", "secret") as api:
         for number in range(5):
             assert api.create_variable(f"traffic.m{number}", "1/min")
@@ -390,32 +389,32 @@ def test_the_client_logs_in_again_and_reads_page_after_page(airflow: AirflowPart
 # -- models, migrate, help --------------------------------------------------------------------------------
 
 
-def test_the_roster_is_shown_and_carried_over(router: CommandLine, ask: Ask, tmp_path: Path):
+def test_models_lists_and_syncs_the_roster(router: CommandLine, ask: Ask, tmp_path: Path):
     models = router("models", "--json").json
     assert models["phi-4"]["places"].keys() == {"technical", "creative", "general"}
     assert "phi-4" in router("models").out
     text = (DEFAULT_CONFIG_FOLDER / "models.yaml").read_text()
     (tmp_path / "models.yaml").write_text(text.replace("phi-4", "phi-5"))
-    said = router("models", "sync", "--config", tmp_path, "--json").json
-    assert (said["added"], said["changed"]) == (["phi-5"], ["phi-4"])
+    result = router("models", "sync", "--config", tmp_path, "--json").json
+    assert (result["added"], result["changed"]) == (["phi-5"], ["phi-4"])
     assert router("models", "--json").json["phi-4"]["state"] == "paused"
     again = router("models", "sync", "--config", tmp_path, "--json").json
     assert (again["added"], again["changed"]) == ([], [])
 
 
-def test_migrate_says_what_it_did(empty_database: str):
+def test_migrate_reports_what_it_did(empty_database: str):
     router = CommandLine({"ROUTER_DATABASE_URL": empty_database})
     assert "001_tasks.sql" in router("migrate").out
     assert router("migrate", "--json").json["applied"] == []
 
 
 @pytest.mark.parametrize("verb", ["load", "status", "watch", "traffic", "export", "retry", "models"])
-def test_every_verb_explains_itself_by_examples_and_names_its_environment(verb: str):
-    said = " ".join(CommandLine({})(verb, "--help").out.split())
-    assert f"router {verb}" in said.split("Examples:")[1]
-    assert "[env var: ROUTER_DATABASE_URL]" in said
+def test_help_contains_examples_and_environment_variables(verb: str):
+    result = " ".join(CommandLine({})(verb, "--help").out.split())
+    assert f"router {verb}" in result.split("Examples:")[1]
+    assert "[env var: ROUTER_DATABASE_URL]" in result
 
 
-def test_a_database_that_is_not_there_is_one_message(router: CommandLine, database: str):
-    said = router("status", "--database", database.replace("/test_", "/none_"))
-    assert (said.code, said.out, said.err.count("\n")) == (1, "", 1)
+def test_a_missing_database_is_one_message(router: CommandLine, database: str):
+    result = router("status", "--database", database.replace("/test_", "/none_"))
+    assert (result.code, result.out, result.err.count("\n")) == (1, "", 1)

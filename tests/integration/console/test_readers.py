@@ -1,4 +1,4 @@
-"""What the console reads from Postgres: failures, calls, one task's story, sends, priorities."""
+"""The console's reads from Postgres: failures, calls, task details, sends, ranking, discovery."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from plugins.console import dashboard, discovery, tasks
-from plugins.console.live import Kept
-from plugins.console.readers import Reads
+from plugins.console.live import CachedReading
+from plugins.console.readers import ReadPool
 from router.database import connect, rows
 from router.errors import InputError
 from tests.support.queue import Probe
 
-EVERYTHING = tasks.Wanted(None, None, None, None, 50)
+ALL_CALLS = tasks.CallFilter(None, None, None, None, 50)
 SIDE = {"calls": 30, "answered": 30, "worth": 0.8, "score": 0.9, "seconds": 1.5, "cost_usd": 0.0001}
 TRIAL = {
     "pairs": 30, "candidate": SIDE, "incumbent": {**SIDE, "worth": 0.7}, "difference": 0.1, "error": 0.02,
@@ -35,7 +35,7 @@ def failed(database: str) -> list[int]:
         return [row["task_id"] for row in tasks.failures(connection, None, None, 20)["failures"]]
 
 
-async def test_failures_are_noted_however_they_come_and_go(probe: Probe, database: str) -> None:
+async def test_failures_follow_every_change_of_a_task(probe: Probe, database: str) -> None:
     await probe.run("INSERT INTO tasks (prompt) VALUES ('one'), ('   '), ('three')")
     await probe.run("INSERT INTO tasks (prompt, status, failure) VALUES ('four', 'failed', 'from outside')")
     one, empty, three, four = [
@@ -53,7 +53,7 @@ async def test_failures_are_noted_however_they_come_and_go(probe: Probe, databas
     assert one
 
 
-async def test_a_call_that_fails_its_task_for_good_is_among_the_failures(probe: Probe, database: str) -> None:
+async def test_a_call_that_fails_its_task_is_among_the_failures(probe: Probe, database: str) -> None:
     await probe.run("UPDATE queue_settings SET max_attempts = 1")
     await probe.run(
         "INSERT INTO runs (run, left_at) VALUES ('a former one', now() - interval '1 hour'), ('now', NULL)"
@@ -64,15 +64,15 @@ async def test_a_call_that_fails_its_task_for_good_is_among_the_failures(probe: 
     assert settled == "failed"
     with connect(database) as connection:
         (found,) = tasks.failures(connection, None, None, 20)["failures"]
-        story = tasks.story(connection, taken.task_id)
+        details = tasks.task_details(connection, taken.task_id)
     assert "it broke" in found["failure"]
-    assert story is not None
-    assert story["task"]["status"] == "failed"
-    assert [call.outcome for call in story["calls"]] == ["error"]
-    assert story["runs"] == {str(taken.call_id): "now"}
+    assert details is not None
+    assert details["task"]["status"] == "failed"
+    assert [call.outcome for call in details["calls"]] == ["error"]
+    assert details["runs"] == {str(taken.call_id): "now"}
 
 
-async def test_retrying_takes_what_is_named_or_all_of_a_category(probe: Probe, database: str) -> None:
+async def test_retry_takes_tasks_by_id_or_category(probe: Probe, database: str) -> None:
     await probe.run(
         "INSERT INTO tasks (prompt, category, status) VALUES ('a', 'general', 'failed'),"
         " ('b', 'general', 'failed'), ('c', 'technical', 'failed'), ('d', 'technical', 'solved')"
@@ -98,8 +98,8 @@ async def test_calls_are_filtered_and_paged(probe: Probe, database: str) -> None
     with connect(database) as connection:
 
         def found(**more: object) -> list[str]:
-            wanted = tasks.Wanted(**{**{n: getattr(EVERYTHING, n) for n in EVERYTHING.__slots__}, **more})  # type: ignore[arg-type]
-            return [str(call["call_id"]) for call in tasks.calls(connection, wanted)["calls"]]
+            filters = tasks.CallFilter(**{**{n: getattr(ALL_CALLS, n) for n in ALL_CALLS.__slots__}, **more})  # type: ignore[arg-type]
+            return [str(call["call_id"]) for call in tasks.calls(connection, filters)["calls"]]
 
         ids = [str(one.call_id) for one in taken]
         everything = found()
@@ -112,7 +112,7 @@ async def test_calls_are_filtered_and_paged(probe: Probe, database: str) -> None
         assert found(before=everything[1]) == everything[2:]
 
 
-async def test_sends_are_counted_by_model_and_stretch(probe: Probe, database: str) -> None:
+async def test_sends_are_counted_by_model_and_bucket(probe: Probe, database: str) -> None:
     now = datetime.now(timezone.utc)
     for _ in range(3):
         await probe.add()
@@ -122,14 +122,14 @@ async def test_sends_are_counted_by_model_and_stretch(probe: Probe, database: st
         few = dashboard.sends(connection, now - timedelta(seconds=60), 2)
     assert sum(sum(line) for line in seen["models"].values()) == 3
     assert all(len(line) == seen["last"] - seen["first"] + 1 for line in seen["models"].values())
-    assert sum(sum(line) for line in few["models"].values()) == 2, "no more calls are read than that"
+    assert sum(sum(line) for line in few["models"].values()) == 2, "at most max_calls are read"
 
 
-async def test_priorities_name_what_reviews_moved(probe: Probe, database: str) -> None:
-    reviews = tasks.Reviews()
+async def test_ranking_contains_the_changes_of_reviews(probe: Probe, database: str) -> None:
+    reviews = tasks.RecentReviews()
     with connect(database) as connection:
-        before = tasks.priorities(connection, reviews)["categories"]["general"]
-        assert tasks.priorities(connection, reviews)["reviews"] == []
+        before = tasks.ranking(connection, reviews)["categories"]["general"]
+        assert tasks.ranking(connection, reviews)["reviews"] == []
     first, second = before[0]["model"], before[1]["model"]
     review = await probe.value(
         "INSERT INTO reviews (kind, by, period_seconds, period, moved, settings)"
@@ -143,44 +143,44 @@ async def test_priorities_name_what_reviews_moved(probe: Probe, database: str) -
             review, model, was, place,
         )  # fmt: skip
     with connect(database) as connection:
-        (seen,) = tasks.priorities(connection, reviews)["reviews"]
+        (seen,) = tasks.ranking(connection, reviews)["reviews"]
     assert seen["order"] == [second, first]
     assert seen["moves"][0] == {"model": second, "before": 2, "after": 1, "reason": "better"}
 
 
-async def test_a_nul_character_is_refused_in_words(database: str) -> None:
-    reads = Reads(lambda: database)
+async def test_a_nul_character_is_reported(database: str) -> None:
+    reads = ReadPool(lambda: database)
     try:
-        with pytest.raises(InputError, match="holds a NUL character"):
+        with pytest.raises(InputError, match="contains a NUL character"):
             await reads.run(lambda connection: tasks.failures(connection, "a\0b", None, 20))
     finally:
         reads.close()
 
 
-async def test_odd_questions_are_refused_or_answered_with_nothing(database: str) -> None:
+async def test_invalid_and_unknown_values(database: str) -> None:
     with connect(database) as connection:
-        assert tasks.story(connection, 1) is None
-        assert tasks.story(connection, 2**70) is None
-        with pytest.raises(InputError, match="no moment"):
+        assert tasks.task_details(connection, 1) is None
+        assert tasks.task_details(connection, 2**70) is None
+        with pytest.raises(InputError, match="not an ISO 8601 time"):
             tasks.failures(connection, None, "yesterday'; DROP TABLE tasks", 5)
         with pytest.raises(InputError, match="no model"):
             tasks.require_model(connection, "gpt-17")
-        with pytest.raises(InputError, match="at most"):
+        with pytest.raises(InputError, match="out of range"):
             tasks.retry(connection, None, [2**63])
-        unknown = tasks.Wanted(None, None, None, str(uuid.UUID(int=0)), 5)
+        unknown = tasks.CallFilter(None, None, None, str(uuid.UUID(int=0)), 5)
         assert tasks.calls(connection, unknown)["calls"] == []
         assert rows(connection, "SELECT 1 AS one") == [{"one": 1}]
 
 
 @pytest.fixture
-def criteria(tmp_path: Path) -> discovery.Criteria:
+def criteria(tmp_path: Path) -> discovery.ProbationCriteria:
     (tmp_path / "search.yaml").write_text("probation: {min_calls: 40, max_days: 7, margin: 0.02}")
-    return discovery.Criteria(tmp_path)
+    return discovery.ProbationCriteria(tmp_path)
 
 
-def searched(database: str, criteria: discovery.Criteria) -> dict[str, Any]:
+def searched(database: str, criteria: discovery.ProbationCriteria) -> dict[str, Any]:
     with connect(database) as connection:
-        return discovery.found(connection, criteria)
+        return discovery.read_discovery(connection, criteria)
 
 
 async def find(
@@ -194,19 +194,19 @@ async def find(
     )  # fmt: skip
 
 
-async def test_before_any_search_there_is_nothing_to_see_of_it(
-    probe: Probe, database: str, criteria: discovery.Criteria
+async def test_discovery_is_empty_before_the_first_search(
+    probe: Probe, database: str, criteria: discovery.ProbationCriteria
 ) -> None:
     seen = searched(database, criteria)
     assert seen["search"] is None
     assert seen["probation"] == seen["events"] == []
     assert all(here == {"counts": {}, "findings": []} for here in seen["candidates"].values())
     assert set(seen["candidates"]) == {"technical", "creative", "general"}
-    assert seen["needs"] == {"min_calls": 40, "max_days": 7, "margin": 0.02}
+    assert seen["needs"] == {"least_calls": 40, "most_nights": 7, "margin": 0.02}
 
 
-async def test_of_each_candidate_the_newest_finding_is_shown(
-    probe: Probe, database: str, criteria: discovery.Criteria, monkeypatch: pytest.MonkeyPatch
+async def test_the_newest_finding_of_each_candidate_is_shown(
+    probe: Probe, database: str, criteria: discovery.ProbationCriteria, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = await probe.value("INSERT INTO searches (by, ended_at) VALUES ('night', now()) RETURNING search")
     await find(probe, first, "dull-9b", "general", "refused", reason="too small")
@@ -215,7 +215,7 @@ async def test_of_each_candidate_the_newest_finding_is_shown(
     await find(probe, second, "dull-9b", "general", "lost", reason="not surely better", trial=TRIAL)
     for number in range(5):
         await find(probe, second, f"small-{number}", "general", "refused")
-    monkeypatch.setattr(discovery, "EACH_VERDICT", 3)
+    monkeypatch.setattr(discovery, "MAX_PER_VERDICT", 3)
     seen = searched(database, criteria)
     assert seen["search"]["search"] == second
     assert seen["search"]["ended_at"] is None
@@ -228,8 +228,8 @@ async def test_of_each_candidate_the_newest_finding_is_shown(
     assert seen["candidates"]["technical"]["findings"] == []
 
 
-async def test_a_model_on_probation_is_shown_with_its_trial_its_calls_and_what_it_needs(
-    probe: Probe, database: str, criteria: discovery.Criteria
+async def test_a_model_on_probation_is_shown_with_its_trial_and_calls(
+    probe: Probe, database: str, criteria: discovery.ProbationCriteria
 ) -> None:
     search = await probe.value("INSERT INTO searches (by) VALUES ('night') RETURNING search")
     await find(probe, search, "bright-9b", "general", "taken", trial=TRIAL)
@@ -263,14 +263,14 @@ async def test_a_model_on_probation_is_shown_with_its_trial_its_calls_and_what_i
     assert [event["what"] for event in seen["events"]] == ["promoted", "taken"]
 
 
-async def test_what_probation_needs_is_read_again_when_it_was_edited(
-    probe: Probe, database: str, criteria: discovery.Criteria, tmp_path: Path
+async def test_probation_settings_are_read_again_after_an_edit(
+    probe: Probe, database: str, criteria: discovery.ProbationCriteria, tmp_path: Path
 ) -> None:
-    assert searched(database, criteria)["needs"]["min_calls"] == 40
+    assert searched(database, criteria)["needs"]["least_calls"] == 40
     (tmp_path / "search.yaml").write_text("probation: {min_calls: no number}")
     assert searched(database, criteria)["needs"] is None
     (tmp_path / "search.yaml").unlink()
-    assert searched(database, criteria)["needs"]["min_calls"] > 0, "the shipped one"
+    assert searched(database, criteria)["needs"]["least_calls"] > 0, "the shipped one"
 
 
 def rows_of(database: str, statement: str) -> list[dict[str, Any]]:
@@ -278,7 +278,7 @@ def rows_of(database: str, statement: str) -> list[dict[str, Any]]:
         return rows(connection, statement)
 
 
-async def test_what_is_kept_is_read_once_for_all_who_ask_meanwhile() -> None:
+async def test_a_cached_reading_is_read_once_for_concurrent_clients() -> None:
     reads = 0
 
     async def read() -> bytes:
@@ -289,9 +289,9 @@ async def test_what_is_kept_is_read_once_for_all_who_ask_meanwhile() -> None:
             raise InputError("away")
         return f"{reads}".encode()
 
-    kept, anew = Kept(read, seconds=60), Kept(read, seconds=-1)
-    assert await asyncio.gather(kept.line(), kept.line(), kept.line()) == [b"1", b"1", b"1"]
+    cached, expired = CachedReading(read, seconds=60), CachedReading(read, seconds=-1)
+    assert await asyncio.gather(cached.line(), cached.line(), cached.line()) == [b"1", b"1", b"1"]
     with pytest.raises(InputError):
-        await anew.line()
-    assert await anew.line() == b"3", "what failed is not kept"
-    assert await anew.line() == b"4"
+        await expired.line()
+    assert await expired.line() == b"3", "errors are not cached"
+    assert await expired.line() == b"4"

@@ -1,4 +1,4 @@
-"""The search: it takes the truly better candidate on, refuses each kind of bad one, and can be set back."""
+"""The search: admits the better candidate, refuses every kind of bad one, and can be undone."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from tests.support.discovery import (
     ENTRY,
     FIRST,
     SECOND,
-    AirflowPart,
+    FakeAirflow,
     Searching,
-    airflow_part,
-    people,
+    fake_airflow,
+    models_yaml,
     references,
     verdicts,
-    write_catalogue,
+    write_catalog,
     write_config,
 )
 
@@ -44,7 +44,7 @@ GOOD, BAD, BROKEN, GONE, EQUAL = CANDIDATES
 @pytest.fixture(scope="module")
 def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BackendServer]:
     folder = tmp_path_factory.mktemp("backend")
-    (folder / "models.yaml").write_text(yaml.safe_dump(people()))
+    (folder / "models.yaml").write_text(yaml.safe_dump(models_yaml()))
     also = [argument for name in CANDIDATES for argument in ("--also", f"{name}=0.1/0.1")]
     server = start_backend(
         folder, "--models", str(folder / "models.yaml"), *also, "--time-scale", "2000",
@@ -55,8 +55,8 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BackendServer]
 
 
 @pytest.fixture
-def airflow() -> Iterator[AirflowPart]:
-    with airflow_part() as server:
+def airflow() -> Iterator[FakeAirflow]:
+    with fake_airflow() as server:
         yield server
 
 
@@ -66,24 +66,24 @@ def world(  # noqa: PLR0917 - fixtures
     redis_server: RedisServer,
     redis_client: object,
     backend: BackendServer,
-    airflow: AirflowPart,
+    airflow: FakeAirflow,
     tmp_path: Path,
 ) -> Searching:
-    """Two models of people, of which the first is right half the time, and candidates of each kind."""
+    """Two configured models, whose answers are good half the time, and candidates of each kind."""
     addresses = Addresses(database_url=database, redis_url=redis_server.url, backend_url=backend.url)
     write_config(tmp_path)
     world = Searching(addresses, tmp_path, backend, airflow)
     with connect(database) as connection:
         rows(connection, "DELETE FROM roster")
     world.sync()
-    world.weather(
+    world.set_conditions(
         {"model": BROKEN, "failing": 1}, {"model": GONE, "served": False},
         steady_7b=0.5, quiet_7b=0.5, bright_9b=1.0, dull_9b=0.2, par_9b=0.5,
     )  # fmt: skip
     return world
 
 
-def test_the_truly_better_one_is_taken_on_and_each_other_is_refused(world: Searching) -> None:
+def test_the_better_candidate_is_admitted_and_the_others_are_refused(world: Searching) -> None:
     report = world.search()
     assert verdicts(report) == {
         GOOD: "taken",
@@ -103,43 +103,43 @@ def test_the_truly_better_one_is_taken_on_and_each_other_is_refused(world: Searc
     (change,) = entry["history"]
     assert (change["what"], change["by"]) == ("taken", "a test")
     assert f"better than {FIRST} for general" in change["why"]
-    assert world.arrived(GOOD) == world.arrived(BAD) == world.arrived(FIRST) == 30
+    assert world.calls_of(GOOD) == world.calls_of(BAD) == world.calls_of(FIRST) == 30
 
 
-def test_all_of_it_is_kept(world: Searching) -> None:
+def test_findings_events_and_grades_are_stored(world: Searching) -> None:
     report = world.search()
-    kept = world.query("SELECT * FROM candidates WHERE search = %s", report.search)
-    assert {row["model"]: row["verdict"] for row in kept} == verdicts(report)
-    (won,) = [row["trial"] for row in kept if row["model"] == GOOD]
+    stored = world.query("SELECT * FROM candidates WHERE search = %s", report.search)
+    assert {row["model"]: row["verdict"] for row in stored} == verdicts(report)
+    (won,) = [row["trial"] for row in stored if row["model"] == GOOD]
     assert won["candidate"]["score"] > won["incumbent"]["score"]
     assert won["lower"] > 0
     (event,) = world.query("SELECT * FROM roster_events")
     assert (event["model"], event["what"], event["search"]) == (GOOD, "taken", report.search)
-    # The candidate's calls are its first evidence; the incumbent's would count twice.
+    # Only the candidate's calls are graded as evidence; the incumbent's would count twice.
     graded = world.query("SELECT DISTINCT c.model FROM call_scores s JOIN model_calls c USING (call_id)")
     assert {row["model"] for row in graded} == {GOOD, BAD, EQUAL}
 
 
-def test_again_it_does_nothing_new(world: Searching) -> None:
+def test_a_second_search_does_nothing_new(world: Searching) -> None:
     world.search()
     before, calls = world.everything(), world.value("SELECT count(*) FROM model_calls")
     found = world.value("SELECT count(*) FROM candidates")
-    assert verdicts(world.search()) == {GOOD: "known", GONE: "unreachable"}  # the others are left in peace
+    assert verdicts(world.search()) == {GOOD: "known", GONE: "unreachable"}  # the others were tried recently
     assert world.everything() == before
     assert world.value("SELECT count(*) FROM model_calls") == calls
-    assert world.value("SELECT count(*) FROM candidates") == found + 1  # that it is known now
+    assert world.value("SELECT count(*) FROM candidates") == found + 1  # the finding that it is known
     world.search()
     assert world.value("SELECT count(*) FROM candidates") == found + 1
     assert world.value("SELECT count(*) FROM roster_events") == 1
 
 
-def test_a_step_of_the_same_night_run_again_tries_and_spends_nothing_more(world: Searching) -> None:
+def test_a_second_attempt_of_the_same_run_tries_and_spends_nothing_more(world: Searching) -> None:
     began = world.value("SELECT clock_timestamp()")
     world.search(since=began)
     calls = world.value("SELECT count(*) FROM model_calls")
-    world.query("UPDATE candidates SET verdict = 'unreachable' RETURNING 1")  # nobody is left in peace
+    world.query("UPDATE candidates SET verdict = 'unreachable' RETURNING 1")  # none counts as recently tried
     again = world.search(since=began)
-    assert again.notes == ("general: its candidates were tried this night already",)
+    assert again.notes == ("general: an earlier attempt of this run has tried its candidates",)
     assert world.value("SELECT count(*) FROM model_calls") == calls
     (spent,) = world.query("SELECT cost_usd FROM trials_since(%s)", began)
     assert spent["cost_usd"] == pytest.approx(float(world.value("SELECT sum(cost) FROM model_calls")))
@@ -149,17 +149,17 @@ def test_a_step_of_the_same_night_run_again_tries_and_spends_nothing_more(world:
     assert world.value("SELECT count(*) FROM model_calls") == calls
 
 
-def test_one_that_lost_is_tried_again_after_the_nights(world: Searching) -> None:
-    write_catalogue(world.folder, {"name": BAD})
+def test_a_loser_is_tried_again_after_retry_after_days(world: Searching) -> None:
+    write_catalog(world.folder, {"name": BAD})
     world.search()
     world.query("UPDATE candidates SET at = at - interval '13 days' RETURNING 1")
     assert BAD not in verdicts(world.search())
     world.query("UPDATE candidates SET at = at - interval '2 days' RETURNING 1")
-    world.weather(dull_9b=1.0)
+    world.set_conditions(dull_9b=1.0)
     assert verdicts(world.search()) == {BAD: "taken"}
 
 
-def test_undo_restores_roster_variable_and_file_to_the_byte(world: Searching) -> None:
+def test_undo_restores_roster_variable_and_file_exactly(world: Searching) -> None:
     before = world.everything()
     world.search()
     after = world.everything()
@@ -170,19 +170,19 @@ def test_undo_restores_roster_variable_and_file_to_the_byte(world: Searching) ->
     assert (undone.model, undone.what, undone.notes) == (GOOD, "taken", ())
     assert world.everything() == before
     assert not (world.folder / DISCOVERED).exists()
-    with pytest.raises(InputError, match="nothing to set back"):
+    with pytest.raises(InputError, match="Nothing to undo"):
         undo_search(url, world.folder, by="a test", variables=airflow.api)
-    # It stays away: neither the next search nor a start brings it back.
+    # Neither the next search nor a sync brings it back.
     assert GOOD not in verdicts(world.search())
     world.sync()
     assert world.everything() == before
 
 
-def test_undo_sets_back_one_change_after_the_other(world: Searching) -> None:
+def test_undo_reverts_one_change_at_a_time(world: Searching) -> None:
     world.search()
     url, airflow = world.addresses.database_url, world.airflow
     assert airflow is not None
-    airflow.variables[f"traffic.{GOOD}"] = "12/min"  # the operator's own doing
+    airflow.variables[f"traffic.{GOOD}"] = "12/min"  # edited by an operator
     states = [world.everything()]
     promote(url, world.folder, GOOD, by="ann", variables=airflow.api)
     states.append(world.everything())
@@ -200,7 +200,7 @@ def test_undo_sets_back_one_change_after_the_other(world: Searching) -> None:
         assert world.everything() == states.pop()
 
 
-def test_a_variable_that_was_there_before_is_there_afterwards(world: Searching) -> None:
+def test_an_existing_variable_is_preserved(world: Searching) -> None:
     assert world.airflow is not None
     world.airflow.variables[f"traffic.{GOOD}"] = "3/min"
     before = world.everything()
@@ -210,11 +210,11 @@ def test_a_variable_that_was_there_before_is_there_afterwards(world: Searching) 
     assert world.everything() == before
 
 
-def test_a_whole_search_is_set_back_with_what_came_of_it(world: Searching) -> None:
-    write_catalogue(world.folder, {"name": GOOD})
+def test_undoing_a_search_includes_later_changes_of_its_models(world: Searching) -> None:
+    write_catalog(world.folder, {"name": GOOD})
     before = world.everything()
     report = world.search("technical", "general")
-    assert [finding.category for finding in report.taken] == ["technical", "general"]
+    assert [finding.category for finding in report.admitted] == ["technical", "general"]
     assert world.discovered()[GOOD]["ranks"] == {"general": 3, "technical": 3}
     url, airflow = world.addresses.database_url, world.airflow
     assert airflow is not None
@@ -224,31 +224,31 @@ def test_a_whole_search_is_set_back_with_what_came_of_it(world: Searching) -> No
     assert world.everything() == before
 
 
-def test_what_was_undone_does_not_come_back_from_a_file_that_a_death_left(world: Searching) -> None:
+def test_an_undone_model_does_not_return_from_a_stale_file(world: Searching) -> None:
     before = world.everything()
     world.search()
     left = (world.folder / DISCOVERED).read_bytes()
     assert world.airflow is not None
     undo_search(world.addresses.database_url, world.folder, by="a test", variables=world.airflow.api)
-    (world.folder / DISCOVERED).write_bytes(left)  # as if it had died before the file
+    (world.folder / DISCOVERED).write_bytes(left)  # as after a crash before the file was written
     world.sync()
     assert GOOD not in world.roster()
     world.search()
     assert world.everything() == before
 
 
-@pytest.mark.parametrize("died_after", ["the database", "the file", "the Variable"])
-def test_what_a_death_left_undone_is_done_by_the_next_search(world: Searching, died_after: str) -> None:
+@pytest.mark.parametrize("crashed_after", ["the database", "the file", "the Variable"])
+def test_the_next_search_completes_what_a_crash_left(world: Searching, crashed_after: str) -> None:
     world.search()
     wanted = world.everything()
-    # As if it had died there: what comes after was never done, or never noted.
+    # As after a crash there: the later steps were not done, or not recorded.
     assert world.airflow is not None
-    if died_after == "the database":
+    if crashed_after == "the database":
         (world.folder / DISCOVERED).unlink()
-    if died_after != "the Variable":
+    if crashed_after != "the Variable":
         world.airflow.variables.clear()
     world.query("UPDATE roster_events SET variable_done = false RETURNING 1")
-    world.sync()  # a start between the two loses nothing
+    world.sync()  # a sync in between loses nothing
     assert world.roster()[GOOD] == "probation"
     world.search()
     assert world.everything() == wanted
@@ -256,7 +256,7 @@ def test_what_a_death_left_undone_is_done_by_the_next_search(world: Searching, d
     assert world.airflow.variables == {}
 
 
-def test_the_steps_can_be_done_again(world: Searching) -> None:
+def test_publishing_is_idempotent(world: Searching) -> None:
     world.search()
     before = world.everything()
     assert world.airflow is not None
@@ -266,9 +266,9 @@ def test_the_steps_can_be_done_again(world: Searching) -> None:
     assert world.everything() == before
 
 
-def test_without_airflow_the_variable_waits_and_is_made_later(world: Searching) -> None:
+def test_without_airflow_the_variable_is_created_later(world: Searching) -> None:
     report = world.search(variables=None)
-    assert report.taken
+    assert report.admitted
     assert any("ROUTER_AIRFLOW_URL" in note for note in report.notes)
     assert world.airflow is not None
     assert world.airflow.variables == {}
@@ -278,7 +278,7 @@ def test_without_airflow_the_variable_waits_and_is_made_later(world: Searching) 
     assert world.airflow.variables == {}
 
 
-def test_airflow_that_is_away_is_said_before_anything_is_tried(world: Searching) -> None:
+def test_an_unavailable_airflow_is_reported_before_any_trial(world: Searching) -> None:
     assert world.airflow is not None
     world.airflow.is_down = True
     with pytest.raises(AirflowError):
@@ -286,7 +286,7 @@ def test_airflow_that_is_away_is_said_before_anything_is_tried(world: Searching)
     assert world.value("SELECT count(*) FROM model_calls") == 0
 
 
-def test_a_dry_run_says_what_would_be_tried_and_sends_nothing(world: Searching) -> None:
+def test_a_dry_run_shows_candidates_and_sends_nothing(world: Searching) -> None:
     before = world.everything()
     report = world.search("creative", "general", dry_run=True)
     assert report.search is None
@@ -302,16 +302,16 @@ def test_a_dry_run_says_what_would_be_tried_and_sends_nothing(world: Searching) 
     assert world.value("SELECT count(*) FROM searches") == 0
 
 
-def test_the_best_of_two_winners_is_taken_on_alone(world: Searching) -> None:
-    world.weather(dull_9b=0.97)
+def test_only_the_best_of_two_winners_is_admitted(world: Searching) -> None:
+    world.set_conditions(dull_9b=0.97)
     report = world.search()
-    (taken,) = report.taken
-    losers = [finding for finding in report.findings if f"{taken.model} won by more" in finding.reason]
-    assert {taken.model, *(loser.model for loser in losers)} == {GOOD, BAD}
+    (admitted,) = report.admitted
+    losers = [finding for finding in report.findings if f"{admitted.model} won by more" in finding.reason]
+    assert {admitted.model, *(loser.model for loser in losers)} == {GOOD, BAD}
     assert {loser.verdict for loser in losers} == {"lost"}
 
 
-def test_one_that_cannot_be_called_stands_in_nobodys_way(world: Searching) -> None:
+def test_the_next_candidate_replaces_one_that_cannot_be_called(world: Searching) -> None:
     write_config(world.folder, {"name": GONE, "scores": {"mmlu-pro": 0.99}}, {"name": GOOD})
     settings = yaml.safe_load((world.folder / "search.yaml").read_text())
     settings["criteria"]["candidates"] = 1
@@ -321,62 +321,61 @@ def test_one_that_cannot_be_called_stands_in_nobodys_way(world: Searching) -> No
     assert [model.name for model in report.plans[0].candidates] == [GOOD]
 
 
-def test_a_hopeless_one_costs_a_few_calls(world: Searching) -> None:
+def test_a_failing_candidate_costs_only_a_few_calls(world: Searching) -> None:
     write_config(world.folder, {"name": BROKEN}, max_concurrency=2)
     report = world.search()
     assert verdicts(report) == {BROKEN: "lost"}
     assert "none of its first calls was answered" in report.findings[0].reason
-    assert world.arrived(BROKEN) <= 6
+    assert world.calls_of(BROKEN) <= 6
 
 
-def test_an_equal_one_is_not_taken(world: Searching) -> None:
-    write_catalogue(world.folder, {"name": EQUAL})
-    world.weather(steady_7b=0.9, par_9b=0.9)
+def test_an_equal_candidate_is_not_admitted(world: Searching) -> None:
+    write_catalog(world.folder, {"name": EQUAL})
+    world.set_conditions(steady_7b=0.9, par_9b=0.9)
     assert verdicts(world.search()) == {EQUAL: "lost"}
 
 
-def test_an_incumbent_that_fails_itself_lets_nobody_win_or_lose(world: Searching) -> None:
-    world.weather({"model": FIRST, "failing": 1}, bright_9b=1.0)
+def test_a_failing_incumbent_makes_the_trial_void(world: Searching) -> None:
+    world.set_conditions({"model": FIRST, "failing": 1}, bright_9b=1.0)
     report = world.search()
     assert set(verdicts(report).values()) <= {"unreachable"}
-    assert any("the incumbent itself answered 0 of" in note for note in report.notes)
+    assert any("the incumbent answered only 0 of" in note for note in report.notes)
     assert world.value("SELECT count(*) FROM candidates WHERE verdict = 'lost'") == 0
 
 
-def test_a_model_is_called_as_the_backend_spells_it(world: Searching) -> None:
-    write_catalogue(world.folder, {"name": "maker/Bright_9B"}, {"name": "maker/nowhere-9b"})
+def test_a_model_is_called_by_the_backends_spelling(world: Searching) -> None:
+    write_catalog(world.folder, {"name": "maker/Bright_9B"}, {"name": "maker/nowhere-9b"})
     assert verdicts(world.search()) == {"bright_9b": "taken", "nowhere-9b": "unreachable"}
     assert world.discovered()["bright_9b"]["endpoint"] == GOOD
 
 
-def test_a_purse_that_is_empty_ends_the_trials(world: Searching) -> None:
+def test_an_empty_budget_ends_the_trials(world: Searching) -> None:
     write_config(world.folder, budget_usd=0)
     report = world.search()
-    assert report.taken == ()
+    assert report.admitted == ()
     assert any("budget of 0 USD" in note for note in report.notes)
     assert world.value("SELECT count(*) FROM model_calls") == 0
 
 
-def test_a_model_of_people_is_never_a_candidate_in_any_spelling(world: Searching) -> None:
+def test_a_configured_model_is_never_a_candidate_in_any_spelling(world: Searching) -> None:
     entries = [
         {"name": FIRST},
         {"name": f"maker/{SECOND.upper()}-Instruct"},
         {"name": "x-9b", "endpoint": FIRST},
     ]
-    write_catalogue(world.folder, *entries)
+    write_catalog(world.folder, *entries)
     report = world.search()
     assert verdicts(report) == {FIRST: "known", f"{SECOND}-instruct": "known", "x-9b": "known"}
 
 
-def test_where_people_write_the_model_meanwhile_they_win(world: Searching) -> None:
-    """models.yaml is edited by hand while the trials go on."""
-    write_catalogue(world.folder, {"name": GOOD})
-    world.weather({"model": GOOD, "quality": 1.0, "latency_factor": 300})
-    written = people(FIRST, SECOND)
+def test_a_model_added_to_models_yaml_during_the_trial_is_not_admitted(world: Searching) -> None:
+    write_catalog(world.folder, {"name": GOOD})
+    world.set_conditions({"model": GOOD, "quality": 1.0, "latency_factor": 300})
+    written = models_yaml(FIRST, SECOND)
     written["models"][GOOD] = {"target": "1/min", "ranks": {"creative": 1}}
 
     def edit() -> None:
-        while not world.arrived(GOOD):
+        while not world.calls_of(GOOD):
             pass
         (world.folder / "models.yaml").write_text(yaml.safe_dump(written))
 
@@ -392,9 +391,9 @@ def test_where_people_write_the_model_meanwhile_they_win(world: Searching) -> No
     ]
 
 
-def test_where_both_name_a_model_people_win(world: Searching) -> None:
+def test_models_yaml_takes_over_a_discovered_model(world: Searching) -> None:
     world.search()
-    written = people(FIRST, SECOND)
+    written = models_yaml(FIRST, SECOND)
     written["models"][GOOD] = {"target": "1/min", "ranks": {"creative": 1}}
     text = yaml.safe_dump(written)
     (world.folder / "models.yaml").write_text(text)
@@ -405,24 +404,24 @@ def test_where_both_name_a_model_people_win(world: Searching) -> None:
     assert places == [{"category": "creative", "place": 1, "standing": "ranked"}]
     url = world.addresses.database_url
     for change in (promote, retire):
-        with pytest.raises(InputError, match="not the search's but people's"):
+        with pytest.raises(InputError, match="was not found by a search"):
             change(url, world.folder, GOOD, by="ann")
-    with pytest.raises(InputError, match="names it by now"):
+    with pytest.raises(InputError, match="names the model"):
         undo_search(url, world.folder, by="ann", model=GOOD)
     world.search()
     assert (world.folder / "models.yaml").read_text() == text
     assert not (world.folder / DISCOVERED).exists()
 
 
-def test_a_start_neither_loses_nor_pauses_what_was_found(world: Searching) -> None:
+def test_a_sync_keeps_discovered_models(world: Searching) -> None:
     world.search()
     before = world.everything()
     world.sync()
     assert world.everything() == before
 
 
-def test_a_new_database_learns_of_them_from_the_file(world: Searching) -> None:
-    write_catalogue(world.folder, {"name": GOOD})
+def test_a_new_database_imports_discovered_models_from_the_file(world: Searching) -> None:
+    write_catalog(world.folder, {"name": GOOD})
     world.search("general", "technical")
     url, before = world.addresses.database_url, world.discovered()
     with connect(url) as connection:
@@ -435,7 +434,7 @@ def test_a_new_database_learns_of_them_from_the_file(world: Searching) -> None:
     with connect(url) as connection:
         rows(connection, "DELETE FROM roster WHERE model = %s", (GOOD,))
         rows(connection, "TRUNCATE roster_events, candidates, searches")
-    assert verdicts(world.search()) == {GOOD: "known"}  # nor is it tried again before a start
+    assert verdicts(world.search()) == {GOOD: "known"}  # not tried again before a sync
     assert world.discovered() == before
     assert world.airflow is not None
     promote(url, world.folder, GOOD, by="ann", variables=world.airflow.api)
@@ -445,23 +444,23 @@ def test_a_new_database_learns_of_them_from_the_file(world: Searching) -> None:
     assert (GOOD in world.roster(), world.airflow.variables) == (False, {})
 
 
-def test_two_at_once_are_refused_with_a_word(world: Searching) -> None:
+def test_concurrent_searches_are_refused(world: Searching) -> None:
     with connect(world.addresses.database_url, autocommit=True) as connection:
         rows(connection, "SELECT pg_advisory_lock(%s)", (SEARCH_LOCK,))
         with pytest.raises(SearchBusy, match="Another search is running"):
             world.search()
     assert world.value("SELECT count(*) FROM searches") == 0
-    assert world.search().taken
+    assert world.search().admitted
 
 
-def test_a_folder_that_cannot_be_written_into_is_said_before_anything_is_tried(world: Searching) -> None:
+def test_a_read_only_folder_is_reported_before_any_trial(world: Searching) -> None:
     folder = Path(tempfile.mkdtemp(prefix="router-test-"))
     shutil.copy(world.folder / "models.yaml", folder)
     folder.chmod(0o555)
     user = os.geteuid()
     search = world.prepared(folder)
     try:
-        os.seteuid(65534 if user == 0 else user)  # nothing is read-only for root
+        os.seteuid(65534 if user == 0 else user)  # root may write everywhere
         with pytest.raises(ConfigError, match=r"discovered\.yaml cannot be written: Permission denied"):
             search()
     finally:
@@ -469,7 +468,7 @@ def test_a_folder_that_cannot_be_written_into_is_said_before_anything_is_tried(w
         shutil.rmtree(folder)
 
 
-def test_a_broken_file_is_named_and_never_written_over(world: Searching) -> None:
+def test_an_invalid_file_is_reported_and_not_overwritten(world: Searching) -> None:
     world.search()
     path = world.folder / DISCOVERED
     broken = path.read_text().replace("state: probation", "state: [probation")
@@ -481,7 +480,7 @@ def test_a_broken_file_is_named_and_never_written_over(world: Searching) -> None
         retire(world.addresses.database_url, world.folder, GOOD, by="ann")
     assert path.read_text() == broken
     assert world.value("SELECT count(*) FROM model_calls") == calls
-    # The router starts all the same, with people's models and what Postgres knows.
+    # The router still starts, with the configured models and those of Postgres.
     assert set(world.config.models) == {FIRST, SECOND}
     assert "discovered.yaml" in (world.config.discovered_problem or "")
     world.sync()
@@ -491,35 +490,35 @@ def test_a_broken_file_is_named_and_never_written_over(world: Searching) -> None
     assert set(world.discovered()) == {GOOD}
 
 
-def test_what_catalogues_lie_about_is_refused_and_kept_once(world: Searching) -> None:
-    lies = [
+def test_invalid_entries_are_refused_and_stored_once(world: Searching) -> None:
+    invalid = [
         {"name": GOOD, "input_price": -1}, {"name": BAD, "parameters": 0}, {"name": "../../etc/passwd"},
         {"name": EQUAL, "released": "2999-01-01"}, {"name": "no\0thing"}, {"name": BROKEN, "license": None},
     ]  # fmt: skip
-    write_catalogue(world.folder, *lies)
+    write_catalog(world.folder, *invalid)
     report = world.search()
     assert {finding.verdict for finding in report.findings} == {"refused"}
-    assert len(report.findings) == len(lies)
-    kept = world.value("SELECT count(*) FROM candidates")
+    assert len(report.findings) == len(invalid)
+    stored = world.value("SELECT count(*) FROM candidates")
     world.search()
-    assert world.value("SELECT count(*) FROM candidates") == kept == len(lies)
+    assert world.value("SELECT count(*) FROM candidates") == stored == len(invalid)
     assert world.value("SELECT count(*) FROM model_calls") == 0
 
 
-def test_bad_surroundings_are_said(world: Searching) -> None:
-    with pytest.raises(InputError, match="no category 'poetry'"):
+def test_invalid_input_and_unavailable_services_are_reported(world: Searching) -> None:
+    with pytest.raises(InputError, match="There is no category 'poetry'"):
         world.search("poetry")
     (world.folder / "catalogue.json").write_text("{")
     with pytest.raises(CatalogError, match=r"catalogue\.json"):
         world.search()
-    write_catalogue(world.folder)
+    write_catalog(world.folder)
     away = world.addresses.model_copy(update={"backend_url": "http://127.0.0.1:9"})
     with pytest.raises(BackendUnavailable):
         Searching(away, world.folder, world.backend).search()
     assert world.roster() == {FIRST: "active", SECOND: "active"}
 
 
-def test_without_prompts_or_an_incumbent_nobody_is_tried(world: Searching) -> None:
+def test_without_prompts_or_an_incumbent_there_are_no_trials(world: Searching) -> None:
     trials = world.folder / "trials"
     trials.mkdir()
     (trials / "general.jsonl").write_text("not a prompt\n")
@@ -527,11 +526,11 @@ def test_without_prompts_or_an_incumbent_nobody_is_tried(world: Searching) -> No
     assert any("general.jsonl, line 1" in note for note in report.notes)
     world.query("UPDATE roster SET state = 'paused' RETURNING 1")
     report = world.search("technical")
-    assert any("no model is active there" in note for note in report.notes)
+    assert any("no active model to compare with" in note for note in report.notes)
     assert world.value("SELECT count(*) FROM model_calls") == 0
 
 
-def test_the_criteria_know_the_day(world: Searching) -> None:
+def test_the_age_criterion_uses_the_current_date(world: Searching) -> None:
     settings = yaml.safe_load((world.folder / "search.yaml").read_text())
     settings["criteria"]["age_days_max"] = 30
     (world.folder / "search.yaml").write_text(yaml.safe_dump(settings))

@@ -1,4 +1,4 @@
-"""A provider's list of models: from a provider that is not ours, and from ones that lie, crawl or break."""
+"""Catalogs of providers: a third-party one, and invalid, slow and broken replies."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ import pytest
 import requests
 
 from models_backend.process import free_port
-from router.discovery.catalogs import FileCatalog, ProviderCatalog, Reading, merged
+from router.discovery.catalog_entry import Reading, merged
+from router.discovery.catalogs import FileCatalog, ProviderCatalog
 from router.errors import CatalogError
 from router.settings.discovery import FileCatalogSettings, ProviderCatalogSettings
 from router.settings.environment import DEFAULT_CONFIG_FOLDER
@@ -27,7 +28,7 @@ KEY = "sk-very-secret-key"
 LISTED = {"object": "list", "data": [{"id": "meta-llama/Llama-3.3-70B-Instruct", "context_window": 131072}]}
 
 
-def catalogue(url: str, key: str | None = KEY, **settings: Any) -> ProviderCatalog:
+def catalog(url: str, key: str | None = KEY, **settings: Any) -> ProviderCatalog:
     return ProviderCatalog(ProviderCatalogSettings(kind="provider", name="theirs", **settings), url, key)
 
 
@@ -65,12 +66,12 @@ def llmock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         ("mistral/v1/", "mistral-large-latest", "mistral-large-latest", None),
     ],
 )
-def test_providers_lists_are_read(
+def test_providers_model_lists_are_read(
     llmock: str, provider: str, endpoint: str, name: str, context: int | None
 ) -> None:
-    found = catalogue(f"{llmock}/{provider}").read()
+    found = catalog(f"{llmock}/{provider}").read()
     model = next(model for model in found.models if model.endpoint == endpoint)
-    assert (model.name, model.context_tokens, model.released, model.catalogue) == (
+    assert (model.name, model.context_tokens, model.released, model.catalog) == (
         name,
         context,
         None,
@@ -78,17 +79,17 @@ def test_providers_lists_are_read(
     )
 
 
-async def test_it_may_be_read_where_a_loop_runs(llmock: str) -> None:
-    assert catalogue(f"{llmock}/groq/openai/v1").read().models
+async def test_a_catalog_can_be_read_within_a_running_loop(llmock: str) -> None:
+    assert catalog(f"{llmock}/groq/openai/v1").read().models
 
 
-def test_a_provider_s_model_gets_its_facts_from_the_file(llmock: str) -> None:
+def test_a_providers_model_is_completed_from_the_file(llmock: str) -> None:
     path = DEFAULT_CONFIG_FOLDER / "llama_catalog.yaml"
     file = FileCatalog(FileCatalogSettings(kind="file", name="llama", path=path.name), path)
-    theirs = catalogue(f"{llmock}/groq/openai/v1").read().models
+    theirs = catalog(f"{llmock}/groq/openai/v1").read().models
     once, _ = merged([*theirs, *file.read().models])
     model = next(model for model in once if model.name == "llama-3.3-70b-versatile")
-    assert (model.catalogue, model.endpoint) == ("theirs", "llama-3.3-70b-versatile")
+    assert (model.catalog, model.endpoint) == ("theirs", "llama-3.3-70b-versatile")
     assert (model.license, model.parameters, model.input_price) == ("llama-3.3", 70.6, 0.59)
 
 
@@ -100,18 +101,18 @@ def test_a_provider_s_model_gets_its_facts_from_the_file(llmock: str) -> None:
         (503, "answers 503"),
     ],
 )
-def test_a_provider_that_refuses(llmock: str, status: int, words: str) -> None:
+def test_a_refusing_provider_is_reported(llmock: str, status: int, words: str) -> None:
     fault = {"behaviors": [{"type": "fail", "status": status, "message": f"bad key {KEY}"}]}
     requests.post(f"{llmock}/_llmock/scenario", json=fault, timeout=5).raise_for_status()
     with pytest.raises(CatalogError, match="Catalog theirs: ") as refused:
-        catalogue(f"{llmock}/groq/openai/v1").read()
+        catalog(f"{llmock}/groq/openai/v1").read()
     assert words in str(refused.value)
     assert KEY not in str(refused.value)
 
 
 @asynccontextmanager
 async def answering(*pieces: bytes, pause_seconds: float = 0.0) -> AsyncIterator[tuple[str, list[str]]]:
-    """A server that answers every request with the pieces, and the heads of what it was asked."""
+    """A server that answers every request with the pieces; its address and the heads of the requests."""
     heads: list[str] = []
     serving: list[asyncio.Task[None]] = []
 
@@ -123,7 +124,7 @@ async def answering(*pieces: bytes, pause_seconds: float = 0.0) -> AsyncIterator
                 await writer.drain()
                 await asyncio.sleep(pause_seconds)
         except ConnectionError:
-            pass  # the reader had enough
+            pass  # the client closed the connection
         finally:
             writer.close()
 
@@ -143,10 +144,10 @@ def reply(body: bytes, status: int = 200, headers: str = "") -> bytes:
 
 
 async def read(url: str, key: str | None = KEY, **settings: Any) -> Reading:
-    return await asyncio.to_thread(catalogue(url, key, **settings).read)
+    return await asyncio.to_thread(catalog(url, key, **settings).read)
 
 
-async def test_it_asks_once_with_the_key() -> None:
+async def test_one_request_is_sent_with_the_key() -> None:
     async with answering(reply(json.dumps(LISTED).encode())) as (url, heads):
         found = await read(url)
     assert [model.endpoint for model in found.models] == ["meta-llama/Llama-3.3-70B-Instruct"]
@@ -158,7 +159,7 @@ async def test_it_asks_once_with_the_key() -> None:
     assert "Authorization" not in heads[0]
 
 
-async def test_prices_for_one_token_and_for_a_million() -> None:
+async def test_prices_per_token_and_per_million_tokens() -> None:
     listed = [
         {"id": "a", "pricing": {"prompt": "0.00000059", "completion": "7.9e-7"}, "context_length": 8192},
         {"id": "b", "pricing": {"input": 0.59, "output": 0.79, "hourly": 0}, "active": True},
@@ -171,16 +172,16 @@ async def test_prices_for_one_token_and_for_a_million() -> None:
     assert [refusal.name for refusal in found.refusals] == ["c", "d"]
 
 
-async def test_wild_names_are_refused_one_by_one_and_a_key_that_comes_back_is_not_shown() -> None:
-    wild = [
+async def test_invalid_names_are_refused_and_an_echoed_key_is_not_shown() -> None:
+    names = [
         "../../etc/passwd", "/etc/passwd", "a" * 100_000, "x\u0000y", "\u202ellama", "llama\r\nX: y", "", 7,
         None, f"{KEY}/../x", {"id": "x"}, "<script>", "llama-\ud800", "'; DROP TABLE models; --",
     ]  # fmt: skip
-    body = json.dumps({"data": [*({"id": name} for name in wild), "text", {"id": "llama-x"}]}).encode()
+    body = json.dumps({"data": [*({"id": name} for name in names), "text", {"id": "llama-x"}]}).encode()
     async with answering(reply(body)) as (url, _):
         found = await read(url)
     assert [model.name for model in found.models] == ["llama-x"]
-    assert len(found.refusals) == len(wild) + 1
+    assert len(found.refusals) == len(names) + 1
     for refusal in found.refusals:
         assert (refusal.name + refusal.reason).isprintable()
         assert len(refusal.name + refusal.reason) < 300
@@ -190,22 +191,22 @@ async def test_wild_names_are_refused_one_by_one_and_a_key_that_comes_back_is_no
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        (b'{"data": [', "no JSON"),
-        (b"<html>Bad Gateway</html>", "no JSON"),
+        (b'{"data": [', "not valid JSON"),
+        (b"<html>Bad Gateway</html>", "not valid JSON"),
         (b'{"error": {"message": "quota"}}', "no list of models"),
         (b"[" * 200_000, "nested too deeply"),
-        (b'{"data": "\xff"}', "no UTF-8"),
-        (b"", "no JSON"),
+        (b'{"data": "\xff"}', "not valid UTF-8"),
+        (b"", "not valid JSON"),
     ],
 )
-async def test_what_is_no_list(body: bytes, words: str) -> None:
+async def test_a_reply_without_a_list_is_reported(body: bytes, words: str) -> None:
     async with answering(reply(body)) as (url, _):
         with pytest.raises(CatalogError, match="Catalog theirs: ") as refused:
             await read(url)
     assert words in str(refused.value)
 
 
-async def test_50_mb_are_not_read() -> None:
+async def test_a_reply_over_the_size_limit_is_not_read() -> None:
     piece = b"[" + b" " * (1024 * 1024 - 1)
     head = b"HTTP/1.1 200 OK\r\nContent-Length: 52428800\r\n\r\n"
     async with answering(head, *[piece] * 50) as (url, _):
@@ -213,7 +214,7 @@ async def test_50_mb_are_not_read() -> None:
             await read(url, max_megabytes=0.5)
 
 
-async def test_a_small_reply_that_unpacks_to_much_is_not_unpacked() -> None:
+async def test_a_compressed_reply_is_refused() -> None:
     packed = gzip.compress(b" " * 20_000_000)
     async with answering(reply(packed, headers="Content-Encoding: gzip\r\n")) as (url, _):
         with pytest.raises(CatalogError, match="compressed its list"):
@@ -223,15 +224,15 @@ async def test_a_small_reply_that_unpacks_to_much_is_not_unpacked() -> None:
 @pytest.mark.parametrize(
     "head", [b"HTTP/1.1 200 OK\r\nX-Long: ", b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n"]
 )
-async def test_a_reply_that_comes_byte_by_byte_has_a_deadline(head: bytes) -> None:
+async def test_a_slow_reply_has_a_deadline(head: bytes) -> None:
     async with answering(head, *[b"H"] * 1000, pause_seconds=0.05) as (url, _):
         began = time.monotonic()
-        with pytest.raises(CatalogError, match=r"no whole reply within 0\.5 s"):
+        with pytest.raises(CatalogError, match=r"no complete reply within 0\.5 s"):
             await read(url, timeout_seconds=0.5)
         assert time.monotonic() - began < 5
 
 
-async def test_a_redirect_is_not_followed_and_the_key_stays_here() -> None:
+async def test_redirects_are_not_followed() -> None:
     async with (
         answering(reply(json.dumps(LISTED).encode())) as (elsewhere, heads),
         answering(reply(b"", 307, f"Location: {elsewhere}/models\r\n")) as (url, _),
@@ -241,7 +242,7 @@ async def test_a_redirect_is_not_followed_and_the_key_stays_here() -> None:
         assert heads == []
 
 
-async def test_a_provider_that_is_away_or_breaks_off() -> None:
+async def test_an_unavailable_provider_is_reported() -> None:
     with pytest.raises(
         CatalogError, match=r"cannot be reached \(ClientConnectorError\): check LLAMA_API_BASE"
     ):
@@ -254,17 +255,17 @@ async def test_a_provider_that_is_away_or_breaks_off() -> None:
 @pytest.mark.parametrize(
     ("url", "key", "words"),
     [
-        ("ftp://host/v1", KEY, "LLAMA_API_BASE is no http"),
-        ("http://host:port/v1", KEY, "LLAMA_API_BASE is no http"),
-        ("not an address", KEY, "LLAMA_API_BASE is no http"),
-        (f"http://user:{KEY}@host/v1", None, "neither password"),
-        (f"http://host/v1?key={KEY}", None, "neither password"),
-        ("http://host/v1", f"{KEY}\n", "LLAMA_API_KEY holds characters"),
-        ("http://host/v1", "schlüssel", "LLAMA_API_KEY holds characters"),
+        ("ftp://host/v1", KEY, "LLAMA_API_BASE is not an http"),
+        ("http://host:port/v1", KEY, "LLAMA_API_BASE is not an http"),
+        ("not an address", KEY, "LLAMA_API_BASE is not an http"),
+        (f"http://user:{KEY}@host/v1", None, "must not contain a password"),
+        (f"http://host/v1?key={KEY}", None, "must not contain a password"),
+        ("http://host/v1", f"{KEY}\n", "LLAMA_API_KEY contains characters"),
+        ("http://host/v1", "schlüssel", "LLAMA_API_KEY contains characters"),
     ],
 )
-def test_an_address_or_a_key_that_cannot_be(url: str, key: str | None, words: str) -> None:
+def test_an_invalid_address_or_key_is_reported(url: str, key: str | None, words: str) -> None:
     with pytest.raises(CatalogError) as refused:
-        catalogue(url, key).read()
+        catalog(url, key).read()
     assert words in str(refused.value)
     assert KEY not in str(refused.value)

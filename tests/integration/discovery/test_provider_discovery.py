@@ -1,6 +1,6 @@
-"""The search in what a foreign provider lists: `llmock serve`, OpenAI-compatible and not ours.
+"""The search in the model list of a third-party OpenAI-compatible provider, `llmock serve`.
 
-Its `/models` is the catalogue, and the Models Backend forwards the calls of one of its models to it.
+The Models Backend forwards the calls of one of its models to it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from router.settings.environment import Addresses
 from tests.support.discovery import (
     FIRST,
     Searching,
-    people,
+    models_yaml,
     references,
     verdicts,
-    write_catalogue,
+    write_catalog,
     write_config,
 )
 from tests.support.waiting import until
@@ -35,7 +35,7 @@ KEY = "sk-very-secret-key"
 
 @pytest.fixture(scope="module")
 def provider(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Its address; it answers by repeating what was said."""
+    """Address of a provider that echoes prompts."""
     port = free_port()
     program = Path(sys.executable).with_name("llmock")
     with (tmp_path_factory.mktemp("llmock") / "llmock.log").open("wb") as log:
@@ -58,7 +58,7 @@ def is_up(url: str) -> bool:
 @pytest.fixture(scope="module")
 def backend(provider: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BackendServer]:
     folder = tmp_path_factory.mktemp("backend")
-    (folder / "models.yaml").write_text(yaml.safe_dump(people()))
+    (folder / "models.yaml").write_text(yaml.safe_dump(models_yaml()))
     with pytest.MonkeyPatch.context() as environment:
         for name, value in named(provider).items():
             environment.setenv(name, value)
@@ -99,11 +99,11 @@ def world(  # noqa: PLR0917 - fixtures
     with connect(database) as connection:
         rows(connection, "DELETE FROM roster")
     world.sync()
-    world.weather({"model": FIRST, "quality": 0.3})
+    world.set_conditions({"model": FIRST, "quality": 0.3})
     return world
 
 
-def test_a_listed_model_that_is_better_is_taken_on_and_those_nobody_serves_are_unreachable(
+def test_a_better_listed_model_is_admitted_and_unserved_ones_are_unreachable(
     world: Searching, provider: str
 ) -> None:
     report = world.search("creative")
@@ -111,15 +111,15 @@ def test_a_listed_model_that_is_better_is_taken_on_and_those_nobody_serves_are_u
     assert found.pop(THEIRS) == "taken"
     assert found
     assert set(found.values()) == {"unreachable"}
-    assert world.discovered()[THEIRS]["history"][0]["why"].endswith("(by groq)")
-    asked = requests.get(f"{provider}/_llmock/requests", timeout=5).json()["requests"]
-    assert {one.get("model") for one in asked if one["path"].endswith("/chat/completions")} == {THEIRS}
+    assert world.discovered()[THEIRS]["history"][0]["why"].endswith("(catalog groq)")
+    requests_seen = requests.get(f"{provider}/_llmock/requests", timeout=5).json()["requests"]
+    assert {one.get("model") for one in requests_seen if one["path"].endswith("/chat/completions")} == {
+        THEIRS
+    }
 
 
-def test_a_provider_that_refuses_the_key_makes_it_unreachable_and_the_key_stays_secret(
-    world: Searching, provider: str
-) -> None:
-    write_catalogue(world.folder, {"name": THEIRS})
+def test_a_refused_key_makes_the_model_unreachable_and_is_not_shown(world: Searching, provider: str) -> None:
+    write_catalog(world.folder, {"name": THEIRS})
     settings = yaml.safe_load((world.folder / "search.yaml").read_text())
     settings["catalogs"] = [{"kind": "file", "name": "mock", "path": "catalogue.json"}]
     (world.folder / "search.yaml").write_text(yaml.safe_dump(settings))

@@ -1,4 +1,4 @@
-"""Knowledge as callers use it: from files alone, and from Postgres, kept fresh by child processes."""
+"""Knowledge as callers use it: from files alone, and from Postgres, updated by child processes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ import psutil
 import pytest
 
 from router.database import connect
-from router.knowledge.files import read_file
-from router.knowledge.index import Hits, KnowledgeIndex
-from router.knowledge.indexer import Indexer, IndexReport, catch_up
-from router.knowledge.knowledge import NO_KNOWLEDGE, Found, Knowledge, Passage
+from router.knowledge.files import KnowledgeFile, read_file
+from router.knowledge.index import KnowledgeIndex
+from router.knowledge.indexer import Indexer, IndexReport, update_index
+from router.knowledge.knowledge import Knowledge
+from router.knowledge.results import NO_PASSAGES, Passage, SearchResult
 from router.knowledge.sources import add_file, remove_path
 from router.knowledge.storage import IndexFolder
 from router.settings.environment import DEFAULT_CONFIG_FOLDER
@@ -52,7 +53,7 @@ async def first(knowledge: Knowledge, question: str) -> str:
 async def until(condition: Callable[[], Awaitable[object]], seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not await condition():
-        assert time.monotonic() < deadline, f"not so within {seconds:g} s"
+        assert time.monotonic() < deadline, f"condition not met within {seconds:g} s"
         await asyncio.sleep(0.05)
 
 
@@ -63,20 +64,26 @@ async def solve(probe: Probe, prompt: str, answer: str) -> int:
     return task_id
 
 
+def knowledge_file(path: Path) -> KnowledgeFile:
+    file = read_file(path, key="k", name=path.name)
+    assert isinstance(file, KnowledgeFile)
+    return file
+
+
 def indexed(home: Path, question: str) -> list[str]:
-    return [hit.source for hit in IndexFolder(home).read_index().search(question, 5).hits]
+    return [passage.source for passage in IndexFolder(home).read_index().search(question, 5).passages]
 
 
-async def test_files_are_enough(notes: Path):
+async def test_files_are_searched_without_a_database(notes: Path):
     async with Knowledge.open(notes) as knowledge:
         found = await knowledge.search("When does a cat purr?")
-    assert found.knows
+    assert found.is_relevant
     assert found.passages[0].source == "cats.md: Cats"
-    assert "A cat purrs when it is content." in found.says()
-    assert "(from cats.md: Cats)" in found.says()
+    assert "A cat purrs when it is content." in found.as_answer()
+    assert "(from cats.md: Cats)" in found.as_answer()
 
 
-async def test_what_is_not_known_is_not_made_up(notes: Path):
+async def test_unknown_question_has_no_relevant_passages(notes: Path):
     async with Knowledge.open(notes) as knowledge:
         for question in (
             "Who won the cup in 1998?",
@@ -84,25 +91,25 @@ async def test_what_is_not_known_is_not_made_up(notes: Path):
             "\x00",
             "tail of the comet that Halley saw long ago",
         ):
-            assert (await knowledge.search(question)).says() == NO_KNOWLEDGE
+            assert (await knowledge.search(question)).as_answer() == NO_PASSAGES
 
 
-@pytest.mark.parametrize(("confidence", "knows"), [(0.29, False), (0.31, True)])
-def test_an_unsure_passage_is_not_said(confidence: float, knows: bool):
-    found = Found((Passage("It may be so.", "a.md", 1.0),), confidence)
-    assert found.knows is knows
-    assert ("It may be so." in found.says()) is knows
+@pytest.mark.parametrize(("confidence", "is_relevant"), [(0.29, False), (0.31, True)])
+def test_low_confidence_passage_is_not_relevant(confidence: float, is_relevant: bool):
+    found = SearchResult((Passage("It may be so.", "a.md", 1.0),), confidence)
+    assert found.is_relevant is is_relevant
+    assert ("It may be so." in found.as_answer()) is is_relevant
 
 
-def test_only_passages_near_the_best_are_said():
+def test_answer_contains_only_passages_with_high_scores():
     passages = tuple(Passage(f"text {place}", "a.md", score) for place, score in enumerate((9.0, 8.0, 3.0)))
-    said = Found(passages, 0.9).says()
-    assert "text 0" in said
-    assert "text 1" in said
-    assert "text 2" not in said
+    answer = SearchResult(passages, 0.9).as_answer()
+    assert "text 0" in answer
+    assert "text 1" in answer
+    assert "text 2" not in answer
 
 
-async def test_no_folder_and_bad_files_leave_less_knowledge(
+async def test_missing_folder_and_invalid_files_are_tolerated(
     notes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     (notes / "image.png").write_bytes(b"\x89PNG\x00")
@@ -111,20 +118,20 @@ async def test_no_folder_and_bad_files_leave_less_knowledge(
     async with Knowledge.open(notes) as knowledge:
         assert await first(knowledge, "cat") == "cats.md: Cats"
         assert knowledge.entries == 2
-    assert "image.png is none of .md" in caplog.text
-    assert "latin.md is not UTF-8 text: line 1 holds the byte 0xfc" in caplog.text
+    assert "image.png has none of the suffixes .md" in caplog.text
+    assert "latin.md is not UTF-8 text: line 1 contains the byte 0xfc" in caplog.text
     async with Knowledge.open(tmp_path / "nowhere") as knowledge:
-        assert (await knowledge.search("cat")).says() == NO_KNOWLEDGE
+        assert (await knowledge.search("cat")).as_answer() == NO_PASSAGES
 
 
-async def test_a_changed_file_is_found_without_a_restart(notes: Path):
-    async with Knowledge.open(notes, every_seconds=0.05) as knowledge:
+async def test_changed_file_is_found_without_restart(notes: Path):
+    async with Knowledge.open(notes, update_seconds=0.05) as knowledge:
         assert await first(knowledge, "zebra stripes") == ""
         (notes / "zebras.md").write_text("# Zebras\nA zebra has stripes.\n")
         await until(lambda: first(knowledge, "zebra stripes"))
 
 
-async def test_the_shipped_files_answer_operators():
+async def test_shipped_files_answer_questions_of_operators():
     async with Knowledge.open(SHIPPED) as knowledge:
         for question, part in {
             "How do I stop a single model?": "traffic target to `0`",
@@ -132,62 +139,62 @@ async def test_the_shipped_files_answer_operators():
             "What does a 429 from the provider do?": "Retry-After",
             "difference between mean and median": "in the middle",
         }.items():
-            assert part in (await knowledge.search(question)).says(), question
+            assert part in (await knowledge.search(question)).as_answer(), question
 
 
-async def test_searching_leaves_the_event_loop_free(notes: Path):
+async def test_search_does_not_block_the_event_loop(notes: Path):
     seen: set[int] = set()
     index_search = KnowledgeIndex.search
 
-    def noting(self: KnowledgeIndex, question: str, limit: int) -> Hits:
+    def recording(self: KnowledgeIndex, question: str, limit: int) -> SearchResult:
         seen.add(threading.get_ident())
         return index_search(self, question, limit)
 
     async with Knowledge.open(notes) as knowledge:
-        knowledge._files.search = noting.__get__(knowledge._files)  # type: ignore[method-assign]
+        knowledge._file_index.search = recording.__get__(knowledge._file_index)  # type: ignore[method-assign]
         await asyncio.gather(*(knowledge.search("cat") for _ in range(20)))
     assert seen
     assert threading.get_ident() not in seen
 
 
-async def test_without_postgres_the_files_answer_and_the_log_says_so(
+async def test_without_postgres_files_are_searched_and_the_error_is_logged(
     notes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     url = "postgresql://nobody:sec" + "ret@127.0.0.1:9/none"
-    async with Knowledge.open(notes, database_url=url, data_folder=tmp_path, every_seconds=0.1) as knowledge:
+    async with Knowledge.open(notes, database_url=url, data_folder=tmp_path, update_seconds=0.1) as knowledge:
         assert await first(knowledge, "cat") == "cats.md: Cats"
 
-        async def complained() -> bool:
+        async def logged() -> bool:
             return "cannot be reached" in caplog.text
 
-        await until(complained)
+        await until(logged)
         assert await first(knowledge, "cat") == "cats.md: Cats"
     assert "secret" not in caplog.text
 
 
-async def test_a_folder_that_cannot_be_written_leaves_the_files(
+async def test_without_writable_folder_files_are_searched(
     notes: Path, tmp_path: Path, database: str, caplog: pytest.LogCaptureFixture
 ):
     blocked = tmp_path / "blocked"
     blocked.write_text("a file, no folder")
     async with Knowledge.open(
-        notes, database_url=database, data_folder=blocked, every_seconds=0.1
+        notes, database_url=database, data_folder=blocked, update_seconds=0.1
     ) as knowledge:
 
-        async def complained() -> bool:
-            return "not brought up to date" in caplog.text
+        async def logged() -> bool:
+            return "knowledge index not updated" in caplog.text
 
-        await until(complained)
+        await until(logged)
         assert await first(knowledge, "cat") == "cats.md: Cats"
 
 
-async def test_what_is_added_anywhere_is_found_by_every_host(
+async def test_added_file_is_found_on_every_host(
     notes: Path, tmp_path: Path, database: str, probe: Probe, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level(logging.INFO, "router.knowledge")
     await solve(probe, "Why is the sky blue?", "Air scatters blue light more.")
     hosts = [
-        Knowledge.open(notes, database_url=database, data_folder=tmp_path / name, every_seconds=0.2)
+        Knowledge.open(notes, database_url=database, data_folder=tmp_path / name, update_seconds=0.2)
         for name in ("one", "two")
     ]
     async with hosts[0] as one, hosts[1] as two:
@@ -200,13 +207,13 @@ async def test_what_is_added_anywhere_is_found_by_every_host(
         path = tmp_path / "owls.md"
         path.write_text("# Owls\nAn owl hunts at night.\n")
         with connect(database) as connection:
-            add_file(connection, path, read_file(path, key="k", name="owls.md"))
+            add_file(connection, path, knowledge_file(path))
         for knowledge in (one, two):
             await until(lambda knowledge=knowledge: first(knowledge, "hunting at night"))
-    assert "entries added" in caplog.text
+    assert "knowledge index: 3 added" in caplog.text
 
 
-async def test_nothing_is_left_when_it_is_closed_in_the_middle_of_a_pass(
+async def test_closing_during_a_run_leaves_no_process_or_task(
     notes: Path, tmp_path: Path, database: str, probe: Probe
 ):
     await probe.run(
@@ -224,13 +231,15 @@ async def test_nothing_is_left_when_it_is_closed_in_the_middle_of_a_pass(
         children.extend(found)
         return bool(found)
 
-    async with Knowledge.open(notes, database_url=database, data_folder=tmp_path, every_seconds=60):
+    async with Knowledge.open(notes, database_url=database, data_folder=tmp_path, update_seconds=60):
         await until(working)
     assert not any(child.is_running() for child in children)
     assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("knowledge")]
 
 
-async def test_only_what_was_solved_well_is_learned(notes: Path, home: Path, database: str, probe: Probe):
+async def test_only_answers_of_chosen_models_are_indexed(
+    notes: Path, home: Path, database: str, probe: Probe
+):
     well = await solve(probe, "What eats a marmot?", "An eagle does.")
     await probe.add("What is a marmot?")
     provisional = await probe.add("Where does a marmot sleep?")
@@ -238,52 +247,50 @@ async def test_only_what_was_solved_well_is_learned(notes: Path, home: Path, dat
     assert await probe.settle(call, answer="In a marmot burrow.") == "kept"
     old = await probe.add(
         "How old is a marmot?", status="solved", answer="15 years."
-    )  # from before ranks were kept
+    )  # solved before ranks were stored
     failed = await probe.add("Why, marmot?", status="failed", answer="A marmot.")
-    catch_up(home, notes, database)
+    update_index(home, notes, database)
     assert set(indexed(home, "marmot")) == {f"task {well}", f"task {old}"}
     assert f"task {failed}" not in indexed(home, "marmot")
-    assert catch_up(home, notes, database, tasks=False).entries == 4
+    assert update_index(home, notes, database, tasks=False).entries == 4
 
 
-async def test_passes_go_on_where_the_last_one_ended(notes: Path, home: Path, database: str, probe: Probe):
-    assert (await _pass(home, notes, database)).added == 2
-    assert (await _pass(home, notes, database)).added == 0
+async def test_run_continues_where_the_last_one_ended(notes: Path, home: Path, database: str, probe: Probe):
+    assert (await _update(home, notes, database)).added == 2
+    assert (await _update(home, notes, database)).added == 0
     task_id = await solve(probe, "What eats a marmot?", "An eagle does.")
-    assert (await _pass(home, notes, database)).entries == 3
+    assert (await _update(home, notes, database)).entries == 3
     assert indexed(home, "marmot") == [f"task {task_id}"]
 
 
-async def _pass(home: Path, notes: Path, database: str, **options: int) -> IndexReport:
-    return await asyncio.to_thread(catch_up, home, notes, database, **options)
+async def _update(home: Path, notes: Path, database: str, **options: int) -> IndexReport:
+    return await asyncio.to_thread(update_index, home, notes, database, **options)
 
 
-async def test_what_people_delete_or_set_back_is_forgotten(
+async def test_deleted_and_reset_tasks_are_removed_from_the_index(
     notes: Path, home: Path, database: str, probe: Probe
 ):
     gone = await solve(probe, "What eats a marmot?", "An eagle does.")
     back = await solve(probe, "What does a marmot eat?", "Grass.")
-    await _pass(home, notes, database)
+    await _update(home, notes, database)
     assert len(indexed(home, "marmot")) == 2
     await probe.run("DELETE FROM tasks WHERE id = $1", gone)
     await probe.run("UPDATE tasks SET status = 'unsolved' WHERE id = $1", back)
-    await _pass(home, notes, database)
+    await _update(home, notes, database)
     assert indexed(home, "marmot") == []
 
 
-async def test_a_task_solved_anew_has_its_new_answer(notes: Path, home: Path, database: str, probe: Probe):
+async def test_task_solved_again_has_its_new_answer(notes: Path, home: Path, database: str, probe: Probe):
     task_id = await solve(probe, "What eats a marmot?", "An eagle does.")
-    await _pass(home, notes, database)
+    await _update(home, notes, database)
     await probe.run("UPDATE tasks SET status = 'unsolved' WHERE id = $1", task_id)
     assert await probe.settle(await probe.must_claim("general"), answer="A wolf does.") == "solved"
-    await _pass(home, notes, database)
-    hits = IndexFolder(home).read_index().search("marmot", 5).hits
-    assert [hit.text for hit in hits] == ["Question: What eats a marmot?\nAnswer: A wolf does."]
+    await _update(home, notes, database)
+    passages = IndexFolder(home).read_index().search("marmot", 5).passages
+    assert [passage.text for passage in passages] == ["Question: What eats a marmot?\nAnswer: A wolf does."]
 
 
-async def test_no_task_is_missed_or_doubled_whatever_the_slices(
-    notes: Path, home: Path, database: str, probe: Probe
-):
+async def test_slices_neither_miss_nor_duplicate_a_task(notes: Path, home: Path, database: str, probe: Probe):
     await probe.run(
         "INSERT INTO tasks (prompt, answer, status, solved_at) SELECT 'question ' || n, 'answer ' || n,"
         " CASE WHEN n % 3 = 0 THEN 'failed' ELSE 'solved' END, now() FROM generate_series(1, 100) n"
@@ -292,28 +299,26 @@ async def test_no_task_is_missed_or_doubled_whatever_the_slices(
     expected = {row["id"] for row in await probe.all("SELECT id FROM tasks WHERE status = 'solved'")}
     home_folder = IndexFolder(home)
     for _ in range(3):
-        with home_folder.alone(), connect(database, autocommit=True) as connection:
-            Indexer(home_folder, connection, each=7).run(notes)
+        with home_folder.exclusive(), connect(database, autocommit=True) as connection:
+            Indexer(home_folder, connection, slice_tasks=7).run(notes)
         index = home_folder.read_index()
         assert index.task_ids(-(2**62), 2**62) == expected
         assert len(index) == len(expected) + 2
 
 
-async def test_the_index_is_bounded_and_keeps_the_newest(
-    notes: Path, home: Path, database: str, probe: Probe
-):
+async def test_full_index_keeps_the_newest_tasks(notes: Path, home: Path, database: str, probe: Probe):
     insert = (
         "INSERT INTO tasks (prompt, answer, status, solved_at)"
         " SELECT 'question', 'answer', 'solved', now() - interval '1 hour' FROM generate_series(1, $1)"
     )
     await probe.run(insert, 30)
     newest = await probe.value("SELECT max(id) FROM tasks")
-    assert (await _pass(home, notes, database, most=12)).entries == 12
+    assert (await _update(home, notes, database, max_entries=12)).entries == 12
     await probe.run(insert, 5)
-    assert (await _pass(home, notes, database, most=12)).entries == 12
+    assert (await _update(home, notes, database, max_entries=12)).entries == 12
     assert IndexFolder(home).read_index().task_ids(0, 2**62) == set(range(newest - 4, newest + 6))
-    assert (await _pass(home, notes, database, most=12)).added == 0, (
-        "what was too much is not looked at again"
+    assert (await _update(home, notes, database, max_entries=12)).added == 0, (
+        "excess tasks are not scanned again"
     )
 
 
@@ -323,61 +328,59 @@ async def test_sources_are_replaced_and_removed(notes: Path, home: Path, tmp_pat
     def add(text: str) -> str:
         path.write_text(text)
         with connect(database) as connection:
-            return add_file(connection, path, read_file(path, key="k", name="owls.md"))
+            return add_file(connection, path, knowledge_file(path))
 
     assert add("# Owls\nAn owl hunts at night.\n\n# Food\nMice.\n") == "added"
     assert add("# Owls\nAn owl hunts at night.\n\n# Food\nMice.\n") == "unchanged"
-    await _pass(home, notes, database)
+    await _update(home, notes, database)
     assert indexed(home, "mice") == ["owls.md: Food"]
     assert add("# Owls\nAn owl is quiet.\n") == "replaced"
-    await _pass(home, notes, database)
+    await _update(home, notes, database)
     assert indexed(home, "mice night") == []
     assert indexed(home, "quiet owl") == ["owls.md: Owls"]
     with connect(database) as connection:
         assert remove_path(connection, tmp_path) == [str(path)]
         assert remove_path(connection, path) == []
-    await _pass(home, notes, database)
+    await _update(home, notes, database)
     assert indexed(home, "quiet owl") == []
     assert add("# Owls\nAn owl is quiet.\n") == "added"
 
 
-async def test_an_index_of_another_database_is_made_anew(
+async def test_index_of_another_database_is_rebuilt(
     notes: Path, home: Path, database: str, empty_database: str, probe: Probe
 ):
     from router.migrations import migrate  # noqa: PLC0415 - only here
 
     await solve(probe, "What eats a marmot?", "An eagle does.")
-    await _pass(home, notes, database)
+    await _update(home, notes, database)
     migrate(empty_database)
-    await _pass(home, notes, empty_database)
+    await _update(home, notes, empty_database)
     assert indexed(home, "marmot") == []
     assert indexed(home, "cat purrs") == ["cats.md: Cats"]
 
 
 @pytest.mark.parametrize("broken", ["index/meta.json", "state.json"])
-async def test_a_broken_index_is_made_anew(broken: str, notes: Path, home: Path, database: str, probe: Probe):
+async def test_broken_index_is_rebuilt(broken: str, notes: Path, home: Path, database: str, probe: Probe):
     await solve(probe, "What eats a marmot?", "An eagle does.")
-    await _pass(home, notes, database)
+    await _update(home, notes, database)
     (home / broken).write_text("{")
-    assert (await _pass(home, notes, database)).entries == 3
+    assert (await _update(home, notes, database)).entries == 3
     assert len(indexed(home, "marmot eagle")) == 1
 
 
 @pytest.mark.parametrize("left", [(), ("meta.json",)])
-async def test_a_state_without_its_index_is_not_believed(
+async def test_state_without_its_index_is_ignored(
     left: tuple[str, ...], notes: Path, home: Path, database: str, probe: Probe
 ):
     await solve(probe, "What eats a marmot?", "An eagle does.")
-    await _pass(home, notes, database)
+    await _update(home, notes, database)
     shutil.rmtree(home / "index")
     if left:
-        KnowledgeIndex(home / "index")  # a reader made it anew, and empty
-    assert (await _pass(home, notes, database)).entries == 3
+        KnowledgeIndex(home / "index")  # a reader created an empty one
+    assert (await _update(home, notes, database)).entries == 3
 
 
-async def test_a_pass_that_was_killed_is_finished_by_the_next(
-    notes: Path, home: Path, database: str, probe: Probe
-):
+async def test_killed_run_is_completed_by_the_next(notes: Path, home: Path, database: str, probe: Probe):
     await probe.run(
         "INSERT INTO tasks (prompt, answer, status, solved_at)"
         " SELECT 'q ' || n, repeat('word' || n || ' ', 99), 'solved', now() - interval '1 hour'"
@@ -390,16 +393,16 @@ async def test_a_pass_that_was_killed_is_finished_by_the_next(
             env={**os.environ, "ROUTER_DATABASE_URL": database},
         )
         until_true((home / "index" / "meta.json").exists)
-        await asyncio.sleep(after_seconds)  # wherever it is by then
+        await asyncio.sleep(after_seconds)  # killed at an arbitrary point
         child.kill()
         child.wait()
-    assert (await _pass(home, notes, database)).entries == len(expected) + 2
+    assert (await _update(home, notes, database)).entries == len(expected) + 2
     assert IndexFolder(home).read_index().task_ids(-(2**62), 2**62) == expected
 
 
-async def test_an_index_that_nobody_used_for_weeks_is_deleted(notes: Path, tmp_path: Path, database: str):
+async def test_index_unused_for_weeks_is_deleted(notes: Path, tmp_path: Path, database: str):
     for name in ("mine", "recent", "unused"):
-        await _pass(tmp_path / "indexes" / name, notes, database)
+        await _update(tmp_path / "indexes" / name, notes, database)
     long_ago = time.time() - 15 * 86_400
     for name in ("mine", "unused"):
         os.utime(tmp_path / "indexes" / name / "state.json", (long_ago, long_ago))
@@ -407,21 +410,21 @@ async def test_an_index_that_nobody_used_for_weeks_is_deleted(notes: Path, tmp_p
     strange.mkdir()
     (strange / "state.json").write_text("of another program")
     os.utime(strange / "state.json", (long_ago, long_ago))
-    await _pass(tmp_path / "indexes" / "mine", notes, database)
+    await _update(tmp_path / "indexes" / "mine", notes, database)
     assert {path.name for path in (tmp_path / "indexes").iterdir()} == {"mine", "recent", "strange"}
 
 
-async def test_one_pass_at_a_time(notes: Path, home: Path, database: str):
-    with IndexFolder(home).alone() as alone:
-        assert alone
-        assert (await _pass(home, notes, database)).busy
+async def test_only_one_run_at_a_time(notes: Path, home: Path, database: str):
+    with IndexFolder(home).exclusive() as acquired:
+        assert acquired
+        assert (await _update(home, notes, database)).busy
 
 
-async def test_versions_are_seen_in_order(tmp_path: Path, database: str):
-    """Who adds while another's addition is open waits: no version appears below one that was read."""
+async def test_source_versions_become_visible_in_order(tmp_path: Path, database: str):
+    """An addition waits for other open ones, so that no version appears below one already read."""
     path = tmp_path / "a.md"
     path.write_text("first")
-    file = read_file(path, key="k", name="a.md")
+    file = knowledge_file(path)
     done = threading.Event()
 
     def second() -> None:

@@ -1,4 +1,4 @@
-"""What the log need not keep goes: old days that are summed up, and nothing else."""
+"""Retention: drops old days that are summed up, and nothing else."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def keeping(**changes: object) -> LearningSettings:
     return shipped_learning(**{"retention_days": 5, **changes})
 
 
-def test_old_days_that_are_summed_up_go_and_their_evidence_stays(log: Log) -> None:
+def test_summed_up_days_are_dropped_and_their_evidence_stays(log: Log) -> None:
     log.review()
     before, evidence = partitions(log), log.query("SELECT * FROM evidence ORDER BY period")
     gone = dropped(log)
@@ -72,11 +72,11 @@ def test_old_days_that_are_summed_up_go_and_their_evidence_stays(log: Log) -> No
     assert log.value("SELECT count(*) FROM model_calls") == 20
     again = dropped(log)
     assert (again.days, again.kept) == ((), ())
-    assert log.review().news == ()
+    assert log.review().changes == ()
     assert log.query("SELECT * FROM evidence ORDER BY period") == evidence
 
 
-def test_what_is_not_summed_up_never_goes(log: Log) -> None:
+def test_days_that_are_not_summed_up_are_kept(log: Log) -> None:
     gone = dropped(log)
     assert gone.days == ()
     assert gone.kept == tuple(f"{name}: not summed up" for name in days(log))
@@ -92,12 +92,12 @@ def test_what_is_not_summed_up_never_goes(log: Log) -> None:
     assert log.value("SELECT count(*) FROM model_calls") == 41
 
 
-def test_an_empty_day_goes_though_nobody_summed_it_up(log: Log) -> None:
+def test_an_empty_day_is_dropped_without_being_summed_up(log: Log) -> None:
     with_partition(log, 400)
     assert dropped(log).days == (day(log, 400),)
 
 
-def test_a_period_of_another_length_is_summed_up_for_itself(log: Log) -> None:
+def test_each_period_length_needs_its_own_sums(log: Log) -> None:
     log.review()
     assert dropped(log, period_hours=12).days == ()
     log.review(shipped_learning(period_hours=12))
@@ -106,12 +106,12 @@ def test_a_period_of_another_length_is_summed_up_for_itself(log: Log) -> None:
 
 def test_late_feedback_on_a_dropped_day_leaves_its_evidence_alone(log: Log) -> None:
     log.review()
-    two_days = shipped_learning(period_hours=48)  # of one of its periods a day is left
+    two_days = shipped_learning(period_hours=48)  # one of its periods keeps a day
     log.review(two_days)
     evidence = log.query("SELECT * FROM evidence WHERE period_seconds = 172800 ORDER BY period")
     drop_old_calls(log.url, LearningSettings.model_validate({**two_days.model_dump(), "retention_days": 8}))
     assert day(log, 9) not in partitions(log)
-    log.query("SELECT give_feedback(id, 0, 'a reader') FROM tasks")
+    log.query("SELECT record_feedback(id, 0, 'a reader') FROM tasks")
     log.review(two_days)
     kept = log.query("SELECT * FROM evidence WHERE period_seconds = 172800 ORDER BY period")
     dropped_periods = log.query(
@@ -122,13 +122,13 @@ def test_late_feedback_on_a_dropped_day_leaves_its_evidence_alone(log: Log) -> N
     assert [row for row in kept if row["period"] in touched] == [
         row for row in evidence if row["period"] in touched
     ]
-    assert kept != evidence  # that of the days which are there has heard of it
+    assert kept != evidence  # the evidence of other days changed
 
 
-def test_the_limiters_memory_is_kept(log: Log) -> None:
+def test_days_of_the_longest_window_are_kept(log: Log) -> None:
     log.review()
     log.query("INSERT INTO traffic_targets (model, version, target) VALUES (%s, 1, '5000/7d')", MODEL)
-    assert dropped(log).days == days(log, (9,))  # the longest window, and a day
+    assert dropped(log).days == days(log, (9,))  # the longest window, plus a day
 
 
 def test_a_dry_run_drops_nothing(log: Log) -> None:
@@ -138,50 +138,51 @@ def test_a_dry_run_drops_nothing(log: Log) -> None:
     assert partitions(log) == before
 
 
-def test_a_log_in_use_is_waited_for_and_left_for_the_next_night(
+def test_a_locked_log_is_waited_for_and_then_left_for_the_next_run(
     log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log.review()
-    monkeypatch.setattr("router.learning.retention.LOCK_PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr("router.learning.retention.RETRY_SECONDS", 0.5)
     with connect(log.url) as reader:
-        rows(reader, "SELECT count(*) FROM model_calls")  # a long report, say
+        rows(reader, "SELECT count(*) FROM model_calls")  # e.g. a long report
         gone = dropped(log)
     assert gone.days == ()
     assert len(gone.kept) == 3
     assert all("in use" in kept for kept in gone.kept)
-    monkeypatch.setattr("router.learning.retention.LOCK_PATIENCE_SECONDS", 20.0)
+    monkeypatch.setattr("router.learning.retention.RETRY_SECONDS", 20.0)
     with connect(log.url) as reader:
         rows(reader, "SELECT count(*) FROM model_calls")
         done: list[Retention] = []
         thread = threading.Thread(target=lambda: done.append(dropped(log)))
         thread.start()
-        until(lambda: log.query("SELECT FROM pg_stat_activity WHERE query LIKE 'SELECT drop_day%%'"))
+        dropping = "SELECT FROM pg_stat_activity WHERE query LIKE 'SELECT drop_call_partition%%'"
+        until(lambda: log.query(dropping))
     thread.join(30)
     assert done[0].days == days(log)
 
 
-def test_a_drop_that_dies_is_undone_whole(log: Log) -> None:
+def test_a_failed_drop_is_rolled_back(log: Log) -> None:
     log.review()
     log.query(
-        "CREATE FUNCTION die() RETURNS trigger LANGUAGE plpgsql AS"
-        " $$ BEGIN RAISE EXCEPTION 'the machine died'; END $$;"
-        " CREATE TRIGGER zz_die AFTER UPDATE ON evidence_periods FOR EACH ROW EXECUTE FUNCTION die()"
+        "CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN RAISE EXCEPTION 'crashed'; END $$;"
+        " CREATE TRIGGER zz_fail AFTER UPDATE ON evidence_periods FOR EACH ROW EXECUTE FUNCTION fail()"
     )
     before = partitions(log)
-    with pytest.raises(DatabaseError, match="the machine died"):
+    with pytest.raises(DatabaseError, match="crashed"):
         dropped(log)
     assert partitions(log) == before
     assert log.value("SELECT count(*) FROM model_calls") == 80
 
 
-def test_while_a_review_runs_nothing_is_dropped(log: Log) -> None:
+def test_nothing_is_dropped_during_a_review(log: Log) -> None:
     with connect(log.url) as connection:
         rows(connection, "SELECT pg_advisory_lock(%s)", (REVIEW_LOCK,))
         with pytest.raises(ReviewBusy):
             dropped(log)
 
 
-def test_scores_out_of_memory_go(log: Log) -> None:
+def test_scores_older_than_the_memory_are_deleted(log: Log) -> None:
     log.review()
     log.add(OTHER, 2, days_ago=70)
     log.query(

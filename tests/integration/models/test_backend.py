@@ -1,4 +1,4 @@
-"""The client of the Models Backend against real sockets: what each thing that can happen becomes."""
+"""Client of the Models Backend against real sockets: the result of every kind of reply and failure."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from router.errors import BackendUnavailable, ConfigError, PermitExpired
 from router.models.backend import ModelsBackend
 from router.settings.router import BackendFields, BackendSettings
 from router.task import CallResult, Outcome
+from tests.support.calls import call_request, request_id
 
 GOOD = {"model": "m", "answer": "42", "usage": {"prompt_tokens": 3, "completion_tokens": 4}, "cost_usd": 0.5}
 
 
 @dataclass
 class Scripted:
-    """A server that says exactly the bytes it is told to, and keeps all that it was sent."""
+    """A server that sends scripted bytes and records what it receives."""
 
     reply: bytes
     then_close: bool = False
@@ -96,15 +97,10 @@ async def call(
     timeout_seconds: float = 5,
     prompt: str = "p",
 ) -> CallResult:
-    return await backend.call(
-        model_endpoint="m",
-        prompt=prompt,
-        max_tokens=16,
-        request_id="r1",
-        tokens_reserved=20,
-        timeout_seconds=timeout_seconds,
-        before_send=before_send,
+    request = call_request(
+        "m", prompt, name="r1", max_tokens=16, reserved_tokens=20, timeout_seconds=timeout_seconds
     )
+    return await backend.call(request, before_send=before_send)
 
 
 async def result_of(reply: bytes, settings: BackendSettings | None = None, **options: Any) -> CallResult:
@@ -129,7 +125,7 @@ def acquired(backend: ModelsBackend) -> int:
     return len(connector._acquired)
 
 
-async def test_an_answer_comes_back_with_its_usage_and_latency() -> None:
+async def test_answer_has_usage_and_latency() -> None:
     result = await result_of(http(200, GOOD))
     assert (result.outcome, result.answer, result.used_tokens, result.cost_usd) == (
         Outcome.ANSWERED,
@@ -142,7 +138,7 @@ async def test_an_answer_comes_back_with_its_usage_and_latency() -> None:
     assert result.error is None
 
 
-async def test_field_names_and_paths_are_the_existing_backends() -> None:
+async def test_field_names_and_paths_are_configurable() -> None:
     fields = BackendFields(
         model="llm.name", prompt="llm.input", answer="choices.0.message.content", prompt_tokens="used.in",
         completion_tokens="used.out", cost_usd="price",
@@ -165,7 +161,7 @@ async def test_field_names_and_paths_are_the_existing_backends() -> None:
     expected = {
         "llm": {"name": "m", "input": "p"},
         "max_tokens": 16,
-        "request_id": "r1",
+        "request_id": request_id("r1"),
         "tokens_reserved": 20,
     }
     assert script.bodies == [expected]
@@ -177,19 +173,19 @@ async def test_field_names_and_paths_are_the_existing_backends() -> None:
         (429, Outcome.RATE_LIMITED), (503, Outcome.OVERLOADED), (500, Outcome.ERROR), (502, Outcome.ERROR),
         (504, Outcome.ERROR), (599, Outcome.ERROR), (404, Outcome.UNKNOWN_MODEL), (400, Outcome.REJECTED),
         (413, Outcome.REJECTED), (422, Outcome.REJECTED), (302, Outcome.ERROR),
-        # Said to us, not to the prompt, which must not lose an attempt by it:
+        # These concern the router and not the prompt, which must not lose an attempt:
         (401, Outcome.OVERLOADED), (402, Outcome.OVERLOADED), (405, Outcome.OVERLOADED),
         (407, Outcome.OVERLOADED), (403, Outcome.ERROR), (408, Outcome.ERROR), (425, Outcome.ERROR),
     ],
 )  # fmt: skip
-async def test_each_refusal_has_its_outcome(status: int, outcome: Outcome) -> None:
-    result = await result_of(http(status, {"error": {"message": "why not"}}, {"Location": "/single"}))
+async def test_error_status_maps_to_outcome(status: int, outcome: Outcome) -> None:
+    result = await result_of(http(status, {"error": {"message": "reason"}}, {"Location": "/single"}))
     assert result.outcome is outcome
-    assert result.error == f"{status} why not"
+    assert result.error == f"{status} reason"
     assert result.answer is None
 
 
-async def test_a_redirect_is_not_followed_since_it_would_be_a_second_send() -> None:
+async def test_redirect_is_not_followed() -> None:
     async with scripted(http(307, {}, {"Location": "/single"})) as script:
         async with ModelsBackend(script.url, BackendSettings()) as backend:
             await call(backend)
@@ -210,11 +206,11 @@ async def test_a_redirect_is_not_followed_since_it_would_be_a_second_send() -> N
     ],
 )
 @pytest.mark.parametrize("status", [429, 503])
-async def test_retry_after_in_seconds(header: str, seconds: float | None, status: int) -> None:
+async def test_retry_after_in_seconds_is_parsed(header: str, seconds: float | None, status: int) -> None:
     assert (await result_of(http(status, {}, {"Retry-After": header}))).retry_after_seconds == seconds
 
 
-async def test_retry_after_as_a_date_is_read_by_the_backends_own_clock() -> None:
+async def test_retry_after_date_is_read_against_the_backends_clock() -> None:
     its_now = time.time() - 3600  # an hour slow
     headers = {
         "Date": email.utils.formatdate(its_now, usegmt=True),
@@ -223,7 +219,7 @@ async def test_retry_after_as_a_date_is_read_by_the_backends_own_clock() -> None
     assert (await result_of(http(429, {}, headers))).retry_after_seconds == 30
 
 
-async def test_other_refusals_carry_no_retry_after() -> None:
+async def test_other_errors_have_no_retry_after() -> None:
     assert (await result_of(http(500, {}, {"Retry-After": "7"}))).retry_after_seconds is None
 
 
@@ -232,31 +228,31 @@ async def test_other_refusals_carry_no_retry_after() -> None:
     [b"<html>", b"", b'{"answer": "cut o', b"\xff\xfe", b"[" * 100_000, {"usage": {}}, {"answer": None},
      {"answer": 42}, {"answer": ["x"]}, {"answer": ""}, {"answer": " \n"}, [], "42"],
 )  # fmt: skip
-async def test_200_without_an_answer_is_garbage(document: object) -> None:
+async def test_success_without_an_answer_is_garbage(document: object) -> None:
     result = await result_of(http(200, document))
     assert result.outcome is Outcome.GARBAGE
     assert result.error
     assert "\n" not in result.error
 
 
-async def test_an_empty_answer_keeps_what_it_cost() -> None:
+async def test_empty_answer_keeps_its_usage_and_cost() -> None:
     result = await result_of(http(200, {**GOOD, "answer": ""}))
     assert (result.outcome, result.used_tokens, result.cost_usd) == (Outcome.GARBAGE, 7, 0.5)
 
 
 @pytest.mark.parametrize("count", [-1, 2**31, True, 1.5, "3", None])
-async def test_counts_that_the_log_cannot_hold_are_unknown(count: object) -> None:
+async def test_invalid_token_counts_are_ignored(count: object) -> None:
     result = await result_of(http(200, {"answer": "x", "usage": {"prompt_tokens": count}, "cost_usd": count}))
     assert result.outcome is Outcome.ANSWERED
     assert result.prompt_tokens is None
 
 
-async def test_what_postgres_cannot_store_is_replaced_in_the_answer() -> None:
+async def test_characters_that_postgres_cannot_store_are_replaced() -> None:
     result = await result_of(http(200, b'{"answer": "a\\u0000b\\ud800c"}'))
     assert result.answer == "a\ufffdb\ufffdc"
 
 
-async def test_too_large_an_answer_is_not_read_to_its_end() -> None:
+async def test_oversized_answer_is_not_read_to_its_end() -> None:
     endless = b"HTTP/1.1 200 OK\r\nContent-Length: 900000000\r\n\r\n" + b" " * 200_000
     async with scripted(endless) as script:
         settings = BackendSettings(max_answer_bytes=50_000)
@@ -267,7 +263,7 @@ async def test_too_large_an_answer_is_not_read_to_its_end() -> None:
     assert "larger than 50000 bytes" in (result.error or "")
 
 
-async def test_a_large_answer_within_the_bound_arrives_whole() -> None:
+async def test_large_answer_within_the_limit_is_complete() -> None:
     answer = "x" * 3_000_000
     assert (await result_of(http(200, {"answer": answer}))).answer == answer
 
@@ -280,15 +276,15 @@ async def test_a_large_answer_within_the_bound_arrives_whole() -> None:
         b"HTTP/1.1 200 OK\r\nConte",
         b"SSH-2.0-OpenSSH\r\n\r\n",
     ],
-    ids=["no word", "half a body", "half a head", "not HTTP"],
+    ids=["no reply", "half a body", "half a head", "not HTTP"],
 )
-async def test_a_broken_connection_is_an_error(reply: bytes) -> None:
+async def test_broken_connection_is_an_error(reply: bytes) -> None:
     result = await result_of(reply, then_close=True)
     assert result.outcome is Outcome.ERROR
     assert result.latency_seconds is not None
 
 
-async def test_no_answer_in_time_is_a_timeout_and_its_connection_is_dropped() -> None:
+async def test_timeout_drops_the_connection() -> None:
     async with (
         scripted(http(200, GOOD), held=True) as script,
         ModelsBackend(script.url, BackendSettings()) as backend,
@@ -299,23 +295,22 @@ async def test_no_answer_in_time_is_a_timeout_and_its_connection_is_dropped() ->
     assert result.latency_seconds == pytest.approx(0.1, abs=0.1)
 
 
-async def test_where_nobody_listens_nothing_was_sent() -> None:
-    asked: list[None] = []
+async def test_unreachable_backend_gives_unsent() -> None:
+    checks: list[None] = []
     async with ModelsBackend(f"http://127.0.0.1:{free_port()}", BackendSettings()) as backend:
-        result = await call(backend, before_send=lambda: asked.append(None))
-        assert not await backend.healthy()
+        result = await call(backend, before_send=lambda: checks.append(None))
         with pytest.raises(BackendUnavailable, match="does not answer"):
             await backend.models()
     assert result.outcome is Outcome.UNSENT
-    assert not asked
+    assert not checks
 
 
-async def test_errors_are_one_line_without_secrets() -> None:
-    words = (
+async def test_error_is_one_line_without_secrets() -> None:
+    detail = (
         "bad\r\nkey sk-abc123DEF, Authorization: Bearer eyJhbGciOi.x, api_key=hunter2 at http://u:pw@host/ "
         + "x" * 999
     )
-    result = await result_of(http(500, {"detail": words}))
+    result = await result_of(http(500, {"detail": detail}))
     assert result.error is not None
     assert len(result.error) <= 210
     assert "***@host/" in result.error
@@ -324,7 +319,7 @@ async def test_errors_are_one_line_without_secrets() -> None:
         assert secret not in result.error
 
 
-async def test_neither_a_proxy_from_the_environment_nor_cookies_are_used(
+async def test_proxy_of_the_environment_and_cookies_are_ignored(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
@@ -336,45 +331,50 @@ async def test_neither_a_proxy_from_the_environment_nor_cookies_are_used(
         assert script.connections == 1
 
 
-async def test_a_session_that_was_handed_in_stays_open() -> None:
+async def test_session_that_was_passed_in_stays_open() -> None:
     async with scripted(http(200, GOOD)) as script, aiohttp.ClientSession() as session:
         async with ModelsBackend(script.url, BackendSettings(), session) as backend:
             assert (await call(backend)).outcome is Outcome.ANSWERED
         assert not session.closed
 
 
-def test_an_address_that_is_no_url_is_refused_without_repeating_it() -> None:
+def test_invalid_address_is_rejected_without_echoing_it() -> None:
     with pytest.raises(ConfigError, match="MODELS_BACKEND_URL") as caught:
         ModelsBackend("user:secret@host", BackendSettings())
     assert "secret" not in str(caught.value)
 
 
-# The permit's check ----------------------------------------------------------------------------------------
+# Check of the permit
 
 
-def dead() -> None:
-    raise PermitExpired("its moment has passed")
+def expired() -> None:
+    raise PermitExpired("the permit has expired")
 
 
-@pytest.mark.parametrize("reused", [False, True], ids=["new connection", "kept connection"])
-async def test_a_dead_permit_leaves_nothing_on_the_wire(reused: bool) -> None:
+@pytest.mark.parametrize("reused", [False, True], ids=["new connection", "reused connection"])
+async def test_expired_permit_writes_nothing(reused: bool) -> None:
     async with scripted(http(200, GOOD)) as script, ModelsBackend(script.url, BackendSettings()) as backend:
         if reused:
             await call(backend)
         seen = script.bytes_seen
-        with pytest.raises(PermitExpired, match="its moment has passed"):
-            await call(backend, before_send=dead)
+        with pytest.raises(PermitExpired, match="the permit has expired"):
+            await call(backend, before_send=expired)
         assert acquired(backend) == 0
-        assert (await call(backend)).outcome is Outcome.ANSWERED  # behind whatever the dead one had written
+        assert (
+            await call(backend)
+        ).outcome is Outcome.ANSWERED  # follows anything that the expired call had written
         assert len(script.heads) == (3 if reused else 2) - 1
         assert script.bytes_seen > seen
         assert script.connections == 2
 
 
-async def test_the_check_waits_until_there_is_a_connection() -> None:
+async def test_check_runs_after_a_connection_is_acquired() -> None:
     order: list[str] = []
     settings = BackendSettings(max_connections=1)
-    async with scripted(http(200, GOOD), held=True) as script, ModelsBackend(script.url, settings) as backend:
+    async with (
+        scripted(http(200, GOOD), held=True) as script,
+        ModelsBackend(script.url, settings) as backend,
+    ):
         first = asyncio.create_task(call(backend, before_send=lambda: order.append("first checked")))
         await until(lambda: bool(script.heads))
         second = asyncio.create_task(call(backend, before_send=lambda: order.append("second checked")))
@@ -386,10 +386,10 @@ async def test_the_check_waits_until_there_is_a_connection() -> None:
 
 
 @pytest.mark.parametrize("prompt", ["p", "p" * 3_000_000], ids=["small", "larger than the socket's buffer"])
-async def test_the_first_byte_is_on_the_socket_before_anything_else_can_run(prompt: str) -> None:
-    """After the check the loop is held up; a server in another thread must have the request all the same."""
+async def test_request_is_on_the_socket_before_anything_else_can_run(prompt: str) -> None:
+    """The loop is blocked right after the check; a server in another thread must still get the request."""
     arrived = threading.Event()
-    seen_while_loop_stood: list[bool] = []
+    seen_while_loop_was_blocked: list[bool] = []
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
@@ -405,7 +405,7 @@ async def test_the_first_byte_is_on_the_socket_before_anything_else_can_run(prom
 
         def check() -> None:
             assert not arrived.is_set()
-            asyncio.get_running_loop().call_soon(lambda: seen_while_loop_stood.append(arrived.wait(2)))
+            asyncio.get_running_loop().call_soon(lambda: seen_while_loop_was_blocked.append(arrived.wait(2)))
 
         async with ModelsBackend(
             f"http://127.0.0.1:{listener.getsockname()[1]}", BackendSettings()
@@ -413,13 +413,13 @@ async def test_the_first_byte_is_on_the_socket_before_anything_else_can_run(prom
             result = await call(backend, check, timeout_seconds=0.5, prompt=prompt)
         server.join(5)
     assert result.outcome is Outcome.TIMEOUT
-    assert seen_while_loop_stood == [True]
+    assert seen_while_loop_was_blocked == [True]
 
 
-async def test_thousands_of_dead_permits_leak_neither_connections_nor_places() -> None:
+async def test_thousands_of_expired_permits_leak_no_connections() -> None:
     settings = BackendSettings(max_connections=8)
     async with scripted(http(200, GOOD)) as script, ModelsBackend(script.url, settings) as backend:
-        calls = [call(backend, before_send=dead if number % 2 else None) for number in range(2000)]
+        calls = [call(backend, before_send=expired if number % 2 else None) for number in range(2000)]
         results = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 60)
         assert acquired(backend) == 0
         assert len(script.heads) == 1000
@@ -432,9 +432,12 @@ async def test_thousands_of_dead_permits_leak_neither_connections_nor_places() -
         assert expected, (number, result)
 
 
-async def test_a_cancelled_call_gives_its_connection_back() -> None:
+async def test_canceled_call_returns_its_connection() -> None:
     settings = BackendSettings(max_connections=1)
-    async with scripted(http(200, GOOD), held=True) as script, ModelsBackend(script.url, settings) as backend:
+    async with (
+        scripted(http(200, GOOD), held=True) as script,
+        ModelsBackend(script.url, settings) as backend,
+    ):
         running = asyncio.create_task(call(backend))
         await until(lambda: bool(script.heads))
         running.cancel()
@@ -452,14 +455,14 @@ async def test_a_cancelled_call_gives_its_connection_back() -> None:
         ({"data": [{"id": "a"}]}, ["a"]), ({"models": {"a": {}}}, ["a"]), ([], []),
     ],
 )  # fmt: skip
-async def test_the_usual_shapes_of_a_list_of_models_are_read(document: object, names: list[str]) -> None:
+async def test_usual_shapes_of_a_model_list_are_read(document: object, names: list[str]) -> None:
     assert await listing(http(200, document)) == names
 
 
 @pytest.mark.parametrize(
     "reply", [http(500, {}), http(200, b"<html>"), http(200, {"models": [{"x": 1}]}), http(200, 3)]
 )
-async def test_a_list_of_models_that_cannot_be_read_says_so(reply: bytes) -> None:
+async def test_unreadable_model_list_raises(reply: bytes) -> None:
     with pytest.raises(BackendUnavailable):
         await listing(reply)
 
@@ -467,9 +470,3 @@ async def test_a_list_of_models_that_cannot_be_read_says_so(reply: bytes) -> Non
 async def listing(reply: bytes) -> list[str]:
     async with scripted(reply) as script, ModelsBackend(script.url, BackendSettings()) as backend:
         return await backend.models()
-
-
-@pytest.mark.parametrize(("status", "healthy"), [(200, True), (204, True), (500, False), (404, False)])
-async def test_healthy_is_2xx(status: int, healthy: bool) -> None:
-    async with scripted(http(status, b"")) as script, ModelsBackend(script.url, BackendSettings()) as backend:
-        assert await backend.healthy() is healthy

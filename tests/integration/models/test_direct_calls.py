@@ -1,4 +1,4 @@
-"""Calls without a task, on real parts: permitted, logged, settled, given up on purpose, and no evidence."""
+"""Calls without a task, with real services: permit, log, settlement, cancellation, and no evidence."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from router.models.direct_calls import DirectCaller, DirectResult
 from router.models.roster import RosterModel, sync_roster
 from router.settings.environment import Addresses
 from router.task import Outcome
-from tests.support.answering import CHEAP, PREFERRED, SECOND, THIRD, asking_config
+from tests.support.answering import CHEAP, PREFERRED, SECOND, THIRD, answering_config
 from tests.support.reviews import Log, shipped_learning
 from tests.support.waiting import until
 
@@ -37,7 +37,7 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BackendServer]
 
 
 class Calling:
-    """A caller, and what it left in Postgres and at the backend."""
+    """A caller, and its traces in Postgres and at the backend."""
 
     def __init__(self, caller: DirectCaller, addresses: Addresses, backend: BackendServer) -> None:
         self.caller = caller
@@ -77,7 +77,7 @@ async def calling(
     database: str, redis_server: RedisServer, redis_client: redis.asyncio.Redis, backend: BackendServer
 ) -> AsyncIterator[Calling]:
     addresses = Addresses(database_url=database, redis_url=redis_server.url, backend_url=backend.url)
-    config = asking_config(**{THIRD: "0", CHEAP: "1 at once"})
+    config = answering_config(**{THIRD: "0", CHEAP: "1 at once"})
     with connect(database) as connection:
         sync_roster(connection, config)
     async with DirectCaller(addresses, config) as caller:
@@ -87,7 +87,7 @@ async def calling(
     assert left == []
 
 
-async def test_a_call_is_answered_and_in_the_log(calling: Calling) -> None:
+async def test_call_is_answered_and_logged(calling: Calling) -> None:
     called = await calling.call(max_tokens=50)
     assert called.result is not None
     assert called.result.outcome is Outcome.ANSWERED
@@ -104,21 +104,21 @@ async def test_a_call_is_answered_and_in_the_log(calling: Calling) -> None:
     assert calling.rows("SELECT FROM tasks") == []
 
 
-async def test_its_permit_comes_back_also_where_redis_had_lost_its_memory(calling: Calling) -> None:
-    for _ in range(3):  # one at once, and the log is asked what may still be going on
+async def test_permit_is_released_also_after_redis_lost_its_state(calling: Calling) -> None:
+    for _ in range(3):  # concurrency 1, and the log provides the calls in flight
         called = await calling.call(CHEAP)
         assert called.result is not None
         assert called.result.outcome is Outcome.ANSWERED
 
 
-async def test_no_permit_in_time_sends_nothing(calling: Calling) -> None:
+async def test_call_without_a_permit_in_time_is_not_sent(calling: Calling) -> None:
     stopped = await calling.call(THIRD, timeout_seconds=0.5)
     assert stopped.result is None
     assert "target is 0" in (stopped.why or "")
     calling.fault("hang", CHEAP)
     both = [asyncio.create_task(calling.call(CHEAP, timeout_seconds=0.7)) for _ in range(2)]
     done, (hanging,) = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-    crowded = done.pop().result()  # both saw the place free, and one had it
+    crowded = done.pop().result()  # both saw a free slot, and one got it
     assert crowded.result is None
     assert "concurrency limit reached" in (crowded.why or "")
     again = await calling.call(CHEAP, timeout_seconds=0.3)
@@ -137,7 +137,7 @@ def at_backend(calling: Calling) -> bool:
     return bool(requests.get(f"{calling.backend.url}/health", timeout=5).json()["in_flight"])
 
 
-async def test_what_the_model_does_wrong_is_a_result(calling: Calling) -> None:
+async def test_failure_of_the_model_is_a_result(calling: Calling) -> None:
     for kind, outcome in (("error", Outcome.ERROR), ("garbage", Outcome.GARBAGE)):
         calling.fault(kind, SECOND)
         called = await calling.call()
@@ -150,7 +150,7 @@ async def test_what_the_model_does_wrong_is_a_result(calling: Calling) -> None:
     assert unknown.result.outcome is Outcome.UNKNOWN_MODEL
 
 
-async def test_a_model_that_is_not_on_the_roster_has_its_default_target(calling: Calling) -> None:
+async def test_model_outside_the_roster_gets_its_default_target(calling: Calling) -> None:
     assert "newcomer" in await calling.caller.known_models()
     about = {"default_target": "2/s"}
     began = time.monotonic()
@@ -160,7 +160,7 @@ async def test_a_model_that_is_not_on_the_roster_has_its_default_target(calling:
     assert calling.rows("SELECT FROM newest_targets WHERE model = 'newcomer'") == []
 
 
-async def test_cancelled_it_is_given_up_and_logged_so(calling: Calling) -> None:
+async def test_canceled_call_is_logged_as_abandoned(calling: Calling) -> None:
     calling.fault("hang", PREFERRED)
     task = asyncio.create_task(calling.call(PREFERRED))
     await asyncio.to_thread(until, lambda: at_backend(calling))
@@ -172,9 +172,9 @@ async def test_cancelled_it_is_given_up_and_logged_so(calling: Calling) -> None:
     assert row["outcome"] == "abandoned"
 
 
-async def test_closing_gives_up_what_is_under_way(calling: Calling) -> None:
+async def test_closing_cancels_calls_in_flight(calling: Calling) -> None:
     calling.fault("hang", PREFERRED)
-    config = asking_config()
+    config = answering_config()
     async with DirectCaller(calling.addresses, config) as caller:
         other = Calling(caller, calling.addresses, calling.backend)
         task = asyncio.create_task(other.call(PREFERRED))
@@ -185,14 +185,14 @@ async def test_closing_gives_up_what_is_under_way(calling: Calling) -> None:
     assert row["outcome"] == "abandoned"
 
 
-async def test_what_cannot_be_logged_is_not_sent(calling: Calling) -> None:
+async def test_call_that_cannot_be_logged_is_not_sent(calling: Calling) -> None:
     with pytest.raises(DatabaseError):
         await calling.call(purpose="fun")
     assert calling.rows("SELECT FROM model_calls") == []
     assert not [row for row in calling.backend.arrivals() if row["status"] == 200 and row["model"] == "fun"]
 
 
-async def test_closed_twice_is_once_and_what_a_crash_lost_is_put_back(calling: Calling) -> None:
+async def test_ending_a_call_is_idempotent_and_restores_a_lost_row(calling: Calling) -> None:
     called = await calling.call()
     end = "SELECT end_call(%s::uuid, %s, 1, 2, 0.5, 1.5, NULL, 'm', 'general', 'trial', 'w', 10) AS outcome"
     assert calling.rows(end, str(called.call_id), "error") == [{"outcome": "answered"}]
@@ -203,7 +203,7 @@ async def test_closed_twice_is_once_and_what_a_crash_lost_is_put_back(calling: C
     assert (row["model"], row["purpose"], row["tokens"], float(row["cost"])) == ("m", "trial", 3, 0.5)
 
 
-def test_calls_to_a_judge_are_no_evidence_and_trials_only_that_of_who_has_no_place(database: str) -> None:
+def test_judge_calls_are_no_evidence_and_trials_only_of_unranked_models(database: str) -> None:
     log = Log(database)
     for model in (PREFERRED, SECOND, "newcomer"):
         for purpose in ("judge", "trial"):
@@ -224,7 +224,7 @@ def test_calls_to_a_judge_are_no_evidence_and_trials_only_that_of_who_has_no_pla
     }  # fmt: skip
 
 
-def test_a_call_whose_maker_died_does_not_keep_its_period_open(database: str) -> None:
+def test_call_of_a_crashed_process_does_not_keep_its_period_open(database: str) -> None:
     log = Log(database)
     log.add(PREFERRED, 1, days_ago=3, outcome=None)
     log.query("UPDATE model_calls SET purpose = 'trial'")

@@ -1,10 +1,9 @@
-"""One permitted call, by a real limiter to a real backend: how long it may take, and what its end means."""
+"""One permitted call with a real limiter and a real backend: its timeout and the release of its permit."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -18,11 +17,13 @@ from router.limiter.breaker import BreakerSettings
 from router.limiter.limiter import LimiterSettings, Permit, TrafficLimiter
 from router.limiter.settings import AFTER_TIMEOUT_SECONDS
 from router.models.backend import ModelsBackend
-from router.models.dispatch import CallRequest, send_permitted
+from router.models.dispatch import send_permitted
 from router.settings.router import BackendSettings
 from router.task import Outcome
+from tests.support.calls import call_request
 
 MODEL = "phi-4"
+REQUEST = call_request(MODEL, max_tokens=16, reserved_tokens=21, timeout_seconds=600.0)
 LONGEST_SECONDS = 0.5
 SETTINGS = LimiterSettings(
     max_call_seconds=AFTER_TIMEOUT_SECONDS + LONGEST_SECONDS,
@@ -53,49 +54,48 @@ async def limiter(redis_client: redis.asyncio.Redis) -> AsyncIterator[TrafficLim
         yield opened
 
 
-def order() -> CallRequest:
-    return CallRequest(uuid.uuid4(), MODEL, MODEL, "hello", 16, 21, timeout_seconds=600.0)
-
-
-async def test_a_call_ends_before_its_place_does(limiter: TrafficLimiter, backend: ModelsBackend) -> None:
+async def test_call_ends_before_its_slot_in_the_limiter(
+    limiter: TrafficLimiter, backend: ModelsBackend
+) -> None:
     began = time.monotonic()
     result = await send_permitted(
-        limiter, backend, order(), permit_seconds=1, going_out=lambda permit: permit.check()
+        limiter, backend, REQUEST, permit_seconds=1, before_send=lambda permit: permit.check()
     )
     assert result.outcome is Outcome.TIMEOUT
     assert time.monotonic() - began < LONGEST_SECONDS + 1
 
 
-async def test_a_usage_that_cannot_be_does_not_cost_the_answer(limiter: TrafficLimiter) -> None:
-    """It is more than the limiter takes for a number of tokens, and less than the call log does."""
+async def test_impossible_usage_does_not_lose_the_answer(limiter: TrafficLimiter) -> None:
+    """The number of tokens exceeds the maximum of the limiter, but not that of the call log."""
 
-    async def boasts(_request: web.Request) -> web.Response:
+    async def reply(_request: web.Request) -> web.Response:
         return web.json_response({"answer": "Yes.", "usage": {"completion_tokens": 1_500_000_000}})
 
     app = web.Application()
-    app.router.add_post("/single", boasts)
-    async with TestServer(app) as door, ModelsBackend(str(door.make_url("/")), BackendSettings()) as backend:
-        for _ in range(10):  # twice as many as there are places
+    app.router.add_post("/single", reply)
+    async with (
+        TestServer(app) as server,
+        ModelsBackend(str(server.make_url("/")), BackendSettings()) as backend,
+    ):
+        for _ in range(10):  # twice the number of slots
             result = await send_permitted(
-                limiter, backend, order(), permit_seconds=1, going_out=lambda permit: permit.check()
+                limiter, backend, REQUEST, permit_seconds=1, before_send=lambda permit: permit.check()
             )
             assert (result.answer, result.completion_tokens) == ("Yes.", 1_500_000_000)
 
 
-async def test_a_probe_that_is_cancelled_makes_way_for_the_next(
-    limiter: TrafficLimiter, backend: ModelsBackend
-) -> None:
+async def test_canceled_probe_allows_the_next_one(limiter: TrafficLimiter, backend: ModelsBackend) -> None:
     assert isinstance(await limiter.reserve(MODEL), Permit)
     await limiter.record_outcome(MODEL, Outcome.ERROR)
     await asyncio.sleep(0.25)
     sent = asyncio.Event()
 
-    def going_out(permit: Permit) -> None:
+    def before_send(permit: Permit) -> None:
         permit.check()
         sent.set()
 
     sending = asyncio.create_task(
-        send_permitted(limiter, backend, order(), permit_seconds=1, going_out=going_out)
+        send_permitted(limiter, backend, REQUEST, permit_seconds=1, before_send=before_send)
     )
     await asyncio.wait_for(sent.wait(), 2)
     sending.cancel()

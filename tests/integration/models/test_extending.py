@@ -1,4 +1,4 @@
-"""docs/extending.md, run as it stands: each snippet is laid over the shipped config and then used."""
+"""Runs docs/extending.md: each snippet is merged into the shipped config and then used."""
 
 from __future__ import annotations
 
@@ -29,42 +29,42 @@ SNIPPET = re.compile(r"`(config/[\w./-]+)`[^`\n]*(?:`[^`\n]*`[^`\n]*)?:\n\n```\w
 
 
 def section(title: str) -> str:
-    """The doc's section of that title."""
+    """Returns the section of this title."""
     text = DOC.split(f"\n## {title}\n")[1]
     return re.split(rf"\n## (?:{'|'.join(TITLES)})\n", text)[0]
 
 
 def commands(text: str) -> list[list[str]]:
-    """The `router` commands of a section."""
+    """Returns the `router` commands of a section."""
     blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines() if line.startswith("router ")]
     return [shlex.split(line)[1:] for line in lines]
 
 
-def laid_over(below: Any, above: Any) -> Any:
-    """Keys beside keys, lists at the end of lists, else what is above."""
+def merged(below: Any, above: Any) -> Any:
+    """Merges mappings, appends lists, and otherwise takes `above`."""
     if isinstance(below, dict) and isinstance(above, dict):
-        return {**below, **{key: laid_over(below.get(key), value) for key, value in above.items()}}
+        return {**below, **{key: merged(below.get(key), value) for key, value in above.items()}}
     return [*below, *above] if isinstance(below, list) and isinstance(above, list) else above
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     folder = Path(shutil.copytree(DEFAULT_CONFIG_FOLDER, tmp_path / "config"))
-    for examples in (folder / "examples").glob("*.jsonl"):  # enough, and learned sooner
+    for examples in (folder / "examples").glob("*.jsonl"):  # enough to train on, and faster
         examples.write_text("\n".join(examples.read_text(encoding="utf-8").splitlines()[::6]) + "\n")
     return folder
 
 
 def apply(title: str, folder: Path) -> str:
-    """Write the section's snippets into the config in `folder`; the section."""
+    """Writes the snippets of a section into the config in `folder`; returns the section."""
     text = section(title)
     snippets = SNIPPET.findall(text)
     assert snippets, f"no snippet under {title!r}"
     for name, content in snippets:
         file = folder.parent / name
         if file.suffix == ".yaml":
-            whole = laid_over(yaml.safe_load(file.read_text(encoding="utf-8")), yaml.safe_load(content))
+            whole = merged(yaml.safe_load(file.read_text(encoding="utf-8")), yaml.safe_load(content))
             file.write_text(yaml.safe_dump(whole, allow_unicode=True), encoding="utf-8")
         else:
             file.write_text(content, encoding="utf-8")
@@ -85,7 +85,7 @@ def router(database: str, redis_server: RedisServer, folder: Path) -> CommandLin
 
 
 async def asked(environment: dict[str, str], prompt: str, **options: Any) -> Answer:
-    """The router's answer, category given."""
+    """Answers a prompt of the category `general`."""
     router = Router.from_config(environment=environment)
     await router.open(classify=False)
     try:
@@ -94,24 +94,24 @@ async def asked(environment: dict[str, str], prompt: str, **options: Any) -> Ans
         await router.close()
 
 
-def test_a_new_category(router: CommandLine, folder: Path) -> None:
+def test_new_category(router: CommandLine, folder: Path) -> None:
     text = apply("A new category", folder)
     explain, sync = commands(text)
-    said = router(*explain, "--json")
-    assert said.code == 0, said.err
-    assert said.json["categorised"]["category"] == "support"
+    result = router(*explain, "--json")
+    assert result.code == 0, result.err
+    assert result.json["categorised"]["category"] == "support"
     assert router(*sync).code == 0
     with connect(router.environment["ROUTER_DATABASE_URL"]) as connection:
         places = rows(connection, "SELECT model FROM rankings WHERE category = 'support' ORDER BY place")
     assert [row["model"] for row in places] == ["llama-3.3-70b", "gpt-4o-mini"]
 
 
-async def test_a_new_model(router: CommandLine, folder: Path, tmp_path: Path, redis_client: Any) -> None:
+async def test_new_model(router: CommandLine, folder: Path, tmp_path: Path, redis_client: Any) -> None:
     text = apply("A new model", folder)
     for command in commands(text):
-        said = router(*command)
-        assert said.code == 0, said.err
-    assert "llama-4-scout" in said.out
+        result = router(*command)
+        assert result.code == 0, result.err
+    assert "llama-4-scout" in result.out
     backend = start_backend(
         tmp_path / "backend", "--models", str(folder / "models.yaml"), "--time-scale", "100"
     )
@@ -123,17 +123,17 @@ async def test_a_new_model(router: CommandLine, folder: Path, tmp_path: Path, re
     assert answer.text.startswith("[llama-4-scout ")
 
 
-def test_a_new_knowledge_source(router: CommandLine, folder: Path) -> None:
+def test_new_knowledge_source(router: CommandLine, folder: Path) -> None:
     text = apply("A new knowledge source", folder)
     (search,) = commands(text)
-    said = router(*search)
-    assert said.code == 0, said.err
-    assert "Within 30 days of delivery" in said.out
-    assert "returns.md" in said.out
+    result = router(*search)
+    assert result.code == 0, result.err
+    assert "Within 30 days of delivery" in result.out
+    assert "returns.md" in result.out
 
 
 class OtherBackend:
-    """A backend with paths and names of its own; keeps what it was sent."""
+    """A backend with other paths and field names; records the requests."""
 
     def __init__(self) -> None:
         self.sent: list[dict[str, Any]] = []
@@ -144,16 +144,12 @@ class OtherBackend:
         stats = {"read": 3, "written": 2, "dollars": 0.25}
         return web.json_response({"outputs": outputs, "stats": stats})
 
-    async def ping(self, _request: web.Request) -> web.Response:
-        return web.Response()
-
 
 @pytest.fixture
 async def other() -> AsyncIterator[tuple[OtherBackend, str]]:
     backend = OtherBackend()
     app = web.Application()
     app.router.add_post("/api/v2/generate", backend.generate)
-    app.router.add_get("/ping", backend.ping)
     runner = web.AppRunner(app)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -179,26 +175,26 @@ async def test_another_backend(
     assert set(sent["meta"]) == {"trace", "tokens"}
 
 
-def test_what_is_wrong_is_refused_with_file_and_key(router: CommandLine, folder: Path) -> None:
+def test_invalid_config_is_reported_with_file_and_key(router: CommandLine, folder: Path) -> None:
     models, categories = folder / "models.yaml", folder / "categories.yaml"
     whole = {file: file.read_text(encoding="utf-8") for file in (models, categories)}
     for file, old, new, words in (
-        (models, "  phi-4:\n", "  gpt-4o-mini:\n", "the key 'gpt-4o-mini' stands twice"),
+        (models, "  phi-4:\n", "  gpt-4o-mini:\n", "duplicate key 'gpt-4o-mini'"),
         (models, "{technical: 5,", "{sport: 5,", "models.phi-4.ranks.sport: no such category"),
         (models, "    single: /single", "    singel: /single", "backend.paths.singel"),
         (categories, "default_category: general", "default_category: sport", "'sport' is not among"),
     ):
         assert old in whole[file]
         file.write_text(whole[file].replace(old, new, 1), encoding="utf-8")
-        said = router("models", "sync")
-        assert said.code == 1
-        assert str(file) in said.err
-        assert words in said.err
+        result = router("models", "sync")
+        assert result.code == 1
+        assert str(file) in result.err
+        assert words in result.err
         file.write_text(whole[file], encoding="utf-8")
     (folder / "examples" / "legal.jsonl").write_text(
         json.dumps({"prompt": "x", "category": "legal", "kind": "k"}), encoding="utf-8"
     )
-    said = router("categories", "explain", "x")
-    assert said.code == 1
-    assert "legal.jsonl" in said.err
-    assert "'legal' is not named in categories.yaml" in said.err
+    result = router("categories", "explain", "x")
+    assert result.code == 1
+    assert "legal.jsonl" in result.err
+    assert "'legal' is not defined in categories.yaml" in result.err

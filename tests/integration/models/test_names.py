@@ -1,4 +1,4 @@
-"""A model's name that cannot stand in a key or a Variable, and a target that says less than it seems to."""
+"""Invalid model names and targets, at every place where they enter."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ BAD_NAMES = {
     "1 kB": LONG,
 }
 bad_name = pytest.mark.parametrize("name", BAD_NAMES.values(), ids=BAD_NAMES.keys())
-LOOSE = "10000/min never binds: 1/s already allows no more than that."
+LOOSE = "10000/min never binds: 1/s is always tighter."
 
 
 @pytest.fixture
@@ -55,14 +55,14 @@ def router(database: str, redis_server: RedisServer) -> CommandLine:
     return CommandLine({"ROUTER_DATABASE_URL": database, "ROUTER_REDIS_URL": redis_server.url})
 
 
-# -- names ------------------------------------------------------------------------------------------------
+# Names
 
 
 @bad_name
-async def test_the_limiter_refuses_a_name_and_asks_redis_nothing(
+async def test_limiter_rejects_a_name_without_a_command_to_redis(
     limiter: TrafficLimiter, redis_client: redis.asyncio.Redis, name: str
 ):
-    for asking in (
+    for command in (
         lambda: limiter.set_target(name, "5/min"),
         lambda: limiter.reserve(name),
         lambda: limiter.acquire(name, timeout_seconds=1),
@@ -71,25 +71,25 @@ async def test_the_limiter_refuses_a_name_and_asks_redis_nothing(
         lambda: limiter.snapshot([name]),
     ):
         with pytest.raises(InputError, match="is not a valid model name: letters, digits") as caught:
-            await asking()
+            await command()
         assert len(str(caught.value)) < 250
         assert "\n" not in str(caught.value)
     assert await redis_client.dbsize() == 0
 
 
 @bad_name
-def test_the_config_refuses_a_name_with_its_file(tmp_path: Path, name: str):
+def test_config_rejects_a_name_and_names_the_file(tmp_path: Path, name: str):
     config = yaml.safe_load((DEFAULT_CONFIG_FOLDER / "models.yaml").read_text())
     some = next(iter(config["models"]))
     config["models"] = {**config["models"], name: config["models"][some]}
     (tmp_path / "models.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(ConfigError, match="no model name: letters, digits") as caught:
+    with pytest.raises(ConfigError, match="not a model name: letters, digits") as caught:
         load_config(tmp_path)
     assert str(tmp_path / "models.yaml") in str(caught.value)
     assert len(str(caught.value)) < 350 + len(str(tmp_path))
 
 
-def test_the_roster_refuses_a_name(database: str):
+def test_roster_rejects_a_name(database: str):
     copied = (
         "INSERT INTO roster (model, endpoint, state, source, context_tokens, max_tokens, timeout_seconds,"
         " input_price, output_price, default_target) SELECT %s, endpoint, state, source, context_tokens,"
@@ -106,70 +106,68 @@ def test_the_roster_refuses_a_name(database: str):
 
 
 @pytest.mark.parametrize("name", ["my model", "{phi-4}", "router:phi-4", "phi\n-4", LONG])
-def test_the_command_line_says_that_there_is_no_such_model(router: CommandLine, name: str):
-    said = router("traffic", name, "5/min")
-    assert (said.code, said.out) == (1, "")
-    assert said.err.startswith("There is no model ") or "There is no model" in said.err
-    assert "Traceback" not in said.err
-    assert len(said.err) < 700
+def test_command_line_reports_an_unknown_model(router: CommandLine, name: str):
+    result = router("traffic", name, "5/min")
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith("There is no model ") or "There is no model" in result.err
+    assert "Traceback" not in result.err
+    assert len(result.err) < 700
 
 
-async def test_a_variable_with_a_bad_name_keeps_no_other_from_being_read(
+async def test_variable_with_an_invalid_name_does_not_block_others(
     database: str, limiter: TrafficLimiter, caplog: pytest.LogCaptureFixture
 ):
     pool = await open_pool(database, connections=1)
     try:
-        watch = TargetSync(pool, limiter)
+        targets = TargetSync(pool, limiter)
         lines: dict[str, str | None] = {"my\nmodel": "9/s", LONG: "8/s", "phi-4": "7/s"}
         with caplog.at_level(logging.WARNING, "router.traffic"):
-            await watch.apply(lines, version=10)
-            await watch.apply(lines, version=11)
+            await targets.apply(lines, version=10)
+            await targets.apply(lines, version=11)
         assert (await limiter.snapshot(["phi-4"]))["phi-4"].target == "7/s"
         assert await pool.fetchval("SELECT target FROM newest_targets WHERE model = 'phi-4'") == "7/s"
-        assert set(watch.troubles) == {"my\nmodel", LONG}
-        said = [record.getMessage() for record in caplog.records]
-        assert len(said) == 2  # once each, not at each reading
-        assert all(
-            "is not a valid model name" in line and "\n" not in line and len(line) < 400 for line in said
-        )
+        assert set(targets.errors) == {"my\nmodel", LONG}
+        messages = [record.getMessage() for record in caplog.records]
+        assert len(messages) == 2  # once per Variable and not per read
+        assert all("is no model name" in line and "\n" not in line and len(line) < 400 for line in messages)
     finally:
         await pool.close()
 
 
-# -- lines ------------------------------------------------------------------------------------------------
+# Targets
 
 
 @pytest.mark.parametrize(
     "line", ["5/mn", "5/s\0", "\ud800/s", "7" * 100_000], ids=lambda line: repr(line)[:12]
 )
-async def test_a_bad_line_is_reported_and_the_last_target_stays(
+async def test_invalid_line_is_reported_and_the_last_target_stays(
     database: str, limiter: TrafficLimiter, caplog: pytest.LogCaptureFixture, line: str
 ):
     pool = await open_pool(database, connections=1)
     try:
-        watch = TargetSync(pool, limiter)
-        await watch.apply({"phi-4": "7/s"}, version=10)
+        targets = TargetSync(pool, limiter)
+        await targets.apply({"phi-4": "7/s"}, version=10)
         with caplog.at_level(logging.WARNING, "router.traffic"):
-            await watch.apply({"phi-4": line, "gpt-4o-mini": "3/s"}, version=11)
+            await targets.apply({"phi-4": line, "gpt-4o-mini": "3/s"}, version=11)
         assert (await limiter.snapshot(["phi-4"]))["phi-4"].target == "7/s"
         assert (await limiter.snapshot(["gpt-4o-mini"]))["gpt-4o-mini"].target == "3/s"
         assert await pool.fetchval("SELECT count(*) FROM traffic_troubles WHERE model = 'phi-4'") == 1
-        (said,) = [record.getMessage() for record in caplog.records]
-        assert said.startswith("traffic.phi-4: ")
-        assert len(said) < 400
+        (message,) = [record.getMessage() for record in caplog.records]
+        assert message.startswith("traffic.phi-4: ")
+        assert len(message) < 400
     finally:
         await pool.close()
 
 
-async def test_a_limit_that_can_never_bind_is_said_wherever_its_target_is_shown(
+async def test_limit_that_never_binds_is_reported_wherever_the_target_is_shown(
     database: str, limiter: TrafficLimiter, router: CommandLine, caplog: pytest.LogCaptureFixture
 ):
     pool = await open_pool(database, connections=1)
     try:
-        watch = TargetSync(pool, limiter)
+        targets = TargetSync(pool, limiter)
         with caplog.at_level(logging.WARNING, "router.traffic"):
             for version in (10, 11):
-                await watch.apply({"phi-4": "10000/min, 1/s", "gpt-4o-mini": "60/min"}, version=version)
+                await targets.apply({"phi-4": "10000/min, 1/s", "gpt-4o-mini": "60/min"}, version=version)
     finally:
         await pool.close()
     assert [record.getMessage() for record in caplog.records] == [f"traffic.phi-4: {LOOSE}"]
@@ -178,16 +176,14 @@ async def test_a_limit_that_can_never_bind_is_said_wherever_its_target_is_shown(
     assert status.json["models"]["gpt-4o-mini"]["warnings"] == []
     assert traffic.json["phi-4"]["warnings"] == [LOOSE]
     for verb in ("status", "traffic"):
-        said = (await asyncio.to_thread(router, verb)).out
-        assert "10000/min never binds" in said
+        result = (await asyncio.to_thread(router, verb)).out
+        assert "10000/min never binds" in result
 
 
-def test_a_default_target_that_says_too_much_is_noted_when_it_is_carried_over(
-    router: CommandLine, tmp_path: Path
-):
+def test_sync_warns_of_a_default_target_that_never_binds(router: CommandLine, tmp_path: Path):
     config = yaml.safe_load((DEFAULT_CONFIG_FOLDER / "models.yaml").read_text())
     config["models"]["phi-4"]["target"] = "10000/min, 1/s"
     (tmp_path / "models.yaml").write_text(yaml.safe_dump(config))
-    said = router("models", "sync", "--config", str(tmp_path))
-    assert said.code == 0
-    assert f"phi-4: {LOOSE}" in " ".join(said.err.split())
+    result = router("models", "sync", "--config", str(tmp_path))
+    assert result.code == 0
+    assert f"phi-4: {LOOSE}" in " ".join(result.err.split())

@@ -1,6 +1,6 @@
-"""Real models behind the Models Backend, at an OpenAI-compatible provider that is not ours: `llmock serve`.
+"""Real models behind the Models Backend, at an OpenAI-compatible provider simulated by `llmock serve`.
 
-It has the addresses and the error bodies of real providers of LLaMA (here Groq's), and breaks on demand.
+llmock has the addresses and error bodies of real LLaMA providers (here Groq's), and fails on demand.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from router.settings.router import BackendSettings, RouterConfig, WorkerSettings
 from router.task import CallResult, Outcome
 from router.workers.engine import Engine
 from router.workers.worker import Worker
+from tests.support.calls import call_request
 from tests.support.waiting import until
 
 KEY = "sk-very-secret-key"
@@ -41,7 +42,7 @@ OURS = "llama-3.3-70b"
 
 @dataclass(frozen=True)
 class Llmock:
-    """The provider. `script` tells it how to treat the next requests."""
+    """The provider. `script` sets how it treats the next requests."""
 
     url: str
 
@@ -100,19 +101,16 @@ def backend(llmock: Llmock, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def named(llmock: Llmock) -> dict[str, str]:
-    """The environment that makes one model real."""
+    """Environment that forwards one model to the provider."""
     return {"LLAMA_API_BASE": llmock.base, "LLAMA_API_KEY": KEY, "LLAMA_MODELS": f"{OURS}={THEIRS}"}
 
 
 async def call(backend: BackendServer, model: str = OURS) -> CallResult:
     async with ModelsBackend(backend.url, BackendSettings()) as client:
-        return await client.call(
-            model_endpoint=model, prompt="Why is the sky blue?", max_tokens=99, request_id="r",
-            tokens_reserved=1, timeout_seconds=10,
-        )  # fmt: skip
+        return await client.call(call_request(model, "Why is the sky blue?", max_tokens=99))
 
 
-async def test_the_marked_model_is_real_and_the_others_are_as_before(
+async def test_configured_model_is_forwarded_and_others_are_simulated(
     provider: Llmock, backend: BackendServer
 ) -> None:
     real, mock = await call(backend), await call(backend, "gpt-4o-mini")
@@ -126,7 +124,7 @@ async def test_the_marked_model_is_real_and_the_others_are_as_before(
 
 
 @pytest.mark.usefixtures("redis_client")
-async def test_the_batch_is_solved_by_the_real_model(
+async def test_batch_is_solved_by_the_real_model(
     provider: Llmock, backend: BackendServer, database: str, redis_server: RedisServer
 ) -> None:
     only = {OURS: ModelSettings(target="3000/min", ranks={"general": 1})}
@@ -146,7 +144,7 @@ async def test_the_batch_is_solved_by_the_real_model(
 
 
 @pytest.mark.usefixtures("redis_client")
-async def test_a_prompt_is_routed_to_the_real_model(
+async def test_prompt_is_routed_to_the_real_model(
     provider: Llmock, backend: BackendServer, database: str, redis_server: RedisServer, tmp_path: Path
 ) -> None:
     where = {"ROUTER_DATABASE_URL": database, "ROUTER_REDIS_URL": redis_server.url}
@@ -173,7 +171,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("fault", "outcome", "words"), FAULTS)
-async def test_what_the_provider_refuses_is_said_clearly_and_without_the_key(
+async def test_provider_error_is_reported_without_the_key(
     provider: Llmock, backend: BackendServer, fault: dict[str, Any], outcome: Outcome, words: str
 ) -> None:
     provider.script({"type": "fail", **fault})
@@ -189,7 +187,7 @@ def settings(provider: Llmock, **others: Any) -> ProviderSettings:
     return ProviderSettings(provider.base, KEY, {OURS: THEIRS}, **others)
 
 
-async def test_a_provider_that_is_slow_is_given_up_in_time(provider: Llmock) -> None:
+async def test_slow_provider_times_out(provider: Llmock) -> None:
     provider.script({"type": "delay", "seconds": 2})
     async with Provider(settings(provider, timeout_seconds=0.3)) as client:
         with pytest.raises(ProviderRefusal, match="did not answer in time") as caught:
@@ -197,7 +195,7 @@ async def test_a_provider_that_is_slow_is_given_up_in_time(provider: Llmock) -> 
     assert caught.value.status == 504
 
 
-async def test_a_stream_is_put_together_and_counted(provider: Llmock) -> None:
+async def test_stream_is_joined_and_counted(provider: Llmock) -> None:
     async with Provider(settings(provider)) as client:
         whole = await client.complete(OURS, "Why is the sky blue?", 50)
     async with Provider(settings(provider, stream=True)) as client:
@@ -214,7 +212,7 @@ async def test_a_stream_is_put_together_and_counted(provider: Llmock) -> None:
         ({"kind": "stall", "stall_seconds": 3}, 504, "the provider did not answer in time"),
     ],
 )
-async def test_a_stream_that_breaks_is_no_answer(
+async def test_broken_stream_is_an_error(
     provider: Llmock, fault: dict[str, Any], status: int, words: str
 ) -> None:
     provider.script({"type": "stream_fault", "after_chunks": 2, **fault})
@@ -226,7 +224,7 @@ async def test_a_stream_that_breaks_is_no_answer(
 
 
 def check(environment: dict[str, str]) -> tuple[int, str]:
-    """What `python -m models_backend --check` says, and its exit code."""
+    """Returns exit code and output of `python -m models_backend --check`."""
     command = [sys.executable, "-m", "models_backend", "--check"]
     done = subprocess.run(
         command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=30, check=False
@@ -234,7 +232,7 @@ def check(environment: dict[str, str]) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-def test_the_check_shows_an_answer_or_what_is_wrong(provider: Llmock) -> None:
+def test_check_reports_an_answer_or_the_error(provider: Llmock) -> None:
     code, words = check(named(provider))
     assert code == 0
     assert f"{OURS} = {THEIRS}: answered 'Hello! You said: Answer with the one word: yes'" in words

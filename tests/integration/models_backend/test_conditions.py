@@ -1,4 +1,4 @@
-"""The stand-in's weather: models that fail, are slow, dear, worse or away; what it knows of its answers."""
+"""The stand-in's simulated conditions: models that fail, are slow, expensive, worse or missing."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from models_backend.process import BackendServer, start_backend
 from router.models.backend import ModelsBackend
 from router.settings.router import BackendSettings
 from router.task import CallResult, Outcome
+from tests.support.calls import call_request, request_id
 
-PROMPT = "Describe the harbour of Genoa"  # of no category that words would tell
+PROMPT = "Describe the harbour of Genoa"  # its words suggest no category
 KNOWN = [{"prompt": f"{PROMPT} {number}", "category": "technical"} for number in range(40)]
-SetWeather = Callable[..., Any]
+SetConditions = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BackendServer]:
-    folder = tmp_path_factory.mktemp("weather")
+    folder = tmp_path_factory.mktemp("conditions")
     references = folder / "references.jsonl"
     references.write_text("".join(json.dumps(row) + "\n" for row in KNOWN))
     server = start_backend(
@@ -41,11 +42,11 @@ async def http() -> AsyncIterator[aiohttp.ClientSession]:
 
 
 @pytest.fixture
-async def weather(server: BackendServer, http: aiohttp.ClientSession) -> AsyncIterator[SetWeather]:
-    """Puts orders in force; it is fine again after the test."""
+async def conditions(server: BackendServer, http: aiohttp.ClientSession) -> AsyncIterator[SetConditions]:
+    """Sets conditions; they end with the test."""
 
     async def put(*orders: dict[str, Any]) -> int:
-        async with http.put(f"{server.url}/weather", json=orders) as response:
+        async with http.put(f"{server.url}/conditions", json=orders) as response:
             return response.status
 
     yield put
@@ -54,16 +55,13 @@ async def weather(server: BackendServer, http: aiohttp.ClientSession) -> AsyncIt
 
 async def ask(server: BackendServer, prompt: str = KNOWN[0]["prompt"], model: str = "phi-4") -> CallResult:
     async with ModelsBackend(server.url, BackendSettings()) as backend:
-        return await backend.call(
-            model_endpoint=model, prompt=prompt, timeout_seconds=5, max_tokens=256, request_id=f"to {model}",
-            tokens_reserved=300,
-        )  # fmt: skip
+        return await backend.call(call_request(model, prompt, name=f"to {model}", timeout_seconds=5))
 
 
 async def test_a_share_of_calls_fails_in_one_category_only(
-    server: BackendServer, weather: SetWeather
+    server: BackendServer, conditions: SetConditions
 ) -> None:
-    await weather({"model": "phi-4", "category": "technical", "failing": 0.5})
+    await conditions({"model": "phi-4", "category": "technical", "failing": 0.5})
     results = await asyncio.gather(*(ask(server, row["prompt"]) for row in KNOWN))
     failed = [result.outcome for result in results].count(Outcome.ERROR)
     assert 5 < failed < 35
@@ -72,11 +70,11 @@ async def test_a_share_of_calls_fails_in_one_category_only(
     assert {result.outcome for result in others} == {Outcome.ANSWERED}
 
 
-async def test_latency_price_and_quality(
-    server: BackendServer, weather: SetWeather, http: aiohttp.ClientSession
+async def test_conditions_change_latency_price_and_quality(
+    server: BackendServer, conditions: SetConditions, http: aiohttp.ClientSession
 ) -> None:
     usual = await ask(server, model="newcomer")
-    await weather(
+    await conditions(
         {"model": "newcomer", "latency_factor": 8, "price_factor": 3, "quality": 1.0},
         {"model": "phi-4", "category": "technical", "quality": 0.0},
     )
@@ -90,23 +88,23 @@ async def test_latency_price_and_quality(
     async with http.get(f"{server.url}/flaws") as response:
         page = await response.json()
     good, flawed = page["answers"][-2:]
-    assert (good["request_id"], good["flaw"]) == ("to newcomer", None)
+    assert (good["request_id"], good["flaw"]) == (request_id("to newcomer"), None)
     assert (flawed["model"], flawed["category"]) == ("phi-4", "technical")
     assert flawed["flaw"] is not None
     async with http.get(f"{server.url}/flaws", params={"since": page["next"] - 1}) as response:
         assert await response.json() == {"next": page["next"], "answers": [flawed]}
-    assert bad.outcome in (Outcome.ANSWERED, Outcome.GARBAGE)  # an empty one is no answer
+    assert bad.outcome in (Outcome.ANSWERED, Outcome.GARBAGE)  # an empty answer is not an answer
 
 
-async def test_a_model_that_is_away_is_not_named_and_not_known(
-    server: BackendServer, weather: SetWeather
+async def test_a_model_that_is_not_served_is_not_listed_and_unknown(
+    server: BackendServer, conditions: SetConditions
 ) -> None:
     async with ModelsBackend(server.url, BackendSettings()) as backend:
         assert "newcomer" in await backend.models()
-        await weather({"model": "newcomer", "served": False})
+        await conditions({"model": "newcomer", "served": False})
         assert "newcomer" not in await backend.models()
         assert (await ask(server, model="newcomer")).outcome is Outcome.UNKNOWN_MODEL
-        await weather()
+        await conditions()
         assert "newcomer" in await backend.models()
 
 
@@ -120,12 +118,16 @@ async def test_a_model_that_is_away_is_not_named_and_not_known(
         ([{"model": "phi-4", "colour": "grey"}], 422),
     ],
 )
-async def test_an_order_that_cannot_be_is_refused_and_changes_nothing(
-    server: BackendServer, weather: SetWeather, http: aiohttp.ClientSession, orders: list[Any], status: int
+async def test_an_invalid_condition_is_refused_and_changes_nothing(
+    server: BackendServer,
+    conditions: SetConditions,
+    http: aiohttp.ClientSession,
+    orders: list[Any],
+    status: int,
 ) -> None:
-    await weather({"model": "phi-4", "quality": 0.5})
-    assert await weather(*orders) == status
-    async with http.get(f"{server.url}/weather") as response:
+    await conditions({"model": "phi-4", "quality": 0.5})
+    assert await conditions(*orders) == status
+    async with http.get(f"{server.url}/conditions") as response:
         (order,) = await response.json()
     assert (order["model"], order["quality"]) == ("phi-4", 0.5)
 
@@ -136,7 +138,7 @@ def test_a_price_that_does_not_parse_is_refused(also: str, capsys: pytest.Captur
     assert "INPUT/OUTPUT" in capsys.readouterr().err
 
 
-def test_a_line_of_references_without_anything_known_is_refused(
+def test_a_reference_line_without_content_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "references.jsonl"

@@ -1,4 +1,4 @@
-"""The stand-in for the Models Backend, a process of its own, asked by the router's client and plain HTTP."""
+"""The stand-in for the Models Backend as a process, called by the router's client and plain HTTP."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from models_backend.process import BackendServer, start_backend
 from router.models.backend import ModelsBackend
 from router.settings.router import BackendSettings, load_config
 from router.task import CallResult, Outcome
+from tests.support.calls import call_request, request_id
 
 SCALE = 200.0
 Start = Callable[..., BackendServer]
@@ -36,7 +37,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BackendServer]:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts servers of the test's own; they end with it."""
+    """Starts servers that end with the test."""
     started: list[BackendServer] = []
 
     def starter(*arguments: str) -> BackendServer:
@@ -56,7 +57,7 @@ async def http() -> AsyncIterator[aiohttp.ClientSession]:
 
 @pytest.fixture
 async def faulty(server: BackendServer, http: aiohttp.ClientSession) -> AsyncIterator[Callable[..., Any]]:
-    """Orders a fault; all end with the test."""
+    """Activates a fault; all end with the test."""
 
     async def order(**fields: Any) -> None:
         async with http.post(f"{server.url}/faults", json=fields) as response:
@@ -70,9 +71,9 @@ async def faulty(server: BackendServer, http: aiohttp.ClientSession) -> AsyncIte
 async def ask(
     url: str, prompt: str = "why?", model: str = "phi-4", seconds: float = 10, **fields: Any
 ) -> CallResult:
-    values = {"max_tokens": 256, "request_id": "r", "tokens_reserved": 300, **fields}
+    request = call_request(model, prompt, timeout_seconds=seconds, **fields)
     async with ModelsBackend(url, BackendSettings()) as backend:
-        return await backend.call(model_endpoint=model, prompt=prompt, timeout_seconds=seconds, **values)
+        return await backend.call(request)
 
 
 async def until_logged(
@@ -88,10 +89,9 @@ async def until_logged(
 async def test_it_serves_the_models_of_the_shipped_config_and_those_asked_for(server: BackendServer) -> None:
     async with ModelsBackend(server.url, BackendSettings()) as backend:
         assert set(await backend.models()) == {*load_config().models, "llama-4-scout"}
-        assert await backend.healthy()
 
 
-async def test_an_answer_tells_model_and_prompt_and_costs_what_the_config_says(server: BackendServer) -> None:
+async def test_an_answer_names_model_and_prompt_and_costs_the_configured_price(server: BackendServer) -> None:
     price = load_config().models["qwen-2.5-72b"]
     prompt = next(
         p for p in map(str, range(99)) if compose_answer("qwen-2.5-72b", p, max_tokens=256).flaw is None
@@ -109,13 +109,13 @@ async def test_an_answer_tells_model_and_prompt_and_costs_what_the_config_says(s
 
 
 @pytest.mark.parametrize("max_tokens", [1, 5, 20])
-async def test_no_answer_is_longer_than_it_may_be(server: BackendServer, max_tokens: int) -> None:
+async def test_no_answer_exceeds_max_tokens(server: BackendServer, max_tokens: int) -> None:
     result = await ask(server.url, "a long story", max_tokens=max_tokens)
     assert result.completion_tokens is not None
     assert result.completion_tokens <= max_tokens
 
 
-async def test_it_takes_as_long_as_a_replay_draws(start: Start) -> None:
+async def test_a_replay_draws_the_same_latencies(start: Start) -> None:
     server = start("--time-scale", "10", "--seed", "3")
     prompts = [f"prompt {number}" for number in range(12)]
     results = await asyncio.gather(*(ask(server.url, prompt, "deepseek-v3") for prompt in prompts))
@@ -131,24 +131,26 @@ async def test_a_latency_shape_for_all_models(start: Start) -> None:
     assert result.latency_seconds == pytest.approx(0.2, abs=0.15)
 
 
-async def test_the_arrival_log_holds_what_a_judge_needs(server: BackendServer) -> None:
+async def test_the_arrival_log_has_the_fields_of_the_judge(server: BackendServer) -> None:
     before = time.monotonic()
-    result = await ask(server.url, request_id="for-the-judge", tokens_reserved=321)
+    result = await ask(server.url, name="for-the-judge", reserved_tokens=321)
     after = time.monotonic()
-    rows = await until_logged(server, lambda rows: any(row["request_id"] == "for-the-judge" for row in rows))
-    row = next(row for row in rows if row["request_id"] == "for-the-judge")
+    rows = await until_logged(
+        server, lambda rows: any(row["request_id"] == request_id("for-the-judge") for row in rows)
+    )
+    row = next(row for row in rows if row["request_id"] == request_id("for-the-judge"))
     assert set(row) == {"at", "ended_at", "model", "request_id", "tokens_reserved", "tokens_used", "status"}
     assert before <= row["at"] <= row["ended_at"] <= after
     assert (row["model"], row["tokens_reserved"], row["status"]) == ("phi-4", 321, 200)
     assert row["tokens_used"] == result.used_tokens
 
 
-async def test_an_arrival_is_stamped_before_its_body_has_come(server: BackendServer) -> None:
+async def test_an_arrival_is_recorded_before_its_body_is_read(server: BackendServer) -> None:
     body = json.dumps({"model": "phi-4", "prompt": "p", "request_id": "slow-body"}).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", int(server.url.rsplit(":", 1)[1]))
     sent_at = time.monotonic()
     writer.write(f"POST /single HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode())
-    await asyncio.sleep(0.3)  # the body is late: that is what is tried
+    await asyncio.sleep(0.3)  # the body arrives late on purpose
     writer.write(body)
     await reader.readuntil(b"\r\n\r\n")
     writer.close()
@@ -156,17 +158,15 @@ async def test_an_arrival_is_stamped_before_its_body_has_come(server: BackendSer
     assert next(row["at"] for row in rows if row["request_id"] == "slow-body") < sent_at + 0.2
 
 
-async def test_arrivals_can_be_read_on_from_where_one_was(
-    server: BackendServer, http: aiohttp.ClientSession
-) -> None:
+async def test_arrivals_are_read_page_by_page(server: BackendServer, http: aiohttp.ClientSession) -> None:
     async def read(since: int) -> Any:
         async with http.get(f"{server.url}/arrivals", params={"since": str(since)}) as response:
             return await response.json()
 
     seen = (await read(0))["next"]
-    await ask(server.url, request_id="one more")
+    await ask(server.url, name="one more")
     fresh = await read(seen)
-    assert [row["request_id"] for row in fresh["arrivals"]] == ["one more"]
+    assert [row["request_id"] for row in fresh["arrivals"]] == [request_id("one more")]
     assert fresh["next"] == seen + 1
     assert fresh["counts"]["phi-4"]["200"] >= 1
     assert (await read(fresh["next"]))["arrivals"] == []
@@ -174,7 +174,7 @@ async def test_arrivals_can_be_read_on_from_where_one_was(
 
 async def test_stopping_writes_the_rest_of_the_log_and_what_was_in_flight(start: Start) -> None:
     server = start("--latency", "even:60:60")
-    asking = asyncio.create_task(ask(server.url, request_id="in flight", seconds=30))
+    asking = asyncio.create_task(ask(server.url, name="in flight", seconds=30))
     async with aiohttp.ClientSession() as http:
         while True:
             async with http.get(f"{server.url}/health") as response:
@@ -182,7 +182,9 @@ async def test_stopping_writes_the_rest_of_the_log_and_what_was_in_flight(start:
                     break
     await asyncio.to_thread(server.stop)
     assert (await asking).outcome in {Outcome.ERROR, Outcome.OVERLOADED}
-    assert [(row["request_id"], row["status"]) for row in server.arrivals()] == [("in flight", 499)]
+    assert [(row["request_id"], row["status"]) for row in server.arrivals()] == [
+        (request_id("in flight"), 499)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -201,7 +203,7 @@ async def test_stopping_writes_the_rest_of_the_log_and_what_was_in_flight(start:
         (b" " * (8 * 1024 * 1024 + 1), 413, "larger than"),
     ],
 )
-async def test_what_cannot_be_answered_is_refused_in_words(
+async def test_an_invalid_request_is_refused_with_a_message(
     server: BackendServer, http: aiohttp.ClientSession, body: bytes, status: int, words: str
 ) -> None:
     async def chunked() -> AsyncIterator[bytes]:
@@ -234,7 +236,7 @@ async def test_one_bad_request_of_a_batch_fails_alone(
         assert [result["status"] for result in (await response.json())["results"]] == [404, 200]
 
 
-async def test_a_true_quota_refuses_what_is_too_much_and_says_until_when(start: Start) -> None:
+async def test_a_quota_refuses_excess_calls_with_a_retry_time(start: Start) -> None:
     server = start(
         "--time-scale", "1000", "--quota", "phi-4=5/2s, 100/min", "--quota", "gpt-4o-mini=1000 tokens/min"
     )
@@ -250,7 +252,7 @@ async def test_a_true_quota_refuses_what_is_too_much_and_says_until_when(start: 
     assert 55 < full.retry_after_seconds <= 60
 
 
-async def test_a_quota_of_calls_at_once(start: Start) -> None:
+async def test_a_quota_limits_concurrency(start: Start) -> None:
     server = start("--latency", "even:0.3:0.3", "--quota", "phi-4=2 at once")
     outcomes = [result.outcome for result in await asyncio.gather(*(ask(server.url) for _ in range(3)))]
     assert outcomes.count(Outcome.RATE_LIMITED) == 1
@@ -271,7 +273,7 @@ async def test_a_quota_of_calls_at_once(start: Start) -> None:
         ("slow_drip", Outcome.TIMEOUT, None),
     ],
 )
-async def test_each_fault_strikes_its_model_only(
+async def test_each_fault_affects_its_model_only(
     server: BackendServer, faulty: Callable[..., Any], kind: str, outcome: Outcome, retry_after: float | None
 ) -> None:
     await faulty(model="phi-4", kind=kind, retry_after_seconds=3)
@@ -289,7 +291,7 @@ async def test_garbage_is_200_without_an_answer_in_several_ways(
     assert len({result.error for result in results}) == 3
 
 
-async def test_a_slow_drip_really_drips(
+async def test_a_slow_drip_sends_byte_by_byte(
     server: BackendServer, faulty: Callable[..., Any], http: aiohttp.ClientSession
 ) -> None:
     await faulty(kind="slow_drip")
@@ -300,16 +302,18 @@ async def test_a_slow_drip_really_drips(
 
 
 @pytest.mark.parametrize("kind", ["hang", "slow_drip"])
-async def test_what_hangs_ends_when_its_client_leaves(
+async def test_a_hanging_call_ends_when_its_client_disconnects(
     server: BackendServer, faulty: Callable[..., Any], kind: str
 ) -> None:
     await faulty(kind=kind)
-    await ask(server.url, request_id=f"left a {kind}", seconds=0.3)
-    rows = await until_logged(server, lambda rows: any(row["request_id"] == f"left a {kind}" for row in rows))
+    await ask(server.url, name=f"left a {kind}", seconds=0.3)
+    rows = await until_logged(
+        server, lambda rows: any(row["request_id"] == request_id(f"left a {kind}") for row in rows)
+    )
     assert rows[-1]["status"] == 499
 
 
-async def test_a_share_and_an_end_of_a_fault(
+async def test_a_fault_has_a_share_and_an_end(
     server: BackendServer, faulty: Callable[..., Any], http: aiohttp.ClientSession
 ) -> None:
     await faulty(kind="error", share=0.5, seconds=60)
@@ -331,15 +335,8 @@ async def test_a_thousand_calls_hang_while_others_are_answered(
     async with ModelsBackend(server.url, BackendSettings()) as backend:
 
         async def one(model: str, seconds: float) -> Outcome:
-            result = await backend.call(
-                model_endpoint=model,
-                prompt="p",
-                max_tokens=64,
-                request_id="r",
-                tokens_reserved=1,
-                timeout_seconds=seconds,
-            )
-            return result.outcome
+            request = call_request(model, max_tokens=64, reserved_tokens=1, timeout_seconds=seconds)
+            return (await backend.call(request)).outcome
 
         hanging = [asyncio.create_task(one("phi-4", 4)) for _ in range(1000)]
         others = await asyncio.gather(*(one("gpt-4o-mini", 8) for _ in range(50)))
@@ -350,7 +347,7 @@ async def test_a_thousand_calls_hang_while_others_are_answered(
 # What it draws ---------------------------------------------------------------------------------------------
 
 
-def test_latencies_are_repeatable_and_shaped_like_measured_ones() -> None:
+def test_latencies_are_deterministic_and_shaped_like_measured_ones() -> None:
     drawn = sorted(latency_seconds("m", str(number), shape="llmperf") for number in range(20_000))
     assert (
         latency_seconds("m", "p", seed=1)
@@ -369,7 +366,7 @@ def test_every_model_takes_from_a_second_to_two_minutes(model: str) -> None:
     assert 30 < max(drawn) <= 120
 
 
-def test_other_shapes() -> None:
+def test_every_latency_shape_is_drawn() -> None:
     even = [latency_seconds("m", str(number), shape="even:1:120") for number in range(5000)]
     assert sum(even) / len(even) == pytest.approx(60.5, rel=0.03)
     skewed = sorted(latency_seconds("m", str(number), shape="lognormal:12:1:1:120") for number in range(5000))
@@ -380,7 +377,7 @@ def test_other_shapes() -> None:
 @pytest.mark.parametrize(
     "shape", ["", "even", "even:2:1", "even:a:b", "even:1:inf", "lognormal:0:1:1:2", "normal:1:2"]
 )
-def test_a_wrong_shape_is_refused_with_the_grammar(shape: str) -> None:
+def test_an_invalid_shape_is_refused_with_the_grammar(shape: str) -> None:
     with pytest.raises(ValueError, match="lognormal:MEDIAN:SIGMA:LOW:HIGH"):
         latency_seconds("m", "p", shape=shape)
 
@@ -405,7 +402,7 @@ def test_a_good_answer_states_the_reference_and_a_bad_one_does_not() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--latency", "often"), "no latency shape"),
+        (("--latency", "often"), "not a latency shape"),
         (("--time-scale", "0"), "time scale"),
         (("--quota", "phi-4"), "MODEL=TARGET"),
         (("--quota", "nobody=1/s"), "'nobody' is not served"),
@@ -415,13 +412,13 @@ def test_a_good_answer_states_the_reference_and_a_bad_one_does_not() -> None:
         (("--references", "/nowhere"), "No such file"),
     ],
 )
-def test_a_wrong_command_line_is_refused_in_words(
+def test_an_invalid_command_line_is_refused_with_a_message(
     capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], words: str
 ) -> None:
     assert main(arguments) == 2
     assert words in capsys.readouterr().err
 
 
-def test_a_port_that_is_taken_is_said_by_the_starter(server: BackendServer, tmp_path: Path) -> None:
+def test_an_occupied_port_is_reported_by_the_starter(server: BackendServer, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="address already in use"):
         start_backend(tmp_path, port=int(server.url.rsplit(":", 1)[1]))

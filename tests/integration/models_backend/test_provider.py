@@ -1,4 +1,4 @@
-"""The stand-in in front of a real, OpenAI-compatible provider (here one on a socket of ours)."""
+"""The stand-in in front of an OpenAI-compatible provider on a local socket."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from router.errors import ConfigError
 from router.models.backend import ModelsBackend
 from router.settings.router import BackendSettings
 from router.task import CallResult, Outcome
+from tests.support.calls import call_request
 
 KEY = "sk-very-secret"
 COMPLETION = {
@@ -29,7 +30,7 @@ COMPLETION = {
 
 @dataclass
 class OpenAi:
-    """Answers every request with `status`, `headers` and `body`; keeps what it was asked."""
+    """Answers every request with `status`, `headers` and `body`, and records the requests."""
 
     port: int
     status: int = 200
@@ -77,17 +78,10 @@ async def provider(provider_port: int) -> AsyncIterator[OpenAi]:
 
 async def ask(server: BackendServer, model: str = "llama-3.3-70b") -> CallResult:
     async with ModelsBackend(server.url, BackendSettings()) as backend:
-        return await backend.call(
-            model_endpoint=model,
-            prompt="Say it",
-            max_tokens=99,
-            request_id="r",
-            tokens_reserved=1,
-            timeout_seconds=10,
-        )
+        return await backend.call(call_request(model, "Say it", max_tokens=99, reserved_tokens=1))
 
 
-async def test_a_real_model_is_asked_at_its_provider(server: BackendServer, provider: OpenAi) -> None:
+async def test_a_real_model_is_forwarded_to_its_provider(server: BackendServer, provider: OpenAi) -> None:
     result = await ask(server)
     assert (result.outcome, result.answer) == (Outcome.ANSWERED, "real words")
     assert (result.prompt_tokens, result.completion_tokens) == (11, 2)
@@ -99,7 +93,7 @@ async def test_a_real_model_is_asked_at_its_provider(server: BackendServer, prov
     assert body == {"model": "meta/llama-70b", "messages": messages, "max_tokens": 99}
 
 
-async def test_a_real_model_needs_no_entry_in_the_config_and_the_others_stay_mock(
+async def test_a_real_model_needs_no_config_entry_and_others_stay_simulated(
     server: BackendServer, provider: OpenAi
 ) -> None:
     assert (await ask(server, "llama-4-new")).answer == "real words"
@@ -122,7 +116,7 @@ async def test_a_real_model_needs_no_entry_in_the_config_and_the_others_stay_moc
         (302, Outcome.OVERLOADED, "302"),
     ],
 )
-async def test_a_providers_refusal_is_passed_on_as_what_it_means(
+async def test_a_providers_refusal_keeps_its_meaning(
     server: BackendServer, provider: OpenAi, status: int, outcome: Outcome, words: str
 ) -> None:
     provider.status, provider.headers = status, "Retry-After: 17\r\nLocation: /elsewhere\r\n"
@@ -149,7 +143,7 @@ async def test_a_providers_refusal_is_passed_on_as_what_it_means(
         b'{"usage": 1}',
     ],
 )
-async def test_what_is_no_completion_is_a_bad_gateway(
+async def test_an_invalid_completion_is_a_bad_gateway(
     server: BackendServer, provider: OpenAi, body: bytes
 ) -> None:
     provider.body = body
@@ -167,16 +161,14 @@ async def test_half_a_body_is_a_bad_gateway(server: BackendServer, provider: Ope
     )
 
 
-async def test_a_provider_that_is_away_costs_no_attempt(server: BackendServer) -> None:
+async def test_an_unreachable_provider_costs_no_attempt(server: BackendServer) -> None:
     result = await ask(server)
     assert result.outcome is Outcome.OVERLOADED
     assert not result.outcome.counts_as_attempt
     assert result.error == "503 the provider refuses connections: check LLAMA_API_BASE"
 
 
-async def test_tokens_that_the_provider_did_not_count_are_estimated(
-    server: BackendServer, provider: OpenAi
-) -> None:
+async def test_unreported_tokens_are_estimated(server: BackendServer, provider: OpenAi) -> None:
     provider.body = json.dumps({"choices": COMPLETION["choices"]}).encode()
     result = await ask(server)
     assert (result.prompt_tokens, result.completion_tokens) == (2, 3)
@@ -200,9 +192,7 @@ async def test_a_silent_provider_is_a_gateway_timeout() -> None:
     silent.close()
 
 
-async def test_an_answer_that_does_not_end_is_not_read_to_its_end(
-    provider: OpenAi, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_endless_answer_is_cut_off(provider: OpenAi, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models_backend.provider, "LARGEST_ANSWER_BYTES", 1000)
     provider.body = b" " * 100_000
     url = f"http://127.0.0.1:{provider.port}"
@@ -239,13 +229,13 @@ def test_without_an_address_nothing_is_real() -> None:
         {"LLAMA_API_BASE": "http://h", "LLAMA_STREAM": "yes"},
     ],
 )
-def test_a_wrong_environment_is_refused(values: dict[str, str]) -> None:
+def test_an_invalid_environment_is_refused(values: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match="LLAMA_") as caught:
         provider_from_environment(values, SERVED)
     assert "hunter2" not in str(caught.value)
 
 
-def test_the_address_may_be_that_of_the_completions() -> None:
+def test_the_address_may_include_the_completions_path() -> None:
     settings = provider_from_environment({"LLAMA_API_BASE": "https://x/v1/chat/completions/"}, SERVED)
     assert settings is not None
     assert settings.base_url == "https://x/v1"

@@ -1,4 +1,4 @@
-"""The log of calls: a partition a day, ahead of time; and what happens when nobody made them in time."""
+"""Daily partitions of the call log, and calls without a partition of their day."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def _partitions(probe: Probe) -> set[str]:
 
 
 async def _claim_at(probe: Probe, at_seconds: float) -> Taken:
-    """Claim under a call_id of that moment, as if it were now."""
+    """Claims under a call_id of that time."""
     await probe.add()
     call_id = new_call_id(at_seconds)
     row = await probe.row("SELECT * FROM claim_task('m', '{}', 'w1', $1)", call_id)
@@ -45,7 +45,7 @@ async def _home(probe: Probe, call_id: uuid.UUID) -> str:
     )
 
 
-async def test_a_week_ahead_is_there_from_the_start(probe: Probe) -> None:
+async def test_partitions_exist_a_week_ahead(probe: Probe) -> None:
     now = time.time()
     expected = {_partition(now + day * DAY_SECONDS) for day in range(-2, 8)} | {"model_calls_other"}
     assert await _partitions(probe) == expected
@@ -61,7 +61,7 @@ async def test_a_call_lands_in_the_partition_of_its_day_to_the_millisecond(probe
 
 
 @pytest.mark.parametrize("zone", ["America/New_York", "Pacific/Apia"])
-async def test_days_are_utc_days_whatever_the_sessions_time_zone(probe: Probe, zone: str) -> None:
+async def test_partitions_are_utc_days_in_any_session_time_zone(probe: Probe, zone: str) -> None:
     before = await _partitions(probe)
     await probe.run(f"SET TimeZone = '{zone}'")
     assert await probe.value("SELECT make_call_partitions(400)") == 393
@@ -76,14 +76,14 @@ async def test_days_are_utc_days_whatever_the_sessions_time_zone(probe: Probe, z
         assert int(first, 16) % (DAY_SECONDS * 1000) == 0, row
 
 
-async def test_a_call_of_a_day_that_nobody_made_still_settles(probe: Probe) -> None:
+async def test_a_call_without_a_partition_of_its_day_still_settles(probe: Probe) -> None:
     taken = await _claim_at(probe, time.time() + 30 * DAY_SECONDS)
     assert await _home(probe, taken.call_id) == "model_calls_other"
     assert await probe.settle(taken) == "solved"
     assert await probe.settle(taken) == "solved"
 
 
-async def test_a_past_call_counts_with_what_it_used_once_that_is_known(probe: Probe) -> None:
+async def test_a_past_call_counts_its_usage_once_it_is_known(probe: Probe) -> None:
     await probe.add()
     await probe.add()
     known, still_open = await probe.claim(), await probe.claim()
@@ -96,10 +96,10 @@ async def test_a_past_call_counts_with_what_it_used_once_that_is_known(probe: Pr
     assert [tuple(call) for call in past] == [(42, False), (900, True)]
 
 
-async def test_a_settle_locks_no_day_of_the_log_but_its_own(probe: Probe) -> None:
+async def test_a_settlement_locks_only_the_partition_of_its_day(probe: Probe) -> None:
     for _ in range(9):
         await probe.add()
-    for _ in range(8):  # so often that a session keeps a plan, if it may
+    for _ in range(8):  # often enough for a session to cache a generic plan
         await probe.settle(await probe.must_claim())
     taken = await probe.must_claim()
     async with probe.connection.transaction():
@@ -112,8 +112,8 @@ async def test_a_settle_locks_no_day_of_the_log_but_its_own(probe: Probe) -> Non
     assert days == {await _home(probe, taken.call_id)}
 
 
-async def test_a_partition_takes_over_the_calls_that_the_default_had_to_keep(probe: Probe) -> None:
-    # Nothing made partitions for a month, and calls went on: their day's partition must come all the same.
+async def test_a_new_partition_takes_its_calls_from_the_default_one(probe: Probe) -> None:
+    # Calls were logged for a month without new partitions.
     at = time.time() + 30 * DAY_SECONDS
     settled, open_, other_day = [await _claim_at(probe, at + n) for n in (0, 1, DAY_SECONDS * 20)]
     await probe.settle(settled)
@@ -126,7 +126,7 @@ async def test_a_partition_takes_over_the_calls_that_the_default_had_to_keep(pro
     assert (await probe.call(settled.call_id))["outcome"] == "answered"
 
 
-async def test_days_gone_by_that_the_default_holds_get_their_partition_too(probe: Probe) -> None:
+async def test_past_days_in_the_default_partition_get_a_partition(probe: Probe) -> None:
     at = time.time() - 20 * DAY_SECONDS
     taken = await _claim_at(probe, at)
     assert await probe.value("SELECT make_call_partitions()") == 1
@@ -134,9 +134,9 @@ async def test_days_gone_by_that_the_default_holds_get_their_partition_too(probe
     assert await probe.value("SELECT make_call_partitions()") == 0
 
 
-async def test_ids_that_bear_no_sensible_time_stay_where_they_are(probe: Probe) -> None:
+async def test_ids_with_an_implausible_time_stay_in_the_default_partition(probe: Probe) -> None:
     chance = random.Random(50)
-    # The first bits are milliseconds since 1970: none of these is of a time before the year 2527.
+    # The first 48 bits are milliseconds since 1970; all of these times are after the year 2527.
     far_off = [uuid.UUID(int=chance.getrandbits(128) | 1 << 124) for _ in range(50)]
     await probe.run("INSERT INTO model_calls (call_id, model) SELECT unnest($1::uuid[]), 'm'", far_off)
     await probe.run(
@@ -145,7 +145,7 @@ async def test_ids_that_bear_no_sensible_time_stay_where_they_are(probe: Probe) 
     assert await probe.value("SELECT make_call_partitions()") == 0
 
 
-async def test_a_long_query_on_the_log_stops_neither_claims_nor_the_housekeeping(
+async def test_a_long_query_on_the_log_blocks_neither_claims_nor_maintenance(
     probe: Probe, database: str
 ) -> None:
     async with probing(database) as reader:
@@ -153,7 +153,7 @@ async def test_a_long_query_on_the_log_stops_neither_claims_nor_the_housekeeping
         await transaction.start()
         await reader.value(
             "SELECT count(*) FROM model_calls"
-        )  # a dump, a report: holds its locks till the end
+        )  # like a dump or a report, holds its locks until it ends
         began = time.monotonic()
         async with probing(database) as house:
             made = asyncio.create_task(house.value("SELECT make_call_partitions(9)"))
@@ -166,7 +166,7 @@ async def test_a_long_query_on_the_log_stops_neither_claims_nor_the_housekeeping
     assert await probe.value("SELECT make_call_partitions(9)") == 2
 
 
-async def test_settling_touches_the_partition_of_its_day_only(probe: Probe) -> None:
+async def test_settling_reads_only_the_partition_of_its_day(probe: Probe) -> None:
     await probe.add()
     taken = await probe.must_claim()
     plan = "\n".join(
@@ -176,7 +176,7 @@ async def test_settling_touches_the_partition_of_its_day_only(probe: Probe) -> N
     assert plan.count("model_calls_") == plan.count(_partition(time.time())) > 0
 
 
-async def test_the_time_of_an_id_is_the_time_it_was_made_at(probe: Probe) -> None:
+async def test_the_time_of_a_call_id_is_its_creation_time(probe: Probe) -> None:
     now = 1_700_000_000.123
     told = await probe.value("SELECT extract(epoch FROM call_time($1))::float8", new_call_id(now))
     assert told == pytest.approx(now, abs=0.0011)

@@ -1,4 +1,4 @@
-"""Claiming one task, and every way in which a claim ends."""
+"""Claims, and every way in which a claim ends."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ async def test_higher_priority_first_then_in_order_of_arrival(probe: Probe) -> N
     assert await probe.claim() is None
 
 
-async def test_the_first_category_named_goes_first_whatever_its_priority(probe: Probe) -> None:
+async def test_the_order_of_categories_precedes_priority(probe: Probe) -> None:
     urgent = await probe.add(category="creative", priority=9)
     usual = await probe.add(category="technical")
     assert (await probe.must_claim("technical", "creative")).task_id == usual
@@ -29,13 +29,13 @@ async def test_the_first_category_named_goes_first_whatever_its_priority(probe: 
     assert await probe.claim("technical", "creative") is None
 
 
-async def test_only_named_categories_are_taken(probe: Probe) -> None:
+async def test_only_tasks_of_the_given_categories_are_claimed(probe: Probe) -> None:
     await probe.add(category="creative")
     assert await probe.claim("technical") is None
     assert await probe.claim("technical", "creative") is not None
 
 
-async def test_only_ready_ones_are_taken(probe: Probe) -> None:
+async def test_only_ready_tasks_are_claimed(probe: Probe) -> None:
     await probe.add()
     first = await probe.must_claim()
     assert await probe.claim() is None, "claimed"
@@ -48,7 +48,7 @@ async def test_only_ready_ones_are_taken(probe: Probe) -> None:
     assert await probe.claim() is None, "solved"
 
 
-async def test_the_call_is_in_the_log_before_anything_is_sent(probe: Probe) -> None:
+async def test_a_claim_logs_its_call(probe: Probe) -> None:
     await probe.add("p" * 100, max_tokens=50)
     taken = await probe.must_claim(model="m7")
     call = await probe.call(taken.call_id)
@@ -56,7 +56,7 @@ async def test_the_call_is_in_the_log_before_anything_is_sent(probe: Probe) -> N
     assert (call["reserved_tokens"], call["outcome"], call["sent_at"]) == (150, None, None)
 
 
-async def test_what_came_back_goes_first(probe: Probe) -> None:
+async def test_requeued_tasks_are_claimed_first(probe: Probe) -> None:
     ids = [await probe.add() for _ in range(4)]
     unclaimed, failed = await probe.must_claim(), await probe.must_claim()
     assert await probe.unclaim(unclaimed)
@@ -67,7 +67,7 @@ async def test_what_came_back_goes_first(probe: Probe) -> None:
     assert [t.attempt for t in again] == [1, 2, 1, 1], "an unclaim is no attempt, an error is one"
 
 
-async def test_unclaim_leaves_no_trace_in_the_log_and_is_fenced(probe: Probe) -> None:
+async def test_unclaim_deletes_the_call_and_is_fenced(probe: Probe) -> None:
     await probe.add()
     first = await probe.must_claim()
     assert await probe.unclaim(first)
@@ -78,7 +78,7 @@ async def test_unclaim_leaves_no_trace_in_the_log_and_is_fenced(probe: Probe) ->
     assert await probe.settle(second) == "solved"
 
 
-async def test_the_same_call_settled_twice_returns_what_came_of_the_first(probe: Probe) -> None:
+async def test_settling_twice_returns_the_first_settlement(probe: Probe) -> None:
     task_id = await probe.add()
     taken = await probe.must_claim()
     assert await probe.settle(taken, answer="one") == "solved"
@@ -88,7 +88,7 @@ async def test_the_same_call_settled_twice_returns_what_came_of_the_first(probe:
     await probe.assert_counts_exact()
 
 
-async def test_the_same_call_settled_twice_at_once_counts_once(probe: Probe, database: str) -> None:
+async def test_concurrent_settlements_of_one_call_count_once(probe: Probe, database: str) -> None:
     async with probing(database) as a, probing(database) as b:
         for outcome in ("answered", "error") * 10:
             await probe.add()
@@ -99,7 +99,7 @@ async def test_the_same_call_settled_twice_at_once_counts_once(probe: Probe, dat
     assert await probe.value("SELECT max(attempt) FROM queue") == 1
 
 
-async def test_attempts_used_up_fail_with_the_reasons_newest_first(probe: Probe) -> None:
+async def test_the_last_attempt_fails_the_task_with_reasons_newest_first(probe: Probe) -> None:
     await probe.run("UPDATE queue_settings SET max_attempts = 3")
     task_id = await probe.add()
     settled = []
@@ -115,7 +115,7 @@ async def test_attempts_used_up_fail_with_the_reasons_newest_first(probe: Probe)
     await probe.assert_counts_exact()
 
 
-async def test_what_is_not_the_tasks_fault_is_no_attempt(probe: Probe) -> None:
+async def test_uncounted_failures_are_not_attempts(probe: Probe) -> None:
     await probe.run("UPDATE queue_settings SET max_attempts = 1")
     await probe.add()
     for _ in range(5):
@@ -123,7 +123,7 @@ async def test_what_is_not_the_tasks_fault_is_no_attempt(probe: Probe) -> None:
     assert (await probe.must_claim()).attempt == 1
 
 
-async def test_retries_wait_longer_each_time_with_jitter_up_to_the_cap(probe: Probe) -> None:
+async def test_retry_delay_grows_exponentially_with_jitter_up_to_the_cap(probe: Probe) -> None:
     await probe.run("UPDATE queue_settings SET retry_base_seconds = 2, retry_cap_seconds = 10")
     for attempt, expected in [(1, 2), (2, 4), (3, 8), (4, 10), (1000, 10)]:
         waits = await probe.all(
@@ -134,7 +134,7 @@ async def test_retries_wait_longer_each_time_with_jitter_up_to_the_cap(probe: Pr
         assert expected * 1.15 < max(seconds) <= expected * 1.25
 
 
-async def test_a_retry_goes_to_another_model_first_but_never_waits_in_vain(probe: Probe) -> None:
+async def test_a_retry_prefers_another_model_for_a_limited_time(probe: Probe) -> None:
     task_id = await probe.add()
     await probe.settle(await probe.must_claim(model="m1"), "error")
     await probe.run("UPDATE queue SET wake_at = clock_timestamp()")
@@ -150,9 +150,9 @@ async def test_a_retry_goes_to_another_model_first_but_never_waits_in_vain(probe
     assert await probe.claim(model="m1") is not None, "the new prompt has not failed with anyone"
 
 
-async def test_every_model_that_failed_a_task_leaves_it_to_the_others(probe: Probe) -> None:
+async def test_a_task_goes_to_models_that_have_not_failed_it(probe: Probe) -> None:
     await probe.add()
-    for model in ["m1", "m2"]:  # two that would else take turns
+    for model in ["m1", "m2"]:  # two that would otherwise alternate
         await probe.settle(await probe.must_claim(model=model), "error")
         await probe.run("UPDATE queue SET wake_at = clock_timestamp()")
         await probe.run("SELECT promote_waiting()")
@@ -161,14 +161,14 @@ async def test_every_model_that_failed_a_task_leaves_it_to_the_others(probe: Pro
     assert (await probe.must_claim(model="m3")).attempt == 3
 
 
-async def test_an_unusable_answer_sends_the_task_to_another_model_at_once(probe: Probe) -> None:
+async def test_an_unusable_answer_sends_the_task_to_another_model_immediately(probe: Probe) -> None:
     task_id = await probe.add()
     assert await probe.settle(await probe.must_claim(model="m1"), "garbage") == "retry"
     assert await probe.claim(model="m1") is None
     assert (await probe.must_claim(model="m2")).task_id == task_id
 
 
-async def test_where_no_model_is_left_that_has_not_failed_it_anyone_may_try_again(probe: Probe) -> None:
+async def test_a_task_that_every_model_failed_may_be_retried_by_any(probe: Probe) -> None:
     await probe.add()
     await probe.run("UPDATE roster SET state = 'paused' WHERE model NOT IN ('phi-4', 'gemma-2-27b')")
     for model in ["phi-4", "gemma-2-27b"]:
@@ -196,7 +196,7 @@ async def test_promotion_is_bounded_and_takes_the_earliest(probe: Probe) -> None
 # Leases.
 
 
-async def test_a_worker_whose_lease_is_gone_loses_its_claims_at_once_and_may_not_claim_again(
+async def test_a_worker_with_an_expired_lease_loses_its_claims_and_cannot_claim(
     probe: Probe,
 ) -> None:
     task_id = await probe.add()
@@ -217,7 +217,7 @@ async def test_a_worker_whose_lease_is_gone_loses_its_claims_at_once_and_may_not
     await probe.assert_counts_exact()
 
 
-async def test_a_lease_that_is_prolonged_in_time_keeps_its_claims(probe: Probe) -> None:
+async def test_a_renewed_lease_keeps_its_claims(probe: Probe) -> None:
     await probe.add()
     taken = await probe.must_claim()
     await probe.run("UPDATE workers SET lease_until = clock_timestamp() - interval '1 s'")
@@ -226,7 +226,7 @@ async def test_a_lease_that_is_prolonged_in_time_keeps_its_claims(probe: Probe) 
     assert await probe.settle(taken) == "solved"
 
 
-async def test_the_real_answer_of_a_lost_call_counts_when_it_comes_first(probe: Probe) -> None:
+async def test_the_answer_of_a_lost_call_is_stored_if_it_is_the_first(probe: Probe) -> None:
     task_id = await probe.add()
     lost = await probe.must_claim(worker="w1")
     await probe.lose_lease("w1")
@@ -240,7 +240,7 @@ async def test_the_real_answer_of_a_lost_call_counts_when_it_comes_first(probe: 
     await probe.assert_counts_exact()
 
 
-async def test_a_call_that_its_worker_left_open_is_closed_though_its_task_is_solved(probe: Probe) -> None:
+async def test_an_open_call_of_a_lost_worker_is_closed_after_its_task_is_solved(probe: Probe) -> None:
     await probe.add()
     lost = await probe.must_claim(worker="w1")
     await probe.lose_lease("w1")
@@ -258,7 +258,7 @@ async def test_a_call_that_its_worker_left_open_is_closed_though_its_task_is_sol
     assert (await probe.call(left.call_id))["outcome"] == "answered"
 
 
-async def test_the_real_answer_of_a_lost_call_that_comes_second_changes_nothing(probe: Probe) -> None:
+async def test_the_answer_of_a_lost_call_is_superseded_by_an_earlier_one(probe: Probe) -> None:
     task_id = await probe.add()
     lost = await probe.must_claim(worker="w1")
     await probe.lose_lease("w1")
@@ -269,7 +269,7 @@ async def test_the_real_answer_of_a_lost_call_that_comes_second_changes_nothing(
     await probe.assert_counts_exact()
 
 
-async def test_the_failure_of_a_zombie_changes_nothing(probe: Probe) -> None:
+async def test_a_failure_reported_after_the_lease_expired_changes_nothing(probe: Probe) -> None:
     task_id = await probe.add()
     zombie = await probe.must_claim(worker="w1")
     await probe.lose_lease("w1")
@@ -293,7 +293,7 @@ async def test_a_late_answer_to_a_failed_task_solves_it(probe: Probe) -> None:
     await probe.assert_counts_exact()
 
 
-async def test_a_worker_that_leaves_gives_back_what_it_holds_at_once(probe: Probe) -> None:
+async def test_a_released_worker_returns_its_claims_immediately(probe: Probe) -> None:
     for _ in range(3):
         await probe.add()
         await probe.must_claim(worker="leaving")
@@ -301,7 +301,7 @@ async def test_a_worker_that_leaves_gives_back_what_it_holds_at_once(probe: Prob
     assert [(await probe.must_claim(worker="w2")).attempt for _ in range(3)] == [2, 2, 2]
 
 
-async def test_release_goes_around_a_task_that_somebody_has_locked(probe: Probe, database: str) -> None:
+async def test_release_skips_locked_tasks(probe: Probe, database: str) -> None:
     locked, free = await probe.add(), await probe.add()
     for _ in range(2):
         await probe.must_claim()
@@ -318,7 +318,7 @@ async def test_release_goes_around_a_task_that_somebody_has_locked(probe: Probe,
 # Answers and their ranks.
 
 
-async def test_a_provisional_answer_never_sets_solved_and_gives_way(probe: Probe) -> None:
+async def test_a_provisional_answer_does_not_solve_and_is_replaced(probe: Probe) -> None:
     task_id = await probe.add()
     taken = await probe.must_claim()
     assert await probe.settle(await probe.fallback_call(task_id, 1), answer="passages") == "kept"
@@ -334,7 +334,7 @@ async def test_a_provisional_answer_never_sets_solved_and_gives_way(probe: Probe
 
 
 @pytest.mark.parametrize(("rank", "status"), [(1, "failed"), (2, "solved")])
-async def test_attempts_used_up_end_with_what_a_model_gave_or_fail_beside_the_passages(
+async def test_the_last_attempt_solves_with_a_fallback_answer_or_fails_with_passages(
     probe: Probe, rank: int, status: str
 ) -> None:
     await probe.run("UPDATE queue_settings SET max_attempts = 1")
@@ -348,7 +348,7 @@ async def test_attempts_used_up_end_with_what_a_model_gave_or_fail_beside_the_pa
     await probe.assert_counts_exact()
 
 
-async def test_a_real_answer_replaces_the_fallbacks_on_a_solved_task(probe: Probe) -> None:
+async def test_the_chosen_models_answer_replaces_the_fallbacks_on_a_solved_task(probe: Probe) -> None:
     await probe.run("UPDATE queue_settings SET max_attempts = 1")
     task_id = await probe.add()
     lost = await probe.must_claim()
@@ -378,7 +378,7 @@ async def test_provisional_answers_of_an_older_version_are_stale(probe: Probe) -
     assert (await probe.task(task_id))["answer"] is None
 
 
-async def test_nothing_is_not_an_answer(probe: Probe) -> None:
+async def test_a_missing_answer_counts_as_garbage(probe: Probe) -> None:
     task_id = await probe.add()
     taken = await probe.must_claim()
     assert await probe.settle(taken, answer=None) == "retry"
@@ -386,10 +386,10 @@ async def test_nothing_is_not_an_answer(probe: Probe) -> None:
     assert (await probe.task(task_id))["status"] == "unsolved"
 
 
-# What a crash may forget: the claim committed asynchronously.
+# Crashes: a claim commits asynchronously and may be lost.
 
 
-async def test_a_log_row_that_a_crash_lost_is_put_back(probe: Probe) -> None:
+async def test_a_log_row_lost_in_a_crash_is_restored(probe: Probe) -> None:
     task_id = await probe.add()
     taken = await probe.must_claim()
     await probe.run("DELETE FROM model_calls")
@@ -411,13 +411,13 @@ async def test_a_log_row_that_a_crash_lost_is_put_back(probe: Probe) -> None:
     await probe.assert_counts_exact()
 
 
-async def test_a_call_that_nobody_knows_is_refused_by_its_name(probe: Probe) -> None:
+async def test_settling_an_unknown_call_is_refused(probe: Probe) -> None:
     with pytest.raises(asyncpg.PostgresError, match="is not in the log") as refused:
         await probe.value("SELECT settle_call($1, 'answered', 'a')", new_call_id(time.time()))
     assert refused.value.sqlstate == "RT002"
 
 
-async def test_a_claim_may_be_forgotten_by_a_crash_but_an_answer_never(probe: Probe) -> None:
+async def test_claims_commit_asynchronously_and_answers_synchronously(probe: Probe) -> None:
     await probe.add()
     async with probe.connection.transaction():
         taken = await probe.must_claim()
@@ -427,7 +427,7 @@ async def test_a_claim_may_be_forgotten_by_a_crash_but_an_answer_never(probe: Pr
     assert await probe.value("SHOW synchronous_commit") == "on"
 
 
-async def test_token_counts_beyond_an_integer_do_not_stop_a_settle(probe: Probe) -> None:
+async def test_token_counts_beyond_an_integer_are_clamped(probe: Probe) -> None:
     await probe.add()
     taken = await probe.must_claim()
     assert await probe.settle(taken, prompt_tokens=2**31 - 1, completion_tokens=2**31 - 1) == "solved"
@@ -444,7 +444,7 @@ async def test_a_call_id_is_used_once(probe: Probe) -> None:
     assert await probe.value("SELECT count(*) FROM queue WHERE state = 'ready'") == 1
 
 
-async def test_what_a_model_failed_goes_to_another_before_its_own_lane(probe: Probe) -> None:
+async def test_tasks_failed_by_another_model_precede_the_lanes(probe: Probe) -> None:
     failed = await probe.add(category="creative")
     call = await probe.must_claim("creative", model="m1")
     await probe.settle(call, "error")
@@ -472,7 +472,7 @@ async def test_what_a_model_failed_goes_to_another_before_its_own_lane(probe: Pr
         ("lost", "priority = 0"),
     ],
 )
-async def test_a_row_that_does_not_hold_what_its_state_says_is_refused(
+async def test_a_queue_row_inconsistent_with_its_state_is_refused(
     probe: Probe, state: str, columns: str
 ) -> None:
     await probe.add()

@@ -1,4 +1,4 @@
-"""People and old programs change tasks as they please; the queue follows, and no old answer counts."""
+"""Changes of tasks by people and other programs: the queue follows, and outdated answers are rejected."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.queue import Probe, probing
         "status = 'unsolved', answer = NULL, answered_by = NULL, answer_rank = NULL, answer_call_id = NULL",
     ],
 )
-async def test_a_solved_task_set_back_is_solved_again(probe: Probe, reset: str) -> None:
+async def test_a_reset_solved_task_is_solved_again(probe: Probe, reset: str) -> None:
     task_id = await probe.add()
     await probe.settle(await probe.must_claim(), answer="first")
     await probe.run(f"UPDATE tasks SET {reset}")
@@ -28,7 +28,7 @@ async def test_a_solved_task_set_back_is_solved_again(probe: Probe, reset: str) 
     await probe.assert_counts_exact()
 
 
-async def test_a_failed_task_set_back_forgets_its_failure_and_its_attempts(probe: Probe) -> None:
+async def test_resetting_a_failed_task_clears_failure_and_attempts(probe: Probe) -> None:
     await probe.run("UPDATE queue_settings SET max_attempts = 1")
     task_id = await probe.add()
     await probe.settle(await probe.must_claim(), "error", error="broken pipe")
@@ -39,7 +39,7 @@ async def test_a_failed_task_set_back_forgets_its_failure_and_its_attempts(probe
     await probe.assert_counts_exact()
 
 
-async def test_set_back_with_another_category_is_counted_where_it_was_and_where_it_is(probe: Probe) -> None:
+async def test_a_reset_with_another_category_updates_both_counters(probe: Probe) -> None:
     await probe.add(category="technical")
     await probe.settle(await probe.must_claim())
     await probe.run("UPDATE tasks SET status = 'unsolved', category = 'creative'")
@@ -49,7 +49,7 @@ async def test_set_back_with_another_category_is_counted_where_it_was_and_where_
     await probe.assert_counts_exact()
 
 
-async def test_an_edit_while_claimed_makes_the_call_under_way_stale(probe: Probe) -> None:
+async def test_an_edit_makes_the_call_in_flight_stale(probe: Probe) -> None:
     task_id = await probe.add("2 + 2?")
     old = await probe.must_claim()
     await probe.run("UPDATE tasks SET prompt = '3 + 3?'")
@@ -65,7 +65,7 @@ async def test_an_edit_while_claimed_makes_the_call_under_way_stale(probe: Probe
     await probe.assert_counts_exact()
 
 
-async def test_an_edit_to_nothing_fails_and_leaves_the_queue(probe: Probe) -> None:
+async def test_editing_a_prompt_to_empty_fails_the_task(probe: Probe) -> None:
     task_id = await probe.add()
     await probe.run("UPDATE tasks SET prompt = ''")
     assert (await probe.task(task_id))["status"] == "failed"
@@ -73,7 +73,7 @@ async def test_an_edit_to_nothing_fails_and_leaves_the_queue(probe: Probe) -> No
     await probe.assert_counts_exact()
 
 
-async def test_delete_while_claimed_ends_it_quietly(probe: Probe) -> None:
+async def test_the_answer_to_a_deleted_task_is_stale(probe: Probe) -> None:
     await probe.add()
     taken = await probe.must_claim()
     await probe.run("DELETE FROM tasks")
@@ -82,7 +82,7 @@ async def test_delete_while_claimed_ends_it_quietly(probe: Probe) -> None:
     await probe.assert_counts_exact()
 
 
-async def test_delete_of_every_kind_is_counted(probe: Probe) -> None:
+async def test_deleting_tasks_of_every_status_is_counted(probe: Probe) -> None:
     await probe.run(
         "INSERT INTO tasks (prompt, status, category) SELECT 'p', s, c"
         " FROM unnest('{unsolved,solved,failed}'::text[]) AS s,"
@@ -95,7 +95,7 @@ async def test_delete_of_every_kind_is_counted(probe: Probe) -> None:
     assert await probe.counts() == {}
 
 
-async def test_an_id_that_comes_again_does_not_take_the_old_ones_answer(probe: Probe) -> None:
+async def test_a_reused_id_does_not_take_the_old_tasks_answer(probe: Probe) -> None:
     first = await probe.add("old prompt")
     old = await probe.must_claim()
     await probe.run("TRUNCATE tasks RESTART IDENTITY")
@@ -111,7 +111,7 @@ async def test_an_id_that_comes_again_does_not_take_the_old_ones_answer(probe: P
     await probe.assert_counts_exact()
 
 
-async def test_a_failure_or_an_unclaim_after_truncate_does_nothing(probe: Probe) -> None:
+async def test_a_failure_or_unclaim_after_truncate_changes_nothing(probe: Probe) -> None:
     await probe.add()
     await probe.add()
     one, two = await probe.must_claim(), await probe.must_claim()
@@ -121,7 +121,7 @@ async def test_a_failure_or_an_unclaim_after_truncate_does_nothing(probe: Probe)
     assert await probe.counts() == {}
 
 
-async def test_an_old_program_that_solves_wins_over_the_call_under_way(probe: Probe) -> None:
+async def test_an_external_answer_wins_over_the_call_in_flight(probe: Probe) -> None:
     task_id = await probe.add()
     taken = await probe.must_claim()
     await probe.run("UPDATE tasks SET status = 'solved', answer = 'by the old program'")
@@ -133,7 +133,7 @@ async def test_an_old_program_that_solves_wins_over_the_call_under_way(probe: Pr
     await probe.assert_counts_exact()
 
 
-async def test_an_old_program_that_solves_and_writes_the_answer_after(probe: Probe) -> None:
+async def test_an_external_answer_may_follow_the_status(probe: Probe) -> None:
     task_id = await probe.add()
     taken = await probe.must_claim()
     await probe.run("UPDATE tasks SET status = 'solved'")
@@ -152,7 +152,7 @@ async def test_a_change_of_category_or_priority_moves_the_task(probe: Probe) -> 
     assert (await probe.must_claim("technical")).task_id == first
 
 
-async def test_a_change_of_category_while_claimed_moves_the_count_and_keeps_the_claim(probe: Probe) -> None:
+async def test_changing_the_category_of_a_claimed_task_moves_only_its_count(probe: Probe) -> None:
     await probe.add()
     taken = await probe.must_claim()
     await probe.run("UPDATE tasks SET category = 'technical'")
@@ -162,24 +162,24 @@ async def test_a_change_of_category_while_claimed_moves_the_count_and_keeps_the_
     await probe.assert_counts_exact()
 
 
-async def test_a_status_that_nobody_knows_is_refused(probe: Probe) -> None:
+async def test_an_unknown_status_is_refused(probe: Probe) -> None:
     await probe.add()
     with pytest.raises(asyncpg.CheckViolationError):
         await probe.run("UPDATE tasks SET status = 'running'")
 
 
-# Triggers off (a restore, a careless script): the reconciler puts both tables right, in both directions.
+# Changes without triggers, as in a restore: the reconciler repairs both tables.
 
 
 @pytest.fixture
 async def unseen(database: str, probe: Probe) -> Probe:
-    """A second connection whose changes no trigger sees."""
+    """A second connection that bypasses triggers."""
     async with probing(database) as other:
         await other.run("SET session_replication_role = replica")
         yield other  # type: ignore[misc]
 
 
-async def test_reconcile_queues_what_came_in_unseen(probe: Probe, unseen: Probe) -> None:
+async def test_reconcile_queues_tasks_inserted_without_triggers(probe: Probe, unseen: Probe) -> None:
     await unseen.run("INSERT INTO tasks (prompt) SELECT 'p' FROM generate_series(1, 1200)")
     await unseen.run("INSERT INTO tasks (prompt) VALUES ('')")
     assert await probe.claim() is None
@@ -190,7 +190,9 @@ async def test_reconcile_queues_what_came_in_unseen(probe: Probe, unseen: Probe)
     assert (await probe.must_claim()).prompt == "p"
 
 
-async def test_reconcile_drops_what_ended_or_went_unseen(probe: Probe, unseen: Probe) -> None:
+async def test_reconcile_removes_tasks_finished_or_deleted_without_triggers(
+    probe: Probe, unseen: Probe
+) -> None:
     solved, failed, gone, stays = [await probe.add() for _ in range(4)]
     await unseen.run("UPDATE tasks SET status = 'solved', answer = 'a' WHERE id = $1", solved)
     await unseen.run("UPDATE tasks SET status = 'failed' WHERE id = $1", failed)
@@ -201,23 +203,19 @@ async def test_reconcile_drops_what_ended_or_went_unseen(probe: Probe, unseen: P
     assert (await probe.must_claim()).task_id == stays
 
 
-async def test_a_claim_does_not_wait_for_the_reconciler_to_see_that_a_task_is_gone(
-    probe: Probe, unseen: Probe
-) -> None:
+async def test_a_claim_skips_a_task_deleted_without_triggers(probe: Probe, unseen: Probe) -> None:
     gone, stays = await probe.add(), await probe.add()
     await unseen.run("DELETE FROM tasks WHERE id = $1", gone)
     assert (await probe.must_claim()).task_id == stays
     assert await probe.counts() == {"general": (1, 0, 0)}
 
 
-async def test_set_back_unseen_is_a_new_version_and_not_paid_for_without_end(
-    probe: Probe, unseen: Probe
-) -> None:
+async def test_a_reset_without_triggers_is_a_new_version_after_reconcile(probe: Probe, unseen: Probe) -> None:
     task_id = await probe.add()
     await probe.settle(await probe.must_claim(), answer="first")
     await unseen.run(
         "UPDATE tasks SET status = 'unsolved'"
-    )  # its rank is still 3: no answer could replace it
+    )  # its rank is still 3, which no answer could replace
     assert await probe.reconcile() == (1, 0)
     await probe.assert_counts_exact()
     assert await probe.settle(await probe.must_claim(), answer="second") == "solved"
@@ -225,11 +223,9 @@ async def test_set_back_unseen_is_a_new_version_and_not_paid_for_without_end(
     await probe.assert_counts_exact()
 
 
-async def test_an_answer_that_stands_already_ends_the_claim_instead_of_asking_for_ever(
-    probe: Probe, unseen: Probe
-) -> None:
+async def test_a_superseded_answer_ends_the_claim_as_an_attempt(probe: Probe, unseen: Probe) -> None:
     task_id = await probe.add()
-    await unseen.run("UPDATE tasks SET answer = 'a', answer_rank = 3")  # unsolved, and yet answered
+    await unseen.run("UPDATE tasks SET answer = 'a', answer_rank = 3")  # unsolved, but with an answer
     for _ in range(5):
         await probe.wake()
         taken = await probe.claim()
@@ -240,9 +236,7 @@ async def test_an_answer_that_stands_already_ends_the_claim_instead_of_asking_fo
     await probe.assert_counts_exact()
 
 
-async def test_a_version_that_changed_unseen_is_taken_from_the_task_itself(
-    probe: Probe, unseen: Probe
-) -> None:
+async def test_a_claim_reads_the_prompt_version_of_the_task(probe: Probe, unseen: Probe) -> None:
     await probe.add()
     await unseen.run("UPDATE tasks SET prompt = 'edited', prompt_version = 77")
     taken = await probe.must_claim()
@@ -250,9 +244,7 @@ async def test_a_version_that_changed_unseen_is_taken_from_the_task_itself(
     assert await probe.settle(taken) == "solved"
 
 
-async def test_reconcile_moves_what_changed_lanes_unseen_or_whose_category_is_gone(
-    probe: Probe, unseen: Probe
-) -> None:
+async def test_reconcile_moves_tasks_of_changed_or_removed_categories(probe: Probe, unseen: Probe) -> None:
     one, two = await probe.add(category="creative"), await probe.add()
     await unseen.run("UPDATE tasks SET category = 'technical', priority = 7 WHERE id = $1", two)
     await probe.run("DELETE FROM categories WHERE name = 'creative'")
@@ -262,7 +254,7 @@ async def test_reconcile_moves_what_changed_lanes_unseen_or_whose_category_is_go
     assert (await probe.must_claim("general")).task_id == one
 
 
-async def test_a_claim_of_a_worker_that_nobody_knows_is_released(probe: Probe) -> None:
+async def test_a_claim_of_an_unknown_worker_is_released(probe: Probe) -> None:
     task_id = await probe.add()
     await probe.must_claim(worker="forgotten")
     await probe.run("DELETE FROM workers")
@@ -274,7 +266,7 @@ async def test_a_claim_of_a_worker_that_nobody_knows_is_released(probe: Probe) -
     assert (await probe.must_claim(worker="w2")).task_id == task_id
 
 
-async def test_recount_puts_counters_right_whatever_happened_to_them(probe: Probe) -> None:
+async def test_recount_repairs_the_counters(probe: Probe) -> None:
     await probe.run(
         "INSERT INTO tasks (prompt, status)"
         " SELECT 'p', s FROM unnest('{unsolved,solved,solved,failed}'::text[]) AS s"
@@ -285,14 +277,14 @@ async def test_recount_puts_counters_right_whatever_happened_to_them(probe: Prob
     await probe.assert_counts_exact()
 
 
-async def test_recount_of_a_category_that_holds_but_one_kind(probe: Probe) -> None:
+async def test_recount_of_a_category_with_one_status_only(probe: Probe) -> None:
     await probe.add(status="solved")
     await probe.run("SELECT recount_tasks()")
     assert await probe.counts() == {"general": (0, 1, 0)}
 
 
-async def test_counters_of_another_cluster_in_a_restored_dump_hide_nothing(probe: Probe) -> None:
-    # A dump brings the fold's mark along: a transaction number that has not been reached here yet.
+async def test_a_restored_dump_of_another_cluster_keeps_the_counters_exact(probe: Probe) -> None:
+    # The dump contains a compaction mark ahead of this cluster's transaction ids.
     await probe.run("INSERT INTO task_count_folds VALUES ('4000000000')")
     await probe.add()
     assert await probe.counts() == {"general": (1, 0, 0)}

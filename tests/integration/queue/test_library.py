@@ -1,4 +1,4 @@
-"""`router.queue.TaskQueue`: the queue as a worker holds it."""
+"""`router.queue.TaskQueue`, the workers' client."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import asyncpg
 import pytest
 
 from router.database import open_pool
-from router.errors import DatabaseError
-from router.queue.task_queue import InvalidValue, LeaseLost, TaskQueue, listening
+from router.errors import DatabaseError, InvalidValue, LeaseLost
+from router.queue import TaskQueue, listening
 from router.task import CallResult, Outcome
 from tests.support.queue import Probe
 
@@ -37,11 +37,11 @@ async def pool(database: str) -> AsyncIterator[asyncpg.Pool]:
 @pytest.fixture
 async def queue(pool: asyncpg.Pool) -> TaskQueue:
     started = TaskQueue(pool, host="here")
-    await started.start()
+    await started.renew_lease()
     return started
 
 
-async def test_claim_and_settle_carry_everything_over(queue: TaskQueue, probe: Probe) -> None:
+async def test_claim_and_settle_transfer_all_fields(queue: TaskQueue, probe: Probe) -> None:
     task_id = await probe.add("Why?", category="technical")
     claim = await queue.claim("m1", ["technical"], max_tokens=100)
     assert claim is not None
@@ -74,7 +74,7 @@ async def test_claim_and_settle_carry_everything_over(queue: TaskQueue, probe: P
     ],
     ids=["nul", "surrogate", "huge", "negative", "nan"],
 )
-async def test_what_postgres_cannot_hold_is_made_to_fit_and_the_answer_kept(
+async def test_values_that_postgres_cannot_store_are_replaced(
     queue: TaskQueue, probe: Probe, ugly: CallResult
 ) -> None:
     await probe.add()
@@ -83,9 +83,7 @@ async def test_what_postgres_cannot_hold_is_made_to_fit_and_the_answer_kept(
     assert await asyncio.wait_for(queue.settle(claim, ugly), 5) == "solved"
 
 
-async def test_values_that_postgres_refuses_are_not_tried_for_ten_minutes(
-    queue: TaskQueue, probe: Probe
-) -> None:
+async def test_invalid_values_are_not_retried(queue: TaskQueue, probe: Probe) -> None:
     await probe.add()
     claim = await queue.claim("m1", ["general"], max_tokens=100)
     assert claim is not None
@@ -98,7 +96,7 @@ async def test_values_that_postgres_refuses_are_not_tried_for_ten_minutes(
         )
 
 
-async def test_the_databases_time_goes_on_whatever_is_done_to_this_machines_clock(
+async def test_database_time_does_not_depend_on_the_local_clock(
     queue: TaskQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = time.time
@@ -108,7 +106,9 @@ async def test_the_databases_time_goes_on_whatever_is_done_to_this_machines_cloc
     assert abs(queue.database_time() - real()) < 5
 
 
-async def test_a_worker_whose_lease_was_lost_goes_on_under_a_new_name(queue: TaskQueue, probe: Probe) -> None:
+async def test_a_worker_continues_under_a_new_name_after_its_lease_expired(
+    queue: TaskQueue, probe: Probe
+) -> None:
     await probe.add()
     await probe.lose_lease(queue.worker)
     with pytest.raises(LeaseLost):
@@ -121,7 +121,15 @@ async def test_a_worker_whose_lease_was_lost_goes_on_under_a_new_name(queue: Tas
     assert await queue.claim("m1", ["general"], max_tokens=100) is not None
 
 
-async def test_of_several_who_find_the_lease_gone_one_renames(queue: TaskQueue) -> None:
+async def test_renewing_a_lost_lease_begins_one_under_a_new_name(queue: TaskQueue, probe: Probe) -> None:
+    lost = queue.worker
+    await probe.lose_lease(lost)
+    await queue.renew_lease()
+    assert queue.worker != lost
+    assert await queue.claim("m1", ["general"], max_tokens=100) is None
+
+
+async def test_concurrent_renames_rename_once(queue: TaskQueue) -> None:
     lost = queue.worker
     queue.rename(lost)
     renamed = queue.worker
@@ -129,7 +137,7 @@ async def test_of_several_who_find_the_lease_gone_one_renames(queue: TaskQueue) 
     assert queue.worker == renamed != lost
 
 
-async def test_a_cancelled_claim_gives_back_what_it_may_have_taken(queue: TaskQueue, probe: Probe) -> None:
+async def test_a_cancelled_claim_is_released(queue: TaskQueue, probe: Probe) -> None:
     for _ in range(20):
         await probe.add()
     for n in range(20):
@@ -146,7 +154,7 @@ async def test_a_cancelled_claim_gives_back_what_it_may_have_taken(queue: TaskQu
     assert await probe.value("SELECT max(attempt) FROM queue") == 0
 
 
-async def test_release_gives_back_all_at_once(queue: TaskQueue, probe: Probe) -> None:
+async def test_release_returns_all_claims(queue: TaskQueue, probe: Probe) -> None:
     for _ in range(3):
         await probe.add()
         await queue.claim("m1", ["general"], max_tokens=100)
@@ -154,9 +162,7 @@ async def test_release_gives_back_all_at_once(queue: TaskQueue, probe: Probe) ->
     assert await probe.value("SELECT count(*) FROM queue WHERE state = 'ready'") == 3
 
 
-async def test_a_claim_that_nobody_works_on_is_found_by_the_worker_that_holds_it(
-    queue: TaskQueue, probe: Probe
-) -> None:
+async def test_orphaned_claims_are_released_by_their_worker(queue: TaskQueue, probe: Probe) -> None:
     for _ in range(2):
         await probe.add()
     kept = await queue.claim("m1", ["general"], max_tokens=100)
@@ -169,7 +175,7 @@ async def test_a_claim_that_nobody_works_on_is_found_by_the_worker_that_holds_it
     assert await probe.value("SELECT state FROM queue") == "ready"
 
 
-async def test_house_keeping_promotes_releases_and_folds(queue: TaskQueue, probe: Probe) -> None:
+async def test_maintenance_promotes_releases_and_compacts(queue: TaskQueue, probe: Probe) -> None:
     retried, lost = await probe.add(), await probe.add()
     await probe.settle(await probe.must_claim(), "error")
     await probe.must_claim(worker="dead")
@@ -180,10 +186,10 @@ async def test_house_keeping_promotes_releases_and_folds(queue: TaskQueue, probe
         "SELECT array_agg(task_id ORDER BY task_id) FROM queue WHERE state = 'ready'"
     ) == [retried, lost]
     assert await probe.value("SELECT count(*) FROM task_count_deltas") == 0
-    await queue.keep_partitions()
+    await queue.create_partitions()
 
 
-async def test_the_state_in_one_round_trip(queue: TaskQueue, probe: Probe) -> None:
+async def test_state_reads_pause_runs_and_backlog(queue: TaskQueue, probe: Probe) -> None:
     await probe.run(
         "INSERT INTO tasks (prompt, category) VALUES ('p', 'technical'), ('p', 'technical'), ('p', NULL)"
     )
@@ -196,7 +202,7 @@ async def test_the_state_in_one_round_trip(queue: TaskQueue, probe: Probe) -> No
     assert not state.held
 
 
-async def test_reconcile_steps_come_to_an_end(queue: TaskQueue, probe: Probe) -> None:
+async def test_reconcile_steps_end(queue: TaskQueue, probe: Probe) -> None:
     await probe.run("INSERT INTO tasks (prompt) SELECT 'p' FROM generate_series(1, 7000)")
     steps: list[int | None] = [-(2**62)]
     while steps[-1] is not None:
@@ -204,14 +210,14 @@ async def test_reconcile_steps_come_to_an_end(queue: TaskQueue, probe: Probe) ->
     assert steps == [-(2**62), 5000, None]
 
 
-async def test_whoever_listens_hears_of_new_tasks(database: str, probe: Probe) -> None:
+async def test_listeners_are_notified_of_new_tasks(database: str, probe: Probe) -> None:
     heard: asyncio.Queue[str] = asyncio.Queue()
     async with listening(database, heard.put_nowait):
         await probe.add()
         assert await asyncio.wait_for(heard.get(), 5) == "router_tasks"
 
 
-async def test_postgres_away_is_said_as_a_database_error(
+async def test_an_unavailable_postgres_raises_database_error(
     pool: asyncpg.Pool, queue: TaskQueue, probe: Probe
 ) -> None:
     waiting = asyncio.create_task(queue._one("SELECT pg_sleep(60)"))

@@ -1,4 +1,4 @@
-"""The floor of a lane: claims stay as cheap as in an empty table, and no ready task is hidden below it."""
+"""The low-water mark of a lane: it keeps claims cheap, and never hides a ready task."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ from tests.support.queue import Probe, probing
 RETURNED = -(2**62)
 
 
-async def test_the_floor_follows_what_was_claimed_in_two_steps(probe: Probe) -> None:
-    await probe.run("SELECT setseed(0)")  # now and then, by the dice, a claim raises the floor, too
+async def test_the_watermark_advances_in_two_steps(probe: Probe) -> None:
+    await probe.run("SELECT setseed(0)")  # claims advance the watermark at random
     for _ in range(5):
         await probe.add()
     for _ in range(3):
         await probe.must_claim()
-    assert await probe.floor() == 1
+    assert await probe.low_watermark() == 1
     await probe.advance_low_watermark()
-    assert await probe.floor() == 1, "the first step only remembers what it saw"
+    assert await probe.low_watermark() == 1, "the first step only records a candidate"
     await probe.advance_low_watermark()
-    assert await probe.floor() == 4
+    assert await probe.low_watermark() == 4
     assert await probe.claim() is not None
     assert await probe.claim() is not None
 
 
-async def test_an_insert_under_way_keeps_the_floor_down(probe: Probe, database: str) -> None:
-    assert await _history_with_a_slow_insert(probe, database), (
-        "the slow one's task was hidden below the floor"
-    )
+async def test_an_open_insert_holds_the_watermark_back(probe: Probe, database: str) -> None:
+    assert await _history_with_a_slow_insert(probe, database), "the slow task was hidden below the watermark"
 
 
-async def test_without_its_witnesses_the_floor_would_hide_a_task(probe: Probe, database: str) -> None:
-    # The same history with the guard taken out: it is the witnesses that keep the task in sight.
+async def test_without_blocking_transactions_the_watermark_would_hide_a_task(
+    probe: Probe, database: str
+) -> None:
+    # The same history without the check for blocking transactions.
     source = await probe.value("SELECT pg_get_functiondef('advance_low_watermark'::regproc)")
-    careless = source.replace("coalesce(array_agg(l.virtualtransaction), '{}')", "'{}'::text[]")
-    assert careless != source
-    await probe.run(careless)
+    unguarded = source.replace("coalesce(array_agg(l.virtualtransaction), '{}')", "'{}'::text[]")
+    assert unguarded != source
+    await probe.run(unguarded)
     assert not await _history_with_a_slow_insert(probe, database)
 
 
 async def _history_with_a_slow_insert(probe: Probe, database: str) -> bool:
-    """A slow transaction takes a position, others pass it by, it commits; whether its task can be claimed."""
+    """Commits an insert after later ones were claimed. Returns whether its task can be claimed."""
     async with probing(database) as slow:
         transaction = slow.connection.transaction()
         await transaction.start()
@@ -66,13 +66,13 @@ async def _history_with_a_slow_insert(probe: Probe, database: str) -> bool:
     return taken is not None and taken.task_id == hidden
 
 
-async def test_a_claim_that_is_rolled_back_is_not_below_the_floor(probe: Probe, database: str) -> None:
+async def test_a_rolled_back_claim_is_not_below_the_watermark(probe: Probe, database: str) -> None:
     first = await probe.add()
     await probe.add()
-    async with probing(database) as wavering:
-        transaction = wavering.connection.transaction()
+    async with probing(database) as other:
+        transaction = other.connection.transaction()
         await transaction.start()
-        assert (await wavering.must_claim(worker="w2")).task_id == first
+        assert (await other.must_claim(worker="w2")).task_id == first
         await probe.must_claim()
         for _ in range(4):
             await probe.advance_low_watermark()
@@ -80,8 +80,8 @@ async def test_a_claim_that_is_rolled_back_is_not_below_the_floor(probe: Probe, 
     assert (await probe.must_claim()).task_id == first
 
 
-async def test_an_old_snapshot_never_raises_a_floor(probe: Probe, database: str) -> None:
-    # Its `lowest` would miss what was committed since.
+async def test_an_old_snapshot_never_advances_the_watermark(probe: Probe, database: str) -> None:
+    # Its snapshot does not contain rows committed since.
     await probe.add()
     async with probing(database) as old, old.connection.transaction(isolation="repeatable_read"):
         assert await old.value("SELECT count(*) FROM queue") == 1
@@ -92,7 +92,7 @@ async def test_an_old_snapshot_never_raises_a_floor(probe: Probe, database: str)
     assert (await probe.must_claim()).task_id == hidden
 
 
-async def test_the_floor_of_what_came_back_is_its_own(probe: Probe) -> None:
+async def test_requeued_tasks_have_a_watermark_of_their_own(probe: Probe) -> None:
     for _ in range(10):
         await probe.add()
     for _ in range(5):
@@ -101,23 +101,23 @@ async def test_the_floor_of_what_came_back_is_its_own(probe: Probe) -> None:
     for _ in range(2):
         await probe.advance_low_watermark(came_back=True)
         await probe.advance_low_watermark()
-    assert RETURNED < await probe.floor(came_back=True) < 0
-    assert await probe.floor() == 4
+    assert RETURNED < await probe.low_watermark(came_back=True) < 0
+    assert await probe.low_watermark() == 4
     assert {(await probe.must_claim()).task_id for _ in range(10)} == set(range(1, 11))
 
 
-async def test_a_lane_emptied_by_a_delete_raises_its_floor_too(probe: Probe) -> None:
+async def test_the_watermark_advances_in_a_lane_emptied_by_a_delete(probe: Probe) -> None:
     await probe.run("INSERT INTO tasks (prompt, priority) SELECT 'p', 5 FROM generate_series(1, 1000)")
     await probe.run("DELETE FROM tasks")
     await probe.run("SELECT setseed(0.5)")
     await probe.run("INSERT INTO tasks (prompt) SELECT 'p' FROM generate_series(1, 600)")
     for _ in range(600):
         await probe.must_claim()
-    assert await probe.floor(priority=5) > 1000
+    assert await probe.low_watermark(priority=5) > 1000
 
 
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.soak)])
-async def test_no_ready_task_is_ever_hidden_under_stress(  # noqa: C901 - three small programs in one place
+async def test_no_ready_task_is_hidden_under_stress(  # noqa: C901 - three concurrent programs
     probe: Probe, database: str, seed: int
 ) -> None:
     dice = random.Random(seed)
@@ -150,7 +150,7 @@ async def test_no_ready_task_is_ever_hidden_under_stress(  # noqa: C901 - three 
                     claimed.add(taken.task_id)
                     await p.settle(taken)
 
-    async def meddle() -> None:
+    async def edit() -> None:
         async with probing(database) as p:
             while time.monotonic() < until:
                 await p.run(
@@ -159,7 +159,7 @@ async def test_no_ready_task_is_ever_hidden_under_stress(  # noqa: C901 - three 
                 )
                 await asyncio.sleep(0.01)
 
-    await asyncio.gather(*(produce() for _ in range(3)), *(claim(f"w{n}") for n in range(3)), meddle())
+    await asyncio.gather(*(produce() for _ in range(3)), *(claim(f"w{n}") for n in range(3)), edit())
     while (taken := await probe.claim()) is not None:
         claimed.add(taken.task_id)
         await probe.settle(taken)
@@ -171,7 +171,7 @@ async def test_no_ready_task_is_ever_hidden_under_stress(  # noqa: C901 - three 
     await probe.assert_counts_exact()
 
 
-# Under a snapshot that is held, dead entries stay: what counts is how many pages a claim touches.
+# A held snapshot keeps dead index entries. The cost of a claim is measured in pages read.
 
 
 async def _pages_of(probe: Probe, statement: str) -> int:
@@ -186,7 +186,7 @@ async def _pages_of_a_claim(probe: Probe) -> int:
 
 
 async def _claim_and_settle(probe: Probe, tasks: int) -> None:
-    # In the server, one transaction a task: the wire is not what is looked at here.
+    # On the server, one transaction per task.
     await probe.run(
         """CREATE OR REPLACE PROCEDURE drain(n integer) LANGUAGE plpgsql AS $$
         DECLARE id uuid;
@@ -211,14 +211,14 @@ async def test_claims_stay_cheap_while_a_snapshot_is_held(probe: Probe, database
         await reader.value("SELECT count(*) FROM queue")
         await _claim_and_settle(probe, 20_000)
         await probe.run("SELECT compact_counts()")
-        assert await _pages_of_a_claim(probe) < fresh + 25, "dead entries are walked again and again"
-        # Of 20,000 deltas that were folded none is looked at again, though all are still there.
+        assert await _pages_of_a_claim(probe) < fresh + 25, "claims scan dead entries"
+        # None of the 20,000 compacted deltas is read again, although all are still stored.
         assert await _pages_of(probe, "SELECT * FROM task_counts_now") < 20
         assert await probe.value("SELECT pg_relation_size('task_count_deltas') / 8192") > 100
 
 
 @pytest.mark.soak
-async def test_without_a_floor_they_would_not(probe: Probe, database: str) -> None:
+async def test_claims_without_a_watermark_get_expensive(probe: Probe, database: str) -> None:
     await probe.run("INSERT INTO tasks (prompt) SELECT 'p' FROM generate_series(1, 6000)")
     fresh = await _pages_of_a_claim(probe)
     await probe.run(
@@ -231,12 +231,12 @@ async def test_without_a_floor_they_would_not(probe: Probe, database: str) -> No
         assert await _pages_of_a_claim(probe) > fresh + 60
 
 
-# Plans. They are made while the tables are nearly empty, and kept by the session.
+# Plans: a session keeps those made while the tables were nearly empty.
 
 
 async def _plans(probe: Probe, statement: str) -> str:
-    told: list[str] = []
-    probe.connection.add_log_listener(lambda _connection, message: told.append(message.message))
+    messages: list[str] = []
+    probe.connection.add_log_listener(lambda _connection, message: messages.append(message.message))
     await probe.run("LOAD 'auto_explain'")
     for setting, value in [
         ("log_min_duration", "0"), ("log_nested_statements", "on"), ("log_level", "notice"),
@@ -245,7 +245,7 @@ async def _plans(probe: Probe, statement: str) -> str:
     await probe.run(statement)
     await probe.run("SET auto_explain.log_min_duration = -1")
     await asyncio.sleep(0)
-    return "\n".join(told)
+    return "\n".join(messages)
 
 
 def _scans_of(plans: str, table: str) -> set[str]:
@@ -253,7 +253,7 @@ def _scans_of(plans: str, table: str) -> set[str]:
 
 
 @pytest.mark.parametrize("size", ["nearly empty", "large"])
-async def test_plans_use_the_index_made_for_them(probe: Probe, size: str) -> None:
+async def test_plans_use_the_intended_index(probe: Probe, size: str) -> None:
     tasks = 3 if size == "nearly empty" else 5000
     await probe.run("INSERT INTO tasks (prompt) SELECT 'p' FROM generate_series(1, $1)", tasks)
     await probe.run("VACUUM ANALYZE")

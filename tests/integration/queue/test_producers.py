@@ -1,4 +1,4 @@
-"""Producers only INSERT INTO tasks; what they insert is queued, or failed with its reason, and counted."""
+"""Producers INSERT INTO tasks: each task is queued, or fails with its reason, and is counted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from tests.support.queue import Probe, probing
 
 
-async def test_one_insert_is_ready_counted_and_announced_once(probe: Probe, database: str) -> None:
+async def test_an_insert_is_queued_counted_and_notified_once(probe: Probe, database: str) -> None:
     heard: list[str] = []
     listener = await asyncpg.connect(database)
     told = asyncio.Event()
@@ -36,7 +36,7 @@ async def test_one_insert_is_ready_counted_and_announced_once(probe: Probe, data
     assert heard == ["router_tasks"]
 
 
-async def test_ten_thousand_in_one_statement_are_one_counter_row(probe: Probe) -> None:
+async def test_a_bulk_insert_adds_one_counter_row(probe: Probe) -> None:
     await probe.run("INSERT INTO tasks (prompt) SELECT 'prompt ' || n FROM generate_series(1, 10000) AS n")
     assert await probe.value("SELECT count(*) FROM queue WHERE state = 'ready'") == 10_000
     assert await probe.value("SELECT count(*) FROM task_count_deltas") == 1
@@ -48,7 +48,7 @@ async def test_ten_thousand_in_one_statement_are_one_counter_row(probe: Probe) -
     assert in_order
 
 
-async def test_copy_is_an_insert(probe: Probe) -> None:
+async def test_copy_queues_tasks(probe: Probe) -> None:
     records = [(f"prompt {n}", "creative" if n % 2 else None, n % 3) for n in range(1000)]
     await probe.connection.copy_records_to_table(
         "tasks", records=records, columns=["prompt", "category", "priority"]
@@ -61,7 +61,7 @@ async def test_copy_is_an_insert(probe: Probe) -> None:
     ("prompt", "reason"),
     [("", "the prompt is empty"), (" \n\t ", "the prompt is empty"), ("x" * 10_000_000, "10000000 bytes")],
 )
-async def test_what_no_model_can_be_sent_fails_at_once_with_its_reason(
+async def test_an_unsendable_prompt_fails_immediately_with_its_reason(
     probe: Probe, prompt: str, reason: str
 ) -> None:
     good = await probe.add("a good one")
@@ -74,7 +74,7 @@ async def test_what_no_model_can_be_sent_fails_at_once_with_its_reason(
     await probe.assert_counts_exact()
 
 
-async def test_good_and_bad_in_one_statement_are_told_apart(probe: Probe) -> None:
+async def test_valid_and_invalid_rows_of_one_statement_are_separated(probe: Probe) -> None:
     await probe.run(
         "INSERT INTO tasks (prompt)"
         " SELECT CASE WHEN n % 3 = 0 THEN ' ' ELSE 'p' END FROM generate_series(1, 30) AS n"
@@ -83,7 +83,7 @@ async def test_good_and_bad_in_one_statement_are_told_apart(probe: Probe) -> Non
     await probe.assert_counts_exact()
 
 
-async def test_null_is_refused_by_a_new_table(probe: Probe) -> None:
+async def test_a_null_prompt_is_refused(probe: Probe) -> None:
     with pytest.raises(asyncpg.NotNullViolationError):
         await probe.add(None)
 
@@ -100,13 +100,13 @@ async def test_an_unknown_category_is_queued_under_the_default(probe: Probe) -> 
 
 
 @pytest.mark.parametrize(("priority", "kept"), [(2_000_000_000, 9), (-2_000_000_000, -9), (None, 0), (4, 4)])
-async def test_a_priority_out_of_range_is_the_nearest(probe: Probe, priority: int | None, kept: int) -> None:
+async def test_a_priority_out_of_range_is_clamped(probe: Probe, priority: int | None, kept: int) -> None:
     queued = await probe.queued(await probe.add("p", priority=priority))
     assert queued is not None
     assert queued["priority"] == kept
 
 
-async def test_what_arrives_solved_or_failed_is_counted_and_never_queued(probe: Probe) -> None:
+async def test_finished_tasks_are_counted_and_not_queued(probe: Probe) -> None:
     await probe.add("p", status="solved", answer="a")
     await probe.add("p", status="failed", category="creative")
     assert await probe.counts() == {"general": (0, 1, 0), "creative": (0, 0, 1)}
@@ -114,15 +114,15 @@ async def test_what_arrives_solved_or_failed_is_counted_and_never_queued(probe: 
     await probe.assert_counts_exact()
 
 
-async def test_the_largest_max_tokens_cannot_stop_the_queue(probe: Probe) -> None:
-    # Prompt bytes and max_tokens are added up: an overflow would fail every claim at the head of the queue.
+async def test_the_largest_max_tokens_does_not_overflow(probe: Probe) -> None:
+    # An overflow of prompt bytes plus max_tokens would fail every claim at the head of the queue.
     task_id = await probe.add("p" * 1000, max_tokens=2**31 - 1)
     taken = await probe.must_claim()
     assert taken.task_id == task_id
     assert taken.reserved_tokens == 2**31 - 1
 
 
-async def test_a_producer_that_may_do_nothing_but_insert_still_can(probe: Probe, database: str) -> None:
+async def test_a_producer_needs_only_the_insert_privilege(probe: Probe, database: str) -> None:
     role = "only_inserts"
     if not await probe.value("SELECT 1 FROM pg_roles WHERE rolname = $1", role):
         await probe.run(f"CREATE ROLE {role}")
@@ -135,7 +135,7 @@ async def test_a_producer_that_may_do_nothing_but_insert_still_can(probe: Probe,
     assert await probe.counts() == {"general": (1, 0, 1)}
 
 
-async def test_a_producer_with_another_search_path_fills_the_same_queue(probe: Probe, database: str) -> None:
+async def test_a_producers_search_path_does_not_matter(probe: Probe, database: str) -> None:
     await probe.run(
         "CREATE SCHEMA elsewhere; CREATE TABLE elsewhere.queue (trap int);"
         " CREATE TABLE elsewhere.tasks (trap int)"
@@ -147,7 +147,7 @@ async def test_a_producer_with_another_search_path_fills_the_same_queue(probe: P
     assert (await probe.must_claim()).prompt == "q"
 
 
-async def test_a_rolled_back_insert_leaves_nothing(probe: Probe) -> None:
+async def test_a_rolled_back_insert_queues_nothing(probe: Probe) -> None:
     transaction = probe.connection.transaction()
     await transaction.start()
     await probe.add("p", category="technical", priority=3)
@@ -156,7 +156,7 @@ async def test_a_rolled_back_insert_leaves_nothing(probe: Probe) -> None:
     assert await probe.counts() == {}
 
 
-async def test_two_producers_that_open_lanes_in_different_order_do_not_wait_for_each_other(
+async def test_producers_that_add_lanes_in_different_order_do_not_deadlock(
     probe: Probe, database: str
 ) -> None:
     async with probing(database) as other:

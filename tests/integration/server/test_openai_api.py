@@ -1,4 +1,4 @@
-"""`router serve` as a program of its own, spoken to by the `openai` package as it comes."""
+"""`router serve` as a process, used through the unchanged `openai` package."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _numbers = itertools.count()
 
 @dataclass
 class Serving:
-    """The server, what stands behind it, and words for both."""
+    """The server process, its client, database and backend."""
 
     process: subprocess.Popen[bytes]
     log_file: Path
@@ -82,7 +82,7 @@ class Serving:
 
 
 def config_folder(folder: Path) -> Path:
-    """The shipped config with a quick, a cheap and a stopped model, and short deadlines."""
+    """The shipped config with a fast, a cheap and a paused model, and short deadlines."""
     shutil.copytree(DEFAULT_CONFIG_FOLDER, folder)
     file = folder / "models.yaml"
     config = yaml.safe_load(file.read_text())
@@ -95,7 +95,7 @@ def config_folder(folder: Path) -> Path:
     config["answering"] = {"default_deadline_seconds": 4, "late_seconds": 1}
     config["fallback"] = {"models": ["phi-4"]}
     file.write_text(yaml.safe_dump(config))
-    for examples in (folder / "examples").glob("*.jsonl"):  # to start sooner
+    for examples in (folder / "examples").glob("*.jsonl"):  # fewer examples, for a faster start
         examples.write_text("\n".join(examples.read_text().splitlines()[::4]) + "\n")
     return folder
 
@@ -108,14 +108,14 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BackendServer]
 
 
 @pytest.fixture(scope="module")
-def behind(
+def services(
     postgres: PostgresServer,
     migrated_template: str,
     redis_server: RedisServer,
     backend: BackendServer,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, str]:
-    """The environment of the server: a database, a Redis, a backend and a config."""
+    """Environment of the server: database, Redis, backend and config."""
     name = f"serve_{os.getpid()}_{next(_numbers)}"
     postgres.run("createdb", "--template", migrated_template, name)
     folder = config_folder(tmp_path_factory.mktemp("serve") / "config")
@@ -131,17 +131,19 @@ def behind(
 
 
 @contextmanager
-def serving(folder: Path, behind: dict[str, str], backend: BackendServer, *options: str) -> Iterator[Serving]:
-    """A server that listens; it has stopped well by the end, or is stopped then."""
+def serving(
+    folder: Path, services: dict[str, str], backend: BackendServer, *options: str
+) -> Iterator[Serving]:
+    """Starts a server; at the end it must stop cleanly."""
     folder.mkdir(exist_ok=True)
     keys, log = folder / "api_keys", folder / "serve.log"
     key = add_key(keys, "tester")
-    environment = {**os.environ, **behind, "ROUTER_API_KEYS": str(keys)}
+    environment = {**os.environ, **services, "ROUTER_API_KEYS": str(keys)}
     command = [sys.executable, "-m", "router.cli", "serve", "--port", "0", *options]
     with log.open("wb") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
     try:
-        server = Serving(process, log, keys, key, behind["ROUTER_DATABASE_URL"], backend)
+        server = Serving(process, log, keys, key, services["ROUTER_DATABASE_URL"], backend)
         with server.client:
             yield server
         process.terminate()
@@ -154,20 +156,20 @@ def serving(folder: Path, behind: dict[str, str], backend: BackendServer, *optio
 
 @pytest.fixture(scope="module")
 def server(
-    behind: dict[str, str], backend: BackendServer, tmp_path_factory: pytest.TempPathFactory
+    services: dict[str, str], backend: BackendServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Serving]:
     options = ("--max-body", "1", "--at-once", "20", "--keep-alive", "0.3")
-    with serving(tmp_path_factory.mktemp("server"), behind, backend, *options) as server:
-        until(lambda: categorises(server), 60)
+    with serving(tmp_path_factory.mktemp("server"), services, backend, *options) as server:
+        until(lambda: classifies(server), 60)
         yield server
 
 
-def categorises(server: Serving) -> bool:
-    """Whether the server's categoriser is at work; until then prompts have the default category."""
-    asked = server.client.chat.completions.create(
+def classifies(server: Serving) -> bool:
+    """Returns whether the classifier is ready; until then prompts get the default category."""
+    completion = server.client.chat.completions.create(
         model="auto", messages=[{"role": "user", "content": CODE}], max_tokens=1
     )
-    return "starting" not in asked.router["reason"]  # type: ignore[attr-defined]
+    return "starting" not in completion.router["reason"]  # type: ignore[attr-defined]
 
 
 @pytest.fixture(autouse=True)
@@ -176,7 +178,7 @@ def healed(backend: BackendServer) -> Iterator[None]:
     requests.delete(f"{backend.url}/faults", timeout=5)
 
 
-def test_a_prompt_is_routed_and_the_answer_says_how(server: Serving) -> None:
+def test_a_completion_reports_its_routing(server: Serving) -> None:
     raw = server.client.chat.completions.with_raw_response.create(
         model="auto",
         messages=[{"role": "user", "content": CODE}],
@@ -198,7 +200,7 @@ def test_a_prompt_is_routed_and_the_answer_says_how(server: Serving) -> None:
     assert task == [{"prompt": CODE, "status": "solved"}]
 
 
-def test_a_stream_is_a_role_pieces_a_reason_and_the_usage(server: Serving) -> None:
+def test_a_stream_has_role_chunks_reason_and_usage(server: Serving) -> None:
     chunks = list(server.chat(stream=True, stream_options={"include_usage": True}))
     assert chunks[0].choices[0].delta.role == "assistant"
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
@@ -209,7 +211,7 @@ def test_a_stream_is_a_role_pieces_a_reason_and_the_usage(server: Serving) -> No
     assert {chunk.id for chunk in chunks} == {chunks[0].id}
 
 
-def test_models_are_those_in_use_and_auto(server: Serving) -> None:
+def test_models_lists_auto_and_the_models_in_use(server: Serving) -> None:
     names = [model.id for model in server.client.models.list()]
     assert names[:2] == ["auto", "auto:creative"]
     assert set(names) > {"qwen-2.5-72b", "phi-4"}
@@ -218,12 +220,12 @@ def test_models_are_those_in_use_and_auto(server: Serving) -> None:
         server.client.models.retrieve("gpt-9")
 
 
-def test_a_model_or_a_category_can_be_named(server: Serving) -> None:
+def test_a_model_or_category_can_be_chosen(server: Serving) -> None:
     assert server.chat(model="phi-4").model == "phi-4"
     assert server.chat(CODE, model="auto:creative").router["category"] == "creative"
 
 
-def test_what_a_program_may_send_along(server: Serving) -> None:
+def test_optional_parameters(server: Serving) -> None:
     completion = server.client.chat.completions.create(
         model="phi-4",
         messages=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}],
@@ -235,7 +237,7 @@ def test_what_a_program_may_send_along(server: Serving) -> None:
     assert prompt == [{"prompt": "Be brief.\n\nWhy?"}]
 
 
-def test_a_model_that_hangs_leaves_a_provisional_answer_of_the_fallback(server: Serving) -> None:
+def test_a_hanging_model_yields_a_provisional_answer(server: Serving) -> None:
     server.fault("hang", "qwen-2.5-72b")
     with server.client.chat.completions.with_streaming_response.create(
         model="auto", messages=[{"role": "user", "content": "Why?"}], stream=True
@@ -245,37 +247,37 @@ def test_a_model_that_hangs_leaves_a_provisional_answer_of_the_fallback(server: 
     assert lines.count(": waiting") >= 3
     assert lines.index(": waiting") < next(n for n, line in enumerate(lines) if "[phi-4 " in line)
     assert [line for line in lines if line][-1] == "data: [DONE]"
-    whole = server.post(json={"model": "auto", "messages": ASKS, "router": {"deadline_seconds": 1}})
+    whole = server.post(json={"model": "auto", "messages": MESSAGES, "router": {"deadline_seconds": 1}})
     assert whole.headers["x-router-provisional"] == "true"
     assert whole.headers["x-router-model"] == whole.json()["model"] == "phi-4"
     assert whole.json()["router"]["provisional"] is True
 
 
-def test_a_model_that_fails_is_answered_for_by_the_next(server: Serving) -> None:
+def test_the_next_model_replaces_a_failed_one(server: Serving) -> None:
     server.fault("error", "qwen-2.5-72b")
     assert server.chat().model == "phi-4"
 
 
-async def test_many_at_once_through_the_asynchronous_client(server: Serving) -> None:
+async def test_concurrent_requests(server: Serving) -> None:
     async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=server.key, max_retries=0) as client:
-        asked = [
+        requests_sent = [
             client.chat.completions.create(model="phi-4", messages=[{"role": "user", "content": f"{n}?"}])
             for n in range(15)
         ]
-        answers = await asyncio.gather(*asked)
+        answers = await asyncio.gather(*requests_sent)
     assert {answer.model for answer in answers} == {"phi-4"}
     assert len({answer.choices[0].message.content for answer in answers}) == 15
 
 
-def test_a_client_that_stops_waiting_has_its_call_given_up(server: Serving) -> None:
+def test_a_disconnected_client_cancels_its_calls(server: Serving) -> None:
     server.fault("hang")
-    began = server.log.count("given up")
+    began = server.log.count("canceled after")
     with pytest.raises(openai.APITimeoutError):
         server.chat("Nobody waits for this.", timeout=0.5)
     stream = server.chat("Nor for this.", stream=True)
     next(iter(stream))
     stream.close()
-    until(lambda: server.log.count("the client hung up before there was an answer") == began + 2, 10)
+    until(lambda: server.log.count("the client disconnected before there was an answer") == began + 2, 10)
     calls = (
         "SELECT outcome FROM model_calls JOIN tasks t ON t.id = task_id WHERE t.prompt LIKE 'N%% this.'"
         " AND role = 'asked'"
@@ -283,7 +285,7 @@ def test_a_client_that_stops_waiting_has_its_call_given_up(server: Serving) -> N
     until(lambda: [row["outcome"] for row in server.rows(calls)] == ["abandoned"] * 2, 10)
 
 
-def test_a_client_that_hangs_up_in_the_middle_of_its_request_harms_nobody(server: Serving) -> None:
+def test_a_disconnect_in_the_middle_of_a_request(server: Serving) -> None:
     host = server.url.removeprefix("http://")
     for sent in (b"", b'{"model": "auto", "mess'):
         connection = http.client.HTTPConnection(host, timeout=5)
@@ -293,12 +295,12 @@ def test_a_client_that_hangs_up_in_the_middle_of_its_request_harms_nobody(server
         connection.putheader("Content-Length", "1000")
         connection.endheaders(sent)
         connection.close()
-    until(lambda: server.log.count("hung up before it had sent its request") == 2, 10)
+    until(lambda: server.log.count("disconnected before its request was complete") == 2, 10)
     assert server.chat(model="phi-4").model == "phi-4"
 
 
-def refused(kind: type[openai.APIStatusError], status: int, ask: Any, *arguments: Any, **more: Any) -> Any:
-    """The error that the call raises: of this kind and status, and named as the log names it."""
+def rejected(kind: type[openai.APIStatusError], status: int, ask: Any, *arguments: Any, **more: Any) -> Any:
+    """Returns the error that the call raises; it must have this type, this status and a request id."""
     with pytest.raises(kind) as caught:
         ask(*arguments, **more)
     assert caught.value.status_code == status
@@ -307,35 +309,35 @@ def refused(kind: type[openai.APIStatusError], status: int, ask: Any, *arguments
     return caught.value
 
 
-def test_errors_are_those_that_openai_raises(server: Serving) -> None:
-    error = refused(openai.BadRequestError, 400, server.chat, n=3)
+def test_errors_have_openai_types(server: Serving) -> None:
+    error = rejected(openai.BadRequestError, 400, server.chat, n=3)
     assert (error.param, error.code) == ("n", "unsupported_parameter")
-    error = refused(openai.NotFoundError, 404, server.chat, model="gpt-9")
+    error = rejected(openai.NotFoundError, 404, server.chat, model="gpt-9")
     assert (error.param, error.code) == ("model", "model_not_found")
-    refused(openai.UnprocessableEntityError, 422, server.chat, " ")
-    refused(openai.APIStatusError, 413, server.chat, "x" * 1_200_000)
-    refused(openai.APIStatusError, 405, server.client.get, "/chat/completions", cast_to=object)
-    refused(openai.NotFoundError, 404, server.client.embeddings.create, model="auto", input="x")
+    rejected(openai.UnprocessableEntityError, 422, server.chat, " ")
+    rejected(openai.APIStatusError, 413, server.chat, "x" * 1_200_000)
+    rejected(openai.APIStatusError, 405, server.client.get, "/chat/completions", cast_to=object)
+    rejected(openai.NotFoundError, 404, server.client.embeddings.create, model="auto", input="x")
 
 
-def test_a_model_without_room_says_when_to_come_again(server: Serving) -> None:
-    error = refused(openai.RateLimitError, 429, server.chat, model="gemma-2-27b")
+def test_a_model_at_capacity_reports_when_to_retry(server: Serving) -> None:
+    error = rejected(openai.RateLimitError, 429, server.chat, model="gemma-2-27b")
     assert error.code == "rate_limit_exceeded"
     assert float(error.response.headers["retry-after"]) > 0
     assert float(error.response.headers["retry-after-ms"]) > 0
-    # In a stream as well: what is known before it begins has a status of its own.
-    refused(openai.RateLimitError, 429, server.chat, model="gemma-2-27b", stream=True)
+    # A stream that fails before it starts has an HTTP status as well.
+    rejected(openai.RateLimitError, 429, server.chat, model="gemma-2-27b", stream=True)
 
 
-def test_a_named_model_that_fails_is_no_answer(server: Serving) -> None:
+def test_a_failed_named_model_is_502(server: Serving) -> None:
     server.fault("error", "phi-4")
-    error = refused(openai.InternalServerError, 502, server.chat, model="phi-4")
+    error = rejected(openai.InternalServerError, 502, server.chat, model="phi-4")
     assert "phi-4" in str(error)
 
 
 @pytest.mark.parametrize("key", ["", "Bearer", "Bearer sk-router-wrong", "Basic abc", "bearer  "])
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/auto", "/v1/chat/completions", "/docs", "/"])
-def test_every_path_asks_who_is_there(server: Serving, path: str, key: str) -> None:
+def test_every_path_requires_a_key(server: Serving, path: str, key: str) -> None:
     method = requests.post if path.endswith("completions") else requests.get
     reply = method(f"{server.url}{path}", headers={"Authorization": key}, timeout=5)
     assert reply.status_code == 401
@@ -346,16 +348,16 @@ def test_every_path_asks_who_is_there(server: Serving, path: str, key: str) -> N
 @pytest.mark.parametrize(
     "path", ["/docs", "/redoc", "/openapi.json", "/v1", "/v1/chat/completions/", "/v1/models/"]
 )
-def test_nothing_else_is_served(server: Serving, path: str) -> None:
+def test_other_paths_are_404(server: Serving, path: str) -> None:
     reply = requests.get(f"{server.url}{path}", headers={"Authorization": f"Bearer {server.key}"}, timeout=5)
     assert reply.status_code == 404
     assert reply.json()["error"]["type"] == "invalid_request_error"
 
 
-ASKS = [{"role": "user", "content": "Why?"}]
+MESSAGES = [{"role": "user", "content": "Why?"}]
 
 
-def test_bad_bodies_are_refused_by_what_is_wrong(server: Serving) -> None:
+def test_invalid_bodies_are_reported(server: Serving) -> None:
     for body in (b"", b"{", b"[1]", b"\xff", b"[" * 100_000, b"null"):
         reply = server.post(data=body, headers={"Content-Type": "application/json"})
         assert reply.status_code == 400, body[:10]
@@ -365,7 +367,7 @@ def test_bad_bodies_are_refused_by_what_is_wrong(server: Serving) -> None:
 
 
 @pytest.mark.parametrize("prompt", ["", "\\n ", "a \\u0000 b", "a \\ud800 b"])
-def test_a_prompt_that_no_model_can_be_sent_is_422(server: Serving, prompt: str) -> None:
+def test_an_unsendable_prompt_is_422(server: Serving, prompt: str) -> None:
     body = f'{{"model": "auto", "messages": [{{"role": "user", "content": "{prompt}"}}]}}'
     reply = server.post(data=body.encode(), headers={"Content-Type": "application/json"})
     assert (reply.status_code, reply.json()["error"]["param"]) == (422, "messages")
@@ -374,33 +376,33 @@ def test_a_prompt_that_no_model_can_be_sent_is_422(server: Serving, prompt: str)
 @pytest.mark.parametrize(
     "prompt", ["'; DROP TABLE tasks; --", "!!python/object:os.system x", "\u202e\x1b[2J", "%s"]
 )
-def test_a_prompt_is_only_ever_a_prompt(server: Serving, prompt: str) -> None:
+def test_prompts_are_stored_unchanged(server: Serving, prompt: str) -> None:
     completion = server.chat(prompt, model="phi-4")
-    kept = server.rows("SELECT prompt FROM tasks WHERE id = %s", completion.router["task_id"])
-    assert kept == [{"prompt": prompt}]
+    stored = server.rows("SELECT prompt FROM tasks WHERE id = %s", completion.router["task_id"])
+    assert stored == [{"prompt": prompt}]
 
 
-def test_a_body_that_does_not_say_its_size_is_bounded_too(server: Serving) -> None:
+def test_a_chunked_body_is_limited(server: Serving) -> None:
     pieces = (b"x" * 65536 for _ in range(40))
     reply = server.post(data=pieces, headers={"Content-Type": "application/json"})
     assert (reply.status_code, reply.json()["error"]["code"]) == (413, "too_large")
 
 
-async def test_more_at_once_than_there_are_places_are_told_to_come_again(server: Serving) -> None:
+async def test_requests_over_the_limit_get_503_with_retry_after(server: Serving) -> None:
     server.fault("hang")
     more = {"extra_body": {"router": {"deadline_seconds": 2}}}
     async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=server.key, max_retries=0) as client:
-        asked = [
-            client.chat.completions.create(model="auto", messages=ASKS, **more)  # type: ignore[call-overload]
+        requests_sent = [
+            client.chat.completions.create(model="auto", messages=MESSAGES, **more)  # type: ignore[call-overload]
             for _ in range(24)
         ]
-        answers = await asyncio.gather(*asked, return_exceptions=True)
+        answers = await asyncio.gather(*requests_sent, return_exceptions=True)
     errors = [answer for answer in answers if getattr(answer, "code", None) == "overloaded"]
     assert [error.status_code for error in errors] == [503] * 4
     assert {error.response.headers["retry-after"] for error in errors} == {"1"}
 
 
-def test_keys_come_and_go_while_it_runs(server: Serving) -> None:
+def test_keys_are_reloaded_at_runtime(server: Serving) -> None:
     def status(key: str) -> int:
         headers = {"Authorization": f"Bearer {key}"}
         return requests.get(f"{server.url}/v1/models", headers=headers, timeout=5).status_code
@@ -414,36 +416,36 @@ def test_keys_come_and_go_while_it_runs(server: Serving) -> None:
     assert server.key not in server.log
 
 
-NOBODY_KNOWS = "Zxqv wrtp ghjklm?"
+UNKNOWN_TOPIC = "Zxqv wrtp ghjklm?"
 
 
-def test_if_every_permit_is_too_far_away_it_says_when_to_come_again(server: Serving) -> None:
+def test_rate_limited_models_report_when_to_retry(server: Serving) -> None:
     server.fault("rate_limit", retry_after_seconds=3)
-    wish = {"router": {"deadline_seconds": 1}}
-    error = refused(openai.InternalServerError, 504, server.chat, NOBODY_KNOWS, extra_body=wish)
+    options = {"router": {"deadline_seconds": 1}}
+    error = rejected(openai.InternalServerError, 504, server.chat, UNKNOWN_TOPIC, extra_body=options)
     assert error.code == "no_answer"
-    error = refused(openai.RateLimitError, 429, server.chat, NOBODY_KNOWS, extra_body=wish)
+    error = rejected(openai.RateLimitError, 429, server.chat, UNKNOWN_TOPIC, extra_body=options)
     assert error.code == "rate_limit_exceeded"
     assert 0 < float(error.response.headers["retry-after-ms"]) <= 3000
     requests.delete(f"{server.backend.url}/faults", timeout=5)
-    for model in ("qwen-2.5-72b", "phi-4"):  # within the usual deadline there is room again
+    for model in ("qwen-2.5-72b", "phi-4"):  # available again within the default deadline
         assert server.chat(model=model).model == model
 
 
-def test_when_told_to_stop_it_ends_what_it_can_and_says_so_to_the_others(
-    behind: dict[str, str], backend: BackendServer, tmp_path: Path
+def test_sigterm_finishes_requests_within_the_grace(
+    services: dict[str, str], backend: BackendServer, tmp_path: Path
 ) -> None:
-    with serving(tmp_path, behind, backend, "--no-keys", "--grace", "1") as server:
+    with serving(tmp_path, services, backend, "--no-keys", "--grace", "1") as server:
         server.fault("hang", "qwen-2.5-72b")
 
         def ask(model: str) -> requests.Response:
-            body = {"model": model, "messages": ASKS}
+            body = {"model": model, "messages": MESSAGES}
             return requests.post(f"{server.url}/v1/chat/completions", json=body, timeout=20)
 
         with ThreadPoolExecutor() as threads:
             slow, quick = threads.submit(ask, "qwen-2.5-72b"), threads.submit(ask, "phi-4")
-            under_way = "SELECT FROM model_calls WHERE outcome IS NULL AND model = 'qwen-2.5-72b'"
-            until(lambda: server.rows(under_way), 10)
+            in_progress = "SELECT FROM model_calls WHERE outcome IS NULL AND model = 'qwen-2.5-72b'"
+            until(lambda: server.rows(in_progress), 10)
             server.process.send_signal(signal.SIGTERM)
             assert quick.result().status_code == 200
             assert (slow.result().status_code, slow.result().json()["error"]["code"]) == (503, "stopping")
@@ -455,24 +457,24 @@ def test_when_told_to_stop_it_ends_what_it_can_and_says_so_to_the_others(
     ("options", "environment", "words"),
     [
         ((), {}, "No client has an API key in"),
-        (("--no-keys", "--host", "0.0.0.0"), {}, "--no-keys serves this machine only"),
+        (("--no-keys", "--host", "0.0.0.0"), {}, "--no-keys requires a loopback address"),
         ((), {"ROUTER_API_KEY": "hunter2"}, "ROUTER_API_KEY must have at least 20 characters"),
         (("--no-keys",), {}, "ROUTER_DATABASE_URL is not set"),
-        (("--no-keys", "--host", "192.0.2.1"), {}, "--no-keys serves this machine only"),
+        (("--no-keys", "--host", "192.0.2.1"), {}, "--no-keys requires a loopback address"),
         (("--host", "192.0.2.1"), {"ROUTER_API_KEY": "x" * 20}, "Cannot listen on 192.0.2.1, port 8200"),
     ],
 )
-def test_what_cannot_be_served_is_refused_in_a_line(
+def test_invalid_serve_options_are_reported(
     tmp_path: Path, options: tuple[str, ...], environment: dict[str, str], words: str
 ) -> None:
-    said = CommandLine({"ROUTER_API_KEYS": str(tmp_path / "none"), **environment})("serve", *options)
-    assert said.code == 1
-    assert said.err.startswith("router: ")
-    assert words in said.err
-    assert "hunter2" not in said.err
+    result = CommandLine({"ROUTER_API_KEYS": str(tmp_path / "none"), **environment})("serve", *options)
+    assert result.code == 1
+    assert result.err.startswith("router: ")
+    assert words in result.err
+    assert "hunter2" not in result.err
 
 
-def test_a_config_that_is_wrong_is_refused_with_its_file_and_key(tmp_path: Path) -> None:
+def test_config_errors_name_file_and_key(tmp_path: Path) -> None:
     router = CommandLine({"ROUTER_API_KEY": "x" * 20, "ROUTER_API_KEYS": str(tmp_path / "none"), **NOWHERE})
     for change, words in (
         ({"ranks": {"sport": 1}}, "models.phi-4.ranks.sport: no such category"),
@@ -482,10 +484,10 @@ def test_a_config_that_is_wrong_is_refused_with_its_file_and_key(tmp_path: Path)
         config = yaml.safe_load(file.read_text())
         config["models"]["phi-4"].update(change)
         file.write_text(yaml.safe_dump(config))
-        said = router("serve", "--port", "0", "--config", file.parent)
-        assert said.code == 1
-        assert f"{file}: " in said.err
-        assert words in said.err
+        result = router("serve", "--port", "0", "--config", file.parent)
+        assert result.code == 1
+        assert f"{file}: " in result.err
+        assert words in result.err
 
 
 NOWHERE = {
@@ -495,7 +497,7 @@ NOWHERE = {
 }
 
 
-def test_keys_are_made_listed_and_taken_away(tmp_path: Path) -> None:
+def test_keys_commands(tmp_path: Path) -> None:
     router = CommandLine({"ROUTER_API_KEYS": str(tmp_path / "folder" / "api_keys")})
     made = router("keys", "add", "alice")
     assert made.out.startswith("sk-router-")

@@ -1,4 +1,4 @@
-"""How many tasks a worker claims before it can send them: what it holds, another cannot do."""
+"""Number of tasks that a worker claims before it can send them; others cannot solve these."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BUSY, FREE, SLOW = "busy", "free", "slow"
 TASKS = 120
 LONG_POLL_SECONDS = 30.0
 CALLS = "SELECT call_id FROM model_calls"
-CAME_BACK = "SELECT count(*) FROM queue WHERE position < 0"
+REQUEUED = "SELECT count(*) FROM queue WHERE position < 0"
 OPEN_CALLS = "SELECT count(*) FROM model_calls WHERE model = $1 AND outcome IS NULL"
 
 
@@ -76,43 +76,43 @@ async def running(addresses: Addresses, **targets: str) -> AsyncIterator[Engine]
         await engine.stop()
 
 
-async def test_a_model_whose_places_are_taken_holds_no_more_than_it_soon_sends(addresses: Addresses) -> None:
-    held: list[int] = []
+async def test_model_at_its_concurrency_limit_claims_only_what_it_sends_soon(addresses: Addresses) -> None:
+    claimed: list[int] = []
     async with running(addresses, busy="4 at once, burst") as engine:
         ends_at = time.monotonic() + 30
         while engine.solved < TASKS // 2:
             assert time.monotonic() < ends_at
-            held.append(engine.in_flight())
+            claimed.append(engine.in_flight())
             await asyncio.sleep(0.01)
     # 4 in flight, 9 for a quarter of a second at 36 a second, one more, and those being settled.
-    assert max(held) <= 30, max(held)
+    assert max(claimed) <= 30, max(claimed)
 
 
-async def test_a_model_whose_sends_are_far_apart_claims_each_task_only_when_it_can_send_it(
+async def test_slow_model_claims_a_task_only_when_it_can_send_it(
     addresses: Addresses,
 ) -> None:
     async with running(addresses, slow="30/min") as engine:
         ends_at = time.monotonic() + 20
         while len(await engine.pool.fetch(CALLS)) < 3:
             assert time.monotonic() < ends_at
-            assert await engine.pool.fetchval(CAME_BACK) == 0, "a claim was given up before it could be sent"
+            assert await engine.pool.fetchval(REQUEUED) == 0, "a claim was requeued before it could be sent"
             await asyncio.sleep(0.02)
 
 
-async def test_a_task_that_is_given_back_wakes_a_worker_that_found_none(addresses: Addresses) -> None:
+async def test_requeued_task_wakes_an_idle_worker(addresses: Addresses) -> None:
     async with running(addresses, busy="1 at once, burst") as engine:
         queue: TaskQueue = engine.queue
-        held = []
+        claimed = []
         while (claim := await queue.claim(FREE, ["general"], max_tokens=100)) is not None:
-            held.append(claim)
+            claimed.append(claim)
         ends_at = time.monotonic() + LONG_POLL_SECONDS / 3
         while await engine.pool.fetchval(OPEN_CALLS, BUSY) or engine.in_flight():
             assert time.monotonic() < ends_at
             await asyncio.sleep(0.02)
         solved = engine.solved
-        await asyncio.sleep(0.5)  # the worker has found nothing, and looks again only when it is told
+        await asyncio.sleep(0.5)  # the worker found nothing and waits for a notification
         assert engine.solved == solved
-        await queue.unclaim(held[0].call_id)
+        await queue.unclaim(claimed[0].call_id)
         while engine.solved == solved:
             assert time.monotonic() < ends_at, "the worker was not woken"
             await asyncio.sleep(0.02)

@@ -1,4 +1,4 @@
-"""The engine and its workers, on a real PostgreSQL, a real Redis and a real Models Backend process."""
+"""The engine and its workers, with real PostgreSQL, Redis and Models Backend processes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from router.workers.worker import Worker, wait_for_work
 
 MODELS = ("llama-3.1-8b", "phi-4")
 QUICK = ("--time-scale", "50", "--latency", "even:1:10")
-# A claim counts as an attempt until it is given back.
+# A claim counts as an attempt until it is requeued.
 ATTEMPTS = "SELECT coalesce(sum(attempt - (state = 'claimed')::int), 0) AS n FROM queue"
 
 
@@ -55,13 +55,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BackendServer]:
 
 @dataclass(frozen=True)
 class Backend:
-    """The server that all tests share, as one of them sees it."""
+    """The server that all tests share, limited to the calls of one test."""
 
     url: str
     ended_before: int
 
     def arrivals(self) -> list[dict[str, Any]]:
-        """The calls of this test that have ended."""
+        """Returns the calls of this test that have ended."""
         since = {"since": self.ended_before}
         return list(requests.get(f"{self.url}/arrivals", params=since, timeout=5).json()["arrivals"])
 
@@ -71,7 +71,7 @@ class Backend:
 
 @pytest.fixture
 async def backend(server: BackendServer) -> AsyncIterator[Backend]:
-    """Without faults, and without calls of the test before."""
+    """The backend without faults and without calls of the previous test."""
 
     def health() -> dict[str, Any]:
         return dict(requests.get(f"{server.url}/health", timeout=5).json())
@@ -125,7 +125,7 @@ def solved(addresses: Addresses) -> int:
     return int(ask(addresses, "SELECT count(*) AS n FROM tasks WHERE status = 'solved'")[0]["n"])
 
 
-async def test_every_task_is_solved_once_by_the_right_call(addresses: Addresses, backend: Backend) -> None:
+async def test_every_task_is_solved_once(addresses: Addresses, backend: Backend) -> None:
     insert(addresses, 60)
     async with running(addresses, config()) as engine:
         reasons = await asyncio.wait_for(
@@ -142,7 +142,7 @@ async def test_every_task_is_solved_once_by_the_right_call(addresses: Addresses,
     )
     by_settlement = {row["settlement"]: row["n"] for row in calls if not row["late"]}
     assert by_settlement.pop("solved") == 60
-    assert set(by_settlement) <= {"retry"}  # the stand-in's models sometimes answer with nothing
+    assert set(by_settlement) <= {"retry"}  # the simulated models sometimes give empty answers
     assert sorted(a["request_id"] for a in backend.arrivals()) == sorted(
         str(row["call_id"]) for row in ask(addresses, "SELECT call_id FROM model_calls")
     )
@@ -150,7 +150,7 @@ async def test_every_task_is_solved_once_by_the_right_call(addresses: Addresses,
 
 @asynccontextmanager
 async def working(engine: Engine, *models: str, run: str = "run-1") -> AsyncIterator[list[asyncio.Task[str]]]:
-    """Workers of one run; cancelled at the end unless they left before."""
+    """Workers of one run; canceled at the end unless they left before."""
     tasks = [asyncio.create_task(Worker(engine, model, run).run()) for model in models or MODELS]
     try:
         yield tasks
@@ -161,19 +161,21 @@ async def working(engine: Engine, *models: str, run: str = "run-1") -> AsyncIter
 
 
 async def set_targets(engine: Engine, version: int, **lines: str) -> None:
-    await engine.watch.apply({name.replace("_", "-"): line for name, line in lines.items()}, version=version)
+    await engine.targets.apply(
+        {name.replace("_", "-"): line for name, line in lines.items()}, version=version
+    )
 
 
 def calls(addresses: Addresses, where: str = "true") -> int:
     return int(ask(addresses, f"SELECT count(*) AS n FROM model_calls WHERE {where}")[0]["n"])
 
 
-async def test_while_the_batch_is_held_nothing_is_sent(addresses: Addresses) -> None:
+async def test_nothing_is_sent_while_the_batch_is_paused(addresses: Addresses) -> None:
     insert(addresses, 400)
     async with running(addresses, config()) as engine, working(engine):
         await until(lambda: solved(addresses) > 5)
         ask(addresses, "SELECT set_paused(true, 1)")
-        await asyncio.sleep(1.2)  # in force within a second, and calls in flight end
+        await asyncio.sleep(1.2)  # applied within a second; calls in flight end
         before = calls(addresses)
         await asyncio.sleep(1.0)
         assert calls(addresses) == before
@@ -181,7 +183,7 @@ async def test_while_the_batch_is_held_nothing_is_sent(addresses: Addresses) -> 
         assert await until(lambda: calls(addresses) > before) < 2
 
 
-async def test_all_workers_leave_when_the_roster_changes_and_no_model_idles(addresses: Addresses) -> None:
+async def test_workers_leave_when_the_roster_changes_and_no_model_idles(addresses: Addresses) -> None:
     insert(addresses, 2000)
     async with running(addresses, config(**dict.fromkeys(MODELS, "240/min"))) as engine:
         leaving = [
@@ -198,7 +200,7 @@ async def test_all_workers_leave_when_the_roster_changes_and_no_model_idles(addr
         assert calls(addresses, "model = 'phi-4'") == paused
 
 
-async def test_a_model_that_joins_is_sent_to_before_the_next_run(addresses: Addresses) -> None:
+async def test_new_model_is_used_before_the_next_run(addresses: Addresses) -> None:
     insert(addresses, 2000)
     async with running(addresses, config()) as engine:
         ask(addresses, "UPDATE roster SET state = 'paused' WHERE model = 'phi-4'")
@@ -210,7 +212,7 @@ async def test_a_model_that_joins_is_sent_to_before_the_next_run(addresses: Addr
         await asyncio.wait_for(leaving, 3)
         await until(lambda: calls(addresses, "model = 'phi-4'") > 2, 3)
         next_run = [asyncio.create_task(Worker(engine, m, "run-2", frozenset(MODELS)).run()) for m in MODELS]
-        await until(lambda: not engine.hands_over("phi-4"), 3)
+        await until(lambda: not engine.handover.covers("phi-4"), 3)
         before = calls(addresses, "model = 'phi-4'")
         await until(lambda: calls(addresses, "model = 'phi-4'") > before + 3, 3)
         for task in next_run:
@@ -218,7 +220,7 @@ async def test_a_model_that_joins_is_sent_to_before_the_next_run(addresses: Addr
         await asyncio.gather(*next_run, return_exceptions=True)
 
 
-async def test_a_cancelled_worker_loses_nothing(addresses: Addresses) -> None:
+async def test_canceled_worker_loses_nothing(addresses: Addresses) -> None:
     insert(addresses, 300)
     async with running(addresses, config()) as engine:
         async with working(engine):
@@ -228,7 +230,7 @@ async def test_a_cancelled_worker_loses_nothing(addresses: Addresses) -> None:
         assert ask(addresses, "SELECT count(*) AS n FROM queue WHERE state = 'claimed'") == [{"n": 0}]
 
 
-async def test_a_backend_that_is_away_costs_no_attempt(addresses: Addresses, tmp_path: Path) -> None:
+async def test_unreachable_backend_costs_no_attempt(addresses: Addresses, tmp_path: Path) -> None:
     mortal = start_backend(tmp_path / "first", *QUICK)
     addresses = addresses.model_copy(update={"backend_url": mortal.url})
     insert(addresses, 100)
@@ -248,7 +250,7 @@ async def test_a_backend_that_is_away_costs_no_attempt(addresses: Addresses, tmp
             again.stop()
 
 
-async def test_a_429_rests_the_model_and_costs_no_attempt(addresses: Addresses, backend: Backend) -> None:
+async def test_429_cools_the_model_down_and_costs_no_attempt(addresses: Addresses, backend: Backend) -> None:
     backend.fault(model="phi-4", kind="rate_limit", seconds=60)
     insert(addresses, 30)
     async with running(addresses, config()) as engine, working(engine, "phi-4"):
@@ -259,7 +261,7 @@ async def test_a_429_rests_the_model_and_costs_no_attempt(addresses: Addresses, 
         assert trouble.startswith("rate_limited")
 
 
-async def test_a_model_that_keeps_failing_is_rested_and_trusted_again(
+async def test_breaker_opens_for_a_failing_model_and_closes_again(
     addresses: Addresses, backend: Backend
 ) -> None:
     backend.fault(model="phi-4", kind="error", seconds=4)
@@ -278,7 +280,7 @@ async def test_a_model_that_keeps_failing_is_rested_and_trusted_again(
         assert calls(addresses, "outcome = 'error'") < 100
 
 
-async def test_a_model_that_the_backend_does_not_know_is_said_to_be(addresses: Addresses) -> None:
+async def test_unknown_model_is_recorded_as_its_error(addresses: Addresses) -> None:
     settings = config()
     unknown = {**settings.models, "no-such-model": ModelSettings(target="3000/min", ranks={"general": 1})}
     insert(addresses, 20)
@@ -289,28 +291,28 @@ async def test_a_model_that_the_backend_does_not_know_is_said_to_be(addresses: A
         assert found.startswith("unknown_model")
 
 
-async def test_a_call_larger_than_its_window_fails_with_the_reason(addresses: Addresses) -> None:
+async def test_call_larger_than_its_token_window_fails_with_the_reason(addresses: Addresses) -> None:
     ask(addresses, "INSERT INTO tasks (prompt) VALUES (repeat('word ', 500))")
     settings = config(**dict.fromkeys(MODELS, "3000/min, 1k tokens/min"))
     async with running(addresses, settings) as engine, working(engine):
         await until(lambda: bool(ask(addresses, "SELECT FROM tasks WHERE status = 'failed'")))
     failure = ask(addresses, "SELECT failure FROM tasks")[0]["failure"]
-    assert "reserves 3012 tokens, and the model's target allows 1000" in failure
+    assert "reserves 3012 tokens, but the model's target allows 1000" in failure
 
 
-async def test_a_prompt_edited_in_flight_is_solved_anew(addresses: Addresses) -> None:
+async def test_prompt_edited_in_flight_is_solved_again(addresses: Addresses) -> None:
     insert(addresses, 1)
     async with running(addresses, config()) as engine, working(engine, "phi-4"):
         await until(lambda: calls(addresses) == 1)
         ask(addresses, "UPDATE tasks SET prompt = 'another question'")
         await until(lambda: solved(addresses) == 1)
         await until(lambda: engine.in_flight() == 0)
-    kept = ask(addresses, "SELECT settlement FROM model_calls ORDER BY call_id")
-    assert kept[0]["settlement"] == "stale"
-    assert kept[-1]["settlement"] == "solved"
+    settled = ask(addresses, "SELECT settlement FROM model_calls ORDER BY call_id")
+    assert settled[0]["settlement"] == "stale"
+    assert settled[-1]["settlement"] == "solved"
 
 
-async def test_a_deleted_task_leaves_nothing_behind(addresses: Addresses) -> None:
+async def test_deleted_task_leaves_nothing_behind(addresses: Addresses) -> None:
     insert(addresses, 3)
     async with running(addresses, config()) as engine, working(engine, "phi-4"):
         await until(lambda: calls(addresses) >= 1)
@@ -320,7 +322,7 @@ async def test_a_deleted_task_leaves_nothing_behind(addresses: Addresses) -> Non
         assert ask(addresses, "SELECT * FROM queue") == []
 
 
-async def test_a_raised_target_shows_within_a_second(addresses: Addresses) -> None:
+async def test_raised_target_takes_effect_within_a_second(addresses: Addresses) -> None:
     insert(addresses, 2000)
     async with running(addresses, config(**{"phi-4": "6/min"})) as engine, working(engine, "phi-4"):
         await until(lambda: calls(addresses) >= 1)
@@ -330,7 +332,7 @@ async def test_a_raised_target_shows_within_a_second(addresses: Addresses) -> No
         assert await until(lambda: calls(addresses) >= before + 3) < 1.5
 
 
-async def test_a_new_task_is_sent_at_once_by_a_warm_worker(addresses: Addresses, backend: Backend) -> None:
+async def test_warm_worker_sends_a_new_task_immediately(addresses: Addresses, backend: Backend) -> None:
     delays = []
     async with running(addresses, config()) as engine, working(engine):
         await asyncio.sleep(1)
@@ -343,14 +345,14 @@ async def test_a_new_task_is_sent_at_once_by_a_warm_worker(addresses: Addresses,
     assert sorted(delays)[5] <= 0.15, delays
 
 
-async def test_the_first_worker_of_a_run_pulls_for_those_on_their_way(addresses: Addresses) -> None:
+async def test_first_worker_of_a_run_pulls_for_those_still_starting(addresses: Addresses) -> None:
     insert(addresses, 300)
     async with running(addresses, config()) as engine:
         first = asyncio.create_task(Worker(engine, "phi-4", "run-1", frozenset(MODELS)).run())
         await until(lambda: calls(addresses, "model = 'llama-3.1-8b'") > 2, 5)
         second = asyncio.create_task(Worker(engine, "llama-3.1-8b", "run-1", frozenset(MODELS)).run())
-        await until(lambda: not engine.hands_over("llama-3.1-8b"), 2)
-        second.cancel()  # as one that is marked failed: its model rests
+        await until(lambda: not engine.handover.covers("llama-3.1-8b"), 2)
+        second.cancel()  # like a worker that is marked failed: its model pauses
         await asyncio.gather(second, return_exceptions=True)
         await asyncio.sleep(0.5)
         before = calls(addresses, "model = 'llama-3.1-8b'")
@@ -360,11 +362,11 @@ async def test_the_first_worker_of_a_run_pulls_for_those_on_their_way(addresses:
         await asyncio.gather(first, return_exceptions=True)
 
 
-async def test_variables_are_read_here_only_while_nobody_watches_them(addresses: Addresses) -> None:
-    asked: list[list[str]] = []
+async def test_engine_reads_variables_only_without_a_watcher(addresses: Addresses) -> None:
+    reads: list[list[str]] = []
 
     async def read(models: list[str]) -> dict[str, str | None]:
-        asked.append(models)
+        reads.append(models)
         return {"phi-4": "7/min"}
 
     with connect(addresses.database_url) as connection:
@@ -373,17 +375,17 @@ async def test_variables_are_read_here_only_while_nobody_watches_them(addresses:
     ask(addresses, "SELECT watcher_heartbeat()")
     await engine.start()
     await engine._variables_step()
-    assert asked == []
+    assert reads == []
     ask(addresses, "UPDATE solving SET watched_at = clock_timestamp() - interval '1 minute'")
     await until(lambda: engine.state is not None and not engine.state.watched)
     await engine._variables_step()
-    assert asked == [sorted(MODELS)]
+    assert reads == [sorted(MODELS)]
     traffic = await engine.limiter.snapshot(["phi-4"])
     assert traffic["phi-4"].target == "7/min"
     await engine.stop()
 
 
-async def test_who_waits_for_work_lets_the_engine_pull_until_workers_come(addresses: Addresses) -> None:
+async def test_waiting_for_work_lets_the_engine_pull_until_workers_start(addresses: Addresses) -> None:
     async with running(addresses, config()) as engine:
         waiting = asyncio.create_task(wait_for_work(engine))
         await asyncio.sleep(0.5)
@@ -394,5 +396,5 @@ async def test_who_waits_for_work_lets_the_engine_pull_until_workers_come(addres
         for model in MODELS:
             await until(lambda: calls(addresses, f"model = '{model}'") > 2, 3)  # noqa: B023 - within the turn
         async with working(engine):
-            await until(lambda: not any(engine.hands_over(model) for model in MODELS), 3)
+            await until(lambda: not any(engine.handover.covers(model) for model in MODELS), 3)
             await until(lambda: solved(addresses) == 200, 30)

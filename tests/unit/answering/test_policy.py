@@ -1,4 +1,4 @@
-"""The race of preferred model and fallback: what is done next, for every way it can stand."""
+"""The next action of a request, for every state."""
 
 from __future__ import annotations
 
@@ -18,98 +18,99 @@ from router.answering.policy import (
     fallback_order,
     next_action,
     permit_patience,
-    ranked,
+    rank_models,
 )
 
-RUNNING, STUCK, RESTING = AttemptState.RUNNING, AttemptState.STUCK, AttemptState.RESTING
+RUNNING, WAITING = AttemptState.RUNNING, AttemptState.WAITING_FOR_PERMIT
+UNAVAILABLE = AttemptState.UNAVAILABLE
 ANSWERED, FAILED, UNSENT = AttemptState.ANSWERED, AttemptState.FAILED, AttemptState.UNSENT
 START = RequestState(
-    chosen=(RUNNING,), fallback=RUNNING, passages=ANSWERED, next_model=True, now=1.0, deadline=10.0
+    ranked=(RUNNING,), fallback=RUNNING, passages=ANSWERED, next_model=True, now=1.0, deadline=10.0
 )
 
 
 @pytest.mark.parametrize(
-    ("chosen", "fallback", "more", "now", "move"),
+    ("ranked", "fallback", "more", "now", "action"),
     [
-        # The preferred model runs: the fallback's answer is held back until the deadline.
+        # The preferred model is running: the fallback's answer is held until the deadline.
         ((RUNNING,), RUNNING, True, 1.0, Wait(9.0)),
         ((RUNNING,), ANSWERED, True, 1.0, Wait(9.0)),
         ((RUNNING,), ANSWERED, True, 10.0, ReturnFallback()),
         ((RUNNING,), RUNNING, True, 10.0, ReturnPassages()),
         ((ANSWERED,), ANSWERED, True, 1.0, ReturnPreferred(0)),
         ((ANSWERED,), RUNNING, True, 11.0, ReturnPreferred(0)),
-        # It failed: the next in rank is asked, and the fallback's answer given as soon as it is there.
+        # It failed: the next in rank is called, and the fallback's answer returned as soon as it is there.
         ((FAILED,), RUNNING, True, 1.0, TryNextModel()),
         ((FAILED,), ANSWERED, True, 1.0, TryNextModel()),
         ((FAILED, RUNNING), RUNNING, True, 1.0, Wait(9.0)),
         ((FAILED, RUNNING), ANSWERED, True, 1.0, ReturnFallback()),
         ((FAILED, ANSWERED), ANSWERED, True, 1.0, ReturnPreferred(1)),
-        ((FAILED,), RUNNING, True, 9.5, Wait(0.5)),  # time does not allow another one
+        ((FAILED,), RUNNING, True, 9.5, Wait(0.5)),  # too little time for another model
         ((FAILED,), ANSWERED, True, 9.5, ReturnFallback()),
-        # It has no permit: the next in rank takes its place, and the fallback's answer is held back for that.
-        ((STUCK,), RUNNING, True, 1.0, TryNextModel()),
-        ((STUCK, RUNNING), ANSWERED, True, 1.0, Wait(9.0)),
+        # It has no permit: the next in rank is called, and the fallback's answer is held for that one.
+        ((WAITING,), RUNNING, True, 1.0, TryNextModel()),
+        ((WAITING, RUNNING), ANSWERED, True, 1.0, Wait(9.0)),
         ((UNSENT, RUNNING), ANSWERED, True, 1.0, Wait(9.0)),
-        ((STUCK, STUCK), ANSWERED, False, 1.0, ReturnFallback()),
-        ((STUCK, STUCK), FAILED, False, 1.0, Wait(9.0)),
+        ((WAITING, WAITING), ANSWERED, False, 1.0, ReturnFallback()),
+        ((WAITING, WAITING), FAILED, False, 1.0, Wait(9.0)),
         ((UNSENT, UNSENT), ANSWERED, False, 1.0, ReturnFallback()),
-        # It rests after failures: that is as if it had failed.
-        ((RESTING, RUNNING), ANSWERED, True, 1.0, ReturnFallback()),
-        ((RESTING,), RUNNING, False, 1.0, Wait(9.0)),
-        # Nothing better may come: there is nothing to wait for.
+        # It is cooling down: the same as failed.
+        ((UNAVAILABLE, RUNNING), ANSWERED, True, 1.0, ReturnFallback()),
+        ((UNAVAILABLE,), RUNNING, False, 1.0, Wait(9.0)),
+        # No better answer may come: nothing to wait for.
         ((FAILED, FAILED), FAILED, False, 1.0, ReturnPassages()),
         ((), None, False, 1.0, ReturnPassages()),
         ((), RUNNING, False, 1.0, Wait(9.0)),
         ((), ANSWERED, False, 1.0, ReturnFallback()),
     ],
 )
-def test_the_next_move(
-    chosen: tuple[AttemptState, ...], fallback: AttemptState | None, more: bool, now: float, move: object
+def test_next_action(
+    ranked: tuple[AttemptState, ...], fallback: AttemptState | None, more: bool, now: float, action: object
 ) -> None:
-    race = replace(START, chosen=chosen, fallback=fallback, next_model=more, now=now)
-    assert next_action(race) == move
+    state = replace(START, ranked=ranked, fallback=fallback, next_model=more, now=now)
+    assert next_action(state) == action
 
 
-def test_passages_that_are_still_looked_for_are_waited_for() -> None:
-    race = replace(START, chosen=(FAILED,), fallback=FAILED, next_model=False, passages=RUNNING)
-    assert next_action(race) == Wait(9.0)
-    assert next_action(replace(race, now=10.0)) == ReturnPassages()
+def test_waits_for_a_search_in_progress() -> None:
+    state = replace(START, ranked=(FAILED,), fallback=FAILED, next_model=False, passages=RUNNING)
+    assert next_action(state) == Wait(9.0)
+    assert next_action(replace(state, now=10.0)) == ReturnPassages()
 
 
-def every_standing() -> itertools.product[tuple[object, ...]]:
-    chosen = [legs for size in range(3) for legs in itertools.product(AttemptState, repeat=size)]
+def every_state() -> itertools.product[tuple[object, ...]]:
+    ranked = [states for size in range(3) for states in itertools.product(AttemptState, repeat=size)]
     fallback = [None, RUNNING, ANSWERED, FAILED]
-    return itertools.product(chosen, fallback, (RUNNING, ANSWERED), (True, False), (1.0, 9.5, 10.0, 99.0))
+    return itertools.product(ranked, fallback, (RUNNING, ANSWERED), (True, False), (1.0, 9.5, 10.0, 99.0))
 
 
-def test_it_always_ends_and_never_gives_what_is_not_there() -> None:
-    for chosen, fallback, passages, more, now in every_standing():
-        race = RequestState(chosen, fallback, passages, more, now, 10.0)  # type: ignore[arg-type]
-        move = next_action(race)
-        if isinstance(move, ReturnPreferred):
-            assert race.chosen[move.index] is ANSWERED
-        if isinstance(move, ReturnFallback):
-            assert race.fallback is ANSWERED
-            assert ANSWERED not in race.chosen
-        if isinstance(move, Wait):
-            assert 0 < move.seconds <= 10.0 - race.now
-            alive = {RUNNING, STUCK, RESTING} & {*race.chosen, race.fallback, race.passages}
-            assert alive, f"nothing can happen: {race}"
-        if isinstance(move, TryNextModel):
-            assert race.next_model
-            assert RUNNING not in race.chosen
-        if race.now >= race.deadline:
-            assert isinstance(move, (ReturnPreferred, ReturnFallback, ReturnPassages))
+def test_every_state_leads_to_an_answer_that_exists() -> None:
+    for ranked, fallback, passages, more, now in every_state():
+        state = RequestState(ranked, fallback, passages, more, now, 10.0)  # type: ignore[arg-type]
+        action = next_action(state)
+        if isinstance(action, ReturnPreferred):
+            assert state.ranked[action.index] is ANSWERED
+        if isinstance(action, ReturnFallback):
+            assert state.fallback is ANSWERED
+            assert ANSWERED not in state.ranked
+        if isinstance(action, Wait):
+            assert 0 < action.seconds <= 10.0 - state.now
+            pending = {RUNNING, WAITING, UNAVAILABLE} & {*state.ranked, state.fallback, state.passages}
+            assert pending, f"nothing to wait for: {state}"
+        if isinstance(action, TryNextModel):
+            assert state.next_model
+            assert RUNNING not in state.ranked
+        if state.now >= state.deadline:
+            assert isinstance(action, (ReturnPreferred, ReturnFallback, ReturnPassages))
 
 
-def test_models_are_ranked_by_their_place_and_only_those_in_use() -> None:
-    assert ranked({"b": 1, "a": 1, "c": 3, "gone": 2}, ("a", "b", "c", "no place")) == ("a", "b", "c")
+def test_usable_models_are_ranked_by_place() -> None:
+    assert rank_models({"b": 1, "a": 1, "c": 3, "gone": 2}, ("a", "b", "c", "no place")) == ("a", "b", "c")
 
 
-def test_the_fallback_is_never_the_preferred_model_itself() -> None:
+def test_the_preferred_model_is_not_its_own_fallback() -> None:
     assert fallback_order(("cheap", "cheaper", "gone"), ("cheap", "cheaper"), "cheap") == ("cheaper",)
 
 
-def test_a_short_deadline_makes_impatient() -> None:
+def test_patience_is_a_share_of_a_short_deadline() -> None:
     assert permit_patience(30.0, 2.0) == 2.0
     assert permit_patience(1.0, 2.0) == 0.25

@@ -1,4 +1,4 @@
-"""The ideal limiter by hand: small cases whose sends can be worked out on paper."""
+"""The ideal limiter: small cases whose sends were computed by hand."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_tightest_rate_sets_the_pace_and_every_window_holds():
     assert len([at for at in paced if at < 120]) == 120
 
 
-def test_calls_at_once_wait_for_a_place():
+def test_a_concurrency_limit_makes_calls_wait_for_a_slot():
     assert sends(target("2 at once"), until=9, latency=3) == [0, 0, 3, 3, 6, 6, 9, 9]
 
 
@@ -45,7 +45,7 @@ def test_tokens_are_corrected_when_a_call_ends():
     assert sends(target("1k tokens/min"), until=130, latency=2, tokens=600) == [0, 60, 120]
 
 
-def test_a_call_larger_than_the_budget_waits_for_all_of_it():
+def test_a_call_larger_than_the_window_waits_for_an_empty_window():
     assert sends(target("1k tokens/min"), until=130, tokens=5000) == [0, 60, 120]
 
 
@@ -56,12 +56,12 @@ def test_a_call_without_tokens_does_not_wait_for_tokens():
     assert replay_ideal(full, [2.0], 0.0, 70.0, tokens=draws).tolist() == [0, 2, 60, 62]
 
 
-def test_a_stop_stops_and_a_start_remembers():
+def test_a_stopped_model_keeps_its_history():
     changes = (target("2/10s, burst"), target("0", at=5), target("2/10s, burst", at=8))
     assert sends(*changes, until=12) == [0, 0, 10, 10]
 
 
-def test_a_raised_target_holds_at_once():
+def test_a_raised_target_applies_immediately():
     assert sends(target("1/10s"), target("10/10s", at=2), until=4) == [0, 2, 2.9, 3.8]
 
 
@@ -73,12 +73,12 @@ def test_nothing_is_sent_before_there_is_a_target():
     assert sends(target("1/10s", at=7), until=10) == [7]
 
 
-def test_it_ends_after_as_many_sends_as_asked():
+def test_a_replay_ends_after_the_requested_number_of_sends():
     changes = [target("5 at once")]
     assert len(replay_ideal(changes, [0.0], 0.0, 1.0, most=50)) == 50
 
 
-def test_it_takes_one_model_at_a_time():
+def test_a_replay_refuses_changes_of_several_models():
     with pytest.raises(ValueError, match="one model"):
         replay_ideal([target("1/s"), target("1/s", model="other")], [0.0], 0.0, 1.0)
 
@@ -96,17 +96,17 @@ def test_the_bound_counts_from_the_start_of_the_backlog():
     assert soonest.seconds == 9
 
 
-def test_the_bound_draws_the_latency_of_the_task_that_is_taken():
+def test_the_bound_uses_the_latency_of_the_next_task():
     soonest = bound([target("1/10s")], 3, lambda _model, task: [25.0, 1.0, 2.0][task], start=0.0)
     assert soonest.seconds == 25
 
 
-def test_the_bound_knows_tokens():
+def test_the_bound_counts_tokens():
     changes = [target("1k tokens/min")]
     soonest = bound(
         changes, 3, lambda *_: 1.0, start=0.0, tokens_of=lambda _model, n: ([400, 900, 100][n], 0)
     )
-    # The first is corrected to nothing after its second, then 900 fit, and 100 beside them.
+    # The first is corrected to nothing after its second, then 900 fit, and 100 next to them.
     assert soonest.seconds == 2
 
 

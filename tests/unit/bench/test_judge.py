@@ -1,4 +1,4 @@
-"""The judge of the backend's door: each kind of breach by exactly one, and the innocent case beside it."""
+"""The judge: each kind of breach by exactly one, and the valid case next to it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_one_request_too_many_is_one_breach():
     assert verdict.worst_window_ratio == 1.25
 
 
-def test_as_many_requests_as_allowed_are_none():
+def test_the_allowed_number_of_requests_is_no_breach():
     verdict = verdict_on([call(i / 10) for i in range(4)], target("4/min"))
     assert who_broke(verdict) == []
     assert verdict.worst_window_ratio == 1.0
@@ -72,7 +72,7 @@ def test_a_window_is_half_open(start: float):
     assert who_broke(verdict_on([first, too_early], target("1/min"))) == ["early"]
 
 
-def test_arrivals_of_the_same_moment_count_one_by_one():
+def test_arrivals_at_the_same_time_count_one_by_one():
     verdict = verdict_on([call(1.0, name=str(i)) for i in range(3)], target("2/s"))
     assert who_broke(verdict) == ["2"]
 
@@ -109,31 +109,31 @@ def test_a_call_counts_with_what_it_used_once_it_has_ended():
     assert who_broke(verdict_on([still_running, next_call], target("1k tokens/min"))) == ["at 2.0"]
 
 
-def test_tokens_grow_too_old_at_the_windows_end_whether_corrected_or_not():
+def test_tokens_expire_at_the_windows_end_corrected_or_not():
     for seconds, used in ((1, 200), (1, None), (59.9, 900), (100, 10)):
         first = call(0.0, seconds, 1000, used=used)
         assert who_broke(verdict_on([first, call(60.0, 1, 1000)], target("1k tokens/min"))) == []
         assert who_broke(verdict_on([first, call(59.999, 1, 1000)], target("1k tokens/min"))) == ["at 59.999"]
 
 
-def test_one_call_at_once_too_many_is_one_breach():
+def test_one_concurrent_call_too_many_is_one_breach():
     verdict = verdict_on([call(0.0, 10), call(1.0, 10), call(2.0, 10)], target("2 at once"))
     assert who_broke(verdict) == ["at 2.0"]
     assert verdict.breaches[0].limit == "2 at once"
 
 
-def test_a_place_is_free_in_the_very_moment_a_call_ends():
+def test_a_slot_is_free_at_the_time_a_call_ends():
     assert who_broke(verdict_on([call(0.0, 10), call(10.0, 1)], target("1 at once"))) == []
     assert who_broke(
         verdict_on([call(0.0, 10), call(10 - 2 * NANOSECOND, 1, name="x")], target("1 at once"))
     ) == ["x"]
 
 
-def test_even_a_call_that_took_no_time_was_there():
+def test_a_call_without_duration_counts():
     assert who_broke(verdict_on([call(1.0, 0), call(1.0, 0, name="x")], target("1 at once"))) == ["x"]
 
 
-def test_a_call_without_an_end_still_holds_its_place():
+def test_a_call_without_an_end_occupies_its_slot():
     endless = call(0.0)._replace(ended_at=None)
     assert who_broke(verdict_on([endless, call(5000.0)], target("1 at once"))) == ["at 5000.0"]
 
@@ -148,14 +148,14 @@ def test_a_lowered_target_forbids_the_next_send_not_the_earlier_ones():
     assert who_broke(verdict_on([*before, call(65.0)], *changes)) == []
 
 
-def test_a_raised_target_holds_from_its_change_on():
+def test_a_raised_target_applies_from_its_change_on():
     changes = (target("2/min"), target("3/min", at=10.0))
     calls = [call(0.0), call(1.0)]
     assert who_broke(verdict_on([*calls, call(10.0)], *changes)) == []
     assert who_broke(verdict_on([*calls, call(9.9)], *changes)) == ["at 9.9"]
 
 
-def test_an_arrival_within_the_settling_may_obey_either_target():
+def test_an_arrival_during_settling_may_obey_either_target():
     changes = (target("3/min"), target("2/min", at=10.0))
     calls = [call(0.0), call(1.0)]
     assert who_broke(verdict_on([*calls, call(10.9)], *changes)) == []
@@ -163,7 +163,7 @@ def test_an_arrival_within_the_settling_may_obey_either_target():
     assert who_broke(verdict_on([*calls, call(10.0)], *changes, settle=0)) == ["at 10.0"]
 
 
-def test_an_arrival_within_the_settling_must_obey_one_target_as_a_whole():
+def test_an_arrival_during_settling_obeys_one_target_as_a_whole():
     changes = (target("2/min, 9 at once"), target("9/min, 2 at once", at=10.0))
     calls = [call(0.0, 60), call(1.0, 60), call(10.5, 60)]
     verdict = verdict_on(calls, *changes)
@@ -171,7 +171,7 @@ def test_an_arrival_within_the_settling_must_obey_one_target_as_a_whole():
     assert verdict.worst_window_ratio == 1.5
 
 
-def test_several_changes_within_the_settling_are_all_remembered():
+def test_several_changes_during_settling_all_count():
     changes = (target("3/min"), target("1/min", at=10.0), target("2/min", at=10.2))
     calls = [call(0.0), call(1.0)]
     assert who_broke(verdict_on([*calls, call(10.9)], *changes)) == []
@@ -210,26 +210,26 @@ def test_breaches_are_counted_past_those_that_are_listed():
     assert (verdict.breach_count, len(verdict.breaches)) == (1499, 1000)
 
 
-def test_a_paced_perfect_log_uses_everything():
+def test_a_perfectly_paced_log_has_full_use():
     perfect = [call(minute * 60 + i * 0.9) for minute in range(5) for i in range(60)]
     verdict = judge(perfect, [target("60/min")], backlog_from=0.0, backlog_until=perfect[-1].at).models["m"]
     assert (verdict.use, verdict.worst_window_ratio, verdict.breach_count) == (1.0, 1.0, 0)
 
 
-def test_use_is_the_part_that_was_sent_of_what_could_have_been():
+def test_use_is_real_sends_over_ideal_sends():
     lazy = [call(i * 2.0) for i in range(300)]
     verdict = judge(lazy, [target("60/min")], backlog_from=0.0, backlog_until=600 - 0.001).models["m"]
     assert verdict.ideal_sends == 600
     assert verdict.use == 0.5
 
 
-def test_what_was_sent_before_the_backlog_fills_the_ideals_windows_too():
+def test_sends_before_the_backlog_count_in_the_ideals_windows():
     calls = [call(float(second)) for second in (*range(10), *range(60, 70))]
     verdict = judge(calls, [target("10/min, burst")], backlog_from=30.0, backlog_until=60.5).models["m"]
     assert (verdict.sent_in_backlog, verdict.ideal_sends, verdict.use) == (1, 1, 1.0)
 
 
-def test_a_stopped_model_used_all_that_it_had():
+def test_a_stopped_model_has_full_use():
     verdict = judge([], [target("0")], backlog_from=0.0, backlog_until=60.0).models["m"]
     assert (verdict.sent, verdict.use, verdict.worst_window_ratio) == (0, 1.0, 0.0)
 
@@ -274,7 +274,7 @@ def test_the_command_line_exits_with_0_without_a_breach(tmp_path: Path, capsys: 
         ),
     ],
 )
-def test_a_wrong_line_is_named(
+def test_an_invalid_line_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arrival: str, change: str, named: str
 ):
     (tmp_path / "arrivals.jsonl").write_text(arrival)
@@ -283,7 +283,7 @@ def test_a_wrong_line_is_named(
     assert named in capsys.readouterr().err
 
 
-def test_a_call_that_named_no_model_was_sent_to_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_call_without_a_model_is_ignored(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     nameless = {**call(0.0)._asdict(), "model": None}
     door, history = logs(tmp_path, [call(1.0)], [(0.0, "m", "2/min")])
     with Path(door).open("a") as log:
@@ -292,7 +292,7 @@ def test_a_call_that_named_no_model_was_sent_to_none(tmp_path: Path, capsys: pyt
     assert list(json.loads(capsys.readouterr().out)["models"]) == ["m"]
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main([str(tmp_path / "none.jsonl"), str(tmp_path / "none.jsonl")]) == 2
     assert "none.jsonl cannot be read" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""The judge and the ideal against brute force: each definition written out once more, slowly."""
+"""Property tests of the judge and the ideal against brute-force definitions."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def as_arrivals(rows: list[Row]) -> list[Arrival]:
 
 
 def obeys(index: int, rows: list[Row], target: TrafficTarget) -> bool:
-    """The rule for one arrival, as it is written: count what is there, itself included."""
+    """The rule for one arrival, literally: count what is in the window, itself included."""
     now = rows[index][0]
     if target.stopped:
         return False
@@ -117,7 +117,7 @@ def test_the_judge_finds_exactly_the_breaches_that_brute_force_finds(
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 200), max_size=40), SECONDS, st.integers(1, 8))
-def test_looking_at_each_arrival_is_looking_at_every_window(ticks: list[int], seconds: int, count: int):
+def test_checking_each_arrival_covers_every_window(ticks: list[int], seconds: int, count: int):
     window = seconds * TICKS_A_SECOND
     fullest = max(sum(1 for tick in ticks if start <= tick < start + window) for start in range(-window, 201))
     rows = [(tick, 1, 0, None) for tick in ticks]
@@ -127,7 +127,7 @@ def test_looking_at_each_arrival_is_looking_at_every_window(ticks: list[int], se
 
 
 def brute_ideal(history: History, draws: list[Draw], before: list[Row]) -> list[int]:
-    """Tick by tick: send whenever one more send obeys the target of the moment and keeps its gap."""
+    """Tick by tick: sends whenever one more send obeys the active target and its gap."""
     sent = sorted(before)
     sends: list[int] = []
     for now in range(BACKLOG_FROM, BACKLOG_UNTIL + 1):
@@ -146,7 +146,7 @@ def brute_ideal(history: History, draws: list[Draw], before: list[Row]) -> list[
 
 
 def one_by_one(target: TrafficTarget, reserved: int) -> Iterator[tuple[TrafficTarget, int]]:
-    """Each token limit alone, with what a call needs of it: all of it at the most; then the other limits."""
+    """Each token limit alone with what a call needs of it, at most all of it; then the other limits."""
     for budget in target.tokens:
         yield TrafficTarget(tokens=(budget,)), min(reserved, budget.count)
     yield TrafficTarget(requests=target.requests, at_once=target.at_once), reserved
@@ -180,7 +180,7 @@ def test_the_ideal_sends_exactly_when_brute_force_does(
 
 @settings(max_examples=100, deadline=None)
 @given(histories(), draws_of_calls)
-def test_what_the_ideal_sends_is_innocent_and_uses_everything(history: History, draws: list[Draw]):
+def test_the_ideals_sends_breach_nothing_and_use_everything(history: History, draws: list[Draw]):
     changes = as_changes(history)
     latencies = [latency / TICKS_A_SECOND for latency, _, _ in draws]
     sends = replay_ideal(changes, latencies, 0.0, 12.0, tokens=[(1, 1)], most=2000).tolist()

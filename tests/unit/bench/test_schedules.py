@@ -1,4 +1,4 @@
-"""The computed schedules by hand: small cases whose ends can be worked out on paper."""
+"""Computed schedules: small cases whose ends were computed by hand."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from bench.schedules import OldShape, cut, ideal_seconds, simulate_old
 TWO_BY_TWO = OldShape(workers=2, batch=2, limit_seconds=100.0, gap_seconds=10.0)
 
 
-def test_the_ideal_gives_each_place_the_next_call_when_it_is_free():
+def test_the_ideal_gives_each_free_slot_the_next_call():
     assert ideal_seconds([3, 1, 1, 1, 2], slots=2) == 5  # 3+2 on the one, 1+1+1 on the other
     assert ideal_seconds([3, 1], slots=5) == 3
     assert ideal_seconds([], slots=5) == 0
 
 
-def test_tasks_are_cut_into_equal_parts_in_order():
+def test_tasks_are_split_into_equal_partitions_in_order():
     assert cut(range(7), 3) == [[0, 1, 2], [3, 4], [5, 6]]
     assert cut([5], 3) == [[5], [], []]
 
@@ -38,19 +38,19 @@ def test_at_the_limit_a_batch_may_end_and_the_rest_waits_for_the_next_run():
     assert run.for_restart == 10 * 4
 
 
-def test_killed_at_the_limit_what_is_in_flight_is_done_again():
+def test_calls_in_flight_at_a_killing_limit_are_repeated():
     shape = replace(TWO_BY_TWO, limit_seconds=3.0, killed_at_limit=True)
     run = simulate_old([2] * 8, shape)  # 2 s of the first run are kept, the batch after them is lost at 3 s
     assert (run.seconds, run.runs, run.sent) == (3 + 10 + 2, 2, 12)
     assert run.working == 16
 
 
-def test_a_call_longer_than_the_limit_that_kills_is_found_out():
+def test_a_call_longer_than_a_killing_limit_is_refused():
     with pytest.raises(RuntimeError, match="have not solved all tasks: 8"):
         simulate_old([4] * 8, replace(TWO_BY_TWO, limit_seconds=3.0, killed_at_limit=True))
 
 
-def test_each_wait_can_be_taken_out_alone():
+def test_each_wait_can_be_removed_alone():
     latencies = [1, 5, 2, 2, 1, 1, 1, 1]
     assert simulate_old(latencies, replace(TWO_BY_TWO, waits_for_batch=False)).seconds == 5
     assert simulate_old(latencies, replace(TWO_BY_TWO, own_parts=False)).seconds == 5

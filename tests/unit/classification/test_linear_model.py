@@ -1,4 +1,4 @@
-"""What was learned is kept: taken again only where the same would be learned, and not when broken."""
+"""The cache of trained models: reused only if training would give the same, and never if broken."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from router.classification import linear_model as classifier
+from router.classification import linear_model
 from router.classification.classifier import Classification, Classifier
 from router.classification.linear_model import LinearModel
 from router.settings.classification import RuleSettings, load_categories
@@ -26,27 +26,27 @@ def config(tmp_path: Path) -> Path:
         "categories: {cooking: what one eats, sport: what one plays}\n"
         "default_category: sport\nexamples: [a.jsonl]\n"
     )
-    told = [("cooking", f"How do I cook {dish}?") for dish in ("soup", "bread", "cake", "stew")]
-    told += [("sport", f"What are the rules of {game}?") for game in ("chess", "tennis", "rowing", "judo")]
-    lines = [{"prompt": prompt, "category": category, "kind": "x"} for category, prompt in told]
+    labeled = [("cooking", f"How do I cook {dish}?") for dish in ("soup", "bread", "cake", "stew")]
+    labeled += [("sport", f"What are the rules of {game}?") for game in ("chess", "tennis", "rowing", "judo")]
+    lines = [{"prompt": prompt, "category": category, "kind": "x"} for category, prompt in labeled]
     (folder / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 
 class Builder:
-    """Builds categorisers that keep what they learn in one folder, and counts how often they do learn."""
+    """Builds classifiers with one cache folder, and counts how often they train."""
 
     def __init__(self, config: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.config, self.folder, self.learned = config, folder, 0
-        learn = LinearModel.learn
+        self.config, self.folder, self.trained = config, folder, 0
+        train = LinearModel.train
 
         def counted(*values: Any) -> LinearModel:
-            self.learned += 1
-            return learn(*values)
+            self.trained += 1
+            return train(*values)
 
-        monkeypatch.setattr(LinearModel, "learn", counted)
+        monkeypatch.setattr(LinearModel, "train", counted)
 
-    def told(self, **changes: Any) -> list[Classification]:
+    def classify(self, **changes: Any) -> list[Classification]:
         settings = load_categories(self.config).model_copy(update=changes)
         return Classifier.build(settings, self.folder).classify_many(PROMPTS)
 
@@ -60,79 +60,81 @@ def builder(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bu
     return Builder(config, tmp_path / "learned", monkeypatch)
 
 
-def test_what_was_learned_is_taken_again_and_tells_the_same(builder: Builder) -> None:
-    told = builder.told()
-    assert builder.told() == told
-    assert builder.learned == 1
+def test_trained_model_is_reused_with_the_same_results(builder: Builder) -> None:
+    found = builder.classify()
+    assert builder.classify() == found
+    assert builder.trained == 1
     assert len(builder.files) == 1
-    assert told == Classifier.build(load_categories(builder.config)).classify_many(PROMPTS)
+    assert found == Classifier.build(load_categories(builder.config)).classify_many(PROMPTS)
 
 
-def test_other_examples_settings_code_or_libraries_are_learned_anew(
+def test_other_examples_settings_code_or_libraries_are_trained_again(
     builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    builder.told()
-    builder.told(rules=(RuleSettings(category="sport", pattern="goose"),))
-    assert builder.learned == 2
+    builder.classify()
+    builder.classify(rules=(RuleSettings(category="sport", pattern="goose"),))
+    assert builder.trained == 2
     examples = builder.config / "a.jsonl"
     examples.write_text(examples.read_text().replace("judo", "golf"))
-    builder.told()
-    assert builder.learned == 3
+    builder.classify()
+    assert builder.trained == 3
     with monkeypatch.context() as patch:
         patch.setattr("router.classification.classifier.version", lambda library: f"another {library}")
-        builder.told()
-    assert builder.learned == 4
-    edited = tmp_path / "classifier.py"
-    edited.write_bytes(Path(classifier.__file__).read_bytes() + b"# edited\n")
-    monkeypatch.setattr(classifier, "__file__", str(edited))
-    builder.told()
-    assert builder.learned == 5
+        builder.classify()
+    assert builder.trained == 4
+    edited = tmp_path / "linear_model.py"
+    edited.write_bytes(Path(linear_model.__file__).read_bytes() + b"# edited\n")
+    monkeypatch.setattr(linear_model, "__file__", str(edited))
+    builder.classify()
+    assert builder.trained == 5
 
 
-def test_the_same_in_another_folder_is_the_same(builder: Builder, tmp_path: Path) -> None:
-    builder.told()
+def test_moved_config_folder_reuses_the_model(builder: Builder, tmp_path: Path) -> None:
+    builder.classify()
     builder.config = builder.config.rename(tmp_path / "moved")
-    builder.told()
-    assert builder.learned == 1
+    builder.classify()
+    assert builder.trained == 1
 
 
-@pytest.mark.parametrize("how", ["empty", "cut off", "a bit", "no archive", "an array too few", "objects"])
-def test_what_is_broken_is_learned_anew_and_replaced(builder: Builder, how: str) -> None:
-    told = builder.told()
+@pytest.mark.parametrize(
+    "how", ["empty", "truncated", "flipped bit", "no archive", "missing array", "objects"]
+)
+def test_broken_file_is_replaced(builder: Builder, how: str) -> None:
+    found = builder.classify()
     (file,) = builder.files
     whole = file.read_bytes()
     with np.load(file) as arrays:
-        kept = dict(arrays)
-    if how == "objects":  # would have to be unpickled, which is how foreign code gets in
-        kept["intercepts"] = np.array([object()], dtype=object)
-    elif how == "an array too few":
-        del kept["intercepts"]
-    if how in ("objects", "an array too few"):
-        np.savez(file, **kept)
+        stored = dict(arrays)
+    if how == "objects":  # would need pickle, which can run foreign code
+        stored["intercepts"] = np.array([object()], dtype=object)
+    elif how == "missing array":
+        del stored["intercepts"]
+    if how in ("objects", "missing array"):
+        np.savez(file, **stored)
     else:
         middle = len(whole) // 2
         flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
-        broken = {"empty": b"", "cut off": whole[:-900], "a bit": flipped, "no archive": b"x" * 5000}
+        broken = {"empty": b"", "truncated": whole[:-900], "flipped bit": flipped, "no archive": b"x" * 5000}
         file.write_bytes(broken[how])
-    assert builder.told() == told
-    assert builder.learned == 2
-    assert builder.told() == told
-    assert builder.learned == 2
+    assert builder.classify() == found
+    assert builder.trained == 2
+    assert builder.classify() == found
+    assert builder.trained == 2
 
 
-def test_where_nothing_can_be_kept_it_is_learned_each_time(builder: Builder) -> None:
+def test_without_writable_folder_every_build_trains(builder: Builder) -> None:
     builder.folder.write_text("in the way")
-    assert builder.told() == builder.told()
-    assert builder.learned == 2
+    assert builder.classify() == builder.classify()
+    assert builder.trained == 2
     assert builder.folder.read_text() == "in the way"
 
 
-def test_a_few_are_kept_those_that_were_used_last(builder: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(classifier, "CACHED_MODELS", 2)
+def test_cache_keeps_the_most_recently_used_models(builder: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_model, "CACHED_MODELS", 2)
     for threshold in (0.1, 0.2, 0.1, 0.3):
-        builder.told(threshold=threshold)
-    assert (builder.learned, len(builder.files)) == (3, 2)
-    builder.told(threshold=0.1)
-    assert builder.learned == 3
-    builder.told(threshold=0.2)
-    assert builder.learned == 4
+        builder.classify(threshold=threshold)
+    assert (builder.trained, len(builder.files)) == (3, 2)
+    builder.classify(threshold=0.1)
+    assert builder.trained == 3
+    builder.classify(threshold=0.2)
+    assert builder.trained == 4

@@ -1,4 +1,4 @@
-"""The command line starts quickly: what takes long to load is loaded by the verbs that need it."""
+"""The command line starts fast: slow imports happen in the commands that need them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 SLOW = {"aiohttp", "fastapi", "numpy", "redis", "scipy", "sklearn"}
 
 
-def test_no_verb_waits_for_what_another_one_needs():
+def test_slow_libraries_are_not_imported_at_start():
     loaded = subprocess.run(
         [sys.executable, "-c", "import router.cli, sys; print(*sys.modules)"],
         check=True, capture_output=True, text=True,

@@ -1,4 +1,4 @@
-"""docker-compose.yaml without a Docker engine: its schema, its secrets, and commands that run here."""
+"""docker-compose.yaml, checked without Docker: schema, secrets and commands."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ AIRFLOW_SERVICES = ("api-server", "scheduler", "dag-processor", "triggerer")
 SECRET_NAME = re.compile(r"PASSWORD|SECRET|FERNET|_CONN|AUTH$|DATABASE_URL|REDIS_URL|API_KEY")
 NOT_SECRET = re.compile(r"PASSWORDS_FILE|CONN_MODELS_BACKEND$")
 
-# argparse and typer refuse what they do not know; --help is not needed, and each interpreter costs seconds.
+# One interpreter for all commands, because each start takes seconds.
 PARSE_ALL = """
 import json, sys
 from airflow.cli.cli_parser import get_parser
@@ -38,7 +38,7 @@ def compose() -> dict[str, Any]:
 
 
 def texts(value: Any) -> list[str]:
-    """Every string anywhere in the value."""
+    """Returns every string in a nested value."""
     if isinstance(value, dict):
         return [text for item in value.values() for text in texts(item)]
     if isinstance(value, list):
@@ -46,12 +46,12 @@ def texts(value: Any) -> list[str]:
     return [str(value)]
 
 
-def test_it_follows_the_published_schema(compose: dict[str, Any]) -> None:
+def test_schema(compose: dict[str, Any]) -> None:
     schema = files("check_jsonschema") / "builtin_schemas" / "vendor" / "compose-spec.json"
     jsonschema.validate(compose, json.loads(schema.read_text()))
 
 
-def test_every_secret_has_to_be_set_and_none_has_a_default(compose: dict[str, Any]) -> None:
+def test_every_secret_is_required_and_has_no_default(compose: dict[str, Any]) -> None:
     secrets = {
         (name, key): value
         for name, service in compose["services"].items()
@@ -60,12 +60,12 @@ def test_every_secret_has_to_be_set_and_none_has_a_default(compose: dict[str, An
     }
     assert len(secrets) > 20
     optional = {key for (_, key), value in secrets.items() if ":?" not in value}
-    assert optional == {"LLAMA_API_KEY"}  # the stand-in needs no provider
+    assert optional == {"LLAMA_API_KEY"}  # the simulated backend needs no provider
     assert compose["services"]["backend"]["environment"]["LLAMA_API_KEY"] == "${LLAMA_API_KEY:-}"
     assert "--requirepass" in compose["services"]["redis"]["command"]
 
 
-def test_the_example_env_names_all_that_has_to_be_set_and_gives_no_values() -> None:
+def test_the_example_env_lists_every_variable_without_values() -> None:
     required = set(re.findall(r"\$\{(\w+):\?", COMPOSE.read_text()))
     optional = set(re.findall(r"\$\{(\w+):-", COMPOSE.read_text()))
     example = (ROOT / ".env.example").read_text()
@@ -74,7 +74,7 @@ def test_the_example_env_names_all_that_has_to_be_set_and_gives_no_values() -> N
     assert not re.findall(r"^\w+=.+$", example, re.MULTILINE)
 
 
-def test_every_service_that_serves_is_watched_and_waits_for_the_first_start(compose: dict[str, Any]) -> None:
+def test_services_have_health_checks_and_wait_for_the_first_start(compose: dict[str, Any]) -> None:
     services = compose["services"]
     assert all("healthcheck" in service for name, service in services.items() if name != "init")
     for name in AIRFLOW_SERVICES:
@@ -82,13 +82,13 @@ def test_every_service_that_serves_is_watched_and_waits_for_the_first_start(comp
     assert services["init"]["depends_on"]["postgres"]["condition"] == "service_healthy"
 
 
-def test_triggerers_can_be_many(compose: dict[str, Any]) -> None:
+def test_triggerers_can_be_scaled(compose: dict[str, Any]) -> None:
     triggerer = compose["services"]["triggerer"]
     assert "container_name" not in triggerer
     assert "ports" not in triggerer
 
 
-def test_only_what_asks_who_is_there_is_published_and_only_on_the_loopback(compose: dict[str, Any]) -> None:
+def test_only_authenticated_services_are_published_on_the_loopback(compose: dict[str, Any]) -> None:
     published = {
         name: service["ports"] for name, service in compose["services"].items() if "ports" in service
     }
@@ -96,7 +96,7 @@ def test_only_what_asks_who_is_there_is_published_and_only_on_the_loopback(compo
     assert all(port.startswith("127.0.0.1:") for ports in published.values() for port in ports)
 
 
-def test_serves_command_is_one_that_it_knows(compose: dict[str, Any]) -> None:
+def test_the_serve_command_is_valid(compose: dict[str, Any]) -> None:
     program, verb, *options = compose["services"]["serve"]["command"]
     assert (program, verb) == ("router", "serve")
     router = CommandLine({})
@@ -104,7 +104,7 @@ def test_serves_command_is_one_that_it_knows(compose: dict[str, Any]) -> None:
     assert router(verb, "--no-such-option").code == 2
 
 
-def test_airflows_commands_and_health_checks_are_ones_that_this_airflow_knows(
+def test_airflows_commands_and_health_checks_are_valid(
     compose: dict[str, Any],
 ) -> None:
     commands = []
@@ -120,7 +120,7 @@ def test_airflows_commands_and_health_checks_are_ones_that_this_airflow_knows(
     assert done.returncode == 0, done.stderr
 
 
-def test_the_stand_ins_command_is_one_that_it_knows(compose: dict[str, Any]) -> None:
+def test_the_backends_command_is_valid(compose: dict[str, Any]) -> None:
     _, _, module, *arguments = compose["services"]["backend"]["command"]
     assert module == "models_backend"
     from models_backend.__main__ import _parser  # noqa: PLC0415 - the module is a program
@@ -129,13 +129,17 @@ def test_the_stand_ins_command_is_one_that_it_knows(compose: dict[str, Any]) -> 
     assert _parser().parse_args(arguments).port == 8100
 
 
-def test_folders_and_modules_that_it_names_are_in_the_image(compose: dict[str, Any]) -> None:
+def test_folders_and_modules_exist_in_the_image(compose: dict[str, Any]) -> None:
     for path in {text for text in texts(compose) if text.startswith("/app/")}:
         assert (ROOT / path.removeprefix("/app/")).is_dir()
     assert compose["services"]["init"]["command"][-1] == "local.first_start"
     assert (ROOT / "local" / "first_start.py").exists()
-    assert "chown -R router:router config" in (ROOT / "Dockerfile").read_text(), "the search writes into it"
+    assert "chown -R router:router config" in (ROOT / "Dockerfile").read_text(), (
+        "the search writes into this folder"
+    )
     environment = compose["services"]["scheduler"]["environment"]
-    assert {"LLAMA_API_BASE", "LLAMA_API_KEY"} <= environment.keys(), "the search reads the provider's list"
+    assert {"LLAMA_API_BASE", "LLAMA_API_KEY"} <= environment.keys(), (
+        "the search reads the provider's catalog"
+    )
     ignored = (ROOT / ".dockerignore").read_text().split()
     assert ".env" in ignored

@@ -1,4 +1,4 @@
-"""What a trial says: paired, bounded by how few prompts there are, and silent where it says nothing."""
+"""Comparison of trials: paired differences, significance, and trials that show nothing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from router.discovery.comparison import TrialCall, TrialResult, TrialVerdict, is_enough, judge_trial
+from router.discovery.comparison import TrialCall, TrialResult, TrialVerdict, has_failed, judge_trial
 from router.settings.discovery import TrialSettings
 from router.settings.learning import UtilitySettings
 from router.task import Outcome
@@ -27,7 +27,7 @@ def judged(candidate: list[TrialCall], incumbent: list[TrialCall], **settings: f
     return judge_trial(candidate, incumbent, UtilitySettings(), SOURCES, trials)
 
 
-def test_one_that_is_surely_better_wins() -> None:
+def test_a_significantly_better_candidate_wins() -> None:
     result = judged([answered()] * 30, [answered(0.4)] * 30)
     assert (result.verdict, result.pairs) == (TrialVerdict.WON, 30)
     assert result.difference == pytest.approx(0.5 * 0.6)  # the weight of the score
@@ -41,23 +41,23 @@ def test_one_that_is_surely_better_wins() -> None:
         [answered()] * 30,  # as good
         [answered(0.9)] * 30,  # worse
         [answered(1.0, seconds=60.0)] * 30,  # as good, and slow
-        [answered(1.0, cost_usd=0.05)] * 30,  # as good, and dear
-        [answered()] * 24 + [failed()] * 6,  # as good, where it answers
+        [answered(1.0, cost_usd=0.05)] * 30,  # as good, and costly
+        [answered()] * 24 + [failed()] * 6,  # as good when it answers
     ],
 )
-def test_one_that_is_not_better_loses(candidate: list[TrialCall]) -> None:
+def test_a_candidate_that_is_not_better_loses(candidate: list[TrialCall]) -> None:
     assert judged(candidate, [answered()] * 30).verdict is TrialVerdict.LOST
 
 
-def test_the_same_difference_says_less_with_fewer_prompts() -> None:
+def test_fewer_prompts_make_the_same_difference_less_significant() -> None:
     many = judged([answered()] * 30, [answered(0.7)] * 30)
     few = judged([answered()] * 4, [answered(0.7)] * 4, min_answers=1)
     assert (many.verdict, few.verdict) == (TrialVerdict.WON, TrialVerdict.LOST)
     assert few.difference == pytest.approx(many.difference)
-    assert few.error > 3 * many.error > 0  # also where all prompts agree
+    assert few.error > 3 * many.error > 0  # even if all prompts agree
 
 
-def test_what_is_hard_for_both_cancels_out() -> None:
+def test_pairing_cancels_the_difficulty_of_prompts() -> None:
     hard = [0.1 * (n % 10) for n in range(30)]
     paired = judged([answered(score + 0.1) for score in hard], [answered(score) for score in hard])
     crossed = judged([answered(score + 0.1) for score in hard], [answered(score) for score in hard[::-1]])
@@ -65,31 +65,31 @@ def test_what_is_hard_for_both_cancels_out() -> None:
     assert paired.error < crossed.error / 2
 
 
-def test_what_is_nobodys_fault_is_left_out_of_the_comparison() -> None:
+def test_calls_without_a_permit_or_quota_are_not_compared() -> None:
     limited = [failed(Outcome.RATE_LIMITED)] * 10 + [TrialCall(error="no permit in time")] * 5
     result = judged([answered()] * 15 + limited, [answered(0.4)] * 30)
     assert (result.verdict, result.pairs) == (TrialVerdict.WON, 15)
     assert judged([answered()] * 30, [answered(0.4)] * 15 + limited).pairs == 15
 
 
-def test_too_few_calls_say_nothing() -> None:
+def test_too_few_calls_are_not_compared() -> None:
     few = [answered()] * 5 + [failed(Outcome.RATE_LIMITED)] * 25
     assert judged(few, [answered(0.4)] * 30).verdict is TrialVerdict.UNREACHABLE
     assert judged([answered()] * 30, few).verdict is TrialVerdict.VOID
 
 
-def test_a_backend_that_is_down_for_both_says_nothing() -> None:
+def test_a_trial_with_a_failing_incumbent_is_void() -> None:
     result = judged([failed()] * 5 + [TrialCall()] * 25, [failed()] * 30)
     assert result.verdict is TrialVerdict.VOID
-    assert "the incumbent itself answered 0 of 30 calls: it broke" in result.reason
+    assert "the incumbent answered only 0 of 30 calls: it broke" in result.reason
 
 
-def test_a_model_that_the_backend_does_not_know_is_unreachable() -> None:
+def test_a_model_unknown_to_the_backend_is_unreachable() -> None:
     calls = [failed(Outcome.UNKNOWN_MODEL)] + [TrialCall()] * 29
     assert judged(calls, [answered()] * 30).verdict is TrialVerdict.UNREACHABLE
 
 
-def test_one_that_only_says_later_is_unreachable_and_one_that_fails_loses() -> None:
+def test_an_overloaded_candidate_is_unreachable_and_a_failing_one_loses() -> None:
     for outcome, verdict in (
         (Outcome.OVERLOADED, TrialVerdict.UNREACHABLE),
         (Outcome.ERROR, TrialVerdict.LOST),
@@ -98,18 +98,18 @@ def test_one_that_only_says_later_is_unreachable_and_one_that_fails_loses() -> N
         assert judged(calls, [answered()] * 30).verdict is verdict
 
 
-def test_one_below_the_floor_loses_even_against_nothing() -> None:
+def test_a_candidate_below_the_floor_loses_in_any_case() -> None:
     result = judged([answered(0.3)] * 30, [answered(0.0)] * 30)
     assert result.verdict is TrialVerdict.LOST
     assert "below the floor" in result.reason
 
 
-def test_enough_is_seen_when_nothing_comes() -> None:
-    assert is_enough([failed(Outcome.UNKNOWN_MODEL)])
-    assert is_enough([failed()] * 5 + [TrialCall()] * 25)
-    assert is_enough([TrialCall(error="no permit in time")] * 5)
-    assert not is_enough([failed()] * 4 + [TrialCall()] * 26)
-    assert not is_enough([failed()] * 20 + [answered()])
+def test_a_trial_ends_early_if_no_first_call_succeeds() -> None:
+    assert has_failed([failed(Outcome.UNKNOWN_MODEL)])
+    assert has_failed([failed()] * 5 + [TrialCall()] * 25)
+    assert has_failed([TrialCall(error="no permit in time")] * 5)
+    assert not has_failed([failed()] * 4 + [TrialCall()] * 26)
+    assert not has_failed([failed()] * 20 + [answered()])
 
 
 def drawn(dice: random.Random, quality: float) -> list[TrialCall]:
@@ -122,8 +122,8 @@ def wins(candidate: float, incumbent: float) -> float:
     return sum(trial.verdict is TrialVerdict.WON for trial in trials) / len(trials)
 
 
-def test_how_often_chance_decides() -> None:
-    """With the shipped numbers one that is no better hardly ever wins, and one that is much better mostly."""
+def test_error_rates_with_the_shipped_settings() -> None:
+    """A candidate that is not better rarely wins; a much better one usually does."""
     assert max(wins(quality, quality) for quality in (0.5, 0.8, 0.95)) <= 0.06
     assert wins(0.7, 0.8) <= 0.01
     assert wins(0.95, 0.7) >= 0.7

@@ -1,4 +1,4 @@
-"""config/discovered.yaml: whole or not at all, by one at a time, the same for the same roster."""
+"""config/discovered.yaml: atomic, locked and deterministic writes; invalid files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_what_is_written_is_read(folder: Path) -> None:
+def test_a_written_file_can_be_read(folder: Path) -> None:
     assert write_discovered(folder, [row()])
     models, problem = read_discovered(folder)
     assert problem is None
@@ -52,13 +52,13 @@ def test_what_is_written_is_read(folder: Path) -> None:
     assert (folder / DISCOVERED).read_text().startswith("# The models that the search found")
 
 
-def test_the_same_rows_give_the_same_bytes_in_the_order_of_their_taking() -> None:
+def test_rendering_is_deterministic_and_ordered_by_admission() -> None:
     one, two = row("b"), row("a", at="2026-01-03T00:00:00.000000+00:00")
     assert rendered([one, two]) == rendered([two, one])
     assert list(yaml.safe_load(rendered([two, one]))["models"]) == ["b", "a"]
 
 
-def test_nothing_is_written_where_nothing_changed(folder: Path) -> None:
+def test_an_unchanged_file_is_not_written(folder: Path) -> None:
     write_discovered(folder, [row()])
     inode = (folder / DISCOVERED).stat().st_ino
     assert not write_discovered(folder, [row()])
@@ -68,26 +68,24 @@ def test_nothing_is_written_where_nothing_changed(folder: Path) -> None:
     assert not write_discovered(folder, [])
 
 
-def test_a_death_while_writing_leaves_the_old_file_whole(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_crash_while_writing_leaves_the_old_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_discovered(folder, [row()])
     before = (folder / DISCOVERED).read_bytes()
 
-    def die(*_: object) -> None:
+    def crash(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(discovered.os, "fsync", die)
+    monkeypatch.setattr("router.files.os.fsync", crash)
     with pytest.raises(KeyboardInterrupt):
         write_discovered(folder, [row(), row("other")])
     assert (folder / DISCOVERED).read_bytes() == before
     assert {path.name for path in folder.iterdir()} == {
         DISCOVERED,
         "models.yaml",
-    }  # nothing is left lying about
+    }
 
 
-def test_it_is_written_by_one_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writers_exclude_each_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entered, first_may_end = threading.Event(), threading.Event()
     order = []
 
@@ -102,7 +100,7 @@ def test_it_is_written_by_one_at_a_time(folder: Path, monkeypatch: pytest.Monkey
     first.start()
     entered.wait(10)
     monkeypatch.setattr(discovered, "LOCK_SECONDS", 0.1)
-    with pytest.raises(ConfigError, match="Somebody else is writing"), writing(folder):
+    with pytest.raises(ConfigError, match="Another process is writing"), writing(folder):
         pass
     monkeypatch.setattr(discovered, "LOCK_SECONDS", 10.0)
     second = threading.Thread(target=write, args=("second",))
@@ -113,7 +111,7 @@ def test_it_is_written_by_one_at_a_time(folder: Path, monkeypatch: pytest.Monkey
     assert order == ["first begins", "first ends", "second begins", "second ends"]
 
 
-def test_others_may_read_it(folder: Path) -> None:
+def test_other_users_may_read_the_file(folder: Path) -> None:
     write_discovered(folder, [row()])
     assert (folder / DISCOVERED).stat().st_mode & 0o777 == 0o644
 
@@ -122,8 +120,8 @@ def test_others_may_read_it(folder: Path) -> None:
     ("text", "words"),
     [
         ("models: [", "is not valid YAML"),
-        ("models:\n  a: {}\n  a: {}\n", "the key 'a' stands twice"),
-        ("", "must hold keys and values"),
+        ("models:\n  a: {}\n  a: {}\n", "duplicate key 'a'"),
+        ("", "must be a mapping"),
         ("models:\n  ../x: {}\n", "String should match pattern"),
         (rendered([row(state="fine")]), "models.llama-9.state"),
         (rendered([row(default_target="quickly")]), "models.llama-9.target"),
@@ -131,7 +129,7 @@ def test_others_may_read_it(folder: Path) -> None:
         ("\udc80", "cannot be read as UTF-8"),
     ],
 )
-def test_what_is_broken_by_hand_is_named_and_keeps_nobody_from_starting(
+def test_an_invalid_file_is_reported_but_does_not_prevent_loading_the_config(
     folder: Path, text: str, words: str
 ) -> None:
     (folder / DISCOVERED).write_bytes(text.encode("utf-8", "surrogateescape"))
@@ -143,7 +141,7 @@ def test_what_is_broken_by_hand_is_named_and_keeps_nobody_from_starting(
         discovered.require_writable(folder)
 
 
-def test_where_both_name_a_model_people_win(folder: Path) -> None:
+def test_models_yaml_takes_precedence(folder: Path) -> None:
     write_discovered(folder, [row(), row("phi-4")])
     config = load_config(folder)
     assert set(config.models) == {"phi-4"}

@@ -1,4 +1,4 @@
-"""The held-back prompts: the shipped ones, and files that are refused."""
+"""Trial prompts: the shipped ones, and invalid files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from router.settings.environment import DEFAULT_CONFIG_FOLDER
 from router.settings.router import load_config
 
 CATEGORIES = load_config().categories
-RUN = 6  # words in a row that two prompts would not share by chance
+RUN = 6  # consecutive words that two prompts would not share by chance
 
 
 def words_of(text: str) -> list[str]:
@@ -24,12 +24,12 @@ def words_of(text: str) -> list[str]:
 
 
 def runs_of(text: str) -> set[tuple[str, ...]]:
-    said = words_of(text)
-    return {tuple(said[at : at + RUN]) for at in range(len(said) - RUN + 1)}
+    words = words_of(text)
+    return {tuple(words[at : at + RUN]) for at in range(len(words) - RUN + 1)}
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
-def test_there_are_enough_and_none_stands_in_the_examples(category: str) -> None:
+def test_there_are_enough_prompts_and_none_is_a_training_example(category: str) -> None:
     prompts = read_trial_prompts(DEFAULT_CONFIG_FOLDER, category)
     assert 24 <= len(prompts) <= 40
     examples = read_examples(load_categories())
@@ -41,7 +41,7 @@ def test_there_are_enough_and_none_stands_in_the_examples(category: str) -> None
         assert len(shared) <= len(runs_of(prompt.prompt)) // 4, (prompt.prompt, shared)
 
 
-def test_the_categories_share_no_prompt() -> None:
+def test_categories_share_no_prompt() -> None:
     prompts = [
         prompt for category in CATEGORIES for prompt in read_trial_prompts(DEFAULT_CONFIG_FOLDER, category)
     ]
@@ -49,14 +49,14 @@ def test_the_categories_share_no_prompt() -> None:
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
-def test_a_reference_is_met_by_itself_and_not_by_the_prompt(category: str) -> None:
+def test_an_answer_with_the_reference_scores_1_and_another_does_not(category: str) -> None:
     for prompt in read_trial_prompts(DEFAULT_CONFIG_FOLDER, category):
         if prompt.reference is not None:
             assert against_reference(f"It is {prompt.reference}", prompt.reference).score == 1
             assert against_reference("Nobody knows that for sure", prompt.reference).score < 0.5
 
 
-def test_technical_and_general_have_references_and_creative_has_none() -> None:
+def test_references_per_category() -> None:
     share = {
         category: sum(prompt.reference is not None for prompt in prompts) / len(prompts)
         for category in CATEGORIES
@@ -73,7 +73,7 @@ def written(folder: Path, text: str) -> Path:
     return folder
 
 
-def test_a_folder_of_its_own_comes_first(tmp_path: Path) -> None:
+def test_the_config_folder_takes_precedence_over_the_shipped_file(tmp_path: Path) -> None:
     shipped = read_trial_prompts(tmp_path, "general")
     assert shipped == read_trial_prompts(DEFAULT_CONFIG_FOLDER, "general")
     written(tmp_path, '{"prompt": "Why?"}\n\n{"prompt": "2 + 2?", "reference": "4"}\n')
@@ -83,24 +83,24 @@ def test_a_folder_of_its_own_comes_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "holds no prompt"),
-        ('{"prompt": "a"}\n{"prompt": ', "line 2: not a line of JSON"),
+        ("", "contains no prompt"),
+        ('{"prompt": "a"}\n{"prompt": ', "line 2: not valid JSON"),
         ('{"prompt": ""}', "line 1: prompt"),
         ('{"prompt": 5}', "line 1: prompt"),
         ('{"prompt": "a", "answer": "b"}', "line 1: must be an object"),
-        ('["a"]', "line 1: must be an object"),
+        ('["a"]', "line 1: must be a JSON object, not list"),
         ('{"prompt": "a", "reference": ""}', "line 1: reference"),
         ('{"prompt": "a", "reference": 4}', "line 1: reference"),
-        ('{"prompt": "a"}\n{"prompt": "a"}', "stands twice"),
-        ("[" * 100_000, "line 1: not a line of JSON"),
+        ('{"prompt": "a"}\n{"prompt": "a"}', "occurs twice"),
+        ("[" * 100_000, "line 1: not valid JSON"),
     ],
 )
-def test_what_is_wrong_is_refused_with_its_place(tmp_path: Path, text: str, words: str) -> None:
+def test_invalid_lines_are_reported_with_their_place(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=r"trials/general\.jsonl") as refused:
         read_trial_prompts(written(tmp_path, text), "general")
     assert words in str(refused.value)
 
 
-def test_a_category_without_prompts_is_told_where_to_write_them(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported_with_its_path(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"trials/poetry\.jsonl does not exist. Write prompts"):
         read_trial_prompts(tmp_path, "poetry")

@@ -1,4 +1,4 @@
-"""The index: what is found, in which order, how surely, and how well on real collections."""
+"""The index: matching, ranking, confidence, and quality on real collections."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 
 from router.knowledge.chunking import Entry, task_entry
 from router.knowledge.evaluation import evaluate_retrieval, read_collection
-from router.knowledge.index import MOST_LOOKED_AT, IndexBroken, KnowledgeIndex, _affordable
-from router.knowledge.relevance import confidence, views
+from router.knowledge.index import MAX_POSTINGS, KnowledgeIndex, KnowledgeIndexError, without_common_terms
+from router.knowledge.relevance import tokenize
 
 NOTES = {
     "pause": "A model is paused by setting its traffic target to zero.",
@@ -38,21 +38,21 @@ def index() -> KnowledgeIndex:
 
 
 def first(index: KnowledgeIndex, question: str) -> str:
-    hits = index.search(question, 3).hits
-    return hits[0].source if hits else ""
+    passages = index.search(question, 3).passages
+    return passages[0].source if passages else ""
 
 
 @pytest.mark.parametrize(
     ("question", "source"),
     [
         ("How do I pause a model?", "pause"),
-        ("solved tasks", "solve"),  # by its stem
+        ("solved tasks", "solve"),  # by stem
         ("exporting an answer", "export"),
-        ("ANHALTEN DES MODELLS", "german"),  # by its beginning
+        ("ANHALTEN DES MODELLS", "german"),  # by head
         ("暂停模型", "chinese"),
     ],
 )
-def test_the_right_entry_comes_first(index: KnowledgeIndex, question: str, source: str):
+def test_best_entry_comes_first(index: KnowledgeIndex, question: str, source: str):
     assert first(index, question) == source
 
 
@@ -71,67 +71,68 @@ def test_the_right_entry_comes_first(index: KnowledgeIndex, question: str, sourc
         "a" * 100_000,
     ],
 )
-def test_nothing_is_found_for_nothing(index: KnowledgeIndex, question: str):
+def test_query_without_known_words_finds_nothing(index: KnowledgeIndex, question: str):
     found = index.search(question, 5)
-    assert found.hits == ()
-    assert confidence(found.evidence) == 0
+    assert found.passages == ()
+    assert found.confidence == 0
 
 
-def test_unknown_words_do_not_crowd_out_known_ones(index: KnowledgeIndex):
+def test_unknown_words_do_not_displace_known_ones(index: KnowledgeIndex):
     unknown = " ".join(f"unknown{number}" for number in range(500))
     assert first(index, f"{unknown} when redis is away") == "redis"
 
 
-def test_words_that_too_many_entries_hold_are_left_out_unless_there_are_no_others():
+def test_common_terms_are_dropped_unless_there_are_no_others():
     rare, common, commoner, unknown = (("stems", word) for word in ("rare", "common", "commoner", "unknown"))
-    some = MOST_LOOKED_AT - 1
-    asked = {commoner: 2 * some, common: some, unknown: 0, rare: 10}
-    assert _affordable(asked) == {unknown: 0, rare: 10}
-    assert _affordable({commoner: 2 * some, unknown: 0, common: some}) == {unknown: 0, common: some}
-    assert _affordable({commoner: 2 * some, unknown: 0}) == {unknown: 0, commoner: 2 * some}
+    some = MAX_POSTINGS - 1
+    frequencies = {commoner: 2 * some, common: some, unknown: 0, rare: 10}
+    assert without_common_terms(frequencies) == {unknown: 0, rare: 10}
+    assert without_common_terms({commoner: 2 * some, unknown: 0, common: some}) == {unknown: 0, common: some}
+    assert without_common_terms({commoner: 2 * some, unknown: 0}) == {unknown: 0, commoner: 2 * some}
 
 
-def test_of_a_prompt_of_megabytes_the_beginning_is_asked(index: KnowledgeIndex):
+def test_only_the_beginning_of_a_huge_prompt_is_searched_for(index: KnowledgeIndex):
     began = time.perf_counter()
     assert first(index, "redis is away " + "model call task " * 700_000) in {"redis", "solve"}
     assert time.perf_counter() - began < 1
 
 
-def test_a_question_that_is_answered_is_surer_than_a_foreign_one(index: KnowledgeIndex):
-    sure = confidence(index.search("How is a model paused by its traffic target?", 3).evidence)
-    unsure = confidence(
-        index.search("What did the model wear in Paris on the runway last summer?", 3).evidence
-    )
+def test_answerable_question_has_higher_confidence_than_a_foreign_one(index: KnowledgeIndex):
+    sure = index.search("How is a model paused by its traffic target?", 3).confidence
+    unsure = index.search("What did the model wear in Paris on the runway last summer?", 3).confidence
     assert sure > 0.8
     assert unsure < 0.3
 
 
-def test_the_same_text_is_found_once():
+def test_equal_texts_are_merged():
     index = index_of({"a": "Cats purr.", "b": "Cats purr.", "c": "Cats sleep."})
-    assert sorted(hit.text for hit in index.search("cats", 5).hits) == ["Cats purr.", "Cats sleep."]
+    assert sorted(passage.text for passage in index.search("cats", 5).passages) == [
+        "Cats purr.",
+        "Cats sleep.",
+    ]
 
 
-def test_entries_of_a_key_are_forgotten_together(tmp_path: Path):
+def test_entries_of_a_key_are_deleted_together(tmp_path: Path):
     index = index_of(NOTES, tmp_path)
     with index.writing() as writer:
-        writer.forget("pause")
+        writer.delete("pause")
         writer.commit()
     assert len(index) == len(NOTES) - 1
     assert first(index, "paused by traffic") != "pause"
 
 
-def test_what_was_not_committed_is_not_there(tmp_path: Path):
+def test_uncommitted_changes_are_discarded(tmp_path: Path):
     index = index_of(NOTES, tmp_path)
     with index.writing() as writer:
-        writer.forget_all()
+        writer.delete_all()
     assert len(index) == len(NOTES)
 
 
-def test_others_see_a_commit_once_they_reload_and_only_one_may_write(tmp_path: Path):
+def test_commit_is_visible_after_reload_and_there_is_one_writer(tmp_path: Path):
     index = index_of(NOTES, tmp_path)
     other = KnowledgeIndex(tmp_path)
     with index.writing() as writer:
-        with pytest.raises(IndexBroken), other.writing():
+        with pytest.raises(KnowledgeIndexError), other.writing():
             pass
         writer.add(Entry("new", "new", "", "Zebras are striped."))
         writer.commit()
@@ -140,14 +141,14 @@ def test_others_see_a_commit_once_they_reload_and_only_one_may_write(tmp_path: P
     assert first(other, "zebra") == "new"
 
 
-def test_a_broken_index_is_named(tmp_path: Path):
+def test_broken_index_is_reported(tmp_path: Path):
     index_of(NOTES, tmp_path)
     (tmp_path / "meta.json").write_text("{")
-    with pytest.raises(IndexBroken, match="index of knowledge"):
+    with pytest.raises(KnowledgeIndexError, match="knowledge index failed"):
         KnowledgeIndex(tmp_path)
 
 
-def test_tasks_are_known_by_their_numbers():
+def test_tasks_are_found_by_id():
     index = KnowledgeIndex()
     with index.writing() as writer:
         for number in (3, 9, 7, -5):
@@ -159,24 +160,24 @@ def test_tasks_are_known_by_their_numbers():
     assert index.oldest_tasks(2) == [-5, 3]
 
 
-def test_it_is_searched_from_many_threads_at_once(index: KnowledgeIndex):
+def test_threads_can_search_concurrently(index: KnowledgeIndex):
     with ThreadPoolExecutor(8) as threads:
         found = list(threads.map(lambda _: first(index, "How do I pause a model?"), range(400)))
     assert set(found) == {"pause"}
 
 
-def test_three_views_of_a_text():
-    seen = views("The solving of Differential-equations")
-    assert seen.words == ("solving", "differential", "equations")
-    assert seen.heads == ["solvin", "differ", "equati"]
-    assert seen.pairs == ["solvin_differ", "differ_equati"]
+def test_tokens_of_a_text():
+    tokens = tokenize("The solving of Differential-equations")
+    assert tokens.words == ("solving", "differential", "equations")
+    assert tokens.heads == ["solvin", "differ", "equati"]
+    assert tokens.pairs == ["solvin_differ", "differ_equati"]
 
 
 @pytest.mark.parametrize(("name", "at_1", "at_5"), [("xquad_en", 0.94, 0.985), ("cranfield", 0.75, 0.89)])
-def test_real_collections_are_answered_better_than_by_bm25(
+def test_quality_on_real_collections_exceeds_plain_bm25(
     shared_data: Path, name: str, at_1: float, at_5: float
 ):
-    """BM25 on words alone has .927 and .702, fused with static embeddings .941 and .720."""
-    trial = evaluate_retrieval(read_collection(shared_data / "retrieval" / name))
-    assert trial.hit_at_1 >= at_1
-    assert trial.hit_at_5 >= at_5
+    """hit@1 of BM25 on plain words: .927 and .702; combined with static embeddings: .941 and .720."""
+    report = evaluate_retrieval(read_collection(shared_data / "retrieval" / name))
+    assert report.hit_at_1 >= at_1
+    assert report.hit_at_5 >= at_5

@@ -1,4 +1,4 @@
-"""`config/learning.yaml`: what it says, and what is refused."""
+"""`config/learning.yaml`: defaults, overrides per category, and errors."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def written(folder: Path, text: str) -> Path:
     return folder
 
 
-def test_the_shipped_file_says_the_defaults_and_names_known_categories() -> None:
+def test_shipped_file_contains_the_defaults_and_known_categories() -> None:
     shipped = load_learning(None, load_config().categories)
     assert shipped.model_copy(update={"categories": {}}) == LearningSettings()
 
 
-def test_a_folder_without_the_file_has_the_shipped_one(tmp_path: Path) -> None:
+def test_folder_without_the_file_uses_the_shipped_one(tmp_path: Path) -> None:
     assert load_learning(tmp_path, CATEGORIES) == load_learning(None, CATEGORIES)
 
 
-def test_a_category_has_what_is_different_there(tmp_path: Path) -> None:
+def test_category_overrides_the_usual_settings(tmp_path: Path) -> None:
     learning = load_learning(written(tmp_path, "categories: {creative: {cost: 0, floor: 0.2}}"), CATEGORIES)
     assert (learning.utility_of("creative").cost, learning.utility_of("creative").floor) == (0, 0.2)
     assert learning.utility_of("creative").score == learning.utility_of("general").score
@@ -42,11 +42,17 @@ def test_a_category_has_what_is_different_there(tmp_path: Path) -> None:
         ("categories: {creative: {colour: 1}}", "categories.creative.colour"),
         ("utility: {score: 0, success: 0, latency: 0, cost: 0}", "all 0"),
         ("exploration: {share: 0.9}", "exploration.share"),
-        ("grading: {sources: {rumour: 1}}", "'rumour' is none of"),
-        ("grading: {sources: {judge: -1}}", "judge: -1"),
+        (
+            "grading: {sources: {rumour: 1}}",
+            "grading.sources.rumour.[key]: String should match pattern",
+        ),
+        (
+            "grading: {sources: {judge: -1}}",
+            "grading.sources.judge: Input should be greater",
+        ),
     ],
 )
-def test_what_is_wrong_is_refused_with_its_place(tmp_path: Path, text: str, words: str) -> None:
+def test_invalid_setting_is_reported_with_its_key(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=r"learning\.yaml") as refused:
         load_learning(written(tmp_path, text), CATEGORIES)
     assert words in str(refused.value)

@@ -1,4 +1,4 @@
-"""From evidence to an order: what moves it, what does not, and how it behaves over many nights."""
+"""Ranking by evidence: single reviews, decayed evidence, and simulations of many days."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from itertools import pairwise
 import pytest
 
 from router.learning.evidence import Evidence, Moments, PeriodStats, decayed
-from router.learning.ranking import Candidate, Key, Placed, Standing, rank
-from router.learning.utility import beneath, usual, worth
+from router.learning.ranking import Candidate, Placed, Standing, rank
 from router.settings.learning import LearningSettings, load_learning
 from router.settings.router import load_config
 
-GENERAL = Key("general")
+GENERAL = "general"
 LEARNING = load_learning(None, load_config().categories)
 
 
 @dataclass(frozen=True)
 class Nature:
-    """What a model is really like."""
+    """True properties of a simulated model."""
 
     success: float = 0.98
     score: float = 0.9
@@ -34,7 +33,7 @@ def of(values: list[float]) -> Moments:
     return Moments.of(len(values), sum(values), sum(value**2 for value in values))
 
 
-def night_of(nature: Nature, calls: int, period: int, draw: random.Random) -> PeriodStats:
+def day_of(nature: Nature, calls: int, period: int, draw: random.Random) -> PeriodStats:
     answered = sum(draw.random() < nature.success for _ in range(calls))
     graded = min(answered, LEARNING.grading.answers)
     return PeriodStats(
@@ -48,8 +47,8 @@ def night_of(nature: Nature, calls: int, period: int, draw: random.Random) -> Pe
 
 
 def evidence(calls: int, nature: Nature | None = None, seed: int = 1) -> Evidence:
-    """So many fresh calls of a model of that nature."""
-    sums = [night_of(nature or Nature(), calls, 0, random.Random(seed))] if calls else []
+    """Evidence of that many recent calls of a model of that nature."""
+    sums = [day_of(nature or Nature(), calls, 0, random.Random(seed))] if calls else []
     return decayed(sums, 0, half_life=7, memory=28, change_errors=4)
 
 
@@ -57,38 +56,38 @@ def order(placed: list[Placed]) -> list[str]:
     return [p.model for p in placed]
 
 
-# What stands on evidence, and what does not.
+# Single reviews.
 
 
-def test_without_evidence_nothing_moves() -> None:
+def test_without_evidence_the_order_stays() -> None:
     placed = rank(GENERAL, [Candidate("a", 2), Candidate("b", 1), Candidate("c", 3)], LEARNING)
     assert order(placed) == ["b", "a", "c"]
-    assert {p.standing for p in placed} == {Standing.YOUNG}
+    assert {p.standing for p in placed} == {Standing.NEW}
     assert all(p.most_share == 1 for p in placed)
 
 
-def test_the_better_one_goes_first() -> None:
+def test_the_better_model_is_ranked_first() -> None:
     found = rank(
         GENERAL,
         [Candidate("a", 1, evidence(500, Nature(score=0.7))), Candidate("b", 2, evidence(500, Nature()))],
         LEARNING,
     )
     assert order(found) == ["b", "a"]
-    assert "passes a" in found[0].reason
+    assert "exceeds a" in found[0].reason
     assert found[0].quality >= found[1].quality
 
 
 @pytest.mark.parametrize(
     "worse", [Nature(success=0.8), Nature(score=0.7), Nature(seconds=90), Nature(cost=0.02)]
 )  # fmt: skip
-def test_every_part_of_the_worth_counts(worse: Nature) -> None:
+def test_every_part_of_the_utility_counts(worse: Nature) -> None:
     found = rank(
         GENERAL, [Candidate("a", 1, evidence(500, worse)), Candidate("b", 2, evidence(500))], LEARNING
     )
     assert order(found) == ["b", "a"]
 
 
-def test_a_lower_bound_orders_and_not_a_mean() -> None:
+def test_models_are_ordered_by_lower_bound_not_by_mean() -> None:
     def scored(calls: int, score: float) -> Evidence:
         scores = {"check": Moments.of(calls, calls * score, calls * (score**2 + 0.06))}
         sums = PeriodStats(0, calls, calls * 0.98, Moments(), Moments(), scores)
@@ -98,33 +97,33 @@ def test_a_lower_bound_orders_and_not_a_mean() -> None:
     candidates = [Candidate("many", 1, scored(2000, 0.92)), Candidate("few", 2, scored(45, 0.94))]
     many, few = rank(GENERAL, candidates, bare)
     assert (many.model, few.model) == ("many", "few")
-    assert few.worth.mean > many.worth.mean
+    assert few.utility.mean > many.utility.mean
 
 
-def test_too_few_calls_move_nobody_up() -> None:
+def test_a_model_with_too_few_calls_does_not_move_up() -> None:
     few = evidence(LEARNING.enough_calls - 1, Nature(success=1, score=1, seconds=1, cost=0))
     found = rank(GENERAL, [Candidate("a", 1, evidence(500)), Candidate("b", 2, few)], LEARNING)
     assert order(found) == ["a", "b"]
-    assert found[1].standing is Standing.YOUNG
+    assert found[1].standing is Standing.NEW
     assert 0 < found[1].least_share <= LEARNING.exploration.share
 
 
-def test_a_first_place_is_lost_before_there_are_enough_calls_if_they_all_fail() -> None:
+def test_the_first_model_is_overtaken_early_if_all_its_calls_fail() -> None:
     failing = evidence(30, Nature(success=0.0))
     found = rank(GENERAL, [Candidate("a", 1, failing), Candidate("b", 2, evidence(500))], LEARNING)
     assert order(found) == ["b", "a"]
 
 
-def test_below_the_floor_there_is_nothing_but_exploration() -> None:
+def test_a_model_below_the_floor_gets_only_exploration() -> None:
     bad = evidence(500, Nature(success=0.3))
     found = rank(GENERAL, [Candidate("a", 1, bad), Candidate("b", 2, evidence(500))], LEARNING)
-    assert found[-1].standing is Standing.LOW
+    assert found[-1].standing is Standing.BELOW_FLOOR
     assert found[-1].most_share <= LEARNING.exploration.share
     assert found[-1].most_share * 1000 <= LEARNING.exploration.calls  # of yesterday's tasks
     assert found[0].most_share == 1
 
 
-def test_somebody_must_do_the_work() -> None:
+def test_one_model_keeps_the_tasks_if_all_are_below_the_floor() -> None:
     bad = [Candidate(m, n, evidence(500, Nature(success=0.3 / n))) for n, m in enumerate("abc", 1)]
     found = rank(GENERAL, bad, LEARNING)
     assert found[0].model == "a"
@@ -134,62 +133,47 @@ def test_somebody_must_do_the_work() -> None:
 def test_a_model_on_probation_has_a_bounded_share() -> None:
     candidate = Candidate("new", 2, evidence(100), on_probation=True)
     found = rank(GENERAL, [Candidate("a", 1, evidence(500)), candidate], LEARNING)
-    assert found[1].standing is Standing.TRIAL
+    assert found[1].standing is Standing.PROBATION
     assert 0 < found[1].most_share <= LEARNING.exploration.share
 
 
-def test_all_who_explore_share_what_there_is() -> None:
+def test_bounded_shares_together_stay_within_exploration() -> None:
     bad = [Candidate(f"bad{n}", n, evidence(50, Nature(success=0.1))) for n in range(2, 7)]
     found = rank(GENERAL, [Candidate("a", 1, evidence(50)), *bad], LEARNING)
-    assert sum(p.most_share for p in found if p.standing is Standing.LOW) <= LEARNING.exploration.share + 1e-9
+    assert (
+        sum(p.most_share for p in found if p.standing is Standing.BELOW_FLOOR)
+        <= LEARNING.exploration.share + 1e-9
+    )
 
 
-def test_one_that_may_be_below_the_floor_still_is_given_calls() -> None:
-    """It is no longer surely below it, and far from the first: by its place alone it would get none."""
-    doubted = evidence(120, Nature(success=0.45, score=1.0))
-    found = rank(GENERAL, [Candidate("a", 1, evidence(500)), Candidate("b", 2, doubted)], LEARNING)
+def test_a_model_that_may_be_below_the_floor_gets_exploration() -> None:
+    """It is no longer significantly below the floor, but too far from the first to be promising."""
+    doubtful = evidence(120, Nature(success=0.45, score=1.0))
+    found = rank(GENERAL, [Candidate("a", 1, evidence(500)), Candidate("b", 2, doubtful)], LEARNING)
     assert found[1].standing is Standing.RANKED
-    assert found[1].worth.upper < found[0].worth.lower
+    assert found[1].utility.upper < found[0].utility.lower
     assert (found[1].least_share, found[1].most_share) == (LEARNING.exploration.share, 1.0)
 
 
-def test_a_source_of_grades_that_knows_only_one_model_is_no_advantage_to_the_other() -> None:
+def test_a_grade_source_known_for_one_model_does_not_bias_the_other() -> None:
     plain = evidence(300)
     judged = replace(plain, scores={**plain.scores, "judge": Moments.of(50, 40.0, 33.0)})
     found = {p.model: p for p in rank(
         GENERAL, [Candidate("plain", 1, plain), Candidate("judged", 2, judged)], LEARNING
     )}  # fmt: skip
-    assert found["plain"].worth.score.mean == pytest.approx(found["judged"].worth.score.mean, abs=0.01)
+    assert found["plain"].utility.score.mean == pytest.approx(found["judged"].utility.score.mean, abs=0.01)
 
 
-def test_qualities_fall_from_place_to_place_also_within_the_margin() -> None:
+def test_qualities_never_increase_with_rank_even_within_the_margin() -> None:
     near = [Candidate(m, n, evidence(3000, seed=n)) for n, m in enumerate("abcde", 1)]
     qualities = [p.quality for p in rank(GENERAL, near, LEARNING)]
     assert qualities == sorted(qualities, reverse=True)
 
 
-def test_a_topic_is_drawn_towards_its_category() -> None:
-    utility = LEARNING.utility_of("general")
-    in_category = evidence(1000, Nature(score=0.9))
-    in_topic = evidence(5, Nature(score=0.2))
-    general = usual([in_category], utility, LEARNING.prior_calls)
-    prior = beneath(in_category, general, calls=30)
-    thin = worth(in_topic, prior, utility, LEARNING.grading.sources, 1)
-    bare = worth(Evidence(), prior, utility, LEARNING.grading.sources, 1)
-    whole = worth(in_category, general, utility, LEARNING.grading.sources, 1)
-    assert bare.mean == pytest.approx(whole.mean, abs=0.02)
-    assert thin.mean < bare.mean
-    assert thin.mean > whole.mean * 0.7
-    placed = rank(
-        Key("general", "physics"), [Candidate("a", 1, in_topic), Candidate("b", 2)], LEARNING, {"a": prior}
-    )
-    assert order(placed) == ["a", "b"]
+# Decayed evidence.
 
 
-# What evidence is worth with time.
-
-
-def test_older_evidence_fades() -> None:
+def test_older_evidence_weighs_less() -> None:
     old = PeriodStats(0, 100, 100, Moments(), Moments(), {})
     at = {
         age: decayed([old], age, half_life=7, memory=28, change_errors=4).success.count
@@ -203,59 +187,59 @@ def test_a_period_ahead_of_now_counts_as_new() -> None:
     assert decayed([ahead], 0, half_life=7, memory=28, change_errors=4).success.count == 100
 
 
-def test_evidence_that_is_no_longer_true_is_forgotten_at_once() -> None:
+def test_evidence_before_a_change_is_dropped_at_once() -> None:
     history = [*(PeriodStats(day, 5000, 4900) for day in range(10)), PeriodStats(10, 50, 5)]
     found = decayed(history, 10, half_life=7, memory=28, change_errors=4)
     assert found.forgot_before == 10
     assert found.success.mean == pytest.approx(0.1)
-    # What was forgotten then must not come back and hide the next change.
+    # Dropped periods must not return and hide the next change.
     history += [PeriodStats(11, 50, 5), PeriodStats(12, 50, 49)]
     found = decayed(history, 12, half_life=7, memory=28, change_errors=4)
     assert found.forgot_before == 12
     assert found.success.mean == pytest.approx(0.98)
 
 
-def test_noise_is_no_change() -> None:
+def test_noise_is_not_a_change() -> None:
     draw = random.Random(3)
-    history = [night_of(Nature(), 200, day, draw) for day in range(28)]
+    history = [day_of(Nature(), 200, day, draw) for day in range(28)]
     assert decayed(history, 28, half_life=7, memory=29, change_errors=4).forgot_before is None
 
 
-# Many nights.
+# Simulations.
 
 
 @dataclass
-class Nights:
-    """A simulation: each day traffic goes by place, each night there is a review."""
+class Simulation:
+    """Each day the traffic follows the ranks; then a review ranks the models."""
 
     natures: Mapping[str, Nature]
     calls: int
     seed: int = 1
     learning: LearningSettings = LEARNING
-    change: Callable[[int, str, Nature], Nature] = lambda _night, _model, nature: nature
+    change: Callable[[int, str, Nature], Nature] = lambda _day, _model, nature: nature
     reviews: list[list[Placed]] = field(default_factory=list)
     shares: list[dict[str, float]] = field(default_factory=list)  # of a day's calls
 
-    def run(self, nights: int) -> Nights:
+    def run(self, days: int) -> Simulation:
         draw = random.Random(self.seed)
         places = {model: place for place, model in enumerate(self.natures, 1)}
         history: dict[str, list[PeriodStats]] = {model: [] for model in self.natures}
-        for night in range(nights):
+        for day in range(days):
             calls = self._traffic(places)
             self.shares.append({model: n / self.calls for model, n in calls.items()})
             for model, n in calls.items():
                 if n:
-                    nature = self.change(night, model, self.natures[model])
-                    history[model].append(night_of(nature, n, night, draw))
-            candidates = [Candidate(m, places[m], self._faded(history[m], night)) for m in self.natures]
+                    nature = self.change(day, model, self.natures[model])
+                    history[model].append(day_of(nature, n, day, draw))
+            candidates = [Candidate(m, places[m], self._decayed(history[m], day)) for m in self.natures]
             self.reviews.append(rank(GENERAL, candidates, self.learning))
             places = {p.model: p.place for p in self.reviews[-1]}
         return self
 
-    def _faded(self, history: list[PeriodStats], night: int) -> Evidence:
+    def _decayed(self, history: list[PeriodStats], day: int) -> Evidence:
         known = self.learning
         return decayed(
-            history, night, half_life=known.half_life_periods, memory=known.memory_periods,
+            history, day, half_life=known.half_life_periods, memory=known.memory_periods,
             change_errors=known.change_errors,
         )  # fmt: skip
 
@@ -277,8 +261,8 @@ class Nights:
     def firsts(self) -> list[str]:
         return [review[0].model for review in self.reviews]
 
-    def placed(self, night: int, model: str) -> Placed:
-        return next(p for p in self.reviews[night] if p.model == model)
+    def placed(self, day: int, model: str) -> Placed:
+        return next(p for p in self.reviews[day] if p.model == model)
 
 
 ALIKE = {
@@ -287,50 +271,48 @@ ALIKE = {
 
 
 @pytest.mark.parametrize("calls", [200, pytest.param(800, marks=pytest.mark.soak)])
-def test_no_flapping_over_a_hundred_nights_of_noise(calls: int) -> None:
-    nights = Nights(ALIKE, calls).run(100)
-    firsts = ["a", *nights.firsts]
-    came_back = sum(
-        now != before and now in firsts[:night] for night, (before, now) in enumerate(pairwise(firsts))
-    )
-    assert came_back == 0
+def test_the_order_does_not_flap_over_a_hundred_days_of_noise(calls: int) -> None:
+    simulation = Simulation(ALIKE, calls).run(100)
+    firsts = ["a", *simulation.firsts]
+    returns = sum(now != before and now in firsts[:day] for day, (before, now) in enumerate(pairwise(firsts)))
+    assert returns == 0
     assert sum(now != before for before, now in pairwise(firsts)) <= 1
 
 
-def test_without_margins_it_would_flap() -> None:
+def test_without_margins_the_order_flaps() -> None:
     bare = LEARNING.model_copy(update={"margin": 0.0, "margin_errors": 0.0, "half_life_periods": 7.0})
-    firsts = Nights(ALIKE, 200, learning=bare).run(50).firsts
+    firsts = Simulation(ALIKE, 200, learning=bare).run(50).firsts
     assert sum(now != before for before, now in pairwise(firsts)) > 3
 
 
 @pytest.mark.parametrize("calls", [1000, 5000])
-def test_a_model_that_fails_is_down_at_the_next_review_and_back_within_three(calls: int) -> None:
+def test_a_failing_model_drops_at_the_next_review_and_recovers_within_three(calls: int) -> None:
     natures = {"a": Nature(score=0.98), "b": Nature(), "c": Nature(score=0.88), "d": Nature(score=0.85)}
     failing = range(8, 13)
 
-    def change(night: int, model: str, nature: Nature) -> Nature:
-        return replace(nature, success=0.2) if model == "a" and night in failing else nature
+    def change(day: int, model: str, nature: Nature) -> Nature:
+        return replace(nature, success=0.2) if model == "a" and day in failing else nature
 
-    nights = Nights(natures, calls, change=change).run(18)
-    assert nights.placed(7, "a").place == 1
-    assert nights.placed(8, "a").place == 4  # the first review after it began
-    for night in failing:
-        assert nights.placed(night, "a").standing is Standing.LOW
-        if night > failing.start:
-            assert 0 < nights.shares[night]["a"] <= LEARNING.exploration.share
-    assert nights.placed(15, "a").place == 1  # the third review after it recovered
+    simulation = Simulation(natures, calls, change=change).run(18)
+    assert simulation.placed(7, "a").place == 1
+    assert simulation.placed(8, "a").place == 4  # the first review after the failures began
+    for day in failing:
+        assert simulation.placed(day, "a").standing is Standing.BELOW_FLOOR
+        if day > failing.start:
+            assert 0 < simulation.shares[day]["a"] <= LEARNING.exploration.share
+    assert simulation.placed(15, "a").place == 1  # the third review after it recovered
 
 
 @pytest.mark.parametrize("worse", [{"seconds": 90.0}, {"cost": 0.02}, {"score": 0.75}])
-def test_a_model_that_becomes_slow_or_dear_or_worse_is_overtaken_at_the_next_review(
+def test_a_model_that_gets_slower_costlier_or_worse_is_overtaken_at_the_next_review(
     worse: dict[str, float],
 ) -> None:
     natures = {"a": Nature(score=0.96), "b": Nature()}
 
-    def change(night: int, model: str, nature: Nature) -> Nature:
-        return replace(nature, **worse) if model == "a" and night >= 6 else nature
+    def change(day: int, model: str, nature: Nature) -> Nature:
+        return replace(nature, **worse) if model == "a" and day >= 6 else nature
 
-    nights = Nights(natures, 1000, change=change).run(8)
-    assert nights.placed(5, "a").place == 1
-    assert nights.placed(6, "a").place == 2
-    assert nights.placed(6, "a").most_share == 1  # worse is not useless
+    simulation = Simulation(natures, 1000, change=change).run(8)
+    assert simulation.placed(5, "a").place == 1
+    assert simulation.placed(6, "a").place == 2
+    assert simulation.placed(6, "a").most_share == 1  # worse is still above the floor

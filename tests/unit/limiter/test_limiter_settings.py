@@ -1,4 +1,4 @@
-"""Slacks and breaker settings come from the configuration."""
+"""Settings of the limiter: slacks and circuit breaker come from the configuration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from router.settings.router import TrafficSettings, load_config
 from router.traffic import TrafficTarget
 
 
-def test_settings_follow_the_configuration():
+def test_limiter_uses_the_configured_values():
     traffic = TrafficSettings(
         second_send_slack=0.05, second_transit_slack=0.1, minute_send_slack=0.2, minute_transit_slack=2.0,
         failure_threshold=7, initial_cooldown_seconds=3, max_cooldown_seconds=30,
@@ -28,10 +28,10 @@ def test_settings_follow_the_configuration():
     )
 
 
-def test_shipped_configuration_is_the_default():
+def test_shipped_configuration_equals_the_defaults():
     assert LimiterSettings.of(load_config()).slacks(60) == LimiterSettings().slacks(60)
 
 
-def test_shorter_slack_of_a_longer_window_is_rejected():
+def test_slack_of_a_minute_is_not_less_than_of_a_second():
     with pytest.raises(ValidationError, match="minute_send_slack must not be less"):
         TrafficSettings(second_send_slack=0.3)

@@ -1,4 +1,4 @@
-"""As root, PostgreSQL runs as a user that the first who starts one makes."""
+"""As root, PostgreSQL runs as a user that is created once."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import pytest
 from local import postgres
 
 
-def test_of_many_who_start_at_once_one_makes_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[list[str]] = []
+def test_concurrent_starts_create_the_user_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
 
     def look_up(name: str) -> None:
-        if not made:
+        if not commands:
             raise KeyError(name)
 
     def run(command: list[str], **_: Any) -> None:
-        time.sleep(0.1)  # as long as it takes to see it missing
-        made.append(command)
+        time.sleep(0.1)  # long enough for others to find the user missing
+        commands.append(command)
 
     monkeypatch.setattr(postgres.pwd, "getpwnam", look_up)
     monkeypatch.setattr(postgres.subprocess, "run", run)
@@ -29,4 +29,4 @@ def test_of_many_who_start_at_once_one_makes_the_user(monkeypatch: pytest.Monkey
             started.result() for started in [threads.submit(postgres._unprivileged_user) for _ in range(4)]
         }
     assert users == {postgres.ROOT_USER}
-    assert [command[0] for command in made] == ["useradd"]
+    assert [command[0] for command in commands] == ["useradd"]

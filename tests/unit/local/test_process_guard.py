@@ -1,4 +1,4 @@
-"""The guard: whatever happens to whom, nothing of a part is left behind."""
+"""The guard ends all processes of a command in every case."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from local.processes import Part, PartDied, PartSpec, start_part, stop_parts
+from local.processes import GuardedProcess, ProcessDied, ProcessSpec, start_process, stop_processes
 
-# A part that never ends by itself: it starts a child in a session of its own and writes both process ids.
+# A process that never ends: it starts a child in another session and writes both process ids.
 FAMILY = """
 import os, signal, subprocess, sys, time
 for number in {ignored}:
@@ -32,7 +32,7 @@ time.sleep(600)
 def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not come true in time"
+        assert time.monotonic() < deadline, "the condition did not become true in time"
         time.sleep(0.02)
 
 
@@ -43,9 +43,11 @@ def alive(pid: int) -> bool:
         return False
 
 
-def family_spec(folder: Path, *, ignored: str = "()", kill_seconds: float = 10) -> PartSpec:
+def family_spec(folder: Path, *, ignored: str = "()", kill_seconds: float = 10) -> ProcessSpec:
     command = [sys.executable, "-c", FAMILY.format(ignored=ignored)]
-    return PartSpec("family", command, dict(os.environ), folder, kill_seconds=kill_seconds, again_seconds=0.3)
+    return ProcessSpec(
+        "family", command, dict(os.environ), folder, kill_seconds=kill_seconds, again_seconds=0.3
+    )
 
 
 def pids(folder: Path) -> list[int]:
@@ -53,28 +55,28 @@ def pids(folder: Path) -> list[int]:
     return [int(pid) for pid in (folder / "pids").read_text().split()]
 
 
-def started(folder: Path, **choices: float | str) -> tuple[Part, list[int]]:
-    part = start_part(family_spec(folder, **choices), folder / "logs")  # type: ignore[arg-type]
-    return part, pids(folder)
+def started(folder: Path, **choices: float | str) -> tuple[GuardedProcess, list[int]]:
+    process = start_process(family_spec(folder, **choices), folder / "logs")  # type: ignore[arg-type]
+    return process, pids(folder)
 
 
-def test_stopping_a_part_ends_its_whole_tree(tmp_path: Path) -> None:
-    part, family = started(tmp_path)
-    assert part.pid == family[0]
-    stop_parts([part])
+def test_stopping_ends_the_process_tree(tmp_path: Path) -> None:
+    process, family = started(tmp_path)
+    assert process.pid == family[0]
+    stop_processes([process])
     assert not [pid for pid in family if alive(pid)]
-    assert not part.running
+    assert not process.running
 
 
-def test_a_part_that_ignores_signals_is_killed_at_its_bound(tmp_path: Path) -> None:
-    part, family = started(tmp_path, ignored="(signal.SIGTERM,)", kill_seconds=1.0)
-    begun = time.monotonic()
-    stop_parts([part])
-    assert 1 <= time.monotonic() - begun < 8
+def test_a_process_that_ignores_signals_is_killed(tmp_path: Path) -> None:
+    process, family = started(tmp_path, ignored="(signal.SIGTERM,)", kill_seconds=1.0)
+    started_at = time.monotonic()
+    stop_processes([process])
+    assert 1 <= time.monotonic() - started_at < 8
     assert not [pid for pid in family if alive(pid)]
 
 
-def test_the_signal_is_sent_once_more_to_a_part_that_wants_two(tmp_path: Path) -> None:
+def test_the_signal_is_sent_twice(tmp_path: Path) -> None:
     code = """
         import os, signal, sys, time
         seen = []
@@ -88,43 +90,45 @@ def test_the_signal_is_sent_once_more_to_a_part_that_wants_two(tmp_path: Path) -
             time.sleep(60)
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
-    part = start_part(PartSpec("two", command, dict(os.environ), tmp_path, again_seconds=0.3), tmp_path)
+    process = start_process(
+        ProcessSpec("two", command, dict(os.environ), tmp_path, again_seconds=0.3), tmp_path
+    )
     wait_until((tmp_path / "pids").exists)
-    stop_parts([part])
-    assert part.guard.returncode == 7
+    stop_processes([process])
+    assert process.guard.returncode == 7
 
 
-def test_what_a_crashed_part_left_behind_is_ended_too(tmp_path: Path) -> None:
-    part, family = started(tmp_path)
-    part.kill()
+def test_descendants_of_a_crashed_process_are_ended(tmp_path: Path) -> None:
+    process, family = started(tmp_path)
+    process.kill()
     assert not [pid for pid in family if alive(pid)]
-    assert part.guard.returncode == 128 + signal.SIGKILL
+    assert process.guard.returncode == 128 + signal.SIGKILL
 
 
-def test_a_part_that_died_is_named_with_its_exit_and_the_end_of_its_log(tmp_path: Path) -> None:
+def test_process_died_has_the_exit_status_and_the_end_of_the_log(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "import sys; print('out of luck'); sys.exit(3)"]
-    part = start_part(PartSpec("unlucky", command, dict(os.environ)), tmp_path)
-    part.guard.wait(20)
-    stop_parts([part])
-    with pytest.raises(PartDied, match=r"unlucky ended by itself \(exit status 3\)(?s:.*)out of luck"):
-        raise part.death()
+    process = start_process(ProcessSpec("unlucky", command, dict(os.environ)), tmp_path)
+    process.guard.wait(20)
+    stop_processes([process])
+    with pytest.raises(ProcessDied, match=r"unlucky ended by itself \(exit status 3\)(?s:.*)out of luck"):
+        raise process.death()
 
 
-def test_a_command_that_cannot_be_run_is_said_in_the_log(tmp_path: Path) -> None:
-    part = start_part(PartSpec("nothing", ["/nowhere/at-all"], dict(os.environ)), tmp_path)
-    assert part.guard.wait(20) == 127
-    stop_parts([part])
-    assert "cannot run /nowhere/at-all" in part.log_tail()
+def test_a_command_that_cannot_run_is_logged(tmp_path: Path) -> None:
+    process = start_process(ProcessSpec("nothing", ["/nowhere/at-all"], dict(os.environ)), tmp_path)
+    assert process.guard.wait(20) == 127
+    stop_processes([process])
+    assert "cannot run /nowhere/at-all" in process.log_tail()
 
 
-def test_a_launcher_that_was_killed_leaves_nothing(tmp_path: Path) -> None:
+def test_killing_the_launcher_ends_everything(tmp_path: Path) -> None:
     code = f"""
         import os, sys, time
         from pathlib import Path
-        from local.processes import PartSpec, start_part
+        from local.processes import ProcessSpec, start_process
         command = [sys.executable, "-c", open("family.py").read()]
-        spec = PartSpec("family", command, dict(os.environ), Path({str(tmp_path)!r}))
-        part = start_part(spec, Path("logs"))
+        spec = ProcessSpec("family", command, dict(os.environ), Path({str(tmp_path)!r}))
+        process = start_process(spec, Path("logs"))
         time.sleep(600)
     """
     (tmp_path / "family.py").write_text(FAMILY.format(ignored="()"))
@@ -138,24 +142,24 @@ def test_a_launcher_that_was_killed_leaves_nothing(tmp_path: Path) -> None:
     wait_until(lambda: not [pid for pid in family if alive(pid)])
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere only the launcher sees a guard die")
-def test_a_guard_that_was_killed_takes_its_part_along(tmp_path: Path) -> None:
-    part, family = started(tmp_path)
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux signals a process when its guard dies")
+def test_killing_the_guard_ends_the_process(tmp_path: Path) -> None:
+    process, family = started(tmp_path)
     assert all(alive(pid) for pid in family)
-    part.guard.kill()
+    process.guard.kill()
     wait_until(lambda: not alive(family[0]))
-    part.wait_stopped()
-    psutil.Process(family[1]).kill()  # in a session of its own, and nobody left to know of it
+    process.wait_stopped()
+    psutil.Process(family[1]).kill()  # in another session, unknown to any guard
 
 
-def test_a_part_gets_a_moment_before_it_is_stopped_when_the_launcher_vanished(tmp_path: Path) -> None:
-    """So that a database outlives its clients; a wanted stop does not wait."""
-    spec = PartSpec("lingering", ["sleep", "600"], dict(os.environ), linger_seconds=1.0)
-    part = start_part(spec, tmp_path)
-    wait_until(lambda: bool(psutil.Process(part.guard.pid).children()))
-    begun = time.monotonic()
-    assert part.guard.stdin is not None
-    part.guard.stdin.close()
-    part.guard.wait(20)
-    assert time.monotonic() - begun >= 1
-    stop_parts([part])
+def test_the_guard_lingers_only_if_the_launcher_is_gone(tmp_path: Path) -> None:
+    """A database must outlive its clients."""
+    spec = ProcessSpec("lingering", ["sleep", "600"], dict(os.environ), linger_seconds=1.0)
+    process = start_process(spec, tmp_path)
+    wait_until(lambda: bool(psutil.Process(process.guard.pid).children()))
+    started_at = time.monotonic()
+    assert process.guard.stdin is not None
+    process.guard.stdin.close()
+    process.guard.wait(20)
+    assert time.monotonic() - started_at >= 1
+    stop_processes([process])

@@ -1,4 +1,4 @@
-"""What providers reply, and what it means."""
+"""Interpretation of providers' replies."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def reply(message: dict[str, Any] | None, reason: str = "stop", **others: Any) -
     return json.dumps({"choices": [{"message": message, "finish_reason": reason}], **others}).encode()
 
 
-def test_a_text_in_parts_is_one_text() -> None:
+def test_a_message_in_parts_is_joined() -> None:
     parts = [{"type": "text", "text": "one "}, {"type": "image_url"}, {"type": "text", "text": "two"}]
     usage = {"prompt_tokens": 1, "completion_tokens": "many"}
     assert completion_of(reply({"content": parts}, usage=usage)) == Completion("one two", 1, None)
@@ -45,7 +45,7 @@ def test_a_text_in_parts_is_one_text() -> None:
         (reply(None), 502, "no message in it"),
     ],
 )
-def test_what_is_no_answer_says_why(content: bytes, status: int, words: str) -> None:
+def test_an_invalid_reply_is_explained(content: bytes, status: int, words: str) -> None:
     with pytest.raises(ProviderRefusal) as caught:
         completion_of(content)
     assert caught.value.status == status
@@ -61,7 +61,7 @@ def piece(text: str | None, reason: str | None = None, **others: Any) -> dict[st
     return {"choices": [{"delta": {"content": text}, "finish_reason": reason}], **others}
 
 
-def test_a_stream_may_end_by_its_mark_or_by_its_reason() -> None:
+def test_a_stream_ends_by_its_mark_or_its_finish_reason() -> None:
     usage = {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 2}}
     whole = Completion("Hello", 3, 2)
     assert completion_of_events(events(piece("Hel"), piece("lo"), usage, "[DONE]")) == whole
@@ -79,7 +79,7 @@ def test_a_stream_may_end_by_its_mark_or_by_its_reason() -> None:
         (events("[DONE]"), 502, "holds no text"),
     ],
 )
-def test_a_stream_that_is_no_answer_says_why(content: bytes, status: int, words: str) -> None:
+def test_an_invalid_stream_is_explained(content: bytes, status: int, words: str) -> None:
     with pytest.raises(ProviderRefusal) as caught:
         completion_of_events(content)
     assert caught.value.status == status
@@ -105,7 +105,7 @@ def test_a_stream_that_is_no_answer_says_why(content: bytes, status: int, words:
         (500, "naïve \x00\x1b[31m words".encode(), 502, "500: naïve [31m words"),
     ],
 )
-def test_a_refusal_says_what_to_do(status: int, content: bytes, passed_on: int, words: str) -> None:
+def test_a_refusal_names_the_remedy(status: int, content: bytes, passed_on: int, words: str) -> None:
     refusal = refusal_of(status, "7", content)
     assert refusal.status == passed_on
     assert words in str(refusal)
@@ -116,5 +116,5 @@ def test_a_refusal_says_what_to_do(status: int, content: bytes, passed_on: int, 
     ("given", "kept"),
     [("7", "7"), ("Wed, 21 Oct 2026 07:28:00 GMT",) * 2, ("7\r\nx: y", None), ("9" * 99, None)],
 )
-def test_retry_after_is_passed_on_if_it_is_one(given: str, kept: str | None) -> None:
+def test_only_a_valid_retry_after_is_passed_on(given: str, kept: str | None) -> None:
     assert refusal_of(429, given, b"").retry_after == kept

@@ -1,4 +1,4 @@
-"""The stand-in as a judge: its verdicts follow the answers, and are read by the router's own grader."""
+"""The stand-in as a judging model: verdicts follow the answers and parse with the router's grader."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from models_backend.answers import compose_answer
 from models_backend.verdicts import verdict_on
-from router.learning.grading import Judgement, Result, judge_prompts, parse_verdict
+from router.learning.grading import Judgment, Result, judge_prompts, parse_verdict
 
 REQUEST = "Explain how a balanced search tree keeps its height small while rows are inserted"
 MODELS = ("phi-4", "llama-3.1-8b", "command-r-plus", "qwen-2.5-72b")
@@ -17,7 +17,7 @@ def judged(one: str, other: str, *, looks_well: bool = True) -> Result | None:
         parse_verdict(verdict_on(question, looks_well=looks_well) or "")
         for question in judge_prompts(REQUEST, one, other)
     )
-    return Judgement(straight, swapped).result
+    return Judgment(straight, swapped).result
 
 
 def answers(flaw: str | None) -> list[str]:
@@ -37,18 +37,18 @@ def test_a_good_answer_wins_against_a_flawed_one(flaw: str) -> None:
     assert judged(flawed[0], good) is not Result.WIN
 
 
-def test_two_good_answers_are_alike_and_a_bad_look_decides_nothing() -> None:
+def test_two_good_answers_tie_and_a_bad_verdict_prefers_the_first() -> None:
     one, other = answers(None)[:2]
     assert judged(one, other) is Result.TIE
     assert judged(one, "", looks_well=False) is Result.TIE  # the same in both orders
 
 
-def test_what_is_no_question_is_answered_as_any_prompt() -> None:
+def test_other_prompts_get_ordinary_answers() -> None:
     assert verdict_on(REQUEST, looks_well=True) is None
     assert verdict_on("What does 'verdict: tie' mean?", looks_well=True) is None
 
 
-def test_a_model_that_is_asked_gives_a_verdict() -> None:
+def test_a_judging_model_returns_a_verdict() -> None:
     question, _ = judge_prompts(REQUEST, answers(None)[0], "")
     said = [compose_answer(model, question, max_tokens=300, seed=1).text for model in MODELS]
     assert all(parse_verdict(text) is not None for text in said)

@@ -1,4 +1,4 @@
-"""Reading files of prompts: what each format says, and what a line that cannot be read is told."""
+"""Prompt files: parsing of each format, validation of rows, and reported errors."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings, strategies
 
 from router.errors import InputError
-from router.queue import prompt_files as prompt_file
+from router.queue import prompt_files
 from router.queue.chat import prompt_of
 from router.queue.ingest import IngestDefaults, InvalidRow, NewTask, read_tasks
-from router.queue.prompt_files import Format, detect_format, unpacked
+from router.queue.prompt_files import Format, decompressed, detect_format
 
 
 def stream(data: bytes | str) -> io.BufferedReader:
@@ -42,7 +42,7 @@ def problem(data: bytes | str, kind: Format = Format.JSONL, **rules: Any) -> str
     return found[0].problem
 
 
-def test_a_jsonl_line_says_everything_about_its_task():
+def test_a_jsonl_row_sets_every_field():
     line = {
         "prompt": "Why?", "category": "Technical", "priority": 3, "id": 17, "max_tokens": 40,
         "deadline_at": "2026-01-31T12:00:00Z",
@@ -53,28 +53,28 @@ def test_a_jsonl_line_says_everything_about_its_task():
                            deadline_at=deadline)  # fmt: skip
 
 
-def test_a_moment_of_any_offset_is_one_that_postgres_takes():
+def test_a_deadline_is_converted_to_utc():
     row = '{"prompt": "a", "deadline_at": "2026-01-31T12:00:00+20:00"}'
     (task,) = tasks(row)
     assert task.deadline_at is not None
     assert task.deadline_at.isoformat() == "2026-01-30T16:00:00+00:00"
 
 
-def test_an_openai_line_is_read_by_its_messages_and_bound():
+def test_an_openai_batch_line_sets_prompt_id_and_max_tokens():
     body = {"model": "x", "messages": [{"role": "user", "content": "Hi"}], "max_completion_tokens": 9}
     line = {"custom_id": "r-1", "method": "POST", "url": "/v1/chat/completions", "body": body}
     (task,) = tasks(json.dumps(line), Format.OPENAI)
     assert (task.external_id, task.prompt, task.max_tokens) == ("r-1", "Hi", 9)
 
 
-def test_defaults_hold_where_a_row_says_nothing():
+def test_defaults_apply_to_fields_that_a_row_does_not_set():
     first, second = tasks('{"prompt":"a"}\n{"prompt":"b","category":"creative","priority":-2}\n',
                           category="technical", priority=4)  # fmt: skip
     assert (first.category, first.priority) == ("technical", 4)
     assert (second.category, second.priority) == ("creative", -2)
 
 
-def test_csv_reads_quotes_newlines_and_names_the_line_a_row_begins_at():
+def test_a_csv_row_is_numbered_by_its_first_line():
     text = 'id,Prompt,category\n1,"two\nlines, and ""quotes""",general\n2,short\n\n3,a,b,c,d\n'
     first, second, third = read(text, Format.CSV)
     assert isinstance(first, NewTask)
@@ -82,23 +82,23 @@ def test_csv_reads_quotes_newlines_and_names_the_line_a_row_begins_at():
     assert isinstance(second, NewTask)
     assert (second.line, second.category) == (4, None)
     assert isinstance(third, InvalidRow)
-    assert (third.line, "quote a text that holds commas" in third.problem) == (6, True)
+    assert (third.line, "quote text that contains commas" in third.problem) == (6, True)
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
-def test_csv_finds_its_delimiter(delimiter: str):
+def test_the_csv_delimiter_is_detected(delimiter: str):
     (task,) = tasks(f"prompt{delimiter}category\nhello{delimiter}general\n", Format.CSV)
     assert (task.prompt, task.category) == ("hello", "general")
 
 
-def test_a_csv_quote_that_never_ends_is_named_and_what_stands_before_it_is_read():
+def test_an_unclosed_csv_quote_is_reported_after_the_rows_before_it():
     first, second = read('prompt\ngood\n"never closed\nmore\n', Format.CSV)
     assert isinstance(first, NewTask)
     assert isinstance(second, InvalidRow)
     assert second.line == 3
 
 
-def test_text_is_one_prompt_a_line_and_empty_lines_are_passed_over():
+def test_text_is_one_prompt_per_line_without_blank_lines():
     assert [(task.line, task.prompt) for task in tasks("\ufeffone\r\n\n  \n two \n", Format.TEXT)] == [
         (1, "one"),
         (4, " two "),
@@ -108,11 +108,11 @@ def test_text_is_one_prompt_a_line_and_empty_lines_are_passed_over():
 @pytest.mark.parametrize(
     ("line", "word"),
     [
-        ("nonsense", "no JSON"),
-        ("[1, 2]", "one object a line"),
-        ('"text"', "no JSON object"),
-        ("[" * 100_000, "cannot be read"),
-        ('{"prompt": 5}', "no text"),
+        ("nonsense", "not valid JSON"),
+        ("[1, 2]", "one object per line"),
+        ('"text"', "not a JSON object"),
+        ("[" * 100_000, "cannot be parsed"),
+        ('{"prompt": 5}', "prompt is '5': Input should be a valid string"),
         ('{"question": "?"}', "no prompt"),
         ('{"prompt": " \\n"}', "empty"),
         ('{"prompt": "a\\u0000b"}', "NUL"),
@@ -124,24 +124,24 @@ def test_text_is_one_prompt_a_line_and_empty_lines_are_passed_over():
         ('{"prompt": "a", "deadline_at": "2026-01-31T12:00:00"}', "offset"),
         ('{"prompt": "a", "deadline_at": "soon"}', "deadline_at"),
         ('{"prompt": "a", "deadline_at": "0001-01-01T00:00:00+20:00"}', "deadline_at"),
-        ('{"prompt": "a", "id": [1]}', "id is neither"),
-        ('{"prompt": "a", "id": "%s"}' % ("x" * 501), "501 characters"),
+        ('{"prompt": "a", "id": [1]}', "id is '[1]'"),
+        ('{"prompt": "a", "id": "%s"}' % ("x" * 501), "at most 500 characters"),
         ('{"prompt": "a", "category": 3}', "category"),
         ('{"custom_id": "a", "body": {"messages": []}}', "at least one message"),
         ('{"custom_id": "a", "body": 7}', "body"),
         ('{"custom_id": "a", "url": "/v1/embeddings", "body": {"input": "x"}}', "/v1/embeddings"),
     ],
 )
-def test_a_line_that_holds_no_task_is_told_why(line: str, word: str):
+def test_the_error_of_an_invalid_row_is_reported(line: str, word: str):
     assert word in problem(line)
 
 
-def test_openai_lines_need_their_id_when_the_format_is_named():
+def test_openai_format_requires_custom_id():
     assert "custom_id" in problem('{"prompt": "a"}', Format.OPENAI)
 
 
 @pytest.mark.parametrize("kind", [Format.JSONL, Format.TEXT, Format.CSV])
-def test_bytes_that_are_no_text_spoil_their_own_row_only(kind: Format):
+def test_invalid_bytes_affect_only_their_row(kind: Format):
     rows = [b"prompt"] if kind is Format.CSV else []
     rows += [b'{"prompt":"caf\xff"}', b'{"prompt":"n\x00l"}', b'{"prompt":"caf\xc3\xa9"}']
     if kind is Format.CSV:
@@ -152,8 +152,8 @@ def test_bytes_that_are_no_text_spoil_their_own_row_only(kind: Format):
     assert "café" in good.prompt
 
 
-def test_a_line_too_long_is_passed_over_in_bounded_memory(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(prompt_file, "LONGEST_LINE_BYTES", 100_000)
+def test_an_overlong_line_is_skipped_in_bounded_memory(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(prompt_files, "MAX_LINE_BYTES", 100_000)
     data = stream(b'{"prompt":"' + b"x" * 20_000_000 + b'"}\n{"prompt":"after"}\n')
     tracemalloc.start()
     try:
@@ -167,27 +167,33 @@ def test_a_line_too_long_is_passed_over_in_bounded_memory(monkeypatch: pytest.Mo
     assert peak < 2_000_000
 
 
-def test_a_prompt_longer_than_any_that_is_sent_is_refused_by_its_bytes():
+def test_prompt_length_is_limited_in_bytes():
     assert "12 bytes" in problem('{"prompt":"éééééé"}', max_prompt_bytes=11)
 
 
-def test_the_same_prompt_has_the_same_id_in_any_file_and_format():
+def test_the_id_of_a_prompt_does_not_depend_on_the_format():
     (plain,) = tasks('{"prompt":"Why?"}')
     (text,) = tasks("Why?\n", Format.TEXT)
     assert plain.external_id == text.external_id
     assert not plain.own_id
 
 
-def test_a_prompt_asked_twice_in_a_file_is_two_tasks_and_the_file_again_the_same_two():
+def test_repeated_prompts_get_distinct_reproducible_ids():
     once = [task.external_id for task in tasks("a\nb\na\n", Format.TEXT)]
     assert len(set(once)) == 3
     assert once == [task.external_id for task in tasks("a\nb\na\n", Format.TEXT)]
 
 
-def test_a_prefix_is_put_before_own_ids_only():
+def test_the_id_prefix_applies_to_own_ids_only():
     own, made = tasks('{"prompt":"a","id":"1"}\n{"prompt":"a"}\n', id_prefix="b2/")
     assert own.external_id == "b2/1"
     assert made.external_id.startswith("prompt:")
+
+
+def test_the_first_id_field_that_is_not_empty_is_used():
+    first, second = tasks('{"prompt":"a","custom_id":"","external_id":null,"id":7}\n'
+                          '{"prompt":"a","id":[1],"custom_id":"c"}')  # fmt: skip
+    assert (first.external_id, second.external_id) == ("7", "c")
 
 
 @pytest.mark.parametrize(
@@ -203,25 +209,25 @@ def test_a_prefix_is_put_before_own_ids_only():
         ("standard input", "", Format.TEXT),
     ],
 )
-def test_the_format_is_found_by_suffix_or_else_by_the_first_line(name: str, data: str, kind: Format):
+def test_the_format_is_detected_by_suffix_or_first_line(name: str, data: str, kind: Format):
     source = stream(data)
     assert detect_format(name, source) is kind
-    assert source.read() == data.encode()  # looking took nothing away
+    assert source.read() == data.encode()  # detection consumed nothing
 
 
-def test_gzip_is_read_through_and_a_broken_one_named_after_what_could_be_read():
+def test_truncated_gzip_is_reported_after_its_readable_rows():
     whole = gzip.compress(b'{"prompt":"a"}\n' * 3)
-    assert len(list(read_tasks(unpacked(stream(whole)), Format.JSONL, IngestDefaults()))) == 3
-    *_, last = read_tasks(unpacked(stream(whole[:-9])), Format.JSONL, IngestDefaults())
+    assert len(list(read_tasks(decompressed(stream(whole)), Format.JSONL, IngestDefaults()))) == 3
+    *_, last = read_tasks(decompressed(stream(whole[:-9])), Format.JSONL, IngestDefaults())
     assert isinstance(last, InvalidRow)
     assert "from here on" in last.problem
 
 
-def test_utf16_is_named_once():
+def test_utf16_is_reported_once():
     assert "UTF-16" in problem("prompt\nhello\n".encode("utf-16"), Format.TEXT)
 
 
-def test_a_csv_without_prompts_is_named_by_its_header():
+def test_a_csv_file_without_a_prompt_column_is_reported():
     assert "only question, answer" in problem("question,answer\na,b\n", Format.CSV)
 
 
@@ -238,7 +244,7 @@ def test_a_csv_without_prompts_is_named_by_its_header():
         ([("user", [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}])], "one\ntwo"),
     ],
 )
-def test_messages_become_one_prompt(messages: list[tuple[str, Any]], prompt: str):
+def test_messages_are_joined_into_one_prompt(messages: list[tuple[str, Any]], prompt: str):
     assert prompt_of([{"role": role, "content": content} for role, content in messages]) == prompt
 
 
@@ -256,7 +262,7 @@ def test_messages_become_one_prompt(messages: list[tuple[str, Any]], prompt: str
         [{"role": "user", "content": [{"type": "text", "text": ""}] * 2001}],
     ],
 )
-def test_messages_that_cannot_be_one_prompt_are_refused(messages: Any):
+def test_unsupported_messages_are_refused(messages: Any):
     with pytest.raises(InputError):
         prompt_of(messages)
 
@@ -280,9 +286,9 @@ def pieces() -> Iterator[bytes]:
 @settings(max_examples=150, deadline=None)
 @given(strategies.lists(strategies.sampled_from(list(pieces())) | strategies.binary(max_size=8), max_size=12),
        strategies.sampled_from(list(Format)))  # fmt: skip
-def test_whatever_the_bytes_reading_them_never_raises(parts: list[bytes], kind: Format):
-    for item in read_tasks(unpacked(stream(b"".join(parts))), kind, IngestDefaults()):
+def test_reading_arbitrary_bytes_never_raises(parts: list[bytes], kind: Format):
+    for item in read_tasks(decompressed(stream(b"".join(parts))), kind, IngestDefaults()):
         assert isinstance(item, (NewTask, InvalidRow))
         if isinstance(item, NewTask):
-            item.prompt.encode()  # Postgres takes it
+            item.prompt.encode()  # Postgres can store it
             assert "\0" not in item.prompt + item.external_id + (item.category or "")

@@ -1,4 +1,4 @@
-"""What a chat request asks, and what is refused by its name."""
+"""Validation of chat requests."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from typing import Any
 
 import pytest
 
-from router.server.requests import IGNORED, USUAL, Catalog, read_chat
+from router.server.requests import DEFAULTS, IGNORED, Catalog, parse_chat
 from router.server.responses import ApiError
 from router.task import AnswerRank
 
-CATALOGUE = Catalog({"phi-4": 512, "llama-3.3-70b": 1024}, ("general", "technical"), fallback_tokens=300)
-ASKS = {"model": "auto", "messages": [{"role": "user", "content": "Why?"}]}
+CATALOG = Catalog({"phi-4": 512, "llama-3.3-70b": 1024}, ("general", "technical"), fallback_tokens=300)
+REQUEST = {"model": "auto", "messages": [{"role": "user", "content": "Why?"}]}
 
 
-def refusal(**changes: Any) -> ApiError:
+def rejected(**changes: Any) -> ApiError:
     with pytest.raises(ApiError) as caught:
-        read_chat({**ASKS, **changes}, CATALOGUE)
+        parse_chat({**REQUEST, **changes}, CATALOG)
     return caught.value
 
 
-def test_the_least_is_a_model_and_a_message() -> None:
-    chat = read_chat(ASKS, CATALOGUE)
+def test_model_and_messages_are_enough() -> None:
+    chat = parse_chat(REQUEST, CATALOG)
     assert (chat.prompt, chat.model, chat.category, chat.max_tokens) == ("Why?", None, None, None)
     assert (chat.stream, chat.include_usage, chat.stops) == (False, False, ())
 
@@ -30,21 +30,21 @@ def test_the_least_is_a_model_and_a_message() -> None:
     ("name", "model", "category"),
     [("auto", None, None), ("auto:technical", None, "technical"), ("phi-4", "phi-4", None)],
 )
-def test_a_model_is_named_or_left_to_the_router(name: str, model: str | None, category: str | None) -> None:
-    chat = read_chat({**ASKS, "model": name}, CATALOGUE)
-    assert (chat.asked_model, chat.model, chat.category) == (name, model, category)
+def test_model_parameter(name: str, model: str | None, category: str | None) -> None:
+    chat = parse_chat({**REQUEST, "model": name}, CATALOG)
+    assert (chat.requested_model, chat.model, chat.category) == (name, model, category)
 
 
 @pytest.mark.parametrize("name", ["gpt-5", "auto:", "auto:sport", "phi-4:technical", "AUTO"])
-def test_a_model_that_is_not_there_is_404(name: str) -> None:
-    error = refusal(model=name)
+def test_an_unknown_model_is_404(name: str) -> None:
+    error = rejected(model=name)
     assert (error.status, error.code, error.param) == (404, "model_not_found", "model")
     assert repr(name) in str(error)
 
 
 @pytest.mark.parametrize("name", ["", None, 7])
-def test_no_model_is_400(name: Any) -> None:
-    assert (refusal(model=name).status, refusal(model=name).param) == (400, "model")
+def test_a_missing_model_is_400(name: Any) -> None:
+    assert (rejected(model=name).status, rejected(model=name).param) == (400, "model")
 
 
 @pytest.mark.parametrize(
@@ -77,14 +77,14 @@ def test_no_model_is_400(name: Any) -> None:
         ("messages", [{"role": "tool", "content": "x"}]),
     ],
 )
-def test_what_cannot_be_done_is_refused_by_its_name(param: str, value: Any) -> None:
-    error = refusal(**{param: value})
+def test_unsupported_and_invalid_parameters_are_named(param: str, value: Any) -> None:
+    error = rejected(**{param: value})
     assert (error.status, error.param) == (400, param)
     assert param in str(error) or param == "messages"
 
 
 @pytest.mark.parametrize(
-    "wish",
+    "options",
     [
         {"category": "sport"},
         {"deadline_seconds": -1},
@@ -92,28 +92,28 @@ def test_what_cannot_be_done_is_refused_by_its_name(param: str, value: Any) -> N
         {"deadline_seconds": 10**400},
     ],
 )
-def test_a_wish_to_the_router_is_checked(wish: dict[str, Any]) -> None:
-    assert refusal(router=wish).param == f"router.{next(iter(wish))}"
+def test_router_parameter_is_validated(options: dict[str, Any]) -> None:
+    assert rejected(router=options).param == f"router.{next(iter(options))}"
 
 
-def test_what_is_as_usual_or_only_tunes_is_taken() -> None:
-    usual = {name: values[0] for name, values in USUAL.items() if values}
-    nothing = dict.fromkeys(USUAL)
+def test_default_and_ignored_parameters_are_accepted() -> None:
+    defaults = {name: values[0] for name, values in DEFAULTS.items() if values}
+    nothing = dict.fromkeys(DEFAULTS)
     ignored = dict.fromkeys(IGNORED, 1)
-    for more in (usual, nothing, ignored):
-        assert read_chat({**ASKS, **more}, CATALOGUE).prompt == "Why?"
+    for more in (defaults, nothing, ignored):
+        assert parse_chat({**REQUEST, **more}, CATALOG).prompt == "Why?"
 
 
-def test_everything_that_is_read_arrives() -> None:
-    wishes = {"category": "general", "deadline_seconds": 0}
+def test_all_parameters_are_read() -> None:
+    options = {"category": "general", "deadline_seconds": 0}
     more = {"max_tokens": 7, "stream": True, "stream_options": {"include_usage": True}, "stop": "\n"}
-    chat = read_chat({**ASKS, **more, "router": wishes}, CATALOGUE)
+    chat = parse_chat({**REQUEST, **more, "router": options}, CATALOG)
     assert (chat.max_tokens, chat.stream, chat.include_usage, chat.stops) == (7, True, True, ("\n",))
     assert (chat.category, chat.deadline_seconds) == ("general", 0)
 
 
 @pytest.mark.parametrize(
-    ("model", "rank", "asked", "longest"),
+    ("model", "rank", "requested", "max_tokens"),
     [
         ("phi-4", AnswerRank.CHOSEN_MODEL, None, 512),
         ("phi-4", AnswerRank.CHOSEN_MODEL, 100, 100),
@@ -123,13 +123,13 @@ def test_everything_that_is_read_arrives() -> None:
         (None, AnswerRank.PASSAGES, 7, None),
     ],
 )
-def test_how_long_an_answer_could_be(
-    model: str | None, rank: AnswerRank, asked: int | None, longest: int | None
+def test_longest_answer_in_tokens(
+    model: str | None, rank: AnswerRank, requested: int | None, max_tokens: int | None
 ) -> None:
-    assert CATALOGUE.longest(model, rank, asked) == longest
+    assert CATALOG.max_tokens(model, rank, requested) == max_tokens
 
 
 @pytest.mark.parametrize("document", [None, [], "x", 7])
-def test_a_body_that_is_no_object_is_400(document: Any) -> None:
+def test_a_body_that_is_not_an_object_is_400(document: Any) -> None:
     with pytest.raises(ApiError, match="must be a JSON object"):
-        read_chat(document, CATALOGUE)
+        parse_chat(document, CATALOG)

@@ -1,4 +1,4 @@
-"""What goes back: the shapes of completions and streams."""
+"""Formats of completions and streams."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from router.answering.answer import Answer
-from router.server.responses import PIECE_CHARACTERS, Reply
+from router.server.responses import CHUNK_CHARACTERS, Reply
 from router.task import AnswerRank
 
 ANSWER = Answer(
@@ -45,7 +45,7 @@ def events(of: Reply, *, include_usage: bool = False) -> list[Any]:
     return [json.loads(line.removeprefix("data: ")) for line in lines]
 
 
-def test_passages_are_told_from_a_models_answer() -> None:
+def test_passages_are_marked_as_such() -> None:
     completion = reply(PASSAGES).completion()
     assert completion["model"] == "passages"
     assert completion["router"]["sources"] == ["sky.md"]
@@ -56,7 +56,7 @@ def test_passages_are_told_from_a_models_answer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stops", "longest", "text", "reason"),
+    ("stops", "max_tokens", "text", "reason"),
     [
         ((), None, "Because of Rayleigh.", "stop"),
         ((), 5, "Because of Rayleigh.", "length"),
@@ -66,26 +66,26 @@ def test_passages_are_told_from_a_models_answer() -> None:
         (("Because",), None, "", "stop"),
     ],
 )
-def test_an_answer_ends_where_it_should(
-    stops: tuple[str, ...], longest: int | None, text: str, reason: str
+def test_stop_texts_and_finish_reason(
+    stops: tuple[str, ...], max_tokens: int | None, text: str, reason: str
 ) -> None:
-    (choice,) = reply(stops=stops, longest=longest).completion()["choices"]
+    (choice,) = reply(stops=stops, max_tokens=max_tokens).completion()["choices"]
     assert (choice["message"]["content"], choice["finish_reason"]) == (text, reason)
 
 
-def test_a_long_answer_comes_in_pieces_and_whole() -> None:
+def test_a_long_answer_is_streamed_in_chunks() -> None:
     text = "Lorem ipsum — dolor. " * 40
     answer = dataclasses.replace(ANSWER, text=text)
-    *pieces, last = events(reply(answer))
-    contents = [piece["choices"][0]["delta"]["content"] for piece in pieces]
+    *chunks, last = events(reply(answer))
+    contents = [chunk["choices"][0]["delta"]["content"] for chunk in chunks]
     assert "".join(contents) == text
-    assert max(map(len, contents)) == PIECE_CHARACTERS
+    assert max(map(len, contents)) == CHUNK_CHARACTERS
     assert last["choices"][0] == {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}
     assert last["router"]["task_id"] == 17
-    assert all("usage" not in event for event in (*pieces, last))
+    assert all("usage" not in event for event in (*chunks, last))
 
 
-def test_the_usage_comes_last_and_only_if_asked_for() -> None:
+def test_usage_is_the_last_chunk_if_requested() -> None:
     *before, usage = events(reply(), include_usage=True)
     assert (usage["choices"], usage["usage"]["total_tokens"]) == ([], 16)
     assert [event["usage"] for event in before] == [None] * len(before)

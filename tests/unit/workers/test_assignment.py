@@ -1,4 +1,4 @@
-"""Which categories a model pulls: the linear program's shares, and the order that follows from them."""
+"""Assignment of categories to models: the shares of the linear program and the pull order."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from router.workers.assignment import PullOrder, Work, bounds, quality, quality_
 PLACES = {"technical": {"a": 1, "b": 2}, "creative": {"a": 2, "b": 1}}
 
 
-def test_each_model_gets_what_it_is_best_at() -> None:
+def test_each_model_gets_its_best_category() -> None:
     found = shares(Work({"technical": 50, "creative": 50}, {"a": 1.0, "b": 1.0}, PLACES))
     assert found == {"a": {"technical": pytest.approx(1.0)}, "b": {"creative": pytest.approx(1.0)}}
 
 
-def test_no_quota_is_idle_though_it_is_not_the_best() -> None:
+def test_no_quota_is_idle_for_the_sake_of_quality() -> None:
     found = shares(Work({"technical": 90, "creative": 10}, {"a": 1.0, "b": 1.0}, PLACES))
     assert found["a"] == {"technical": pytest.approx(1.0)}
     assert found["b"] == {"technical": pytest.approx(0.8), "creative": pytest.approx(0.2)}
@@ -32,7 +32,7 @@ def test_without_work_or_models_there_are_no_shares() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_all_work_is_shared_out_whatever_the_ranks(seed: int) -> None:
+def test_all_work_is_assigned_for_any_ranks(seed: int) -> None:
     draw = random.Random(seed)
     models, categories = [f"m{n}" for n in range(10)], ["technical", "creative", "general"]
     work = Work(
@@ -47,20 +47,22 @@ def test_all_work_is_shared_out_whatever_the_ranks(seed: int) -> None:
         assert given == pytest.approx(work.backlog[category], rel=1e-6)
 
 
-def test_pulls_follow_the_shares_though_these_come_anew_every_second() -> None:
+def test_pulls_follow_shares_that_change_every_second() -> None:
     order, taken = PullOrder(places={"technical": 1, "creative": 2}), Counter[str]()
     for turn in range(1000):
-        order.aim({"technical": 0.7 + turn % 2 * 0.001, "creative": 0.3 - turn % 2 * 0.001}, order.places)
+        order.set_shares(
+            {"technical": 0.7 + turn % 2 * 0.001, "creative": 0.3 - turn % 2 * 0.001}, order.places
+        )
         category = order.categories(["general", "creative", "technical"])[0]
-        order.took(category)
+        order.record_pull(category)
         taken[category] += 1
     assert taken["technical"] == pytest.approx(700, abs=5)
     assert taken["creative"] == pytest.approx(300, abs=5)
 
 
-def test_a_category_without_a_share_comes_last_and_by_quality() -> None:
+def test_categories_without_a_share_come_last_by_quality() -> None:
     order = PullOrder(places={"creative": 2, "general": 1})
-    order.aim({"technical": 1.0}, order.places)
+    order.set_shares({"technical": 1.0}, order.places)
     assert order.categories(["creative", "general", "technical"]) == ["technical", "general", "creative"]
     assert quality(1) > quality(2) > quality(None) > 0
 
@@ -71,51 +73,51 @@ LEARNED = {
 }
 
 
-def test_learned_qualities_count_and_not_the_places() -> None:
+def test_learned_quality_replaces_the_rank() -> None:
     places = {"technical": {"a": 1, "b": 2}, "creative": {"a": 1, "b": 2}}
     found = shares(Work({"technical": 50, "creative": 50}, {"a": 1.0, "b": 1.0}, places, LEARNED))
     assert found == {"a": {"technical": pytest.approx(1.0)}, "b": {"creative": pytest.approx(1.0)}}
 
 
-def test_where_others_were_learned_a_newcomer_is_worth_less_than_any_of_them() -> None:
+def test_model_without_learned_quality_ranks_below_all_others() -> None:
     work = Work({"technical": 1}, {"a": 1.0, "new": 1.0}, {"technical": {"new": 1}}, LEARNED)
     assert quality_in(work, "technical", "new") <= 0.6
     assert quality_in(work, "technical", "a") == 0.9
     assert quality_in(work, "general", "a") == quality(None)
 
 
-def test_a_bounded_model_gets_no_more_than_its_share() -> None:
+def test_bounded_model_gets_no_more_than_its_share() -> None:
     learned = {"technical": {"a": RankedModel(0.9), "b": RankedModel(0.1, 0.05, 0.05)}}
     work = Work({"technical": 1000}, {"a": 1.0, "b": 1.0}, {}, learned)
     assert bounds(work) == {"b": {"technical": 0.05}}
     order, pulled = PullOrder(places={}), 0
     for solved in range(1000):
-        order.aim({"technical": 1.0}, {})
-        order.bound(bounds(work)["b"], {"technical": solved, "general": 0})
+        order.set_shares({"technical": 1.0}, {})
+        order.set_bounds(bounds(work)["b"], {"technical": solved, "general": 0})
         if "technical" in order.categories(["technical"]):
-            order.took("technical")
+            order.record_pull("technical")
             pulled += 1
     assert pulled == pytest.approx(50, abs=2)
     assert order.categories(["general", "technical"])[0] == "general"
 
 
-def test_a_bounded_model_does_not_save_its_share_up() -> None:
+def test_credit_of_a_bounded_model_is_limited() -> None:
     order = PullOrder(places={})
-    order.bound({"technical": 0.05}, {"technical": 0})
-    order.bound({"technical": 0.05}, {"technical": 1_000_000})
+    order.set_bounds({"technical": 0.05}, {"technical": 0})
+    order.set_bounds({"technical": 0.05}, {"technical": 1_000_000})
     for _ in range(2):
         assert order.categories(["technical"]) == ["technical"]
-        order.took("technical")
+        order.record_pull("technical")
     assert order.categories(["technical"]) == []
 
 
-def test_there_is_no_bound_where_nobody_else_can_do_the_work() -> None:
+def test_category_without_another_model_has_no_bounds() -> None:
     learned = {"technical": {"a": RankedModel(0.9), "b": RankedModel(0.1, 0.05, 0.05)}}
     assert bounds(Work({"technical": 10}, {"a": 0.0, "b": 1.0}, {}, learned)) == {}
     assert shares(Work({"technical": 10}, {"a": 0.0, "b": 1.0}, {}, learned))["b"] == {"technical": 1.0}
 
 
-def test_who_has_to_prove_itself_gets_its_least_share() -> None:
+def test_model_on_probation_gets_its_minimum_share() -> None:
     learned = {
         "technical": {"a": RankedModel(0.9), "b": RankedModel(0.5, 0.05)},
         "creative": {"a": RankedModel(0.5), "b": RankedModel(0.9)},
@@ -125,8 +127,8 @@ def test_who_has_to_prove_itself_gets_its_least_share() -> None:
     assert shares(work)["b"]["creative"] == pytest.approx(0.95)
 
 
-def test_pulling_comes_near_the_optimum_in_two_hundred_drains() -> None:
-    """At least 97 % of the linear program's quality at 99 % of its throughput, whatever the case."""
+def test_pulling_is_near_the_optimum_in_two_hundred_drains() -> None:
+    """At least 97 % of the linear program's quality at 99 % of its throughput, in every random case."""
     for seed in range(200):
         draw = random.Random(seed)
         models, categories = (
@@ -136,14 +138,14 @@ def test_pulling_comes_near_the_optimum_in_two_hundred_drains() -> None:
         learned = {c: {m: RankedModel(draw.uniform(0.3, 0.95)) for m in models} for c in categories}
         backlog = {c: draw.randint(100, 800) for c in categories}
         work = Work(backlog, {m: draw.uniform(0.2, 5) for m in models}, {}, learned)
-        worth, done = drained(work)
+        value, done = drained(work)
         best = optimum(work)
         assert done >= 0.99 * sum(backlog.values()), (seed, done / sum(backlog.values()))
-        assert worth >= 0.97 * best, (seed, worth / best)
+        assert value >= 0.97 * best, (seed, value / best)
 
 
 def optimum(work: Work) -> float:
-    """The quality of the whole backlog, shared out as the linear program has it."""
+    """Total quality of the backlog under the assignment of the linear program."""
     seconds = sum(work.backlog.values()) / sum(work.rates.values())
     return sum(
         share * work.rates[model] * seconds * quality_in(work, category, model)
@@ -152,24 +154,24 @@ def optimum(work: Work) -> float:
     )
 
 
-def drained(work: Work, aims: int = 8) -> tuple[float, int]:
-    """The quality and the number of tasks that models pull one by one until the ideal drain would be over."""
+def drained(work: Work, updates: int = 8) -> tuple[float, int]:
+    """Quality and number of the tasks that models pull one by one until the ideal drain would end."""
     seconds = sum(work.backlog.values()) / sum(work.rates.values())
-    left, worth, done, next_aim = dict(work.backlog), 0.0, 0, 0.0
+    left, value, done, next_update = dict(work.backlog), 0.0, 0, 0.0
     orders = {model: PullOrder(places={}) for model in work.rates}
     sends = [(0.0, model) for model in work.rates]
     while sends[0][0] < seconds:
         now, model = heapq.heappop(sends)
         heapq.heappush(sends, (now + 1 / work.rates[model], model))
-        if now >= next_aim:
-            next_aim += seconds / aims
-            wanted = shares(replace(work, backlog=left))
+        if now >= next_update:
+            next_update += seconds / updates
+            found = shares(replace(work, backlog=left))
             for name, order in orders.items():
-                order.aim(wanted[name], {})
+                order.set_shares(found[name], {})
         category = next((c for c in orders[model].categories(list(left)) if left[c]), None)
         if category is not None:
-            orders[model].took(category)
+            orders[model].record_pull(category)
             left[category] -= 1
-            worth += quality_in(work, category, model)
+            value += quality_in(work, category, model)
             done += 1
-    return worth, done
+    return value, done

@@ -1,4 +1,4 @@
-"""A new order reaches a worker that runs: bounded models pull no more than their share."""
+"""A new ranking reaches a running worker: bounded models pull no more than their share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FIRST, LOW = "llama-3.1-8b", "phi-4"
 SHARE = 0.05
 
 
-async def test_a_bounded_model_pulls_its_share_and_no_more(
+async def test_bounded_model_pulls_its_share_and_no_more(
     bare_database: str, redis_server: RedisServer, redis_client: Any, tmp_path: Path
 ) -> None:
     models = {
@@ -50,7 +50,7 @@ async def test_a_bounded_model_pulls_its_share_and_no_more(
             asyncio.create_task(Worker(engine, model, "run-1", frozenset(models)).run(), name=model)
             for model in models
         ]
-        while not ask("SELECT FROM model_calls WHERE model = %s", LOW):  # it had no bound to begin with
+        while not ask("SELECT FROM model_calls WHERE model = %s", LOW):  # it is not bounded yet
             await asyncio.sleep(0.05)
         ask("UPDATE rankings SET quality = 0.8, place = 1")
         ask(
@@ -58,7 +58,7 @@ async def test_a_bounded_model_pulls_its_share_and_no_more(
             " least_share = %s, most_share = %s WHERE model = %s", SHARE, SHARE, LOW,
         )  # fmt: skip
         changed_at = time.monotonic()
-        while LOW not in engine.bounds:
+        while LOW not in engine.plan.bounds:
             assert time.monotonic() - changed_at < 5
             await asyncio.sleep(0.02)
         (before,) = ask(
@@ -74,4 +74,4 @@ async def test_a_bounded_model_pulls_its_share_and_no_more(
     assert ask("SELECT count(*) AS n FROM tasks WHERE status <> 'solved'") == [{"n": 0}]
     pulled, calls = after["low"] - before["low"], after["calls"] - before["calls"]
     assert calls > 100
-    assert 0 < pulled <= SHARE * calls + 4  # two that it may save up, and what was ahead
+    assert 0 < pulled <= SHARE * calls + 4  # two calls of credit, and the claims ahead

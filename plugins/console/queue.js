@@ -1,24 +1,24 @@
-// Work: how much is left and when it is done, what failed, which calls were made, and one task's whole story.
+// View Queue: tasks by state, estimated completion, failures, recent calls, and the details of one task.
 
-import { ago, api, el, number, replace, say, seconds } from "./draw.js";
-import { Calls, Failures, link } from "./lists.js";
-import { storyOf } from "./story.js";
+import { ago, api, el, number, replace, seconds, setText } from "./draw.js";
+import { Calls, Failures, taskLink } from "./lists.js";
+import { taskDetails } from "./task.js";
 
-export class Work {
+export class Queue {
   constructor(me) {
     this.me = me;
     this.tiles = el("ul.tiles");
-    this.end = el("p.summary");
+    this.estimate = el("p.summary");
     this.oldest = el("p.summary");
     this.categories = el("tbody");
     this.failures = new Failures(me);
     this.calls = new Calls();
-    this.story = el("div", { "aria-live": "polite" });
+    this.details = el("div", { "aria-live": "polite" });
     this.overview = el(
       "div",
       {},
       this.tiles,
-      this.end,
+      this.estimate,
       this.oldest,
       el(
         "section.card",
@@ -33,7 +33,7 @@ export class Work {
             el(
               "tr",
               {},
-              ["Category", "Unsolved", "Solved", "Failed", "Ends a minute", "Done in"].map((name, i) =>
+              ["Category", "Unsolved", "Solved", "Failed", "Completed/min", "Done in"].map((name, i) =>
                 el(i ? "th.right" : "th", { scope: "col" }, name),
               ),
             ),
@@ -44,16 +44,16 @@ export class Work {
       this.failures.node,
       this.calls.node,
     );
-    this.node = el("section", { "aria-label": "Work" }, this.story, this.overview);
+    this.node = el("section", { "aria-label": "Queue" }, this.details, this.overview);
   }
 
   go([what, id]) {
     const task = what === "task" && /^\d{1,19}$/.test(id ?? "") ? id : null;
     this.overview.hidden = task !== null;
-    this.story.hidden = task === null;
+    this.details.hidden = task === null;
     this.task = task;
-    if (task !== null) this.tell(task);
-    else replace(this.story);
+    if (task !== null) this.showTask(task);
+    else replace(this.details);
   }
 
   close() {
@@ -61,13 +61,13 @@ export class Work {
     this.calls.close();
   }
 
-  update(board) {
+  update(status) {
     if (this.task) return;
-    const { tasks, pace } = board;
+    const { tasks, pace } = status;
     const states = [
       ["unsolved", tasks.unsolved],
       ["ready", tasks.ready],
-      ["to be categorised", tasks.uncategorised],
+      ["unclassified", tasks.uncategorised],
       ["waiting for a retry", tasks.waiting],
       ["running", tasks.running],
       ["solved", tasks.solved],
@@ -80,34 +80,34 @@ export class Work {
       );
     states.forEach(([name, count], i) => {
       const value = this.tiles.children[i].firstChild;
-      say(value, name === "to be categorised" && count > 10000 ? "10,000+" : number(count));
+      setText(value, name === "unclassified" && count > 10000 ? "10,000+" : number(count));
       if (name === "failed") value.className = count ? "wrong" : "";
     });
-    say(this.end, ending(tasks, pace));
-    this.showOldest(board.oldest);
-    this.showCategories(board);
+    setText(this.estimate, estimateText(tasks, pace));
+    this.showOldest(status.oldest);
+    this.showCategories(status);
     this.failures.update(tasks.failed);
-    this.calls.update(board);
+    this.calls.update(status);
   }
 
   showOldest(oldest) {
     const key = oldest ? `${oldest.task_id} ${oldest.state} ${ago(oldest.created_at)}` : "";
     if (key === this.oldestKey) return;
     this.oldestKey = key;
-    if (!oldest) replace(this.oldest, "No task is unsolved.");
+    if (!oldest) replace(this.oldest, "No unsolved tasks.");
     else
       replace(
         this.oldest,
         "Oldest unsolved: ",
-        link(oldest.task_id),
-        ` of ${oldest.category}, ${oldest.state}, `,
-        oldest.created_at ? `came ${ago(oldest.created_at)}` : "from before the upgrade",
+        taskLink(oldest.task_id),
+        `, ${oldest.category}, ${oldest.state}, `,
+        oldest.created_at ? `created ${ago(oldest.created_at)}` : "created before the upgrade",
         oldest.attempt ? `, attempt ${oldest.attempt}` : "",
       );
   }
 
-  showCategories(board) {
-    const names = Object.keys(board.categories);
+  showCategories(status) {
+    const names = Object.keys(status.categories);
     if (this.categories.children.length !== names.length) {
       replace(
         this.categories,
@@ -122,8 +122,8 @@ export class Work {
       );
     }
     names.forEach((name, i) => {
-      const count = board.categories[name];
-      const pace = board.pace.categories[name] ?? {};
+      const count = status.categories[name];
+      const pace = status.pace.categories[name] ?? {};
       const texts = [
         number(count.unsolved),
         number(count.solved),
@@ -131,39 +131,43 @@ export class Work {
         pace.per_minute === null ? "–" : number(Math.round(pace.per_minute)),
         count.unsolved ? seconds(pace.seconds_left) : "–",
       ];
-      texts.forEach((text, j) => say(this.categories.children[i].children[j + 1], text));
+      texts.forEach((text, j) => setText(this.categories.children[i].children[j + 1], text));
     });
   }
 
-  async tell(id) {
-    let story;
+  async showTask(id) {
+    let found;
     try {
-      story = await (await api(`tasks/${id}`)).json();
+      found = await (await api(`tasks/${id}`)).json();
     } catch (error) {
-      replace(this.story, back(), el("p.error", {}, error.message));
+      replace(this.details, back(), el("p.error", {}, error.message));
       return;
     }
     if (this.task !== id) return;
     replace(
-      this.story,
+      this.details,
       back(),
-      storyOf(story, this.me, () => this.tell(id)),
+      taskDetails(found, this.me, () => this.showTask(id)),
     );
-    if (story.task.status === "unsolved") setTimeout(() => this.task === id && this.tell(id), 2000);
+    if (found.task.status === "unsolved") setTimeout(() => this.task === id && this.showTask(id), 2000);
   }
 }
 
-function ending(tasks, pace) {
-  if (!tasks.unsolved) return "Everything is done.";
-  const rate = pace.per_minute === null ? "" : `${number(Math.round(pace.per_minute))} tasks end a minute. `;
+function estimateText(tasks, pace) {
+  if (!tasks.unsolved) return "All tasks are finished.";
+  const rate = pace.per_minute === null ? "" : `${number(Math.round(pace.per_minute))} tasks/min. `;
   const end =
     pace.seconds_left === null
-      ? "At this pace no end is in sight."
-      : `At this pace all is done in ${seconds(pace.seconds_left)}.`;
-  const held = pace.bottleneck;
+      ? "No tasks are completing; no estimate."
+      : `Estimated time left: ${seconds(pace.seconds_left)}.`;
+  const { bottleneck } = pace;
   return (
-    rate + end + (held ? ` The bottleneck is ${held.model}, first for ${held.category}: ${held.why}.` : "")
+    rate +
+    end +
+    (bottleneck
+      ? ` Bottleneck: ${bottleneck.model}, preferred for ${bottleneck.category}: ${bottleneck.why}.`
+      : "")
   );
 }
 
-const back = () => el("p", {}, el("a", { href: "#work" }, "← Work"));
+const back = () => el("p", {}, el("a", { href: "#queue" }, "← Queue"));

@@ -1,18 +1,18 @@
-// What the search for better models found, tried and took on; who is on probation, and what they need.
+// Model discovery: models on probation, candidates of the last search, and changes of the roster.
 
-import { api, clock, el, number, replace, seconds, usd } from "./draw.js";
+import { api, clock, el, number, replace, seconds, table, usd } from "./draw.js";
 
 const VERDICTS = {
-  taken: "won its trial, and was taken on",
-  lost: "was tried, and is not surely better",
-  unreachable: "the Models Backend cannot call it",
+  taken: "admitted after its trial",
+  lost: "tried, not significantly better",
+  unreachable: "cannot be called through the Models Backend",
   refused: "does not meet the criteria",
-  known: "is on the roster already",
+  known: "already on the roster",
 };
 const TRIED = ["taken", "lost", "unreachable"];
 const DAY_MS = 86_400_000;
 
-export class Search {
+export class Discovery {
   constructor() {
     this.node = el("div");
     this.drawn = "";
@@ -22,7 +22,7 @@ export class Search {
     try {
       const text = await (await api("search")).text();
       const day = Math.floor(Date.now() / DAY_MS);
-      if (this.drawn === `${day} ${text}`) return; // what is unfolded stays so
+      if (this.drawn === `${day} ${text}`) return; // drawing again would close opened details
       const found = JSON.parse(text);
       replace(this.node, probation(found), candidates(found), events(found.events));
       this.drawn = `${day} ${text}`;
@@ -36,23 +36,6 @@ export class Search {
 const card = (name, ...children) =>
   el("section.card", { "aria-label": name, tabindex: "0" }, el("h2", {}, name), children);
 
-function table(head, rows) {
-  return el(
-    "table",
-    {},
-    el(
-      "thead",
-      {},
-      el(
-        "tr",
-        {},
-        head.map((text) => el("th", { scope: "col" }, text)),
-      ),
-    ),
-    el("tbody", {}, rows),
-  );
-}
-
 // -- probation
 
 function probation(found) {
@@ -65,22 +48,22 @@ function probation(found) {
 }
 
 function onProbation(model, needs) {
-  const nights = model.since ? Math.floor((Date.now() - Date.parse(model.since)) / DAY_MS) : null;
+  const days = model.since ? Math.floor((Date.now() - Date.parse(model.since)) / DAY_MS) : null;
   const facts = [
-    ["Taken on", model.since ? `${clock(model.since)}, by ${model.by}${ofSearch(model.search)}` : "–"],
-    ["Why", model.why ?? "nobody wrote it down"],
-    ["Its own target", model.target],
-    nights !== null && ["Nights", needs ? `${nights} of at most ${needs.most_nights}` : String(nights)],
+    ["Admitted", model.since ? `${clock(model.since)}, by ${model.by}${ofSearch(model.search)}` : "–"],
+    ["Reason", model.why ?? "not recorded"],
+    ["Target", model.target],
+    days !== null && ["Days", needs ? `${days} of at most ${needs.most_nights}` : String(days)],
     ...Object.entries(model.categories).map(([name, here]) => [name, standing(here, needs)]),
   ].filter(Boolean);
   return el(
     "article",
     { "aria-label": model.model },
-    el("h3", {}, el("a", { href: `#traffic/${model.model}` }, model.model)),
+    el("h3", {}, el("a", { href: `#models/${model.model}` }, model.model)),
     el(
       "dl.facts",
       {},
-      facts.map(([name, said]) => [el("dt", {}, name), el("dd", {}, said)]),
+      facts.map(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]),
     ),
   );
 }
@@ -89,26 +72,28 @@ const ofSearch = (search) => (search === null ? "" : `, in search ${search}`);
 
 function standing(here, needs) {
   const calls = needs
-    ? `${number(here.calls)} of ${number(needs.least_calls)} calls that it needs`
+    ? `${number(here.calls)} of ${number(needs.least_calls)} required calls`
     : `${number(here.calls)} calls`;
   return [
-    el("div", {}, `Place ${here.place}, ${calls} (as of the last review).`),
+    el("div", {}, `Rank ${here.place}, ${calls} (as of the last review).`),
     el("div", {}, bound(here, needs)),
-    here.trial && el("div.quiet", {}, `Its trial: ${trialWords(here.trial)}.`),
+    here.trial && el("div.quiet", {}, `Trial: ${trialText(here.trial)}.`),
   ];
 }
 
 function bound(here, needs) {
   const { middle } = here;
-  if (!middle) return "No other model is active there: with its calls it is promoted.";
-  if (middle.bound === null) return `Then its bound must reach that of ${middle.model}, not reviewed yet.`;
-  const bar = (middle.bound - (needs?.margin ?? 0)).toFixed(3);
-  const own = here.bound === null ? "not reviewed yet" : `now ${here.bound.toFixed(3)}`;
-  return `Then its bound must reach ${bar}, by that of ${middle.model}; it is ${own}.`;
+  if (!middle)
+    return "No other model is active in this category; it is promoted once it has the required calls.";
+  if (middle.bound === null)
+    return `Its lower bound must then reach that of ${middle.model}, which is not reviewed yet.`;
+  const threshold = (middle.bound - (needs?.margin ?? 0)).toFixed(3);
+  const own = here.bound === null ? "not reviewed yet" : here.bound.toFixed(3);
+  return `Its lower bound must then reach ${threshold}, from ${middle.model}; now: ${own}.`;
 }
 
-const trialWords = ({ pairs, candidate, incumbent, difference, error }) =>
-  `worth ${candidate.worth.toFixed(3)} against ${incumbent.worth.toFixed(3)}, ` +
+const trialText = ({ pairs, candidate, incumbent, difference, error }) =>
+  `utility ${candidate.worth.toFixed(3)} against ${incumbent.worth.toFixed(3)}, ` +
   `${signed(difference)} ± ${error.toFixed(3)} over ${pairs} prompts`;
 const signed = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(3)}`;
 
@@ -122,10 +107,10 @@ function candidates(found) {
       el(
         "p.quiet",
         {},
-        "No search has run yet: the DAG nightly_review does each night, and `router models search` now.",
+        "No search has run yet. The DAG nightly_review searches every night, `router models search` immediately.",
       ),
     );
-  const state = search.ended_at ? `ended ${clock(search.ended_at)}` : "it goes on, or broke off";
+  const state = search.ended_at ? `ended ${clock(search.ended_at)}` : "running or interrupted";
   const { "": everywhere, ...categories } = found.candidates;
   return card(
     "Candidates",
@@ -138,12 +123,12 @@ function candidates(found) {
         )
       : null,
     Object.entries(categories).map(([name, here]) => ofCategory(name, here)),
-    everywhere && ofCategory("Whatever the category", everywhere),
+    everywhere && ofCategory("All categories", everywhere),
   );
 }
 
 function ofCategory(name, { counts, findings }) {
-  const said = Object.keys(VERDICTS)
+  const summary = Object.keys(VERDICTS)
     .filter((verdict) => counts[verdict])
     .map((verdict) => `${number(counts[verdict])} ${verdict}`);
   const tried = findings.filter((finding) => TRIED.includes(finding.verdict));
@@ -151,14 +136,24 @@ function ofCategory(name, { counts, findings }) {
     "section",
     { "aria-label": `Candidates: ${name}` },
     el("h3", {}, name),
-    el("p", {}, said.length ? `${said.join(", ")}.` : "No search has found a model for it."),
+    el("p", {}, summary.length ? `${summary.join(", ")}.` : "No candidates found."),
     tried.length ? triedTable(tried) : null,
-    ["refused", "known"].map((verdict) => folded(verdict, counts[verdict], findings)),
+    ["refused", "known"].map((verdict) => collapsed(verdict, counts[verdict], findings)),
   );
 }
 
 function triedTable(tried) {
-  const head = ["Model", "Verdict", "Worth", "Incumbent", "Difference", "Answered", "Time", "Cost", "Why"];
+  const head = [
+    "Model",
+    "Verdict",
+    "Utility",
+    "Incumbent",
+    "Difference",
+    "Answered",
+    "Latency",
+    "Cost",
+    "Reason",
+  ];
   return table(
     head,
     tried.map((finding) => {
@@ -175,16 +170,16 @@ function triedTable(tried) {
         el("td", {}, own ? `${own.answered} of ${own.calls}` : "–"),
         el("td", {}, own ? seconds(own.seconds) : "–"),
         el("td", {}, own ? usd(own.cost_usd) : "–"),
-        el("td.wide", {}, finding.reason, el("div.quiet", {}, seenIn(finding))),
+        el("td.wide", {}, finding.reason, el("div.quiet", {}, origin(finding))),
       );
     }),
   );
 }
 
-const seenIn = ({ catalogue, search, at }) =>
-  `by ${catalogue || "no catalogue"}, search ${search}, ${clock(at)}`;
+const origin = ({ catalogue, search, at }) =>
+  `by ${catalogue || "no catalog"}, search ${search}, ${clock(at)}`;
 
-function folded(verdict, count, findings) {
+function collapsed(verdict, count, findings) {
   if (!count) return null;
   const shown = findings.filter((finding) => finding.verdict === verdict);
   const more = count - shown.length;
@@ -201,11 +196,11 @@ function folded(verdict, count, findings) {
   );
 }
 
-// -- what changed
+// -- changes
 
 function events(found) {
   return card(
-    "What searches changed",
+    "Roster changes by searches",
     found.length
       ? el(
           "ol.events",
@@ -216,7 +211,7 @@ function events(found) {
               { class: event.undone_by === null ? false : "replaced" },
               el("b", {}, event.model),
               ` ${event.what} ${clock(event.at)} by ${event.by}`,
-              event.undone_by === null ? "" : " (set back since)",
+              event.undone_by === null ? "" : " (undone)",
               `: ${event.why}`,
             ),
           ),

@@ -1,4 +1,4 @@
-"""People who look at the console, for bench/console.py: they ask what its page asks, when it asks it."""
+"""Clients of the console for bench/console.py; they send the requests of its page at the same intervals."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from typing import Any
 
 import aiohttp
 
-VIEWS = ("traffic", "work", "priorities", "traffic", "work", "story", "traffic", "work", "priorities", "ask")
+VIEWS = ("models", "queue", "ranking", "models", "queue", "task", "models", "queue", "ranking", "ask")
 PARTS = (
-    "page", "console.css", "console.js", "draw.js", "traffic.js", "model_row.js", "work.js", "lists.js",
-    "story.js", "priorities.js", "search.js", "ask.js",
+    "page", "console.css", "console.js", "draw.js", "models.js", "model_row.js", "queue.js", "lists.js",
+    "task.js", "ranking.js", "discovery.js", "ask.js",
 )  # fmt: skip
-# view -> what it asks again and again, and after how many seconds.
-AGAIN: dict[str, tuple[tuple[str, float], ...]] = {
-    "work": (("calls?limit=30", 3.0),),
-    "priorities": (("priorities", 15.0), ("search", 15.0)),
-    "story": (("tasks/{task}", 2.0),),
+# view -> (path, interval in seconds)
+POLLED: dict[str, tuple[tuple[str, float], ...]] = {
+    "queue": (("calls?limit=30", 3.0),),
+    "ranking": (("priorities", 15.0), ("search", 15.0)),
+    "task": (("tasks/{task}", 2.0),),
 }
 PROBED = (
     "me", "status", "history", "calls?limit=30", "calls?limit=30&outcome=wrong&model=llm-07",
     "failures?limit=20", "failures?limit=20&category=general", "tasks/{task}", "priorities", "search",
 )  # fmt: skip
 PROBE_PAUSE_SECONDS = 0.05
-OPEN_SECONDS = 0.5  # between one who comes and the next
-FAILURES_SECONDS = 3.0  # between two looks at the failures, however many come
+OPEN_SECONDS = 0.5  # between the start of two clients
+FAILURES_SECONDS = 3.0  # shortest interval between requests for failures
 
 
 @dataclass
-class Seen:
-    """What all of them saw: route -> seconds of each answer, and when each looker heard of which failure."""
+class Observations:
+    """Observations of all clients: route -> response times, and the time each saw a number of failures."""
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
     failures: list[dict[int, float]] = field(default_factory=list)
@@ -42,36 +42,38 @@ class Seen:
     wrong: list[str] = field(default_factory=list)
 
     def note(self, route: str, began: float) -> None:
-        """An answer has come whole."""
+        """Records a complete response."""
         self.seconds.setdefault(route, []).append(time.monotonic() - began)
 
 
-class Looker:
-    """One person with one page open."""
+class Client:
+    """A client with one page open."""
 
-    def __init__(self, session: aiohttp.ClientSession, base: str, view: str, task: int, seen: Seen) -> None:
+    def __init__(
+        self, session: aiohttp.ClientSession, base: str, view: str, task: int, seen: Observations
+    ) -> None:
         self._session = session
         self._base = base
         self._view = view
         self._task = task
         self._seen = seen
         self._aside: asyncio.Task[None] | None = None
-        self._heard: dict[int, float] = {}
-        seen.failures.append(self._heard)
+        self._failures_at: dict[int, float] = {}
+        seen.failures.append(self._failures_at)
 
-    async def look(self, after_seconds: float) -> None:
-        """Open the page then, and look until cancelled."""
+    async def follow(self, after_seconds: float) -> None:
+        """Opens the page after a delay and follows it until cancelled."""
         await asyncio.sleep(after_seconds)
         for part in PARTS:
             await self._get(part)
         await self.api("me")
-        if self._view == "traffic":
+        if self._view == "models":
             await self.api("history")
-        again = [self._again(path, seconds) for path, seconds in AGAIN.get(self._view, ())]
-        await asyncio.gather(self._listen(), *again)
+        polling = [self._poll(path, seconds) for path, seconds in POLLED.get(self._view, ())]
+        await asyncio.gather(self._listen(), *polling)
 
     async def api(self, path: str) -> None:
-        """Ask one route, named in `seen` without its values."""
+        """Requests a route of the API and records it by its pattern."""
         await self._get(f"api/{path.format(task=self._task)}", f"GET {path}")
 
     async def _get(self, path: str, name: str | None = None) -> None:
@@ -84,7 +86,7 @@ class Looker:
         if name is not None:
             self._seen.note(name, began)
 
-    async def _again(self, path: str, seconds: float) -> None:
+    async def _poll(self, path: str, seconds: float) -> None:
         while True:
             await self.api(path)
             await asyncio.sleep(seconds)
@@ -101,45 +103,45 @@ class Looker:
                     self._seen.lines += 1
                     self._seen.bytes += len(line)
                     now = json.loads(line)["tasks"]["failed"]
-                    self._heard.setdefault(now, time.monotonic())
+                    self._failures_at.setdefault(now, time.monotonic())
                     at = time.monotonic()
-                    if self._view == "work" and now != failed and at - asked_at > FAILURES_SECONDS:
+                    if self._view == "queue" and now != failed and at - asked_at > FAILURES_SECONDS:
                         failed, asked_at = now, at
                         asking = self.api("failures?limit=20")
                         self._aside = asyncio.create_task(asking, name="console bench failures")
 
     async def probe(self, times: int) -> None:
-        """Ask every route so many times, one after the other."""
+        """Requests every route this number of times, sequentially."""
         for _ in range(times):
             for path in PROBED:
                 await self.api(path)
                 await asyncio.sleep(PROBE_PAUSE_SECONDS)
 
 
-def updates(changes: dict[int, float], heard: Sequence[dict[int, float]]) -> list[float]:
-    """Seconds from each change to each looker's hearing of it, or of a later one."""
-    found = []
-    for one in heard:
+def update_delays(changes: dict[int, float], failures_at: Sequence[dict[int, float]]) -> list[float]:
+    """Returns the seconds from each change until each client saw it or a later one."""
+    delays = []
+    for one in failures_at:
         if one:
             first, last = min(one), max(one)
             for failed, at in changes.items():
                 if first < failed <= last:
-                    found.append(min(when for count, when in one.items() if count >= failed) - at)
-    return found
+                    delays.append(min(when for count, when in one.items() if count >= failed) - at)
+    return delays
 
 
-async def while_looking(
-    people: Sequence[Looker], doing: Callable[[], Awaitable[Any]], wrong: list[str]
+async def while_connected(
+    clients: Sequence[Client], work: Callable[[], Awaitable[Any]], wrong: list[str]
 ) -> None:
-    """Do something while all of them look; what any of them breaks at is added to `wrong`."""
-    looking = [
-        asyncio.create_task(one.look(number * OPEN_SECONDS), name="console bench looker")
-        for number, one in enumerate(people)
+    """Runs `work` while all clients are connected; their errors are added to `wrong`."""
+    following = [
+        asyncio.create_task(one.follow(number * OPEN_SECONDS), name="console bench client")
+        for number, one in enumerate(clients)
     ]
     try:
-        await doing()
+        await work()
     finally:
-        for task in looking:
+        for task in following:
             task.cancel()
-        ended = await asyncio.gather(*looking, return_exceptions=True)
+        ended = await asyncio.gather(*following, return_exceptions=True)
         wrong += [repr(one) for one in ended if isinstance(one, Exception)]

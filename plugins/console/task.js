@@ -1,10 +1,10 @@
-// One task's whole story: what it is, and every call that was made for it.
+// Details of one task, with all calls made for it.
 
-import { api, clock, el, kindOf, number, seconds, sure, usd } from "./draw.js";
+import { api, clock, confidenceText, el, number, outcomeClass, seconds, usd } from "./draw.js";
 
 const RANKS = { 1: "passages", 2: "fallback model", 3: "chosen model" };
 
-export function storyOf({ task, calls, logs }, me, again) {
+export function taskDetails({ task, calls, logs }, me, reload) {
   const facts = (pairs) =>
     el(
       "dl.facts",
@@ -28,7 +28,7 @@ export function storyOf({ task, calls, logs }, me, again) {
           } catch (error) {
             event.target.after(el("span.error", {}, error.message));
           }
-          again();
+          reload();
         },
       },
       "Retry",
@@ -39,12 +39,12 @@ export function storyOf({ task, calls, logs }, me, again) {
     {},
     el("div.row", {}, el("h2", {}, `Task ${task.task_id}`), el("span.badge", {}, task.state), retry),
     facts([
-      ["Category", `${task.category ?? "none yet"}${sure(task.confidence)}`],
+      ["Category", `${task.category ?? "none"}${confidenceText(task.confidence)}`],
       [
-        "Why",
-        task.category_reason ?? (task.category && task.confidence === null ? "its producer said so" : null),
+        "Reason",
+        task.category_reason ?? (task.category && task.confidence === null ? "set by the producer" : null),
       ],
-      ["Came", clock(task.created_at)],
+      ["Created", clock(task.created_at)],
       [
         "Solved",
         task.solved_at &&
@@ -57,9 +57,9 @@ export function storyOf({ task, calls, logs }, me, again) {
       ],
       ["Failure", task.failure],
       ["Deadline", task.deadline_at && clock(task.deadline_at)],
-      ["Next try", task.wake_at && clock(task.wake_at)],
-      ["Own id", task.external_id],
-      ["Cost of all calls", calls.length ? usd(cost) : null],
+      ["Next attempt", task.wake_at && clock(task.wake_at)],
+      ["External id", task.external_id],
+      ["Total cost", calls.length ? usd(cost) : null],
     ]),
     el("h3", {}, "Prompt"),
     el(
@@ -79,15 +79,13 @@ export function storyOf({ task, calls, logs }, me, again) {
             cut(task.answer, task.answer_characters),
           ),
         ],
-    el("h3", {}, "What happened"),
-    calls.length
-      ? el("ol.lanes", {}, lanes(calls, started, logs))
-      : el("p.quiet", {}, "No model was called yet."),
+    el("h3", {}, "Calls"),
+    calls.length ? el("ol.lanes", {}, lanes(calls, started, logs)) : el("p.quiet", {}, "No calls yet."),
   );
 }
 
 const cut = (text, characters) =>
-  text && characters > text.length ? `\n… ${number(characters - text.length)} characters more` : "";
+  text && characters > text.length ? `\n… ${number(characters - text.length)} more characters` : "";
 
 function lanes(calls, started, logs) {
   const begin = Date.parse(calls[0].started_at);
@@ -98,7 +96,7 @@ function lanes(calls, started, logs) {
   return calls.map((call) => {
     const from = Date.parse(call.started_at);
     const until = call.finished_at ? Date.parse(call.finished_at) : end;
-    const bar = el("span", { class: kindOf(call.outcome) });
+    const bar = el("span", { class: outcomeClass(call.outcome) });
     bar.style.left = `${(100 * (from - begin)) / (end - begin)}%`;
     bar.style.width = `${Math.max(0.5, (100 * (until - from)) / (end - begin))}%`;
     const after = Math.max(0, (from - Date.parse(started ?? call.started_at)) / 1000);
@@ -116,7 +114,7 @@ function lanes(calls, started, logs) {
         "div",
         {},
         el("div.lane", { "aria-hidden": "true" }, bar),
-        call.error && el("div.trouble", {}, call.error),
+        call.error && el("div.issue", {}, call.error),
       ),
       el(
         "div",
@@ -140,6 +138,6 @@ export function outcome(call) {
   return el(
     "span",
     { class: kind, title: call.error ?? false },
-    (call.outcome ?? "under way") + (call.late ? ", late" : ""),
+    (call.outcome ?? "in flight") + (call.late ? ", late" : ""),
   );
 }

@@ -1,0 +1,44 @@
+"""Call request: one prompt for one model, as the backend client sends it."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+
+from router.models.roster import RosterModel
+from router.task import Claim
+
+
+@dataclass(frozen=True, slots=True)
+class CallRequest:
+    """One prompt for one model; `timeout_seconds` counts from the connection attempt to the whole answer."""
+
+    call_id: uuid.UUID
+    model: str
+    endpoint: str
+    prompt: str
+    max_tokens: int
+    reserved_tokens: int
+    timeout_seconds: float
+
+    @classmethod
+    def to(cls, model: RosterModel, call_id: uuid.UUID, prompt: str, *max_tokens: int | None) -> CallRequest:
+        """Addresses a prompt to a model. The smallest of `max_tokens` and the model's own limit applies."""
+        limit = min([model.max_tokens, *(tokens for tokens in max_tokens if tokens is not None)])
+        return cls(
+            call_id, model.model, model.endpoint, prompt, limit, reserved_tokens(prompt, limit),
+            model.timeout_seconds,
+        )  # fmt: skip
+
+    @classmethod
+    def of_claim(cls, claim: Claim, model: RosterModel) -> CallRequest:
+        """Sends the prompt of a claimed task; SQL has reserved its tokens by the same rule."""
+        return cls(
+            claim.call_id, model.model, model.endpoint, claim.prompt, claim.max_tokens, claim.reserved_tokens,
+            model.timeout_seconds,
+        )  # fmt: skip
+
+
+def reserved_tokens(prompt: str, max_tokens: int) -> int:
+    """Returns an upper bound of a call's tokens: no token of a byte-level tokenizer is below one byte."""
+    return len(prompt.encode("utf-8", "replace")) + max_tokens

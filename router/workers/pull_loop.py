@@ -1,0 +1,212 @@
+"""Pull loop of one model: wait for a permit, claim one task, send it, settle it.
+
+There is no batch barrier: the loop claims the next task while calls are in flight. Target and latency
+determine how many are in flight.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+import uuid
+from collections import deque
+from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from router.errors import DatabaseError, LimiterError, RouterError, SendingPaused
+from router.limiter import Permit, TrafficLimiter
+from router.models import CallRequest, ModelsBackend, Roster, RosterModel, send_permitted
+from router.queue import TaskQueue
+from router.task import CallResult, Claim, Outcome
+from router.traffic import TrafficTarget
+from router.workers.assignment import PullOrder
+
+MAX_HOLD_SECONDS = 1.0  # a claimed task that cannot be sent within it is requeued
+MAX_AHEAD = 64
+PAUSE_SECONDS = 0.5  # after an error, and while nothing may be sent
+MAX_BACKOFF_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class PullPlan:
+    """Targets and assignment, computed every second for all models.
+
+    shares: model -> category -> share of its calls. bounds: model -> category -> maximum share of the tasks.
+    solved: category -> tasks solved so far, read while there are bounds.
+    """
+
+    targets: Mapping[str, TrafficTarget] = field(default_factory=dict)
+    shares: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    bounds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    solved: Mapping[str, int] = field(default_factory=dict)
+
+
+class PullHost(Protocol):
+    """The part of `Engine` that a pull loop uses."""
+
+    queue: TaskQueue
+    limiter: TrafficLimiter
+    backend: ModelsBackend
+    roster: Roster
+    plan: PullPlan
+    poll_seconds: float
+    look_ahead_seconds: float
+
+    @property
+    def wakeup(self) -> asyncio.Event: ...
+    async def wait_for_wakeup(self, seconds: float, wakeup: asyncio.Event | None = None) -> None: ...
+    def may_send(self) -> bool: ...
+    def check_may_send(self) -> None: ...
+    def spawn(self, call: Coroutine[Any, Any, None], call_id: uuid.UUID) -> None: ...
+    async def record_error(self, model: str, result: CallResult) -> None: ...
+    def count(self, result: CallResult) -> None: ...
+
+
+class PullLoop:
+    """Claims, sends and settles tasks with one model until its task is canceled."""
+
+    def __init__(self, host: PullHost, model: str) -> None:
+        self._host = host
+        self._model = model
+        self._order = PullOrder(places={})
+        self._ahead = asyncio.Semaphore(1)
+        self._ahead_size = 1
+        self._ahead_wanted = 1
+        self._sent_at: deque[float] = deque(maxlen=MAX_AHEAD)
+        self._failures = 0
+        self._not_before = 0.0
+
+    def start(self) -> asyncio.Task[None]:
+        """Starts the loop in a task. Canceling it requeues what was claimed but not sent."""
+        return asyncio.create_task(self._run(), name=f"router pull {self._model}")
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self._pull_one()
+            except (DatabaseError, LimiterError):  # noqa: PERF203 - a round trip costs far more
+                # The engine's periodic jobs log the error and renew a lost lease.
+                await asyncio.sleep(PAUSE_SECONDS)
+
+    async def _pull_one(self) -> None:
+        host = self._host
+        roster_model = host.roster.models.get(self._model)
+        if roster_model is None or not host.may_send() or time.monotonic() < self._not_before:
+            await host.wait_for_wakeup(PAUSE_SECONDS)
+            return
+        await self._ahead.acquire()
+        claim: Claim | None = None
+        try:
+            await host.limiter.wait_until_available(self._model)
+            wakeup = host.wakeup  # taken before the claim, so that a wake-up during it is not missed
+            if host.may_send() and self._model in host.roster.models:
+                claim = await self._claim(roster_model)
+        finally:
+            if claim is None:
+                self._release_ahead()
+        if claim is None:
+            await host.wait_for_wakeup(host.poll_seconds, wakeup)
+            return
+        self._order.record_pull(claim.category)
+        host.spawn(self._solve(claim, roster_model), claim.call_id)
+
+    async def _claim(self, roster_model: RosterModel) -> Claim | None:
+        roster, plan = self._host.roster, self._host.plan
+        places = {c: p[self._model] for c, p in roster.places.items() if self._model in p}
+        self._order.set_shares(plan.shares.get(self._model, {}), places)
+        self._order.set_bounds(plan.bounds.get(self._model, {}), plan.solved)
+        self._ahead_wanted = min(1 + self._sends_within_look_ahead(), MAX_AHEAD)
+        while self._ahead_size < self._ahead_wanted:
+            self._ahead.release()
+            self._ahead_size += 1
+        categories = self._order.categories(roster.categories)
+        if not categories:
+            return None
+        return await self._host.queue.claim(self._model, categories, max_tokens=roster_model.max_tokens)
+
+    def _sends_within_look_ahead(self) -> int:
+        """Returns how many calls are certain to be sent within the look-ahead: by the target, or as of late.
+
+        A claim beyond them would keep the task from a model that can send it, and where sends are seconds
+        apart it would exceed MAX_HOLD_SECONDS.
+        """
+        seconds = self._host.look_ahead_seconds
+        target = self._host.plan.targets.get(self._model)
+        if target is not None and target.gap_seconds and target.at_once is None and not target.tokens:
+            return math.floor((target.requests_per_second() or 0.0) * seconds)
+        since = time.monotonic() - seconds
+        return sum(sent_at > since for sent_at in self._sent_at)
+
+    def _release_ahead(self) -> None:
+        if self._ahead_size > self._ahead_wanted:
+            self._ahead_size -= 1
+        else:
+            self._ahead.release()
+
+    async def _solve(self, claim: Claim, roster_model: RosterModel) -> None:
+        host = self._host
+        sent = False
+
+        def before_send(permit: Permit) -> None:
+            nonlocal sent
+            host.check_may_send()
+            permit.check()
+            sent = True
+            self._sent_at.append(time.monotonic())
+            self._release_ahead()
+
+        max_tokens = self._max_tokens()
+        if max_tokens is not None and claim.reserved_tokens > max_tokens:
+            self._release_ahead()
+            reserved = f"the call reserves {claim.reserved_tokens} tokens"
+            await host.queue.reject(claim, f"{reserved}, but the model's target allows {max_tokens}")
+            self._not_before = time.monotonic() + PAUSE_SECONDS  # there is no send that would pace this
+            return
+        try:
+            result = await send_permitted(
+                host.limiter, host.backend, CallRequest.of_claim(claim, roster_model),
+                permit_seconds=MAX_HOLD_SECONDS, before_send=before_send,
+            )  # fmt: skip
+        except (SendingPaused, LimiterError, asyncio.TimeoutError):
+            result = None
+        except RouterError as error:  # permanent: without a counted attempt the task would return forever
+            result = CallResult(Outcome.REJECTED, error=str(error))
+        except asyncio.CancelledError:
+            if not sent:
+                await asyncio.shield(host.queue.unclaim(claim.call_id))
+            raise
+        finally:
+            if not sent:
+                self._release_ahead()
+        if result is None:
+            await host.queue.unclaim(claim.call_id)
+        else:
+            await self._settle(claim, result)
+
+    def _max_tokens(self) -> int | None:
+        target = self._host.plan.targets.get(self._model)
+        return min((limit.count for limit in target.tokens), default=None) if target else None
+
+    async def _settle(self, claim: Claim, result: CallResult) -> None:
+        queue = self._host.queue
+        if result.outcome is Outcome.UNSENT:
+            self._back_off()
+            await queue.unclaim(claim.call_id)
+            return
+        self._failures = 0
+        await self._host.record_error(self._model, result)
+        try:
+            await queue.settle(claim, result)
+        except DatabaseError as error:
+            await queue.settle(
+                claim, CallResult(Outcome.ERROR, error=f"the answer could not be stored: {error}")
+            )
+        self._host.count(result)
+
+    def _back_off(self) -> None:
+        # The backend is unreachable, which costs the task no attempt.
+        self._failures += 1
+        backoff = min(MAX_BACKOFF_SECONDS, 0.25 * 2 ** min(self._failures, 10))
+        self._not_before = time.monotonic() + backoff
