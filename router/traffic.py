@@ -22,9 +22,9 @@ One line of limits, separated by commas; all of them hold at once:
   0                     stops the model
 Example: 120/min, 4/s, 90k tokens/min, 20 at once"""
 
-LONGEST_LINE_CHARACTERS = 500
-LARGEST_COUNT = 1_000_000_000
-LONGEST_WINDOW_SECONDS = 31 * 86_400
+MAX_LINE_CHARACTERS = 500
+MAX_COUNT = 1_000_000_000
+MAX_WINDOW_SECONDS = 31 * 86_400
 PACE = 0.9  # share of the window that paced sends fill; the rest makes up for late sends
 
 _UNIT_SECONDS = {
@@ -83,14 +83,14 @@ class TrafficTarget:
     @classmethod
     def parse(cls, line: str) -> TrafficTarget:
         """Parses a line. Raises TrafficTargetError, which names the column and shows the grammar."""
-        if len(line) > LONGEST_LINE_CHARACTERS:
+        if len(line) > MAX_LINE_CHARACTERS:
             raise _error(
-                f"The line has {len(line)} characters; at most {LONGEST_LINE_CHARACTERS} are allowed", line, 1
+                f"The line has {len(line)} characters; at most {MAX_LINE_CHARACTERS} are allowed", line, 1
             )
         target = _Parser(line).target()
-        if len(str(target)) > LONGEST_LINE_CHARACTERS:  # a stored target must parse again
+        if len(str(target)) > MAX_LINE_CHARACTERS:  # a stored target must parse again
             raise _error(
-                f"The canonical line has {len(str(target))} characters; at most {LONGEST_LINE_CHARACTERS} "
+                f"The canonical line has {len(str(target))} characters; at most {MAX_LINE_CHARACTERS} "
                 "are allowed", line, 1,
             )  # fmt: skip
         return target
@@ -195,8 +195,8 @@ class _Parser:
         if left:
             why = f"{part[:end]} is not a whole number; write less than one a second as 1/2s, for example"
             raise _error(why, self.line, column)
-        if count > LARGEST_COUNT:
-            raise _error(f"{_shown(part[:end])} is more than {LARGEST_COUNT:,}", self.line, column)
+        if count > MAX_COUNT:
+            raise _error(f"{_shown(part[:end])} is more than {MAX_COUNT:,}", self.line, column)
         rest = part[end:].lstrip()
         return count, rest, column + len(part) - len(rest)
 
@@ -224,7 +224,7 @@ class _Parser:
             what += _nearest(unit, ["s", "sec", "second", "min", "minute", "hour", "day"])
             raise _error(_invalid_digits(unit) or what, self.line, place)
         window = int(multiple or 1) * _UNIT_SECONDS[unit]
-        if not 1 <= window <= LONGEST_WINDOW_SECONDS:
+        if not 1 <= window <= MAX_WINDOW_SECONDS:
             why = "A window must be between 1 second and 31 days long"
             raise _error(why, self.line, column + found.start("multiple"))
         return window
@@ -268,7 +268,7 @@ def _shown(text: str) -> str:
 
 
 def _error(what: str, line: str, column: int) -> TrafficTargetError:
-    where = f" at column {column} of {line!r}" if len(line) <= LONGEST_LINE_CHARACTERS else ""
+    where = f" at column {column} of {line!r}" if len(line) <= MAX_LINE_CHARACTERS else ""
     return TrafficTargetError(f"{what}{where}.\n{GRAMMAR}")
 
 

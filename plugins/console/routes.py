@@ -11,7 +11,7 @@ from fastapi import APIRouter, HTTPException, Query, Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from router.traffic import GRAMMAR, LONGEST_LINE_CHARACTERS, TrafficTarget
+from router.traffic import GRAMMAR, MAX_LINE_CHARACTERS, TrafficTarget
 
 from . import airflow_links, auth, tasks
 from .ask import AskBody
@@ -34,7 +34,7 @@ class TargetBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    target: str = Field(min_length=1, max_length=LONGEST_LINE_CHARACTERS)
+    target: str = Field(min_length=1, max_length=MAX_LINE_CHARACTERS)
 
 
 class RetryBody(BaseModel):

@@ -30,7 +30,7 @@ from router.limiter.snapshot import ModelTraffic
 from router.limiter.tracker import ModelTracker
 from router.limiter.waiters import WaitQueue
 from router.task import Outcome
-from router.traffic import LARGEST_COUNT, TrafficTarget
+from router.traffic import MAX_COUNT, TrafficTarget
 
 SCRIPT = Path(__file__).with_name("limiter.lua").read_text(encoding="utf-8")
 
@@ -219,8 +219,8 @@ class TrafficLimiter:
 
 
 def _check_tokens(tokens: int) -> None:
-    if not 0 <= tokens <= LARGEST_COUNT:
-        raise InputError(f"{tokens} is not a valid number of tokens: 0 to {LARGEST_COUNT:,}.")
+    if not 0 <= tokens <= MAX_COUNT:
+        raise InputError(f"{tokens} is not a valid number of tokens: 0 to {MAX_COUNT:,}.")
 
 
 async def _cancelled(waiting: asyncio.Future[Any]) -> None:

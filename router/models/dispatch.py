@@ -16,7 +16,7 @@ from router.limiter import AFTER_TIMEOUT_SECONDS, UNAVAILABLE_REASONS, Permit, T
 from router.models.backend import ModelsBackend
 from router.models.call_request import CallRequest
 from router.task import CallResult, Outcome
-from router.traffic import LARGEST_COUNT
+from router.traffic import MAX_COUNT
 
 MAX_EXPIRED_PERMITS = 20
 UNKNOWN_WAIT_SECONDS = 60.0  # where only an operator can help, e.g. a target of 0
@@ -96,7 +96,7 @@ async def _release(limiter: TrafficLimiter, request: CallRequest, permit: Permit
             await limiter.cancel(permit)
         elif not result.may_go_on:
             used = result.used_tokens
-            await limiter.release(permit, tokens=None if used is None else min(used, LARGEST_COUNT))
+            await limiter.release(permit, tokens=None if used is None else min(used, MAX_COUNT))
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,7 @@ def second(solving: Solving) -> Iterator[GuardedProcess]:
     yield part
     if part.running:
         part.kill()
-    del solving.stack._parts[SECOND]  # stopped on purpose: the stack is still healthy
+    del solving.stack._processes[SECOND]  # stopped on purpose: the stack is still healthy
 
 
 def test_stopped_triggerer_is_fenced_off_and_a_killed_one_is_replaced(
