@@ -53,8 +53,8 @@ CANCEL_SECONDS = 3.0  # for canceled calls to be logged
 class Router:
     """Answers prompts, up to `max_concurrency` at the same time.
 
-    Use it as `async with`, or call `answer` directly: then it opens for a prompt, and closes once no late
-    answer is pending.
+    Use it as `async with`. Otherwise `answer` opens it implicitly, and it closes as soon as no request is in
+    progress and no late answer is pending.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Router:
     async def open(self, *, classify: bool = True) -> None:
         """Connects and starts the lease, and the classifier unless `classify` is false.
 
-        Opens while Postgres or Redis is unavailable as well: until both are back only knowledge answers.
+        Postgres and Redis may be unavailable; until both are back, requests are answered from knowledge.
         """
         self._entered = True
         await self._open_service(classify=classify)
@@ -128,11 +128,14 @@ class Router:
         deadline_seconds: float | None = None, max_tokens: int | None = None,
         on_event: Listener | None = None,
     ) -> Answer:  # fmt: skip
-        """Returns the best answer before the deadline (default: the category's), if need be the passages.
+        """Returns the best answer that is available by the deadline (default: the category's).
 
-        With `model` only that model is called. Raises CapacityExceeded if it has no permit in time,
-        ModelFailed if it does not answer, InputError for an invalid prompt or option. A cancellation ends the
-        calls in progress.
+        If no model answered, the answer consists of retrieved passages. With `model` only that model is
+        called. Canceling this coroutine ends the calls in progress.
+
+        Raises CapacityExceeded if too many requests are in progress, or if `model` is given and gets no
+        permit in time; ModelFailed if `model` is given and fails, or does not answer by the deadline;
+        InputError for an invalid prompt or option.
         """
         self._check_prompt(prompt)
         _check_numbers(deadline_seconds, max_tokens)

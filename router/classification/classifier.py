@@ -1,6 +1,6 @@
 """Classifies prompts: rules decide clear cases, and a linear model the rest.
 
-The model is trained on the example files, or loaded if it was trained on the same ones before.
+The linear model is trained on the example files and cached on disk; it is trained again when they change.
 """
 
 from __future__ import annotations

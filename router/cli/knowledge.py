@@ -29,10 +29,11 @@ from router.knowledge import (
 from router.settings import data_folder
 
 KNOWLEDGE_HELP = """
-Manage and search the passages that answer when no model does.
+Manage and search passages for retrieval.
 
-Sources are the files of config/knowledge, files added here, and solved tasks. Added files are stored in
-Postgres and searchable on every host within a minute.
+The router answers with passages when no model has answered by the deadline. Sources are the files of
+config/knowledge, files added here, and solved tasks. Added files are stored in Postgres and searchable
+on every host within a minute.
 """
 ADD_HELP = """
 Add files, or all files below folders.

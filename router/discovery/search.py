@@ -84,10 +84,13 @@ def run_search(
     folder: Path, *, categories: Collection[str] | None = None, by: str, dry_run: bool = False,
     today: date | None = None, variables: Variables | None = None, since: datetime | None = None,
 ) -> SearchReport:  # fmt: skip
-    """Searches for `categories`, or all. Blocks for the duration of the trials, often many minutes.
+    """Searches for better models in `categories` (default: all). Blocks until the trials end, often minutes.
 
-    A dry run sends and stores nothing. `since` is the start of the nightly run: the cost of its earlier
-    attempts counts, categories that they tried are skipped, and after an hour no further category is begun.
+    `folder` contains models.yaml and discovered.yaml. `by` is the author recorded in the history. A dry run
+    sends and stores nothing. `today` (default: the database's date) is used for the age of candidates.
+    `variables` is the client of Airflow that sets the Variables of admitted models; None sets none. `since`
+    is the start of the nightly run, None for any other search: earlier attempts since then count toward the
+    budget, categories that they tried are skipped, and after an hour no further category is begun.
 
     Raises SearchBusy if another search runs; ConfigError, before any trial, if `discovered.yaml` cannot be
     written; CatalogError if no catalog can be read; BackendUnavailable; AirflowError.

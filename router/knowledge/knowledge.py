@@ -1,4 +1,4 @@
-"""Knowledge: passages that the router answers with when no model does. Needs no network.
+"""Retrieval: searches an index of text passages, the last resort of an answer. Searches use no network.
 
     async with Knowledge.open(config / "knowledge", database_url=url, data_folder=data) as knowledge:
         found = await knowledge.search("How do I pause a model?")
@@ -69,8 +69,9 @@ class Knowledge:
         """Opens knowledge once the files of `folder` are indexed; entries of the database follow.
 
         The index is stored in `data_folder`, which needs no backup. With `tasks=False` solved tasks are not
-        indexed; with `keep_updated=False` only `update` indexes anything. A missing database, folder or index
-        raises nothing: fewer entries are searched, and the log says why.
+        indexed. With `keep_updated=False` the index changes only by `update`; otherwise it is updated every
+        `update_seconds`. A missing database, folder or index raises no error: fewer entries are searched, and
+        the log states the reason.
         """
         indexer = None
         if database_url and data_folder:
@@ -92,12 +93,12 @@ class Knowledge:
             knowledge._threads.shutdown(wait=False, cancel_futures=True)
 
     async def update(self) -> None:
-        """Indexes what is new in Postgres now. Raises RouterError if that fails."""
+        """Adds the changes in Postgres to the index now. Raises RouterError if that fails."""
         if self._indexer is not None:
             await self._run(self._indexer)
 
     async def search(self, query: str, limit: int = 5) -> SearchResult:
-        """Returns the best passages for `query`, at most `limit`. No query raises."""
+        """Returns the best passages for `query`, at most `limit`. Any text is a valid query."""
         return await self._in_thread(self._search, query, limit)
 
     @property

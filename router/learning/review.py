@@ -34,7 +34,10 @@ class ReviewBusy(RouterError):  # noqa: N818 - a state, not a failure
 
 @dataclass(frozen=True, slots=True)
 class RankChange:
-    """The old and new rank of one model in one category. The old values are those that were active."""
+    """Rank and standing of one model in one category, before and after a review.
+
+    `place_before` and `standing_before` are those of the ranking that was active when the review began.
+    """
 
     category: str
     model: str
@@ -46,7 +49,7 @@ class RankChange:
 
     @property
     def changed(self) -> bool:
-        """Whether the rank changed, or whether its share became or is no longer bounded."""
+        """Whether the rank changed, or a limit on the model's share of tasks was added or removed."""
         bounded = (self.standing_before in BOUNDED, self.standing in BOUNDED)
         return self.place_before != self.place or (self.standing_before != self.standing and any(bounded))
 
@@ -81,7 +84,10 @@ class _Plan:
 
 
 def run_review(url: str, learning: LearningSettings, *, by: str, dry_run: bool = False) -> Review:
-    """Runs all steps; a dry run rolls everything back. Raises ReviewBusy."""
+    """Grades answers, sums up the evidence and ranks the models. `url` is the URL of Postgres.
+
+    A dry run rolls everything back. Raises ReviewBusy if another review runs.
+    """
     with exclusive_review(url, autocommit=not dry_run) as connection:
         graded = _grade(connection, learning)
         summed = _sum(connection, learning)

@@ -1,8 +1,8 @@
-"""Rate limiter of models over Redis: exact where the provider counts, for any number of processes.
+"""Distributed rate limiter over Redis. Exact at the point of arrival, for any number of processes.
 
-In every rolling window of a model's traffic target no more than the target's requests and tokens arrive at
-the backend, and no more calls than allowed are in flight. One call of `limiter.lua` decides all of it
-atomically and returns a send time. Algorithm and proof: docs/limiter.md.
+In every rolling window, requests and reserved tokens arriving at the backend stay within the model's traffic
+target, and so do calls in flight. One call of `limiter.lua` evaluates all limits of a model atomically and
+returns a send time. Algorithm and proof: docs/limiter.md.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ SCRIPT = Path(__file__).with_name("limiter.lua").read_text(encoding="utf-8")
 class TrafficLimiter:
     """Grants permits for calls to models, decided in Redis on Redis's clock.
 
-    `history(model, seconds)` returns a model's past calls when Redis lost its state. Without it a model that
-    this process knows is blocked for its longest window, and one that it does not know starts at once.
-    `clock` is monotonic, in seconds. The client needs a `socket_timeout`: nothing else bounds a request that
-    hangs.
+    After Redis lost a model's state, `history(model, seconds)` must return the model's calls of the last
+    `seconds`. Without `history`, a model that this process has seen is blocked for its longest window, and
+    any other starts at once. `clock` is monotonic, in seconds. The `redis` client needs a `socket_timeout`:
+    nothing else bounds a request to Redis that hangs.
     """
 
     def __init__(
@@ -97,9 +97,10 @@ class TrafficLimiter:
     async def reserve(
         self, model: str, tokens: int = 0, *, holder_seconds: float | None = None
     ) -> Permit | Wait:
-        """Returns a permit whose send time is within the look-ahead, or why there is none. Does not wait.
+        """Returns a permit whose send time is within the look-ahead, else a `Wait`. Does not wait itself.
 
-        `tokens` is an upper bound of what the call can use, `holder_seconds` of how long it can take.
+        `tokens` is an upper bound of the tokens that the call uses. `holder_seconds` is an upper bound of
+        its duration (default: `max_call_seconds` of the settings); it occupies a slot for at most that long.
         """
         _check_tokens(tokens)
         return await self._reservations.reserve(self._tracker.state(model), tokens, holder_seconds)
@@ -146,7 +147,7 @@ class TrafficLimiter:
                 await state.broadcast.wait(poll if left is None else min(poll, left))
 
     async def wait_until_unavailable(self, model: str) -> None:
-        """Returns once calls that wait in this process learn that the model cools down or is half-open."""
+        """Returns once a new reply to the calls that wait here reports a cool-down or half-open breaker."""
         await self._queue(model).wait_until_unavailable()
 
     def queue_length(self, model: str) -> int:
@@ -181,8 +182,9 @@ class TrafficLimiter:
     ) -> None:
         """Records the outcome of a call for the circuit breaker of all processes.
 
-        `permit` is the call's own: calls sent before the breaker opened say nothing about the probe. A
-        success of a model without failures, and an abandoned call, cost no round trip.
+        `why` is the call's error text; it is shown as the reason of a cool-down. `permit` is the call's
+        permit, by which calls from before the breaker opened are recognized and ignored. For a model without
+        failures, a success or an abandoned call costs no round trip.
         """
         verdict = self.settings.breaker.verdict(outcome, retry_after_seconds)
         state = self._tracker.state(model)

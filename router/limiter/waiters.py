@@ -83,7 +83,7 @@ class WaitQueue:
         )
 
     async def wait_until_unavailable(self) -> None:
-        """Returns once a reply to the waiters says that the model cools down or is half-open."""
+        """Returns once a new reply to the waiters reports a cool-down or a half-open breaker."""
         replies = self._replies
         while self._replies == replies or self._state.waiting_for not in UNAVAILABLE_REASONS:
             await self._state.broadcast.wait(self._settings.hint_seconds)

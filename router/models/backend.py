@@ -1,7 +1,7 @@
 """HTTP client of the Models Backend, the only way to a model.
 
-A call raises nothing for what the backend does: every outcome is a `CallResult`. Only exceptions of
-`before_send`, the check of the permit, pass through. The check runs between acquiring a connection and
+Backend failures are returned as a CallResult, never raised. Only exceptions of `before_send`, the check of
+the permit, are raised. The check runs between acquiring a connection and
 writing the first byte to it, and no await separates the check from the write.
 """
 

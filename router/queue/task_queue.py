@@ -51,9 +51,10 @@ class UnclassifiedTask:
 
 
 class TaskQueue:
-    """Claims and settles tasks for one worker process, under the unique name `worker`.
+    """Claims and settles tasks for one worker process.
 
-    Raises LeaseLost, InvalidValue (not retryable) or another DatabaseError.
+    `worker` is the process's unique name in the queue; all workers (one per model) of the process share it,
+    and its lease. Methods raise LeaseLost, InvalidValue (not retryable) or another DatabaseError.
     """
 
     def __init__(self, pool: asyncpg.Pool, *, host: str) -> None:
@@ -106,7 +107,10 @@ class TaskQueue:
         return Claim(call_id=call_id, model=model, **dict(row))
 
     async def unclaim(self, call_id: uuid.UUID) -> None:
-        """Releases a claim unsent; the attempt does not count. Retries while Postgres is unavailable."""
+        """Returns a claimed task to the queue before its call is sent; the attempt does not count.
+
+        Retries while Postgres is unavailable.
+        """
         await retry_while_unavailable(lambda: self._one("SELECT unclaim($1)", call_id))
 
     async def settle(self, claim: Claim, result: CallResult) -> str:
@@ -130,7 +134,7 @@ class TaskQueue:
         return str(row["settlement"])
 
     async def reject(self, claim: Claim, reason: str) -> None:
-        """Settles a claim that cannot be sent; counts as an attempt."""
+        """Settles a claim whose prompt cannot be sent to the model, with the outcome `rejected`."""
         await self.settle(claim, CallResult(Outcome.REJECTED, error=reason))
 
     async def heartbeat(self) -> bool:
@@ -152,7 +156,7 @@ class TaskQueue:
             self.worker = self._new_name()
 
     async def release(self) -> None:
-        """Ends the lease; the remaining claims are ready immediately."""
+        """Ends the lease at shutdown and returns the tasks that are still claimed to the queue."""
         await self._one("SELECT release_worker($1)", self.worker)
 
     async def run_maintenance(self, *, release_lost: bool = True) -> None:
@@ -168,7 +172,11 @@ class TaskQueue:
         return bool((await self._one("SELECT categorise FROM queue_settings"))["categorise"])
 
     async def announce_classifier(self, seconds: float) -> None:
-        """Announces a classifier within `seconds`; until then few tasks take the default category."""
+        """Announces that a classifier starts within `seconds`.
+
+        Until then a maintenance step gives the default category to only a few of the tasks that waited too
+        long for their classification.
+        """
         await self._one("SELECT announce_classifier($1)", seconds)
 
     async def claim_uncategorized(self, limit: int) -> list[UnclassifiedTask]:

@@ -128,8 +128,8 @@ class RouterConfig(Frozen):
     renamed_keys: ClassVar = {"asking": "answering"}
 
     models: dict[str, ModelSettings]
-    default_category: str = "general"  # these two are from categories.yaml
-    categories: tuple[str, ...] = ("technical", "creative", "general")
+    default_category: str = "general"  # from categories.yaml
+    categories: tuple[str, ...] = ("technical", "creative", "general")  # from categories.yaml
     classification: ClassificationSettings | None = Field(default=None, exclude=True, repr=False)
     backend: BackendSettings = BackendSettings()
     worker: WorkerSettings = WorkerSettings()

@@ -1,7 +1,6 @@
-"""Engine: what all workers of one process share, and what outlives each of them.
+"""Shared runtime of a process's workers: connections, lease, periodic jobs, calls in flight.
 
-It owns the connections, the lease, the periodic jobs and the calls in flight: a worker that leaves does not
-take its calls with it.
+Calls belong to the engine, so that they continue when the worker that began them ends.
 """
 
 from __future__ import annotations
@@ -51,7 +50,10 @@ ReadVariables = Callable[[list[str]], Awaitable[Mapping[str, "str | None"]]]
 
 
 class Engine:
-    """Runs the periodic jobs and the calls of one process. An instance belongs to one event loop."""
+    """Shared runtime of a process's workers: connections, lease, periodic jobs, calls in flight.
+
+    An instance belongs to one event loop.
+    """
 
     def __init__(
         self, addresses: Addresses, config: RouterConfig, read_variables: ReadVariables | None = None
@@ -67,7 +69,7 @@ class Engine:
         self._calls: dict[asyncio.Task[None], uuid.UUID] = {}
         self._runs: dict[str, tuple[frozenset[str], int]] = {}  # run -> its models, number of workers here
         self.handover = Handover(self)
-        self._attending = 0
+        self._users = 0
         self._wakeup = asyncio.Event()
         self._control = asyncio.Event()
         self._new_tasks = asyncio.Event()
@@ -165,18 +167,18 @@ class Engine:
         return self.state.left_runs.get(run) if self.state else None
 
     @contextlib.contextmanager
-    def attended(self) -> Iterator[None]:
+    def in_use(self) -> Iterator[None]:
         """Keeps the engine from being idle during the block."""
-        self._attending += 1
+        self._users += 1
         try:
             yield
         finally:
-            self._attending -= 1
+            self._users -= 1
 
     @property
     def idle(self) -> bool:
-        """True if nothing pulls or waits here and no call is in flight."""
-        return not (self._runs or self._calls or self.handover.active or self._attending)
+        """True if no worker uses the engine and no call is in flight."""
+        return not (self._runs or self._calls or self.handover.active or self._users)
 
     @property
     def wakeup(self) -> asyncio.Event:

@@ -56,7 +56,7 @@ class Worker:
 
 async def wait_for_work(engine: Engine) -> None:
     """Returns as soon as there is an unsolved task; the engine then pulls until the workers are present."""
-    with engine.attended():
+    with engine.in_use():
         while True:
             wakeup = engine.wakeup  # taken before the query, so that a wake-up during it is not missed
             with contextlib.suppress(DatabaseError):  # logged by the engine's periodic jobs
