@@ -48,7 +48,7 @@ def connect(url: str, *, autocommit: bool = False) -> Iterator[Connection]:
             " percent-encoded. Check ROUTER_DATABASE_URL."
         ) from None
     except psycopg2.OperationalError as error:
-        raise _unreachable(error) from error
+        raise unreachable(error) from error
     try:
         if autocommit:
             connection.autocommit = True
@@ -113,15 +113,17 @@ async def open_pool(url: str, *, connections: int, min_connections: int = 1) -> 
             reset=_no_reset, server_settings={"application_name": "router", "jit": "off"},
         )  # fmt: skip
     except (OSError, asyncpg.PostgresError) as error:
-        raise _unreachable(error) from error
+        raise unreachable(error) from error
 
 
 async def _no_reset(_connection: Any) -> None:
     """Saves a round trip: no statement changes the state of its session."""
 
 
-def _unreachable(error: Exception) -> DatabaseError:
-    return DatabaseError(f"Postgres cannot be reached: {first_line(error)} Check ROUTER_DATABASE_URL.")
+def unreachable(error: Exception) -> DatabaseError:
+    """Returns the error for a failed attempt to connect."""
+    reason = first_line(error).rstrip(".")
+    return DatabaseError(f"Postgres cannot be reached: {reason}. Check ROUTER_DATABASE_URL.")
 
 
 async def fetch(pool: asyncpg.Pool, statement: str, *arguments: Any) -> list[Any]:

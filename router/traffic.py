@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from router.errors import TrafficTargetError
 
 GRAMMAR = """\
-One line of limits, separated by commas; all of them hold at once:
-  120/min               requests in any minute; units: s, min, h, d, and multiples such as 100/10s
+One line of limits, separated by commas; all apply together:
+  120/min               requests in any minute; units s, min, h, d; or 100/10s
   90k tokens/min        tokens in any minute; k is 1,000 and M is 1,000,000
   20 at once            calls in flight at any time
-  burst                 sends need not be spread over the window
+  burst                 allow bursts: do not pace calls
   0                     stops the model
 Example: 120/min, 4/s, 90k tokens/min, 20 at once"""
 
@@ -38,6 +38,7 @@ _SUFFIXES = {"": 1, "k": 1000, "K": 1000, "M": 1_000_000}
 
 _NUMBER = re.compile(r"(?P<whole>[0-9]+)(?:\.(?P<fraction>[0-9]+))?(?P<suffix>[A-Za-z]*)", re.ASCII)
 _RATE = re.compile(r"(?P<what>[A-Za-z]*)\s*/\s*(?P<multiple>[0-9]*)\s*(?P<unit>[^\s0-9/][^\s/]*)?", re.ASCII)
+_PER = re.compile(r"^per\s+", re.ASCII)
 _AT_ONCE = re.compile(r"at\s+once", re.ASCII | re.IGNORECASE)
 
 
@@ -73,7 +74,7 @@ class TokenLimit(_Limit):
 
 @dataclass(frozen=True, slots=True)
 class TrafficTarget:
-    """Limits of one model, which all hold together, in every rolling window."""
+    """Limits of one model. All apply together, in every rolling window."""
 
     requests: tuple[RequestLimit, ...] = ()
     tokens: tuple[TokenLimit, ...] = ()
@@ -182,7 +183,8 @@ class _Parser:
     def _count(self, part: str, column: int) -> tuple[int, str, int]:
         found = _NUMBER.match(part)
         if found is None:
-            raise _error(_not_a_number(part), self.line, column)
+            why = _invalid_digits(part) or f"{_shown(part)} does not start with a number"
+            raise _error(why, self.line, column, _nearest(part.lower(), ["burst"]))
         suffix, end = found["suffix"], found.end()
         if suffix not in _SUFFIXES:
             why = f"{_shown(suffix)} is not a valid suffix: only k (1,000) and M (1,000,000) are"
@@ -203,11 +205,14 @@ class _Parser:
     def _rate(self, count: int, rest: str, column: int, rest_column: int) -> None:
         found = _RATE.fullmatch(rest)
         if found is None:
-            raise _error(f"{_shown(rest)} is not a limit", self.line, rest_column)
+            hint = _nearest(
+                _PER.sub("/", rest.lower()), ["at once", "/s", "/min", "/minute", "/hour", "/day"]
+            )
+            raise _error(f"Cannot parse {_shown(rest)}", self.line, rest_column, hint)
         what = found["what"].lower()
         if what not in {"", "request", "requests", "token", "tokens"}:
-            why = f"{_shown(what)} cannot be limited{_nearest(what, ['tokens', 'requests'])}"
-            raise _error(why, self.line, rest_column)
+            hint = _nearest(what, ["tokens", "requests"])
+            raise _error(f"{_shown(what)} cannot be limited", self.line, rest_column, hint)
         window = self._window(found, rest_column)
         if what.startswith("token"):
             self._once(window, self.tokens, "tokens", column)
@@ -221,8 +226,8 @@ class _Parser:
         if unit not in _UNIT_SECONDS:
             place = column + found.start("unit") if unit else column + found.end()
             what = f"{_shown(unit)} is not a unit of time" if unit else "A unit of time is missing"
-            what += _nearest(unit, ["s", "sec", "second", "min", "minute", "hour", "day"])
-            raise _error(_invalid_digits(unit) or what, self.line, place)
+            hint = _nearest(unit, ["s", "sec", "second", "min", "minute", "hour", "day"])
+            raise _error(_invalid_digits(unit) or what, self.line, place, hint)
         window = int(multiple or 1) * _UNIT_SECONDS[unit]
         if not 1 <= window <= MAX_WINDOW_SECONDS:
             why = "A window must be between 1 second and 31 days long"
@@ -243,11 +248,6 @@ def _parts(line: str) -> Iterator[tuple[int, str]]:
         position += len(part) + 1
 
 
-def _not_a_number(part: str) -> str:
-    nearest = _nearest(part.lower(), ["burst"])
-    return _invalid_digits(part) or f"{_shown(part)} does not start with a number{nearest}"
-
-
 def _invalid_digits(text: str) -> str | None:
     """Returns the error of a text that looks like a number but is not one; None for any other text."""
     if text.startswith(("-", "\N{MINUS SIGN}")):
@@ -259,7 +259,7 @@ def _invalid_digits(text: str) -> str | None:
 
 def _nearest(word: str, known: list[str]) -> str:
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def _shown(text: str) -> str:
@@ -267,9 +267,9 @@ def _shown(text: str) -> str:
     return repr(text if len(text) <= longest else text[: longest - 1] + "…")
 
 
-def _error(what: str, line: str, column: int) -> TrafficTargetError:
+def _error(what: str, line: str, column: int, hint: str = "") -> TrafficTargetError:
     where = f" at column {column} of {line!r}" if len(line) <= MAX_LINE_CHARACTERS else ""
-    return TrafficTargetError(f"{what}{where}.\n{GRAMMAR}")
+    return TrafficTargetError(f"{what}{where}.{hint}\n{GRAMMAR}")
 
 
 def _window_text(seconds: int) -> str:

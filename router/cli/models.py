@@ -12,7 +12,14 @@ from rich.text import Text
 
 from router.cli import terminal
 from router.database import Connection, rows
-from router.errors import AirflowError, ConfigError, RouterError, first_line
+from router.errors import (
+    AirflowError,
+    ConfigError,
+    InputError,
+    RouterError,
+    TrafficTargetError,
+    first_line,
+)
 from router.models import VARIABLE_PREFIX, AirflowApi, sync_roster
 from router.settings import load_config, read_discovered
 from router.status import ModelStatus, Status, read_status
@@ -24,8 +31,8 @@ MAX_NAME_CHARACTERS = 120
 TRAFFIC_HELP = f"""
 Show or set traffic targets.
 
-The target of a model is the Airflow Variable traffic.MODEL. Without TARGET the command shows the active
-targets. With TARGET it validates the line, sets the Variable and waits until the target is active.
+The target of a model is stored in the Airflow Variable traffic.MODEL. Without TARGET the command shows the
+active targets. With TARGET it validates the line, sets the Variable and waits until the target is active.
 
 \b
 {GRAMMAR}
@@ -54,7 +61,8 @@ Examples:
 SYNC_HELP = """
 Apply config/models.yaml to the roster.
 
-Models that are no longer in the file are paused. Workers pick up the change immediately.
+Models that are no longer in the file are paused. Workers pick up the change immediately. The database schema
+is not changed: see `router migrate`, which also syncs the models.
 """
 
 
@@ -85,7 +93,7 @@ def traffic(
     airflow_password: terminal.AirflowPassword = None,
 ) -> None:
     line = " ".join(target or []).strip()
-    new_target = TrafficTarget.parse(line) if target else None
+    new_target = _parsed(line) if target else None
     with terminal.database(database) as connection:
         now = read_status(connection, redis)
     if model is not None:
@@ -102,6 +110,14 @@ def traffic(
     with api:
         api.set_variable(VARIABLE_PREFIX + model, line)
     _wait_until_active(model, new_target, redis, now, as_json=as_json)
+
+
+def _parsed(line: str) -> TrafficTarget:
+    """Parses a target; an error refers to the help instead of showing the grammar."""
+    try:
+        return TrafficTarget.parse(line)
+    except TrafficTargetError as error:
+        raise InputError(f"{first_line(error)} See `router traffic --help`.") from error
 
 
 def _wait_until_active(

@@ -23,10 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 from router.database import Connection, connect
-from router.errors import ConfigError, RouterError, unknown
+from router.errors import RouterError, unknown
 from router.models import AirflowApi
 from router.queue import require_schema
-from router.settings import DEFAULT_CONFIG_FOLDER
+from router.settings import DEFAULT_CONFIG_FOLDER, missing_address
 
 EXIT_FAILED = 1
 EXIT_SOME_BAD = 3
@@ -143,13 +143,6 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def required(value: str | None, name: str, example: str) -> str:
-    """Returns the value of an option. Raises ConfigError that names its environment variable."""
-    if not (value or "").strip():
-        raise ConfigError(f"{name} is not set. Set it, e.g. {name}={example}, or source .stack/router.env.")
-    return str(value)
-
-
 @contextmanager
 def database(url: str | None) -> Iterator[Connection]:
     """Opens a connection and checks that the schema is current."""
@@ -165,7 +158,9 @@ def airflow(url: str | None, user: str | None, password: str | None) -> AirflowA
 
 def database_url(url: str | None) -> str:
     """Returns the URL of Postgres. Raises ConfigError if it is not set."""
-    return required(url, "ROUTER_DATABASE_URL", "postgresql://user@host/database")
+    if url is None or not url.strip():
+        raise missing_address("ROUTER_DATABASE_URL")
+    return url
 
 
 def known(name: str, names: Iterable[str], what: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 import asyncpg
 
-from router.database import fetch, fetch_one, retry_while_unavailable, settled_values
+from router.database import fetch, fetch_one, retry_while_unavailable, settled_values, unreachable
 from router.errors import DatabaseError, LeaseLost
 from router.task import CallResult, Claim, Outcome, new_call_id
 
@@ -253,7 +253,7 @@ async def listening(url: str, notify: Callable[[str], None]) -> AsyncIterator[as
             url, timeout=10, server_settings={"application_name": "router listener"}
         )
     except (OSError, asyncpg.PostgresError, asyncio.TimeoutError) as error:
-        raise DatabaseError(f"Postgres cannot be reached: {error}") from error
+        raise unreachable(error) from error
     try:
         for channel in CHANNELS:
             await connection.add_listener(channel, lambda _connection, _pid, name, _payload: notify(name))

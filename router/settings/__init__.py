@@ -19,6 +19,7 @@ from router.settings.environment import (
     classifier_folder,
     config_folder,
     data_folder,
+    missing_address,
     own_or_shipped,
 )
 from router.settings.learning import JudgingSettings, LearningSettings, UtilitySettings, load_learning
@@ -53,6 +54,7 @@ __all__ = [
     "load_config",
     "load_discovery",
     "load_learning",
+    "missing_address",
     "own_or_shipped",
     "read_discovered",
 ]

@@ -14,6 +14,11 @@ from router.settings.files import Frozen
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_CONFIG_FOLDER = ROOT / "config"
+EXAMPLES = {
+    "ROUTER_DATABASE_URL": "postgresql://user@host/database",
+    "ROUTER_REDIS_URL": "redis://host:6379/0",
+    "MODELS_BACKEND_URL": "http://host:8100",
+}
 
 
 class Addresses(Frozen):
@@ -28,19 +33,23 @@ def addresses_from_environment(environment: Mapping[str, str] | None = None) -> 
     """Reads the three addresses. Raises ConfigError with the name of a variable that is not set."""
     environment = os.environ if environment is None else environment
     return Addresses(
-        database_url=_required(environment, "ROUTER_DATABASE_URL", "postgresql://user@host/database"),
-        redis_url=_required(environment, "ROUTER_REDIS_URL", "redis://host:6379/0"),
-        backend_url=_required(environment, "MODELS_BACKEND_URL", "http://host:8100"),
+        database_url=_required(environment, "ROUTER_DATABASE_URL"),
+        redis_url=_required(environment, "ROUTER_REDIS_URL"),
+        backend_url=_required(environment, "MODELS_BACKEND_URL"),
     )
 
 
-def _required(environment: Mapping[str, str], name: str, example: str) -> str:
+def _required(environment: Mapping[str, str], name: str) -> str:
     value = environment.get(name, "").strip()
     if not value:
-        raise ConfigError(
-            f"{name} is not set. Set it, e.g. {name}={example}, or source the demo's router.env."
-        )
+        raise missing_address(name)
     return value
+
+
+def missing_address(name: str) -> ConfigError:
+    """Returns the error for an address whose environment variable `name` is not set."""
+    example = EXAMPLES[name]
+    return ConfigError(f"{name} is not set. Set it, e.g. {name}={example}, or source .stack/router.env.")
 
 
 def config_folder(environment: Mapping[str, str] | None = None) -> Path:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
-from collections.abc import Hashable, Mapping
+import re
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from types import NoneType
+from typing import Any, ClassVar, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
@@ -13,6 +16,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, mod
 from router.errors import ConfigError
 
 log = logging.getLogger("router.settings")
+
+SHOWN_CHARACTERS = 60
+_CHOICES = re.compile(r"\^\(([\w|-]+)\)\$")  # a pattern of fixed names
 
 
 class Frozen(BaseModel):
@@ -92,11 +98,65 @@ def validated(kind: type[Settings], data: Any, path: Path) -> Settings:
     try:
         return kind.model_validate(data, context=path)
     except ValidationError as error:
-        key, message = first_problem(error)
+        key, message = first_problem(error, kind)
         raise ConfigError(f"{path}: {key + ': ' if key else ''}{message}") from error
 
 
-def first_problem(error: ValidationError) -> tuple[str, str]:
+def first_problem(error: ValidationError, kind: type[Frozen]) -> tuple[str, str]:
     """Returns the dotted key and the message of the first error; no key if it concerns the whole."""
     first = error.errors()[0]
-    return ".".join(map(str, first["loc"])), str(first["msg"]).removeprefix("Value error, ")
+    location, problem = first["loc"], first["type"]
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if problem == "extra_forbidden":
+        message = _unknown_key(str(location[-1]), _keys(kind, location[:-1]))
+    elif problem == "missing":
+        message = "this key is required; add it"
+    elif location[-1:] == ("[key]",):
+        location = location[:-1]
+        choices = _CHOICES.fullmatch(first.get("ctx", {}).get("pattern", ""))
+        if choices:
+            message = _unknown_key(str(location[-1]), choices[1].split("|"))
+        else:
+            message = f"this key {_plain(message)}"
+    elif problem != "value_error":
+        message = f"{_plain(message)}, got {_shown(first['input'])}"
+    return ".".join(map(str, location)), message
+
+
+def _unknown_key(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    if near:
+        return f"unknown key; did you mean `{near[0]}`?"
+    return f"unknown key; the keys here are {', '.join(known)}" if known else "unknown key; remove it"
+
+
+def _keys(kind: Any, location: Sequence[int | str]) -> list[str]:
+    """Returns the keys that the settings class `kind` accepts at a location."""
+    for key in location:
+        fields = getattr(kind, "model_fields", {})
+        if fields:
+            kind = fields[key].annotation if key in fields else None
+        else:  # an element of a container
+            kind = next((one for one in reversed(get_args(kind)) if one is not ...), None)
+        if NoneType in get_args(kind):  # X | None
+            kind = next(one for one in get_args(kind) if one is not NoneType)
+    return list(getattr(kind, "model_fields", {}))
+
+
+def _plain(message: str) -> str:
+    """Rewrites a message of pydantic, e.g. "Input should be a valid integer" as "must be an integer"."""
+    text = re.sub(r"^\w+ should ", "must ", message)
+    text = re.sub(r", (unable to|got) .*", "", text)
+    text = re.sub(r"a valid (?=[aeiou])", "an ", text).replace("a valid ", "a ")
+    text = re.sub(r"a dictionary( or .*)?$", "a mapping of keys to values", text)
+    return text.replace(" after validation, not", ", not").replace("a tuple", "a list")
+
+
+def _shown(value: Any) -> str:
+    """Shows a value of a file, cut to SHOWN_CHARACTERS."""
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, (list, tuple)):
+        return "a list"
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"

@@ -34,7 +34,7 @@ def check_overrides(usual: Frozen, categories: Mapping[str, Mapping[str, Any]]) 
         for category, overrides in categories.items():  # noqa: B007 - named in the error
             overridden(usual, overrides)
     except ValidationError as error:
-        key, message = first_problem(error)
+        key, message = first_problem(error, type(usual))
         raise ValueError(f"categories.{category}{'.' + key if key else ''}: {message}") from error
 
 

@@ -96,5 +96,5 @@ def test_failed_tasks_can_be_tried_again(router: CommandLine, database: str, tmp
 def test_a_traffic_target_is_checked_before_it_is_set(router: CommandLine) -> None:
     said = router("traffic", "phi-4", "120/min, 4/second, 20 at one")
     assert said.code == 1
-    assert "'at one' is not a limit at column 23" in said.err
-    assert "20 at once            calls in flight" in said.err  # the grammar, to write it right
+    assert "Cannot parse 'at one' at column 23" in said.err
+    assert "Did you mean 'at once'? See `router traffic --help`." in said.err

@@ -478,7 +478,7 @@ def test_config_errors_name_file_and_key(tmp_path: Path) -> None:
     router = CommandLine({"ROUTER_API_KEY": "x" * 20, "ROUTER_API_KEYS": str(tmp_path / "none"), **NOWHERE})
     for change, words in (
         ({"ranks": {"sport": 1}}, "models.phi-4.ranks.sport: no such category"),
-        ({"endpint": "x"}, "models.phi-4.endpint: Extra inputs are not permitted"),
+        ({"endpint": "x"}, "models.phi-4.endpint: unknown key; did you mean `endpoint`?"),
     ):
         file = config_folder(tmp_path / words[:20]) / "models.yaml"
         config = yaml.safe_load(file.read_text())

@@ -214,14 +214,17 @@ def test_single_category_works(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
-        ("colour: red\n", "colour: Extra inputs are not permitted"),
+        ("colour: red\n", "colour: unknown key"),
         ("folder: /tmp\n", "folder: unknown key"),
         ("threshold: 2\n", "duplicate key"),
         ("rules: [{category: sport, pattern: '('}]\n", "rules.0.pattern: '(' is not a regular expression"),
         ("rules: [{category: music, pattern: a}]\n", "rules.0.category: 'music' is not among the categories"),
         ("rules: [{category: sport}]\n", "rules.0: a rule has either a pattern or words"),
-        ("rules: [{category: sport, pattern: a, wieght: 2}]\n", "rules.0.wieght: Extra inputs"),
-        ("temperature: 0\n", "temperature: Input should be greater than 0"),
+        (
+            "rules: [{category: sport, pattern: a, wieght: 2}]\n",
+            "rules.0.wieght: unknown key; did you mean `weight`?",
+        ),
+        ("temperature: 0\n", "temperature: must be greater than 0, got 0"),
     ],
 )
 def test_invalid_key_is_reported_with_its_file(folder: Path, extra: str, words: str) -> None:

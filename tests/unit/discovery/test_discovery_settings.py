@@ -66,7 +66,7 @@ def test_category_overrides_the_usual_criteria(tmp_path: Path) -> None:
         ("criteria: {license: [mit]}", "criteria.license"),
         ("criteria: {input_price_max: -1}", "criteria.input_price_max"),
         ("criteria: {parameters_min: 9, parameters_max: 3}", "parameters_max is less"),
-        ("criteria: {benchmarks: {gpqa: 0}}", "criteria.benchmarks.gpqa: Input should be greater than 0"),
+        ("criteria: {benchmarks: {gpqa: 0}}", "criteria.benchmarks.gpqa: must be greater than 0, got 0"),
         ("criteria: {score_min: 0.5}", "score_min needs benchmarks"),
         ("criteria: {may_be_unknown: [colour]}", "may_be_unknown"),
         ("categories: {poetry: {candidates: 1}}", "categories.poetry: no such category"),

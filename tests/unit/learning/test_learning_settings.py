@@ -44,11 +44,11 @@ def test_category_overrides_the_usual_settings(tmp_path: Path) -> None:
         ("exploration: {share: 0.9}", "exploration.share"),
         (
             "grading: {sources: {rumour: 1}}",
-            "grading.sources.rumour.[key]: String should match pattern",
+            "grading.sources.rumour: unknown key; the keys here are check, reference, judge, feedback",
         ),
         (
             "grading: {sources: {judge: -1}}",
-            "grading.sources.judge: Input should be greater",
+            "grading.sources.judge: must be greater",
         ),
     ],
 )
