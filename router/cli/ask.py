@@ -37,14 +37,17 @@ Examples:
 
 \b
 Keys of --json:
-  answer, category, confidence, reason, preferred, fallback, seconds, cost_usd,
-  prompt_tokens, completion_tokens, sources, provisional, is_fallback
+  answer, category, confidence, reason, preferred, fallback, seconds,
+  cost_usd, prompt_tokens, completion_tokens, sources, provisional,
+  is_fallback
   model    null for passages
   rank     passages, fallback_model or chosen_model
   task_id  null if the request was not logged
-  calls    call_id, model, role, rank, started_seconds, sent_seconds, ended_seconds,
-           outcome, error, cost_usd, prompt_tokens, completion_tokens
-  late     a better answer that arrived within --late, with the same keys, or null
+  calls    call_id, model, role, rank, started_seconds, sent_seconds,
+           ended_seconds, outcome, error, cost_usd, prompt_tokens,
+           completion_tokens; the times are seconds since the request began
+  late     a better answer that arrived within --late, with the same keys,
+           or null
 """
 _STYLES = {EventKind.TROUBLE: "yellow", EventKind.ANSWERED: "green", EventKind.LATE: "green"}
 
@@ -59,14 +62,18 @@ class _Command:
 
 
 def ask(
-    prompt: Annotated[str, typer.Argument(help="Prompt to answer; - reads standard input.")],
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="Prompt to answer; - reads standard input.")
+    ],
     *,
-    category: Annotated[str | None, typer.Option(help="Category of the prompt. Default: classified.")] = None,
-    model: Annotated[str | None, typer.Option(help="Use this model only.")] = None,
+    category: Annotated[
+        str | None, typer.Option(metavar="CATEGORY", help="Category of the prompt. Default: classified.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(metavar="MODEL", help="Use this model only.")] = None,
     deadline: Annotated[
         float | None,
         typer.Option(
-            metavar="SECONDS", help="Time limit for the first answer. Default: that of the category."
+            metavar="SECONDS", help="Time limit for the first answer. Default: the category's deadline."
         ),
     ] = None,
     max_tokens: Annotated[

@@ -49,7 +49,7 @@ categories = terminal.verbs(help=CATEGORIES_HELP)
 
 @categories.command(help=EVALUATE_HELP)
 def evaluate(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="JSONL files.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE", help="JSONL files.")],
     *,
     as_json: terminal.Json = False,
     config: terminal.Config = terminal.DEFAULT_CONFIG,

@@ -25,22 +25,25 @@ LABELS = {"taken": "admitted"}  # of stored verdicts
 CHANGES = {"taken": "admission", "promoted": "promotion", "retired": "retirement"}  # of stored changes
 
 SEARCH_HELP = """
-Search for better models now: read the catalogs, try what meets the criteria, and admit winners.
+Search for better models now.
 
-A candidate answers the same prompts as the first model of the category, through the Models Backend and the
-limiter. If it is significantly better, it is admitted on probation, with a small target of its own. This
-takes as long as the answers take. Only one search runs at a time. Requires ROUTER_DATABASE_URL,
-ROUTER_REDIS_URL and MODELS_BACKEND_URL.
+Reads the catalogs, tries the models that meet the criteria, and admits winners. A candidate answers the same
+prompts as the first model of the category, through the Models Backend and the limiter. If it is significantly
+better, it is admitted on probation, with a small target of its own. This takes as long as the answers take.
+Only one search runs at a time. Requires ROUTER_DATABASE_URL, ROUTER_REDIS_URL and MODELS_BACKEND_URL.
 
 \b
 Examples:
-  router models search --dry-run               show what would be tried; send nothing
+  router models search --dry-run           show what would be tried
   router models search --category creative
   router models search --json
 
 \b
---json prints one object: search (null for a dry run), plans (category, incumbent, judge, prompts, passing,
-candidates), findings (model, category, catalogue, verdict, reason, trial), notes.
+Keys of --json:
+  search    null for a dry run
+  plans     category, incumbent, judge, prompts, passing, candidates
+  findings  model, category, catalogue, verdict, reason, trial
+  notes
 """
 PROMOTE_HELP = """
 Promote a model on probation: it is ranked like any other model.
@@ -57,10 +60,10 @@ Examples:
   router models retire llama-4-maverick
 """
 UNDO_HELP = """
-Undo the last change to a discovered model (admitted, promoted or retired).
+Undo the last change to a discovered model.
 
-Without MODEL, undo everything that the last search, or the one given by --search, admitted. Roster, ranks,
-discovered.yaml and the Variable are restored.
+A change is an admission, a promotion or a retirement. Without MODEL, undo everything that the last search, or
+the one given by --search, admitted. Roster, ranks, discovered.yaml and the Variable are restored.
 
 \b
 Examples:
@@ -121,7 +124,7 @@ def _with_options(command: Callable[..., None]) -> Callable[..., None]:
 def search(
     *,
     category: Annotated[
-        list[str] | None, typer.Option(help="Search only for this category; repeatable.")
+        list[str] | None, typer.Option(metavar="CATEGORY", help="Search only for this category; repeatable.")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be tried; send and store nothing.")

@@ -89,7 +89,7 @@ PREVIEW_LINES = 6
 
 knowledge = terminal.verbs()
 
-Paths = Annotated[list[Path], typer.Argument(metavar="PATH...", help="Files and folders.")]
+Paths = Annotated[list[Path], typer.Argument(metavar="PATH", help="Files and folders.")]
 
 
 @knowledge.command(help=ADD_HELP)
@@ -164,9 +164,9 @@ def list_sources(*, as_json: terminal.Json = False, database: terminal.Database 
 
 @knowledge.command(help=SEARCH_HELP)
 def search(
-    question: Annotated[str, typer.Argument(help="Text to search for.")],
+    question: Annotated[str, typer.Argument(metavar="TEXT", help="Text to search for.")],
     *,
-    limit: Annotated[int, typer.Option(min=1, max=100, help="Maximum number of passages.")] = 5,
+    limit: Annotated[int, typer.Option(metavar="N", min=1, max=100, help="Maximum number of passages.")] = 5,
     as_json: terminal.Json = False,
     database: Annotated[
         Optional[str],  # noqa: UP045 - typer evaluates it at run time, also on 3.10
@@ -200,7 +200,7 @@ async def _search(question: str, limit: int, database: str | None, config: Path)
 
 @knowledge.command(help=EVALUATE_HELP)
 def evaluate(
-    folder: Annotated[Path, typer.Argument(help="Folder with the three files.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder with the three files.")],
     *,
     as_json: terminal.Json = False,
 ) -> None:

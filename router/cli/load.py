@@ -47,7 +47,8 @@ Formats, also gzipped:
   openai  OpenAI Batch API, one object per line:
           {"custom_id", "method", "url", "body": {"messages", "max_tokens"}}
   jsonl   one object per line, only prompt is required:
-          {"prompt", "category", "priority", "id", "max_tokens", "deadline_at"};
+          {"prompt", "category", "priority", "id", "max_tokens",
+          "deadline_at"};
           lines of the format openai are accepted too
   csv     a header with prompt and optionally the other fields of jsonl;
           separated by comma, semicolon or tab
@@ -88,20 +89,29 @@ def load(
     ],
     *,
     file_format: Annotated[
-        Format | None, typer.Option("--format", help="Default: detected from the suffix, or the first line.")
+        Format | None,
+        typer.Option(
+            "--format",
+            metavar="openai|jsonl|csv|text",
+            help="Format of the files. Default: detected from the suffix, or the first line.",
+        ),
     ] = None,
     category: Annotated[
-        str | None, typer.Option(help="Category of rows without one. Default: classified.")
+        str | None,
+        typer.Option(metavar="CATEGORY", help="Category of rows without one. Default: classified."),
     ] = None,
     priority: Annotated[
         int,
         typer.Option(
+            metavar=f"{-MAX_PRIORITY}..{MAX_PRIORITY}",
             min=-MAX_PRIORITY,
             max=MAX_PRIORITY,
             help="Priority of rows without one; higher goes first.",
         ),
     ] = 0,
-    id_prefix: Annotated[str, typer.Option(help="Prefix for the ids of rows. Default: none.")] = "",
+    id_prefix: Annotated[
+        str, typer.Option(metavar="TEXT", help="Prefix for the ids of rows. Default: none.")
+    ] = "",
     as_json: terminal.Json = False,
     database: terminal.Database = None,
 ) -> None:

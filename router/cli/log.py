@@ -33,12 +33,16 @@ MODEL_COLUMN = 2
 def log(
     *,
     task: Annotated[int | None, typer.Option(metavar="ID", help="Show calls of this task.")] = None,
-    model: Annotated[str | None, typer.Option(help="Show calls to this model.")] = None,
-    category: Annotated[str | None, typer.Option(help="Show calls for prompts of this category.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="MODEL", help="Show calls to this model.")] = None,
+    category: Annotated[
+        str | None, typer.Option(metavar="CATEGORY", help="Show calls for prompts of this category.")
+    ] = None,
     since: Annotated[
         str | None, typer.Option(metavar="AGE", help="Show calls of the last AGE, e.g. 90s, 30min, 2h, 7d.")
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, max=MAX_ROWS, help="Maximum number of calls.")] = 50,
+    limit: Annotated[
+        int, typer.Option(metavar="N", min=1, max=MAX_ROWS, help="Maximum number of calls.")
+    ] = 50,
     as_json: terminal.Json = False,
     database: terminal.Database = None,
 ) -> None:

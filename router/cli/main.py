@@ -27,6 +27,7 @@ from router.cli.review import FEEDBACK_HELP, REVIEW_HELP, feedback, review
 from router.cli.serve import KEYS_HELP, SERVE_HELP, keys, serve
 from router.cli.status import STATUS_HELP, WATCH_HELP, status, watch
 from router.cli.tasks import EXPORT_HELP, RETRY_HELP, export, retry
+from router.cli.terminal import ADMINISTRATION, ANSWERS, MODELS, QUEUE
 from router.database import connect
 from router.migrations import migrate as migrate_schema
 from router.models import sync_roster
@@ -45,9 +46,10 @@ Exit codes:
   3  completed with errors; each failed row or task is listed
 """
 MIGRATE_HELP = """
-Upgrade the database schema in place and sync the roster with config/models.yaml.
+Upgrade the schema and sync models.
 
-Safe to run at any time, also concurrently from several machines.
+Upgrades the database schema in place and applies config/models.yaml to the roster, as `router models sync`
+does. Safe to run at any time, also concurrently from several machines.
 
 \b
 Examples:
@@ -55,29 +57,32 @@ Examples:
 """
 
 app = terminal.verbs(help=HELP, add_completion=True)
-app.command(help=LOAD_HELP)(load)
-app.command(help=ASK_HELP)(ask)
-app.command(help=STATUS_HELP)(status)
-app.command(help=WATCH_HELP)(watch)
-app.command(help=TRAFFIC_HELP)(traffic)
-app.command(help=LOG_HELP)(log)
-app.command(help=EXPORT_HELP)(export)
-app.command(help=RETRY_HELP)(retry)
-app.command(help=SERVE_HELP)(serve)
-app.add_typer(keys, name="keys", help=KEYS_HELP)
-app.command(help=REVIEW_HELP)(review)
-app.command(help=FEEDBACK_HELP)(feedback)
-app.add_typer(ranking, name="ranking", help=RANKING_HELP)
-app.add_typer(knowledge, name="knowledge", help=KNOWLEDGE_HELP)
+app.command(help=LOAD_HELP, rich_help_panel=QUEUE)(load)
+app.command(help=STATUS_HELP, rich_help_panel=QUEUE)(status)
+app.command(help=WATCH_HELP, rich_help_panel=QUEUE)(watch)
+app.command(help=LOG_HELP, rich_help_panel=QUEUE)(log)
+app.command(help=EXPORT_HELP, rich_help_panel=QUEUE)(export)
+app.command(help=RETRY_HELP, rich_help_panel=QUEUE)(retry)
+
 models.command(help=SEARCH_HELP)(search)
 models.command(help=PROMOTE_HELP)(promote)
 models.command(help=RETIRE_HELP)(retire)
 models.command(help=UNDO_HELP)(undo)
-app.add_typer(models, name="models", help=MODELS_HELP)
-app.add_typer(categories, name="categories", help=CATEGORIES_HELP)
+app.add_typer(models, name="models", help=MODELS_HELP, rich_help_panel=MODELS)
+app.command(help=TRAFFIC_HELP, rich_help_panel=MODELS)(traffic)
+app.add_typer(ranking, name="ranking", help=RANKING_HELP, rich_help_panel=MODELS)
+app.command(help=REVIEW_HELP, rich_help_panel=MODELS)(review)
+
+app.command(help=ASK_HELP, rich_help_panel=ANSWERS)(ask)
+app.command(help=FEEDBACK_HELP, rich_help_panel=ANSWERS)(feedback)
+app.add_typer(categories, name="categories", help=CATEGORIES_HELP, rich_help_panel=ANSWERS)
+app.add_typer(knowledge, name="knowledge", help=KNOWLEDGE_HELP, rich_help_panel=ANSWERS)
+
+app.command(help=SERVE_HELP, rich_help_panel=ADMINISTRATION)(serve)
+app.add_typer(keys, name="keys", help=KEYS_HELP, rich_help_panel=ADMINISTRATION)
 
 
-@app.command(help=MIGRATE_HELP)
+@app.command(help=MIGRATE_HELP, rich_help_panel=ADMINISTRATION)
 def migrate(
     *,
     as_json: terminal.Json = False,

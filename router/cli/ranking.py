@@ -13,14 +13,17 @@ from router.database import Connection, rows
 from router.errors import RouterError
 from router.learning import RankChange, Standing
 
-Category = Annotated[str | None, typer.Option("--category", "-c", help="Show only this category.")]
+Category = Annotated[
+    str | None, typer.Option("--category", "-c", metavar="CATEGORY", help="Show only this category.")
+]
 
 
 RANKING_HELP = """
-Show the ranking of the models in each category, or the changes of past reviews.
+Show model rankings.
 
-The nightly review ranks the models by the call log. A new model keeps its rank until it has enough calls. A
-model below the floor or on probation gets only a bounded share of the tasks.
+Shows the models of each category in order, or with --history the changes of past reviews. The nightly review
+ranks the models by the call log. A new model keeps its rank until it has enough calls. A model below the
+floor or on probation gets only a bounded share of the tasks.
 
 \b
 Examples:
@@ -161,8 +164,8 @@ def _show_history(reviews: list[dict[str, Any]], *, as_json: bool) -> None:
 
 @ranking.command(help=EXPLAIN_HELP)
 def explain(
-    model: Annotated[str, typer.Argument(metavar="MODEL")],
-    category: Annotated[str, typer.Argument(metavar="CATEGORY")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Name of the model.")],
+    category: Annotated[str, typer.Argument(metavar="CATEGORY", help="Name of the category.")],
     *,
     as_json: terminal.Json = False,
     database: terminal.Database = None,

@@ -15,9 +15,10 @@ from router.settings import load_config, load_learning
 WORDS = {"good": 1.0, "bad": 0.0}
 
 REVIEW_HELP = """
-Review the call log now: grade a sample of the answers, sum up the evidence, and rank the models.
+Grade answers and re-rank models now.
 
-Running it again changes nothing more. Only one review runs at a time.
+Does what the DAG nightly_review does every night: grades a sample of the answers in the call log, sums up the
+evidence, and ranks the models. Running it again changes nothing more. Only one review runs at a time.
 
 \b
 Examples:
@@ -25,9 +26,10 @@ Examples:
   router review
 """
 FEEDBACK_HELP = """
-Rate a task's answer: good, bad, or a number from 0 (bad) to 1.
+Rate an answer.
 
-The next review counts the rating for the model that gave the answer. A new rating replaces the previous one.
+A rating is good, bad, or a number from 0 (bad) to 1 (good). The next review counts the rating for the model
+that gave the answer. A new rating replaces the previous one.
 
 \b
 Examples:
@@ -66,7 +68,7 @@ def review(
 
 def feedback(
     task: Annotated[int, typer.Argument(metavar="TASK", help="ID of the task.")],
-    verdict: Annotated[str, typer.Argument(metavar="good|bad|0..1")],
+    verdict: Annotated[str, typer.Argument(metavar="RATING", help="good, bad, or a number from 0 to 1.")],
     *,
     by: terminal.By = None,
     as_json: terminal.Json = False,

@@ -20,12 +20,12 @@ DEFAULT_KEYS = Path("~/.config/llm-router/api_keys")
 MEBIBYTE = 1024 * 1024
 
 SERVE_HELP = """
-Serve the OpenAI-compatible API: /v1/chat/completions and /v1/models.
+Serve an OpenAI-compatible API.
 
-The model "auto" routes the prompt, "auto:CATEGORY" routes it within a category, and any other name selects
-that model. Requires ROUTER_DATABASE_URL, ROUTER_REDIS_URL, MODELS_BACKEND_URL, and an API key for each client
-(`router keys`); ROUTER_API_KEY may contain one more key in plain text. On SIGTERM, requests in flight may
-finish within --grace.
+Endpoints are /v1/chat/completions and /v1/models. The model "auto" routes the prompt, "auto:CATEGORY" routes
+it within a category, and any other name selects that model. Requires ROUTER_DATABASE_URL, ROUTER_REDIS_URL,
+MODELS_BACKEND_URL, and an API key for each client (`router keys`); ROUTER_API_KEY may contain one more key in
+plain text. On SIGTERM, requests in flight may finish within --grace.
 
 \b
 Examples:
@@ -34,7 +34,9 @@ Examples:
   ROUTER_API_KEY=... router serve --host 0.0.0.0
 """
 KEYS_HELP = """
-Manage the API keys of clients of `router serve`. Changes apply within a second.
+Manage API keys for `router serve`.
+
+Changes apply within a second.
 
 \b
 Examples:
@@ -83,10 +85,14 @@ def remove(client: Client, *, file: KeysFile = DEFAULT_KEYS) -> None:
 def serve(
     *,
     host: Annotated[
-        str, typer.Option(envvar="ROUTER_SERVE_HOST", help="Address to listen on.")
+        str,
+        typer.Option(envvar="ROUTER_SERVE_HOST", metavar="ADDRESS", help="Address to listen on."),
     ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(envvar="ROUTER_SERVE_PORT", min=0, max=65535, help="Port; 0 selects a free one.")
+        int,
+        typer.Option(
+            envvar="ROUTER_SERVE_PORT", metavar="PORT", min=0, max=65535, help="Port; 0 selects a free one."
+        ),
     ] = 8200,
     file: KeysFile = DEFAULT_KEYS,
     no_keys: Annotated[
@@ -96,9 +102,10 @@ def serve(
         int,
         typer.Option(
             envvar="ROUTER_SERVE_AT_ONCE",
+            metavar="N",
             min=1,
             max=10_000,
-            help="Maximum concurrent requests; more get a 503.",
+            help="Maximum concurrent requests; further ones get a 503.",
         ),
     ] = 64,
     max_body: Annotated[

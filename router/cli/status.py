@@ -62,7 +62,8 @@ def status(
 def watch(
     *,
     seconds: Annotated[
-        float | None, typer.Option(min=0, help="Stop after this time. Default: run until Ctrl-C.")
+        float | None,
+        typer.Option(metavar="SECONDS", min=0, help="Stop after this time. Default: run until Ctrl-C."),
     ] = None,
     as_json: terminal.Json = False,
     database: terminal.Database = None,

@@ -50,7 +50,7 @@ Examples:
 
 
 def export(
-    file: Annotated[str, typer.Argument(help="Output file; - writes to standard output.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Output file; - writes to standard output.")],
     *,
     everything: Annotated[
         bool, typer.Option("--all", help="Export solved and failed tasks (default).")
@@ -81,7 +81,9 @@ def export(
 def retry(
     task_ids: Annotated[list[int] | None, typer.Argument(metavar="TASK", help="Ids of failed tasks.")] = None,
     *,
-    category: Annotated[str | None, typer.Option(help="Retry all failed tasks of this category.")] = None,
+    category: Annotated[
+        str | None, typer.Option(metavar="CATEGORY", help="Retry all failed tasks of this category.")
+    ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Retry all failed tasks.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     as_json: terminal.Json = False,

@@ -51,7 +51,7 @@ Config = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 By = Annotated[
     str | None,
-    typer.Option("--by", help="Author recorded in the history. Default: your user name."),
+    typer.Option("--by", metavar="NAME", help="Author recorded in the history. Default: your user name."),
 ]
 AirflowUrl = Annotated[
     str | None,
@@ -59,22 +59,74 @@ AirflowUrl = Annotated[
 ]
 AirflowUser = Annotated[
     str | None,
-    typer.Option("--airflow-user", envvar="ROUTER_AIRFLOW_USER", help="Airflow user who may edit Variables."),
+    typer.Option(
+        "--airflow-user",
+        metavar="NAME",
+        envvar="ROUTER_AIRFLOW_USER",
+        help="Airflow user who may edit Variables.",
+    ),
 ]
 AirflowPassword = Annotated[
     str | None,
     typer.Option(
         "--airflow-password",
+        metavar="PASSWORD",
         envvar="ROUTER_AIRFLOW_PASSWORD",
         help="Password of the Airflow user; prefer the environment variable.",
     ),
 ]
 DEFAULT_CONFIG = DEFAULT_CONFIG_FOLDER
 AIRFLOW_SECONDS = 5.0
+QUEUE, MODELS, ANSWERS, ADMINISTRATION = PANELS = ("Queue", "Models", "Answers", "Administration")
+
+
+class RouterCommand(typer.core.TyperCommand):
+    """Command whose help shows arguments by their names, e.g. FILE..., without braces and types."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        arguments = [_usage(one) for one in self.get_params(ctx) if one.param_type_name == "argument"]
+        return [self.options_metavar or "", *arguments]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        records: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for one in self.get_params(ctx):
+            record = one.get_help_record(ctx)
+            if record is None:
+                continue
+            if one.param_type_name == "argument":
+                records["Arguments"].append((_name(one), record[1].replace("[required]", "").rstrip()))
+            else:
+                records["Options"].append(record)
+        for title, written in records.items():
+            if written:
+                with formatter.section(title):
+                    formatter.write_dl(written)
+
+
+def _name(argument: Any) -> str:
+    return f"{argument.metavar or argument.name.upper()}{'...' if argument.nargs != 1 else ''}"
+
+
+def _usage(argument: Any) -> str:
+    return _name(argument) if argument.required else f"[{_name(argument)}]"
 
 
 class RouterGroup(typer.core.TyperGroup):
-    """Command group that turns a RouterError into one message and exit code 1."""
+    """Command group that lists its commands by panel, and turns a RouterError into one message."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        commands = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
+        width = formatter.width - 6 - max(map(len, commands), default=0)
+        panels: dict[str, list[tuple[str, str]]] = {panel: [] for panel in PANELS}
+        for name, command in commands.items():
+            if command is not None and not command.hidden:
+                panel = getattr(command, "rich_help_panel", None)
+                rows = panels.setdefault(panel if isinstance(panel, str) else "Commands", [])
+                rows.append((name, command.get_short_help_str(width)))
+        for panel, rows in panels.items():
+            if rows:
+                with formatter.section(panel):
+                    formatter.write_dl(rows)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -87,9 +139,14 @@ class RouterGroup(typer.core.TyperGroup):
             raise typer.Exit(EXIT_FAILED) from error
 
 
+class _Commands(typer.Typer):
+    def command(self, *arguments: Any, **options: Any) -> Any:
+        return super().command(*arguments, **{"cls": RouterCommand, **options})
+
+
 def verbs(**arguments: Any) -> typer.Typer:
     """Creates a command group with plain help texts and without tracebacks."""
-    return typer.Typer(
+    return _Commands(
         cls=RouterGroup,
         no_args_is_help=not arguments.get("invoke_without_command", False),
         rich_markup_mode=None,
