@@ -29,6 +29,7 @@ STATIC = {
         for name in (
             "console.js",
             "draw.js",
+            "labels.js",
             "models.js",
             "model_row.js",
             "queue.js",

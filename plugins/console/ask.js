@@ -12,8 +12,8 @@ import {
   setText,
   usd,
 } from "./draw.js";
+import { label, OUTCOMES, RANKS, ROLES } from "./labels.js";
 
-const ROLES = { asked: "preferred", next: "next in rank", fallback: "fallback", passages: "knowledge" };
 const TICK_MS = 200;
 
 export class Ask {
@@ -142,7 +142,7 @@ export class Ask {
   showAnswer(answer) {
     for (const call of answer.calls) this.calls.set(call.call_id, call);
     const kind = answer.late
-      ? "Late answer (replaced the fallback)"
+      ? "Late answer (replaced the earlier one)"
       : answer.provisional
         ? "Provisional answer, waiting for a better one"
         : "Answer";
@@ -156,7 +156,7 @@ export class Ask {
         el(
           "p.quiet",
           {},
-          `${source} (${answer.rank}) · ${seconds(answer.seconds)} · ${usd(answer.cost_usd)}`,
+          `${source} (${label(RANKS, answer.rank)}) · ${seconds(answer.seconds)} · ${usd(answer.cost_usd)}`,
           answer.task_id === null
             ? null
             : [" · ", el("a", { href: `#queue/task/${answer.task_id}` }, `task ${answer.task_id}`)],
@@ -178,13 +178,14 @@ export class Ask {
     calls.forEach((call, index) => {
       const [model, role, bars, state] = this.lanes.children[index].parts;
       setText(model, call.model);
-      setText(role, ROLES[call.role] ?? call.role);
+      setText(role, label(ROLES, call.role));
       const sent = call.sent_seconds ?? call.ended_seconds ?? now;
       const until = call.ended_seconds ?? now;
       setBar(bars[0], call.started_seconds, sent, end);
       setBar(bars[1], sent, until, end);
       bars[1].className = outcomeClass(call.outcome);
-      const stateText = call.outcome ?? (call.sent_seconds === null ? "waiting for a permit" : "in flight");
+      const open = call.sent_seconds === null ? "waiting for a permit" : "in flight";
+      const stateText = call.outcome ? label(OUTCOMES, call.outcome) : open;
       setText(
         state,
         `${stateText}, ${seconds(until - call.started_seconds)}` +

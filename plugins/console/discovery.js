@@ -1,9 +1,10 @@
 // Model discovery: models on probation, candidates of the last search, and changes of the roster.
 
 import { api, clock, el, number, replace, seconds, table, usd } from "./draw.js";
+import { label, ROSTER_CHANGES, VERDICTS } from "./labels.js";
 
-const VERDICTS = {
-  taken: "admitted after its trial",
+const EXPLANATIONS = {
+  taken: "significantly better in its trial",
   lost: "tried, not significantly better",
   unreachable: "cannot be called through the Models Backend",
   refused: "does not meet the criteria",
@@ -84,12 +85,15 @@ function standing(here, needs) {
 function bound(here, needs) {
   const { middle } = here;
   if (!middle)
-    return "No other model is active in this category; it is promoted once it has the required calls.";
+    return "No other model is active in this category: it is promoted once it has the required calls.";
   if (middle.bound === null)
-    return `Its lower bound must then reach that of ${middle.model}, which is not reviewed yet.`;
+    return `Promotion also requires a comparison with ${middle.model}, which no review has ranked yet.`;
   const threshold = (middle.bound - (needs?.margin ?? 0)).toFixed(3);
   const own = here.bound === null ? "not reviewed yet" : here.bound.toFixed(3);
-  return `Its lower bound must then reach ${threshold}, from ${middle.model}; now: ${own}.`;
+  return (
+    `Promotion also requires a utility (lower bound) of at least ${threshold}, ` +
+    `derived from ${middle.model}; now: ${own}.`
+  );
 }
 
 const trialText = ({ pairs, candidate, incumbent, difference, error }) =>
@@ -107,7 +111,9 @@ function candidates(found) {
       el(
         "p.quiet",
         {},
-        "No search has run yet. The DAG nightly_review searches every night, `router models search` immediately.",
+        "No search has run yet. The DAG nightly_review searches every night; to search now, run ",
+        el("code", {}, "router models search"),
+        ".",
       ),
     );
   const state = search.ended_at ? `ended ${clock(search.ended_at)}` : "running or interrupted";
@@ -130,7 +136,7 @@ function candidates(found) {
 function ofCategory(name, { counts, findings }) {
   const summary = Object.keys(VERDICTS)
     .filter((verdict) => counts[verdict])
-    .map((verdict) => `${number(counts[verdict])} ${verdict}`);
+    .map((verdict) => `${number(counts[verdict])} ${VERDICTS[verdict]}`);
   const tried = findings.filter((finding) => TRIED.includes(finding.verdict));
   return el(
     "section",
@@ -163,7 +169,11 @@ function triedTable(tried) {
         "tr",
         {},
         el("th", { scope: "row" }, finding.model),
-        el("td", {}, el("span.badge", { title: VERDICTS[finding.verdict] }, finding.verdict)),
+        el(
+          "td",
+          {},
+          el("span.badge", { title: EXPLANATIONS[finding.verdict] }, label(VERDICTS, finding.verdict)),
+        ),
         el("td", {}, own ? own.worth.toFixed(3) : "–"),
         el("td", {}, trial ? trial.incumbent.worth.toFixed(3) : "–"),
         el("td", {}, trial ? `${signed(trial.difference)} ± ${trial.error.toFixed(3)}` : "–"),
@@ -177,7 +187,7 @@ function triedTable(tried) {
 }
 
 const origin = ({ catalogue, search, at }) =>
-  `by ${catalogue || "no catalog"}, search ${search}, ${clock(at)}`;
+  `${catalogue ? `from catalog ${catalogue}, ` : ""}tried in search ${search}, ${clock(at)}`;
 
 function collapsed(verdict, count, findings) {
   if (!count) return null;
@@ -186,7 +196,7 @@ function collapsed(verdict, count, findings) {
   return el(
     "details",
     {},
-    el("summary", {}, `${number(count)} ${verdict}: ${VERDICTS[verdict]}`),
+    el("summary", {}, `${number(count)} ${VERDICTS[verdict]}: ${EXPLANATIONS[verdict]}`),
     el(
       "ul",
       {},
@@ -210,7 +220,7 @@ function events(found) {
               "li",
               { class: event.undone_by === null ? false : "replaced" },
               el("b", {}, event.model),
-              ` ${event.what} ${clock(event.at)} by ${event.by}`,
+              ` ${label(ROSTER_CHANGES, event.what)} ${clock(event.at)} by ${event.by}`,
               event.undone_by === null ? "" : " (undone)",
               `: ${event.why}`,
             ),

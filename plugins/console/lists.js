@@ -13,23 +13,11 @@ import {
   table,
   usd,
 } from "./draw.js";
+import { label, OUTCOME_GROUPS, OUTCOMES, ROLES, SETTLEMENTS } from "./labels.js";
 import { outcome } from "./task.js";
 
 const CALLS_SECONDS = 3;
 const FAILURES_SECONDS = 3;
-const OUTCOMES = [
-  "",
-  "wrong",
-  "under way",
-  "answered",
-  "rate_limited",
-  "overloaded",
-  "error",
-  "timeout",
-  "garbage",
-  "rejected",
-];
-const OUTCOME_LABELS = { "": "all", wrong: "failed", "under way": "in flight" };
 
 export const taskLink = (id, text = `task ${id}`) => el("a", { href: `#queue/task/${id}` }, text);
 
@@ -47,7 +35,7 @@ export class Failures {
       "section.card",
       { "aria-label": "Failures", hidden: true },
       el("div.row", {}, el("h2", {}, "Failures"), this.all, this.message),
-      table(["Task", "Category", "Failed", "Reason", me.may.retry ? "Retry" : "–"], this.list),
+      table(["Task", "Category", "Failed", "Reason", ...(me.may.retry ? ["Retry"] : [])], this.list),
     );
   }
 
@@ -72,10 +60,10 @@ export class Failures {
             el("td", {}, task.category),
             el("td", {}, relativeTime(task.failed_at)),
             el("td.wide", {}, task.failure ?? "no reason recorded", el("div.quiet", {}, task.prompt)),
-            el(
-              "td",
-              {},
-              this.mayRetry &&
+            this.mayRetry &&
+              el(
+                "td",
+                {},
                 el(
                   "button.small",
                   {
@@ -85,7 +73,7 @@ export class Failures {
                   },
                   "Retry",
                 ),
-            ),
+              ),
           ),
         ),
       );
@@ -117,15 +105,15 @@ export class Calls {
     this.message = el("p.quiet", { role: "status" });
     this.older = el("button", { type: "button", onclick: () => this.load(this.last) }, "Show older");
     const field = (name, options) => el("label", {}, name, el("br"), options);
-    const select = (values) =>
+    const select = (labels) =>
       el(
         "select",
         { onchange: () => this.load() },
-        values.map((v) => el("option", { value: v }, OUTCOME_LABELS[v] ?? v)),
+        Object.entries(labels).map(([value, name]) => el("option", { value }, name)),
       );
-    this.model = select([""]);
-    this.category = select([""]);
-    this.outcome = select(OUTCOMES);
+    this.model = select({ "": "all" });
+    this.category = select({ "": "all" });
+    this.outcome = select({ ...OUTCOME_GROUPS, ...OUTCOMES });
     this.node = el(
       "section.card",
       { "aria-label": "Recent calls" },
@@ -196,9 +184,9 @@ function callRow(call) {
     el("td", {}, call.task_id === null ? "–" : taskLink(call.task_id, String(call.task_id))),
     el("td", {}, call.model),
     el("td", {}, call.category ?? "–"),
-    el("td", {}, call.role),
+    el("td", {}, label(ROLES, call.role)),
     el("td", {}, outcome(call)),
-    el("td", {}, call.settlement ?? "–"),
+    el("td", {}, label(SETTLEMENTS, call.settlement)),
     el("td", {}, seconds(call.latency_seconds)),
     el("td", {}, usd(call.cost_usd)),
   );

@@ -6,7 +6,7 @@ import { ago, api, el, number, replace, seconds, setText, Spark } from "./draw.j
 const MIN_RATE_SECONDS = 15;
 const MAX_RATE_SECONDS = 60;
 const WAITING = {
-  window: "next slot",
+  window: "request limit",
   tokens: "token limit",
   concurrency: "concurrency limit",
   stopped: "stopped",
@@ -66,7 +66,7 @@ export class ModelRow {
     this.state.hidden = model.state === "active";
     this.showUsage(model);
     const edited = variable?.edited_by ? `set by ${variable.edited_by} ${ago(variable.edited_at)}` : "";
-    const inactive = model.target_kept ? "last known, not active" : "";
+    const inactive = model.target_kept ? "last known target, not applied" : "";
     setText(this.note, [inactive, edited].filter(Boolean).join(" · "));
     setText(
       this.cells.inFlight,
@@ -76,7 +76,7 @@ export class ModelRow {
     const idle = !hasTasks && (model.waiting_for ?? "window") === "window";
     setText(
       this.cells.waiting,
-      cooldown || (idle ? "tasks" : (WAITING[model.waiting_for] ?? model.waiting_for ?? "–")),
+      cooldown || (idle ? "idle (no tasks)" : (WAITING[model.waiting_for] ?? model.waiting_for ?? "–")),
     );
     setText(
       this.cells.refused,
@@ -95,7 +95,7 @@ export class ModelRow {
     if (key === this.usageKey) return;
     this.usageKey = key;
     if (!limits.length) {
-      replace(this.usage, model.target === "0" ? "stopped (0)" : (model.target ?? "no target"));
+      replace(this.usage, model.target === "0" ? "stopped (target 0)" : (model.target ?? "no target"));
       return;
     }
     replace(

@@ -29,7 +29,11 @@ export class Models {
       { "aria-label": "Models" },
       this.summary,
       this.table,
-      el("p.quiet", {}, "The area shows requests over the last ten minutes, the dashed line the target."),
+      el(
+        "p.quiet",
+        {},
+        "Plots show requests per minute over the last ten minutes; the dashed line is the target.",
+      ),
     );
   }
 
@@ -70,7 +74,7 @@ export class Models {
     const left = status.pace.seconds_left;
     const pace =
       status.pace.per_minute === null ? "" : ` · ${number(Math.round(status.pace.per_minute))} tasks/min`;
-    const end = status.tasks.unsolved && left !== null ? ` · done in ${seconds(left)}` : "";
+    const end = status.tasks.unsolved && left !== null ? ` · ETA ${seconds(left)}` : "";
     setText(
       this.summary,
       `${active} models active · ${number(inFlight)} calls in flight · ` +

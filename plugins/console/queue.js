@@ -1,6 +1,7 @@
 // View Queue: tasks by state, estimated completion, failures, recent calls, and the details of one task.
 
 import { ago, api, el, number, replace, seconds, setText } from "./draw.js";
+import { label, TASK_STATES } from "./labels.js";
 import { Calls, Failures, taskLink } from "./lists.js";
 import { taskDetails } from "./task.js";
 
@@ -33,7 +34,7 @@ export class Queue {
             el(
               "tr",
               {},
-              ["Category", "Unsolved", "Solved", "Failed", "Completed/min", "Done in"].map((name, i) =>
+              ["Category", "Unsolved", "Solved", "Failed", "Tasks/min", "ETA"].map((name, i) =>
                 el(i ? "th.right" : "th", { scope: "col" }, name),
               ),
             ),
@@ -65,11 +66,11 @@ export class Queue {
     if (this.task) return;
     const { tasks, pace } = status;
     const states = [
-      ["unsolved", tasks.unsolved],
+      ["unsolved, of which:", tasks.unsolved],
       ["ready", tasks.ready],
       ["unclassified", tasks.uncategorised],
       ["waiting for a retry", tasks.waiting],
-      ["running", tasks.running],
+      ["claimed", tasks.running],
       ["solved", tasks.solved],
       ["failed", tasks.failed],
     ];
@@ -100,8 +101,8 @@ export class Queue {
         this.oldest,
         "Oldest unsolved: ",
         taskLink(oldest.task_id),
-        `, ${oldest.category}, ${oldest.state}, `,
-        oldest.created_at ? `created ${ago(oldest.created_at)}` : "created before the upgrade",
+        `, ${oldest.category}, ${label(TASK_STATES, oldest.state)}, `,
+        oldest.created_at ? `created ${ago(oldest.created_at)}` : "creation time unknown",
         oldest.attempt ? `, attempt ${oldest.attempt}` : "",
       );
   }
@@ -158,8 +159,8 @@ function estimateText(tasks, pace) {
   const rate = pace.per_minute === null ? "" : `${number(Math.round(pace.per_minute))} tasks/min. `;
   const end =
     pace.seconds_left === null
-      ? "No tasks are completing; no estimate."
-      : `Estimated time left: ${seconds(pace.seconds_left)}.`;
+      ? "No tasks are completing; no ETA."
+      : `ETA ${seconds(pace.seconds_left)}.`;
   const { bottleneck } = pace;
   return (
     rate +

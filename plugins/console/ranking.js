@@ -26,7 +26,11 @@ export class Ranking {
       const found = await (await api("priorities")).json();
       replace(
         this.body,
-        el("p.summary", {}, `Based on the newest ${number(found.among)} calls.`),
+        el(
+          "p.summary",
+          {},
+          `Calls, answered, latency and cost are measured over the newest ${number(found.among)} calls.`,
+        ),
         Object.entries(found.categories).map(([name, models]) => category(name, models, found)),
         others(found.others),
       );
@@ -40,7 +44,7 @@ function category(name, models, found) {
   const reviews = found.reviews.filter((review) => review.category === name);
   const head = ["Rank", "Model", "State", "Calls", "Answered", "Median latency", "Cost/call"];
   const reviewed = models.some((m) => m.reason);
-  if (reviewed) head.push("Quality", "Reason");
+  if (reviewed) head.push("Utility (lower bound)", "Reason");
   return el(
     "section.card",
     { "aria-label": name },
@@ -143,8 +147,8 @@ function others(models) {
   if (!models.length) return null;
   return el(
     "section.card",
-    { "aria-label": "Inactive and on probation", tabindex: "0" },
-    el("h2", {}, "Inactive and on probation"),
+    { "aria-label": "On probation, paused or retired", tabindex: "0" },
+    el("h2", {}, "On probation, paused or retired"),
     table(
       ["Model", "State", "Source", "Last error"],
       models.map((m) =>

@@ -1,8 +1,8 @@
 // Details of one task, with all calls made for it.
 
 import { api, clock, confidenceText, el, number, outcomeClass, seconds, usd } from "./draw.js";
+import { label, OUTCOMES, RANKS, ROLES, SETTLEMENTS, TASK_STATES } from "./labels.js";
 
-const RANKS = { 1: "passages", 2: "fallback model", 3: "chosen model" };
 
 export function taskDetails({ task, calls, logs }, me, reload) {
   const facts = (pairs) =>
@@ -37,7 +37,13 @@ export function taskDetails({ task, calls, logs }, me, reload) {
   return el(
     "article",
     {},
-    el("div.row", {}, el("h2", {}, `Task ${task.task_id}`), el("span.badge", {}, task.state), retry),
+    el(
+      "div.row",
+      {},
+      el("h2", {}, `Task ${task.task_id}`),
+      el("span.badge", {}, label(TASK_STATES, task.state)),
+      retry,
+    ),
     facts([
       ["Category", `${task.category ?? "none"}${confidenceText(task.confidence)}`],
       [
@@ -53,7 +59,8 @@ export function taskDetails({ task, calls, logs }, me, reload) {
       ],
       [
         "Answered by",
-        task.answered_by && `${task.answered_by}${task.answer_rank ? ` (${RANKS[task.answer_rank]})` : ""}`,
+        task.answered_by &&
+          task.answered_by + (task.answer_rank ? ` (${label(RANKS, task.answer_rank)})` : ""),
       ],
       ["Failure", task.failure],
       ["Deadline", task.deadline_at && clock(task.deadline_at)],
@@ -107,7 +114,7 @@ function lanes(calls, started, logs) {
         "div",
         {},
         el("b", {}, call.model),
-        el("div.quiet", {}, `${call.role}, after ${seconds(after)}`),
+        el("div.quiet", {}, `${label(ROLES, call.role)}, after ${seconds(after)}`),
         logs[call.call_id] && el("a", { href: logs[call.call_id], target: "_top" }, "Airflow's log"),
       ),
       el(
@@ -123,7 +130,7 @@ function lanes(calls, started, logs) {
         el(
           "div.quiet",
           {},
-          [call.settlement, seconds(call.latency_seconds), usd(call.cost_usd)]
+          [label(SETTLEMENTS, call.settlement), seconds(call.latency_seconds), usd(call.cost_usd)]
             .filter((t) => t && t !== "–")
             .join(", "),
         ),
@@ -138,6 +145,6 @@ export function outcome(call) {
   return el(
     "span",
     { class: kind, title: call.error ?? false },
-    (call.outcome ?? "in flight") + (call.late ? ", late" : ""),
+    (call.outcome ? label(OUTCOMES, call.outcome) : "in flight") + (call.late ? ", late" : ""),
   );
 }

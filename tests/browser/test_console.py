@@ -204,7 +204,7 @@ def test_discovery_is_shown_also_on_a_phone(
         assert f"better than others {EVIL}" in admin.text("[aria-label='On probation'] article")
         assert "utility 0.800 against 0.700" in admin.text("[aria-label='On probation'] article")
         general = admin.text("[aria-label='Candidates: general']")
-        assert "1 taken, 1 lost, 1 refused." in general
+        assert "1 admitted, 1 not better, 1 ineligible." in general
         assert "+0.100 \N{PLUS-MINUS SIGN} 0.020" in general
         assert admin.run("return window.pwned ?? null") is None
         assert admin.all("main img, main script") == []
