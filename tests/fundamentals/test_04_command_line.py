@@ -60,7 +60,7 @@ def test_a_line_that_cannot_be_read_is_named_and_the_others_are_loaded(
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "good"}\n{"prompt": \n')
     said = router("load", tmp_path / "prompts.jsonl")
     assert said.code == 3
-    assert "prompts.jsonl:2: the line is no JSON" in said.err
+    assert "prompts.jsonl:2: the line is not valid JSON" in said.err
     assert "1 added · 1 invalid" in said.out
 
 

@@ -77,7 +77,7 @@ def test_invalid_rows_are_listed_and_the_others_loaded(router: CommandLine, ask:
     file.write_text('{"prompt": "good"}\nbad\n{"prompt": "good too"}\n{"prompt": ""}\n')
     result = router("load", file)
     assert result.code == 3
-    assert f"{file}:2: the line is no JSON" in result.err
+    assert f"{file}:2: the line is not valid JSON" in result.err
     assert f"{file}:4: the prompt is empty" in result.err
     assert "2 added · 2 invalid" in result.out
     assert prompts_in(ask) == ["good", "good too"]
@@ -86,7 +86,7 @@ def test_invalid_rows_are_listed_and_the_others_loaded(router: CommandLine, ask:
 def test_the_first_invalid_rows_are_listed_and_all_are_counted(router: CommandLine, tmp_path: Path):
     (tmp_path / "a.jsonl").write_text("bad\n" * 100)
     result = router("load", tmp_path / "a.jsonl")
-    assert (result.code, result.err.count("no JSON")) == (3, 20)
+    assert (result.code, result.err.count("not valid JSON")) == (3, 20)
     result = router("load", tmp_path / "a.jsonl", "--json")
     assert (result.json["bad"], len(result.json["errors"]), result.err) == (100, 20, "")
 
