@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -43,7 +43,10 @@ class RuleSettings(Frozen):
 class ClassificationSettings(Frozen):
     """Contents of `config/categories.yaml`, and the folder of the file. Times in seconds."""
 
-    renamed_keys: ClassVar = {"categorise_tasks": "classify_tasks", "patience_seconds": "timeout_seconds"}
+    renamed_keys: ClassVar[Mapping[str, str | None]] = {
+        "categorise_tasks": "classify_tasks",
+        "patience_seconds": "timeout_seconds",
+    }
 
     categories: dict[str, str]  # name -> description
     default_category: str

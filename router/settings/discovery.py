@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -50,7 +50,7 @@ class CriteriaSettings(Frozen):
     Parameters in billions, prices in USD per million tokens, scores from 0 to 1. None: not required.
     """
 
-    renamed_keys: ClassVar = {"licences": "licenses"}
+    renamed_keys: ClassVar[Mapping[str, str | None]] = {"licences": "licenses"}
 
     licenses: tuple[str, ...] | None = None
     parameters_min: float = Field(default=0.0, ge=0)
@@ -85,7 +85,7 @@ class CriteriaSettings(Frozen):
 class TrialSettings(Frozen):
     """Trial of a candidate against the incumbent model of a category. Times in seconds."""
 
-    renamed_keys: ClassVar = {
+    renamed_keys: ClassVar[Mapping[str, str | None]] = {
         "patience_seconds": "timeout_seconds",
         "at_once": "max_concurrency",
         "least_answers": "min_answers",
@@ -113,7 +113,7 @@ class TrialSettings(Frozen):
 class ProbationSettings(Frozen):
     """Traffic of a model on probation, and the evidence for promoting or retiring it. Times in seconds."""
 
-    renamed_keys: ClassVar = {"least_calls": "min_calls", "most_nights": "max_days"}
+    renamed_keys: ClassVar[Mapping[str, str | None]] = {"least_calls": "min_calls", "most_nights": "max_days"}
 
     target: TrafficTargetLine = "6/min"
     max_tokens: int = Field(default=512, ge=1)
@@ -126,7 +126,7 @@ class ProbationSettings(Frozen):
 class DiscoverySettings(WithOverrides):
     """Contents of `config/search.yaml`; categories override `criteria`."""
 
-    renamed_keys: ClassVar = {"catalogues": "catalogs"}
+    renamed_keys: ClassVar[Mapping[str, str | None]] = {"catalogues": "catalogs"}
 
     catalogs: tuple[CatalogSettings, ...] = ()
     criteria: CriteriaSettings = CriteriaSettings()

@@ -6,6 +6,7 @@ Settings are read once, here and at the edges (`cli`, plugins); other code gets 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -23,7 +24,7 @@ Deadline = Annotated[float, Field(gt=0, le=3600)]
 class BackendPaths(Frozen):
     """Paths of the Models Backend's endpoints."""
 
-    renamed_keys: ClassVar = {"batch": None, "health": None}
+    renamed_keys: ClassVar[Mapping[str, str | None]] = {"batch": None, "health": None}
 
     single: str = "/single"
     models: str = "/models"
@@ -72,7 +73,7 @@ class WorkerSettings(Frozen):
 class TrafficSettings(Frozen):
     """Slacks of the rate limiter and its circuit breaker; see docs/limiter.md. Times in seconds."""
 
-    renamed_keys: ClassVar = {
+    renamed_keys: ClassVar[Mapping[str, str | None]] = {
         "failures_borne": "failure_threshold",
         "first_rest_seconds": "initial_cooldown_seconds",
         "longest_rest_seconds": "max_cooldown_seconds",
@@ -97,7 +98,10 @@ class TrafficSettings(Frozen):
 class AnsweringSettings(Frozen):
     """Interactive requests. Times in seconds; a deadline counts from the arrival of the prompt."""
 
-    renamed_keys: ClassVar = {"most_models": "max_models", "most_at_once": "max_concurrency"}
+    renamed_keys: ClassVar[Mapping[str, str | None]] = {
+        "most_models": "max_models",
+        "most_at_once": "max_concurrency",
+    }
 
     deadline_seconds: dict[str, Deadline] = Field(default={})  # category -> deadline
     default_deadline_seconds: Deadline = 30.0
@@ -125,7 +129,7 @@ class FallbackSettings(Frozen):
 class RouterConfig(Frozen):
     """Contents of `config/models.yaml`, the categories, and the discovered models."""
 
-    renamed_keys: ClassVar = {"asking": "answering"}
+    renamed_keys: ClassVar[Mapping[str, str | None]] = {"asking": "answering"}
 
     models: dict[str, ModelSettings]
     default_category: str = "general"  # these two are from categories.yaml

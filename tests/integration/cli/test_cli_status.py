@@ -131,7 +131,7 @@ def test_without_redis_usage_comes_from_the_call_log(router: CommandLine, ask: A
     ask("SELECT * FROM claim_task('phi-4', '{general}', 'w', %s, 100)", str(new_call_id(time.time())))
     result = router("status", "--redis", NOWHERE, "--json")
     model = result.json["models"]["phi-4"]
-    assert (result.code, "Redis is away" in result.json["notes"][0]) == (0, True)
+    assert (result.code, "Redis is unavailable" in result.json["notes"][0]) == (0, True)
     assert (model["target"], model["target_kept"], model["sent_last_minute"]) == ("7/min", True, 1)
     assert "7/min; 1 in the last minute" in router("status", "--redis", NOWHERE).out
     assert "ROUTER_REDIS_URL is not set" in router("status", "--redis", "").out
@@ -140,7 +140,7 @@ def test_without_redis_usage_comes_from_the_call_log(router: CommandLine, ask: A
 def test_reasons_for_not_sending_are_reported(router: CommandLine, ask: Ask, clean_redis: str):
     send(clean_redis, "5/min", 0)
     result = router("status").out
-    assert "No worker is alive" in result
+    assert "No worker is running" in result
     assert "rebuilding state" not in result  # the limiter was not used yet
     ask("SELECT heartbeat('w')")
     assert "rebuilding state" in router("status").out
@@ -149,7 +149,7 @@ def test_reasons_for_not_sending_are_reported(router: CommandLine, ask: Ask, cle
 
 
 def test_errors_of_models_are_shown(router: CommandLine, ask: Ask):
-    ask("SELECT record_target_error('phi-4', '12/mn', E'''mn'' is no unit of time.\\nGrammar')")
+    ask("SELECT record_target_error('phi-4', '12/mn', E'''mn'' is not a unit of time.\\nGrammar')")
     ask("UPDATE roster SET trouble = 'the backend does not know it' WHERE model = 'deepseek-v3'")
     ask("INSERT INTO tasks (prompt) VALUES ('p')")
     call_id = str(new_call_id(time.time()))
@@ -157,7 +157,7 @@ def test_errors_of_models_are_shown(router: CommandLine, ask: Ask):
     ask("SELECT * FROM claim_task('gpt-4o-mini', '{general}', 'w', %s, 100)", call_id)
     ask("SELECT settle_call(%s, 'timeout', NULL, p_error => 'no answer in 180 s')", call_id)
     models = router("status", "--json").json["models"]
-    assert models["phi-4"]["trouble"] == "its Variable does not parse: 'mn' is no unit of time."
+    assert models["phi-4"]["trouble"] == "invalid traffic Variable: 'mn' is not a unit of time."
     assert models["deepseek-v3"]["trouble"] == "the backend does not know it"
     assert models["gpt-4o-mini"]["last_error"] == "timeout: no answer in 180 s"
     assert (models["gpt-4o-mini"]["calls"], models["gpt-4o-mini"]["failed_calls"]) == (1, 1)
@@ -334,7 +334,7 @@ def test_setting_a_target_waits_until_it_is_active(
 
 def test_an_invalid_target_is_rejected_with_its_column(traffic: CommandLine, airflow: FakeAirflow):
     result = traffic("traffic", "phi-4", "120/mn")
-    assert (result.code, "'mn' is no unit of time; did you mean 'min'? at column 5" in result.err) == (
+    assert (result.code, "'mn' is not a unit of time; did you mean 'min'? at column 5" in result.err) == (
         1,
         True,
     )

@@ -129,7 +129,9 @@ async def test_variable_with_an_invalid_name_does_not_block_others(
         assert set(targets.errors) == {"my\nmodel", LONG}
         messages = [record.getMessage() for record in caplog.records]
         assert len(messages) == 2  # once per Variable and not per read
-        assert all("is no model name" in line and "\n" not in line and len(line) < 400 for line in messages)
+        assert all(
+            "is not a valid model name" in line and "\n" not in line and len(line) < 400 for line in messages
+        )
     finally:
         await pool.close()
 

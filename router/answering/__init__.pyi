@@ -1,0 +1,12 @@
+from .answer import MAX_DEADLINE_SECONDS as MAX_DEADLINE_SECONDS
+from .answer import MAX_TOKENS as MAX_TOKENS
+from .answer import Answer as Answer
+from .answer import Event as Event
+from .answer import EventKind as EventKind
+from .context import RequestContext as RequestContext
+from .due_task import answer_due_task as answer_due_task
+from .router import Router as Router
+from .store import DueTask as DueTask
+from .store import claim_due_deadlines as claim_due_deadlines
+from .store import complete_deadline as complete_deadline
+from .store import extend_deadline_claim as extend_deadline_claim

@@ -1,0 +1,13 @@
+from .evaluation import evaluate_retrieval as evaluate_retrieval
+from .evaluation import read_collection as read_collection
+from .files import KnowledgeFile as KnowledgeFile
+from .files import RejectedFile as RejectedFile
+from .files import files_in as files_in
+from .files import read_file as read_file
+from .knowledge import Knowledge as Knowledge
+from .results import Passage as Passage
+from .results import SearchResult as SearchResult
+from .sources import add_file as add_file
+from .sources import read_sources as read_sources
+from .sources import remove_path as remove_path
+from .sources import source_name as source_name
