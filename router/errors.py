@@ -1,4 +1,6 @@
-"""All errors that the router raises on purpose, in one tree.
+"""Errors that the router raises on purpose.
+
+Further RouterErrors are defined where they are raised: `ReviewBusy`, `SearchBusy`, `KnowledgeIndexError`.
 
 RouterError                  base; its text names the fact and the next step
 ├── ConfigError              invalid configuration: names file, key or environment variable

@@ -18,7 +18,10 @@ class TaskStatus(str, enum.Enum):
 
 
 class AnswerRank(enum.IntEnum):
-    """Rank of an answer by its source; an answer replaces only one of lower rank."""
+    """Rank of an answer by its source; an answer replaces only one of lower rank.
+
+    The chosen model is any model of the category's ranking, as opposed to a fallback model.
+    """
 
     PASSAGES = 1
     FALLBACK_MODEL = 2
@@ -26,14 +29,17 @@ class AnswerRank(enum.IntEnum):
 
 
 class Outcome(str, enum.Enum):
-    """Outcome of one call; the values of `model_calls.outcome`."""
+    """Outcome of one call; the values of `model_calls.outcome`.
+
+    docs/architecture.md lists which status leads to which outcome.
+    """
 
     ANSWERED = "answered"
     RATE_LIMITED = "rate_limited"  # 429
-    OVERLOADED = "overloaded"  # 503
-    ERROR = "error"  # other 5xx, connection broken
+    OVERLOADED = "overloaded"  # 503; 401, 402, 405, 407: the router's access is at fault, not the prompt
+    ERROR = "error"  # other 5xx, 403, 408, 425, 3xx, connection broken
     TIMEOUT = "timeout"
-    GARBAGE = "garbage"  # 200 without a usable answer
+    GARBAGE = "garbage"  # invalid response: 2xx without a usable answer
     REJECTED = "rejected"  # other 4xx: the model rejects this prompt
     UNKNOWN_MODEL = "unknown_model"  # 404
     UNSENT = "unsent"  # no byte was written
@@ -42,7 +48,11 @@ class Outcome(str, enum.Enum):
 
     @property
     def counts_as_attempt(self) -> bool:
-        """Whether the call uses up an attempt of its task; an exhausted quota or a missing model does not."""
+        """Whether the call uses up an attempt of its task.
+
+        An exhausted quota or a missing model does not. A lost call does: a prompt that kills its worker
+        must not be retried forever.
+        """
         return self in _COUNTED
 
 
@@ -53,7 +63,7 @@ _COUNTED = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A worker's lease on one task, fenced by `call_id`."""
+    """Hold on one task, fenced by `call_id`; it expires with the lease of the worker process."""
 
     call_id: uuid.UUID
     task_id: int

@@ -1,4 +1,4 @@
-"""Which models are in use, what each may be sent, and how one is called under a permit."""
+"""The roster, traffic targets, and calls to models under a permit."""
 
 from lazy_loader import attach_stub
 

@@ -145,6 +145,14 @@ def test_the_architecture_lists_every_package_with_its_charter() -> None:
     }
 
 
+def test_the_architecture_lists_every_top_level_module_with_its_first_sentence() -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    listed = dict(re.findall(r"^\| \[`(\w+)`\]\(\.\./router/\w+\.py\) \| (.+?) \|$", text, re.MULTILINE))
+    names = (path.stem for path in (ROOT / "router").glob("*.py") if path.stem != "__init__")
+    docstrings = ((name, importlib.import_module(f"router.{name}").__doc__ or "") for name in names)
+    assert listed == {name: re.split(r"(?<=\.)\s", docstring)[0] for name, docstring in docstrings}
+
+
 def test_the_architecture_states_the_import_rule_of_the_contract() -> None:
     contract = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("layers = [")[1].split("]")[0]
     text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")

@@ -128,7 +128,7 @@ async def test_a_model_without_a_permit_before_the_deadline_is_skipped(harness: 
     assert answer.seconds < 1
     first = answer.calls[0]
     assert (first.model, first.outcome) == (PREFERRED, Outcome.UNSENT)
-    assert "traffic target of 0" in first.error
+    assert "traffic target is 0" in first.error
 
 
 async def test_only_the_first_model_to_get_a_permit_is_sent_to(harness: Harness) -> None:

@@ -114,7 +114,7 @@ async def test_permit_is_released_also_after_redis_lost_its_state(calling: Calli
 async def test_call_without_a_permit_in_time_is_not_sent(calling: Calling) -> None:
     stopped = await calling.call(THIRD, timeout_seconds=0.5)
     assert stopped.result is None
-    assert "stopped by a traffic target of 0" in (stopped.why or "")
+    assert "traffic target is 0" in (stopped.why or "")
     calling.fault("hang", CHEAP)
     both = [asyncio.create_task(calling.call(CHEAP, timeout_seconds=0.7)) for _ in range(2)]
     done, (hanging,) = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
