@@ -108,7 +108,8 @@ class TrafficLimiter:
     async def acquire(self, model: str, tokens: int = 0, *, timeout_seconds: float | None = None) -> Permit:
         """Waits for a permit and returns at its send time.
 
-        Raises LimiterError after `timeout_seconds`, and if no window of the target holds this many tokens.
+        Raises LimiterError if there is no permit within `timeout_seconds` (None: no limit), or if `tokens`
+        exceeds a token limit of the target.
         """
         _check_tokens(tokens)
         queue = self._queue(model)
@@ -151,7 +152,7 @@ class TrafficLimiter:
         await self._queue(model).wait_until_unavailable()
 
     def queue_length(self, model: str) -> int:
-        """Returns how many calls of this process wait for a permit of the model."""
+        """Returns how many calls wait in this process for a permit of the model."""
         queue = self._queues.get(model)
         return len(queue) if queue is not None else 0
 
