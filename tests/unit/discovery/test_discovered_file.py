@@ -122,7 +122,7 @@ def test_other_users_may_read_the_file(folder: Path) -> None:
         ("models: [", "is not valid YAML"),
         ("models:\n  a: {}\n  a: {}\n", "duplicate key 'a'"),
         ("", "must be a mapping"),
-        ("models:\n  ../x: {}\n", "String should match pattern"),
+        ("models:\n  ../x: {}\n", "this key must match pattern"),
         (rendered([row(state="fine")]), "models.llama-9.state"),
         (rendered([row(default_target="quickly")]), "models.llama-9.target"),
         (rendered([row(history=[])]), "models.llama-9.history"),
