@@ -55,7 +55,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tasks", type=_count, default=1600, metavar="N", help="how many prompts (default: %(default)s)")
     add("--exit", action="store_true", help="stop everything when they are solved, instead of staying open")
     add("--json", type=Path, metavar="FILE", help="write the report there, as JSON")
-    add("--timeout", type=float, default=7200, metavar="S", help="give up after so many seconds (7200)")
+    add("--timeout", type=float, default=7200, metavar="S", help="stop waiting after S seconds (7200)")
 
 
 def run_demo(stack: Stack, options: argparse.Namespace, asked: threading.Event, console: Console) -> bool:

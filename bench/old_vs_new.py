@@ -165,9 +165,9 @@ def _document(result: Result, bench: Bench) -> dict[str, Any]:
 
 
 def _gain_table(results: Sequence[Result]) -> Table:
-    table = Table(title=f"{results[0].tasks:,} tasks, 200 calls at once, real seconds")
+    table = Table(title=f"{results[0].tasks:,} tasks, 200 concurrent calls, real seconds")
     for name in ("latencies", "scale", "old", "old computed", "runs", "router", "ideal", "gain", "ideal gain",
-                 "share", "places busy", "late old/new", "load"):  # fmt: skip
+                 "share", "slots busy", "late old/new", "load"):  # fmt: skip
         table.add_column(name, justify="left" if name == "latencies" else "right")
     for result in results:
         table.add_row(
@@ -181,7 +181,7 @@ def _gain_table(results: Sequence[Result]) -> Table:
 
 
 def _loss_table(found: Mapping[str, dict[str, Any]]) -> Table:
-    table = Table(title="The old flow, computed: where its places' time goes; its gain without one wait")
+    table = Table(title="The old flow, computed: where its slots spend their time; its gain without one wait")
     table.add_column("latencies")
     first = next(iter(found.values()))
     for name in first["shares"]:

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--backlog-from", type=float, help="seconds; default: the first arrival")
     parser.add_argument("--backlog-until", type=float, help="seconds; default: the last arrival")
     parser.add_argument(
-        "--settle-seconds", type=float, default=1.0, help="from an edit to in force (default 1)"
+        "--settle-seconds", type=float, default=1.0, help="from an edit until it applies (default 1)"
     )
     parser.add_argument("--tokens", choices=("corrected", "reserved"), default="corrected")
     options = parser.parse_args(arguments)

@@ -64,10 +64,10 @@ class IdealLimiter:
         """Earliest time (ns) at which a call with this reservation may be sent; None: never again."""
         while True:
             change = self._changes[self._next_change][0] if self._next_change < len(self._changes) else NEVER
-            moment = self._earliest(tokens, before=change)
-            if moment is not None:
-                self._now = moment
-                return moment
+            send_at = self._earliest(tokens, before=change)
+            if send_at is not None:
+                self._now = send_at
+                return send_at
             if change == NEVER:
                 return None
             self._now = change
@@ -93,17 +93,17 @@ class IdealLimiter:
         target = self._target
         if target is None or target.stopped:
             return None
-        moment = self._now
+        send_at = self._now
         if self._sent:
-            moment = max(moment, self._sent[-1] + self._gap)
+            send_at = max(send_at, self._sent[-1] + self._gap)
         for limit in target.requests:
             if len(self._sent) >= limit.count:
-                moment = max(moment, self._sent[-limit.count] + limit.window_seconds * NANOSECONDS)
-        while moment < before:
-            wait_until = self._blocked_until(target, tokens, moment) if self._ends_matter else None
+                send_at = max(send_at, self._sent[-limit.count] + limit.window_seconds * NANOSECONDS)
+        while send_at < before:
+            wait_until = self._blocked_until(target, tokens, send_at) if self._ends_matter else None
             if wait_until is None:
-                return moment
-            moment = wait_until
+                return send_at
+            send_at = wait_until
         return None
 
     def _blocked_until(self, target: TrafficTarget, tokens: int, now: int) -> int | None:
@@ -159,11 +159,11 @@ def replay_ideal(
     draws = zip(itertools.cycle(drawn), itertools.cycle(tokens or [(0, 0)]))
     sends: list[int] = []
     for latency, (reserved, used) in itertools.islice(draws, most):
-        moment = limiter.next_send(reserved)
-        if moment is None or moment > end:
+        send_at = limiter.next_send(reserved)
+        if send_at is None or send_at > end:
             break
-        limiter.send(moment, latency, reserved, used)
-        sends.append(moment)
+        limiter.send(send_at, latency, reserved, used)
+        sends.append(send_at)
     return np.array(sends, dtype=np.float64) / NANOSECONDS
 
 
@@ -198,25 +198,25 @@ def bound(
     }
     sent = dict.fromkeys(limiters, 0)
     tokens = {model: tokens_of(model, 0) if tokens_of else (0, 0) for model in limiters}
-    moments = [
-        (moment, model)
+    upcoming = [
+        (send_at, model)
         for model, limiter in limiters.items()
-        if (moment := limiter.next_send(tokens[model][0])) is not None
+        if (send_at := limiter.next_send(tokens[model][0])) is not None
     ]
-    heapq.heapify(moments)
+    heapq.heapify(upcoming)
     last_answer = nanoseconds(start)
     for task in range(tasks):
-        if not moments:
+        if not upcoming:
             raise InputError(f"The targets let only {task} of {tasks} tasks be sent: all models end stopped.")
-        moment, model = heapq.heappop(moments)
+        send_at, model = heapq.heappop(upcoming)
         latency = nanoseconds(latency_of(model, task))
-        limiters[model].send(moment, latency, *tokens[model])
+        limiters[model].send(send_at, latency, *tokens[model])
         sent[model] += 1
-        last_answer = max(last_answer, moment + latency)
+        last_answer = max(last_answer, send_at + latency)
         if task + 1 == tasks:
             break
         tokens[model] = tokens_of(model, sent[model]) if tokens_of else (0, 0)
         following = limiters[model].next_send(tokens[model][0])
         if following is not None:
-            heapq.heappush(moments, (following, model))
+            heapq.heappush(upcoming, (following, model))
     return Bound((last_answer - nanoseconds(start)) / NANOSECONDS, sent)

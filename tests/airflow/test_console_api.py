@@ -176,8 +176,8 @@ def test_setting_a_target_sets_the_variable_and_records_the_author(solving: Solv
     answer = admin("PUT", "/api/traffic/phi-4", headers=WRITE, json={"target": " 2/s,  5 at once "})
     assert answer.json() == {"model": "phi-4", "target": "2/s, 5 at once", "warnings": []}
     solving.changes.append(TargetChange(began, "phi-4", TrafficTarget.parse("2/s, 5 at once")))
-    in_force = "SELECT target FROM newest_targets WHERE model = 'phi-4'"
-    wait_until(lambda: solving.value(in_force) == "2/s, 5 at once", 3, "the target is in force")
+    active_target = "SELECT target FROM newest_targets WHERE model = 'phi-4'"
+    wait_until(lambda: solving.value(active_target) == "2/s, 5 at once", 3, "the target applies")
     after = solving.api.call("GET", f"/variables/{KEY}")
     assert after["value"] == "2/s,  5 at once"
     assert after["description"] == before["description"]
@@ -284,10 +284,10 @@ def test_asking_streams_progress(solving: Solving, admin: Client) -> None:
 def slow_first(solving: Solving) -> Iterator[str]:
     """The preferred model for `general`, slowed down to 0.4 to 8 s per answer."""
     first = solving.value("SELECT model FROM rankings WHERE category = 'general' ORDER BY place LIMIT 1")
-    weather = f"{solving.stack.backend_url}/conditions"
-    requests.put(weather, json=[{"model": first, "latency_factor": 8}], timeout=5).raise_for_status()
+    conditions = f"{solving.stack.backend_url}/conditions"
+    requests.put(conditions, json=[{"model": first, "latency_factor": 8}], timeout=5).raise_for_status()
     yield first
-    requests.put(weather, json=[], timeout=5).raise_for_status()
+    requests.put(conditions, json=[], timeout=5).raise_for_status()
 
 
 def test_a_late_answer_replaces_the_provisional_one(solving: Solving, admin: Client, slow_first: str) -> None:

@@ -1,6 +1,6 @@
 """solve_tasks end to end: Postgres, Redis, a backend, and Airflow's own scheduler, triggerer and REST API.
 
-Every test is judged when it is over: no window at the backend's door may ever have been overfull.
+After each test, every rolling window of the sends that reached the backend is checked against its limit.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def test_fifty_edits_hold_within_a_second(solving: Solving) -> None:
     seconds: dict[str, list[float]] = {LOW: [], HIGH: []}
     for edit in reversed(edits):
         seconds[edit.line].append(
-            _until_in_force(edit, solving.arrived(edit.began - 5, edit.model), ends[edit.model])
+            _until_active(edit, solving.arrived(edit.began - 5, edit.model), ends[edit.model])
         )
         ends[edit.model] = edit.began
     everything = seconds[LOW] + seconds[HIGH]
@@ -90,11 +90,11 @@ def test_fifty_edits_hold_within_a_second(solving: Solving) -> None:
     assert max(everything) <= 1.0
 
 
-def _until_in_force(edit: Edit, arrived: Sequence[float], until: float) -> float:
+def _until_active(edit: Edit, arrived: Sequence[float], until: float) -> float:
     """Seconds from the edit's return until the arrivals follow it.
 
-    Of a raise: until the first that the old target's gap would have held back. Of a lowering: until the last
-    that the new target's gap ought to have held back.
+    Of a raise: until the first that the old target's gap would have delayed. Of a lowering: until the last
+    that the new target's gap should have delayed.
     """
     slow_gap = TrafficTarget.parse(LOW).gap_seconds * JITTER
     close = [b for a, b in itertools.pairwise(arrived) if edit.returned < b < until and b - a < slow_gap]

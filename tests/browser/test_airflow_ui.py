@@ -31,8 +31,8 @@ def test_editing_a_variable_changes_the_traffic(solving: Solving, admin: Browser
     admin.show("variable-form")
     admin.click("//*[@role='dialog']//button[normalize-space()='Save']", By.XPATH)
     saved = time.monotonic()
-    in_force = "SELECT target FROM newest_targets WHERE model = %s"
-    wait_until(lambda: solving.value(in_force, model) == "3/s, 20 at once", 5, "the edit is active")
+    active_target = "SELECT target FROM newest_targets WHERE model = %s"
+    wait_until(lambda: solving.value(active_target, model) == "3/s, 20 at once", 5, "the edit is active")
     say(f"saved in the form -> active: {time.monotonic() - saved:.2f} s")
     admin.find(f"//tr[.//text()='traffic.{model}' and .//text()='3/s, 20 at once']", By.XPATH)
     admin.show("variables")

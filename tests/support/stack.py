@@ -102,9 +102,9 @@ class Solving:
         target = str(TrafficTarget.parse(line))
         for model in self.models:
             self.set_target(model, line)
-        wait_until(lambda: set(self._targets_in_force()) == {target}, 5, f"{line} in force for all models")
+        wait_until(lambda: set(self._active_targets()) == {target}, 5, f"{line} applies to all models")
 
-    def _targets_in_force(self) -> list[str]:
+    def _active_targets(self) -> list[str]:
         in_use = "SELECT model FROM roster WHERE state = 'active'"
         return [row[0] for row in self.rows(f"SELECT target FROM newest_targets WHERE model IN ({in_use})")]
 

@@ -131,14 +131,14 @@ def brute_ideal(history: History, draws: list[Draw], before: list[Row]) -> list[
     sent = sorted(before)
     sends: list[int] = []
     for now in range(BACKLOG_FROM, BACKLOG_UNTIL + 1):
-        in_force = [target for tick, target in history if tick <= now]
-        while in_force and len(sends) < MOST:
+        active = [target for tick, target in history if tick <= now]
+        while active and len(sends) < MOST:
             latency, reserved, used = draws[len(sends) % len(draws)]
-            gap = round(in_force[-1].gap_seconds * TICKS_A_SECOND)
+            gap = round(active[-1].gap_seconds * TICKS_A_SECOND)
             if sent and sent[-1][0] + gap > now:
                 break
             if not all(obeys(len(sent), [*sent, (now, latency, least, used)], part)
-                       for part, least in one_by_one(in_force[-1], reserved)):  # fmt: skip
+                       for part, least in one_by_one(active[-1], reserved)):  # fmt: skip
                 break
             sent.append((now, latency, reserved, used))
             sends.append(now)

@@ -64,12 +64,12 @@ def test_without_its_waits_the_old_flow_is_the_ideal():
 
 
 def test_a_refused_call_comes_back_at_once_and_waits_for_the_next_run():
-    moments: list[float] = []
+    send_times: list[float] = []
 
     def admit(at: float) -> bool:
-        moments.append(at)
-        return len(moments) > 4  # the first four are refused
+        send_times.append(at)
+        return len(send_times) > 4  # the first four are refused
 
     run = simulate_old([1] * 8, TWO_BY_TWO, admit)
     assert (run.runs, run.sent, run.refused) == (2, 12, 4)
-    assert moments == [0] * 6 + [1] * 2 + [12] * 4  # a refused batch takes no time: the next follows
+    assert send_times == [0] * 6 + [1] * 2 + [12] * 4  # a refused batch takes no time: the next follows
