@@ -406,7 +406,7 @@ def test_a_good_answer_states_the_reference_and_a_bad_one_does_not() -> None:
         (("--time-scale", "0"), "time scale"),
         (("--quota", "phi-4"), "MODEL=TARGET"),
         (("--quota", "nobody=1/s"), "'nobody' is not served"),
-        (("--quota", "phi-4=1 a year"), "not a limit"),
+        (("--quota", "phi-4=1 a year"), "Cannot parse 'a year'"),
         (("--models", "/nowhere/models.yaml"), "does not exist"),
         (("--models", "/nowhere/else.yaml"), "must name a models.yaml"),
         (("--references", "/nowhere"), "No such file"),
