@@ -210,7 +210,7 @@ class Scenario:
         return LearningSettings.model_validate(shipped)
 
     def discovery(self) -> DiscoverySettings:
-        """The shipped settings with targets and timeouts of the fast clock; the stand-in is no judge."""
+        """The shipped settings with targets and timeouts of the fast clock, and without a judge model."""
         shipped = load_discovery(None, CATEGORIES).model_dump()
         shipped["catalogs"] = [catalog for catalog in shipped["catalogs"] if catalog["kind"] == "file"]
         shipped["trials"] |= {

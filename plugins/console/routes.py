@@ -104,7 +104,7 @@ async def history(request: Request, _user: auth.Reader) -> Response:
 async def set_target(model: str, request: Request, user: auth.Editor) -> Response:
     """Set the Airflow Variable of a model; the target applies within a second."""
     if not MODEL.fullmatch(model):
-        raise HTTPException(404, "There is no model with this name.")
+        raise HTTPException(404, f"There is no model {model[:80]!r}. The Models tab lists the names.")
     body = await auth.read_body(request, TargetBody, MAX_BYTES)
     target = TrafficTarget.parse(body.target)
     console = _console(request)

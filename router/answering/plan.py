@@ -79,7 +79,7 @@ class RoutingPlan:
         return self.fallback_models[0] if self.fallback_models else None
 
     def call_request(self, call_id: uuid.UUID, role: Role, model: str, prompt: str) -> CallRequest:
-        """Returns what is sent to the model; its answer is bounded by the smallest limit."""
+        """Builds the call to the model; the smallest limit bounds the length of its answer."""
         role_limit = self.fallback_max_tokens if role is Role.FALLBACK else None
         return CallRequest.to(self.roster.models[model], call_id, prompt, self.max_tokens, role_limit)
 

@@ -104,7 +104,7 @@ class Request:
             self._storing.cancel()
 
     async def stop(self) -> None:
-        """Cancels everything, settling included; what is left is released when the lease expires."""
+        """Cancels all calls, and settling too; remaining claims are released when the lease expires."""
         await self._tasks.stop()
 
     @property

@@ -15,7 +15,7 @@ LOG_HELP = """
 Show calls to models, newest first.
 
 The column role is batch for queued tasks, and asked, next, fallback or passages for interactive requests. The
-column settlement shows what was done with the call's result.
+column settlement shows how the call's result was recorded.
 
 \b
 Examples:

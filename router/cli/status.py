@@ -30,8 +30,8 @@ WAITING = {
 STATUS_HELP = """
 Show tasks by state, and usage and errors of each model.
 
-The column usage shows, for each limit of the model's target, what was sent in the current window. If Redis is
-unavailable, it shows the last minute from the call log instead.
+The column usage shows, for each limit of the model's target, the calls or tokens of the current window. If
+Redis is unavailable, it shows the last minute from the call log instead.
 
 \b
 Examples:
