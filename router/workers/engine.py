@@ -27,12 +27,14 @@ from router.workers.assignment import Work, bounds, shares
 from router.workers.classification_job import ClassificationJob
 from router.workers.handover import Handover
 from router.workers.pull_loop import PullPlan
+from router.workers.standstill import StandstillReports
 
 log = logging.getLogger("router.workers.engine")
 
 STATE_SECONDS = 1.0
 CLASSIFICATION_SECONDS = 0.5
 MAINTENANCE_SECONDS = 0.5
+REPORT_SECONDS = 1.0
 RECONCILE_SECONDS = 2.0
 PARTITION_SECONDS = 3600.0
 VARIABLE_SECONDS = 10.0  # a fallback poll: the watcher near the metadata database is faster
@@ -102,6 +104,7 @@ class Engine:
         self.pool, self.limiter, self.backend = services.pool, services.limiter, services.backend
         self.targets = services.targets
         self.queue = TaskQueue(self.pool, host=socket.gethostname())
+        self.reports = StandstillReports(self.pool, self.queue.worker)
         await self.queue.renew_lease()
         self._lease_renewed_at = time.monotonic()
         self.roster: Roster = await read_roster(self.pool)
@@ -117,6 +120,7 @@ class Engine:
         start(self._state_step, STATE_SECONDS, "state", wake=self._control)
         start(self._classification.step, CLASSIFICATION_SECONDS, "classification", wake=self._new_tasks)
         start(self._maintenance_step, MAINTENANCE_SECONDS, "maintenance")
+        start(self.reports.step, REPORT_SECONDS, "reports")
         start(self._reconcile_step, RECONCILE_SECONDS, "reconcile")
         start(self.queue.create_partitions, PARTITION_SECONDS, "partitions")
         start(self._orphans_step, ORPHAN_SECONDS, "orphaned claims")
@@ -142,6 +146,7 @@ class Engine:
         await cancel_and_wait(*self._calls)
         with contextlib.suppress(RouterError):
             await self.queue.release()
+            await self.reports.withdraw()
         await self._open.aclose()
 
     # Runs and wake-ups

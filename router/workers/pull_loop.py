@@ -19,9 +19,11 @@ from router.errors import DatabaseError, LimiterError, RouterError, SendingPause
 from router.limiter import Permit, TrafficLimiter
 from router.models import CallRequest, ModelsBackend, Roster, RosterModel, send_permitted
 from router.queue import TaskQueue
+from router.status import Reason
 from router.task import CallResult, Claim, Outcome
 from router.traffic import TrafficTarget
 from router.workers.assignment import PullOrder
+from router.workers.standstill import StandstillReports, reason_of
 
 MAX_HOLD_SECONDS = 1.0  # a claimed task that cannot be sent within it is requeued
 MAX_AHEAD = 64
@@ -49,6 +51,7 @@ class PullHost(Protocol):
     queue: TaskQueue
     limiter: TrafficLimiter
     backend: ModelsBackend
+    reports: StandstillReports
     roster: Roster
     plan: PullPlan
     poll_seconds: float
@@ -83,12 +86,16 @@ class PullLoop:
         return asyncio.create_task(self._run(), name=f"router pull {self._model}")
 
     async def _run(self) -> None:
-        while True:
-            try:
-                await self._pull_one()
-            except (DatabaseError, LimiterError):  # noqa: PERF203 - a round trip costs far more
-                # The engine's periodic jobs log the error and renew a lost lease.
-                await asyncio.sleep(PAUSE_SECONDS)
+        try:
+            while True:
+                try:
+                    await self._pull_one()
+                except (DatabaseError, LimiterError) as error:  # noqa: PERF203 - a round trip costs far more
+                    # The engine's periodic jobs renew a lost lease.
+                    self._report(error)
+                    await asyncio.sleep(PAUSE_SECONDS)
+        finally:
+            self._host.reports.clear_model(self._model)
 
     async def _pull_one(self) -> None:
         host = self._host
@@ -100,9 +107,11 @@ class PullLoop:
         claim: Claim | None = None
         try:
             await host.limiter.wait_until_available(self._model)
+            self._clear(Reason.REDIS_UNAVAILABLE, Reason.REDIS_READ_ONLY)
             wakeup = host.wakeup  # taken before the claim, so that a wake-up during it is not missed
             if host.may_send() and self._model in host.roster.models:
                 claim = await self._claim(roster_model)
+                self._clear(Reason.CLAIMS_FAILING)
         finally:
             if claim is None:
                 self._release_ahead()
@@ -169,7 +178,10 @@ class PullLoop:
                 host.limiter, host.backend, CallRequest.of_claim(claim, roster_model),
                 permit_seconds=MAX_HOLD_SECONDS, before_send=before_send,
             )  # fmt: skip
-        except (SendingPaused, LimiterError, asyncio.TimeoutError):
+        except (SendingPaused, asyncio.TimeoutError):
+            result = None
+        except LimiterError as error:
+            self._report(error)
             result = None
         except RouterError as error:  # permanent: without a counted attempt the task would return forever
             result = CallResult(Outcome.REJECTED, error=str(error))
@@ -193,9 +205,12 @@ class PullLoop:
         queue = self._host.queue
         if result.outcome is Outcome.UNSENT:
             self._back_off()
+            error = result.error or "it cannot be connected to"
+            self._host.reports.record(Reason.BACKEND_UNREACHABLE, error, self._model)
             await queue.unclaim(claim.call_id)
             return
         self._failures = 0
+        self._clear(Reason.BACKEND_UNREACHABLE)
         await self._host.record_error(self._model, result)
         try:
             await queue.settle(claim, result)
@@ -204,6 +219,15 @@ class PullLoop:
                 claim, CallResult(Outcome.ERROR, error=f"the answer could not be stored: {error}")
             )
         self._host.count(result)
+
+    def _report(self, error: RouterError) -> None:
+        reason = reason_of(error)
+        if reason is not None:
+            self._host.reports.record(reason, error, self._model)
+
+    def _clear(self, *reasons: Reason) -> None:
+        for reason in reasons:
+            self._host.reports.clear(reason, self._model)
 
     def _back_off(self) -> None:
         # The backend is unreachable, which costs the task no attempt.

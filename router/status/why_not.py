@@ -1,0 +1,55 @@
+"""Why nothing is sent: one reason for each model and one for the whole. Pure."""
+
+from __future__ import annotations
+
+import enum
+
+_READ_ONLY = ("READONLY", "read only replica", "read-only", "NOREPLICAS", "not enough good replicas")
+
+
+class Reason(str, enum.Enum):
+    """Codes of the reasons, in order of precedence: of several that hold at once, the first is shown.
+
+    A reason comes before those that it causes or hides. Where two are independent, the one that stops more
+    comes first.
+    """
+
+    # All models
+    DATABASE_UNAVAILABLE = "database_unavailable"
+    DATABASE_READ_ONLY = "database_read_only"
+    SCHEMA = "schema"  # not as this version of the program expects it
+    OUTDATED = "outdated"  # the database was migrated by a newer version
+    TRIGGERS_MISSING = "triggers_missing"
+    ROSTER_EMPTY = "roster_empty"
+    PAUSED = "paused"
+    NO_WORKER = "no_worker"
+    LEASE_LOST = "lease_lost"
+    REDIS_UNAVAILABLE = "redis_unavailable"
+    REDIS_READ_ONLY = "redis_read_only"
+    # One model
+    MODEL_RETIRED = "model_retired"
+    MODEL_PAUSED = "model_paused"
+    INVALID_TARGET = "invalid_target"
+    NO_TARGET = "no_target"
+    STOPPED = "stopped"  # its target is 0
+    CLAIMS_FAILING = "claims_failing"
+    BACKEND_UNREACHABLE = "backend_unreachable"
+    BREAKER_OPEN = "breaker_open"
+    HALF_OPEN = "half_open"
+    COOLING_DOWN = "cooling_down"
+    REBUILDING = "rebuilding"
+    # Nothing to do
+    NO_TASKS = "no_tasks"
+    NOT_READY = "not_ready"  # its tasks wait for a retry or for their category
+    NO_TASKS_OF_CATEGORY = "no_tasks_of_category"
+    # At its limits
+    TOO_MANY_TOKENS = "too_many_tokens"
+    TOKENS = "tokens"
+    WINDOW = "window"
+    CONCURRENCY = "concurrency"
+
+
+def redis_reason(error: str) -> Reason:
+    """Returns whether Redis is unavailable, or refuses to write, by the text of its error."""
+    read_only = any(word.lower() in error.lower() for word in _READ_ONLY)
+    return Reason.REDIS_READ_ONLY if read_only else Reason.REDIS_UNAVAILABLE

@@ -1,0 +1,103 @@
+"""Reports to Postgres why this process does not send, so that status and console show it."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from dataclasses import dataclass
+
+import asyncpg
+
+from router.database import fetch, postgres_text
+from router.errors import LimiterError, LimiterUnavailable, RouterError, first_line
+from router.status import Reason, redis_reason
+
+REFRESH_SECONDS = 2.5  # readers ignore reports that are not repeated for 8 s
+MAX_DETAIL_CHARACTERS = 300
+MAX_REPORTS = 1_000
+_PASSWORD = re.compile(r"(?<=://)\S*@")  # up to the last @: a password may contain one
+
+
+@dataclass(slots=True)
+class _Report:
+    since: float
+    detail: str
+
+
+class StandstillReports:
+    """Reasons for not sending that only this process knows. `record` and `clear` cost no I/O."""
+
+    def __init__(self, pool: asyncpg.Pool, worker: str) -> None:
+        self._pool = pool
+        self._worker = worker
+        self._reports: dict[tuple[str, Reason], _Report] = {}
+        self._changed = False
+        self._written_at = 0.0
+
+    def record(self, reason: Reason, detail: str | BaseException = "", model: str = "") -> None:
+        """Adds a reason, of all models by default, or renews its detail; it holds until it is cleared."""
+        shown = without_secrets(detail)
+        known = self._reports.get((model, reason))
+        if known is not None:
+            known.detail = shown
+        elif len(self._reports) < MAX_REPORTS:
+            self._reports[model, reason] = _Report(time.monotonic(), shown)
+            self._changed = True
+
+    def clear(self, reason: Reason, model: str = "") -> None:
+        """Removes a reason that no longer holds."""
+        if self._reports.pop((model, reason), None) is not None:
+            self._changed = True
+
+    def clear_model(self, model: str) -> None:
+        """Removes all reasons of a model that this process no longer works for."""
+        for key in [key for key in self._reports if key[0] == model]:
+            self.clear(key[1], model)
+
+    def holds(self, reason: Reason, model: str = "") -> bool:
+        """Whether the reason is recorded."""
+        return (model, reason) in self._reports
+
+    def models(self, reason: Reason) -> list[str]:
+        """Returns the models for which the reason is recorded."""
+        return [model for model, known in self._reports if known is reason]
+
+    async def step(self) -> None:
+        """Writes the reasons if they changed, and repeats them while there are any. Raises DatabaseError."""
+        due = bool(self._reports) and time.monotonic() - self._written_at >= REFRESH_SECONDS
+        if self._changed or due:
+            await self._write()
+
+    async def withdraw(self) -> None:
+        """Removes all reasons, when the process ends."""
+        self._reports.clear()
+        await self._write()
+
+    async def _write(self) -> None:
+        self._changed = False
+        now = time.monotonic()
+        reports = [
+            {"model": model, "code": reason.value, "detail": report.detail, "age_seconds": now - report.since}
+            for (model, reason), report in self._reports.items()
+        ]
+        try:
+            statement = "SELECT replace_worker_reports($1, $2)"
+            await fetch(self._pool, statement, self._worker, json.dumps(reports))
+        except BaseException:
+            self._changed = True
+            raise
+        self._written_at = now
+
+
+def reason_of(error: RouterError) -> Reason | None:
+    """Returns the reason that an error of a pull loop means; None for a permit that came too late."""
+    if isinstance(error, LimiterUnavailable):
+        return redis_reason(str(error))
+    return None if isinstance(error, LimiterError) else Reason.CLAIMS_FAILING
+
+
+def without_secrets(detail: str | BaseException) -> str:
+    """Returns the first line of an error, shortened, without the user and password of a URL."""
+    line = postgres_text(first_line(detail))
+    return _PASSWORD.sub("***@", line)[:MAX_DETAIL_CHARACTERS]
