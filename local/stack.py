@@ -187,6 +187,8 @@ class Stack:
 
     def _lock_folder(self) -> None:
         self.data.mkdir(parents=True, exist_ok=True, mode=0o700)  # logs may contain prompts
+        if os.geteuid() == 0:
+            self.data.chmod(0o711)  # PostgreSQL runs as another user
         path = self.data / "lock"
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         deadline = time.monotonic() + FORMER_STACK_SECONDS

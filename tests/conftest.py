@@ -39,8 +39,8 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[PostgresServer]:
-    # Not in pytest's folder: another pytest that starts revokes the access of PostgreSQL's user to it.
     folder = Path(tempfile.mkdtemp(prefix="router-test-pg-", dir=_memory()))
+    folder.chmod(0o711)  # open to PostgreSQL's user
     server = start_postgres(folder / "data", settings={"fsync": "off"})
     yield server
     server.stop()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 import threading
@@ -37,6 +36,7 @@ from tests.support.discovery import (
     write_catalog,
     write_config,
 )
+from tests.support.permissions import file_modes_apply
 
 GOOD, BAD, BROKEN, GONE, EQUAL = CANDIDATES
 
@@ -457,14 +457,14 @@ def test_a_read_only_folder_is_reported_before_any_trial(world: Searching) -> No
     folder = Path(tempfile.mkdtemp(prefix="router-test-"))
     shutil.copy(world.folder / "models.yaml", folder)
     folder.chmod(0o555)
-    user = os.geteuid()
     search = world.prepared(folder)
     try:
-        os.seteuid(65534 if user == 0 else user)  # root may write everywhere
-        with pytest.raises(ConfigError, match=r"discovered\.yaml cannot be written: Permission denied"):
+        with (
+            file_modes_apply(),
+            pytest.raises(ConfigError, match=r"discovered\.yaml cannot be written: Permission denied"),
+        ):
             search()
     finally:
-        os.seteuid(user)
         shutil.rmtree(folder)
 
 
