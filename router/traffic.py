@@ -37,7 +37,9 @@ _CANONICAL_UNITS = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 _SUFFIXES = {"": 1, "k": 1000, "K": 1000, "M": 1_000_000}
 
 _NUMBER = re.compile(r"(?P<whole>[0-9]+)(?:\.(?P<fraction>[0-9]+))?(?P<suffix>[A-Za-z]*)", re.ASCII)
-_RATE = re.compile(r"(?P<what>[A-Za-z]*)\s*/\s*(?P<multiple>[0-9]*)\s*(?P<unit>[^\s0-9/][^\s/]*)?", re.ASCII)
+_RATE = re.compile(
+    r"(?P<what>[A-Za-z]{0,99})\s*/\s*(?P<multiple>[0-9]*)\s*(?P<unit>[^\s0-9/][^\s/]*)?", re.ASCII
+)
 _PER = re.compile(r"^per\s+", re.ASCII)
 _AT_ONCE = re.compile(r"at\s+once", re.ASCII | re.IGNORECASE)
 

@@ -29,8 +29,8 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 _PLAIN = re.compile(r"[^\W_]+")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufeff]")
 _DIGIT = re.compile(r"\d")
-_SPACES = re.compile(r"[^\S\n]+")
-_OPTION = re.compile(r"(?:^|\n)\s*\(?[a-e1-5][).:]\s")
+_SPACES = re.compile(r"\s+")
+_OPTION = re.compile(r"^ *\(?[a-e1-5][).:]\s", re.MULTILINE)
 _NUMBER = re.compile(
     r"\d+(?:[.,:/]\d+)*"
     r"|\b(?:two|three|four|five|six|seven|eight|nine|ten|dozen|half|twice|third|quarter|double)\b"
@@ -56,8 +56,18 @@ def shortened(prompt: str) -> str:
 
 
 def normalized(prompt: str) -> str:
-    """Returns the shortened prompt in lower case, without control characters and repeated spaces."""
-    return _SPACES.sub(" ", _CONTROL.sub(" ", shortened(prompt).lower())).strip()
+    """Returns the shortened prompt in lower case, without control characters.
+
+    A run of spaces becomes one space, or one or two line feeds: on a long run, patterns that begin with
+    `\\s*` would take quadratic time.
+    """
+    return _SPACES.sub(_narrowed, _CONTROL.sub(" ", shortened(prompt).lower())).strip()
+
+
+def _narrowed(spaces: re.Match[str]) -> str:
+    run = spaces.group()
+    lines = run.count("\n")
+    return "\n" * min(lines, 2) + " " * (not lines or not run.endswith("\n"))
 
 
 def words_of(text: str) -> list[str]:

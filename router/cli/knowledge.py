@@ -11,6 +11,7 @@ from typing import Annotated, Optional
 import typer
 
 from router.cli import terminal
+from router.database import Connection
 from router.errors import InputError, RouterError
 from router.knowledge import (
     Knowledge,
@@ -23,6 +24,7 @@ from router.knowledge import (
     read_collection,
     read_file,
     read_sources,
+    remove_missing,
     remove_path,
     source_name,
 )
@@ -39,7 +41,8 @@ ADD_HELP = """
 Add files, or all files below folders.
 
 Formats are Markdown, text, reStructuredText, and JSON Lines with "text" and "title". Adding a file again
-replaces its entries. A file that is not text is reported and skipped (exit code 3).
+replaces its entries; adding a folder again also removes files that are gone. A file that is not text, or a
+symbolic link out of its folder, is reported and skipped (exit code 3).
 
 \b
 Examples:
@@ -86,6 +89,10 @@ Examples:
   router knowledge evaluate collections/cranfield --json
 """
 PREVIEW_LINES = 6
+BUSY_NOTE = (
+    "Another process of this host is updating the index: what it has indexed so far is searched."
+    " Repeat the search later to see the rest."
+)
 
 knowledge = terminal.verbs()
 
@@ -100,19 +107,36 @@ def add(paths: Paths, *, as_json: terminal.Json = False, database: terminal.Data
     changes: dict[str, str] = {}
     rejected: list[RejectedFile] = []
     with terminal.database(database) as connection:
-        for path, file in _read(paths):
-            if isinstance(file, RejectedFile):
-                rejected.append(file)
-                terminal.complain(f"{file} Skipped.")
+        for path, change in _changes(connection, paths):
+            if isinstance(change, RejectedFile):
+                rejected.append(change)
+                terminal.complain(f"{change} Skipped.")
                 continue
-            change = changes[source_name(path)] = add_file(connection, path, file)
-            connection.commit()
+            changes[source_name(path)], detail = change
             if not as_json:
-                typer.echo(f"{change}: {path} ({len(file.entries):,} entries)")
+                typer.echo(f"{changes[source_name(path)]}: {path}{detail}")
     if as_json:
         terminal.print_json({"files": changes, "refused": {str(file.path): file.reason for file in rejected}})
     if rejected:
         raise typer.Exit(terminal.EXIT_SOME_BAD)
+
+
+def _changes(
+    connection: Connection, paths: list[Path]
+) -> Iterator[tuple[Path, tuple[str, str] | RejectedFile]]:
+    """Stores and commits each file; yields its path with the change and a detail, or its rejection."""
+    for path, file in _read(paths):
+        if isinstance(file, RejectedFile):
+            yield path, file
+            continue
+        change = add_file(connection, path, file)
+        connection.commit()
+        yield path, (change, f" ({len(file.entries):,} entries)")
+    for folder in filter(Path.is_dir, paths):
+        present = files_in(folder)
+        for source in remove_missing(connection, folder, present) if present else ():
+            yield Path(source), ("removed", ": the file is gone")
+        connection.commit()
 
 
 def _read(paths: list[Path]) -> Iterator[tuple[Path, KnowledgeFile | RejectedFile]]:
@@ -123,7 +147,8 @@ def _read(paths: list[Path]) -> Iterator[tuple[Path, KnowledgeFile | RejectedFil
         for path in inside:
             folder = given.resolve().name
             name = f"{folder}/{path.relative_to(given).as_posix()}" if given.is_dir() else path.name
-            yield path, read_file(path, key=source_name(path), name=name)
+            within = given if given.is_dir() else None
+            yield path, read_file(path, key=source_name(path), name=name, within=within)
 
 
 @knowledge.command(help=REMOVE_HELP)
@@ -192,7 +217,8 @@ async def _search(question: str, limit: int, database: str | None, config: Path)
     )
     async with opening as opened:
         try:
-            await opened.update()
+            if not await opened.update():
+                terminal.note(BUSY_NOTE)
         except RouterError as error:
             terminal.note(f"Searching the existing index of this host, which could not be updated: {error}")
         return await opened.search(question, limit), opened.entries

@@ -25,7 +25,7 @@ Examples:
   router log --category technical --since 30min --limit 1000 --json
 """
 _UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86_400}
-_SINCE = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h|d)")
+_SINCE = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*(s|min|h|d)")
 MAX_ERROR_CHARACTERS = 60
 MODEL_COLUMN = 2
 

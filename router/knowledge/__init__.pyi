@@ -9,5 +9,6 @@ from .results import Passage as Passage
 from .results import SearchResult as SearchResult
 from .sources import add_file as add_file
 from .sources import read_sources as read_sources
+from .sources import remove_missing as remove_missing
 from .sources import remove_path as remove_path
 from .sources import source_name as source_name

@@ -18,7 +18,7 @@ MAX_ANSWER_CHARACTERS = 2000
 MAX_TITLE_CHARACTERS = 200
 TEXT_SUFFIXES = (".md", ".txt", ".rst", ".jsonl")
 
-_HEADING = re.compile(r"^(#{1,6})\s+(.+?)\s*#*$")
+_HEADING = re.compile(r"(#{1,6})\s+(?=\S)(.*)")
 _FENCE = re.compile(r"^\s*(```|~~~)")
 _SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+")  # noqa: RUF001 - full-width marks end sentences too
 
@@ -103,7 +103,7 @@ def _by_heading(text: str) -> Iterator[tuple[str, str]]:
             continue
         yield _path_title(path), "\n".join(lines)
         lines = []
-        path = [*path[: len(heading[1]) - 1], heading[2]]
+        path = [*path[: len(heading[1]) - 1], heading[2].rstrip().rstrip("#").rstrip()]
     yield _path_title(path), "\n".join(lines)
 
 

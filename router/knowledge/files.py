@@ -62,9 +62,14 @@ def stamp(folder: Path) -> Stamp:
     return tuple(stamps)
 
 
-def read_file(path: Path, *, key: str, name: str) -> KnowledgeFile | RejectedFile:
-    """Reads and splits one file; its passages are displayed under `name`."""
+def read_file(path: Path, *, key: str, name: str, within: Path | None = None) -> KnowledgeFile | RejectedFile:
+    """Reads and splits one file; its passages are displayed under `name`.
+
+    With `within`, a symbolic link that leads out of this folder is rejected.
+    """
     try:
+        if within is not None and not path.resolve().is_relative_to(within.resolve()):
+            return RejectedFile(path, f"is a symbolic link out of the folder, to {path.resolve()}")
         content = _content(path)
         entries = tuple(file_entries(key, name, decode_text(content)))
     except InputError as error:
@@ -88,4 +93,4 @@ def read_folder(folder: Path) -> Iterator[KnowledgeFile | RejectedFile]:
     """Reads every file of `folder`; yields nothing if the folder does not exist."""
     for path in files_in(folder) if folder.is_dir() else ():
         name = path.relative_to(folder).as_posix()
-        yield read_file(path, key=f"file:{name}", name=name)
+        yield read_file(path, key=f"file:{name}", name=name, within=folder)

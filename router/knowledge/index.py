@@ -8,7 +8,8 @@ from config/knowledge and Postgres.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -22,9 +23,12 @@ from router.knowledge.relevance import (
     BM25_K1,
     MAX_QUERY_CHARACTERS,
     MAX_QUERY_STEMS,
+    SMALL_TALK,
+    SMALL_TALK_SHARE,
     WEIGHTS,
     Evidence,
     Tokens,
+    amount_of,
     confidence,
     inverse_document_frequency,
     tokenize,
@@ -50,6 +54,7 @@ class KnowledgeIndex:
     def __init__(self, folder: Path | None = None) -> None:
         self._schema = _schema()
         self._stemmer = _analyzer().filter(tantivy.Filter.stemmer("english")).build()
+        self._small_talk = frozenset(self._stemmer.analyze(" ".join(SMALL_TALK)))
         with _engine_errors():
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -76,18 +81,20 @@ class KnowledgeIndex:
     def rank(self, query: str, limit: int) -> tuple[tuple[Passage, ...], Evidence]:
         """Returns passages as `search` does, and the evidence that their confidence is computed from."""
         searcher = self._searcher
-        frequencies = self._document_frequencies(searcher, tokenize(query[:MAX_QUERY_CHARACTERS]))
+        counts = self._counts(searcher, tokenize(query[:MAX_QUERY_CHARACTERS]))
+        frequencies = {term: int(searcher.doc_freq(*term)) for term in counts}
         frequencies = without_common_terms(frequencies)
-        terms = [term for term, matching in frequencies.items() if matching]
-        if not terms or limit < 1:
+        weights = {term: WEIGHTS[term[0]] * counts[term] for term in frequencies}
+        if not any(frequencies.values()) or limit < 1:
             return (), Evidence()
         with _engine_errors():
-            hits = searcher.search(self._query(terms), limit * HITS_PER_PASSAGE + 1, count=False).hits
+            terms = self._query({term: weights[term] for term, matching in frequencies.items() if matching})
+            hits = searcher.search(terms, limit * HITS_PER_PASSAGE + 1, count=False).hits
             passages = [_passage(score, searcher.doc(address)) for score, address in hits]
         if not passages:  # every match is deleted, and document frequencies follow at the next merge
             return (), Evidence()
         distinct = list({passage.text: passage for passage in reversed(passages)}.values())[::-1]
-        return tuple(distinct[:limit]), _evidence(frequencies, int(searcher.num_docs), distinct)
+        return tuple(distinct[:limit]), self._evidence(frequencies, weights, int(searcher.num_docs), distinct)
 
     @contextmanager
     def writing(self, *, heap_bytes: int = WRITER_BYTES) -> Iterator[Writer]:
@@ -121,29 +128,57 @@ class KnowledgeIndex:
         with _engine_errors():
             return list(searcher.search(in_range, limit, count=False, **order).hits)
 
-    def _document_frequencies(self, searcher: Any, query: Tokens) -> dict[Term, int]:
-        """Returns, for the rarest stems of the query and their heads and pairs, how many entries match."""
-        positions: dict[str, int] = {}
+    def _counts(self, searcher: Any, query: Tokens) -> Counter[Term]:
+        """Returns how often the query contains each of its most telling stems, and their heads and pairs."""
+        positions: defaultdict[str, list[int]] = defaultdict(list)
         for position, stem in enumerate(self._stemmer.analyze(query.stems)):
-            positions.setdefault(stem, position)
-        matching = {stem: int(searcher.doc_freq("stems", stem)) for stem in positions}
-        rarest = sorted(positions, key=lambda stem: (matching[stem] == 0, matching[stem]))[:MAX_QUERY_STEMS]
-        found: dict[Term, int] = {("stems", stem): matching[stem] for stem in rarest}
-        chosen = {positions[stem] for stem in rarest}
+            positions[stem].append(position)
+        entries = int(searcher.num_docs)
+        weight = {
+            stem: len(places) * inverse_document_frequency(matching, entries)
+            for stem, places in positions.items()
+            if (matching := int(searcher.doc_freq("stems", stem)))
+        }
+        chosen = sorted(positions, key=lambda stem: -weight.get(stem, 0.0))[:MAX_QUERY_STEMS]
         heads, pairs = query.heads, query.pairs
-        others = [("heads", heads[position]) for position in chosen]
-        others += [("pairs", pairs[position]) for position in chosen if position < len(pairs)]
-        for field, word in others:
-            found[field, word] = int(searcher.doc_freq(field, word))
-        return found
+        counts: Counter[Term] = Counter()
+        for stem in chosen:
+            for position in positions[stem]:
+                counts["stems", stem] += 1
+                counts["heads", heads[position]] += 1
+                if position < len(pairs):
+                    counts["pairs", pairs[position]] += 1
+        return counts
 
-    def _query(self, terms: Iterable[Term]) -> Any:
+    def _query(self, weights: Mapping[Term, float]) -> Any:
         query = tantivy.Query
         weighted = (
-            query.boost_query(query.term_query(self._schema, field, word, "freq"), WEIGHTS[field])
-            for field, word in terms
+            query.boost_query(query.term_query(self._schema, field, word, "freq"), weight)
+            for (field, word), weight in weights.items()
         )
         return query.boolean_query([(tantivy.Occur.Should, term) for term in weighted])
+
+    def _evidence(
+        self,
+        frequencies: Mapping[Term, int],
+        weights: Mapping[Term, float],
+        entries: int,
+        passages: Sequence[Passage],
+    ) -> Evidence:
+        idf = {term: inverse_document_frequency(matching, entries) for term, matching in frequencies.items()}
+        highest_possible = sum(
+            weights[term] * idf[term] * (BM25_K1 + 1)
+            for term, matching in frequencies.items()
+            if matching or term[0] == "stems"
+        )
+        best = passages[0]
+        stems = set(self._stemmer.analyze(tokenize(best.text).stems))
+        information = sum(
+            idf[field, stem] * (SMALL_TALK_SHARE if stem in self._small_talk else 1.0)
+            for field, stem in frequencies
+            if field == "stems" and stem in stems
+        )
+        return Evidence(best.score / highest_possible, amount_of(information, entries))
 
 
 class Writer:
@@ -215,17 +250,6 @@ def without_common_terms(frequencies: dict[Term, int]) -> dict[Term, int]:
         kept[term] = matching
         left -= matching
     return kept
-
-
-def _evidence(frequencies: dict[Term, int], entries: int, passages: list[Passage]) -> Evidence:
-    highest_possible = sum(
-        WEIGHTS[field] * inverse_document_frequency(matching, entries) * (BM25_K1 + 1)
-        for (field, _), matching in frequencies.items()
-        if matching or field == "stems"
-    )
-    best = passages[0].score
-    second = passages[1].score if len(passages) > 1 else 0.0
-    return Evidence(best / highest_possible, (best - second) / best)
 
 
 @contextmanager

@@ -92,10 +92,12 @@ class Knowledge:
                 await _cancel_once(updating)
             knowledge._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def update(self) -> None:
-        """Adds the changes in Postgres to the index now. Raises RouterError if that fails."""
-        if self._indexer is not None:
-            await self._run(self._indexer)
+    async def update(self) -> bool:
+        """Adds the changes in Postgres to the index now. Raises RouterError if that fails.
+
+        Returns False if another process of this host is doing so: then its commits so far are searched.
+        """
+        return self._indexer is None or await self._run(self._indexer)
 
     async def search(self, query: str, limit: int = 5) -> SearchResult:
         """Returns the best passages for `query`, at most `limit`. Any text is a valid query."""
@@ -162,8 +164,11 @@ class Knowledge:
             await self._in_thread(self._reload, indexer.home)
             await asyncio.sleep(self._update_seconds)
 
-    async def _run(self, indexer: IndexerProcess) -> None:
-        """Runs the indexer once; what a long first run has committed so far is searched meanwhile."""
+    async def _run(self, indexer: IndexerProcess) -> bool:
+        """Runs the indexer once; what a long first run has committed so far is searched meanwhile.
+
+        Returns False if another process is running it.
+        """
         running = asyncio.create_task(indexer.run(), name="knowledge: indexer")
         try:
             while not running.done():
@@ -171,7 +176,7 @@ class Knowledge:
                 await self._in_thread(self._reload, indexer.home)
         finally:
             await _cancel_once(running)
-        running.result()
+        return running.result()
 
     def _log_once(self, error: Exception) -> None:
         if str(error) != self._last_error:
@@ -187,9 +192,10 @@ class IndexerProcess:
         self._arguments = [str(home.path), str(folder), *(() if tasks else ("--no-tasks",))]
         self._database_url = database_url
 
-    async def run(self) -> None:
+    async def run(self) -> bool:
         """Runs the indexer once; the child does not outlive this call.
 
+        Returns False if another one is at work, which this one leaves to it.
         Raises KnowledgeIndexError with the child's last line of output if it failed or took too long.
         """
         child = await asyncio.create_subprocess_exec(
@@ -210,9 +216,10 @@ class IndexerProcess:
         report = json.loads(out)
         if report["added"] or report["deleted"]:
             log.info("knowledge index: %(added)d added, %(deleted)d deleted, %(seconds).1f s", report)
+        return not report["busy"]
 
 
-async def _cancel_once(task: asyncio.Task[None]) -> None:
+async def _cancel_once(task: asyncio.Task[Any]) -> None:
     """Cancels a task and waits for it; a second cancellation would interrupt the end of its child process."""
     if not task.done():
         task.cancel()

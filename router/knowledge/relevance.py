@@ -28,6 +28,20 @@ _STOP_TEXT = """
     will with you your
 """
 STOP_WORDS = frozenset(_STOP_TEXT.split())
+# Words that hardly tell what a short prompt is about, though few entries of a small index may contain them.
+# They are searched for, but count little as evidence.
+_SMALL_TALK_TEXT = """
+    again another answer anything best better change check come continue correct could detail details
+    different done easy example examples explain fine first fix get give go going good great hello help hey
+    hi idea ideas improve just keep know last less let like list little long look lot make maybe mean more
+    most much name need new next nice now number ok okay old one ones only other part please point possible
+    problem put question quick really right run same say second see set short shorter show simple some
+    something sorry sound sounds sure take tell text thank thanks thing things think time too topic try two
+    understand use used using very want way well word words work working works would write wrong yes
+"""
+SMALL_TALK = frozenset(_SMALL_TALK_TEXT.split())
+SMALL_TALK_SHARE = 0.2
+CHANCE_WEIGHT = 0.75
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,20 +77,29 @@ def inverse_document_frequency(matching: int, entries: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Features of the confidence; both from 0 to 1."""
+    """Features of the confidence, both from 0 (`amount` from -1) to 1."""
 
     coverage: float = 0.0  # best score, as a share of the highest score that the query can reach
-    lead: float = 0.0  # distance of the second score from the best, as a share of the best
+    amount: float = -1.0  # how much the words tell that the query and the best entry share; see `amount_of`
+
+
+def amount_of(information: float, entries: int) -> float:
+    """Amount of evidence in the words that the query and the best of `entries` share.
+
+    `information` is the sum of their inverse document frequencies, the logarithm of how unlikely it is that
+    an entry contains them all by chance. The more entries there are, the likelier it is that one does.
+    """
+    return math.tanh((information - CHANCE_WEIGHT * math.log(entries)) / 4)
 
 
 # Fitted by `python -m bench.knowledge --calibrate`; docs/knowledge.md has the data and the errors.
-COVERAGE_WEIGHT = 18.1
-LEAD_WEIGHT = 2.1
-BIAS = -5.8
+COVERAGE_WEIGHT = 8.8
+AMOUNT_WEIGHT = 4.5
+BIAS = -6.3
 
 
 def confidence(evidence: Evidence) -> float:
     """Probability (0 to 1) that the first entry is relevant; 0 if nothing was found."""
     if evidence.coverage <= 0:
         return 0.0
-    return 1 / (1 + math.exp(-(COVERAGE_WEIGHT * evidence.coverage + LEAD_WEIGHT * evidence.lead + BIAS)))
+    return 1 / (1 + math.exp(-(COVERAGE_WEIGHT * evidence.coverage + AMOUNT_WEIGHT * evidence.amount + BIAS)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-RELEVANT_FROM = 0.3  # confidence
+RELEVANT_FROM = 0.25  # confidence
 ANSWER_PASSAGES = 3
 ANSWER_SCORE_SHARE = 0.5  # of the best score
 NO_PASSAGES = "No model answered, and no relevant passages were found."

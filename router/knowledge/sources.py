@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +18,10 @@ SELECT k.source, count(e.place) AS entries, k.changed_at
 _REMOVE = """
 SELECT k.source, remove_knowledge(k.source) AS removed FROM knowledge_sources k
  WHERE k.checksum IS NOT NULL AND (k.source = %s OR starts_with(k.source, %s)) ORDER BY k.source"""
+
+_REMOVE_MISSING = """
+SELECT k.source, remove_knowledge(k.source) AS removed FROM knowledge_sources k
+ WHERE k.checksum IS NOT NULL AND starts_with(k.source, %s) AND k.source <> ALL (%s) ORDER BY k.source"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,12 @@ def remove_path(connection: Connection, path: Path) -> list[str]:
     """Removes the source `path`, or all sources below this folder; returns their names."""
     name = source_name(path)
     return [row["source"] for row in rows(connection, _REMOVE, (name, f"{name.rstrip('/')}/"))]
+
+
+def remove_missing(connection: Connection, folder: Path, present: Iterable[Path]) -> list[str]:
+    """Removes the sources below `folder` that are not among the files `present`; returns their names."""
+    arguments = (f"{source_name(folder).rstrip('/')}/", [source_name(path) for path in present])
+    return [row["source"] for row in rows(connection, _REMOVE_MISSING, arguments)]
 
 
 def read_sources(connection: Connection) -> list[Source]:

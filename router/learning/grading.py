@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import enum
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 CHECKED_CHARACTERS = 2_500  # of each end of an answer, and of the start of a prompt
@@ -25,9 +26,9 @@ PROSE_LINE = 60  # characters; a last line of this length should end a sentence
 JUDGED_CHARACTERS = 8_000
 
 _WORD = re.compile(r"\w+")
-_FENCE = re.compile(r"^\s*```", re.MULTILINE)
+_FENCE = re.compile(r"^[^\S\n]*```", re.MULTILINE)
 _REFUSAL = re.compile(
-    r"(?:\A|[.!?\]\n])[\s*]*(?:(?:but|unfortunately),? )?"
+    r"(?:\A|[.!?\]\n])[\s*]{0,9}(?:(?:but|unfortunately),? )?"
     r"(?:i(?:['\u2019]m| am) (?:sorry|afraid|unable|not able)"
     r"|i (?:can(?:no|['\u2019])t|cannot|won['\u2019]t|will not)"
     r" (?:help|assist|answer|provide|comply|do that|fulfil|create|write|discuss)"
@@ -165,12 +166,7 @@ def against_reference(answer: str, reference: str) -> Grade:
         return Grade(0.0 if given else 1.0)
     if f" {' '.join(wanted_words)} " in f" {' '.join(given)} ":
         return Grade(1.0)
-    left = list(wanted_words)
-    common = 0
-    for word in given:
-        if word in left:
-            left.remove(word)
-            common += 1
+    common = (Counter(given) & Counter(wanted_words)).total()
     return Grade(2 * common / (len(given) + len(wanted_words)))
 
 
@@ -250,7 +246,7 @@ def _judge_prompt(prompt: str, first: str, second: str) -> str:
     )
 
 
-_MARK = re.compile(r"<(?=\s*/?\s*(?:request|answer_[12])\s*>)", re.IGNORECASE)
+_MARK = re.compile(r"<(?=\s*(?:/\s*)?(?:request|answer_[12])\s*>)", re.IGNORECASE)
 
 
 def _as_material(text: str) -> str:

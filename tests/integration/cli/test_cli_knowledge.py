@@ -52,6 +52,31 @@ def test_adding_again_replaces_changed_files(router: CommandLine, notes: Path):
     ]
 
 
+def test_adding_a_folder_again_removes_files_that_are_gone(router: CommandLine, notes: Path):
+    router("knowledge", "add", notes)
+    beside = notes.parent / "notes-of-others"
+    beside.mkdir()
+    (beside / "a.md").write_text("An ant.")
+    router("knowledge", "add", beside)
+    (notes / "owls.md").unlink()
+    result = router("knowledge", "add", notes)
+    assert f"removed: {notes}/owls.md: the file is gone" in result.out
+    kept = {str(notes / "deep" / "bats.txt"), str(beside / "a.md")}
+    assert {source["source"] for source in router("knowledge", "list", "--json").json} == kept
+    (notes / "deep" / "bats.txt").unlink()
+    assert router("knowledge", "add", notes).code == 3  # an empty folder may be one that cannot be read
+    assert {source["source"] for source in router("knowledge", "list", "--json").json} == kept
+
+
+def test_symbolic_link_out_of_the_folder_is_not_added(router: CommandLine, notes: Path):
+    (notes.parent / "secret.md").write_text("The password of the owl.")
+    (notes / "link.md").symlink_to(notes.parent / "secret.md")
+    result = router("knowledge", "add", notes)
+    assert result.code == 3
+    assert "link.md is a symbolic link out of the folder" in result.err
+    assert len(router("knowledge", "list", "--json").json) == 2
+
+
 def test_file_that_is_not_text_is_reported_and_others_are_added(router: CommandLine, notes: Path):
     (notes / "photo.jpg").write_bytes(b"\xff\xd8\xff")
     (notes / "old.md").write_bytes(b"M\xfcnchen")

@@ -104,6 +104,26 @@ def test_answerable_question_has_higher_confidence_than_a_foreign_one(index: Kno
     assert unsure < 0.3
 
 
+def test_word_that_a_long_question_repeats_counts_more():
+    index = index_of({"cats": "Cats sleep in boxes.", "dogs": "Dogs sleep in houses."})
+    question = "dogs, and then cats: why do cats, unlike others, hide? I mean cats."
+    assert first(index, question) == "cats"
+    assert first(index, question.replace("cats", "dogs")) == "dogs"
+
+
+def test_more_shared_words_are_more_evidence(index: KnowledgeIndex):
+    questions = (
+        "model",
+        "pausing a model",
+        "pausing a model by its target",
+        "pausing a model by its traffic target",
+    )
+    found = [index.rank(question, 1)[1].amount for question in questions]
+    assert found == sorted(found)
+    assert len(set(found)) == len(found)
+    assert index.rank("model model model", 1)[1].amount == found[0]
+
+
 def test_equal_texts_are_merged():
     index = index_of({"a": "Cats purr.", "b": "Cats purr.", "c": "Cats sleep."})
     assert sorted(passage.text for passage in index.search("cats", 5).passages) == [
