@@ -19,7 +19,8 @@ import psycopg2
 import psycopg2.extensions
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
-from router.errors import ConfigError, DatabaseError, InvalidValue, LeaseLost, RouterError, first_line
+from router.errors import DatabaseError, InvalidValue, LeaseLost, RouterError, first_line
+from router.settings import PostgresAddress
 from router.task import CallResult
 
 Connection = psycopg2.extensions.connection
@@ -41,12 +42,7 @@ def connect(url: str, *, autocommit: bool = False) -> Iterator[Connection]:
     With `autocommit` each statement is its own transaction. Raises ConfigError for an invalid URL.
     """
     try:
-        connection = psycopg2.connect(url, connect_timeout=10)
-    except psycopg2.ProgrammingError:  # its text contains the URL, and with it the password
-        raise ConfigError(
-            "The database's address is not a postgresql:// URL, or a special character of its password is not"
-            " percent-encoded. Check ROUTER_DATABASE_URL."
-        ) from None
+        connection = open_connection(url)
     except psycopg2.OperationalError as error:
         raise unreachable(error) from error
     try:
@@ -60,6 +56,15 @@ def connect(url: str, *, autocommit: bool = False) -> Iterator[Connection]:
         raise DatabaseError(first_line(error)) from error
     finally:
         connection.close()
+
+
+def open_connection(url: str, *, options: str = "", connect_seconds: int | None = None) -> Connection:
+    """Opens a synchronous connection; `options` are added to those of the URL. Raises psycopg2's errors."""
+    arguments = PostgresAddress.parse(url).for_psycopg2(options=options)
+    if connect_seconds is not None:
+        arguments["connect_timeout"] = min(connect_seconds, arguments["connect_timeout"])
+    connection: Connection = psycopg2.connect(**arguments)
+    return connection
 
 
 def rows(connection: Connection, statement: str, arguments: tuple[Any, ...] = ()) -> list[dict[str, Any]]:
@@ -109,11 +114,27 @@ async def open_pool(url: str, *, connections: int, min_connections: int = 1) -> 
     """
     try:
         return await asyncpg.create_pool(
-            url, min_size=min_connections, max_size=connections, command_timeout=30, timeout=10,
-            reset=_no_reset, server_settings={"application_name": "router", "jit": "off"},
+            url, connect=open_async_connection, jit="off", min_size=min_connections,
+            max_size=connections, command_timeout=30, reset=_no_reset,
         )  # fmt: skip
-    except (OSError, asyncpg.PostgresError) as error:
+    except (*UNAVAILABLE_ERRORS, asyncpg.PostgresError) as error:
         raise unreachable(error) from error
+
+
+async def open_async_connection(
+    url: str, *, application_name: str = "router", jit: str | None = None, **more: Any
+) -> asyncpg.Connection:
+    """Opens an asynchronous connection, with the keep-alives of the URL. Raises asyncpg's errors."""
+    address = PostgresAddress.parse(url)
+    settings = {} if jit is None else {"jit": jit}
+    arguments = address.for_asyncpg(application_name=application_name, **settings)
+    connection = await asyncpg.connect(**arguments, **more)
+    transport = connection._transport  # noqa: SLF001 - asyncpg has no parameter for socket options
+    socket_in_use = transport and transport.get_extra_info("socket")
+    if socket_in_use is not None:
+        for level, option, value in address.socket_options(socket_in_use.family):
+            socket_in_use.setsockopt(level, option, value)
+    return connection
 
 
 async def _no_reset(_connection: Any) -> None:

@@ -27,7 +27,11 @@ The outcome of a call to a model is a value and not an exception: `router.task.C
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+# Up to the last @ of a word, since a password may contain unencoded characters.
+_LOGIN = re.compile(r"://[^\s@/]*:\S*@")
 
 
 class RouterError(Exception):
@@ -114,9 +118,17 @@ def unknown(name: str, known: Iterable[str], what: str) -> InputError:
     return InputError(f"There is no {what} {name[:100]!r}; {hint}")
 
 
+def redacted(text: str) -> str:
+    """Replaces the login of every URL in a text by `***`."""
+    return _LOGIN.sub("://***@", text)
+
+
 def first_line(message: str | BaseException) -> str:
-    """Returns the first line of an error or of its text; for an error without text the name of its class."""
+    """Returns the first line of an error or of its text, without logins.
+
+    For an error without text it is the name of its class.
+    """
     lines = str(message).strip().splitlines()
     if lines:
-        return lines[0]
+        return redacted(lines[0])
     return "" if isinstance(message, str) else type(message).__name__

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import psycopg2
 
-from router.database import Connection
+from router.database import Connection, open_connection
 from router.errors import DatabaseError, InputError
 
 log = logging.getLogger("router.console")
@@ -70,7 +70,7 @@ class ReadPool:
     def _connection(self) -> Connection:
         connection: Connection | None = getattr(self._local, "connection", None)
         if connection is None or connection.closed:
-            connection = psycopg2.connect(self._url(), connect_timeout=3, options=OPTIONS)
+            connection = open_connection(self._url(), options=OPTIONS, connect_seconds=3)
             self._local.connection = connection
             self._connections.add(connection)
         return connection

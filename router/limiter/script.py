@@ -23,6 +23,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisError
 
 from router.errors import LimiterUnavailable
+from router.settings import RedisAddress
 
 log = logging.getLogger("router.limiter")
 
@@ -38,8 +39,8 @@ def redis_client(url: str, *, seconds: float = 5.0, connections: int = 64) -> re
     It does not retry by itself, which would take up to ten times as long: callers decide whether to.
     """
     return redis.asyncio.Redis.from_url(
-        url, socket_timeout=seconds, socket_connect_timeout=seconds, max_connections=connections,
-        retry=Retry(NoBackoff(), 0),
+        RedisAddress.parse(url).url, socket_timeout=seconds, socket_connect_timeout=seconds,
+        max_connections=connections, retry=Retry(NoBackoff(), 0),
     )  # fmt: skip
 
 

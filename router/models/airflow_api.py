@@ -9,6 +9,7 @@ import requests
 from typing_extensions import Self
 
 from router.errors import AirflowError
+from router.settings import AIRFLOW_SOURCE, HttpAddress
 
 VARIABLE_PREFIX = "traffic."  # of the Variable that holds a model's traffic target
 TIMEOUT_SECONDS = 30.0
@@ -24,9 +25,11 @@ class AirflowApi:
     def __init__(
         self, url: str, user: str, password: str, *, timeout_seconds: float = TIMEOUT_SECONDS
     ) -> None:
-        self.url = url.rstrip("/")
-        self._user = user
-        self._password = password
+        """A login in the URL applies if none is given. Raises ConfigError if it is not an http(s) URL."""
+        address = HttpAddress.parse(url, AIRFLOW_SOURCE)
+        self.url = address.url
+        self._user = user or address.user or ""
+        self._password = password or address.password or ""
         self._timeout_seconds = timeout_seconds
         self._session = requests.Session()
         self._session.trust_env = False  # bypasses proxies of the environment

@@ -15,13 +15,12 @@ from dataclasses import replace
 from http import HTTPStatus
 from types import TracebackType
 from typing import Any
-from urllib.parse import urlsplit
 
 import aiohttp
 from aiohttp.abc import AbstractStreamWriter
 from typing_extensions import Self
 
-from router.errors import BackendUnavailable, ConfigError
+from router.errors import BackendUnavailable
 from router.models.call_request import CallRequest
 from router.models.responses import (
     MAX_ERROR_BYTES,
@@ -31,7 +30,7 @@ from router.models.responses import (
     model_names,
     one_line,
 )
-from router.settings import BackendSettings
+from router.settings import BackendSettings, backend_address
 from router.task import CallResult, Outcome
 
 KEEPALIVE_SECONDS = 4.0  # below the 5 s after which uvicorn closes an idle connection: reuse never races that
@@ -52,7 +51,7 @@ class ModelsBackend:
         self, base_url: str, settings: BackendSettings, session: aiohttp.ClientSession | None = None
     ) -> None:
         """Raises ConfigError if `base_url` is not an http(s) URL."""
-        self._base_url = _checked(base_url)
+        self._base_url = backend_address(base_url).url
         self._settings = settings
         self._session = session
         self._owns_session = session is None
@@ -192,15 +191,6 @@ def _new_session(settings: BackendSettings) -> aiohttp.ClientSession:
         trust_env=False,  # a proxy from the environment would delay calls after their permit
         headers={"Accept": "application/json", "Accept-Encoding": "identity"},
     )
-
-
-def _checked(base_url: str) -> str:
-    parts = urlsplit(base_url)
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
-        raise ConfigError(
-            "The Models Backend's address is not an http(s) URL. Set MODELS_BACKEND_URL=http://host:8100"
-        )
-    return base_url.rstrip("/")
 
 
 async def _read_up_to(response: aiohttp.ClientResponse, limit: int) -> bytes:

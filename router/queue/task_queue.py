@@ -19,7 +19,14 @@ from typing import Any
 
 import asyncpg
 
-from router.database import fetch, fetch_one, retry_while_unavailable, settled_values, unreachable
+from router.database import (
+    fetch,
+    fetch_one,
+    open_async_connection,
+    retry_while_unavailable,
+    settled_values,
+    unreachable,
+)
 from router.errors import DatabaseError, LeaseLost
 from router.task import CallResult, Claim, Outcome, new_call_id
 
@@ -249,9 +256,7 @@ class TaskQueue:
 async def listening(url: str, notify: Callable[[str], None]) -> AsyncIterator[asyncpg.Connection]:
     """Opens a separate connection that calls `notify(channel)` for each notification of CHANNELS."""
     try:
-        connection = await asyncpg.connect(
-            url, timeout=10, server_settings={"application_name": "router listener"}
-        )
+        connection = await open_async_connection(url, application_name="router listener")
     except (OSError, asyncpg.PostgresError, asyncio.TimeoutError) as error:
         raise unreachable(error) from error
     try:

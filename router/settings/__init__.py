@@ -22,11 +22,15 @@ from router.settings.environment import (
     missing_address,
     own_or_shipped,
 )
+from router.settings.http import AIRFLOW_SOURCE, HttpAddress, backend_address
 from router.settings.learning import JudgingSettings, LearningSettings, UtilitySettings, load_learning
 from router.settings.models import DISCOVERED, MODEL_NAME_PATTERN, read_discovered
+from router.settings.postgres import PostgresAddress
+from router.settings.redis import RedisAddress
 from router.settings.router import BackendSettings, FallbackSettings, RouterConfig, load_config
 
 __all__ = [
+    "AIRFLOW_SOURCE",
     "DEFAULT_CONFIG_FOLDER",
     "DISCOVERED",
     "MEGABYTE",
@@ -39,14 +43,18 @@ __all__ = [
     "DiscoverySettings",
     "FallbackSettings",
     "FileCatalogSettings",
+    "HttpAddress",
     "JudgingSettings",
     "LearningSettings",
+    "PostgresAddress",
     "ProbationSettings",
     "ProviderCatalogSettings",
+    "RedisAddress",
     "RouterConfig",
     "TrialSettings",
     "UtilitySettings",
     "addresses_from_environment",
+    "backend_address",
     "classifier_folder",
     "config_folder",
     "data_folder",

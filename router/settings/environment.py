@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from router.errors import ConfigError
 from router.settings.files import Frozen
+from router.settings.http import backend_address
+from router.settings.postgres import PostgresAddress
+from router.settings.redis import RedisAddress
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_CONFIG_FOLDER = ROOT / "config"
@@ -21,12 +24,28 @@ EXAMPLES = {
 }
 
 
+_PARSERS: dict[str, Callable[[str], object]] = {
+    "database_url": PostgresAddress.parse,
+    "redis_url": RedisAddress.parse,
+    "backend_url": backend_address,
+}
+
+
 class Addresses(Frozen):
-    """URLs of Postgres, Redis and the Models Backend. Never logged, since they may contain passwords."""
+    """URLs of Postgres, Redis and the Models Backend. Never logged, since they may contain passwords.
+
+    Raises ConfigError for a URL that is not supported.
+    """
 
     database_url: str = Field(repr=False)
     redis_url: str = Field(repr=False)
     backend_url: str = Field(repr=False)
+
+    @field_validator("database_url", "redis_url", "backend_url")
+    @classmethod
+    def _supported(cls, url: str, field: ValidationInfo) -> str:
+        _PARSERS[field.field_name or ""](url)
+        return url
 
 
 def addresses_from_environment(environment: Mapping[str, str] | None = None) -> Addresses:
