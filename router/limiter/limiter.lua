@@ -624,15 +624,17 @@ if not reply then
     local parts = { pack('<dddddddddd', OK, t == NEVER and NEVER or max(0, t - now), reason, in_flight,
                          max(0, cooldown_until - now), trips, failures, refused, wall - number_of(fields[4]),
                          refused_at) }
+    local due = head  -- permits granted ahead of their send time are not usage yet
+    while due > oldest * SENDS and send_time(due - 1, 'due') > now do due = due - 1 end
     for w = 1, requests do
       local _, period = unpack_struct('<dd', spec, WINDOWS + 16 * w)
-      local low, high = oldest * SENDS, head
+      local low, high = oldest * SENDS, due
       while low < high do
         local middle = floor((low + high) / 2)
         if ends(middle, send_time(middle, 'snapshot'), period) <= now then low = middle + 1 else high = middle end
       end
-      local unused = holes > 0 and call('ZCOUNT', key .. ':holes', low, '+inf') or 0
-      parts[#parts + 1] = pack('<d', head - low - unused)
+      local unused = holes > 0 and call('ZCOUNT', key .. ':holes', low, '(' .. due) or 0
+      parts[#parts + 1] = pack('<d', due - low - unused)
     end
     ahead = 64
     for w = 1, token_windows do
@@ -643,6 +645,7 @@ if not reply then
         i, total = i + 1, total - tokens_of(i)
         first = i < head and send_time(i, -w) or 0
       end
+      for ahead_of_time = max(i, due), head - 1 do total = total - tokens_of(ahead_of_time) end
       parts[#parts + 1] = pack('<d', total)
     end
     return { fields[1], fields[2] or '', table.concat(parts) }

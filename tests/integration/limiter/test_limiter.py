@@ -546,3 +546,17 @@ async def test_client_with_decode_responses_works(redis_server: RedisServer):
         now = (await limiter.snapshot(["llama"]))["llama"]
         assert (now.target, now.sent) == ("5/s", {"5/s": 1})
     await client.aclose()
+
+
+async def test_usage_counts_no_send_before_its_time(limiter: TrafficLimiter):
+    """A permit that was granted ahead, for the moment at which the window has room again, is not usage yet."""
+    await apply_target(limiter, "4/s, 40 tokens/s, burst")
+    for _ in range(9):
+        await limiter.acquire("llama", tokens=10, timeout_seconds=5)
+        now = (await limiter.snapshot(["llama"]))["llama"]
+        assert now.sent["4/s"] <= 4
+        assert now.tokens["40 tokens/s"] <= 40
+        ahead = await limiter.reserve("llama", tokens=10)
+        now = (await limiter.snapshot(["llama"]))["llama"]
+        assert now.sent["4/s"] <= 4, ahead
+        assert now.tokens["40 tokens/s"] <= 40, ahead

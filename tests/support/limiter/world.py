@@ -227,11 +227,14 @@ class World(Following):
         target, at = self.spec.target, self.redis.calls[-1].at
         if not self.exact(at) or self.state != "sound" or target is None or target.stopped:
             return
-        sent = {str(limit): len(self.spec.counted(limit.window_seconds, at)) for limit in target.requests}
+        sent = {
+            str(limit): sum(send.send_at <= at for send in self.spec.counted(limit.window_seconds, at))
+            for limit in target.requests
+        }
         latest = max(at, self.spec.sends[-1].send_at if self.spec.sends else at)
         for limit in target.tokens:  # sends that leave by the latest send time may be left out
             most, least = (
-                sum(send.tokens for send in self.spec.counted(limit.window_seconds, when))
+                sum(s.tokens for s in self.spec.counted(limit.window_seconds, when) if s.send_at <= at)
                 for when in (at, latest)
             )
             counted = traffic.tokens[str(limit)]
