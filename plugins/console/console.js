@@ -1,6 +1,6 @@
 // The page's frame: selects the view, receives live updates, marks stale data and sets the color theme.
 
-import { ago, api, el, jsonLines, replace, setText } from "./draw.js";
+import { ago, api, el, jsonLines, reason, replace, setText } from "./draw.js";
 import { Ask } from "./ask.js";
 import { Models } from "./models.js";
 import { Queue } from "./queue.js";
@@ -19,6 +19,7 @@ let status = null;
 let shown = null;
 let receivedAt = 0;
 let problem = "";
+let unreadable = false; // the api-server itself reports that it cannot read the status
 let stream = null;
 
 // -- color theme, as set in Airflow
@@ -109,11 +110,12 @@ function whenVisible() {
 document.addEventListener("visibilitychange", () => document.hidden && stream?.abort());
 
 function receive(line) {
-  if (line.error) {
-    problem = line.error;
+  unreadable = Boolean(line.error);
+  problem = line.error ?? "";
+  if (unreadable) {
+    tick();
     return;
   }
-  problem = "";
   receivedAt = Date.now();
   status = line;
   shown?.update(status);
@@ -127,13 +129,17 @@ function tick() {
   document.body.classList.toggle("stale", stale && receivedAt > 0);
   setText(pulse, age === null ? "connecting" : stale ? `stale: ${Math.round(age)} s old` : "live");
   for (const time of view.querySelectorAll("time[datetime]")) setText(time, ago(time.dateTime));
-  const shownNotes = [...(status?.notes ?? [])];
-  if (problem && (stale || !status)) shownNotes.unshift(problem);
-  if (notes.dataset.shown !== shownNotes.join("\n")) {
-    notes.dataset.shown = shownNotes.join("\n");
+  const failing = problem && (unreadable || stale || !status);
+  const why = failing ? null : status?.why_not;
+  const shownNotes = (status?.notes ?? []).filter((text) => text !== why?.text).map((text) => [text, true]);
+  if (why) shownNotes.unshift([`Not sending: ${reason(why)}`, why.alarm]);
+  if (failing) shownNotes.unshift([unreadable ? `Not sending: ${problem}` : problem, true]);
+  const key = JSON.stringify(shownNotes);
+  if (notes.dataset.shown !== key) {
+    notes.dataset.shown = key;
     replace(
       notes,
-      shownNotes.map((text) => el("p.note.bad", {}, text)),
+      shownNotes.map(([text, bad]) => el("p", { class: bad ? "note bad" : "note" }, text)),
     );
   }
 }

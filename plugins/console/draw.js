@@ -175,3 +175,6 @@ export class Spark {
     setText(this.title, title);
   }
 }
+
+// The reason for not sending, with its start.
+export const reason = (why) => (why.since ? `${why.text} Since ${clock(why.since)}.` : why.text);

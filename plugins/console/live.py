@@ -12,7 +12,8 @@ from typing import Any
 
 from router.background import cancel_and_wait
 from router.cli import as_json
-from router.errors import RouterError
+from router.errors import DatabaseError, RouterError
+from router.status import unreadable
 
 log = logging.getLogger("router.console")
 
@@ -95,6 +96,8 @@ class Live:
     async def _status(self) -> dict[str, Any]:
         try:
             return await self._read()
+        except DatabaseError as error:
+            return {"error": str(error), "why_not": unreadable(error).whole}
         except RouterError as error:
             return {"error": str(error)}
         except Exception:

@@ -1,22 +1,11 @@
 // Row of one model: target with its editor, usage, plot and what limits it.
 
-import { ago, api, el, number, replace, seconds, setText, Spark } from "./draw.js";
+import { ago, api, el, number, reason, replace, seconds, setText, Spark } from "./draw.js";
 
 // The plotted rate is averaged over the target's window, within these bounds, as the limiter counts it.
 const MIN_RATE_SECONDS = 15;
 const MAX_RATE_SECONDS = 60;
-const WAITING = {
-  window: "request limit",
-  tokens: "token limit",
-  concurrency: "concurrency limit",
-  stopped: "stopped",
-  cooling_down: "cooling down",
-  rebuilding: "rebuilding state",
-  half_open: "half-open probe",
-  no_target: "no target",
-  too_many_tokens: "too many tokens",
-};
-export const COLUMNS = ["Model", "Usage", "Requests/min", "In flight", "Waiting for", "429s", "Breaker"];
+export const COLUMNS = ["Model", "Usage", "Requests/min", "In flight", "Not sending", "429s", "Breaker"];
 
 export class ModelRow {
   constructor(name, me) {
@@ -59,7 +48,7 @@ export class ModelRow {
     );
   }
 
-  update(model, variable, history, hasTasks) {
+  update(model, variable, history, whole) {
     this.model = model;
     this.variable = variable;
     setText(this.state, model.state === "active" ? "" : model.state);
@@ -72,12 +61,10 @@ export class ModelRow {
       this.cells.inFlight,
       model.at_once ? `${number(model.in_flight)} of ${number(model.at_once)}` : number(model.in_flight),
     );
-    const cooldown = model.resting_seconds > 0 ? `cooling down ${seconds(model.resting_seconds)}` : "";
-    const idle = !hasTasks && (model.waiting_for ?? "window") === "window";
-    setText(
-      this.cells.waiting,
-      cooldown || (idle ? "idle (no tasks)" : (WAITING[model.waiting_for] ?? model.waiting_for ?? "–")),
-    );
+    const why = model.why_not;
+    const short = why && why.text === whole?.text; // the line at the top says the rest
+    setText(this.cells.waiting, why ? (short ? why.code.replaceAll("_", " ") : reason(why)) : "–");
+    this.cells.waiting.className = why?.alarm ? "wrong" : "quiet";
     setText(
       this.cells.refused,
       model.refused ? `${number(model.refused)}, last ${seconds(model.refused_seconds)} ago` : "0",

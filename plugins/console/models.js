@@ -57,7 +57,7 @@ export class Models {
         this.rows.set(name, row);
         this.table.insertBefore(row.node, this.table.tBodies[index] ?? null);
       }
-      row.update(status.models[name], status.variables?.[name], this.history, status.tasks.unsolved > 0);
+      row.update(status.models[name], status.variables?.[name], this.history, status.why_not);
     });
     if (this.selected && this.rows.has(this.selected)) {
       const { node } = this.rows.get(this.selected);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from datetime import timezone
 from typing import Annotated
 
 import typer
@@ -14,7 +15,7 @@ from rich.text import Text
 
 from router.cli import terminal
 from router.errors import DatabaseError
-from router.status import ModelStatus, Status, read_status
+from router.status import ModelStatus, Status, WhyNot, read_status, unreadable
 
 REFRESH_SECONDS = 1.0
 THROUGHPUT_SECONDS = 30.0  # measured over this window
@@ -32,6 +33,9 @@ Show tasks by state, and usage and errors of each model.
 
 The column usage shows, for each limit of the model's target, the calls or tokens of the current window. If
 Redis is unavailable, it shows the last minute from the call log instead.
+
+Not sending shows the reason why no call is sent, of all models at the top and of each model in its row. The
+JSON key why_not is null while calls may be sent.
 
 \b
 Examples:
@@ -51,8 +55,13 @@ Examples:
 def status(
     *, as_json: terminal.Json = False, database: terminal.Database = None, redis: terminal.Redis = None
 ) -> None:
-    with terminal.database(database) as connection:
-        now = read_status(connection, redis)
+    try:
+        with terminal.database(database) as connection:
+            now = read_status(connection, redis)
+    except DatabaseError as error:
+        if as_json:
+            terminal.print_json(_error_json(error))
+        raise
     if as_json:
         terminal.print_json(now.as_json())
     else:
@@ -89,7 +98,9 @@ class _Watch:
         if as_json:
             while True:
                 now = self._read()
-                terminal.print_json({"error": now} if isinstance(now, str) else now.as_json(), indent=None)
+                terminal.print_json(
+                    _error_json(now) if isinstance(now, DatabaseError) else now.as_json(), indent=None
+                )
                 if not self._pause():
                     return
         with Live(console=terminal.out(), auto_refresh=False, vertical_overflow="crop") as screen:
@@ -98,16 +109,16 @@ class _Watch:
                 if not self._pause():
                     return
 
-    def _read(self) -> Status | str:
+    def _read(self) -> Status | DatabaseError:
         try:
             with terminal.database(self._database) as connection:
                 return read_status(connection, self._redis)
         except DatabaseError as error:
-            return str(error)
+            return error
 
-    def _render(self, now: Status | str) -> RenderableType:
-        if isinstance(now, str):
-            return Text(f"{now} Retrying every second.", style="red")
+    def _render(self, now: Status | DatabaseError) -> RenderableType:
+        if isinstance(now, DatabaseError):
+            return Text(f"Not sending  {now} Retrying every second.", style="red")
         return rendered(now, self._throughput(now.tasks.solved))
 
     def _throughput(self, solved: int) -> float | None:
@@ -128,13 +139,31 @@ class _Watch:
         return True
 
 
+def _error_json(error: DatabaseError) -> dict[str, object]:
+    return {"error": str(error), "why_not": unreadable(error).whole}
+
+
 def rendered(now: Status, solved_per_second: float | None = None) -> RenderableType:
     """Renders the status for a terminal."""
-    notes = [Text(note, style="yellow") for note in now.notes]
+    whole = now.why_not
+    notes = [Text(note, style="yellow") for note in now.notes if whole is None or note != whole.text]
+    if whole is not None:
+        notes.insert(0, Text.assemble(("Not sending  ", "dim"), (sentence(whole), _style(whole))))
     parts: list[RenderableType] = [_tasks(now, solved_per_second), Text(), *notes]
     if notes:
         parts.append(Text())
     return Group(*parts, _models(now), _errors(now)) if now.models else Group(*parts)
+
+
+def sentence(why: WhyNot) -> str:
+    """Returns the reason with its start."""
+    if why.since is None:
+        return why.text
+    return f"{why.text} Since {why.since.astimezone(timezone.utc):%Y-%m-%d %H:%M:%S} UTC."
+
+
+def _style(why: WhyNot) -> str:
+    return "red" if why.alarm else "cyan" if why.code.chosen else "dim"
 
 
 def _tasks(now: Status, solved_per_second: float | None) -> Table:
@@ -170,10 +199,10 @@ def _throughput_text(unsolved: int, per_second: float) -> str:
 
 
 def _models(now: Status) -> Table:
-    table = terminal.quiet_table("model", "usage", "in flight", "", right=("in flight",))
+    table = terminal.quiet_table("model", "usage", "in flight", "not sending", right=("in flight",))
     for model in now.models:
         name = Text(model.model, style="dim" if model.state == "paused" else "")
-        table.add_row(name, _usage(model), _in_flight(model), _limiting_state(model, alive=now.workers > 0))
+        table.add_row(name, _usage(model), _in_flight(model), _reason(model, now.why_not))
     return table
 
 
@@ -198,15 +227,17 @@ def _in_flight(model: ModelStatus) -> Text:
     return shown
 
 
-def _limiting_state(model: ModelStatus, *, alive: bool) -> Text:
-    """Renders why a model sends less than its request limits allow."""
-    if model.state != "active":
-        return Text(model.state, style="cyan")
-    if model.resting_seconds > 0:
-        return Text(f"cooling down {model.resting_seconds:.0f} s", style="yellow")
-    if model.waiting_for == "rebuilding" and not alive:
-        return Text()  # the state is rebuilt at the first request after a start of Redis
-    return Text(WAITING.get(model.waiting_for or "", ""), style="yellow")
+def _reason(model: ModelStatus, whole: WhyNot | None) -> Text:
+    """Renders why the model does not send: in short where the line at the top says the same."""
+    why = model.why_not
+    if why is None:
+        state = "" if model.state == "active" else model.state
+        return Text.assemble(
+            (state, "cyan"), " " if state else "", (WAITING.get(model.waiting_for or "", ""), "dim")
+        )
+    if whole is not None and why.code is whole.code and why.text == whole.text:
+        return Text(why.code.value.replace("_", " "), style="dim")
+    return Text(why.text, style=_style(why))
 
 
 def _errors(now: Status) -> RenderableType:

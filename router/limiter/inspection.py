@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
-from redis.exceptions import RedisError
+from redis.exceptions import ReadOnlyError, RedisError
 
 from router.errors import LimiterError, first_line
 from router.limiter.limiter import TrafficLimiter
@@ -30,7 +30,14 @@ def read_limiter(
     except asyncio.TimeoutError:
         return None, "Redis does not answer."
     except _ERRORS as error:
-        return None, f"Redis is unavailable: {first_line(str(error.__cause__ or error)).rstrip('.')}."
+        cause = error.__cause__ or error
+        state = "read-only" if read_only(cause) else "unavailable"
+        return None, f"Redis is {state}: {first_line(str(cause)).rstrip('.')}."
+
+
+def read_only(error: BaseException) -> bool:
+    """Whether Redis answers, but accepts no writes."""
+    return isinstance(error, ReadOnlyError) or "NOREPLICAS" in str(error)
 
 
 def seconds_until_applied(redis_url: str, model: str, target: str, *, timeout_seconds: float) -> float | None:
@@ -53,6 +60,7 @@ async def _limiter(redis_url: str) -> AsyncIterator[TrafficLimiter]:
 
 async def _snapshot(redis_url: str, models: Sequence[str]) -> dict[str, ModelTraffic]:
     async with _limiter(redis_url) as limiter:
+        await limiter.check_writable()
         return await limiter.snapshot(models)
 
 

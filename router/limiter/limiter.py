@@ -201,6 +201,10 @@ class TrafficLimiter:
         """Reads target and usage of each model. Reserves nothing."""
         return {model: await self._tracker.snapshot(self._tracker.state(model)) for model in models}
 
+    async def check_writable(self) -> None:
+        """Raises LimiterUnavailable if Redis does not answer or accepts no writes."""
+        await self._script.check_writable()
+
     async def shared_snapshot(self, model: str) -> ModelTraffic:
         """Reads the snapshot of one model; concurrent callers share one read."""
         reading = self._snapshots.get(model)

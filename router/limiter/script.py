@@ -44,6 +44,9 @@ def redis_client(url: str, *, seconds: float = 5.0, connections: int = 64) -> re
     )  # fmt: skip
 
 
+PROBE_KEY = "router:{probe}"
+
+
 class RedisScript:
     """Calls the script. Errors of Redis become LimiterUnavailable, and one log line per outage.
 
@@ -84,6 +87,13 @@ class RedisScript:
                     self._recovered()
                 return reply
         raise _never_loaded(key)
+
+    async def check_writable(self) -> None:
+        """Writes a key that expires at once: reads alone succeed on a replica, too."""
+        try:
+            await self._redis.set(PROBE_KEY, 1, px=1000)
+        except REDIS_ERRORS as error:
+            raise self._unavailable(PROBE_KEY, error) from error
 
     async def call_timed(self, key: str, verb: str, request: Callable[[], bytes]) -> Any:
         """Calls the script with a request that is packed just before it is written to the socket.

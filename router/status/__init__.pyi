@@ -1,5 +1,13 @@
+from .facts import FACTS as FACTS
+from .facts import START as START
+from .facts import facts_of as facts_of
+from .facts import unreadable as unreadable
+from .reasons import Reason as Reason
+from .reasons import WhyNot as WhyNot
+from .reasons import redis_reason as redis_reason
 from .report import ModelStatus as ModelStatus
 from .report import Status as Status
 from .report import read_status as read_status
-from .why_not import Reason as Reason
-from .why_not import redis_reason as redis_reason
+from .why_not import Standstill as Standstill
+from .why_not import only as only
+from .why_not import standstill_of as standstill_of

@@ -1,4 +1,4 @@
-"""Status report: tasks by state, and target, usage and last error of each model.
+"""Status report: tasks by state, target, usage and errors of each model, and why nothing is sent.
 
 The backlog comes from counters and from the queue's partial indexes; the table of tasks is never scanned.
 Usage comes from the limiter, or from the call log while Redis is unavailable.
@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 from router.database import Connection, rows
 from router.errors import first_line
 from router.limiter import WaitReason
+from router.status.facts import FACTS, facts_of
+from router.status.reasons import WhyNot
+from router.status.why_not import standstill_of
 from router.traffic import TrafficTarget
 
 if TYPE_CHECKING:
@@ -23,13 +26,6 @@ RECENT_CALLS = 5000  # the newest calls that are searched for errors
 RECENT_MINUTES = 10
 
 _COUNTS = "SELECT category, unsolved, solved, failed FROM task_counts_now ORDER BY category"
-_STATES = """
-SELECT (SELECT count(*) FROM queue WHERE state = 'claimed') AS running,
-       (SELECT count(*) FROM queue WHERE state = 'waiting') AS waiting,
-       (SELECT count(*) FROM queue WHERE state = 'uncategorised') AS uncategorised,
-       (SELECT count(*) FROM workers
-         WHERE released_at IS NULL AND lease_until > clock_timestamp()) AS workers,
-       (SELECT held FROM solving) AS held"""
 _MODELS = """
 SELECT r.model, r.state, r.trouble, r.default_target, k.target AS kept_target, k.in_force_at,
        t.line AS bad_line, t.problem AS bad_problem, t.since AS bad_since
@@ -104,11 +100,15 @@ class ModelStatus:
     breaker: str | None = None
     refused: int = 0
     refused_seconds: float | None = None
+    why_not: WhyNot | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """Everything that `router status` shows. `notes` are warnings about the system, one sentence each."""
+    """Everything that `router status` shows. `notes` are warnings about the system, one sentence each.
+
+    why_not: why no model sends; None if one may.
+    """
 
     tasks: TaskCounts
     categories: Mapping[str, Mapping[str, int]]
@@ -116,6 +116,7 @@ class Status:
     workers: int
     held: bool
     notes: tuple[str, ...] = field(default=())
+    why_not: WhyNot | None = None
 
     def as_json(self) -> dict[str, object]:
         """Returns the status as `--json` prints it, with models by name."""
@@ -126,6 +127,7 @@ class Status:
             "workers": self.workers,
             "held": self.held,
             "notes": self.notes,
+            "why_not": self.why_not,
         }
 
 
@@ -135,16 +137,18 @@ def read_status(connection: Connection, redis_url: str | None) -> Status:
 
     rows(connection, "SET LOCAL statement_timeout = '10s'")
     counts = {row.pop("category"): row for row in rows(connection, _COUNTS)}
-    states = rows(connection, _STATES)[0]
+    found = rows(connection, FACTS)[0]["facts"]
     models = rows(connection, _MODELS)
     live, problem = read_limiter(redis_url, [row["model"] for row in models])
+    standstill = standstill_of(facts_of(found, live, problem, schema_problem=None))
     return Status(
-        tasks=_task_counts(counts, states),
+        tasks=_task_counts(counts, found["tasks"]),
         categories=counts,
-        models=_model_statuses(connection, models, live),
-        workers=states["workers"],
-        held=states["held"],
-        notes=tuple(_notes(states, models, problem)),
+        models=_model_statuses(connection, models, live, standstill.models),
+        workers=found["workers"],
+        held=found["held"],
+        notes=tuple(why.text for why in standstill.everywhere),
+        why_not=standstill.whole,
     )
 
 
@@ -159,21 +163,11 @@ def _task_counts(counts: Mapping[str, Mapping[str, int]], states: Mapping[str, A
     )
 
 
-def _notes(states: Mapping[str, Any], models: Sequence[Mapping[str, Any]], problem: str | None) -> list[str]:
-    notes = []
-    if not models:
-        notes.append("The roster is empty. Add a model to config/models.yaml and run `router models sync`.")
-    if states["held"]:
-        notes.append("The batch is paused: the DAG solve_tasks is paused in Airflow.")
-    elif not states["workers"]:
-        notes.append("No worker is running, so nothing is sent. Enable solve_tasks and check the triggerer.")
-    if problem is not None:
-        notes.append(f"{problem} Nothing is sent meanwhile; targets and counts are those stored in Postgres.")
-    return notes
-
-
 def _model_statuses(
-    connection: Connection, models: Sequence[Mapping[str, Any]], live: Mapping[str, ModelTraffic] | None
+    connection: Connection,
+    models: Sequence[Mapping[str, Any]],
+    live: Mapping[str, ModelTraffic] | None,
+    reasons: Mapping[str, WhyNot | None],
 ) -> tuple[ModelStatus, ...]:
     in_flight = {row["model"]: row["calls"] for row in rows(connection, _IN_FLIGHT)}
     recent = {row["model"]: row for row in rows(connection, _RECENT, (RECENT_MINUTES, RECENT_CALLS))}
@@ -185,6 +179,7 @@ def _model_statuses(
             claimed=in_flight.get(row["model"], 0),
             calls=recent.get(row["model"], _NO_CALLS),
             last_minute=None if minute is None else minute.get(row["model"], 0),
+            reason=reasons.get(row["model"]),
         )
         for row in models
     )
@@ -197,6 +192,7 @@ def _model_status(
     claimed: int,
     calls: Mapping[str, Any],
     last_minute: int | None,
+    reason: WhyNot | None,
 ) -> ModelStatus:
     active = traffic.target if traffic is not None else None
     target = active or row["kept_target"]
@@ -224,6 +220,7 @@ def _model_status(
         breaker=traffic.breaker if traffic is not None else None,
         refused=traffic.refused if traffic is not None else 0,
         refused_seconds=traffic.refused_seconds if traffic is not None else None,
+        why_not=reason,
     )
 
 

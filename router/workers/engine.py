@@ -28,6 +28,7 @@ from router.workers.classification_job import ClassificationJob
 from router.workers.handover import Handover
 from router.workers.pull_loop import PullPlan
 from router.workers.standstill import StandstillReports
+from router.workers.standstill_watch import STEP_SECONDS, StandstillWatch
 
 log = logging.getLogger("router.workers.engine")
 
@@ -121,6 +122,7 @@ class Engine:
         start(self._classification.step, CLASSIFICATION_SECONDS, "classification", wake=self._new_tasks)
         start(self._maintenance_step, MAINTENANCE_SECONDS, "maintenance")
         start(self.reports.step, REPORT_SECONDS, "reports")
+        start(StandstillWatch(self).step, STEP_SECONDS, "standstill")
         start(self._reconcile_step, RECONCILE_SECONDS, "reconcile")
         start(self.queue.create_partitions, PARTITION_SECONDS, "partitions")
         start(self._orphans_step, ORPHAN_SECONDS, "orphaned claims")

@@ -86,6 +86,7 @@ class PullLoop:
         return asyncio.create_task(self._run(), name=f"router pull {self._model}")
 
     async def _run(self) -> None:
+        self._host.reports.loop_began(self._model)
         try:
             while True:
                 try:
@@ -95,7 +96,7 @@ class PullLoop:
                     self._report(error)
                     await asyncio.sleep(PAUSE_SECONDS)
         finally:
-            self._host.reports.clear_model(self._model)
+            self._host.reports.loop_ended(self._model)
 
     async def _pull_one(self) -> None:
         host = self._host

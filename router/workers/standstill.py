@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import asyncpg
 
 from router.database import fetch, postgres_text
 from router.errors import LimiterError, LimiterUnavailable, RouterError, first_line
-from router.status import Reason, redis_reason
+from router.status import START, Reason, redis_reason
 
 REFRESH_SECONDS = 2.5  # readers ignore reports that are not repeated for 8 s
 MAX_DETAIL_CHARACTERS = 300
@@ -32,6 +34,8 @@ class StandstillReports:
         self._pool = pool
         self._worker = worker
         self._reports: dict[tuple[str, Reason], _Report] = {}
+        self._starts: dict[tuple[str, Reason], float] = {}
+        self._loops: Counter[str] = Counter()
         self._changed = False
         self._written_at = 0.0
 
@@ -50,10 +54,26 @@ class StandstillReports:
         if self._reports.pop((model, reason), None) is not None:
             self._changed = True
 
-    def clear_model(self, model: str) -> None:
-        """Removes all reasons of a model that this process no longer works for."""
-        for key in [key for key in self._reports if key[0] == model]:
-            self.clear(key[1], model)
+    def loop_began(self, model: str) -> None:
+        """Notes that a pull loop of the model runs in this process."""
+        self._loops[model] += 1
+
+    def loop_ended(self, model: str) -> None:
+        """Notes the end of a pull loop; without another one all reasons of the model are removed."""
+        self._loops[model] -= 1
+        if not self._loops[model]:
+            for key in [key for key in self._reports if key[0] == model]:
+                self.clear(key[1], model)
+
+    def has_loop(self, model: str) -> bool:
+        """Whether a pull loop of the model runs in this process."""
+        return self._loops[model] > 0
+
+    def set_starts(self, starts: Mapping[tuple[str, Reason], float]) -> None:
+        """Replaces the starts (monotonic times) of reasons that readers find themselves."""
+        if starts != self._starts:
+            self._starts = dict(starts)
+            self._changed = True
 
     def holds(self, reason: Reason, model: str = "") -> bool:
         """Whether the reason is recorded."""
@@ -65,13 +85,14 @@ class StandstillReports:
 
     async def step(self) -> None:
         """Writes the reasons if they changed, and repeats them while there are any. Raises DatabaseError."""
-        due = bool(self._reports) and time.monotonic() - self._written_at >= REFRESH_SECONDS
+        due = bool(self._reports or self._starts) and time.monotonic() - self._written_at >= REFRESH_SECONDS
         if self._changed or due:
             await self._write()
 
     async def withdraw(self) -> None:
         """Removes all reasons, when the process ends."""
         self._reports.clear()
+        self._starts.clear()
         await self._write()
 
     async def _write(self) -> None:
@@ -80,6 +101,9 @@ class StandstillReports:
         reports = [
             {"model": model, "code": reason.value, "detail": report.detail, "age_seconds": now - report.since}
             for (model, reason), report in self._reports.items()
+        ] + [
+            {"model": model, "code": START + reason.value, "detail": "", "age_seconds": now - since}
+            for (model, reason), since in self._starts.items()
         ]
         try:
             statement = "SELECT replace_worker_reports($1, $2)"

@@ -549,7 +549,7 @@ async def test_client_with_decode_responses_works(redis_server: RedisServer):
 
 
 async def test_usage_counts_no_send_before_its_time(limiter: TrafficLimiter):
-    """A permit that was granted ahead, for the moment at which the window has room again, is not usage yet."""
+    """A permit that was granted ahead of its send time is not usage yet."""
     await apply_target(limiter, "4/s, 40 tokens/s, burst")
     for _ in range(9):
         await limiter.acquire("llama", tokens=10, timeout_seconds=5)

@@ -35,7 +35,8 @@ async def test_reports_are_stored_kept_and_removed(database: str, probe: Probe) 
         still = await probe.value("SELECT since FROM worker_reports WHERE worker = 'w1'")
         assert still == since
 
-        reports.clear_model("phi-4")
+        reports.loop_began("phi-4")
+        reports.loop_ended("phi-4")
         await reports.step()
         assert [row["detail"] for row in await probe.all(READ)] == ["another"]
         await other.withdraw()
