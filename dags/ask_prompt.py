@@ -12,7 +12,8 @@ table `tasks`.
 
 The preferred model of the prompt's category and a fallback are called in parallel. If the answer at the
 deadline is not the preferred model's, the Airflow task waits up to `late_seconds` for a better one, then
-cancels the calls still in progress; `router log` shows them as `abandoned`.
+cancels the calls still in progress; `router log` shows them as `abandoned`. If no model answered, the Airflow
+task fails; its log has the reasons, and the retrieved passages if there are any.
 
 Works without scheduler and triggerer:
 
@@ -38,7 +39,7 @@ Works without scheduler and triggerer:
             None, type=["null", "string"], title="Model", description="Call only this model. Empty: the best."
         ),
         "deadline_seconds": Param(
-            None, type=["null", "number"], exclusiveMinimum=0, maximum=3600, title="Deadline in seconds",
+            None, type=["null", "number"], minimum=0.05, maximum=3600, title="Deadline in seconds",
             description="Empty: the deadline of the category.",
         ),
         "late_seconds": Param(

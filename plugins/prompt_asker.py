@@ -25,15 +25,24 @@ class AskPrompt(BaseOperator):
     """Answers the prompt in the run's params and waits up to `late_seconds` for a better answer."""
 
     def execute(self, context: Context) -> dict[str, Any]:
-        """Returns the task's id and who answered; the answer itself is in the log and in `tasks`."""
+        """Returns the task's id and who answered; the answer itself is in the log and in `tasks`.
+
+        Fails without a retry if no model answered.
+        """
         try:
-            return asyncio.run(self._ask(dict(context["params"])))
+            answer = asyncio.run(self._ask(dict(context["params"])))
         except InputError as error:  # a retry would fail as well
             raise AirflowFailException(str(error)) from None
+        if answer.model is None:
+            raise AirflowFailException(f"Task {answer.task_id}: {answer.text}")
+        return {
+            "task_id": answer.task_id, "answered_by": answer.model, "late": answer.late,
+            "category": answer.category, "call_ids": [str(call.call_id) for call in answer.calls],
+        }  # fmt: skip
 
-    async def _ask(self, params: dict[str, Any]) -> dict[str, Any]:
+    async def _ask(self, params: dict[str, Any]) -> Answer:
         router = self._router()
-        options = {name: params.get(name) or None for name in OPTIONS}
+        options = {name: None if (value := params.get(name)) == "" else value for name in OPTIONS}
         late_seconds = float(params.get("late_seconds") or 0)
         try:
             answer = await router.answer(str(params.get("prompt") or ""), on_event=self._log_event, **options)
@@ -44,10 +53,7 @@ class AskPrompt(BaseOperator):
                 self._log_answer(answer)
         finally:
             await router.close(grace_seconds=GRACE_SECONDS)
-        return {
-            "task_id": answer.task_id, "answered_by": answer.model or "knowledge", "late": answer.late,
-            "category": answer.category, "call_ids": [str(call.call_id) for call in answer.calls],
-        }  # fmt: skip
+        return answer
 
     def _router(self) -> Router:
         # Imported here, as it loads the search engine, which other Airflow processes do not need.

@@ -41,7 +41,7 @@ class AskBody(BaseModel):
     prompt: str = Field(min_length=1, max_length=1_000_000)
     category: str | None = None
     model: str | None = None
-    deadline_seconds: float | None = Field(default=None, gt=0, le=3600)
+    deadline_seconds: float | None = Field(default=None, ge=0.05, le=3600)
 
 
 class AskSessions:

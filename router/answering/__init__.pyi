@@ -1,5 +1,6 @@
 from .answer import MAX_DEADLINE_SECONDS as MAX_DEADLINE_SECONDS
 from .answer import MAX_TOKENS as MAX_TOKENS
+from .answer import MIN_DEADLINE_SECONDS as MIN_DEADLINE_SECONDS
 from .answer import Answer as Answer
 from .answer import Event as Event
 from .answer import EventKind as EventKind

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from router.task import AnswerRank, Outcome, Role
 
+MIN_DEADLINE_SECONDS = 0.05
 MAX_DEADLINE_SECONDS = 3600.0
 MAX_TOKENS = 1_000_000
 

@@ -14,6 +14,7 @@ from router.answering.policy import permit_patience
 from router.answering.store import DueTask, RequestTask
 from router.answering.task_record import TaskRecord
 from router.background import cancel_and_wait
+from router.queue import Conversation
 from router.task import Role
 
 MIN_SECONDS = 10.0  # for a fallback model, also once the deadline has passed
@@ -26,7 +27,7 @@ async def answer_due_task(context: RequestContext, due: DueTask, is_paused: Call
     The task stays unsolved: the chosen model's answer replaces either of them. Once `is_paused`, no further
     model is called. Raises DatabaseError.
     """
-    found = await search(context, due.prompt)
+    found = await search(context, Conversation(due.prompt, due.prompt))
     record = TaskRecord(context, due.prompt, due.seconds_left, RequestTask(due.task_id, due.prompt_version))
     plan = RoutingPlan.of(
         context.roster(), context.config, due.category, due.confidence, max_tokens=due.max_tokens

@@ -14,6 +14,7 @@ from router.answering.policy import AttemptState
 from router.answering.task_record import TaskRecord
 from router.background import result_or_none
 from router.knowledge import SearchResult
+from router.queue import Conversation
 from router.settings import FallbackSettings
 from router.task import CallResult, Outcome, Role
 
@@ -31,11 +32,11 @@ Question:
 {prompt}"""
 
 
-async def search(context: RequestContext, prompt: str) -> SearchResult:
+async def search(context: RequestContext, chat: Conversation) -> SearchResult:
     """Searches knowledge for at most SEARCH_SECONDS; on errors and without knowledge nothing is found."""
     if context.knowledge is None:
         return NOTHING_FOUND
-    searching = context.knowledge.search(prompt, context.config.fallback.passages)
+    searching = context.knowledge.search(chat.question, context.config.fallback.passages)
     try:
         return await result_or_none(searching, SEARCH_SECONDS, "router search") or NOTHING_FOUND
     except Exception:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from router.answering.policy import fallback_order, rank_models
 from router.answering.store import CallRow
 from router.classification import Classification
 from router.models import CallRequest, Roster
+from router.queue import Conversation
 from router.settings import RouterConfig
 from router.task import AnswerRank, Role
 
@@ -21,20 +23,22 @@ RANKS = {
     Role.PASSAGES: AnswerRank.PASSAGES,
 }
 
-Classify = Callable[[str, float], Awaitable[Classification]]  # prompt and seconds allowed
+Classify = Callable[[Conversation, float], Awaitable[Classification]]  # and the seconds until the deadline
 
 
 @dataclass(frozen=True, slots=True)
 class RequestOptions:
-    """Prompt and options of a request.
+    """Conversation and options of a request.
 
-    With `model` only that model is called. Without `deadline_seconds` the category's deadline applies.
+    With `model` only that model is called. Without `deadline_seconds` the category's deadline applies. It
+    counts from `began`, on the monotonic clock.
     """
 
-    prompt: str
+    chat: Conversation
     model: str | None = None
     deadline_seconds: float | None = None
     max_tokens: int | None = None
+    began: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True, slots=True)

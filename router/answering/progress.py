@@ -32,8 +32,8 @@ ROLE_TEXTS = {
 class Progress:
     """Attempts and search result of one request. A listener that raises is logged and removed."""
 
-    def __init__(self, listener: Listener | None) -> None:
-        self.began = time.monotonic()
+    def __init__(self, began: float, listener: Listener | None) -> None:
+        self.began = began
         self.attempts: list[Attempt] = []
         self.found: SearchResult = NOTHING_FOUND
         self._listener = listener
@@ -119,10 +119,28 @@ class Progress:
             log.exception("event listener raised and was removed")
 
 
+def unanswered(began: float, category: str) -> Answer:
+    """Returns the answer of a router that could not be opened by the deadline."""
+    return Answer(
+        text=NOTHING_FOUND.as_answer(), model=None, rank=AnswerRank.PASSAGES, category=category,
+        confidence=0.0, reason="the router was not open by the deadline", preferred=None, fallback=None,
+        provisional=False, seconds=time.monotonic() - began, cost_usd=0.0, prompt_tokens=None,
+        completion_tokens=None, sources=(), task_id=None, calls=(),
+    )  # fmt: skip
+
+
 def at_capacity(model: str, why: str, retry_after_seconds: float) -> CapacityExceeded:
     """Returns the error for a model that has no permit in time."""
     text = f"{model} is at capacity: {why.rstrip('.')}. Retry in {math.ceil(retry_after_seconds)} s."
     return CapacityExceeded(text, retry_after_seconds)
+
+
+def answered_text(answer: Answer) -> str:
+    """Returns one line about who answered."""
+    if answer.model is not None:
+        return f"answered by {answer.model}"
+    passages = "returning passages" if answer.sources else "no relevant passages were found"
+    return f"no model answered; {passages}"
 
 
 def log_answer(answer: Answer) -> None:

@@ -25,14 +25,13 @@ from router.answering.policy import (
     next_action,
     permit_patience,
 )
-from router.answering.progress import Progress, at_capacity, log_answer
+from router.answering.progress import Progress, answered_text, at_capacity, log_answer
 from router.answering.task_record import TaskRecord
 from router.background import Broadcast, TrackedTasks, wait_for_event
 from router.errors import RouterError
-from router.models import availability
+from router.models import Availability, availability
 from router.task import AnswerRank, Role
 
-CLASSIFY_SHARE = 0.2  # of the deadline
 SETTLE_SECONDS = 0.25  # that an answer may wait to be stored before it is returned
 
 
@@ -48,9 +47,9 @@ class Request:
         config = context.config
         self._context = context
         self._options = options
-        self._progress = Progress(on_event)
+        self._progress = Progress(options.began, on_event)
         self._deadline = options.deadline_seconds or config.answering.default_deadline_seconds
-        self._record = TaskRecord(context, options.prompt, self._deadline)
+        self._record = TaskRecord(context, options.chat.text, self._deadline, max_tokens=options.max_tokens)
         self._end_pending = self._record.expect_call()
         self._roster = context.roster()
         self._plan = RoutingPlan(self._roster, config.default_category, 0.0, "not classified yet")
@@ -60,6 +59,7 @@ class Request:
         self._storing: asyncio.Task[None] | None = None
         self._fallback: asyncio.Task[None] | None = None
         self._returned: AnswerRank | None = None
+        self._expected = Availability(0.0, "")
         self._canceled = False
 
     async def answer(self, classify: Classify) -> Answer:
@@ -120,7 +120,7 @@ class Request:
     async def _start(self, classify: Classify) -> None:
         options, config = self._options, self._context.config
         self._search = self._tasks.begin(self._search_knowledge(), "search")
-        found = await classify(options.prompt, CLASSIFY_SHARE * self._deadline)
+        found = await classify(options.chat, max(0.0, self._deadline - self._progress.now()))
         if options.deadline_seconds is None:
             self._deadline = config.answering.deadline_of(found.category)
             self._record.deadline_seconds = self._deadline
@@ -132,7 +132,7 @@ class Request:
             reason=found.reason, model=options.model, max_tokens=options.max_tokens,
         )  # fmt: skip
         if options.model is not None:
-            expected = await availability(self._context.limiter, options.model)
+            expected = self._expected = await self._availability(options.model)
             if expected.seconds is None or expected.seconds > self._deadline - self._progress.now():
                 raise at_capacity(options.model, expected.why, expected.retry_after_seconds)
         if self._plan.ranking:
@@ -143,13 +143,13 @@ class Request:
     async def _search_knowledge(self) -> None:
         if self._context.knowledge is None or self._options.model is not None:
             return
-        self._progress.found = found = await search(self._context, self._options.prompt)
+        self._progress.found = found = await search(self._context, self._options.chat)
         names = ", ".join(sources(found)) or "no relevant passages"
         self._progress.emit(EventKind.FOUND, f"found {names} (confidence {found.confidence:.2f})")
 
     def _try_next_model(self) -> None:
         role = Role.NEXT if self._progress.ranked else Role.ASKED
-        attempt = self._new_attempt(role, self._untried()[0], self._options.prompt)
+        attempt = self._new_attempt(role, self._untried()[0], self._options.chat.text)
         running = attempt.run(self._patience_seconds, self._ends_at)
         self._tasks.begin(running, f"call {attempt.row.call_id}")
 
@@ -162,7 +162,7 @@ class Request:
         end_pending = self._record.expect_call()
         try:
             await asyncio.wait({searching})
-            prompt = prompt_with(self._options.prompt, self._progress.found, self._context.config.fallback)
+            prompt = prompt_with(self._options.chat.text, self._progress.found, self._context.config.fallback)
 
             async def call(model: str, until: float) -> Attempt:
                 attempt = self._new_attempt(Role.FALLBACK, model, prompt)
@@ -225,8 +225,9 @@ class Request:
         elif isinstance(action, ReturnFallback):
             attempt = self._progress.best()
         elif self._options.model is not None:
-            expected = await availability(self._context.limiter, self._options.model)
-            raise self._progress.no_answer(self._progress.ranked[0], self._deadline, expected)
+            raise self._progress.no_answer(
+                self._progress.ranked[0], self._deadline, await self._availability(self._options.model)
+            )
         self._returned = attempt.row.rank if attempt else AnswerRank.PASSAGES
         self._end_pending()
         settle_seconds = max(0.0, min(SETTLE_SECONDS, self._deadline - self._progress.now()))
@@ -237,9 +238,13 @@ class Request:
         else:
             await wait_for_event(attempt.settled, settle_seconds)
         answer = self._answer_of(attempt)
-        text = f"answered by {answer.model}" if answer.model else "answered with passages"
-        self._progress.emit(EventKind.ANSWERED, text, attempt)
+        self._progress.emit(EventKind.ANSWERED, answered_text(answer), attempt)
         return answer
+
+    async def _availability(self, model: str) -> Availability:
+        """Returns when the model may have a permit; at the deadline, what was known before."""
+        left = self._deadline - self._progress.now()
+        return await availability(self._context.limiter, model, left) if left > 0 else self._expected
 
     async def _store_passages(self) -> None:
         try:

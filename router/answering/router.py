@@ -8,6 +8,7 @@ async with Router.from_config() as router:
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing_extensions import Self
 from router.answering.answer import (
     MAX_DEADLINE_SECONDS,
     MAX_TOKENS,
+    MIN_DEADLINE_SECONDS,
     Answer,
     CallSummary,
     Event,
@@ -25,12 +27,14 @@ from router.answering.answer import (
     Listener,
 )
 from router.answering.plan import RequestOptions
+from router.answering.progress import unanswered
 from router.answering.request import Request
-from router.answering.service import AnsweringService
-from router.background import result_or_none
+from router.answering.service import FIRST_CONTACT_SECONDS, AnsweringService
+from router.background import result_or_none, spawn
 from router.classification import Classification
 from router.errors import CapacityExceeded, InputError, ModelFailed, unknown
 from router.models import RosterModel
+from router.queue import Conversation
 from router.settings import (
     Addresses,
     RouterConfig,
@@ -43,11 +47,11 @@ from router.task import Role
 
 __all__ = ["Answer", "CallSummary", "Event", "EventKind", "Listener", "Role", "Router"]
 
-MIN_DEADLINE_SECONDS = 0.05
 BUSY_RETRY_SECONDS = 1.0
 MAX_HELD_FACTOR = 20  # times `max_concurrency`: requests held for late answers, or because Postgres hangs
 MAX_PROVISIONAL = 1000  # provisional answers that can still be improved
 CANCEL_SECONDS = 3.0  # for canceled calls to be logged
+CONTACT_SHARE = 0.8  # of the time left, that a request waits for the first contact with Postgres
 
 
 class Router:
@@ -67,6 +71,7 @@ class Router:
         self._data = data
         self._service: AnsweringService | None = None
         self._lock = asyncio.Lock()
+        self._opening: set[asyncio.Task[AnsweringService]] = set()
         self._requests: set[Request] = set()
         self._provisional: dict[uuid.UUID, Request] = {}  # by the first call, oldest first
         self._answering = 0
@@ -98,7 +103,10 @@ class Router:
         Postgres and Redis may be unavailable; until both are back, requests are answered from knowledge.
         """
         self._entered = True
-        await self._open_service(classify=classify)
+        service = await self._open_service(classify=classify)
+        await service.until_contact(FIRST_CONTACT_SECONDS)
+        if classify:
+            await service.until_classifier()
 
     async def close(self, *, grace_seconds: float = 0.0) -> None:
         """Closes everything. Calls in progress may end within `grace_seconds`, then they are canceled."""
@@ -124,35 +132,40 @@ class Router:
             self._closed.set()
 
     async def answer(
-        self, prompt: str, *, category: str | None = None, model: str | None = None,
+        self, prompt: str | Conversation, *, category: str | None = None, model: str | None = None,
         deadline_seconds: float | None = None, max_tokens: int | None = None,
         on_event: Listener | None = None,
     ) -> Answer:  # fmt: skip
         """Returns the best answer that is available by the deadline (default: the category's).
 
-        If no model answered, the answer consists of retrieved passages. With `model` only that model is
-        called. Canceling this coroutine ends the calls in progress.
+        The deadline counts from this call, also where the router is opened implicitly. If no model answered,
+        `Answer.model` is None and the text consists of retrieved passages, if there are any. With `model`
+        only that model is called. Canceling this coroutine ends the calls in progress.
 
         Raises CapacityExceeded if too many requests are in progress, or if `model` is given and gets no
         permit in time; ModelFailed if `model` is given and fails, or does not answer by the deadline;
         InputError for an invalid prompt or option.
         """
-        self._check_prompt(prompt)
+        began = time.monotonic()
+        chat = prompt if isinstance(prompt, Conversation) else Conversation(prompt, prompt)
+        self._check_prompt(chat.text)
         _check_numbers(deadline_seconds, max_tokens)
         if category is not None and category not in self.config.categories:
             raise unknown(category, self.config.categories, "category")
         self._check_capacity()
         self._answering += 1
         try:
-            service = await self._open_service(classify=category is None and model is None)
+            options = RequestOptions(chat, model, deadline_seconds, max_tokens, began)
+            service = await self._service_in_time(options, category)
             if model is not None:
-                if not service.has_roster:
+                if service is None or not service.has_roster:
                     raise ModelFailed(
                         f"{model} was not called: Postgres is unavailable. Retry when it is back."
                     )
                 if model not in service.roster.models:
                     raise unknown(model, service.roster.models, "model in use")
-            options = RequestOptions(prompt, model, deadline_seconds, max_tokens)
+            if service is None:
+                return unanswered(began, category or self.config.default_category)
             return await self._answer(service, options, category, on_event)
         finally:
             self._answering -= 1
@@ -173,6 +186,7 @@ class Router:
     async def models(self) -> tuple[RosterModel, ...]:
         """Returns the models in use, by name."""
         service = await self._open_service(classify=False)
+        await service.until_contact(FIRST_CONTACT_SECONDS)
         self._close_if_unused()
         return tuple(service.roster.models[name] for name in sorted(service.roster.models))
 
@@ -185,10 +199,10 @@ class Router:
     ) -> Answer:
         request = Request(service.context, options, on_event)
 
-        async def classify(prompt: str, seconds: float) -> Classification:
+        async def classify(chat: Conversation, seconds: float) -> Classification:
             if category is not None:
                 return Classification(category, 1.0, "given by the caller")
-            return await service.classify(prompt, seconds)
+            return await service.classify(chat, seconds)
 
         self._requests.add(request)
         asyncio.get_running_loop().create_task(self._discard_ended(request), name="router end of request")
@@ -203,6 +217,27 @@ class Router:
     async def _discard_ended(self, request: Request) -> None:
         await request.ended.wait()
         self._requests.discard(request)
+
+    async def _service_in_time(
+        self, options: RequestOptions, category: str | None
+    ) -> AnsweringService | None:
+        """Returns the service, if time allows after its first contact; None if it is not open in time."""
+        config = self.config.answering
+        of_category = config.deadline_of(category) if category else config.default_deadline_seconds
+        ends_at = options.began + (options.deadline_seconds or of_category)
+        classify = category is None and options.model is None
+        opening = spawn(self._open_service(classify=classify), "open", self._opening)
+        opening.add_done_callback(self._opened)
+        await asyncio.wait({opening}, timeout=ends_at - time.monotonic())
+        if not opening.done():
+            return None
+        service = opening.result()
+        await service.until_contact(CONTACT_SHARE * (ends_at - time.monotonic()))
+        return service
+
+    def _opened(self, opening: asyncio.Task[AnsweringService]) -> None:
+        if not opening.cancelled() and opening.exception() is None:
+            self._close_if_unused()
 
     async def _open_service(self, *, classify: bool) -> AnsweringService:
         async with self._lock:

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +18,13 @@ import asyncpg
 
 from router.answering import store
 from router.answering.context import RequestContext
-from router.background import PeriodicJobs, freeze_garbage_collector, result_or_none
+from router.background import PeriodicJobs, cancel_and_wait, freeze_garbage_collector, result_or_none
 from router.classification import Classification, ClassifierProcess
 from router.database import UNAVAILABLE_ERRORS
 from router.errors import RouterError
 from router.knowledge import Knowledge
 from router.models import Roster, open_services, read_roster, roster_version
-from router.queue import TaskQueue
+from router.queue import Conversation, TaskQueue
 from router.settings import Addresses, RouterConfig
 
 log = logging.getLogger("router.answering")
@@ -33,6 +34,8 @@ ROSTER_SECONDS = 1.0
 UNCONFIRMED_SECONDS = 1.0
 ORPHANS_SECONDS = 30.0
 CLASSIFIER_START_SECONDS = 15.0
+CLASSIFY_SHARE = 0.2  # of the deadline
+START_SHARE = 0.4  # of the deadline, while the classifier starts
 WARM_CONNECTIONS = 4
 REDIS_SECONDS = 2.0
 CLOSE_SECONDS = 3.0
@@ -57,20 +60,27 @@ class AnsweringService:
         self._stack = contextlib.AsyncExitStack()
         self._jobs = PeriodicJobs()
         self._first_targets_done = False
+        self._contacting: asyncio.Task[None] | None = None
         self._classifier: ClassifierProcess | None = None
         self.roster = EMPTY_ROSTER
         self.context: RequestContext
 
     async def open(self) -> None:
-        """Connects as far as possible; what is unavailable is retried in the background."""
+        """Opens what needs no network; Postgres and Redis are contacted in the background."""
         try:
             await self._connect()
-            await self._first_contact()
         except BaseException:
             await self.close()
             raise
         freeze_garbage_collector()
-        self._start_jobs()
+        self._contacting = asyncio.get_running_loop().create_task(
+            self._first_contact(), name="router first contact"
+        )
+
+    async def until_contact(self, seconds: float) -> None:
+        """Waits at most `seconds` until the roster was read, or until that has failed once."""
+        if self._contacting is not None:
+            await asyncio.wait({self._contacting}, timeout=max(0.0, seconds))
 
     @property
     def has_roster(self) -> bool:
@@ -78,21 +88,38 @@ class AnsweringService:
         return self.roster.version >= 0
 
     async def start_classifier(self) -> None:
-        """Starts the classifier on the first call, and waits at most CLASSIFIER_START_SECONDS for it."""
+        """Starts the classifier on the first call, without waiting for it."""
         if self._classifier is None and self._config.classification is not None:
             self._classifier = await self._stack.enter_async_context(
                 ClassifierProcess(self._config.classification)
             )
+            self._classifier.warm_up()
+
+    async def until_classifier(self) -> None:
+        """Waits until the classifier is ready, at most CLASSIFIER_START_SECONDS."""
+        if self._classifier is not None:
             await self._classifier.until_ready(CLASSIFIER_START_SECONDS)
 
-    async def classify(self, prompt: str, seconds: float) -> Classification:
-        """Returns the category, or the default category if there is none within `seconds`."""
+    async def classify(self, chat: Conversation, seconds: float) -> Classification:
+        """Returns the category of the question, or the default category if that takes too long.
+
+        Takes a share of `seconds`, a larger one while the classifier starts. The context decides only where
+        the question alone is below the threshold.
+        """
+        settings = self._config.classification
         why = "the classifier is not running"
-        if self._classifier is not None:
-            classifying = self._classifier.classify([prompt])
-            found = await result_or_none(classifying, seconds, "router category")
+        if self._classifier is not None and settings is not None:
+            seconds *= CLASSIFY_SHARE if self._classifier.ready else START_SHARE
+            ends_at = time.monotonic() + seconds
+            await self._classifier.until_ready(seconds)
+            prompts = [chat.question]
+            if chat.context:
+                prompts.append(f"{chat.context}\n\n{chat.question}")
+            classifying = self._classifier.classify(prompts)
+            found = await result_or_none(classifying, ends_at - time.monotonic(), "router category")
             if found is not None:
-                return found[0]
+                sure = found[0].confidence >= settings.threshold
+                return found[0] if sure else max(found, key=lambda one: one.confidence)
             why = f"no category within {seconds:.2g} s"
         return Classification(self._config.default_category, 0.0, f"default: {why}")
 
@@ -120,6 +147,7 @@ class AnsweringService:
         else:
             if done is None:
                 log.warning("Postgres or Redis does not respond; only knowledge answers until it does")
+        self._start_jobs()
 
     async def _contact(self) -> bool:
         await self._queue.renew_lease()
@@ -138,6 +166,8 @@ class AnsweringService:
 
     async def close(self) -> None:
         """Ends the jobs, releases the lease and closes all connections, each within CLOSE_SECONDS."""
+        if self._contacting is not None:
+            await cancel_and_wait(self._contacting)
         await self._jobs.stop()
         if hasattr(self, "context"):
             with contextlib.suppress(RouterError):

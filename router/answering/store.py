@@ -60,17 +60,19 @@ class DueTask:
     seconds_left: float
 
 
-async def begin(pool: asyncpg.Pool, prompt: str, deadline_seconds: float, first: CallRow) -> RequestTask:
+async def begin(
+    pool: asyncpg.Pool, prompt: str, deadline_seconds: float, max_tokens: int | None, first: CallRow
+) -> RequestTask:
     """Inserts the prompt as a task claimed by its first call.
 
     Raises InputError if the prompt cannot be sent to any model, LeaseLost if the worker has no lease.
     """
     try:
         row = await fetch_one(
-            pool, "SELECT * FROM begin_request($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)",
+            pool, "SELECT * FROM begin_request($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
             prompt, deadline_seconds, first.call_id, first.model, first.role.value, int(first.rank),
             first.category, first.confidence, first.worker, first.reserved_tokens,
-            first.preferred, first.fallback,
+            first.preferred, first.fallback, max_tokens,
         )  # fmt: skip
     except Exception as error:
         cause = error.__cause__

@@ -26,7 +26,8 @@ Answer one prompt now.
 
 Calls the best model for the prompt's category and a fallback in parallel. Progress goes to standard error,
 the answer to standard output. After a provisional answer the command waits for a better one and shows it;
-Ctrl-C stops the wait.
+Ctrl-C stops the wait. If no model answered, the exit code is 1, and the output is retrieved passages or
+nothing.
 
 \b
 Examples:
@@ -40,7 +41,8 @@ Keys of --json:
   answer, category, confidence, reason, preferred, fallback, seconds,
   cost_usd, prompt_tokens, completion_tokens, sources, provisional,
   is_fallback
-  model    null for passages
+  model    null if no model answered: the answer is passages, or says that
+           none were found
   rank     passages, fallback_model or chosen_model
   task_id  null if the request was not logged
   calls    call_id, model, role, rank, started_seconds, sent_seconds,
@@ -117,6 +119,9 @@ async def _answer(command: _Command) -> None:
             sys.stdout.flush()
     finally:
         await router.close(grace_seconds=GRACE_SECONDS)
+    if (better or answer).model is None:
+        terminal.complain(_no_model(answer))
+        raise typer.Exit(terminal.EXIT_FAILED)
 
 
 def _standard_input(max_bytes: int) -> str:
@@ -161,7 +166,14 @@ def _print_answer(answer: Answer) -> None:
     if answer.provisional:
         words.append("provisional, waiting for a better answer")
     terminal.err().print(Text(f"{'-' * 9}  {' · '.join(words)}", style="bold"), soft_wrap=True)
-    typer.echo(answer.text)
+    if answer.model or answer.sources:
+        typer.echo(answer.text)
+
+
+def _no_model(answer: Answer) -> str:
+    found = "the text is retrieved passages" if answer.sources else "no relevant passages were found"
+    retry = "Retry with a longer --deadline or --late." if answer.calls else "Retry later."
+    return f"No model answered in time, and {found}. {retry} `router status` shows what holds the models."
 
 
 def _json(answer: Answer, late: Answer | None) -> str:

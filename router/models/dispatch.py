@@ -22,7 +22,10 @@ MAX_EXPIRED_PERMITS = 20
 UNKNOWN_WAIT_SECONDS = 60.0  # where only an operator can help, e.g. a target of 0
 SNAPSHOT_SECONDS = 0.25
 MAY_PASS_AT_ANY_MOMENT = frozenset(
-    {WaitReason.NOTHING, WaitReason.CONCURRENCY, WaitReason.REBUILDING, WaitReason.HALF_OPEN}
+    {
+        *(WaitReason.NOTHING, WaitReason.CONCURRENCY, WaitReason.HALF_OPEN),
+        *(WaitReason.REBUILDING, WaitReason.NO_TARGET),  # Redis lost its state: it is restored at once
+    }
 )
 
 
@@ -113,14 +116,19 @@ class Availability:
         return UNKNOWN_WAIT_SECONDS if self.seconds is None else self.seconds
 
 
-async def availability(limiter: TrafficLimiter, model: str) -> Availability:
+async def availability(
+    limiter: TrafficLimiter, model: str, max_seconds: float = SNAPSHOT_SECONDS
+) -> Availability:
     """Predicts the wait of a prompt that joins the model's queue now; 0 s if the limiter cannot tell.
 
-    A slot that another call holds may be released at any time, and counts as 0 s.
+    A slot that another call holds may be released at any time, and state that Redis lost may be restored:
+    both count as 0 s.
     """
     try:
         traffic = await result_or_none(
-            limiter.shared_snapshot(model), SNAPSHOT_SECONDS, f"router availability of {model}"
+            limiter.shared_snapshot(model),
+            min(max_seconds, SNAPSHOT_SECONDS),
+            f"router availability of {model}",
         )
     except LimiterError:
         traffic = None

@@ -36,13 +36,15 @@ _FINISHED = """
 SELECT t.id, t.external_id, t.status, t.answer, t.answered_by, t.answer_call_id, t.failure,
        readable_time(coalesce(t.solved_at, t.created_at)) AS finished_at, c.prompt_tokens, c.completion_tokens
   FROM tasks t LEFT JOIN model_calls c ON c.call_id = t.answer_call_id
- WHERE t.status = ANY (%s) ORDER BY t.id"""
+ WHERE t.status = ANY (%s) AND (t.status <> 'failed' OR is_failed(t.status::text, t.interactive))
+ ORDER BY t.id"""
 _RETRY = """
 UPDATE tasks SET status = 'unsolved'
  WHERE id IN (SELECT id FROM tasks
                WHERE status = 'failed' AND id > %s AND id <= %s
                  AND (%s::text IS NULL OR resolve_category(category) = %s)
-                 AND (%s::bigint[] IS NULL OR id = ANY (%s))
+                 AND CASE WHEN %s::bigint[] IS NULL THEN is_failed(status::text, interactive)
+                          ELSE id = ANY (%s) END
                ORDER BY id LIMIT %s FOR UPDATE SKIP LOCKED)
 RETURNING id, status"""
 _COPY_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
@@ -110,7 +112,10 @@ def _copy_line(task: NewTask) -> str:
 
 
 def finished_tasks(connection: Connection, statuses: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yields every task of these statuses by id, from one snapshot; reads READ_BATCH rows at a time."""
+    """Yields every task of these statuses by id, from one snapshot; reads READ_BATCH rows at a time.
+
+    Requests that no model answered are left out.
+    """
     with connection.cursor("router_export", cursor_factory=psycopg2.extras.RealDictCursor) as cursor:
         cursor.itersize = READ_BATCH
         cursor.execute(_FINISHED, (list(statuses),))
@@ -140,6 +145,7 @@ def retry_failed(
 ) -> Iterator[Retried]:
     """Resets failed tasks to unsolved in committed batches; yields the totals after each.
 
+    A request that no model answered is reset only by its id: nobody waits for it any more.
     A task that fails again meanwhile is not reset twice.
     """
     last = rows(connection, "SELECT coalesce(max(id), 0) AS id FROM tasks")[0]["id"]

@@ -30,7 +30,16 @@ from router.errors import (
 )
 from router.server.middleware import ClientGone, Limits, read_body
 from router.server.requests import Catalog, ChatRequest, parse_chat
-from router.server.responses import KEEP_ALIVE, ApiError, ApiResponse, EventStream, Reply, event, role_event
+from router.server.responses import (
+    KEEP_ALIVE,
+    ApiError,
+    ApiResponse,
+    EventStream,
+    Reply,
+    event,
+    role_event,
+    routing_of,
+)
 from router.task import AnswerRank
 
 log = logging.getLogger("router.serve")
@@ -111,7 +120,7 @@ class ChatCompletions:
 
     async def _ask_router(self, chat: ChatRequest) -> Answer:
         return await self._router.answer(
-            chat.prompt, category=chat.category, model=chat.model,
+            chat.conversation, category=chat.category, model=chat.model,
             deadline_seconds=chat.deadline_seconds, max_tokens=chat.max_tokens,
         )  # fmt: skip
 
@@ -185,7 +194,7 @@ class _Completion:
         if isinstance(error, Exception):
             raise _api_error(error) from error
         answer = self._answering.result()
-        if answer.rank is AnswerRank.PASSAGES and not answer.sources:
+        if answer.rank is AnswerRank.PASSAGES:
             raise _no_answer(answer)
         max_tokens = self._catalog.max_tokens(answer.model, answer.rank, self._chat.max_tokens)
         reply = Reply(answer, self._id, self._created, max_tokens, self._chat.stops)
@@ -195,16 +204,19 @@ class _Completion:
 
 
 def _no_answer(answer: Answer) -> ApiError:
-    """Returns the error for an answer without a model and without relevant passages."""
+    """Returns the error for an answer without a model; its `router` field has the passages."""
+    passages = answer.text if answer.sources else None
+    routing = {**routing_of(answer), "passages": passages}
+    found = "router.passages has the relevant passages." if passages else "No relevant passages were found."
     if any(call.sent_seconds is not None for call in answer.calls):
-        message = "No model answered before the deadline, and knowledge has no relevant passages."
-        return ApiError(504, message, code="no_answer")
+        message = f"No model answered before the deadline. {found}"
+        return ApiError(504, message, code="no_answer", routing=routing)
     waits = [call.retry_after_seconds for call in answer.calls if call.retry_after_seconds is not None]
     if waits:
-        message = "All models are at capacity until the deadline, and knowledge has no relevant passages."
-        return ApiError(429, message, code="rate_limit_exceeded", retry_after_seconds=min(waits))
-    message = "No model is available, and knowledge has no relevant passages."
-    return ApiError(503, message, code="unavailable", retry_after_seconds=UNAVAILABLE_RETRY_SECONDS)
+        message, retry = f"All models are at capacity until the deadline. {found}", min(waits)
+        return ApiError(429, message, code="rate_limit_exceeded", retry_after_seconds=retry, routing=routing)
+    message, retry = f"No model is available. {found}", UNAVAILABLE_RETRY_SECONDS
+    return ApiError(503, message, code="unavailable", retry_after_seconds=retry, routing=routing)
 
 
 def _api_error(error: Exception) -> Exception:

@@ -12,9 +12,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from router.answering import MAX_DEADLINE_SECONDS, MAX_TOKENS
-from router.errors import InputError
-from router.queue import prompt_of
+from router.answering import MAX_DEADLINE_SECONDS, MAX_TOKENS, MIN_DEADLINE_SECONDS
+from router.queue import Conversation, MessageError, read_conversation
 from router.server.responses import ApiError
 from router.task import AnswerRank
 
@@ -72,7 +71,7 @@ class Catalog:
 class ChatRequest:
     """Validated chat request. With `model` None the router chooses."""
 
-    prompt: str
+    conversation: Conversation
     requested_model: str
     model: str | None
     category: str | None
@@ -101,7 +100,9 @@ class _RouterOptions(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     category: str | None = None
-    deadline_seconds: float | None = Field(default=None, ge=0, le=MAX_DEADLINE_SECONDS, allow_inf_nan=False)
+    deadline_seconds: float | None = Field(
+        default=None, ge=MIN_DEADLINE_SECONDS, le=MAX_DEADLINE_SECONDS, allow_inf_nan=False
+    )
 
 
 class _Body(BaseModel):
@@ -136,7 +137,7 @@ def parse_chat(document: Any, catalog: Catalog) -> ChatRequest:
         raise ApiError(400, f"router.category must be one of: {known}.", param="router.category")
     model, category = _route(body.model, catalog)
     return ChatRequest(
-        prompt=_prompt(body.messages),
+        conversation=_conversation(body.messages),
         requested_model=body.model,
         model=model,
         category=category or options.category,
@@ -188,8 +189,8 @@ def _route(name: str, catalog: Catalog) -> tuple[str | None, str | None]:
     )
 
 
-def _prompt(messages: Any) -> str:
+def _conversation(messages: Any) -> Conversation:
     try:
-        return prompt_of(messages)
-    except InputError as error:
-        raise ApiError(400, f"{error}.", param="messages") from error
+        return read_conversation(messages)
+    except MessageError as error:
+        raise ApiError(400, f"{error}.", param=error.param) from error

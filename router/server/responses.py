@@ -16,10 +16,10 @@ from starlette.types import Receive, Scope, Send
 
 from router.answering import Answer
 
-PASSAGES_MODEL = "passages"  # `model` of an answer that is passages
 CHUNK_CHARACTERS = 200
 OWNER = "llm-router"
 SERVER_ERRORS = 500
+MAX_MESSAGE = 1000  # characters of an error's message
 KEEP_ALIVE = b": waiting\n\n"
 STREAM_END = b"data: [DONE]\n\n"
 ROUTING = (
@@ -34,19 +34,22 @@ class ApiError(Exception):
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None,
-        retry_after_seconds: float | None = None,
+        retry_after_seconds: float | None = None, routing: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(message)
+        """`routing` is how a prompt was routed that no model answered."""
+        super().__init__(message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}...")
         self.status = status
         self.param = param
         self.code = code
         self.retry_after_seconds = retry_after_seconds
+        self.routing = routing
 
     @property
     def document(self) -> dict[str, Any]:
         default = "invalid_request_error" if self.status < SERVER_ERRORS else "server_error"
         kind = ERROR_TYPES.get(self.status, default)
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        return {"error": error, **({"router": self.routing} if self.routing else {})}
 
     @property
     def headers(self) -> dict[str, str]:
@@ -91,7 +94,8 @@ class Reply:
     @property
     def model(self) -> str:
         """Name of the model that answered."""
-        return self.answer.model or PASSAGES_MODEL
+        assert self.answer.model is not None
+        return self.answer.model
 
     @property
     def text(self) -> str:
@@ -110,7 +114,7 @@ class Reply:
         message = {"role": "assistant", "content": self.text, "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": self.finish_reason}
         head = _head("chat.completion", self.completion_id, self.created, self.model)
-        return {**head, "choices": [choice], "usage": self.usage(), "router": self.routing()}
+        return {**head, "choices": [choice], "usage": self.usage(), "router": routing_of(self.answer)}
 
     def events(self, *, include_usage: bool) -> Iterator[bytes]:
         """Yields the stream after its first event, which `role_event` returns."""
@@ -120,7 +124,7 @@ class Reply:
             delta = {"content": self.text[start : start + CHUNK_CHARACTERS]}
             yield event({**head, "choices": [_delta(delta)], **usage})
         choices = [_delta({}, self.finish_reason)]
-        yield event({**head, "choices": choices, **usage, "router": self.routing()})
+        yield event({**head, "choices": choices, **usage, "router": routing_of(self.answer)})
         if include_usage:
             yield event({**head, "choices": [], "usage": self.usage()})
         yield STREAM_END
@@ -133,10 +137,6 @@ class Reply:
             "total_tokens": prompt + completion,
         }
 
-    def routing(self) -> dict[str, Any]:
-        """Returns how the prompt was routed."""
-        return {name: getattr(self.answer, name) for name in ROUTING} | {"sources": [*self.answer.sources]}
-
     def headers(self) -> dict[str, str]:
         """Returns the routing as headers. Characters outside Latin-1 become question marks."""
         answer = self.answer
@@ -148,6 +148,11 @@ class Reply:
         if answer.task_id is not None:
             found["x-router-task"] = str(answer.task_id)
         return {name: value.encode("latin-1", "replace").decode("latin-1") for name, value in found.items()}
+
+
+def routing_of(answer: Answer) -> dict[str, Any]:
+    """Returns how the prompt was routed."""
+    return {name: getattr(answer, name) for name in ROUTING} | {"sources": [*answer.sources]}
 
 
 def role_event(completion_id: str, created: int, model: str, *, include_usage: bool) -> bytes:

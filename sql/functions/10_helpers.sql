@@ -80,6 +80,10 @@ LANGUAGE sql VOLATILE AS $$ SELECT nextval('queue_position') - 46116860184273879
 CREATE OR REPLACE FUNCTION new_prompt_version() RETURNS integer
 LANGUAGE sql VOLATILE AS $$ SELECT (1 + floor(random() * 2147483646))::integer $$;
 
+-- Whether a task counts as failed. A request that no model answered does not: nobody waits for it any more.
+CREATE OR REPLACE FUNCTION is_failed(p_status text, p_interactive boolean) RETURNS boolean
+LANGUAGE sql IMMUTABLE AS $$ SELECT p_status = 'failed' AND p_interactive IS NOT TRUE $$;
+
 -- Adds to the task counters. Writes nothing if all values are zero.
 CREATE OR REPLACE FUNCTION count_change(p_category text, p_unsolved bigint, p_solved bigint, p_failed bigint) RETURNS void
 LANGUAGE sql AS $$

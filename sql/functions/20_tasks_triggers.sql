@@ -34,7 +34,8 @@ BEGIN
     SELECT sum(unsolved) INTO queued FROM counted;
 
     INSERT INTO task_count_deltas (category, solved, failed)
-    SELECT resolve_category(category), count(*) FILTER (WHERE status = 'solved'), count(*) FILTER (WHERE status = 'failed')
+    SELECT resolve_category(category), count(*) FILTER (WHERE status = 'solved'),
+           count(*) FILTER (WHERE is_failed(status::text, interactive))
       FROM inserted WHERE status <> 'unsolved' GROUP BY 1;
 
     IF queued IS DISTINCT FROM (SELECT count(*) FROM inserted WHERE status = 'unsolved') THEN
@@ -74,6 +75,8 @@ BEGIN
         NEW.answer_rank := NULL;
         NEW.answered_by := NULL;
         NEW.solved_at := NULL;
+        NEW.interactive := NULL;  -- from now on a task of the batch
+        NEW.truncated := NULL;
         NEW.failure := prompt_problem(NEW.prompt);
         NEW.status := CASE WHEN NEW.failure IS NULL THEN 'unsolved' ELSE 'failed' END;
     END IF;
@@ -124,8 +127,10 @@ BEGIN
     SELECT moved.category, sum(moved.unsolved), sum(moved.solved), sum(moved.failed)
       FROM (VALUES (held.category, -1, 0, 0),
                    (lane, 1, 0, 0),
-                   (resolve_category(OLD.category), 0, -(OLD.status = 'solved')::int, -(OLD.status = 'failed')::int),
-                   (resolve_category(NEW.category), 0, (NEW.status = 'solved')::int, (NEW.status = 'failed')::int))
+                   (resolve_category(OLD.category), 0, -(OLD.status = 'solved')::int,
+                    -is_failed(OLD.status::text, OLD.interactive)::int),
+                   (resolve_category(NEW.category), 0, (NEW.status = 'solved')::int,
+                    is_failed(NEW.status::text, NEW.interactive)::int))
            AS moved (category, unsolved, solved, failed)
      WHERE moved.category IS NOT NULL
      GROUP BY moved.category
@@ -142,7 +147,8 @@ BEGIN
     )
     INSERT INTO task_count_deltas (category, unsolved) SELECT category, -count(*) FROM gone GROUP BY category;
     INSERT INTO task_count_deltas (category, solved, failed)
-    SELECT resolve_category(category), -count(*) FILTER (WHERE status = 'solved'), -count(*) FILTER (WHERE status = 'failed')
+    SELECT resolve_category(category), -count(*) FILTER (WHERE status = 'solved'),
+           -count(*) FILTER (WHERE is_failed(status::text, interactive))
       FROM deleted WHERE status <> 'unsolved' GROUP BY 1;
     RETURN NULL;
 END

@@ -59,7 +59,7 @@ BEGIN
     END IF;
 
     IF p_outcome = 'answered' THEN
-        SELECT k.settlement, k.held INTO settled, held FROM record_answer(call, p_answer) AS k;
+        SELECT k.settlement, k.held INTO settled, held FROM record_answer(call, p_answer, p_completion_tokens) AS k;
     ELSE
         PERFORM FROM tasks t WHERE t.id = call.task_id FOR NO KEY UPDATE;
         settled := coalesce(requeue(call, p_counted, p_error, p_outcome), 'late');
@@ -97,9 +97,10 @@ END
 $$;
 
 -- Stores an answer if its rank is higher than that of the task's answer to the same version of the prompt. The usual
--- case, an unsolved task, is updated without reading it first; any other task is locked and read. held: whether this
--- call held the claim.
-CREATE OR REPLACE FUNCTION record_answer(p_call model_calls, p_answer text, OUT settlement text, OUT held boolean)
+-- case, an unsolved task, is updated without reading it first; any other task is locked and read. p_tokens: length of the
+-- answer. held: whether this call held the claim.
+CREATE OR REPLACE FUNCTION record_answer(
+    p_call model_calls, p_answer text, p_tokens integer, OUT settlement text, OUT held boolean)
 LANGUAGE plpgsql AS $$
 DECLARE
     before record;
@@ -108,12 +109,13 @@ DECLARE
     checked boolean := false;
 BEGIN
     held := false;
-    SELECT 'unsolved' AS status, NULL::text AS category, p_call.prompt_version AS prompt_version INTO before;
+    SELECT 'unsolved' AS status, NULL::text AS category, p_call.prompt_version AS prompt_version,
+           NULL::boolean AS interactive INTO before;
     LOOP
         UPDATE tasks t
            SET answer = p_answer, answered_by = p_call.model, answer_rank = p_call.rank, answer_call_id = p_call.call_id,
                status = CASE WHEN ends.it THEN 'solved' ELSE t.status END,
-               category = coalesce(t.category, p_call.category),
+               category = coalesce(t.category, p_call.category), truncated = p_tokens >= t.max_tokens,
                solved_at = CASE WHEN ends.it THEN coalesce(t.solved_at, clock_timestamp()) ELSE t.solved_at END,
                failure = CASE WHEN ends.it THEN NULL ELSE t.failure END
           FROM (SELECT p_call.rank >= 3 OR (p_call.rank = 2 AND before.status = 'failed') AS it) AS ends
@@ -122,7 +124,7 @@ BEGIN
         RETURNING t.status::text, t.category::text INTO kept;
         EXIT WHEN FOUND;
         IF NOT checked THEN
-            SELECT t.status::text, t.category::text, t.prompt_version INTO before
+            SELECT t.status::text, t.category::text, t.prompt_version, t.interactive INTO before
               FROM tasks t WHERE t.id = p_call.task_id FOR NO KEY UPDATE;
         END IF;
         IF checked OR before.prompt_version IS DISTINCT FROM p_call.prompt_version THEN
@@ -148,7 +150,7 @@ BEGIN
         held := gone.call_id IS NOT DISTINCT FROM p_call.call_id;
         PERFORM count_change(gone.category, -1, 0, 0);
     END IF;
-    IF before.status = 'failed' THEN
+    IF is_failed(before.status, before.interactive) THEN
         PERFORM count_change(resolve_category(before.category), 0, 0, -1);
     END IF;
     IF before.status <> 'solved' THEN

@@ -188,8 +188,9 @@ BEGIN
       FROM (SELECT category, count(*) AS unsolved, 0 AS solved, 0 AS failed FROM queue GROUP BY category
             UNION ALL
             SELECT resolve_category(category), 0, coalesce(sum(n) FILTER (WHERE status = 'solved'), 0),
-                   coalesce(sum(n) FILTER (WHERE status = 'failed'), 0)
-              FROM (SELECT category, status, count(*) AS n FROM tasks WHERE status <> 'unsolved' GROUP BY 1, 2) AS t
+                   coalesce(sum(n) FILTER (WHERE failed), 0)
+              FROM (SELECT category, status, is_failed(status::text, interactive) AS failed, count(*) AS n
+                      FROM tasks WHERE status <> 'unsolved' GROUP BY 1, 2, 3) AS t
              GROUP BY 1) AS parts (category, unsolved, solved, failed)
      GROUP BY category;
 END
@@ -274,10 +275,11 @@ DECLARE
     queued integer;
 BEGIN
     PERFORM count_change(resolve_category(t.category), 0, -count(*) FILTER (WHERE t.solved_at IS NOT NULL),
-                         -count(*) FILTER (WHERE t.solved_at IS NULL AND t.failure IS NOT NULL))
+                         -count(*) FILTER (WHERE t.solved_at IS NULL AND t.failure IS NOT NULL
+                                            AND t.interactive IS NOT TRUE))
        FROM tasks t WHERE t.id = ANY (p_ids) AND t.status = 'unsolved' GROUP BY resolve_category(t.category);
     UPDATE tasks t SET prompt_version = new_prompt_version(), answer_rank = NULL, answered_by = NULL, solved_at = NULL,
-                       failure = NULL
+                       failure = NULL, interactive = NULL, truncated = NULL
      WHERE t.id = ANY (p_ids) AND t.status = 'unsolved'
        AND (t.answer_rank >= 3 OR t.solved_at IS NOT NULL OR t.failure IS NOT NULL);
     UPDATE tasks t SET status = 'failed', failure = prompt_problem(t.prompt)
@@ -312,12 +314,14 @@ LANGUAGE plpgsql AS $$
 DECLARE
     task record;
 BEGIN
-    SELECT t.status::text, t.category::text INTO task FROM tasks t WHERE t.id = p_task_id FOR NO KEY UPDATE SKIP LOCKED;
+    SELECT t.status::text, t.category::text, t.interactive INTO task
+      FROM tasks t WHERE t.id = p_task_id FOR NO KEY UPDATE SKIP LOCKED;
     IF FOUND AND task.status = 'unsolved' OR NOT FOUND AND EXISTS (SELECT FROM tasks t WHERE t.id = p_task_id) THEN
         RETURN false;
     END IF;
     IF task.status IS NOT NULL THEN
-        PERFORM count_change(resolve_category(task.category), 0, (task.status = 'solved')::int, (task.status = 'failed')::int);
+        PERFORM count_change(resolve_category(task.category), 0, (task.status = 'solved')::int,
+                             is_failed(task.status, task.interactive)::int);
     END IF;
     PERFORM remove_queue_row(p_task_id);
     RETURN true;

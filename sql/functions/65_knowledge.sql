@@ -49,15 +49,17 @@ LANGUAGE sql AS $$
 $$;
 
 -- Whether a task is indexed as knowledge; does not read its answer. An answer without a rank is from before ranks
--- were stored and counts as the chosen model's.
-CREATE OR REPLACE FUNCTION is_knowledge(p_status text, p_rank integer, p_answer text) RETURNS boolean
-LANGUAGE sql IMMUTABLE AS $$ SELECT p_status = 'solved' AND coalesce(p_rank, 3) = 3 AND octet_length(p_answer) > 0 $$;
+-- were stored and counts as the chosen model's. An answer that was cut off by its own max_tokens is none.
+CREATE OR REPLACE FUNCTION is_knowledge(p_status text, p_rank integer, p_answer text, p_truncated boolean) RETURNS boolean
+LANGUAGE sql IMMUTABLE AS $$
+    SELECT p_status = 'solved' AND coalesce(p_rank, 3) = 3 AND octet_length(p_answer) > 0 AND p_truncated IS NOT TRUE
+$$;
 
 -- Next tasks by descending id, and whether each is knowledge.
 CREATE OR REPLACE FUNCTION knowledge_slice(p_from bigint, p_down_to bigint, p_limit integer)
 RETURNS TABLE (id bigint, known boolean)
 LANGUAGE sql STABLE SET enable_seqscan = off AS $$
-    SELECT t.id, is_knowledge(t.status, t.answer_rank, t.answer)
+    SELECT t.id, is_knowledge(t.status, t.answer_rank, t.answer, t.truncated)
       FROM tasks t WHERE t.id <= p_from AND t.id >= p_down_to ORDER BY t.id DESC LIMIT p_limit
 $$;
 
@@ -66,6 +68,7 @@ CREATE OR REPLACE FUNCTION knowledge_since(p_since double precision, p_after big
 RETURNS TABLE (id bigint)
 LANGUAGE sql STABLE AS $$
     SELECT t.id FROM tasks t
-     WHERE t.solved_at >= to_timestamp(p_since) AND t.id > p_after AND is_knowledge(t.status, t.answer_rank, t.answer)
+     WHERE t.solved_at >= to_timestamp(p_since) AND t.id > p_after
+       AND is_knowledge(t.status, t.answer_rank, t.answer, t.truncated)
      ORDER BY t.id LIMIT p_limit
 $$;

@@ -4,7 +4,7 @@
 -- A request is a task that is inserted with its claim held by the request's first call. When the call that holds the
 -- claim ends without the chosen model's answer, the claim passes to another open call of the request. If none is
 -- open, the task's attempts count as used up, so that the task ends: solved if a model of any rank answered, else
--- failed. Nothing is sent after the client has left. Only if the process is lost does the task become ready for the
+-- failed, which for a request counts as no failed task (is_failed). Nothing is sent after the client has left. Only if the process is lost does the task become ready for the
 -- batch.
 --
 -- Lock order as everywhere: tasks, queue, model_calls.
@@ -14,7 +14,8 @@
 -- answers commit synchronously.
 CREATE OR REPLACE FUNCTION begin_request(
     p_prompt text, p_deadline_seconds double precision, p_call_id uuid, p_model text, p_role text, p_rank smallint,
-    p_category text, p_confidence real, p_worker text, p_reserved_tokens integer, p_preferred text, p_fallback text)
+    p_category text, p_confidence real, p_worker text, p_reserved_tokens integer, p_preferred text, p_fallback text,
+    p_max_tokens integer DEFAULT NULL)
 RETURNS TABLE (task_id bigint, prompt_version integer)
 LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
@@ -31,8 +32,8 @@ BEGIN
             USING ERRCODE = 'RT001';
     END IF;
     PERFORM set_config('router.interactive', 'on', true);  -- claimed already: no worker needs a notification
-    INSERT INTO tasks (prompt, category, deadline_at)
-    VALUES (p_prompt, p_category, clock_timestamp() + make_interval(secs => p_deadline_seconds))
+    INSERT INTO tasks (prompt, category, deadline_at, max_tokens, interactive)
+    VALUES (p_prompt, p_category, clock_timestamp() + make_interval(secs => p_deadline_seconds), p_max_tokens, true)
     RETURNING id, tasks.prompt_version INTO added;
     UPDATE queue q SET state = 'claimed', attempt = 1, call_id = p_call_id, worker = p_worker,
                        claimed_at = clock_timestamp(), deadline_at = NULL

@@ -6,7 +6,7 @@ BEGIN
     IF TG_OP <> 'INSERT' AND OLD.status = 'failed' THEN
         DELETE FROM task_failures WHERE task_id = OLD.id;
     END IF;
-    IF TG_OP <> 'DELETE' AND NEW.status = 'failed' THEN
+    IF TG_OP <> 'DELETE' AND is_failed(NEW.status::text, NEW.interactive) THEN
         INSERT INTO task_failures (task_id) VALUES (NEW.id) ON CONFLICT DO NOTHING;
     END IF;
     RETURN NULL;

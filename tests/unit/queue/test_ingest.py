@@ -15,7 +15,7 @@ from hypothesis import given, settings, strategies
 
 from router.errors import InputError
 from router.queue import prompt_files
-from router.queue.chat import prompt_of
+from router.queue.chat import MessageError, prompt_of, read_conversation
 from router.queue.ingest import IngestDefaults, InvalidRow, NewTask, read_tasks
 from router.queue.prompt_files import Format, decompressed, detect_format
 
@@ -292,3 +292,34 @@ def test_reading_arbitrary_bytes_never_raises(parts: list[bytes], kind: Format):
         if isinstance(item, NewTask):
             item.prompt.encode()  # Postgres can store it
             assert "\0" not in item.prompt + item.external_id + (item.category or "")
+
+
+@pytest.mark.parametrize(
+    ("turns", "question", "context"),
+    [
+        ("user:Why?", "Why?", ""),
+        ("system:Be brief.|user:Why?", "Why?", "Be brief."),
+        ("user:Hi|assistant:Hello!|user:Why?", "Why?", "Hi\n\nHello!"),
+        ("user:Hi|system:Be brief.|assistant:Hello!|user:Why?", "Why?", "Be brief.\n\nHi\n\nHello!"),
+        ("user:Why?|assistant:Because", "Why?", "Because"),  # an answer to be continued
+        ("user:Hi|user:Why?", "Why?", "Hi"),
+    ],
+)
+def test_the_last_user_turn_is_the_question_and_the_rest_its_context(
+    turns: str, question: str, context: str
+) -> None:
+    messages = [dict(zip(("role", "content"), turn.split(":"), strict=True)) for turn in turns.split("|")]
+    chat = read_conversation(messages)
+    assert (chat.text, chat.question, chat.context) == (prompt_of(messages), question, context)
+
+
+@pytest.mark.parametrize("name", ["tool_calls", "function_call", "tool_call_id", "audio"])
+def test_fields_of_a_message_that_would_be_lost_are_rejected_by_name(name: str) -> None:
+    turns: list[dict[str, Any]] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for nothing in (None, [], "", {}):
+        turns[1][name] = nothing
+        assert read_conversation(turns).question == "a"
+    turns[1][name] = [{"id": "1"}]
+    with pytest.raises(MessageError, match=name) as caught:
+        read_conversation(turns)
+    assert caught.value.param == f"messages.[1].{name}"

@@ -22,7 +22,7 @@ def rejected(**changes: Any) -> ApiError:
 
 def test_model_and_messages_are_enough() -> None:
     chat = parse_chat(REQUEST, CATALOG)
-    assert (chat.prompt, chat.model, chat.category, chat.max_tokens) == ("Why?", None, None, None)
+    assert (chat.conversation.text, chat.model, chat.category, chat.max_tokens) == ("Why?", None, None, None)
     assert (chat.stream, chat.include_usage, chat.stops) == (False, False, ())
 
 
@@ -101,15 +101,15 @@ def test_default_and_ignored_parameters_are_accepted() -> None:
     nothing = dict.fromkeys(DEFAULTS)
     ignored = dict.fromkeys(IGNORED, 1)
     for more in (defaults, nothing, ignored):
-        assert parse_chat({**REQUEST, **more}, CATALOG).prompt == "Why?"
+        assert parse_chat({**REQUEST, **more}, CATALOG).conversation.text == "Why?"
 
 
 def test_all_parameters_are_read() -> None:
-    options = {"category": "general", "deadline_seconds": 0}
+    options = {"category": "general", "deadline_seconds": 0.05}
     more = {"max_tokens": 7, "stream": True, "stream_options": {"include_usage": True}, "stop": "\n"}
     chat = parse_chat({**REQUEST, **more, "router": options}, CATALOG)
     assert (chat.max_tokens, chat.stream, chat.include_usage, chat.stops) == (7, True, True, ("\n",))
-    assert (chat.category, chat.deadline_seconds) == ("general", 0)
+    assert (chat.category, chat.deadline_seconds) == ("general", 0.05)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from router.answering.answer import Answer
-from router.server.responses import CHUNK_CHARACTERS, Reply
+from router.server.responses import CHUNK_CHARACTERS, MAX_MESSAGE, ApiError, Reply, routing_of
 from router.task import AnswerRank
 
 ANSWER = Answer(
@@ -45,14 +45,16 @@ def events(of: Reply, *, include_usage: bool = False) -> list[Any]:
     return [json.loads(line.removeprefix("data: ")) for line in lines]
 
 
-def test_passages_are_marked_as_such() -> None:
-    completion = reply(PASSAGES).completion()
-    assert completion["model"] == "passages"
-    assert completion["router"]["sources"] == ["sky.md"]
-    assert completion["router"]["rank"] == 1
-    assert completion["usage"] == {"prompt_tokens": 11, "completion_tokens": 0, "total_tokens": 11}
-    assert reply(PASSAGES).headers()["x-router-model"] == "passages"
-    assert "x-router-task" not in reply(PASSAGES).headers()
+def test_an_error_may_carry_the_routing_and_its_message_is_bounded() -> None:
+    error = ApiError(504, "x" * 5000, code="no_answer", routing=routing_of(PASSAGES))
+    assert error.document["router"]["sources"] == ["sky.md"]
+    assert error.document["router"]["rank"] == 1
+    assert len(error.document["error"]["message"]) == MAX_MESSAGE + 3
+
+
+def test_an_answer_that_was_not_logged_has_no_task_header() -> None:
+    answer = dataclasses.replace(ANSWER, task_id=None)
+    assert "x-router-task" not in reply(answer).headers()
 
 
 @pytest.mark.parametrize(
