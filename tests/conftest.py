@@ -18,6 +18,7 @@ from psycopg2 import sql
 
 from local.postgres import PostgresServer, start_postgres
 from local.redis import RedisServer, start_redis
+from router.classification import Classifier
 from router.database import Connection, connect
 from router.migrations import migrate
 from router.models.roster import sync_roster
@@ -93,6 +94,16 @@ def shared_data() -> Path:
     folder = Path(os.environ.get("ROUTER_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"no data folder at {folder}: set ROUTER_SHARED_DATA to measure against real data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data folder with a trained classifier: a request does not wait long for it to be trained."""
+    folder = tmp_path_factory.mktemp("data")
+    settings = load_config().classification
+    assert settings is not None
+    Classifier.build(settings, folder / "categories")
     return folder
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
 from local import first_start
 from local.airflow_environment import clean_environment
@@ -74,13 +75,13 @@ def deployment(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def environment(
-    database: str, redis_server: RedisServer, redis_client: Any, backend: BackendServer, tmp_path: Path
+    database: str, redis_server: RedisServer, redis_client: Any, backend: BackendServer, trained_data: Path
 ) -> dict[str, str]:
     return {
         "AIRFLOW_CONN_ROUTER_DB": database,
         "AIRFLOW_CONN_ROUTER_REDIS": redis_server.url,
         "AIRFLOW_CONN_MODELS_BACKEND": backend.url,
-        "ROUTER_DATA": str(tmp_path),
+        "ROUTER_DATA": str(trained_data),
     }
 
 
@@ -139,3 +140,16 @@ def test_an_invalid_request_fails_without_retry(solving: Solving) -> None:
     wait_until(ended, 30, "it failed on the first try")
     log = solving.api.call("GET", f"/dags/ask_prompt/dagRuns/{run}/taskInstances/ask/logs/1")
     assert "There is no category 'poetry'" in json.dumps(log)  # in the exception of the log line
+
+
+def test_a_prompt_that_no_model_answers_fails_the_airflow_task(
+    deployment: Deployment, environment: dict[str, str], backend: BackendServer
+) -> None:
+    order = {"kind": "error", "model": "*", "share": 1, "seconds": 600}
+    requests.post(f"{backend.url}/faults", json=order, timeout=5).raise_for_status()
+    asked = json.dumps({"prompt": "qqqq zzzz?", "category": "general"})
+    done = run_airflow(deployment, environment, "dags", "test", "ask_prompt", "-c", asked)
+    requests.delete(f"{backend.url}/faults", timeout=5).raise_for_status()
+    output = done.stdout + done.stderr
+    assert "No model answered, and no relevant passages were found." in output
+    assert "state=failed" in output

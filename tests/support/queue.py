@@ -23,7 +23,7 @@ SELECT category, sum(unsolved)::bigint AS unsolved, sum(solved)::bigint AS solve
   FROM (SELECT category, count(*) AS unsolved, 0 AS solved, 0 AS failed FROM queue GROUP BY 1
         UNION ALL
         SELECT resolve_category(category), 0, count(*) FILTER (WHERE status = 'solved'),
-               count(*) FILTER (WHERE status = 'failed') FROM tasks GROUP BY 1) AS parts
+               count(*) FILTER (WHERE is_failed(status::text, interactive)) FROM tasks GROUP BY 1) AS parts
  GROUP BY category
 """
 

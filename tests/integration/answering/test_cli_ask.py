@@ -30,14 +30,14 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BackendServer]
 
 @pytest.fixture
 def router(
-    database: str, redis_server: RedisServer, redis_client: object, backend: BackendServer, tmp_path: Path
+    database: str, redis_server: RedisServer, redis_client: object, backend: BackendServer, trained_data: Path
 ) -> Iterator[CommandLine]:
     yield CommandLine(
         {
             "ROUTER_DATABASE_URL": database,
             "ROUTER_REDIS_URL": redis_server.url,
             "MODELS_BACKEND_URL": backend.url,
-            "ROUTER_DATA": str(tmp_path),
+            "ROUTER_DATA": str(trained_data),
         }
     )
     requests.delete(f"{backend.url}/faults", timeout=5)
@@ -148,3 +148,18 @@ def test_invalid_log_options_are_reported(router: CommandLine) -> None:
     assert "is not an age" in router("log", "--since", "soon").err
     assert "did you mean 'technical'" in router("log", "--category", "technicl").err
     assert "no matching calls" in router("log").out
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_prompt_that_no_model_answers_is_a_failure(
+    router: CommandLine, backend: BackendServer, as_json: bool
+) -> None:
+    order = {"kind": "error", "model": "*", "share": 1, "seconds": 600}
+    requests.post(f"{backend.url}/faults", json=order, timeout=5).raise_for_status()
+    options = ("--json",) if as_json else ()
+    code, out, err = run(router, "ask", *options, "--category", "general", "qqqq zzzz?")
+    assert code == 1
+    assert "No model answered in time, and no relevant passages were found" in err
+    assert (json.loads(out)["model"] is None) if as_json else (out == "")
+    assert router("status", "--json").json["tasks"]["failed"] == 0
+    assert "0 tasks requeued" in router("retry", "--all", "--yes").out

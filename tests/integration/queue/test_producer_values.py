@@ -119,5 +119,5 @@ async def test_every_function_works_on_a_table_with_old_types(empty_database: st
         await probe.reconcile()
         await probe.assert_counts_exact()
     with connect(empty_database) as synchronous:
-        assert len(console.failures(synchronous, None, None, 20)["failures"]) == 2
+        assert len(console.failures(synchronous, None, None, 20)["failures"]) == 1, "requests do not count"
         assert {row["status"] for row in finished_tasks(synchronous, ["solved", "failed"])} == {"failed"}
