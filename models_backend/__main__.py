@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import resource
@@ -16,7 +17,8 @@ import uvicorn
 from models_backend.app import create_app
 from models_backend.check import check
 from models_backend.latency import SHAPES
-from models_backend.settings import StandInSettings, provider_from_environment, served_models
+from models_backend.settings import NEW_MODELS, StandInSettings, provider_from_environment, served_models
+from router.discovery import read_trial_prompts
 from router.errors import ConfigError, RouterError
 from router.settings import DEFAULT_CONFIG_FOLDER, load_config
 from router.traffic import TrafficTarget
@@ -63,6 +65,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME[=IN/OUT]",
         help="serve one more model at these USD per million tokens, or free of charge; repeatable",
     )
+    add(
+        "--new-models",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="serve some new models of config/llama_catalog.yaml, for a search to try; never with a provider",
+    )
     add("--time-scale", type=float, default=1.0, metavar="S", help="divide latencies by S")
     add("--latency", default="profile", metavar="SHAPE", help=f"one shape for all models: {SHAPES}")
     add("--seed", type=int, default=0, help="seed of latencies and bad answers")
@@ -96,7 +104,9 @@ def _settings(options: argparse.Namespace, environment: Mapping[str, str]) -> St
     provider = provider_from_environment(environment, served)
     if provider is not None:
         served = served_models(load_config(options.models.parent), (*options.also, *provider.models))
-    references, categories = _references(options.references)
+    elif options.new_models:
+        served = {**NEW_MODELS, **served}
+    references, categories = _known_prompts(options.models.parent, options.references)
     return StandInSettings(
         models=served,
         time_scale=options.time_scale,
@@ -115,6 +125,20 @@ def _quota(line: str) -> tuple[str, TrafficTarget]:
     if not equals:
         raise ConfigError(f'--quota {line!r} must read MODEL=TARGET, e.g. "phi-4=120/min, 4/s"')
     return model.strip(), TrafficTarget.parse(target.strip())
+
+
+def _known_prompts(folder: Path, path: Path | None) -> tuple[dict[str, str], dict[str, str]]:
+    """References and categories of the trial prompts of a search, and of the prompts in `path`."""
+    references: dict[str, str] = {}
+    categories: dict[str, str] = {}
+    for category in load_config(folder).categories:
+        with contextlib.suppress(ConfigError):  # the search reports it
+            for one in read_trial_prompts(folder, category):
+                categories[one.prompt] = category
+                if one.reference is not None:
+                    references[one.prompt] = one.reference
+    own_references, own_categories = _references(path)
+    return {**references, **own_references}, {**categories, **own_categories}
 
 
 def _references(path: Path | None) -> tuple[dict[str, str], dict[str, str]]:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from models_backend.models import profile_of
+
 MAX_CONDITIONS = 1000
 
 
@@ -50,9 +52,9 @@ class Conditions:
         return list(self._orders.values())
 
     def of(self, model: str, category: str) -> Condition:
-        """The condition for this model and category; a neutral one if there is none."""
+        """The condition for this model and category; without one, the model's profile applies."""
         order = self._orders.get((model, category)) or self._orders.get((model, None))
-        return order or Condition(model=model)
+        return order or Condition(model=model, failing=profile_of(model).failing)
 
     def serves(self, model: str) -> bool:
         """Whether the model is served at all."""

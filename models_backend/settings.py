@@ -70,6 +70,18 @@ class StandInSettings:
             )
 
 
+# Models of config/llama_catalog.yaml that the stand-in serves unless told otherwise, so that a search has
+# something to try: a better one, one with better benchmark scores only, and one that fails.
+NEW_MODELS: Mapping[str, ServedModel] = {
+    model.name: model
+    for model in (
+        ServedModel("llama-4-maverick", 0.20, 0.60, 1_048_576),
+        ServedModel("llama-3.1-70b-paragon", 0.20, 0.40, 131_072),
+        ServedModel("qwen3-32b", 0.10, 0.30, 40_960),
+    )
+}
+
+
 def served_models(config: RouterConfig, also: tuple[str, ...] = ()) -> dict[str, ServedModel]:
     """The models of the router's config by endpoint, and those of `also`.
 

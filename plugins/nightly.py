@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class NightlyRun:
     learning: LearningSettings
     params: Mapping[str, Any]
     began: datetime  # the same for every attempt of a step
+    log: Callable[[str], None]  # of lines on the progress of a step
 
     @property
     def url(self) -> str:
@@ -104,7 +106,7 @@ def rank(run: NightlyRun) -> list[str]:
 
 def search(run: NightlyRun) -> list[str]:
     """Searches for better models, tries them, and admits winners."""
-    from router.discovery import run_search  # noqa: PLC0415 - see above
+    from router.discovery import LABELS, SearchProgress, is_unserved, run_search  # noqa: PLC0415 - see above
     from router.settings import load_discovery  # noqa: PLC0415 - see above
 
     if not run.params.get("search", True):
@@ -112,21 +114,20 @@ def search(run: NightlyRun) -> list[str]:
     done = run_search(
         run.addresses, run.config, run.learning, load_discovery(run.folder, run.config.categories),
         run.folder, categories=run.params.get("categories") or None, by=BY, dry_run=run.dry_run,
-        variables=AirflowVariables(), since=run.began,
+        variables=AirflowVariables(), since=run.began, progress=SearchProgress(run.log),
     )  # fmt: skip
     name = "dry run" if done.search is None else f"search {done.search}"
-    counts = Counter(_label(finding.verdict) for finding in done.findings)
+    counts = Counter(
+        "not served" if is_unserved(finding) else LABELS.get(finding.verdict, finding.verdict)
+        for finding in done.findings
+    )
     summary = ", ".join(f"{number} {verdict}" for verdict, number in sorted(counts.items()))
-    tried = [finding for finding in done.findings if finding.verdict in {"taken", "lost", "unreachable"}]
+    tried = [found for found in done.findings if found.verdict in LABELS and not is_unserved(found)]
     return [
         f"{name}: {summary or 'no models found'}",
-        *(f"{found.model}, {found.category}: {_label(found.verdict)}: {found.reason}" for found in tried),
+        *(f"{found.model}, {found.category}: {LABELS[found.verdict]}: {found.reason}" for found in tried),
         *done.notes,
     ]
-
-
-def _label(verdict: str) -> str:
-    return "admitted" if verdict == "taken" else verdict
 
 
 def probation(run: NightlyRun) -> list[str]:
@@ -193,7 +194,8 @@ class NightlyStep(BaseOperator):
 
     def execute(self, context: Context) -> list[str]:
         try:
-            lines = self._run(_nightly_run(dict(context["params"]), context["dag_run"].run_after))
+            began = context["dag_run"].run_after
+            lines = self._run(_nightly_run(dict(context["params"]), began, partial(self.log.info, "%s")))
         except PERMANENT as error:
             raise AirflowFailException(str(error)) from None
         except (
@@ -232,8 +234,8 @@ class NightlyReport(BaseOperator):
         return report
 
 
-def _nightly_run(params: Mapping[str, Any], began: datetime) -> NightlyRun:
+def _nightly_run(params: Mapping[str, Any], began: datetime, log: Callable[[str], None]) -> NightlyRun:
     folder = config_folder()
     config = load_config(folder)
     learning = load_learning(folder, config.categories)
-    return NightlyRun(read_addresses(Connection.get), folder, config, learning, params, began)
+    return NightlyRun(read_addresses(Connection.get), folder, config, learning, params, began, log)

@@ -22,6 +22,8 @@ from router.classification import Classifier
 from router.database import Connection, connect
 from router.migrations import migrate
 from router.models.roster import sync_roster
+from router.settings.environment import DEFAULT_CONFIG_FOLDER
+from router.settings.models import DISCOVERED
 from router.settings.router import load_config
 from tests.support.queue import Probe, probing, without_classification
 
@@ -36,6 +38,15 @@ def pytest_configure() -> None:
     """Restores SIGINT, which background jobs of a shell ignore, for programs that tests interrupt."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _without_discovered_models(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Hides models that a stack running in this checkout has found: they would be on every roster."""
+    if (DEFAULT_CONFIG_FOLDER / DISCOVERED).exists() and "ROUTER_CONFIG" not in os.environ:
+        folder = tmp_path_factory.mktemp("shipped") / "config"
+        shutil.copytree(DEFAULT_CONFIG_FOLDER, folder, ignore=shutil.ignore_patterns(DISCOVERED))
+        os.environ["ROUTER_CONFIG"] = str(folder)
 
 
 @pytest.fixture(scope="session")

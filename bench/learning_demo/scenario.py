@@ -214,7 +214,8 @@ class Scenario:
         shipped = load_discovery(None, CATEGORIES).model_dump()
         shipped["catalogs"] = [catalog for catalog in shipped["catalogs"] if catalog["kind"] == "file"]
         shipped["trials"] |= {
-            "prompts": self.trial_prompts, "timeout_seconds": 5.0, "max_concurrency": 16, "judged": 0,
+            "prompts": self.trial_prompts, "target": f"{30 * self.rate}/min", "timeout_seconds": 5.0,
+            "max_concurrency": 16, "judged": 0,
         }  # fmt: skip
         shipped["probation"] |= {"target": f"{30 * self.rate}/min", "min_calls": 20, "timeout_seconds": 4.0}
         return DiscoverySettings.model_validate(shipped)
@@ -226,7 +227,7 @@ class Scenario:
             file.writelines(json.dumps(row) + "\n" for row in self._known_prompts())
         candidates = [f"{c.model}={c.input_price:g}/{c.output_price:g}" for c in CANDIDATES]
         also = [argument for candidate in candidates for argument in ("--also", candidate)]
-        return ["--seed", str(self.seed), "--references", str(references), *also]
+        return ["--no-new-models", "--seed", str(self.seed), "--references", str(references), *also]
 
     def _known_prompts(self) -> Iterator[dict[str, Any]]:
         for day in range(1, self.days + 1):

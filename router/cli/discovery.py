@@ -5,23 +5,22 @@ from __future__ import annotations
 import functools
 import inspect
 import typing
-from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.text import Text
 
 from router.cli import terminal
+from router.cli.search_display import show_report, shown_progress
 from router.settings import addresses_from_environment, load_config, load_learning
 
 if TYPE_CHECKING:
     from router.discovery import Decision, SearchReport
     from router.models import AirflowApi
 
-SHOWN = ("taken", "lost", "unreachable")
-LABELS = {"taken": "admitted"}  # of stored verdicts
+STEPS = {"promote": "promoted", "retire": "retired", "stay": "stays on probation"}  # of decisions
 CHANGES = {"taken": "admission", "promoted": "promotion", "retired": "retirement"}  # of stored changes
 
 SEARCH_HELP = """
@@ -29,8 +28,9 @@ Search for better models now.
 
 Reads the catalogs, tries the models that meet the criteria, and admits winners. A candidate answers the same
 prompts as the first model of the category, through the Models Backend and the limiter. If it is significantly
-better, it is admitted on probation, with a small target of its own. This takes as long as the answers take.
-Only one search runs at a time. Requires ROUTER_DATABASE_URL, ROUTER_REDIS_URL and MODELS_BACKEND_URL.
+better, it is admitted on probation, with a small target of its own. Takes about a minute, longer under load;
+the progress is shown. Only one search runs at a time. Requires ROUTER_DATABASE_URL, ROUTER_REDIS_URL and
+MODELS_BACKEND_URL.
 
 \b
 Examples:
@@ -41,9 +41,21 @@ Examples:
 \b
 Keys of --json:
   search    null for a dry run
-  plans     category, incumbent, judge, prompts, passing, candidates
+  plans     category, incumbent, judge, judges, prompts, passing, candidates
   findings  model, category, catalogue, verdict, reason, trial
   notes
+"""
+REVIEW_PROBATION_HELP = """
+Decide on the models on probation now.
+
+Grades and sums up the calls so far, and compares each model on probation with the median model of its
+categories. It is promoted, retired, or stays on probation, and the reason is shown. The nightly review does
+the same. With --dry-run, only the evidence of earlier reviews counts.
+
+\b
+Examples:
+  router models review --dry-run
+  router models review
 """
 PROMOTE_HELP = """
 Promote a model on probation: it is ranked like any other model.
@@ -132,7 +144,7 @@ def search(
     options: _Options,
 ) -> None:
     # Imported here, since it takes a second, which every other command would wait for.
-    from router.discovery import run_search  # noqa: PLC0415
+    from router.discovery import SearchProgress, run_search  # noqa: PLC0415
     from router.settings import load_discovery  # noqa: PLC0415 - the same
 
     config = load_config(options.config)
@@ -141,16 +153,16 @@ def search(
     addresses = addresses_from_environment()
     with terminal.database(addresses.database_url):
         pass  # checks the schema
-    if not dry_run and not options.as_json:
-        terminal.note("Trying candidates; this can take many minutes.")
-    report = run_search(
-        addresses, config, learning, settings, options.config, categories=category, by=options.author,
-        dry_run=dry_run, variables=options.variables,
-    )  # fmt: skip
+    progress = SearchProgress()
+    with nullcontext() if options.as_json else shown_progress(progress):
+        report = run_search(
+            addresses, config, learning, settings, options.config, categories=category, by=options.author,
+            dry_run=dry_run, variables=options.variables, progress=progress,
+        )  # fmt: skip
     if options.as_json:
         terminal.print_json(_report_json(report))
     else:
-        _show(report)
+        show_report(report, options.config)
 
 
 def _report_json(report: SearchReport) -> dict[str, Any]:
@@ -160,7 +172,8 @@ def _report_json(report: SearchReport) -> dict[str, Any]:
             {
                 "category": plan.category,
                 "incumbent": plan.incumbent and plan.incumbent.name,
-                "judge": plan.judge and plan.judge.name,
+                "judge": plan.judges[0].name if plan.judges else None,
+                "judges": [judge.name for judge in plan.judges],
                 "prompts": len(plan.prompts),
                 "passing": plan.passing,
                 "candidates": [model.name for model in plan.candidates],
@@ -172,24 +185,38 @@ def _report_json(report: SearchReport) -> dict[str, Any]:
     }
 
 
-def _show(report: SearchReport) -> None:
-    for note in report.notes:
+@_with_options
+def review_models(
+    *,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the decisions; store nothing.")] = False,
+    database: terminal.Database = None,
+    options: _Options,
+) -> None:
+    from router.discovery import review_probation  # noqa: PLC0415 - as in search
+    from router.learning import grade_answers, sum_evidence  # noqa: PLC0415 - the same
+    from router.settings import load_discovery  # noqa: PLC0415 - the same
+
+    url = terminal.database_url(database)
+    config = load_config(options.config)
+    learning = load_learning(options.config, config.categories)
+    with terminal.database(url):
+        pass  # checks the schema
+    if not dry_run:
+        grade_answers(url, learning)
+        sum_evidence(url, learning)
+    decisions = review_probation(
+        url, options.config, config, learning, load_discovery(options.config, config.categories),
+        by=options.author, variables=options.variables, dry_run=dry_run,
+    )  # fmt: skip
+    if options.as_json:
+        terminal.print_json(decisions)
+        return
+    for note in dict.fromkeys(note for decision in decisions for note in decision.notes):
         terminal.note(note)
-    for plan in report.plans:
-        names = ", ".join(model.name for model in plan.candidates) or "none"
-        against = f" against {plan.incumbent.name}" if plan.incumbent and plan.candidates else ""
-        tried = "would be tried" if report.search is None else "tried"
-        typer.echo(f"{plan.category}: {len(plan.passing)} meet the criteria; {tried}: {names}{against}")
-    found = [finding for finding in report.findings if finding.verdict in SHOWN]
-    table = terminal.quiet_table("model", "category", "verdict", "reason")
-    for finding in found:
-        label = LABELS.get(finding.verdict, finding.verdict)
-        verdict = Text(label, style="green" if finding.verdict == "taken" else "dim")
-        table.add_row(finding.model, finding.category or "", verdict, finding.reason)
-    if found:
-        terminal.out().print(table)
-    others = Counter(finding.verdict for finding in report.findings)
-    typer.echo(f"refused: {others['refused']}, already known: {others['known']} (--json shows the reasons)")
+    for decision in decisions:
+        typer.echo(f"{decision.model}: {STEPS[decision.step.value]}: {decision.reason}")
+    if not decisions:
+        typer.echo("No model is on probation.")
 
 
 @_with_options

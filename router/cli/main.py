@@ -10,10 +10,12 @@ from router.cli.categories import CATEGORIES_HELP, categories
 from router.cli.discovery import (
     PROMOTE_HELP,
     RETIRE_HELP,
+    REVIEW_PROBATION_HELP,
     SEARCH_HELP,
     UNDO_HELP,
     promote,
     retire,
+    review_models,
     search,
     undo,
 )
@@ -65,6 +67,7 @@ app.command(help=EXPORT_HELP, rich_help_panel=QUEUE)(export)
 app.command(help=RETRY_HELP, rich_help_panel=QUEUE)(retry)
 
 models.command(help=SEARCH_HELP)(search)
+models.command("review", help=REVIEW_PROBATION_HELP)(review_models)
 models.command(help=PROMOTE_HELP)(promote)
 models.command(help=RETIRE_HELP)(retire)
 models.command(help=UNDO_HELP)(undo)

@@ -21,12 +21,14 @@ from router.errors import (
     first_line,
 )
 from router.models import VARIABLE_PREFIX, AirflowApi, sync_roster
-from router.settings import load_config, read_discovered
+from router.settings import load_config, load_discovery, read_discovered
 from router.status import ModelStatus, Status, read_status
 from router.traffic import GRAMMAR, TrafficTarget
 
 APPLY_TIMEOUT_SECONDS = 3.0
 MAX_NAME_CHARACTERS = 120
+MAX_REJECTED = 20  # candidates of the last search
+REJECTED = {"lost": "not admitted", "unreachable": "unreachable"}  # by verdict
 
 TRAFFIC_HELP = f"""
 Show or set traffic targets.
@@ -234,6 +236,7 @@ def _models(
     with terminal.database(database) as connection:
         roster = _roster(connection)
         rejected = [] if as_json else _last_rejected(connection)
+        probation = [] if as_json else _probation(connection, config)
     _, problem = read_discovered(config)
     if problem is not None:
         terminal.note(problem)
@@ -253,19 +256,44 @@ def _models(
     for row in roster:
         if row["why"]:
             terminal.out().print(Text(f"\n{row['model']}: {row['why']}", style="dim"))
-    for row in rejected:
-        verdict = f"\n{row['model']} for {row['category']}: {row['verdict']}, {row['reason']}"
-        terminal.out().print(Text(verdict, style="dim"))
+    for line in (*probation, *rejected):
+        terminal.out().print(Text(f"\n{line}", style="dim"))
 
 
-def _last_rejected(connection: Connection) -> list[dict[str, Any]]:
-    """Returns the candidates of the last search that it tried and did not admit."""
-    return rows(
+def _probation(connection: Connection, config: Path) -> list[str]:
+    """Returns a line for each model on probation: its target, and its calls as of the last review."""
+    found = rows(
         connection,
-        "SELECT model, category, verdict, reason FROM candidates WHERE verdict IN ('lost', 'unreachable')"
-        " AND search = (SELECT max(search) FROM searches) AND model NOT IN (SELECT model FROM roster)"
-        " ORDER BY category, verdict, model LIMIT 20",
+        "SELECT model, target, string_agg(format('%%s %%s', calls, category), ', ') AS calls"
+        " FROM console_probation(100) GROUP BY model, target ORDER BY model",
     )
+    if not found:
+        return []
+    needed = load_discovery(config, load_config(config).categories).probation.min_calls
+    return [
+        f"{row['model']} on probation: initial target {row['target']}, calls as of the last review:"
+        f" {row['calls']}; needed in one category: {needed} (router models review)"
+        for row in found
+    ]
+
+
+def _last_rejected(connection: Connection) -> list[str]:
+    """Returns lines on the candidates of the last search that it did not admit; unserved ones are counted."""
+    found = rows(
+        connection,
+        "SELECT model, category, verdict, reason, trial IS NOT NULL AS tried FROM candidates"
+        " WHERE verdict IN ('lost', 'unreachable') AND search = (SELECT max(search) FROM searches)"
+        " AND model NOT IN (SELECT model FROM roster) ORDER BY category, verdict, model LIMIT 1000",
+    )
+    unserved = {row["model"] for row in found if row["verdict"] == "unreachable" and not row["tried"]}
+    lines = [
+        f"{row['model']} for {row['category']}: {REJECTED[row['verdict']]}, {row['reason']}"
+        for row in found
+        if row["model"] not in unserved
+    ][:MAX_REJECTED]
+    if unserved:
+        lines.append(f"{len(unserved)} candidates of the last search: not served by the Models Backend")
+    return lines
 
 
 def _roster(connection: Connection) -> list[dict[str, Any]]:
@@ -273,7 +301,8 @@ def _roster(connection: Connection) -> list[dict[str, Any]]:
         connection,
         "SELECT r.model, r.state, r.source, r.endpoint, r.context_tokens, r.max_tokens, r.timeout_seconds,"
         " r.default_target, r.trouble, coalesce((SELECT jsonb_object_agg(k.category, k.place) FROM rankings k"
-        " WHERE k.model = r.model), '{}') AS places, (SELECT format('%%s %%s by %%s: %%s', e.what,"
+        " WHERE k.model = r.model), '{}') AS places, (SELECT format('%%s %%s by %%s: %%s',"
+        " CASE e.what WHEN 'taken' THEN 'admitted' ELSE e.what END,"
         " to_char(e.at, 'YYYY-MM-DD'), e.by, e.why) FROM roster_events e WHERE r.source = 'search'"
         " AND e.event = last_roster_event(r.model)) AS why FROM roster r ORDER BY r.state, r.model",
     )

@@ -1,7 +1,13 @@
+from .discovered_file import entry_text as entry_text
+from .plan import CategoryPlan as CategoryPlan
 from .probation import Decision as Decision
 from .probation import promote as promote
 from .probation import retire as retire
 from .probation import review_probation as review_probation
 from .probation import undo_search as undo_search
+from .progress import SearchProgress as SearchProgress
+from .search import LABELS as LABELS
 from .search import SearchReport as SearchReport
+from .search import is_unserved as is_unserved
 from .search import run_search as run_search
+from .trial_prompts import read_trial_prompts as read_trial_prompts

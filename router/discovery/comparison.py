@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from router.learning.utility import call_utility
@@ -108,8 +108,14 @@ def judge_trial(
     utility: UtilitySettings,
     sources: Mapping[str, float],
     settings: TrialSettings,
+    *,
+    elsewhere: Sequence[TrialCall] = (),
 ) -> TrialResult:
-    """Decides on a candidate from both models' calls, given in the order of the same prompts."""
+    """Decides on a candidate from both models' calls, given in the order of the same prompts.
+
+    `elsewhere` are the candidate's calls for other categories: a model that fails there as well is not called
+    again here.
+    """
     pairs = [
         (one, other) for one, other in zip(candidate, incumbent, strict=True) if one.counts and other.counts
     ]
@@ -118,7 +124,10 @@ def judge_trial(
     differences = [_utility(one, utility, sources) - _utility(two, utility, sources) for one, two in pairs]
     mean, error = _mean_and_error(differences)
     lower = mean - settings.margin_errors * error
-    verdict, reason = _obstacle(candidate, incumbent, len(pairs), settings) or (TrialVerdict.WON, "")
+    verdict, reason = _obstacle(candidate, incumbent, elsewhere, len(pairs), settings) or (
+        TrialVerdict.WON,
+        "",
+    )
     if verdict is TrialVerdict.WON:
         reason = f"utility {own.utility:.3f} against {other.utility:.3f}: {mean:+.3f} +- {error:.3f}"
         reason += f" over {len(pairs)} prompts"
@@ -131,22 +140,46 @@ def judge_trial(
     return TrialResult(verdict, reason, len(pairs), own, other, mean, error, lower)
 
 
+def could_win(
+    candidate: Sequence[TrialCall], incumbent: Sequence[TrialCall], judged: Collection[int], *,
+    utility: UtilitySettings, sources: Mapping[str, float], settings: TrialSettings,
+    elsewhere: Sequence[TrialCall] = (),
+) -> bool:  # fmt: skip
+    """Whether the candidate could still win if a judge preferred its answers to the prompts `judged`."""
+
+    def judge(calls: Sequence[TrialCall], grade: float) -> list[TrialCall]:
+        return [
+            replace(call, grades={**call.grades, "judge": grade}) if number in judged else call
+            for number, call in enumerate(calls)
+        ]
+
+    best = judge_trial(
+        judge(candidate, 1.0), judge(incumbent, 0.0), utility, sources, settings, elsewhere=elsewhere
+    )  # fmt: skip
+    return best.verdict in {TrialVerdict.WON, TrialVerdict.LOST} and best.difference > settings.margin
+
+
 def _obstacle(
-    candidate: Sequence[TrialCall], incumbent: Sequence[TrialCall], pairs: int, settings: TrialSettings
+    candidate: Sequence[TrialCall],
+    incumbent: Sequence[TrialCall],
+    elsewhere: Sequence[TrialCall],
+    pairs: int,
+    settings: TrialSettings,
 ) -> tuple[TrialVerdict, str] | None:
     """The reason why the calls cannot be compared; None if they can."""
-    if any(call.outcome is Outcome.UNKNOWN_MODEL for call in candidate):
+    own = [*elsewhere, *candidate]
+    if any(call.outcome is Outcome.UNKNOWN_MODEL for call in own):
         return TrialVerdict.UNREACHABLE, "the Models Backend lists it but does not know it"
     counted = [call for call in incumbent if call.counts]
     answered = sum(call.answered for call in counted)
     if counted and answered < MIN_INCUMBENT_ANSWERS * len(counted):
         reason = f"the incumbent answered only {answered} of {len(counted)} calls"
         return TrialVerdict.VOID, f"{reason}{_last_error(incumbent)}"
-    if _fails_always(candidate):
+    if _fails_always(own):
         # Only "try again later" means a refused key or a full host.
-        is_away = all(call.outcome is Outcome.OVERLOADED for call in candidate if call.counts)
+        is_away = all(call.outcome is Outcome.OVERLOADED for call in own if call.counts)
         verdict = TrialVerdict.UNREACHABLE if is_away else TrialVerdict.LOST
-        return verdict, f"none of its first calls was answered{_last_error(candidate)}"
+        return verdict, f"none of its first calls was answered{_last_error(own)}"
     if len(counted) < settings.min_answers:
         reason = f"the incumbent could be called for only {len(counted)} prompts"
         return TrialVerdict.VOID, f"{reason}{_last_error(incumbent)}"

@@ -70,6 +70,14 @@ def write_discovered(folder: Path, models: list[dict[str, Any]]) -> bool:
     return True
 
 
+def entry_text(folder: Path, model: str) -> str:
+    """The entry of one model as it is in the file, within 80 columns; empty if there is none."""
+    path = folder / DISCOVERED
+    models = yaml.safe_load(path.read_text(encoding="utf-8"))["models"] if path.exists() else {}
+    entry = {model: models[model]} if model in models else {}
+    return yaml.safe_dump(entry, sort_keys=False, allow_unicode=True, width=78) if entry else ""
+
+
 def rendered(models: list[dict[str, Any]]) -> str:
     """Renders the file; the order of the rows does not matter."""
     entries = {row["model"]: _entry(row) for row in sorted(models, key=_admitted_at)}

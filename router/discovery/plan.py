@@ -23,6 +23,8 @@ from router.errors import CatalogError, ConfigError
 from router.learning import PricedModel
 from router.settings import DiscoverySettings, load_config
 
+MAX_JUDGES = 3  # the models after the incumbent; they take turns
+
 
 @dataclass(frozen=True, slots=True)
 class CategoryPlan:
@@ -34,7 +36,7 @@ class CategoryPlan:
 
     category: str
     incumbent: PricedModel | None
-    judge: PricedModel | None
+    judges: tuple[PricedModel, ...]
     prompts: tuple[TrialPrompt, ...]
     passing: tuple[str, ...]
     new: tuple[CatalogModel, ...]
@@ -103,7 +105,7 @@ def plan_category(
     return CategoryPlan(
         category=category,
         incumbent=active[0] if active else None,
-        judge=active[1] if len(active) > 1 else None,
+        judges=tuple(active[1 : 1 + MAX_JUDGES]),
         prompts=prompts,
         passing=tuple(model.name for model in met),
         new=tuple(new),

@@ -1,15 +1,14 @@
 """Searches for better models: reads catalogs, applies criteria, runs trials, and admits winners on probation.
 
-Categories are searched one after the other. The findings of a category are stored in one transaction; then
-`discovered.yaml` and the Variables follow (see `publishing`). After a crash, the next search continues with
-the first incomplete step.
+The trials of all categories run at the same time. The findings of a category are stored in one transaction;
+then `discovered.yaml` and the Variables follow (see `publishing`). A search that crashed before has changed
+nothing; after a crash later, the next search continues with the first incomplete step.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime
@@ -22,17 +21,26 @@ from router.discovery.comparison import TrialResult, TrialVerdict, judge_trial
 from router.discovery.discovered_file import require_writable
 from router.discovery.model_names import normal_name
 from router.discovery.plan import CategoryPlan, known_names, plan_category, read_catalogs, why_known
+from router.discovery.progress import SearchProgress, stored
 from router.discovery.publishing import Variables, line_of, publish
 from router.discovery.store import Finding
-from router.discovery.trials import CandidateTrial, TrialSetup, run_trial
-from router.errors import AirflowError, ConfigError, RouterError, unknown
+from router.discovery.trials import CandidateTrial, TrialSetup, run_trials
+from router.errors import (
+    AirflowError,
+    BackendUnavailable,
+    ConfigError,
+    DatabaseError,
+    RouterError,
+    first_line,
+    unknown,
+)
 from router.learning import Budget, PricedModel
-from router.models import VARIABLE_PREFIX, DirectCaller
+from router.models import VARIABLE_PREFIX, DirectCaller, ModelsBackend
 from router.settings import Addresses, DiscoverySettings, LearningSettings, RouterConfig
 
 SEARCH_LOCK = 7_205_759_405  # advisory lock; no other part uses this number
-MAX_SECONDS = 3600.0  # a nightly search begins no further category after that
 NOT_LISTED = "the Models Backend does not list it"
+LABELS = {"taken": "admitted", "lost": "not admitted", "unreachable": "unreachable"}  # of verdicts
 
 
 class SearchBusy(RouterError):  # noqa: N818 - a state, not a failure
@@ -53,6 +61,11 @@ class SearchReport:
         """The models that were admitted."""
         return tuple(finding for finding in self.findings if finding.verdict == "taken")
 
+    @property
+    def unserved(self) -> tuple[Finding, ...]:
+        """The models that meet the criteria, but that the Models Backend does not serve."""
+        return tuple(finding for finding in self.findings if is_unserved(finding))
+
 
 @dataclass(slots=True)
 class _Search:
@@ -67,92 +80,145 @@ class _Search:
     by: str
     variables: Variables | None
     budget: Budget
+    progress: SearchProgress
     dry_run: bool
     number: int = 0
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def note(self, *notes: str) -> None:
-        self.notes += [note for note in notes if note not in self.notes]
+        for note in notes:
+            if note not in self.notes:
+                self.notes.append(note)
+                self.progress.log(note)
 
     def publish(self) -> None:
         self.note(*publish(self.connection, self.folder, self.variables))
+
+
+def is_unserved(finding: Finding) -> bool:
+    """Whether the model meets the criteria, but the Models Backend does not serve it."""
+    return finding.verdict == "unreachable" and finding.reason == NOT_LISTED
 
 
 def run_search(
     addresses: Addresses, config: RouterConfig, learning: LearningSettings, settings: DiscoverySettings,
     folder: Path, *, categories: Collection[str] | None = None, by: str, dry_run: bool = False,
     today: date | None = None, variables: Variables | None = None, since: datetime | None = None,
+    progress: SearchProgress | None = None,
 ) -> SearchReport:  # fmt: skip
-    """Searches for better models in `categories` (default: all). Blocks until the trials end, often minutes.
+    """Searches for better models in `categories` (default: all). Blocks until the trials end.
 
+    This takes a minute or more.
     `folder` contains models.yaml and discovered.yaml. `by` is the author recorded in the history. A dry run
-    sends and stores nothing. `today` (default: the database's date) is used for the age of candidates.
-    `variables` is the client of Airflow that sets the Variables of admitted models; None sets none. `since`
-    is the start of the nightly run, None for any other search: earlier attempts since then count toward the
-    budget, categories that they tried are skipped, and after an hour no further category is begun.
+    sends no prompt and stores nothing. `today` (default: the database's date) is used for the age of
+    candidates. `variables` is the client of Airflow that sets the Variables of admitted models; None sets
+    none. `since` is the start of the nightly run, None for any other search: earlier attempts since then
+    count toward the budget, and categories that they tried are skipped. `progress` is updated meanwhile.
 
     Raises SearchBusy if another search runs; ConfigError, before any trial, if `discovered.yaml` cannot be
     written; CatalogError if no catalog can be read; BackendUnavailable; AirflowError.
     """
     wanted = _wanted(config, categories)
+    progress = progress or SearchProgress()
     if not dry_run:
         require_writable(folder)
         if variables is not None:
             variables.variables(VARIABLE_PREFIX)  # fails now if Airflow is unavailable
-    busy = SearchBusy("Another search is running on this database. Try again when it has ended.")
-    with (
-        connect(addresses.database_url, autocommit=True) as connection,
-        advisory_lock(connection, SEARCH_LOCK, busy),
-    ):
-        models, refused, notes = read_catalogs(settings, folder)
-        tried, cost = store.tried_since(connection, since) if since else (frozenset[str](), 0.0)
-        search = _Search(
-            connection, addresses, config, learning, settings, folder, by, variables,
-            Budget(settings.trials.budget_usd - cost), dry_run, findings=[*refused], notes=notes,
-        )  # fmt: skip
-        if not dry_run:
-            search.publish()  # completes what a crashed search left
-            search.number = store.begin_search(connection, by)
-            store.record_findings(connection, search.number, refused)
-        plans = _search_categories(
-            search, wanted, models, tried, today or store.today(connection), is_nightly=since is not None
-        )
-        if search.budget.is_empty:
-            search.note(f"the budget of {settings.trials.budget_usd:g} USD for trials is used up")
-        if not dry_run:
-            store.end_search(connection, search.number, search.notes)
-        number = None if dry_run else search.number
-        return SearchReport(number, tuple(plans), tuple(search.findings), tuple(search.notes))
+    with connect(addresses.database_url, autocommit=True) as connection:
+        busy = SearchBusy(f"{_running(connection)} Try again when it has ended.")
+        with advisory_lock(connection, SEARCH_LOCK, busy):
+            models, refused, notes = read_catalogs(settings, folder)
+            tried, cost = store.tried_since(connection, since) if since else (frozenset[str](), 0.0)
+            search = _Search(
+                connection, addresses, config, learning, settings, folder, by, variables,
+                Budget(settings.trials.budget_usd - cost), progress, dry_run, findings=[*refused],
+            )  # fmt: skip
+            search.note(*notes)
+            progress.log(f"{len(models)} models in the catalogs, {len(refused)} invalid entries")
+            return _recorded(search, wanted, models, tried, today or store.today(connection))
 
 
-def _search_categories(
+def _running(connection: Connection) -> str:
+    """The search that runs now, for the error of another one."""
+    running = store.running_search(connection)
+    if running is None:
+        return "Another search is running on this database."
+    progress = running["progress"] or {}
+    calls = f", {progress['calls']} of {progress['of']} calls" if progress.get("of") else ""
+    return (
+        f"Search {running['search']}, started {running['seconds']:.0f} s ago by {running['by']}, is still"
+        f" running ({progress.get('stage', 'starting')}{calls})."
+    )
+
+
+def _recorded(
     search: _Search,
     categories: Sequence[str],
     models: Sequence[CatalogModel],
     tried: Collection[str],
     today: date,
-    *,
-    is_nightly: bool,
+) -> SearchReport:
+    """Runs the search and records its start and its end, also that of a search that fails."""
+    if search.dry_run:
+        plans = _served_plans(search, _planned(search, categories, models, tried, today))
+        search.findings += [finding for plan in plans for finding in plan.findings]
+        return SearchReport(None, tuple(plans), tuple(search.findings), tuple(search.notes))
+    search.publish()  # completes what a crashed search left
+    search.number = search.progress.search = store.begin_search(search.connection, search.by)
+    search.progress.log(f"search {search.number} by {search.by}")
+    try:
+        store.record_findings(search.connection, search.number, search.findings)
+        plans = _run_trials(search, _planned(search, categories, models, tried, today))
+        if search.budget.is_empty:
+            search.note(f"the budget of {search.settings.trials.budget_usd:g} USD for trials is used up")
+    except BaseException as error:
+        reason = first_line(str(error)) or "stopped"
+        with contextlib.suppress(DatabaseError):
+            store.end_search(search.connection, search.number, [*search.notes, f"ended early: {reason}"])
+        raise
+    store.end_search(search.connection, search.number, search.notes)
+    return SearchReport(search.number, tuple(plans), tuple(search.findings), tuple(search.notes))
+
+
+def _served_plans(search: _Search, plans: Sequence[CategoryPlan]) -> list[CategoryPlan]:
+    """The plans without models that the backend does not serve, which become findings."""
+    try:
+        served = asyncio.run(_served(search))
+    except BackendUnavailable as error:
+        search.note(f"{error} So it is unknown which of the models it serves.")
+        return list(plans)
+    found = []
+    for plan in plans:
+        unserved = [model for model in plan.new if _served_as(model, served) is None]
+        new = tuple(model for model in plan.new if model not in unserved)
+        not_listed = (_finding(plan, model, "unreachable", NOT_LISTED) for model in unserved)
+        found.append(replace(plan, new=new, findings=(*plan.findings, *not_listed)))
+    return found
+
+
+async def _served(search: _Search) -> frozenset[str]:
+    async with ModelsBackend(search.addresses.backend_url, search.config.backend) as backend:
+        return frozenset(await backend.models())
+
+
+def _planned(
+    search: _Search,
+    categories: Sequence[str],
+    models: Sequence[CatalogModel],
+    tried: Collection[str],
+    today: date,
 ) -> list[CategoryPlan]:
     plans = []
-    deadline = time.monotonic() + MAX_SECONDS
     for category in categories:
         if category in tried:
             search.note(f"{category}: an earlier attempt of this run has tried its candidates")
-            continue
-        if is_nightly and time.monotonic() > deadline:
-            search.note(f"{category}: not enough time; its candidates are left for the next run")
             continue
         plan = plan_category(
             search.connection, category, models,
             settings=search.settings, folder=search.folder, today=today, search=search.number,
         )  # fmt: skip
         search.note(*plan.notes)
-        if search.dry_run:
-            search.findings += plan.findings
-        else:
-            plan = _run_trials(search, plan)
         plans.append(plan)
     return plans
 
@@ -164,52 +230,90 @@ def _wanted(config: RouterConfig, categories: Collection[str] | None) -> list[st
     return [category for category in config.categories if not categories or category in categories]
 
 
-def _run_trials(search: _Search, plan: CategoryPlan) -> CategoryPlan:
-    """Tries the candidates, stores the findings, and admits the best winner. Returns the plan as executed."""
-    trials, unreachable = asyncio.run(_trials(search, plan)) if plan.candidates else ({}, [])
+def _run_trials(search: _Search, plans: Sequence[CategoryPlan]) -> list[CategoryPlan]:
+    """Tries all candidates, stores the findings, and admits the winners. Returns the plans as executed."""
+    trials, unserved = asyncio.run(_trials(search, plans)) if any(p.candidates for p in plans) else ({}, {})
+    return [
+        _decide(search, plan, trials.get(plan.category, {}), unserved.get(plan.category, ()))
+        for plan in plans
+    ]
+
+
+def _decide(
+    search: _Search,
+    plan: CategoryPlan,
+    trials: Mapping[str, CandidateTrial],
+    unserved: Sequence[CatalogModel],
+) -> CategoryPlan:
+    """Stores the findings of a category, and admits the best winner."""
     results = {
         name: judge_trial(
             trial.candidate, trial.incumbent, search.learning.utility_of(plan.category),
-            search.learning.grading.sources, search.settings.trials,
+            search.learning.grading.sources, search.settings.trials, elsewhere=trial.elsewhere,
         )
         for name, trial in trials.items()
     }  # fmt: skip
     lines = {name: _line_of(search.variables, name) for name in results}
     plan = replace(plan, new=tuple(model for model in plan.new if model.name in trials))
     with transaction(search.connection):
-        findings = [
-            *plan.findings,
-            *(_finding(plan, model, "unreachable", NOT_LISTED) for model in unreachable),
-            *_verdicts(search, plan, trials, results, lines),
-        ]
+        verdicts = list(_verdicts(search, plan, trials, results, lines))
+        not_listed = [_finding(plan, model, "unreachable", NOT_LISTED) for model in unserved]
+        findings = [*plan.findings, *not_listed, *verdicts]
         store.record_findings(search.connection, search.number, findings)
         for trial in trials.values():
             store.record_grades(search.connection, trial.grades)
+    for verdict in verdicts:
+        label = LABELS.get(verdict.verdict, verdict.verdict)
+        search.progress.decided(plan.category, verdict.model, label, verdict.reason)
     search.findings += findings
     search.publish()
     return plan
 
 
 async def _trials(
-    search: _Search, plan: CategoryPlan
-) -> tuple[Mapping[str, CandidateTrial], list[CatalogModel]]:
-    """Trials of the first `max_candidates` that the backend can call, and the models that it cannot call."""
-    assert plan.incumbent is not None
-    settings = search.settings
-    setup = TrialSetup(
-        plan.category, plan.incumbent, plan.judge, plan.prompts, settings.trials, search.budget
-    )
-    candidates: list[PricedModel] = []
-    unreachable = []
-    async with DirectCaller(search.addresses, search.config) as caller:
+    search: _Search, plans: Sequence[CategoryPlan]
+) -> tuple[Mapping[str, Mapping[str, CandidateTrial]], Mapping[str, list[CatalogModel]]]:
+    """By category: the trials of the first `max_candidates` that are served, and the unserved models."""
+    async with DirectCaller(search.addresses, search.config) as caller, stored(search.progress, caller.pool):
         served = await caller.known_models()
-        for model in plan.new:
-            endpoint = _served_as(model, served)
-            if endpoint is None:
-                unreachable.append(model)
-            elif len(candidates) < plan.max_candidates:
-                candidates.append(store.as_candidate(model, endpoint, settings.probation, search.config))
-        return (await run_trial(caller, setup, candidates) if candidates else {}), unreachable
+        setups, unserved = [], {}
+        for plan in plans:
+            setup, unserved[plan.category] = _set_up(search, plan, served)
+            if setup is not None:
+                setups.append(setup)
+        if not setups:
+            return {}, unserved
+        settings = search.settings.trials
+        trials = await run_trials(
+            caller, setups, settings=settings, learning=search.learning, budget=search.budget,
+            progress=search.progress,
+        )  # fmt: skip  # fmt: skip
+        return trials, unserved
+
+
+def _set_up(
+    search: _Search, plan: CategoryPlan, served: Collection[str]
+) -> tuple[TrialSetup | None, list[CatalogModel]]:
+    """The trials of a category, None without a candidate; and the new models that are not served."""
+    candidates: list[PricedModel] = []
+    unserved = []
+    for model in plan.new:
+        endpoint = _served_as(model, served)
+        if endpoint is None:
+            unserved.append(model)
+        elif len(candidates) < plan.max_candidates:
+            probation = search.settings.probation
+            candidates.append(store.as_candidate(model, endpoint, probation, search.config))
+    names = ", ".join(candidate.name for candidate in candidates) or "none"
+    known = sum(finding.verdict == "known" for finding in plan.findings)
+    search.progress.log(
+        f"{plan.category}: {len(plan.passing)} models meet the criteria, {known} of them known,"
+        f" {len(unserved)} not served; to try: {names}"
+    )
+    if not candidates or plan.incumbent is None:
+        return None, unserved
+    search.progress.log(f"{plan.category}: they are compared with {plan.incumbent.name}")
+    return TrialSetup(plan.category, plan.incumbent, plan.judges, plan.prompts, tuple(candidates)), unserved
 
 
 def _served_as(model: CatalogModel, served: Collection[str]) -> str | None:

@@ -40,15 +40,21 @@ class Finding:
 
 
 def begin_search(connection: Connection, by: str) -> int:
-    """Records a new search and returns its number."""
-    return int(rows(connection, "INSERT INTO searches (by) VALUES (%s) RETURNING search", (by,))[0]["search"])
+    """Records a new search and returns its number. Marks searches that crashed; the caller holds the lock."""
+    return int(rows(connection, "SELECT begin_search(%s) AS search", (by,))[0]["search"])
+
+
+def running_search(connection: Connection) -> dict[str, Any] | None:
+    """The search that runs now: `search`, `by`, `seconds` and `progress`; None if none does."""
+    found = rows(connection, "SELECT search, by, seconds, progress FROM running_search()")
+    return found[0] if found else None
 
 
 def end_search(connection: Connection, search: int, notes: Sequence[str]) -> None:
     """Records the end of a search."""
     rows(
         connection,
-        "UPDATE searches SET ended_at = clock_timestamp(), notes = %s WHERE search = %s",
+        "UPDATE searches SET ended_at = clock_timestamp(), progress = NULL, notes = %s WHERE search = %s",
         (list(notes), search),
     )
 

@@ -93,6 +93,7 @@ class TrialSettings(Frozen):
     }
 
     prompts: int = Field(default=30, ge=1, le=1000)  # per category
+    target: TrafficTargetLine = "120/min, 4 at once"  # of a candidate, in all categories together
     max_tokens: int = Field(default=400, ge=1)
     timeout_seconds: float = Field(default=120.0, gt=0, le=3600)  # for a permit
     max_concurrency: int = Field(default=4, ge=1, le=100)
@@ -118,7 +119,7 @@ class ProbationSettings(Frozen):
     target: TrafficTargetLine = "6/min"
     max_tokens: int = Field(default=512, ge=1)
     timeout_seconds: float = Field(default=180.0, gt=0)
-    min_calls: int = Field(default=60, ge=1)
+    min_calls: int = Field(default=40, ge=1)
     max_days: int = Field(default=14, ge=1, le=400)
     margin: float = Field(default=0.0, ge=0, lt=1)
 

@@ -1,6 +1,31 @@
 -- Changes of the search to the roster. Each stores the rows that it replaced. Lock order as in sync_roster: roster,
 -- then rankings. Models of config/models.yaml are never changed.
 
+-- Records a new search. The caller holds the lock of the search, so every other search without an end has crashed.
+CREATE OR REPLACE FUNCTION begin_search(p_by text) RETURNS bigint
+LANGUAGE sql AS $$
+    UPDATE searches
+       SET ended_at = clock_timestamp(), progress = NULL, notes = notes || 'interrupted: its process ended'::text
+     WHERE ended_at IS NULL;
+    INSERT INTO searches (by) VALUES (p_by) RETURNING search
+$$;
+
+-- The search that runs now. 7205759405 is the advisory lock of the search (SEARCH_LOCK in router/discovery/search.py);
+-- a search without an end whose lock is free has crashed.
+CREATE OR REPLACE FUNCTION running_search()
+RETURNS TABLE (search bigint, at timestamptz, by text, seconds float8, progress jsonb)
+LANGUAGE sql STABLE AS $$
+    SELECT s.search, s.at, s.by, extract(epoch FROM clock_timestamp() - s.at)::float8, s.progress
+      FROM searches s
+     WHERE s.ended_at IS NULL
+       AND EXISTS (SELECT FROM pg_locks l
+                    WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
+                      AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+                      AND l.classid = (7205759405 >> 32)::integer::oid
+                      AND l.objid = (7205759405 & 4294967295)::bigint::oid)
+     ORDER BY s.search DESC LIMIT 1
+$$;
+
 -- Rows of a model, to be restored by an undo.
 CREATE OR REPLACE FUNCTION roster_snapshot(p_model text) RETURNS jsonb
 LANGUAGE sql STABLE AS $$

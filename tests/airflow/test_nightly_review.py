@@ -59,7 +59,14 @@ class NightlyRuns:
         settings = {
             "catalogs": [{"kind": "file", "name": "mock", "path": "catalogue.json"}],
             "criteria": {"licenses": ["apache-2.0"], "benchmarks": {"mmlu-pro": 1}},
-            "trials": {"prompts": 12, "judged": 0, "max_concurrency": 8, "margin": 0, "margin_errors": 0},
+            "trials": {
+                "prompts": 12,
+                "target": TRIAL_TARGET,
+                "judged": 0,
+                "max_concurrency": 8,
+                "margin": 0,
+                "margin_errors": 0,
+            },
             "probation": {"target": TRIAL_TARGET},
         }
         (folder / "search.yaml").write_text(yaml.safe_dump(settings))

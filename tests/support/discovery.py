@@ -60,7 +60,13 @@ def write_config(folder: Path, *entries: dict[str, Any], **trials: Any) -> None:
     settings = {
         "catalogs": [{"kind": "file", "name": "mock", "path": "catalogue.json"}],
         "criteria": {"candidates": 10, "licenses": ["apache-2.0"], "benchmarks": {"mmlu-pro": 1}},
-        "trials": {"max_concurrency": 10, "timeout_seconds": 10, "budget_usd": 100, **trials},
+        "trials": {
+            "target": "60000/min, burst",
+            "max_concurrency": 10,
+            "timeout_seconds": 10,
+            "budget_usd": 100,
+            **trials,
+        },
         "probation": {"target": "60000/min, burst"},
     }
     (folder / "search.yaml").write_text(yaml.safe_dump(settings))

@@ -27,6 +27,7 @@ from local.processes import ProcessDied
 from local.stack import Stack
 from local.stack_plan import AIRFLOW_PROCESSES, StackOptions
 from router.settings.environment import DEFAULT_CONFIG_FOLDER
+from router.settings.models import DISCOVERED
 from router.settings.router import load_config
 from router.traffic import TrafficTarget
 
@@ -256,7 +257,7 @@ def spread(seconds: Sequence[float]) -> str:
 
 def config_for_tests(folder: Path) -> Path:
     """Copies `config/` with shorter leases and idle times."""
-    shutil.copytree(DEFAULT_CONFIG_FOLDER, folder)
+    shutil.copytree(DEFAULT_CONFIG_FOLDER, folder, ignore=shutil.ignore_patterns(DISCOVERED))
     file = folder / "models.yaml"
     text = file.read_text()
     for key, seconds in WORKER_SETTINGS.items():

@@ -296,7 +296,8 @@ def test_a_dry_run_shows_candidates_and_sends_nothing(world: Searching) -> None:
         FIRST,
         30,
     )
-    assert {model.name for model in plan.candidates} == set(CANDIDATES)
+    assert {model.name for model in plan.candidates} == set(CANDIDATES) - {GONE}
+    assert {finding.model for finding in report.unserved} == {GONE}
     assert world.everything() == before
     assert world.value("SELECT count(*) FROM model_calls") == 0
     assert world.value("SELECT count(*) FROM searches") == 0
@@ -538,4 +539,4 @@ def test_the_age_criterion_uses_the_current_date(world: Searching) -> None:
     old = world.search(dry_run=True, today=date(2026, 3, 1))
     assert set(verdicts(old).values()) == {"refused"}
     young = world.search(dry_run=True, today=date(2026, 1, 20))
-    assert len(young.plans[0].candidates) == len(CANDIDATES)
+    assert len(young.plans[0].candidates) == len(CANDIDATES) - 1  # one is not served

@@ -109,14 +109,14 @@ def test_a_model_with_few_calls_is_retired_only_after_max_days(world: Searching)
         log.add(model, calls)
     log.review()
     decision = decided(world)
-    assert (decision.step, decision.reason) == (Step.STAY, "general: 20 of 60 calls")
+    assert (decision.step, decision.reason) == (Step.STAY, "general: 20 of 40 calls")
     assert not (world.folder / DISCOVERED).exists()
     older = "UPDATE {} SET {} = {} - interval '15 days' RETURNING 1"
     world.query(older.format("roster_events", "at", "at"))
     world.query(older.format("roster", "changed_at", "changed_at"))
     decision = decided(world)
     assert decision.step is Step.RETIRE
-    assert decision.reason.startswith("not promoted within 14 days; general: 20 of 60 calls")
+    assert decision.reason.startswith("not promoted within 14 days; general: 20 of 40 calls")
 
 
 def test_an_undone_decision_is_not_repeated_soon(world: Searching) -> None:
@@ -203,9 +203,9 @@ def test_the_command_line_shows_promotes_undoes_and_retires(router: CommandLine,
 
 def test_a_dry_run_on_the_command_line_names_the_candidates(router: CommandLine, world: Searching) -> None:
     done = router("models", "search", "--dry-run", "--category", "general")
-    assert "general: 5 meet the criteria; would be tried:" in done.out
+    assert "general: 5 meet the criteria, 0 of them not served; to try:" in done.out
     assert f"against {FIRST}" in done.out
-    assert "refused: 0, already known: 1" in done.out
+    assert "Not tried: 0 not served, 0 refused, 1 known" in done.out
     found = router("models", "search", "--dry-run", "--category", "general", "--json").json
     assert found["search"] is None
     assert found["plans"][0]["incumbent"] == FIRST

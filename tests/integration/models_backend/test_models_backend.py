@@ -17,6 +17,7 @@ from models_backend.answers import compose_answer, prompt_digest
 from models_backend.latency import latency_seconds
 from models_backend.models import PROFILES
 from models_backend.process import BackendServer, start_backend
+from models_backend.settings import NEW_MODELS
 from router.models.backend import ModelsBackend
 from router.settings.router import BackendSettings, load_config
 from router.task import CallResult, Outcome
@@ -88,7 +89,7 @@ async def until_logged(
 
 async def test_it_serves_the_models_of_the_shipped_config_and_those_asked_for(server: BackendServer) -> None:
     async with ModelsBackend(server.url, BackendSettings()) as backend:
-        assert set(await backend.models()) == {*load_config().models, "llama-4-scout"}
+        assert set(await backend.models()) == {*load_config().models, *NEW_MODELS, "llama-4-scout"}
 
 
 async def test_an_answer_names_model_and_prompt_and_costs_the_configured_price(server: BackendServer) -> None:
