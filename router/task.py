@@ -50,15 +50,12 @@ class Outcome(str, enum.Enum):
     def counts_as_attempt(self) -> bool:
         """Whether the call uses up an attempt of its task.
 
-        An exhausted quota or a missing model does not. A lost call does: a prompt that kills its worker
-        must not be retried forever.
+        An exhausted quota or a missing model does not. Lost claims have a bound of their own in Postgres.
         """
         return self in _COUNTED
 
 
-_COUNTED = frozenset(
-    {Outcome.ERROR, Outcome.TIMEOUT, Outcome.GARBAGE, Outcome.REJECTED, Outcome.LOST, Outcome.ANSWERED}
-)
+_COUNTED = frozenset({Outcome.ERROR, Outcome.TIMEOUT, Outcome.GARBAGE, Outcome.REJECTED, Outcome.ANSWERED})
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,7 @@ log = logging.getLogger("router.queue")
 
 CHANNELS = ("router_tasks", "router_control")
 ORPHANED_SECONDS = 60.0
+EDIT_BATCHES = 10  # of 1,000 edits each, in one maintenance step
 SETTLE = "SELECT settle_call($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13) AS settlement"
 
 
@@ -167,8 +168,11 @@ class TaskQueue:
         await self._one("SELECT release_worker($1)", self.worker)
 
     async def run_maintenance(self, *, release_lost: bool = True) -> None:
-        """Runs one bounded step of maintenance: retries, classification timeouts, lost claims, counters."""
+        """Runs one bounded step of maintenance: retries, edits, classification, lost claims, counters."""
         await self._one("SELECT promote_waiting()")
+        for _ in range(EDIT_BATCHES):
+            if not (await self._one("SELECT apply_edits() AS applied"))["applied"]:
+                break
         await self._one("SELECT apply_default_category()")
         if release_lost:
             await self._one("SELECT release_lost_claims()")
@@ -208,6 +212,10 @@ class TaskQueue:
             list(reasons),
         )
         return int(row["assigned"])
+
+    async def close_empty_lanes(self) -> None:
+        """Runs one step of the removal of lanes without ready tasks; a removal takes three."""
+        await self._one("SELECT close_empty_lanes()")
 
     async def create_partitions(self) -> None:
         """Creates the partitions of the call log for the next week."""

@@ -38,6 +38,7 @@ MAINTENANCE_SECONDS = 0.5
 REPORT_SECONDS = 1.0
 RECONCILE_SECONDS = 2.0
 PARTITION_SECONDS = 3600.0
+LANE_SECONDS = 20.0
 VARIABLE_SECONDS = 10.0  # a fallback poll: the watcher near the metadata database is faster
 SUMMARY_SECONDS = 30.0
 ORPHAN_SECONDS = 30.0
@@ -125,6 +126,7 @@ class Engine:
         start(StandstillWatch(self).step, STEP_SECONDS, "standstill")
         start(self._reconcile_step, RECONCILE_SECONDS, "reconcile")
         start(self.queue.create_partitions, PARTITION_SECONDS, "partitions")
+        start(self.queue.close_empty_lanes, LANE_SECONDS, "empty lanes")
         start(self._orphans_step, ORPHAN_SECONDS, "orphaned claims")
         start(self._summary_step, SUMMARY_SECONDS, "summary")
         if self._read_variables is not None:

@@ -8,7 +8,8 @@
 --              and so skip dead index entries that a long snapshot keeps from vacuum.
 --   claim      A worker's exclusive right to one task. The call_id is its fencing token: only that call settles it.
 --   lease      Every worker renews one lease by heartbeat. When it expires, the worker's claims become ready again.
---   attempt    A claim that counts against max_attempts. Calls that were not sent and exhausted quotas do not count.
+--   attempt    A claim that counts against max_attempts. Calls that were not sent, exhausted quotas and lost claims do
+--              not count.
 --   call       A row of `model_calls`, written before anything is sent.
 --   answer     Has a rank: 1 passages, 2 fallback model, 3 chosen model. It replaces only an answer of lower rank to
 --              the same version of the prompt.
@@ -17,7 +18,8 @@
 -- Every transaction locks tables and rows in this order: workers, tasks, queue, model_calls, counters. A claim locks
 -- no row of tasks and skips locked queue rows. It still locks the table tasks first, so that it cannot deadlock with
 -- a TRUNCATE of tasks, which continues to the queue. Functions that lock many rows (release_lost_claims, reconcile)
--- skip locked rows and never wait.
+-- skip locked rows and never wait. Every function that may wait for a lock of a producer or operator gives up after
+-- 200 ms (lock_timeout): its caller waits without a connection and tries again.
 --
 -- Helper functions.
 
@@ -33,6 +35,7 @@ LANGUAGE sql STABLE AS $$
             format('the prompt has %s bytes, and at most %s are sent (queue_settings.max_prompt_bytes)',
                    octet_length(p_prompt), s.max_prompt_bytes)
         WHEN p_prompt IS NULL OR p_prompt !~ '\S' THEN 'the prompt is empty'
+        WHEN getdatabaseencoding() = 'SQL_ASCII' AND NOT is_readable(p_prompt) THEN 'the prompt is not valid UTF-8'
         END
       FROM queue_settings s
 $$;
@@ -66,6 +69,26 @@ LANGUAGE sql IMMUTABLE AS $$
                 THEN greatest('0001-01-03 00:00:00+00', least(p_time, '9999-12-29 00:00:00+00')) END
 $$;
 
+-- Whether a client can decode this text. In a database of encoding SQL_ASCII it may be any bytes.
+CREATE OR REPLACE FUNCTION is_readable(p_text text) RETURNS boolean
+LANGUAGE plpgsql IMMUTABLE AS $$
+BEGIN
+    IF getdatabaseencoding() = 'SQL_ASCII' THEN
+        PERFORM convert_from(textsend(p_text), 'UTF8');
+    END IF;
+    RETURN true;
+EXCEPTION WHEN character_not_in_repertoire OR untranslatable_character THEN
+    RETURN false;
+END
+$$;
+
+-- The text itself, or with escapes for its bytes if no client could decode them.
+CREATE OR REPLACE FUNCTION readable_text(p_text text) RETURNS text
+LANGUAGE sql IMMUTABLE AS $$
+    SELECT CASE WHEN getdatabaseencoding() <> 'SQL_ASCII' OR is_readable(p_text) THEN p_text
+                ELSE encode(textsend(p_text), 'escape') END
+$$;
+
 CREATE OR REPLACE FUNCTION queue_priority(p_priority bigint) RETURNS smallint
 LANGUAGE sql IMMUTABLE AS $$ SELECT greatest(-9, least(9, coalesce(p_priority, 0)))::smallint $$;
 
@@ -92,12 +115,13 @@ LANGUAGE sql AS $$
      WHERE (p_unsolved, p_solved, p_failed) IS DISTINCT FROM (0::bigint, 0::bigint, 0::bigint)
 $$;
 
--- Adds the lane to those that claims search. Never waits for a transaction that adds the same lane.
+-- Adds the lane to those that claims search. Never waits for a transaction that adds the same lane. A lane that is
+-- closing counts as missing, see close_empty_lanes.
 CREATE OR REPLACE FUNCTION ensure_lane(p_category text, p_priority smallint) RETURNS void
 LANGUAGE sql AS $$
     INSERT INTO queue_lanes
     SELECT p_category, p_priority
-     WHERE NOT EXISTS (SELECT FROM queue_lanes l WHERE l.category = p_category AND l.priority = p_priority)
+     WHERE NOT EXISTS (SELECT FROM queue_lanes l WHERE l.category = p_category AND l.priority = p_priority AND NOT l.closing)
 $$;
 
 -- Exponential backoff with jitter, so that tasks that failed together are not retried together.
@@ -106,6 +130,12 @@ LANGUAGE sql VOLATILE AS $$
     SELECT make_interval(secs => least(s.retry_cap_seconds, s.retry_base_seconds * 2 ^ least(p_attempt - 1, 30))
                                  * (0.75 + 0.5 * random()))
       FROM queue_settings s
+$$;
+
+-- Counts the edits of priority, category or deadline in this transaction, including this one.
+CREATE OR REPLACE FUNCTION edits_of_transaction() RETURNS integer
+LANGUAGE sql VOLATILE AS $$
+    SELECT set_config('router.edits', (coalesce(nullif(current_setting('router.edits', true), '')::integer, 0) + 1)::text, true)::integer
 $$;
 
 CREATE OR REPLACE FUNCTION wake_workers() RETURNS void

@@ -26,7 +26,7 @@ BEGIN
     ), lanes AS (
         INSERT INTO queue_lanes
         SELECT DISTINCT f.category, f.priority FROM fresh f
-         WHERE NOT EXISTS (SELECT FROM queue_lanes l WHERE l.category = f.category AND l.priority = f.priority)
+         WHERE NOT EXISTS (SELECT FROM queue_lanes l WHERE l.category = f.category AND l.priority = f.priority AND NOT l.closing)
     ), counted AS (
         INSERT INTO task_count_deltas (category, unsolved) SELECT category, count(*) FROM fresh GROUP BY category
         RETURNING unsolved
@@ -67,6 +67,11 @@ BEGIN
             OR NEW.priority IS DISTINCT FROM OLD.priority OR NEW.deadline_at IS DISTINCT FROM OLD.deadline_at) THEN
         RETURN NEW;
     END IF;
+    IF NEW.status = 'unsolved' AND OLD.status = 'unsolved' AND NOT edited AND edits_of_transaction() > 200 THEN
+        INSERT INTO queue_edits
+        VALUES (NEW.id, NEW.category IS DISTINCT FROM OLD.category, NEW.deadline_at IS DISTINCT FROM OLD.deadline_at);
+        RETURN NEW;  -- locking the queue rows of an edit of many tasks would leave models without work until it commits
+    END IF;
     SELECT * INTO held FROM queue q WHERE q.task_id = OLD.id FOR UPDATE;
     IF reset OR edited THEN
         NEW.prompt_version := new_prompt_version();
@@ -105,6 +110,7 @@ BEGIN
                    state = CASE WHEN classify_until IS NULL THEN 'ready' ELSE 'uncategorised' END, wake_at = classify_until,
                    confidence = NULL, category_reason = category_problem(NEW.category),
                    prompt_version = NEW.prompt_version, attempt = CASE WHEN reset OR edited THEN 0 ELSE held.attempt END,
+                   lost = CASE WHEN reset OR edited THEN 0 ELSE held.lost END,
                    call_id = NULL, worker = NULL, claimed_at = NULL,
                    not_by = NULL, not_by_until = NULL
              WHERE q.task_id = NEW.id;
@@ -157,7 +163,7 @@ $$;
 CREATE OR REPLACE FUNCTION tasks_truncated() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
 BEGIN
-    TRUNCATE queue, queue_watermarks, task_count_deltas, task_counts;
+    TRUNCATE queue, queue_watermarks, queue_skips, queue_edits, task_count_deltas, task_counts;
     RETURN NULL;
 END
 $$;

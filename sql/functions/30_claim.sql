@@ -73,6 +73,113 @@ BEGIN
 END
 $$;
 
+-- Position from which claims search one half of a lane.
+CREATE OR REPLACE FUNCTION claim_start(p_category text, p_priority smallint, p_came_back boolean) RETURNS bigint
+LANGUAGE sql STABLE AS $$
+    SELECT greatest(low_watermark(p_category, p_priority, p_came_back),
+                    (SELECT s.position FROM queue_skips s
+                      WHERE s.category = p_category AND s.priority = p_priority AND s.came_back = p_came_back
+                        AND s.until > clock_timestamp()
+                      ORDER BY s.until DESC LIMIT 1))
+$$;
+
+-- Locks the first of the p_window ready rows of a lane from p_from that no other transaction has locked and that this
+-- model may claim. Returns NULL if there is none.
+CREATE OR REPLACE FUNCTION lock_ready(
+    p_model text, p_category text, p_priority smallint, p_from bigint, p_below bigint, p_window integer) RETURNS queue
+LANGUAGE plpgsql AS $$
+DECLARE
+    found_row queue;
+BEGIN
+    SELECT q.* INTO found_row
+      FROM (SELECT r.ctid FROM queue r
+             WHERE r.state = 'ready' AND r.category = p_category AND r.priority = p_priority
+               AND r.position >= p_from AND r.position < p_below
+               AND (r.not_by IS NULL OR NOT p_model = ANY (r.not_by) OR r.not_by_until < clock_timestamp())
+             ORDER BY r.position LIMIT p_window) AS first
+      JOIN queue q ON q.ctid = first.ctid AND q.state = 'ready'
+     LIMIT 1 FOR UPDATE OF q SKIP LOCKED;
+    RETURN found_row;
+END
+$$;
+
+-- Like lock_ready, for a lane whose first 100 rows are all locked: an edit of many tasks has locked them, and walking
+-- over all of them would take as long as there are rows. Probes positions at growing random distances, then the end of
+-- the lane, and bisects towards the first free row. A probe tries 20 rows. Claims of the next second start at the row
+-- found, or at new tasks if none was found.
+CREATE OR REPLACE FUNCTION lock_ready_further(
+    p_model text, p_category text, p_priority smallint, p_came_back boolean, p_from bigint, p_below bigint) RETURNS queue
+LANGUAGE plpgsql AS $$
+DECLARE
+    found_row queue;
+    nearer queue;
+    locked bigint;   -- the highest position known to be locked below found_row
+    probe bigint;
+    last_position bigint;
+    distance double precision := 1000;
+BEGIN
+    SELECT r.position INTO locked FROM queue r
+     WHERE r.state = 'ready' AND r.category = p_category AND r.priority = p_priority
+       AND r.position >= p_from AND r.position < p_below
+       AND (r.not_by IS NULL OR NOT p_model = ANY (r.not_by) OR r.not_by_until < clock_timestamp())
+     ORDER BY r.position OFFSET 99 LIMIT 1;
+    IF NOT FOUND THEN
+        RETURN NULL;
+    END IF;
+    SELECT r.position INTO last_position FROM queue r
+     WHERE r.state = 'ready' AND r.category = p_category AND r.priority = p_priority AND r.position < p_below
+     ORDER BY r.position DESC OFFSET 19 LIMIT 1;
+    LOOP
+        probe := least(locked + (distance * (0.5 + random()))::bigint, last_position);
+        found_row := lock_ready(p_model, p_category, p_priority, probe, p_below, 20);
+        EXIT WHEN found_row.task_id IS NOT NULL OR probe >= last_position;
+        locked := probe;
+        distance := distance * 3;
+    END LOOP;
+    FOR step IN 1 .. CASE WHEN found_row.task_id IS NULL THEN 0 ELSE 8 END LOOP
+        probe := locked + (found_row.position - locked) / 2;
+        EXIT WHEN found_row.position - locked < 20;
+        nearer := lock_ready(p_model, p_category, p_priority, probe, found_row.position, 20);
+        IF nearer.task_id IS NULL THEN
+            locked := probe;
+        ELSE
+            found_row := nearer;
+        END IF;
+    END LOOP;
+    INSERT INTO queue_skips
+    VALUES (p_category, p_priority, p_came_back, coalesce(found_row.position, last_position + 1),
+            clock_timestamp() + interval '1 s');
+    RETURN found_row;
+END
+$$;
+
+-- Lets claims of the next second skip all present positions of a lane half without a ready row whose search took long:
+-- it consists of rows that an open transaction has inserted, or of dead ones that a snapshot holds.
+CREATE OR REPLACE FUNCTION skip_uncommitted(p_category text, p_priority smallint, p_came_back boolean, p_took interval) RETURNS void
+LANGUAGE sql AS $$
+    INSERT INTO queue_skips
+    SELECT p_category, p_priority, p_came_back, s.last_value + 1 - CASE WHEN p_came_back THEN 4611686018427387904 ELSE 0 END,
+           clock_timestamp() + least(p_took * 20, interval '1 s')
+      FROM queue_position s
+$$;
+
+-- Locks a ready task that another model failed: other models, which have lanes of their own, would never reach it.
+CREATE OR REPLACE FUNCTION lock_second_try(p_model text, p_categories text[]) RETURNS queue
+LANGUAGE plpgsql AS $$
+DECLARE
+    found_row queue;
+BEGIN
+    SELECT q.* INTO found_row
+      FROM (SELECT r.ctid FROM queue r
+             WHERE r.state = 'ready' AND r.not_by IS NOT NULL AND NOT p_model = ANY (r.not_by)
+               AND (p_categories IS NULL OR cardinality(p_categories) = 0 OR r.category = ANY (p_categories))
+             ORDER BY r.priority DESC, r.position LIMIT 50) AS first
+      JOIN queue q ON q.ctid = first.ctid AND q.state = 'ready'
+     LIMIT 1 FOR UPDATE OF q SKIP LOCKED;
+    RETURN found_row;
+END
+$$;
+
 -- Claims one ready task of the first of these categories that has one, and logs the call before anything can be
 -- sent. Returns no row if no task is ready. Raises RT001 if the worker's lease has expired. Commits asynchronously:
 -- a claim that a crash loses is made again.
@@ -80,12 +187,15 @@ CREATE OR REPLACE FUNCTION claim_task(
     p_model text, p_categories text[], p_worker text, p_call_id uuid, p_max_tokens integer DEFAULT NULL)
 RETURNS TABLE (task_id bigint, prompt text, category text, prompt_version integer, attempt integer,
                max_tokens integer, reserved_tokens integer, deadline_at timestamptz)
-LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off AS $$
+LANGUAGE plpgsql
+SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off SET lock_timeout = '200ms' AS $$
 #variable_conflict use_column
 DECLARE
     lane record;
-    found_row record;
+    start bigint;
+    found_row queue;
     task record;
+    unusable integer := 0;
 BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
     LOCK TABLE tasks IN ACCESS SHARE MODE;  -- before the queue: see "Lock order" in 10_helpers.sql
@@ -95,47 +205,49 @@ BEGIN
             USING ERRCODE = 'RT001';
     END IF;
 
-    -- Before all lanes come tasks that another model failed: other models, which have lanes of their own, would never
-    -- reach them. In each lane requeued tasks come first.
+    -- Second tries come before all lanes. In each lane requeued tasks come first.
     FOR lane IN
-        SELECT NULL::text AS category, NULL::smallint AS priority, true AS came_back, NULL::bigint AS below
+        SELECT NULL::text AS category, NULL::smallint AS priority, true AS came_back, NULL::bigint AS below, NULL::bigint AS start,
+               clock_timestamp() AS began, true AS has_ready, clock_timestamp() AS ended
         UNION ALL
-        SELECT * FROM (
-            SELECT l.category, l.priority, half.came_back, half.below
-              FROM (SELECT DISTINCT category, priority FROM queue_lanes) AS l,
-                   (VALUES (true, 0::bigint), (false, 9223372036854775807)) AS half (came_back, below)
-             WHERE p_categories IS NULL OR cardinality(p_categories) = 0 OR l.category = ANY (p_categories)
-             ORDER BY array_position(p_categories, l.category), l.priority DESC, half.came_back DESC) AS lanes
+        SELECT lanes.*, from_here.start, clock_timestamp(),
+               EXISTS (SELECT FROM queue q  -- OFFSET: evaluated for this lane, when the loop comes to it
+                        WHERE q.state = 'ready' AND q.category = lanes.category AND q.priority = lanes.priority
+                          AND q.position >= from_here.start AND q.position < lanes.below OFFSET 0),
+               clock_timestamp()
+          FROM (SELECT l.category, l.priority, half.came_back, half.below
+                  FROM (SELECT DISTINCT category, priority FROM queue_lanes) AS l,
+                       (VALUES (true, 0::bigint), (false, 9223372036854775807)) AS half (came_back, below)
+                 WHERE p_categories IS NULL OR cardinality(p_categories) = 0 OR l.category = ANY (p_categories)
+                 ORDER BY array_position(p_categories, l.category), l.priority DESC, half.came_back DESC) AS lanes
+         CROSS JOIN LATERAL (SELECT claim_start(lanes.category, lanes.priority, lanes.came_back) AS start OFFSET 0) AS from_here
     LOOP
-        LOOP  -- a SELECT first: starting an UPDATE opens every index, even if no row matches
+        start := lane.start;
+        WHILE lane.has_ready LOOP
             IF lane.category IS NULL THEN
-                SELECT q.task_id, q.category, q.priority, q.attempt, q.confidence, q.category_reason
-                  INTO found_row FROM queue q
-                 WHERE q.state = 'ready' AND q.not_by IS NOT NULL AND NOT p_model = ANY (q.not_by)
-                   AND (p_categories IS NULL OR cardinality(p_categories) = 0 OR q.category = ANY (p_categories))
-                 ORDER BY q.priority DESC, q.position LIMIT 1 FOR UPDATE SKIP LOCKED;
+                found_row := lock_second_try(p_model, p_categories);
             ELSE
-                SELECT q.task_id, q.category, q.priority, q.attempt, q.confidence, q.category_reason
-                  INTO found_row FROM queue q
-                 WHERE q.state = 'ready' AND q.category = lane.category AND q.priority = lane.priority
-                   AND q.position >= (SELECT low_watermark(lane.category, lane.priority, lane.came_back))
-                   AND q.position < lane.below
-                   AND (q.not_by IS NULL OR NOT p_model = ANY (q.not_by) OR q.not_by_until < clock_timestamp())
-                 ORDER BY q.position LIMIT 1 FOR UPDATE SKIP LOCKED;
+                found_row := lock_ready(p_model, lane.category, lane.priority, start, lane.below, 100);
+                IF found_row.task_id IS NULL THEN
+                    found_row := lock_ready_further(p_model, lane.category, lane.priority, lane.came_back, start, lane.below);
+                END IF;
             END IF;
-            EXIT WHEN NOT FOUND;
+            EXIT WHEN found_row.task_id IS NULL;
 
-            SELECT t.prompt::text, t.prompt_version, readable_time(t.deadline_at) AS deadline_at,
-                   CASE WHEN t.max_tokens IS NOT NULL  -- greatest() and least() ignore NULL
-                        THEN greatest(1, least(t.max_tokens, 2147483647)) END::integer AS max_tokens
-              INTO task FROM tasks t WHERE t.id = found_row.task_id AND t.status = 'unsolved';
-            IF FOUND THEN
+            SELECT CASE WHEN octet_length(t.prompt) <= s.max_prompt_bytes
+                         AND (getdatabaseencoding() <> 'SQL_ASCII' OR is_readable(t.prompt)) THEN t.prompt::text END AS prompt,
+                   t.prompt_version, readable_time(t.deadline_at) AS deadline_at,
+                   coalesce(CASE WHEN t.max_tokens IS NOT NULL  -- greatest() and least() ignore NULL
+                                 THEN greatest(1, least(t.max_tokens, 2147483647)) END::integer,
+                            p_max_tokens, s.default_max_tokens) AS max_tokens
+              INTO task FROM tasks t, queue_settings s WHERE t.id = found_row.task_id AND t.status = 'unsolved';
+            IF task.prompt IS NOT NULL THEN
                 task_id := found_row.task_id;
                 prompt := task.prompt;
                 category := found_row.category;
                 prompt_version := task.prompt_version;
                 attempt := found_row.attempt + 1;
-                max_tokens := coalesce(task.max_tokens, p_max_tokens, (SELECT default_max_tokens FROM queue_settings));
+                max_tokens := task.max_tokens;
                 reserved_tokens := reserved_tokens(task.prompt, claim_task.max_tokens);
                 deadline_at := task.deadline_at;
                 UPDATE queue SET state = 'claimed', call_id = p_call_id, worker = p_worker,
@@ -153,8 +265,14 @@ BEGIN
                 RETURN NEXT;
                 RETURN;
             END IF;
-            PERFORM remove_queue_row(found_row.task_id);  -- tasks is authoritative
+            PERFORM remove_unusable(found_row.task_id);
+            unusable := unusable + 1;
+            EXIT WHEN unusable >= 50;  -- the next claim continues
+            start := found_row.position + 1;
         END LOOP;
+        IF NOT lane.has_ready AND lane.ended - lane.began > interval '2 ms' THEN
+            PERFORM skip_uncommitted(lane.category, lane.priority, lane.came_back, lane.ended - lane.began);
+        END IF;
         IF random() < 0.015 AND lane.category IS NOT NULL THEN  -- may hold dead entries of deleted tasks
             PERFORM advance_low_watermark(lane.category, lane.priority, lane.came_back);
         END IF;
@@ -165,6 +283,62 @@ BEGIN
        AND apply_default_category(50) > 0 THEN
         RETURN QUERY SELECT * FROM claim_task(p_model, p_categories, p_worker, p_call_id, p_max_tokens);
     END IF;
+END
+$$;
+
+-- Removes a queue row, which the caller has locked, whose task cannot be claimed: finished or deleted without
+-- triggers, or with a prompt that may not be sent, which fails the task. tasks is authoritative.
+CREATE OR REPLACE FUNCTION remove_unusable(p_task_id bigint) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    problem text;
+BEGIN
+    IF NOT drop_orphan(p_task_id) THEN
+        SELECT prompt_problem(t.prompt) INTO problem FROM tasks t WHERE t.id = p_task_id AND t.status = 'unsolved';
+        PERFORM set_aside(p_task_id, coalesce(problem, 'the task cannot be claimed'), interval '1 s');
+    END IF;
+END
+$$;
+
+-- Fails an unsolved task that cannot be worked on, with this reason. If its row is locked, or refuses that, its queue
+-- row, which the caller has locked, waits for p_pause instead, so that no claim meets it again and again.
+CREATE OR REPLACE FUNCTION set_aside(p_task_id bigint, p_reason text, p_pause interval DEFAULT '1 minute') RETURNS boolean
+LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM FROM tasks t WHERE t.id = p_task_id AND t.status = 'unsolved' FOR NO KEY UPDATE SKIP LOCKED;
+    IF FOUND THEN
+        BEGIN
+            UPDATE tasks t SET status = 'failed', failure = left(p_reason, 2000) WHERE t.id = p_task_id;
+            PERFORM FROM tasks t WHERE t.id = p_task_id AND t.status = 'failed';
+            IF FOUND THEN
+                PERFORM drop_orphan(p_task_id) WHERE EXISTS (SELECT FROM queue q WHERE q.task_id = p_task_id);
+                RETURN true;
+            END IF;
+        EXCEPTION WHEN OTHERS THEN
+            NULL;  -- a constraint or trigger of the table's owner refuses the change
+        END;
+    END IF;
+    UPDATE queue q SET state = 'waiting', wake_at = clock_timestamp() + p_pause, call_id = NULL, worker = NULL, claimed_at = NULL
+     WHERE q.task_id IN (SELECT o.task_id FROM queue o WHERE o.task_id = p_task_id FOR UPDATE SKIP LOCKED);
+    RETURN false;
+END
+$$;
+
+-- Ends a claim whose task the worker could not read, for example for a character that is not valid UTF-8, and fails
+-- the task. The call, which was not sent, is deleted.
+CREATE OR REPLACE FUNCTION reject_claim(p_call_id uuid, p_reason text) RETURNS boolean
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '200ms' AS $$
+DECLARE
+    held bigint;
+BEGIN
+    LOCK TABLE tasks IN ROW EXCLUSIVE MODE;
+    SELECT c.task_id INTO held FROM model_calls c WHERE c.call_id = p_call_id AND c.outcome IS NULL;
+    PERFORM FROM queue q WHERE q.task_id = held AND q.call_id = p_call_id FOR UPDATE;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    DELETE FROM model_calls WHERE call_id = p_call_id AND outcome IS NULL;
+    RETURN set_aside(held, p_reason);
 END
 $$;
 
@@ -186,15 +360,19 @@ $$;
 -- Releases a claim unsent and deletes its call; the attempt does not count. Returns false if this call does not hold
 -- the claim.
 CREATE OR REPLACE FUNCTION unclaim(p_call_id uuid) RETURNS boolean
-LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '200ms' AS $$
 DECLARE
     held bigint;
+    lane record;
 BEGIN
     SELECT c.task_id INTO held FROM model_calls c WHERE c.call_id = p_call_id AND c.outcome IS NULL;
     UPDATE queue SET state = 'ready', position = requeue_position(), attempt = greatest(attempt - 1, 0),
                      call_id = NULL, worker = NULL, claimed_at = NULL
-     WHERE task_id = held AND call_id = p_call_id;
-    IF NOT FOUND THEN
+     WHERE task_id = held AND call_id = p_call_id
+    RETURNING category, priority INTO lane;
+    IF FOUND THEN
+        PERFORM ensure_lane(lane.category, lane.priority);
+    ELSE
         held := NULL;
     END IF;
     DELETE FROM model_calls WHERE call_id = p_call_id AND outcome IS NULL;

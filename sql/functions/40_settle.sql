@@ -11,7 +11,7 @@
 -- A call that ends kept or superseded while it holds the claim uses up an attempt, so that no task can be sent
 -- without end.
 -- Settling the same call again returns the first settlement. If a crash lost the call's row, it is restored from the
--- last arguments. Never commits asynchronously.
+-- last arguments. Never commits asynchronously. Raises lock_not_available if the task is locked for 200 ms.
 CREATE OR REPLACE FUNCTION settle_call(
     p_call_id uuid, p_outcome text, p_answer text DEFAULT NULL,
     p_prompt_tokens integer DEFAULT NULL, p_completion_tokens integer DEFAULT NULL, p_cost double precision DEFAULT NULL,
@@ -19,7 +19,7 @@ CREATE OR REPLACE FUNCTION settle_call(
     p_task_id bigint DEFAULT NULL, p_model text DEFAULT NULL, p_prompt_version integer DEFAULT NULL,
     p_reserved_tokens integer DEFAULT 0)
 RETURNS text
-LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '200ms' AS $$
 DECLARE
     call model_calls;
     settled text;
@@ -160,7 +160,9 @@ END
 $$;
 
 -- Ends a claim without an answer: retries the task, or fails it after the last attempt. Returns NULL if this call
--- does not hold the claim. A task whose worker was lost is ready again immediately.
+-- does not hold the claim. A claim that was lost with its worker does not count as an attempt, because nobody knows
+-- whether its call was sent: it has a bound of its own. Such a task is ready again immediately, and from the third
+-- loss on after a delay, so that a prompt that kills its worker does not do so without pause.
 CREATE OR REPLACE FUNCTION requeue(
     p_call model_calls, p_counted boolean, p_error text DEFAULT NULL, p_outcome text DEFAULT NULL) RETURNS text
 LANGUAGE plpgsql AS $$
@@ -169,25 +171,33 @@ DECLARE
     woken timestamptz;
     failed_by text[];
     immediately boolean;
+    is_lost boolean := p_outcome IS NOT DISTINCT FROM 'lost';
+    ends boolean;
 BEGIN
     SELECT * INTO held FROM queue q WHERE q.task_id = p_call.task_id AND q.call_id = p_call.call_id FOR UPDATE;
     IF NOT FOUND THEN
         RETURN NULL;
     END IF;
-    IF p_counted AND held.attempt >= (SELECT s.max_attempts FROM queue_settings s) THEN
+    SELECT CASE WHEN is_lost THEN held.lost + 1 >= s.max_lost_claims
+                ELSE p_counted AND held.attempt >= s.max_attempts END INTO ends FROM queue_settings s;
+    IF ends THEN
         UPDATE tasks t
            SET status = CASE WHEN t.answer_rank >= 2 THEN 'solved' ELSE 'failed' END,
                solved_at = CASE WHEN t.answer_rank >= 2 THEN clock_timestamp() END,
                failure = CASE WHEN t.answer_rank >= 2 THEN NULL
-                              ELSE failure_reasons(p_call, p_error, p_outcome) END
+                              ELSE CASE WHEN is_lost THEN format(E'given up after %s claims that were lost with their worker\n', held.lost + 1)
+                                        ELSE '' END || failure_reasons(p_call, p_error, p_outcome) END
          WHERE t.id = held.task_id;  -- the trigger deletes the queue row and counts
         RETURN 'failed';
     END IF;
-    IF NOT p_counted OR p_outcome = 'lost' THEN
-        UPDATE queue SET state = 'ready', position = requeue_position(), call_id = NULL, worker = NULL, claimed_at = NULL,
-                         attempt = CASE WHEN p_counted THEN held.attempt ELSE greatest(held.attempt - 1, 0) END
+    IF NOT p_counted OR is_lost THEN
+        immediately := NOT is_lost OR held.lost < 2;
+        UPDATE queue SET state = CASE WHEN immediately THEN 'ready' ELSE 'waiting' END,
+                         wake_at = CASE WHEN NOT immediately THEN clock_timestamp() + retry_delay(held.lost - 1) END,
+                         position = requeue_position(), call_id = NULL, worker = NULL, claimed_at = NULL,
+                         lost = held.lost + is_lost::int, attempt = greatest(held.attempt - 1, 0)
          WHERE task_id = held.task_id;
-        PERFORM wake_workers();
+        PERFORM ensure_lane(held.category, held.priority), wake_workers();
         RETURN 'retry';
     END IF;
     woken := clock_timestamp() + retry_delay(held.attempt);
@@ -204,9 +214,29 @@ BEGIN
                      call_id = NULL, worker = NULL, claimed_at = NULL
      WHERE task_id = held.task_id;
     IF immediately THEN
-        PERFORM wake_workers();
+        PERFORM ensure_lane(held.category, held.priority), wake_workers();
     END IF;
     RETURN 'retry';
+END
+$$;
+
+-- Closes an answered call whose answer Postgres refuses to store, and fails its task: a model would be paid for the
+-- same answer again. If the task cannot be failed either, it waits for a minute.
+CREATE OR REPLACE FUNCTION discard_answer(
+    p_call_id uuid, p_task_id bigint, p_reason text, p_latency_seconds double precision, p_cost double precision,
+    p_prompt_tokens integer, p_completion_tokens integer) RETURNS text
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '200ms' AS $$
+DECLARE
+    held boolean;
+BEGIN
+    PERFORM FROM tasks t WHERE t.id = p_task_id FOR NO KEY UPDATE;
+    PERFORM FROM queue q WHERE q.task_id = p_task_id AND q.call_id = p_call_id FOR UPDATE;
+    held := FOUND;
+    IF close_call(p_call_id, 'answered', CASE WHEN held THEN 'failed' ELSE 'stale' END, NOT held, p_reason,
+                  p_latency_seconds, p_cost, p_prompt_tokens, p_completion_tokens) > 0 AND held THEN
+        PERFORM set_aside(p_task_id, p_reason);
+    END IF;
+    RETURN (SELECT c.settlement FROM model_calls c WHERE c.call_id = p_call_id);
 END
 $$;
 

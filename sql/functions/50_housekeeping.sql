@@ -3,7 +3,7 @@
 -- Starts or renews the worker's lease. Returns false if it had already expired: the worker must continue under a new
 -- name.
 CREATE OR REPLACE FUNCTION heartbeat(p_worker text, p_host text DEFAULT NULL) RETURNS boolean
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql SET lock_timeout = '200ms' AS $$
 BEGIN
     INSERT INTO workers AS w (worker, host, lease_until)
     SELECT p_worker, p_host, clock_timestamp() + make_interval(secs => s.lease_seconds) FROM queue_settings s
@@ -15,7 +15,7 @@ $$;
 
 -- Ends the lease of a worker that shuts down. Its claims become ready immediately.
 CREATE OR REPLACE FUNCTION release_worker(p_worker text) RETURNS integer
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql SET lock_timeout = '200ms' AS $$
 DECLARE
     released integer;
 BEGIN
@@ -33,9 +33,10 @@ $$;
 
 -- Settles at most p_limit claims of this worker as lost. Skips locked tasks.
 CREATE OR REPLACE FUNCTION release_claims(p_worker text, p_limit integer) RETURNS integer
-LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '200ms' AS $$
 DECLARE
     lost record;
+    called text;
     released integer := 0;
 BEGIN
     FOR lost IN SELECT q.call_id, q.task_id, q.prompt_version FROM queue q
@@ -44,9 +45,14 @@ BEGIN
     LOOP
         PERFORM FROM tasks t WHERE t.id = lost.task_id FOR NO KEY UPDATE SKIP LOCKED;
         IF FOUND THEN
-            PERFORM settle_call(lost.call_id, 'lost', p_error => 'the worker''s lease expired',
-                                p_task_id => lost.task_id, p_model => 'unknown', p_prompt_version => lost.prompt_version);
-            PERFORM close_lost_calls(lost.task_id, p_worker);
+            SELECT c.model INTO called FROM model_calls c WHERE c.call_id = lost.call_id;
+            BEGIN
+                PERFORM settle_call(lost.call_id, 'lost', p_error => 'the worker''s lease expired', p_task_id => lost.task_id,
+                                    p_model => coalesce(called, 'unknown'), p_prompt_version => lost.prompt_version);
+                PERFORM close_lost_calls(lost.task_id, p_worker);
+            EXCEPTION WHEN OTHERS THEN  -- one task that refuses a change keeps no other from being released
+                PERFORM set_aside(lost.task_id, SQLERRM);
+            END;
             released := released + 1;
         ELSIF NOT EXISTS (SELECT FROM tasks t WHERE t.id = lost.task_id) THEN
             PERFORM remove_queue_row(lost.task_id);
@@ -61,7 +67,7 @@ $$;
 -- outcome of such a call replaces this one if it still arrives.
 -- Reads two hours of the log, because a request may have a deadline of one hour.
 CREATE OR REPLACE FUNCTION close_abandoned_calls() RETURNS void
-LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '200ms' AS $$
 DECLARE
     ended record;
 BEGIN
@@ -82,7 +88,7 @@ $$;
 
 -- Releases the claims of workers whose lease has expired, at most p_limit. Returns how many.
 CREATE OR REPLACE FUNCTION release_lost_claims(p_limit integer DEFAULT 500) RETURNS integer
-LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '200ms' AS $$
 DECLARE
     dead text;
     released integer := 0;
@@ -114,15 +120,22 @@ $$;
 
 -- Makes retries ready whose delay has passed, at most p_limit. Returns how many.
 CREATE OR REPLACE FUNCTION promote_waiting(p_limit integer DEFAULT 500) RETURNS integer
-LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '200ms' AS $$
 DECLARE
     promoted integer;
 BEGIN
-    UPDATE queue SET state = 'ready', wake_at = NULL, position = requeue_position()
-     WHERE task_id IN (SELECT q.task_id FROM queue q
-                        WHERE q.state = 'waiting' AND q.wake_at <= clock_timestamp()
-                        ORDER BY q.wake_at LIMIT p_limit FOR UPDATE SKIP LOCKED);
-    GET DIAGNOSTICS promoted = ROW_COUNT;
+    WITH moved AS (
+        UPDATE queue SET state = 'ready', wake_at = NULL, position = requeue_position()
+         WHERE task_id IN (SELECT q.task_id FROM queue q
+                            WHERE q.state = 'waiting' AND q.wake_at <= clock_timestamp()
+                            ORDER BY q.wake_at LIMIT p_limit FOR UPDATE SKIP LOCKED)
+        RETURNING category, priority
+    ), lanes AS (
+        INSERT INTO queue_lanes
+        SELECT DISTINCT m.category, m.priority FROM moved m
+         WHERE NOT EXISTS (SELECT FROM queue_lanes l WHERE l.category = m.category AND l.priority = m.priority AND NOT l.closing)
+    )
+    SELECT count(*) INTO promoted FROM moved;
     IF promoted > 0 THEN
         PERFORM wake_workers();
     END IF;
@@ -140,7 +153,7 @@ $$;
 
 -- Compacts the counter deltas into task_counts. Returns immediately if another session is compacting.
 CREATE OR REPLACE FUNCTION compact_counts() RETURNS void
-LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '200ms' AS $$
 BEGIN
     IF NOT pg_try_advisory_xact_lock(hashtext('router_compact_counts'), 0) THEN
         RETURN;
@@ -161,8 +174,41 @@ BEGIN
 
     DELETE FROM queue_lanes l
      USING queue_lanes other
-     WHERE other.category = l.category AND other.priority = l.priority AND other.ctid < l.ctid;
+     WHERE other.category = l.category AND other.priority = l.priority AND other.ctid < l.ctid
+       AND NOT other.closing AND NOT l.closing;
+    DELETE FROM queue_skips s WHERE s.until < clock_timestamp() - interval '10 s';
 END
+$$;
+
+-- Removes lanes without ready tasks, so that claims do not search them, in three calls. The first marks a lane: from
+-- then on a transaction that adds a ready task adds the lane again. The second notes a transaction id above those of
+-- all transactions that have not seen the mark. A later one deletes the lane once those have ended, if it is still
+-- empty. A producer with an older snapshot (REPEATABLE READ) may still miss the mark: reconcile adds its lane.
+CREATE OR REPLACE FUNCTION close_empty_lanes() RETURNS integer
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '200ms' AS $$
+DECLARE
+    removed integer;
+BEGIN
+    IF NOT pg_try_advisory_xact_lock(hashtext('router_lanes'), 0) THEN
+        RETURN 0;
+    END IF;
+    DELETE FROM queue_lanes l
+     WHERE l.closed_before <= pg_snapshot_xmin(pg_current_snapshot()) AND lane_is_empty(l.category, l.priority);
+    GET DIAGNOSTICS removed = ROW_COUNT;
+    UPDATE queue_lanes l SET closing = false, closed_before = NULL
+     WHERE l.closed_before <= pg_snapshot_xmin(pg_current_snapshot());
+    UPDATE queue_lanes l SET closed_before = pg_current_xact_id() WHERE l.closing AND l.closed_before IS NULL;
+    UPDATE queue_lanes l SET closing = true WHERE NOT l.closing AND lane_is_empty(l.category, l.priority);
+    RETURN removed;
+END
+$$;
+
+CREATE OR REPLACE FUNCTION lane_is_empty(p_category text, p_priority smallint) RETURNS boolean
+LANGUAGE sql STABLE AS $$
+    SELECT NOT EXISTS (SELECT FROM queue q WHERE q.state = 'ready' AND q.category = p_category AND q.priority = p_priority
+                          AND q.position >= low_watermark(p_category, p_priority, true) AND q.position < 0)
+       AND NOT EXISTS (SELECT FROM queue q WHERE q.state = 'ready' AND q.category = p_category AND q.priority = p_priority
+                          AND q.position >= low_watermark(p_category, p_priority, false))
 $$;
 
 CREATE OR REPLACE VIEW task_counts_now AS
@@ -171,162 +217,6 @@ CREATE OR REPLACE VIEW task_counts_now AS
              WHERE counted_by >= (SELECT compacted_before())
             UNION ALL SELECT category, unsolved, solved, failed FROM task_counts) AS parts
      GROUP BY category;
-
--- Counts all tasks again: after an upgrade, after a restore without triggers, or after a change of the categories.
--- Blocks writers of tasks meanwhile.
-CREATE OR REPLACE FUNCTION recount_tasks() RETURNS void
-LANGUAGE plpgsql AS $$
-BEGIN
-    LOCK TABLE tasks IN SHARE ROW EXCLUSIVE MODE;
-    LOCK TABLE queue IN SHARE ROW EXCLUSIVE MODE;
-    LOCK TABLE task_count_deltas IN SHARE ROW EXCLUSIVE MODE;
-    LOCK TABLE task_counts IN SHARE ROW EXCLUSIVE MODE;
-    DELETE FROM task_count_deltas;
-    DELETE FROM task_counts;
-    INSERT INTO task_counts
-    SELECT category, sum(unsolved), sum(solved), sum(failed)
-      FROM (SELECT category, count(*) AS unsolved, 0 AS solved, 0 AS failed FROM queue GROUP BY category
-            UNION ALL
-            SELECT resolve_category(category), 0, coalesce(sum(n) FILTER (WHERE status = 'solved'), 0),
-                   coalesce(sum(n) FILTER (WHERE failed), 0)
-              FROM (SELECT category, status, is_failed(status::text, interactive) AS failed, count(*) AS n
-                      FROM tasks WHERE status <> 'unsolved' GROUP BY 1, 2, 3) AS t
-             GROUP BY 1) AS parts (category, unsolved, solved, failed)
-     GROUP BY category;
-END
-$$;
-
--- Repairs differences between queue and tasks for the next p_limit task ids after p_after. next_after is NULL at the
--- end. Skips locked rows.
-CREATE OR REPLACE FUNCTION reconcile(p_after bigint, p_limit integer DEFAULT 5000)
-RETURNS TABLE (next_after bigint, added integer, removed integer)
-LANGUAGE plpgsql SET enable_seqscan = off AS $$
-DECLARE
-    upto bigint;
-    range_end bigint;
-    lost bigint[];
-    row_now record;
-BEGIN
-    LOCK TABLE tasks IN ACCESS SHARE MODE;
-    SELECT t.id INTO upto FROM tasks t WHERE t.id > p_after ORDER BY t.id OFFSET p_limit - 1 LIMIT 1;
-    range_end := coalesce(upto, 9223372036854775807);
-    next_after := upto;
-    added := 0;
-    removed := 0;
-
-    -- Claims are found by their worker's lease: give an unknown worker an expired one.
-    INSERT INTO workers (worker, lease_until, released_at)
-    SELECT DISTINCT q.worker, 'epoch'::timestamptz, clock_timestamp() FROM queue q
-     WHERE q.task_id > p_after AND q.task_id <= range_end AND q.state = 'claimed'
-       AND NOT EXISTS (SELECT FROM workers w WHERE w.worker = q.worker)
-     ORDER BY 1
-    ON CONFLICT DO NOTHING;
-
-    SELECT array_agg(found.id) INTO lost
-      FROM (SELECT t.id FROM tasks t
-             WHERE t.id > p_after AND t.id <= range_end AND t.status = 'unsolved'
-               AND NOT EXISTS (SELECT FROM queue q WHERE q.task_id = t.id)
-             ORDER BY t.id FOR NO KEY UPDATE OF t SKIP LOCKED) AS found;
-    IF lost IS NOT NULL THEN
-        added := requeue_tasks(lost);
-    END IF;
-
-    FOR row_now IN
-        SELECT q.task_id FROM queue q LEFT JOIN tasks t ON t.id = q.task_id
-         WHERE q.task_id > p_after AND q.task_id <= range_end AND t.status IS DISTINCT FROM 'unsolved'
-         ORDER BY q.task_id LIMIT p_limit
-    LOOP
-        IF drop_orphan(row_now.task_id) THEN
-            removed := removed + 1;
-        END IF;
-    END LOOP;
-
-    FOR row_now IN
-        SELECT q.task_id, q.category AS was, wanted.category, wanted.priority
-          FROM queue q JOIN tasks t ON t.id = q.task_id AND t.status = 'unsolved'
-          LEFT JOIN categories own ON own.name = t.category
-          LEFT JOIN categories held ON held.name = q.category
-          CROSS JOIN LATERAL (SELECT coalesce(own.name, held.name, (SELECT resolve_category(NULL))) AS category,
-                                     queue_priority(t.priority) AS priority) AS wanted
-         WHERE q.task_id > p_after AND q.task_id <= range_end AND t.id > p_after AND t.id <= range_end
-           AND (q.category, q.priority) IS DISTINCT FROM (wanted.category, wanted.priority)
-         ORDER BY q.task_id LIMIT p_limit FOR UPDATE OF q SKIP LOCKED
-    LOOP
-        PERFORM ensure_lane(row_now.category, row_now.priority);
-        UPDATE queue q SET category = row_now.category, priority = row_now.priority, position = nextval('queue_position')
-         WHERE q.task_id = row_now.task_id;
-        IF row_now.was <> row_now.category THEN
-            PERFORM count_change(row_now.was, -1, 0, 0), count_change(row_now.category, 1, 0, 0);
-        END IF;
-    END LOOP;
-
-    IF added > 0 THEN
-        PERFORM wake_workers();
-    END IF;
-    RETURN NEXT;
-END
-$$;
-
--- Queues unsolved tasks without a queue row, which the caller has locked. Returns how many. A task with the columns
--- of a finished one was reset without triggers and becomes a new version, as the trigger would have made it.
-CREATE OR REPLACE FUNCTION requeue_tasks(p_ids bigint[]) RETURNS integer
-LANGUAGE plpgsql AS $$
-DECLARE
-    queued integer;
-BEGIN
-    PERFORM count_change(resolve_category(t.category), 0, -count(*) FILTER (WHERE t.solved_at IS NOT NULL),
-                         -count(*) FILTER (WHERE t.solved_at IS NULL AND t.failure IS NOT NULL
-                                            AND t.interactive IS NOT TRUE))
-       FROM tasks t WHERE t.id = ANY (p_ids) AND t.status = 'unsolved' GROUP BY resolve_category(t.category);
-    UPDATE tasks t SET prompt_version = new_prompt_version(), answer_rank = NULL, answered_by = NULL, solved_at = NULL,
-                       failure = NULL, interactive = NULL, truncated = NULL
-     WHERE t.id = ANY (p_ids) AND t.status = 'unsolved'
-       AND (t.answer_rank >= 3 OR t.solved_at IS NOT NULL OR t.failure IS NOT NULL);
-    UPDATE tasks t SET status = 'failed', failure = prompt_problem(t.prompt)
-     WHERE t.id = ANY (p_ids) AND t.status = 'unsolved' AND prompt_problem(t.prompt) IS NOT NULL;
-
-    WITH back AS (
-        INSERT INTO queue (task_id, category, priority, position, state, wake_at, prompt_version, deadline_at,
-                           category_reason)
-        SELECT t.id, resolve_category(t.category), queue_priority(t.priority), nextval('queue_position'),
-               CASE WHEN kept.until IS NULL THEN 'ready' ELSE 'uncategorised' END, kept.until,
-               t.prompt_version, t.deadline_at, category_problem(t.category)
-          FROM tasks t CROSS JOIN LATERAL (SELECT uncategorized_until(t.category) AS until) AS kept WHERE t.id = ANY (p_ids) AND t.status = 'unsolved'
-         ORDER BY t.id
-        ON CONFLICT (task_id) DO NOTHING
-        RETURNING category, priority
-    ), lanes AS (
-        INSERT INTO queue_lanes
-        SELECT DISTINCT b.category, b.priority FROM back b
-         WHERE NOT EXISTS (SELECT FROM queue_lanes l WHERE l.category = b.category AND l.priority = b.priority)
-    ), counted AS (
-        INSERT INTO task_count_deltas (category, unsolved) SELECT category, count(*) FROM back GROUP BY category
-    )
-    SELECT count(*) INTO queued FROM back;
-    RETURN queued;
-END
-$$;
-
--- Removes the queue row of a task that is deleted or was finished without triggers, and updates the counters.
--- Returns false if the task is locked or unsolved.
-CREATE OR REPLACE FUNCTION drop_orphan(p_task_id bigint) RETURNS boolean
-LANGUAGE plpgsql AS $$
-DECLARE
-    task record;
-BEGIN
-    SELECT t.status::text, t.category::text, t.interactive INTO task
-      FROM tasks t WHERE t.id = p_task_id FOR NO KEY UPDATE SKIP LOCKED;
-    IF FOUND AND task.status = 'unsolved' OR NOT FOUND AND EXISTS (SELECT FROM tasks t WHERE t.id = p_task_id) THEN
-        RETURN false;
-    END IF;
-    IF task.status IS NOT NULL THEN
-        PERFORM count_change(resolve_category(task.category), 0, (task.status = 'solved')::int,
-                             is_failed(task.status, task.interactive)::int);
-    END IF;
-    PERFORM remove_queue_row(p_task_id);
-    RETURN true;
-END
-$$;
 
 -- Creates the daily partitions of the call log from two days ago to p_days ahead, and those of days whose calls are
 -- in the default partition. Returns how many. Gives up after 200 ms of waiting for a lock, so that claims and

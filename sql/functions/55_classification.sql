@@ -8,7 +8,7 @@
 -- Claims at most p_limit tasks to classify, most urgent first. Long prompts are cut to their beginning and end.
 CREATE OR REPLACE FUNCTION claim_uncategorized(p_limit integer)
 RETURNS TABLE (task_id bigint, prompt_version integer, prompt text)
-LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off AS $$
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off SET lock_timeout = '200ms' AS $$
 #variable_conflict use_column
 BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
@@ -23,7 +23,9 @@ BEGIN
             RETURNING q.task_id
         )
         SELECT t.id::bigint, t.prompt_version,
-               CASE WHEN length(t.prompt) > 2000 THEN left(t.prompt, 1400) || E'\n' || right(t.prompt, 500) ELSE t.prompt::text END
+               readable_text(CASE WHEN octet_length(t.prompt) > 4000000 THEN left(t.prompt, 1400)
+                                  WHEN length(t.prompt) > 2000 THEN left(t.prompt, 1400) || E'\n' || right(t.prompt, 500)
+                                  ELSE t.prompt::text END)
           FROM taken JOIN tasks t ON t.id = taken.task_id;
     IF FOUND THEN
         UPDATE categorising SET works_until = clock_timestamp() + interval '0.6 s'
@@ -42,7 +44,7 @@ $$;
 -- edited since. Unknown categories become the default one. Returns how many tasks were moved.
 CREATE OR REPLACE FUNCTION assign_categories(
     p_task_ids bigint[], p_versions integer[], p_categories text[], p_confidences real[], p_reasons text[]) RETURNS integer
-LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '200ms' AS $$
 DECLARE
     kept integer;
 BEGIN
@@ -69,7 +71,7 @@ BEGIN
     ), lanes AS (
         INSERT INTO queue_lanes
         SELECT DISTINCT m.category, m.priority FROM moved m
-         WHERE NOT EXISTS (SELECT FROM queue_lanes l WHERE l.category = m.category AND l.priority = m.priority)
+         WHERE NOT EXISTS (SELECT FROM queue_lanes l WHERE l.category = m.category AND l.priority = m.priority AND NOT l.closing)
     ), counted AS (
         INSERT INTO task_count_deltas (category, unsolved)
         SELECT category, sum(n) FROM (SELECT was AS category, -1 AS n FROM moved UNION ALL SELECT category, 1 FROM moved) AS c
@@ -87,14 +89,15 @@ $$;
 -- nothing while a classifier is working. While one is starting, moves a few only, so that workers have something to
 -- do.
 CREATE OR REPLACE FUNCTION apply_default_category(p_limit integer DEFAULT 1000) RETURNS integer
-LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off AS $$
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off SET lock_timeout = '200ms' AS $$
 DECLARE
     categoriser categorising;
     due record;
     wanted boolean := (SELECT s.categorise FROM queue_settings s);
+    began timestamptz := clock_timestamp();
 BEGIN
     SELECT * INTO categoriser FROM categorising;
-    IF wanted AND categoriser.works_until > clock_timestamp() THEN
+    IF wanted AND categoriser.works_until > clock_timestamp() OR claim_start('', 0::smallint, false) > 1 THEN
         RETURN 0;
     END IF;
     LOCK TABLE tasks IN ACCESS SHARE MODE;  -- before the queue: see "Lock order" in 10_helpers.sql
@@ -108,6 +111,9 @@ BEGIN
              ORDER BY q.priority DESC, q.position
              LIMIT CASE WHEN wanted AND categoriser.starts_until > clock_timestamp() THEN least(p_limit, 5) ELSE p_limit END) AS late;
     IF due.ids IS NULL THEN
+        IF clock_timestamp() - began > interval '2 ms' THEN  -- rows of an open transaction: see skip_uncommitted
+            PERFORM skip_uncommitted('', 0::smallint, false, clock_timestamp() - began);
+        END IF;
         RETURN 0;
     END IF;
     RETURN assign_categories(due.ids, due.versions, due.categories, due.confidences, due.reasons);

@@ -17,7 +17,7 @@ CREATE OR REPLACE FUNCTION begin_request(
     p_category text, p_confidence real, p_worker text, p_reserved_tokens integer, p_preferred text, p_fallback text,
     p_max_tokens integer DEFAULT NULL)
 RETURNS TABLE (task_id bigint, prompt_version integer)
-LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '200ms' AS $$
 DECLARE
     problem text := prompt_problem(p_prompt);
     added record;
@@ -51,7 +51,7 @@ CREATE OR REPLACE FUNCTION add_request_call(
     p_call_id uuid, p_task_id bigint, p_prompt_version integer, p_model text, p_role text, p_rank smallint,
     p_category text, p_confidence real, p_worker text, p_attempt integer, p_reserved_tokens integer,
     p_preferred text, p_fallback text) RETURNS void
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql SET lock_timeout = '200ms' AS $$
 BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
     INSERT INTO model_calls (call_id, task_id, prompt_version, model, category, confidence, role, rank, preferred,
@@ -71,7 +71,7 @@ CREATE OR REPLACE FUNCTION settle_request_call(
     p_role text, p_rank smallint, p_prompt_version integer, p_reserved_tokens integer, p_late boolean,
     p_heir uuid DEFAULT NULL)
 RETURNS text
-LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '200ms' AS $$
 DECLARE
     settled text;
 BEGIN
@@ -104,7 +104,7 @@ $$;
 
 -- Ends a request whose begin_request was committed but whose reply was lost. Returns whether it was committed.
 CREATE OR REPLACE FUNCTION discard_request_call(p_call_id uuid, p_error text) RETURNS boolean
-LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '200ms' AS $$
 DECLARE
     begun record;
 BEGIN
@@ -121,7 +121,7 @@ $$;
 
 -- Closes the other open calls of a request whose worker's lease has expired.
 CREATE OR REPLACE FUNCTION close_lost_calls(p_task_id bigint, p_worker text) RETURNS void
-LANGUAGE sql AS $$
+LANGUAGE sql SET lock_timeout = '200ms' AS $$
     UPDATE model_calls c SET finished_at = clock_timestamp(), outcome = 'lost', settlement = 'late',
                              error = 'the lease of the requesting process expired'
      WHERE c.task_id = p_task_id AND c.worker = p_worker AND c.outcome IS NULL AND c.role <> 'batch'
@@ -133,7 +133,7 @@ $$;
 CREATE OR REPLACE FUNCTION claim_due_deadlines(p_ahead_seconds double precision, p_hold_seconds double precision, p_limit integer)
 RETURNS TABLE (task_id bigint, prompt text, prompt_version integer, category text, confidence real,
                max_tokens integer, seconds_left double precision)
-LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '200ms' AS $$
 #variable_conflict use_column
 BEGIN
     LOCK TABLE tasks IN ACCESS SHARE MODE;
@@ -157,9 +157,9 @@ BEGIN
          WHERE q.task_id = due.task_id
         RETURNING q.task_id, q.category, q.confidence
     )
-    SELECT t.id::bigint, t.prompt::text, t.prompt_version, taken.category, taken.confidence, t.max_tokens::integer,
+    SELECT t.id::bigint, readable_text(left(t.prompt, s.max_prompt_bytes)), t.prompt_version, taken.category, taken.confidence, t.max_tokens::integer,
            extract(epoch FROM readable_time(t.deadline_at) - clock_timestamp())::float8
-      FROM taken JOIN tasks t ON t.id = taken.task_id
+      FROM taken JOIN tasks t ON t.id = taken.task_id, queue_settings s
      WHERE t.status = 'unsolved' AND t.deadline_at IS NOT NULL AND coalesce(t.answer_rank, 0) < 2;
 END
 $$;
@@ -168,7 +168,7 @@ $$;
 CREATE OR REPLACE FUNCTION extend_deadline_claim(
     p_task_id bigint, p_prompt_version integer, p_ahead_seconds double precision, p_hold_seconds double precision)
 RETURNS void
-LANGUAGE sql AS $$
+LANGUAGE sql SET lock_timeout = '200ms' AS $$
     UPDATE queue q SET deadline_at = clock_timestamp() + make_interval(secs => p_ahead_seconds + p_hold_seconds)
       FROM tasks t
      WHERE q.task_id = p_task_id AND q.deadline_at IS NOT NULL AND t.id = q.task_id AND t.prompt_version = p_prompt_version
@@ -177,7 +177,7 @@ $$;
 -- Completes a deadline. A deadline that was postponed, or belongs to an edited prompt, stays due.
 CREATE OR REPLACE FUNCTION complete_deadline(p_task_id bigint, p_prompt_version integer, p_ahead_seconds double precision)
 RETURNS void
-LANGUAGE sql AS $$
+LANGUAGE sql SET lock_timeout = '200ms' AS $$
     UPDATE queue q
        SET deadline_at = CASE WHEN t.deadline_at > clock_timestamp() + make_interval(secs => p_ahead_seconds)
                               THEN t.deadline_at END

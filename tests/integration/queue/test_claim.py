@@ -205,9 +205,7 @@ async def test_a_worker_with_an_expired_lease_loses_its_claims_and_cannot_claim(
     call = await probe.call(taken.call_id)
     assert (call["outcome"], call["settlement"]) == ("lost", "retry")
     again = await probe.must_claim(worker="w2")
-    assert (again.task_id, again.attempt) == (task_id, 2), (
-        "at once, without a retry's delay, and as an attempt"
-    )
+    assert (again.task_id, again.attempt) == (task_id, 1), "at once, and not as an attempt"
     await probe.add()
     with pytest.raises(asyncpg.PostgresError) as refused:
         await probe.claim(worker="w1")
@@ -282,7 +280,7 @@ async def test_a_failure_reported_after_the_lease_expired_changes_nothing(probe:
 
 
 async def test_a_late_answer_to_a_failed_task_solves_it(probe: Probe) -> None:
-    await probe.run("UPDATE queue_settings SET max_attempts = 1")
+    await probe.run("UPDATE queue_settings SET max_lost_claims = 1")
     task_id = await probe.add()
     lost = await probe.must_claim()
     await probe.lose_lease()
@@ -298,7 +296,7 @@ async def test_a_released_worker_returns_its_claims_immediately(probe: Probe) ->
         await probe.add()
         await probe.must_claim(worker="leaving")
     assert await probe.value("SELECT release_worker('leaving')") == 3
-    assert [(await probe.must_claim(worker="w2")).attempt for _ in range(3)] == [2, 2, 2]
+    assert [(await probe.must_claim(worker="w2")).attempt for _ in range(3)] == [1, 1, 1]
 
 
 async def test_release_skips_locked_tasks(probe: Probe, database: str) -> None:
@@ -349,7 +347,7 @@ async def test_the_last_attempt_solves_with_a_fallback_answer_or_fails_with_pass
 
 
 async def test_the_chosen_models_answer_replaces_the_fallbacks_on_a_solved_task(probe: Probe) -> None:
-    await probe.run("UPDATE queue_settings SET max_attempts = 1")
+    await probe.run("UPDATE queue_settings SET max_lost_claims = 1")
     task_id = await probe.add()
     lost = await probe.must_claim()
     await probe.settle(await probe.fallback_call(task_id, 2), answer="fallback")

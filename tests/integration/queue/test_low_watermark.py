@@ -261,7 +261,7 @@ async def test_plans_use_the_intended_index(probe: Probe, size: str) -> None:
         probe, f"SELECT * FROM claim_task('m', '{{general}}', 'w1', '{new_call_id(time.time())}')"
     )
     scans = _scans_of(claim, "queue")
-    assert "Index Scan using queue_ready on queue q" in scans
+    assert "Index Scan using queue_ready on queue r" in scans
     assert not [scan for scan in scans if "Seq Scan" in scan or "Bitmap" in scan], scans
     assert 'Sort Key: q."position"' not in claim
 

@@ -1,0 +1,237 @@
+-- Keeping the queue true to `tasks`: deferred edits, a bounded reconciler, a full recount.
+
+-- Applies edits of many tasks to their queue rows, at most p_limit. Returns how many edits were read. Edits of queue rows
+-- that are locked now are applied later.
+CREATE OR REPLACE FUNCTION apply_edits(p_limit integer DEFAULT 1000) RETURNS integer
+LANGUAGE plpgsql SET lock_timeout = '200ms' AS $$
+DECLARE
+    taken integer;
+    moved integer;
+BEGIN
+    LOCK TABLE tasks IN ACCESS SHARE MODE;
+    WITH edits AS MATERIALIZED (
+        DELETE FROM queue_edits e WHERE e.ctid = ANY (ARRAY (SELECT n.ctid FROM queue_edits n LIMIT p_limit FOR UPDATE SKIP LOCKED))
+        RETURNING e.task_id, e.category, e.deadline
+    ), ids AS MATERIALIZED (
+        SELECT task_id, bool_or(category) AS category, bool_or(deadline) AS deadline FROM edits GROUP BY task_id
+    ), held AS MATERIALIZED (
+        SELECT q.task_id, q.category AS was, q.position AS came, i.category AS recategorized, i.deadline
+          FROM ids i JOIN queue q ON q.task_id = i.task_id FOR UPDATE OF q SKIP LOCKED
+    ), later AS (
+        INSERT INTO queue_edits SELECT i.* FROM ids i JOIN queue q ON q.task_id = i.task_id
+         WHERE NOT EXISTS (SELECT FROM held h WHERE h.task_id = i.task_id)
+    ), wanted AS MATERIALIZED (
+        SELECT h.*, t.deadline_at, coalesce(own.name, CASE WHEN NOT h.recategorized THEN h.was END, resolve_category(NULL)) AS category,
+               queue_priority(t.priority) AS priority, nextval('queue_position') AS place,
+               category_problem(t.category) AS problem, uncategorized_until(t.category) AS until
+          FROM (SELECT * FROM held ORDER BY came) AS h JOIN tasks t ON t.id = h.task_id AND t.status = 'unsolved'
+          LEFT JOIN categories own ON own.name = t.category
+    ), changed AS (
+        UPDATE queue q
+           SET category = w.category, priority = w.priority, position = w.place,
+               deadline_at = CASE WHEN w.deadline THEN w.deadline_at ELSE q.deadline_at END,
+               state = CASE WHEN NOT w.recategorized OR q.state NOT IN ('ready', 'uncategorised') THEN q.state
+                            WHEN w.until IS NULL THEN 'ready' ELSE 'uncategorised' END,
+               wake_at = CASE WHEN NOT w.recategorized OR q.state NOT IN ('ready', 'uncategorised') THEN q.wake_at ELSE w.until END,
+               confidence = CASE WHEN w.recategorized THEN NULL ELSE q.confidence END,
+               category_reason = CASE WHEN w.recategorized THEN w.problem ELSE q.category_reason END
+          FROM wanted w WHERE q.task_id = w.task_id
+        RETURNING w.was, q.category, q.priority
+    ), lanes AS (
+        INSERT INTO queue_lanes
+        SELECT DISTINCT c.category, c.priority FROM changed c
+         WHERE NOT EXISTS (SELECT FROM queue_lanes l WHERE l.category = c.category AND l.priority = c.priority AND NOT l.closing)
+    ), counted AS (
+        INSERT INTO task_count_deltas (category, unsolved)
+        SELECT category, sum(n) FROM (SELECT was AS category, -1 AS n FROM changed UNION ALL SELECT category, 1 FROM changed) AS c
+         GROUP BY category HAVING sum(n) <> 0
+    )
+    SELECT (SELECT count(*) FROM edits), (SELECT count(*) FROM changed) INTO taken, moved;
+    IF moved > 0 THEN
+        PERFORM wake_workers();
+    END IF;
+    RETURN taken;
+END
+$$;
+
+-- Counts all tasks again: after an upgrade, after a restore without triggers, or after a change of the categories.
+-- Blocks writers of tasks meanwhile.
+CREATE OR REPLACE FUNCTION recount_tasks() RETURNS void
+LANGUAGE plpgsql AS $$
+BEGIN
+    LOCK TABLE tasks IN SHARE ROW EXCLUSIVE MODE;
+    LOCK TABLE queue IN SHARE ROW EXCLUSIVE MODE;
+    LOCK TABLE task_count_deltas IN SHARE ROW EXCLUSIVE MODE;
+    LOCK TABLE task_counts IN SHARE ROW EXCLUSIVE MODE;
+    DELETE FROM task_count_deltas;
+    DELETE FROM task_counts;
+    INSERT INTO task_counts
+    SELECT category, sum(unsolved), sum(solved), sum(failed)
+      FROM (SELECT category, count(*) AS unsolved, 0 AS solved, 0 AS failed FROM queue GROUP BY category
+            UNION ALL
+            SELECT resolve_category(category), 0, coalesce(sum(n) FILTER (WHERE status = 'solved'), 0),
+                   coalesce(sum(n) FILTER (WHERE failed), 0)
+              FROM (SELECT category, status, is_failed(status::text, interactive) AS failed, count(*) AS n
+                      FROM tasks WHERE status <> 'unsolved' GROUP BY 1, 2, 3) AS t
+             GROUP BY 1) AS parts (category, unsolved, solved, failed)
+     GROUP BY category;
+END
+$$;
+
+-- Repairs differences between queue and tasks for the next p_limit task ids after p_after. next_after is NULL at the
+-- end. Skips locked rows.
+CREATE OR REPLACE FUNCTION reconcile(p_after bigint, p_limit integer DEFAULT 5000)
+RETURNS TABLE (next_after bigint, added integer, removed integer)
+LANGUAGE plpgsql SET enable_seqscan = off SET lock_timeout = '200ms' AS $$
+DECLARE
+    upto bigint;
+    range_end bigint;
+    lost bigint[];
+    row_now record;
+BEGIN
+    LOCK TABLE tasks IN ACCESS SHARE MODE;
+    SELECT t.id INTO upto FROM tasks t WHERE t.id > p_after ORDER BY t.id OFFSET p_limit - 1 LIMIT 1;
+    range_end := coalesce(upto, 9223372036854775807);
+    next_after := upto;
+    added := 0;
+    removed := 0;
+
+    -- Claims are found by their worker's lease: give an unknown worker an expired one.
+    INSERT INTO workers (worker, lease_until, released_at)
+    SELECT DISTINCT q.worker, 'epoch'::timestamptz, clock_timestamp() FROM queue q
+     WHERE q.task_id > p_after AND q.task_id <= range_end AND q.state = 'claimed'
+       AND NOT EXISTS (SELECT FROM workers w WHERE w.worker = q.worker)
+     ORDER BY 1
+    ON CONFLICT DO NOTHING;
+
+    SELECT array_agg(found.id) INTO lost
+      FROM (SELECT t.id FROM tasks t
+             WHERE t.id > p_after AND t.id <= range_end AND t.status = 'unsolved'
+               AND NOT EXISTS (SELECT FROM queue q WHERE q.task_id = t.id)
+             ORDER BY t.id FOR NO KEY UPDATE OF t SKIP LOCKED) AS found;
+    IF lost IS NOT NULL THEN
+        BEGIN
+            added := requeue_tasks(lost);
+        EXCEPTION WHEN OTHERS THEN  -- one task that refuses a change keeps no other from being queued
+            added := requeue_one_by_one(lost);
+        END;
+    END IF;
+
+    INSERT INTO queue_lanes
+    SELECT DISTINCT q.category, q.priority FROM queue q
+     WHERE q.task_id > p_after AND q.task_id <= range_end AND q.state = 'ready'
+       AND NOT EXISTS (SELECT FROM queue_lanes l WHERE l.category = q.category AND l.priority = q.priority AND NOT l.closing);
+
+    FOR row_now IN
+        SELECT q.task_id FROM queue q LEFT JOIN tasks t ON t.id = q.task_id
+         WHERE q.task_id > p_after AND q.task_id <= range_end AND t.status IS DISTINCT FROM 'unsolved'
+         ORDER BY q.task_id LIMIT p_limit
+    LOOP
+        IF drop_orphan(row_now.task_id) THEN
+            removed := removed + 1;
+        END IF;
+    END LOOP;
+
+    FOR row_now IN
+        SELECT q.task_id, q.category AS was, wanted.category, wanted.priority
+          FROM queue q JOIN tasks t ON t.id = q.task_id AND t.status = 'unsolved'
+          LEFT JOIN categories own ON own.name = t.category
+          LEFT JOIN categories held ON held.name = q.category
+          CROSS JOIN LATERAL (SELECT coalesce(own.name, held.name, (SELECT resolve_category(NULL))) AS category,
+                                     queue_priority(t.priority) AS priority) AS wanted
+         WHERE q.task_id > p_after AND q.task_id <= range_end AND t.id > p_after AND t.id <= range_end
+           AND (q.category, q.priority) IS DISTINCT FROM (wanted.category, wanted.priority)
+         ORDER BY q.task_id LIMIT p_limit FOR UPDATE OF q SKIP LOCKED
+    LOOP
+        PERFORM ensure_lane(row_now.category, row_now.priority);
+        UPDATE queue q SET category = row_now.category, priority = row_now.priority, position = nextval('queue_position')
+         WHERE q.task_id = row_now.task_id;
+        IF row_now.was <> row_now.category THEN
+            PERFORM count_change(row_now.was, -1, 0, 0), count_change(row_now.category, 1, 0, 0);
+        END IF;
+    END LOOP;
+
+    IF added > 0 THEN
+        PERFORM wake_workers();
+    END IF;
+    RETURN NEXT;
+END
+$$;
+
+-- Queues unsolved tasks without a queue row, which the caller has locked. Returns how many. A task with the columns
+-- of a finished one was reset without triggers and becomes a new version, as the trigger would have made it.
+CREATE OR REPLACE FUNCTION requeue_tasks(p_ids bigint[]) RETURNS integer
+LANGUAGE plpgsql AS $$
+DECLARE
+    queued integer;
+BEGIN
+    PERFORM count_change(resolve_category(t.category), 0, -count(*) FILTER (WHERE t.solved_at IS NOT NULL),
+                         -count(*) FILTER (WHERE t.solved_at IS NULL AND t.failure IS NOT NULL
+                                            AND t.interactive IS NOT TRUE))
+       FROM tasks t WHERE t.id = ANY (p_ids) AND t.status = 'unsolved' GROUP BY resolve_category(t.category);
+    UPDATE tasks t SET prompt_version = new_prompt_version(), answer_rank = NULL, answered_by = NULL, solved_at = NULL,
+                       failure = NULL, interactive = NULL, truncated = NULL
+     WHERE t.id = ANY (p_ids) AND t.status = 'unsolved'
+       AND (t.answer_rank >= 3 OR t.solved_at IS NOT NULL OR t.failure IS NOT NULL);
+    UPDATE tasks t SET status = 'failed', failure = prompt_problem(t.prompt)
+     WHERE t.id = ANY (p_ids) AND t.status = 'unsolved' AND prompt_problem(t.prompt) IS NOT NULL;
+
+    WITH back AS (
+        INSERT INTO queue (task_id, category, priority, position, state, wake_at, prompt_version, deadline_at,
+                           category_reason)
+        SELECT t.id, resolve_category(t.category), queue_priority(t.priority), nextval('queue_position'),
+               CASE WHEN kept.until IS NULL THEN 'ready' ELSE 'uncategorised' END, kept.until,
+               t.prompt_version, t.deadline_at, category_problem(t.category)
+          FROM tasks t CROSS JOIN LATERAL (SELECT uncategorized_until(t.category) AS until) AS kept WHERE t.id = ANY (p_ids) AND t.status = 'unsolved'
+         ORDER BY t.id
+        ON CONFLICT (task_id) DO NOTHING
+        RETURNING category, priority
+    ), lanes AS (
+        INSERT INTO queue_lanes
+        SELECT DISTINCT b.category, b.priority FROM back b
+         WHERE NOT EXISTS (SELECT FROM queue_lanes l WHERE l.category = b.category AND l.priority = b.priority AND NOT l.closing)
+    ), counted AS (
+        INSERT INTO task_count_deltas (category, unsolved) SELECT category, count(*) FROM back GROUP BY category
+    )
+    SELECT count(*) INTO queued FROM back;
+    RETURN queued;
+END
+$$;
+
+CREATE OR REPLACE FUNCTION requeue_one_by_one(p_ids bigint[]) RETURNS integer
+LANGUAGE plpgsql AS $$
+DECLARE
+    one bigint;
+    queued integer := 0;
+BEGIN
+    FOREACH one IN ARRAY p_ids LOOP
+        BEGIN
+            queued := queued + requeue_tasks(ARRAY[one]);
+        EXCEPTION WHEN OTHERS THEN
+            NULL;  -- the next pass tries it again
+        END;
+    END LOOP;
+    RETURN queued;
+END
+$$;
+
+-- Removes the queue row of a task that is deleted or was finished without triggers, and updates the counters.
+-- Returns false if the task is locked or unsolved.
+CREATE OR REPLACE FUNCTION drop_orphan(p_task_id bigint) RETURNS boolean
+LANGUAGE plpgsql AS $$
+DECLARE
+    task record;
+BEGIN
+    SELECT t.status::text, t.category::text, t.interactive INTO task
+      FROM tasks t WHERE t.id = p_task_id FOR NO KEY UPDATE SKIP LOCKED;
+    IF FOUND AND task.status = 'unsolved' OR NOT FOUND AND EXISTS (SELECT FROM tasks t WHERE t.id = p_task_id) THEN
+        RETURN false;
+    END IF;
+    IF task.status IS NOT NULL THEN
+        PERFORM count_change(resolve_category(task.category), 0, (task.status = 'solved')::int,
+                             is_failed(task.status, task.interactive)::int);
+    END IF;
+    PERFORM remove_queue_row(p_task_id);
+    RETURN true;
+END
+$$;
