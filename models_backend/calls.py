@@ -123,9 +123,7 @@ class CallHandler:
         self._conditions = conditions
         self._provider = provider
         self.book = FlawBook()
-        self._garbage = itertools.cycle(
-            (b"<html><body>It works!</body></html>", b'{"model": "x", "usage": {}}', b'{"answer": "cut o')
-        )
+        self._garbage = itertools.cycle((b"It works!", b'{"model": "x", "usage": {}}', b'{"answer": "cut o'))
 
     async def solve(self, call: Call, arrived_at: float) -> Reply:
         """Replies after the model's latency; never raises for the content of a call."""
@@ -202,7 +200,7 @@ class CallHandler:
         return _answered(model, found.text, prompt_tokens, completion_tokens)
 
 
-_AT_ONCE = frozenset({"error", "rate_limit", "overload", "hang"})
+_AT_ONCE = frozenset({"error", "rate_limit", "overload", "bad_gateway", "hang"})
 
 
 def _struck(fault: FaultOrder) -> Reply:
@@ -210,6 +208,8 @@ def _struck(fault: FaultOrder) -> Reply:
         return Reply(200, b"", manner=Manner.HANG)
     if fault.kind == "rate_limit":
         return refusal(429, "rate_limited", "a fault was ordered", fault.retry_after_seconds)
+    if fault.kind == "bad_gateway":
+        return Reply(502, b"<html><title>502 Bad Gateway</title></html>", {"content-type": "text/html"})
     if fault.kind == "overload":
         return refusal(503, "overloaded", "a fault was ordered", fault.retry_after_seconds)
     return refusal(500, "internal_error", "a fault was ordered")

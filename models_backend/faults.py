@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 MOST_FAULTS = 100
 EVERY_MODEL = "*"
 
-FaultKind = Literal["error", "rate_limit", "overload", "hang", "garbage", "slow_drip", "empty"]
+FaultKind = Literal["error", "rate_limit", "overload", "bad_gateway", "hang", "garbage", "slow_drip", "empty"]
 KINDS: tuple[FaultKind, ...] = get_args(FaultKind)
 
 

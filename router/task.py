@@ -31,17 +31,20 @@ class AnswerRank(enum.IntEnum):
 class Outcome(str, enum.Enum):
     """Outcome of one call; the values of `model_calls.outcome`.
 
-    docs/architecture.md lists which status leads to which outcome.
+    `router.models.replies` maps replies to outcomes; docs/architecture.md shows the whole table.
     """
 
     ANSWERED = "answered"
-    RATE_LIMITED = "rate_limited"  # 429
-    OVERLOADED = "overloaded"  # 503; 401, 402, 405, 407: the router's access is at fault, not the prompt
-    ERROR = "error"  # other 5xx, 403, 408, 425, 3xx, connection broken
+    RATE_LIMITED = "rate_limited"  # the quota is exhausted
+    OVERLOADED = "overloaded"  # the backend names a time to retry
+    UNAVAILABLE = "unavailable"  # a gateway answers for a backend that is down, or the connection broke
+    DENIED = "denied"  # access or address are wrong: the operator's to correct
+    ERROR = "error"
     TIMEOUT = "timeout"
     GARBAGE = "garbage"  # invalid response: 2xx without a usable answer
-    REJECTED = "rejected"  # other 4xx: the model rejects this prompt
-    UNKNOWN_MODEL = "unknown_model"  # 404
+    REJECTED = "rejected"  # the model rejects this prompt
+    TOO_LONG = "too_long"  # the prompt does not fit into the model's context
+    UNKNOWN_MODEL = "unknown_model"
     UNSENT = "unsent"  # no byte was written
     ABANDONED = "abandoned"  # canceled by the caller; the backend may still work on it
     LOST = "lost"  # the worker's lease expired; the only outcome that a later one replaces
@@ -50,12 +53,23 @@ class Outcome(str, enum.Enum):
     def counts_as_attempt(self) -> bool:
         """Whether the call uses up an attempt of its task.
 
-        An exhausted quota or a missing model does not. Lost claims have a bound of their own in Postgres.
+        An exhausted quota, an outage or a missing model does not. Postgres bounds lost claims.
         """
-        return self in _COUNTED
+        return self in _ATTEMPTS
+
+    @property
+    def is_evidence(self) -> bool:
+        """Whether the call counts for or against its model: in the ranking, and in a trial."""
+        return self in _EVIDENCE
 
 
-_COUNTED = frozenset({Outcome.ERROR, Outcome.TIMEOUT, Outcome.GARBAGE, Outcome.REJECTED, Outcome.ANSWERED})
+_ATTEMPTS = frozenset({Outcome.ERROR, Outcome.TIMEOUT, Outcome.GARBAGE, Outcome.REJECTED, Outcome.ANSWERED})
+_EVIDENCE = frozenset(
+    {
+        Outcome.ANSWERED, Outcome.ERROR, Outcome.TIMEOUT, Outcome.GARBAGE, Outcome.OVERLOADED,
+        Outcome.REJECTED, Outcome.UNKNOWN_MODEL,
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,13 +25,6 @@ PRIOR_DEVIATION = 0.3  # of differences of utility
 PRIOR_PROMPTS = 5
 MIN_INCUMBENT_ANSWERS = 0.5  # share of its calls; below it the backend is at fault, not a model
 MAX_FAILED_FIRST_CALLS = 5
-# Outcomes that count against or for the model; an exhausted quota or an unsent call does not.
-COUNTED = frozenset(
-    {
-        Outcome.ANSWERED, Outcome.ERROR, Outcome.TIMEOUT, Outcome.GARBAGE, Outcome.OVERLOADED,
-        Outcome.REJECTED, Outcome.UNKNOWN_MODEL,
-    }
-)  # fmt: skip
 
 
 class TrialVerdict(str, enum.Enum):
@@ -59,7 +52,7 @@ class TrialCall:
     @property
     def counts(self) -> bool:
         """Whether the outcome is the model's."""
-        return self.outcome in COUNTED
+        return self.outcome is not None and self.outcome.is_evidence
 
     @property
     def answered(self) -> bool:

@@ -47,22 +47,23 @@ class BreakerSettings:
     def verdict(self, outcome: Outcome, retry_after_seconds: float | None) -> Verdict | None:
         """Returns the verdict on an outcome, or None if the outcome says nothing about the model.
 
-        A 503 with a positive Retry-After is a planned pause, one without is a failure. A rejected prompt
-        shows that the model works.
+        A reply with a positive Retry-After is a planned pause. A rejected prompt shows that the model works.
+        An outage of the backend says nothing about the model.
         """
         cooldown = retry_after_seconds or self.default_retry_after_seconds
-        if outcome in _SUCCESSES:
-            return Verdict(Signal.SUCCESS)
-        if outcome in _FAILURES:
-            return Verdict(Signal.FAILURE)
+        if outcome in _FAILURES or outcome in _SUCCESSES:
+            return Verdict(Signal.FAILURE if outcome in _FAILURES else Signal.SUCCESS)
         if outcome is Outcome.RATE_LIMITED:
             return Verdict(Signal.RATE_LIMITED, cooldown)
         if outcome is Outcome.OVERLOADED:
             return Verdict(Signal.COOL_DOWN if retry_after_seconds else Signal.FAILURE, cooldown)
+        if outcome is Outcome.UNAVAILABLE and retry_after_seconds:
+            return Verdict(Signal.COOL_DOWN, cooldown)
         if outcome is Outcome.UNKNOWN_MODEL:
             return Verdict(Signal.COOL_DOWN, self.unknown_model_cooldown_seconds)
-        return Verdict(Signal.NEUTRAL) if outcome is Outcome.ABANDONED else None
+        return Verdict(Signal.NEUTRAL) if outcome in _NEUTRAL else None
 
 
 _SUCCESSES = frozenset({Outcome.ANSWERED, Outcome.REJECTED})
-_FAILURES = frozenset({Outcome.ERROR, Outcome.TIMEOUT, Outcome.GARBAGE})
+_FAILURES = frozenset({Outcome.ERROR, Outcome.TIMEOUT, Outcome.GARBAGE, Outcome.DENIED})
+_NEUTRAL = frozenset({Outcome.ABANDONED, Outcome.UNAVAILABLE, Outcome.TOO_LONG})

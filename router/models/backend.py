@@ -21,6 +21,7 @@ from aiohttp.abc import AbstractStreamWriter
 from typing_extensions import Self
 
 from router.errors import BackendUnavailable
+from router.models.bodies import decompressed, parse_json, web_page
 from router.models.call_request import CallRequest
 from router.models.responses import (
     MAX_ERROR_BYTES,
@@ -38,6 +39,7 @@ DNS_SECONDS = 30
 LARGE_JSON_BYTES = 256 * 1024  # above it, parsing would block the event loop for milliseconds
 NO_CONNECTION = "no connection to the backend"
 MODELS_SECONDS = 10.0
+ERROR_BODY_SECONDS = 5.0
 
 
 class ModelsBackend:
@@ -105,17 +107,21 @@ class ModelsBackend:
         limit = self._settings.max_answer_bytes
         # A redirect would send a second request on one permit, so none is followed.
         async with self._open().post(url, data=body, timeout=timeout, allow_redirects=False) as response:
-            if not response.ok or response.status >= HTTPStatus.MULTIPLE_CHOICES:
-                content = await _read_up_to(response, MAX_ERROR_BYTES)
-                return error_result(response.status, response.headers, content[:MAX_ERROR_BYTES])
+            if response.status >= HTTPStatus.MULTIPLE_CHOICES or response.status < HTTPStatus.OK:
+                content = await _error_body(response)
+                return error_result(response.status, response.headers, content)
             content = await _read_up_to(response, limit)
         if len(content) > limit:
             return CallResult(Outcome.GARBAGE, error=f"the backend's answer is larger than {limit} bytes")
+        page = web_page(content, response.content_type)
+        if page is not None:
+            error = f"a web page instead of an answer: {one_line(page)}"
+            return CallResult(Outcome.UNAVAILABLE, error=error)
         try:
             if len(content) > LARGE_JSON_BYTES:
-                document = await asyncio.to_thread(json.loads, content)
+                document = await asyncio.to_thread(parse_json, content, response.charset)
             else:
-                document = json.loads(content)
+                document = parse_json(content, response.charset)
         except (ValueError, RecursionError):
             error = f"the backend's answer is not JSON: {one_line(content)}"
             return CallResult(Outcome.GARBAGE, error=error)
@@ -137,7 +143,7 @@ class ModelsBackend:
                 f"The Models Backend does not list its models: {status} {error_text(content)}"
             )
         try:
-            return model_names(json.loads(content) if len(content) <= limit else None)
+            return model_names(parse_json(content) if len(content) <= limit else None)
         except (ValueError, RecursionError) as error:
             expected = 'expected ["name", ...] or {"models": [{"name": ...}, ...]}'
             raise BackendUnavailable(
@@ -190,6 +196,7 @@ def _new_session(settings: BackendSettings) -> aiohttp.ClientSession:
         cookie_jar=aiohttp.DummyCookieJar(),
         trust_env=False,  # a proxy from the environment would delay calls after their permit
         headers={"Accept": "application/json", "Accept-Encoding": "identity"},
+        auto_decompress=False,  # an encoding that is named by mistake must not discard the answer
     )
 
 
@@ -201,7 +208,20 @@ async def _read_up_to(response: aiohttp.ClientResponse, limit: int) -> bytes:
         if len(content) > limit:
             response.close()
             break
-    return bytes(content)
+    encoding = response.headers.get("Content-Encoding", "identity")
+    if encoding == "identity":
+        return bytes(content)
+    return await asyncio.to_thread(decompressed, bytes(content), encoding, limit)
+
+
+async def _error_body(response: aiohttp.ClientResponse) -> bytes:
+    """Reads the beginning of an error's body; the status alone counts if it does not come or breaks off."""
+    try:
+        content = await asyncio.wait_for(_read_up_to(response, MAX_ERROR_BYTES), ERROR_BODY_SECONDS)
+    except (aiohttp.ClientError, asyncio.TimeoutError, OSError):
+        response.close()
+        return b""
+    return content[:MAX_ERROR_BYTES]
 
 
 def _broken(error: Exception, sent_at: float | None, timeout_seconds: float) -> CallResult:
@@ -210,7 +230,7 @@ def _broken(error: Exception, sent_at: float | None, timeout_seconds: float) -> 
     if isinstance(error, asyncio.TimeoutError):
         outcome, message = Outcome.TIMEOUT, f"no answer within {timeout_seconds:g} s"
     else:
-        outcome, message = Outcome.ERROR, f"the connection to the backend broke: {one_line(error)}"
+        outcome, message = Outcome.UNAVAILABLE, f"the connection to the backend broke: {one_line(error)}"
     return CallResult(outcome, error=message, latency_seconds=_since(sent_at), may_go_on=True)
 
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-import time
 from collections.abc import Mapping
 from dataclasses import replace
-from email.utils import parsedate_to_datetime
-from http import HTTPStatus
 from typing import Any
 
 from router.database import MAX_INTEGER, postgres_text
+from router.models.bodies import parse_json, web_page
+from router.models.replies import MAY_RETRY_LATER, outcome_of, retry_after
 from router.settings import BackendSettings
 from router.task import CallResult, Outcome
 
-MAX_RETRY_AFTER_SECONDS = 86_400.0
 MAX_ERROR_CHARACTERS = 200
 MAX_ERROR_BYTES = 4096  # of the body of an error
 MAX_COST_USD = 1e6
@@ -24,33 +21,16 @@ _SECRET = re.compile(
     r"(?i)(bearer\s+|\bsk-|(?:api[-_ ]?key|token|password|secret)[\"']?\s*[:=]\s*[\"']?)[^\s\"',;]+"
     r"|(://)[^\s/@]+(?=@)"
 )
-# Other 4xx are REJECTED, everything else is an ERROR.
-_OUTCOMES: dict[int, Outcome] = {
-    HTTPStatus.TOO_MANY_REQUESTS: Outcome.RATE_LIMITED,
-    HTTPStatus.SERVICE_UNAVAILABLE: Outcome.OVERLOADED,
-    HTTPStatus.NOT_FOUND: Outcome.UNKNOWN_MODEL,
-    # These concern the router's access and not the prompt: no task may lose an attempt by them.
-    HTTPStatus.UNAUTHORIZED: Outcome.OVERLOADED,
-    HTTPStatus.PAYMENT_REQUIRED: Outcome.OVERLOADED,
-    HTTPStatus.METHOD_NOT_ALLOWED: Outcome.OVERLOADED,
-    HTTPStatus.PROXY_AUTHENTICATION_REQUIRED: Outcome.OVERLOADED,
-    # Caused by the prompt (a content filter) or not: the attempt counts, and repetition trips the breaker.
-    HTTPStatus.FORBIDDEN: Outcome.ERROR,
-    HTTPStatus.REQUEST_TIMEOUT: Outcome.ERROR,
-    HTTPStatus.TOO_EARLY: Outcome.ERROR,
-}
 
 
 def error_result(status: int, headers: Mapping[str, str], content: bytes) -> CallResult:
     """Returns the result of a reply whose status is not 2xx."""
-    client_error = HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR
-    default = Outcome.REJECTED if client_error else Outcome.ERROR
-    outcome = _OUTCOMES.get(status, default)
-    unavailable = outcome in {Outcome.RATE_LIMITED, Outcome.OVERLOADED}
+    seconds = retry_after(headers)
+    outcome = outcome_of(status, content.decode("utf-8", "replace"), seconds)
+    location = headers.get("Location", "") if outcome is Outcome.DENIED else ""
+    error = f"{status} {error_text(content)}".strip() + (f" (redirect to {location})" if location else "")
     return CallResult(
-        outcome,
-        retry_after_seconds=_retry_after(headers) if unavailable else None,
-        error=f"{status} {error_text(content)}".strip(),
+        outcome, retry_after_seconds=seconds if outcome in MAY_RETRY_LATER else None, error=one_line(error)
     )
 
 
@@ -103,8 +83,11 @@ def value_at(document: Any, path: str) -> Any:
 
 def error_text(content: bytes) -> str:
     """Returns the message of an error reply, out of the usual shapes of JSON errors."""
+    page = web_page(content, "")
+    if page is not None:
+        return one_line(page or "a web page")
     try:
-        found: Any = json.loads(content)
+        found: Any = parse_json(content)
     except (ValueError, RecursionError):
         return one_line(content)
     for key in ("error", "detail", "message"):
@@ -121,21 +104,6 @@ def one_line(text: str | bytes | BaseException) -> str:
         text = str(text) or type(text).__name__
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return _SECRET.sub(r"\1\2***", line)[:MAX_ERROR_CHARACTERS]
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Returns the header in seconds; a date is read against the backend's own clock."""
-    value = headers.get("Retry-After", "").strip()
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            until = parsedate_to_datetime(value).timestamp()
-            now = parsedate_to_datetime(headers["Date"]).timestamp() if "Date" in headers else time.time()
-        except (TypeError, ValueError, OverflowError):
-            return None
-        seconds = until - now
-    return min(max(seconds, 0.0), MAX_RETRY_AFTER_SECONDS) if math.isfinite(seconds) else None
 
 
 def _token_count(value: Any) -> int | None:

@@ -204,14 +204,16 @@ class PullLoop:
 
     async def _settle(self, claim: Claim, result: CallResult) -> None:
         queue = self._host.queue
-        if result.outcome is Outcome.UNSENT:
+        if result.outcome in {Outcome.UNSENT, Outcome.UNAVAILABLE}:
             self._back_off()
             error = result.error or "it cannot be connected to"
             self._host.reports.record(Reason.BACKEND_UNREACHABLE, error, self._model)
+        else:
+            self._failures = 0
+            self._clear(Reason.BACKEND_UNREACHABLE)
+        if result.outcome is Outcome.UNSENT:
             await queue.unclaim(claim.call_id)
             return
-        self._failures = 0
-        self._clear(Reason.BACKEND_UNREACHABLE)
         await self._host.record_error(self._model, result)
         try:
             await queue.settle(claim, result)
@@ -231,7 +233,7 @@ class PullLoop:
             self._host.reports.clear(reason, self._model)
 
     def _back_off(self) -> None:
-        # The backend is unreachable, which costs the task no attempt.
+        # The backend, or what is behind its gateway, is unreachable, which costs the task no attempt.
         self._failures += 1
         backoff = min(MAX_BACKOFF_SECONDS, 0.25 * 2 ** min(self._failures, 10))
         self._not_before = time.monotonic() + backoff

@@ -163,6 +163,8 @@ $$;
 -- does not hold the claim. A claim that was lost with its worker does not count as an attempt, because nobody knows
 -- whether its call was sent: it has a bound of its own. Such a task is ready again immediately, and from the third
 -- loss on after a delay, so that a prompt that kills its worker does not do so without pause.
+-- Calls that an outage or a wrong access ended do not count either, and are repeated after growing delays, other models
+-- first. After ten of them they do count while the model answers other prompts: then the prompt is the reason.
 CREATE OR REPLACE FUNCTION requeue(
     p_call model_calls, p_counted boolean, p_error text DEFAULT NULL, p_outcome text DEFAULT NULL) RETURNS text
 LANGUAGE plpgsql AS $$
@@ -172,13 +174,22 @@ DECLARE
     failed_by text[];
     immediately boolean;
     is_lost boolean := p_outcome IS NOT DISTINCT FROM 'lost';
+    is_outage boolean := NOT p_counted AND coalesce(p_outcome IN ('unavailable', 'denied'), false);
+    outages integer := 0;
     ends boolean;
 BEGIN
     SELECT * INTO held FROM queue q WHERE q.task_id = p_call.task_id AND q.call_id = p_call.call_id FOR UPDATE;
     IF NOT FOUND THEN
         RETURN NULL;
     END IF;
+    IF is_outage THEN
+        outages := count_outages(p_call);
+        p_counted := outages >= 10 AND answers_now(p_call.model);
+    END IF;
     SELECT CASE WHEN is_lost THEN held.lost + 1 >= s.max_lost_claims
+                WHEN p_outcome = 'too_long' THEN NOT EXISTS (  -- no model takes more
+                    SELECT FROM roster r, roster o WHERE r.model = p_call.model AND o.state IN ('active', 'probation')
+                       AND o.context_tokens > r.context_tokens)
                 ELSE p_counted AND held.attempt >= s.max_attempts END INTO ends FROM queue_settings s;
     IF ends THEN
         UPDATE tasks t
@@ -190,17 +201,21 @@ BEGIN
          WHERE t.id = held.task_id;  -- the trigger deletes the queue row and counts
         RETURN 'failed';
     END IF;
-    IF NOT p_counted OR is_lost THEN
+    IF NOT p_counted AND NOT is_outage OR is_lost THEN
         immediately := NOT is_lost OR held.lost < 2;
         UPDATE queue SET state = CASE WHEN immediately THEN 'ready' ELSE 'waiting' END,
                          wake_at = CASE WHEN NOT immediately THEN clock_timestamp() + retry_delay(held.lost - 1) END,
                          position = requeue_position(), call_id = NULL, worker = NULL, claimed_at = NULL,
-                         lost = held.lost + is_lost::int, attempt = greatest(held.attempt - 1, 0)
+                         lost = held.lost + is_lost::int, attempt = greatest(held.attempt - 1, 0),
+                         min_context = CASE WHEN p_outcome = 'too_long'
+                                            THEN greatest(held.min_context, (SELECT r.context_tokens FROM roster r
+                                                                              WHERE r.model = p_call.model))
+                                            ELSE held.min_context END
          WHERE task_id = held.task_id;
         PERFORM ensure_lane(held.category, held.priority), wake_workers();
         RETURN 'retry';
     END IF;
-    woken := clock_timestamp() + retry_delay(held.attempt);
+    woken := clock_timestamp() + retry_delay(CASE WHEN p_counted THEN held.attempt ELSE least(outages + 1, 6) END);
     failed_by := array_append(array_remove(held.not_by, p_call.model), p_call.model);
     IF NOT EXISTS (SELECT FROM roster r WHERE r.state IN ('active', 'probation') AND NOT r.model = ANY (failed_by)) THEN
         failed_by := NULL;  -- every model failed: any of them may retry
@@ -210,6 +225,7 @@ BEGIN
     UPDATE queue SET state = CASE WHEN immediately THEN 'ready' ELSE 'waiting' END,
                      position = CASE WHEN immediately THEN requeue_position() ELSE position END,
                      wake_at = CASE WHEN immediately THEN NULL ELSE woken END, not_by = failed_by,
+                     attempt = CASE WHEN p_counted THEN held.attempt ELSE greatest(held.attempt - 1, 0) END,
                      not_by_until = woken + (SELECT make_interval(secs => s.another_model_seconds) FROM queue_settings s),
                      call_id = NULL, worker = NULL, claimed_at = NULL
      WHERE task_id = held.task_id;
@@ -238,6 +254,22 @@ BEGIN
     END IF;
     RETURN (SELECT c.settlement FROM model_calls c WHERE c.call_id = p_call_id);
 END
+$$;
+
+-- Earlier calls for the same prompt that an outage or a wrong access ended.
+CREATE OR REPLACE FUNCTION count_outages(p_call model_calls) RETURNS integer
+LANGUAGE sql STABLE AS $$
+    SELECT count(*)::integer FROM model_calls c
+     WHERE c.task_id = p_call.task_id AND c.prompt_version = p_call.prompt_version
+       AND c.outcome IN ('unavailable', 'denied') AND c.call_id <> p_call.call_id
+$$;
+
+-- Whether the model has answered a prompt of the last minute.
+CREATE OR REPLACE FUNCTION answers_now(p_model text) RETURNS boolean
+LANGUAGE sql STABLE AS $$
+    SELECT EXISTS (SELECT FROM model_calls c
+                    WHERE c.call_id >= (SELECT first_call_id(clock_timestamp() - interval '1 minute'))
+                      AND c.model = p_model AND c.outcome = 'answered')
 $$;
 
 -- One line per failed call, newest first.

@@ -164,9 +164,9 @@ FAULTS = [
     ({"status": 400, "message": "no such role"}, Outcome.REJECTED, "answered 400: no such role"),
     ({"status": 429, "retry_after": 7}, Outcome.RATE_LIMITED, "answered 429"),
     ({"status": 503, "retry_after": 3}, Outcome.OVERLOADED, "answered 503"),
-    ({"status": 500}, Outcome.ERROR, "answered 500"),
-    ({"status": 504}, Outcome.ERROR, "the provider itself ran out of time (504)"),
-    ({"status": 500, "message": f"no {KEY} here"}, Outcome.ERROR, "answered 500: no *** here"),
+    ({"status": 500}, Outcome.UNAVAILABLE, "answered 500"),
+    ({"status": 504}, Outcome.UNAVAILABLE, "the provider itself ran out of time (504)"),
+    ({"status": 500, "message": f"no {KEY} here"}, Outcome.UNAVAILABLE, "answered 500: no *** here"),
 ]
 
 

@@ -112,7 +112,7 @@ async def test_a_real_model_needs_no_config_entry_and_others_stay_simulated(
         (403, Outcome.OVERLOADED, "check LLAMA_API_KEY"),
         (400, Outcome.REJECTED, "said why"),
         (404, Outcome.UNKNOWN_MODEL, "said why"),
-        (500, Outcome.ERROR, "500"),
+        (500, Outcome.UNAVAILABLE, "500"),
         (302, Outcome.OVERLOADED, "302"),
     ],
 )
@@ -148,7 +148,7 @@ async def test_an_invalid_completion_is_a_bad_gateway(
 ) -> None:
     provider.body = body
     result = await ask(server)
-    assert result.outcome is Outcome.ERROR
+    assert result.outcome is Outcome.UNAVAILABLE
     assert "502" in (result.error or "")
 
 
@@ -156,7 +156,7 @@ async def test_half_a_body_is_a_bad_gateway(server: BackendServer, provider: Ope
     provider.missing_bytes = 10
     result = await ask(server)
     assert (result.outcome, result.error) == (
-        Outcome.ERROR,
+        Outcome.UNAVAILABLE,
         "502 the provider broke off in the middle of its answer",
     )
 
