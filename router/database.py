@@ -158,8 +158,8 @@ async def fetch(pool: asyncpg.Pool, statement: str, *arguments: Any) -> list[Any
         if error.sqlstate == LEASE_LOST_SQLSTATE:
             raise LeaseLost(str(error)) from error
         if isinstance(error, asyncpg.DataError) or (error.sqlstate or "").startswith(PERMANENT_SQLSTATES):
-            raise InvalidValue(f"Postgres rejected a value: {error}") from error
-        raise DatabaseError(f"Postgres rejected the statement: {error}") from error
+            raise InvalidValue(f"Postgres rejected a value: {first_line(error)}") from error
+        raise DatabaseError(f"Postgres rejected the statement: {first_line(error)}") from error
     except UNAVAILABLE_ERRORS as error:
         raise DatabaseError(f"Postgres is unavailable: {error or type(error).__name__}") from error
 

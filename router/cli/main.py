@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import typer
-
 from router.cli import terminal
 from router.cli.ask import ASK_HELP, ask
 from router.cli.categories import CATEGORIES_HELP, categories
@@ -19,6 +17,7 @@ from router.cli.discovery import (
     search,
     undo,
 )
+from router.cli.doctor import DOCTOR_HELP, MIGRATE_HELP, doctor, migrate
 from router.cli.knowledge import KNOWLEDGE_HELP, knowledge
 from router.cli.load import HELP as LOAD_HELP
 from router.cli.load import load
@@ -30,10 +29,6 @@ from router.cli.serve import KEYS_HELP, SERVE_HELP, keys, serve
 from router.cli.status import STATUS_HELP, WATCH_HELP, status, watch
 from router.cli.tasks import EXPORT_HELP, RETRY_HELP, export, retry
 from router.cli.terminal import ADMINISTRATION, ANSWERS, MODELS, QUEUE
-from router.database import connect
-from router.migrations import migrate as migrate_schema
-from router.models import sync_roster
-from router.settings import load_config
 
 HELP = """
 Route LLM prompts from a Postgres queue to the best model for each, within per-model rate limits.
@@ -47,17 +42,6 @@ Exit codes:
   2  invalid usage
   3  completed with errors; each failed row or task is listed
 """
-MIGRATE_HELP = """
-Upgrade the schema and sync models.
-
-Upgrades the database schema in place and applies config/models.yaml to the roster, as `router models sync`
-does. Safe to run at any time, also concurrently from several machines.
-
-\b
-Examples:
-  router migrate
-"""
-
 app = terminal.verbs(help=HELP, add_completion=True)
 app.command(help=LOAD_HELP, rich_help_panel=QUEUE)(load)
 app.command(help=STATUS_HELP, rich_help_panel=QUEUE)(status)
@@ -83,28 +67,8 @@ app.add_typer(knowledge, name="knowledge", help=KNOWLEDGE_HELP, rich_help_panel=
 
 app.command(help=SERVE_HELP, rich_help_panel=ADMINISTRATION)(serve)
 app.add_typer(keys, name="keys", help=KEYS_HELP, rich_help_panel=ADMINISTRATION)
-
-
-@app.command(help=MIGRATE_HELP, rich_help_panel=ADMINISTRATION)
-def migrate(
-    *,
-    as_json: terminal.Json = False,
-    database: terminal.Database = None,
-    config: terminal.Config = terminal.DEFAULT_CONFIG,
-) -> None:
-    settings = load_config(config)
-    url = terminal.database_url(database)
-    report = migrate_schema(url)
-    with connect(url) as connection:
-        sync_roster(connection, settings)
-    if as_json:
-        terminal.print_json(report)
-    else:
-        applied = ", ".join(report.applied) or "none"
-        typer.echo(
-            f"migrations applied: {applied}; tasks queued: {report.tasks_queued:,};"
-            f" models: {len(settings.models)}"
-        )
+app.command(help=MIGRATE_HELP, rich_help_panel=ADMINISTRATION)(migrate)
+app.command(help=DOCTOR_HELP, rich_help_panel=ADMINISTRATION)(doctor)
 
 
 def main() -> None:

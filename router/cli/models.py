@@ -20,6 +20,7 @@ from router.errors import (
     TrafficTargetError,
     first_line,
 )
+from router.migrations import recount_if_due, schema_problem
 from router.models import VARIABLE_PREFIX, AirflowApi, sync_roster
 from router.settings import load_config, load_discovery, read_discovered
 from router.status import ModelStatus, Status, read_status
@@ -325,6 +326,11 @@ def sync(
         before = {row["model"]: row for row in _roster(connection)}
         sync_roster(connection, settings)
         after = {row["model"]: row for row in _roster(connection)}
+        connection.commit()
+        recount_if_due(connection)
+        problem = schema_problem(connection)
+    if problem is not None:
+        terminal.note(str(problem))
     added = sorted(after.keys() - before.keys())
     changed = sorted(name for name in before if before[name] != after.get(name))
     if as_json:

@@ -192,6 +192,11 @@ def as_json(value: Any, *, indent: int | None = 2) -> str:
     return json.dumps(value, ensure_ascii=False, indent=indent, default=_plain)
 
 
+def plain(value: Any) -> dict[str, Any]:
+    """Returns a dataclass as a dictionary of values that JSON has."""
+    return dict(json.loads(as_json(value)))
+
+
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)

@@ -48,6 +48,7 @@ def sync_roster(connection: Connection, config: RouterConfig) -> None:
     if config.classification is not None:
         whole["categorise"] = config.classification.classify_tasks
         whole["categorise_seconds"] = config.classification.timeout_seconds
+    whole["task_defaults"] = config.tasks.as_text()
     rows(connection, "SELECT sync_roster(%s::jsonb)", (json.dumps(whole),))
 
 

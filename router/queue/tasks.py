@@ -23,9 +23,10 @@ _STAGING = """
 CREATE TEMP TABLE router_staging (
     line bigint, prompt text, category text, priority integer, external_id text, own_id boolean,
     max_tokens integer, deadline_at timestamptz) ON COMMIT DROP"""
+_MORE = "SELECT names, literals FROM task_default_columns()"
 _INSERT = """
-INSERT INTO tasks (prompt, category, priority, external_id, max_tokens, deadline_at)
-SELECT i.prompt, i.category, i.priority, i.external_id, i.max_tokens, i.deadline_at
+INSERT INTO tasks (prompt, category, priority, external_id, max_tokens, deadline_at{names})
+SELECT i.prompt, i.category, i.priority, i.external_id, i.max_tokens, i.deadline_at{literals}
   FROM router_staging i ORDER BY i.line
 ON CONFLICT (external_id) WHERE external_id IS NOT NULL DO NOTHING"""
 _CONFLICTS = """
@@ -88,13 +89,14 @@ def category_names(connection: Connection) -> list[str]:
 
 def enqueue(connection: Connection, batch: Sequence[NewTask]) -> Added:
     """Inserts and commits the tasks whose external_id is new."""
+    more = rows(connection, _MORE)[0]
     copied = StringIO("".join(map(_copy_line, batch)))
     with connection.cursor() as cursor:
         cursor.execute(_STAGING)
         cursor.copy_expert("COPY router_staging FROM STDIN", copied)
         # Serialized, because two batches with the same ids in different order would deadlock.
         cursor.execute("SELECT pg_advisory_xact_lock(hashtext('router_load'), 0)")
-        cursor.execute(_INSERT)
+        cursor.execute(_INSERT.format(**more))
         added = cursor.rowcount
     found = rows(connection, _CONFLICTS) if added < len(batch) else []
     connection.commit()

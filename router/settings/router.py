@@ -126,6 +126,19 @@ class FallbackSettings(Frozen):
     before_deadline_seconds: float = Field(default=10.0, ge=0, le=3600)
 
 
+class TaskSettings(Frozen):
+    """The table `tasks`. `defaults`: values of further columns for tasks that load, ask and serve insert."""
+
+    defaults: dict[str, bool | int | float | str] = Field(default={})
+
+    def as_text(self) -> dict[str, str]:
+        """Returns the defaults as Postgres reads them."""
+        return {
+            name: str(value).lower() if isinstance(value, bool) else str(value)
+            for name, value in self.defaults.items()
+        }
+
+
 class RouterConfig(Frozen):
     """Contents of `config/models.yaml`, the categories, and the discovered models."""
 
@@ -140,6 +153,7 @@ class RouterConfig(Frozen):
     traffic: TrafficSettings = TrafficSettings()
     answering: AnsweringSettings = AnsweringSettings()
     fallback: FallbackSettings = FallbackSettings()
+    tasks: TaskSettings = TaskSettings()
     discovered: dict[str, DiscoveredModel] = Field(default={})  # without those that `models` overrides
     discovered_problem: str | None = Field(default=None, exclude=True)  # why discovered.yaml is ignored
 

@@ -51,13 +51,15 @@ END
 $$;
 
 -- Handles an update of a task by anyone but settle_call. A task that is reset to unsolved or edited is a new
--- version: calls in flight for the old version change nothing.
+-- version: calls in flight for the old version change nothing. An edited prompt of a solved or failed task is solved
+-- again and loses its answer, unless the same update writes an answer, or leaves no prompt (its text was removed).
 CREATE OR REPLACE FUNCTION task_updated() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER
 SET search_path FROM CURRENT SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
     reset boolean := NEW.status = 'unsolved' AND OLD.status <> 'unsolved';
     edited boolean := NEW.prompt IS DISTINCT FROM OLD.prompt;
+    answered boolean := NEW.answer IS DISTINCT FROM OLD.answer AND NEW.answer IS NOT NULL;
     held queue;
     lane text;
     rank_in_lane smallint := queue_priority(NEW.priority);
@@ -73,8 +75,17 @@ BEGIN
         RETURN NEW;  -- locking the queue rows of an edit of many tasks would leave models without work until it commits
     END IF;
     SELECT * INTO held FROM queue q WHERE q.task_id = OLD.id FOR UPDATE;
+    IF edited AND NEW.status = OLD.status AND NEW.status <> 'unsolved' AND NOT answered AND NEW.prompt ~ '\S' THEN
+        NEW.status := 'unsolved';
+        reset := true;
+    END IF;
     IF reset OR edited THEN
         NEW.prompt_version := new_prompt_version();
+    END IF;
+    IF edited AND NEW.status = 'unsolved' AND NOT answered AND NEW.answer IS NOT NULL THEN
+        NEW.answer := CASE WHEN EXISTS (SELECT FROM pg_attribute a
+                                         WHERE a.attrelid = TG_RELID AND a.attname = 'answer' AND a.attnotnull) THEN '' END;
+        NEW.answer_call_id := NULL;
     END IF;
     IF NEW.status = 'unsolved' AND (reset OR edited OR held.task_id IS NULL) THEN
         NEW.answer_rank := NULL;
@@ -86,12 +97,12 @@ BEGIN
         NEW.status := CASE WHEN NEW.failure IS NULL THEN 'unsolved' ELSE 'failed' END;
     END IF;
 
-    IF NEW.status = 'solved' AND OLD.status <> 'solved' THEN
-        IF NEW.answer IS NOT NULL AND NEW.answer_rank IS NOT DISTINCT FROM OLD.answer_rank
-           AND NEW.answer IS DISTINCT FROM OLD.answer THEN
+    IF NEW.status = 'solved' AND (OLD.status <> 'solved' OR edited) THEN
+        IF answered AND NEW.answer_rank IS NOT DISTINCT FROM OLD.answer_rank THEN
             NEW.answer_rank := 3;  -- written by a person or program: calls in flight must not replace it
         END IF;
-        NEW.solved_at := coalesce(NEW.solved_at, clock_timestamp());
+        NEW.solved_at := CASE WHEN edited AND answered AND NEW.solved_at IS NOT DISTINCT FROM OLD.solved_at
+                              THEN clock_timestamp() ELSE coalesce(NEW.solved_at, clock_timestamp()) END;
     END IF;
 
     IF NEW.status = 'unsolved' THEN

@@ -172,6 +172,12 @@ BEGIN
     )
     INSERT INTO task_count_folds SELECT pg_snapshot_xmin(pg_current_snapshot()) WHERE EXISTS (SELECT FROM taken);
 
+    -- `router models sync` recounts. This is for one that met an older transaction; a large table would take too long.
+    IF EXISTS (SELECT FROM queue_settings WHERE recount_after IS NOT NULL)
+       AND (SELECT c.reltuples FROM pg_class c WHERE c.oid = 'tasks'::regclass) < 2000000 THEN
+        PERFORM recount_if_due();
+    END IF;
+
     DELETE FROM queue_lanes l
      USING queue_lanes other
      WHERE other.category = l.category AND other.priority = l.priority AND other.ctid < l.ctid

@@ -54,30 +54,6 @@ BEGIN
 END
 $$;
 
--- Counts all tasks again: after an upgrade, after a restore without triggers, or after a change of the categories.
--- Blocks writers of tasks meanwhile.
-CREATE OR REPLACE FUNCTION recount_tasks() RETURNS void
-LANGUAGE plpgsql AS $$
-BEGIN
-    LOCK TABLE tasks IN SHARE ROW EXCLUSIVE MODE;
-    LOCK TABLE queue IN SHARE ROW EXCLUSIVE MODE;
-    LOCK TABLE task_count_deltas IN SHARE ROW EXCLUSIVE MODE;
-    LOCK TABLE task_counts IN SHARE ROW EXCLUSIVE MODE;
-    DELETE FROM task_count_deltas;
-    DELETE FROM task_counts;
-    INSERT INTO task_counts
-    SELECT category, sum(unsolved), sum(solved), sum(failed)
-      FROM (SELECT category, count(*) AS unsolved, 0 AS solved, 0 AS failed FROM queue GROUP BY category
-            UNION ALL
-            SELECT resolve_category(category), 0, coalesce(sum(n) FILTER (WHERE status = 'solved'), 0),
-                   coalesce(sum(n) FILTER (WHERE failed), 0)
-              FROM (SELECT category, status, is_failed(status::text, interactive) AS failed, count(*) AS n
-                      FROM tasks WHERE status <> 'unsolved' GROUP BY 1, 2, 3) AS t
-             GROUP BY 1) AS parts (category, unsolved, solved, failed)
-     GROUP BY category;
-END
-$$;
-
 -- Repairs differences between queue and tasks for the next p_limit task ids after p_after. next_after is NULL at the
 -- end. Skips locked rows.
 CREATE OR REPLACE FUNCTION reconcile(p_after bigint, p_limit integer DEFAULT 5000)

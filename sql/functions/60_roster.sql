@@ -92,15 +92,19 @@ LANGUAGE plpgsql AS $$
 DECLARE
     fallback_category text := p_config ->> 'default_category';
     taken_over text[] := ARRAY(SELECT model FROM roster WHERE source = 'search' AND p_config -> 'models' ? model);
+    known categories[] := ARRAY(SELECT c FROM categories c ORDER BY c.name);
 BEGIN
     UPDATE categories SET is_default = false WHERE is_default AND name <> fallback_category;
     INSERT INTO categories AS c (name, is_default)
     SELECT name, name = fallback_category FROM jsonb_array_elements_text(p_config -> 'categories') AS name
     ON CONFLICT (name) DO UPDATE SET is_default = EXCLUDED.is_default WHERE c.is_default <> EXCLUDED.is_default;
     DELETE FROM categories WHERE NOT p_config -> 'categories' ? name;
+    IF known <> ARRAY(SELECT c FROM categories c ORDER BY c.name) THEN  -- tasks count under other categories now
+        UPDATE queue_settings SET recount_after = pg_current_xact_id();
+    END IF;
 
     UPDATE queue_settings
-       SET max_attempts = s.max_attempts, retry_base_seconds = s.retry_base_seconds,
+       SET task_defaults = coalesce(p_config -> 'task_defaults', '{}'), max_attempts = s.max_attempts, retry_base_seconds = s.retry_base_seconds,
            retry_cap_seconds = s.retry_cap_seconds, lease_seconds = s.lease_seconds,
            another_model_seconds = s.another_model_seconds,
            categorise = coalesce((p_config ->> 'categorise')::boolean, true),

@@ -21,6 +21,7 @@ LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET lock_t
 DECLARE
     problem text := prompt_problem(p_prompt);
     added record;
+    more record;
 BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
     IF problem IS NOT NULL THEN
@@ -32,9 +33,17 @@ BEGIN
             USING ERRCODE = 'RT001';
     END IF;
     PERFORM set_config('router.interactive', 'on', true);  -- claimed already: no worker needs a notification
-    INSERT INTO tasks (prompt, category, deadline_at, max_tokens, interactive)
-    VALUES (p_prompt, p_category, clock_timestamp() + make_interval(secs => p_deadline_seconds), p_max_tokens, true)
-    RETURNING id, tasks.prompt_version INTO added;
+    SELECT * INTO more FROM task_default_columns();
+    IF more.names = '' THEN
+        INSERT INTO tasks (prompt, category, deadline_at, max_tokens, interactive)
+        VALUES (p_prompt, p_category, clock_timestamp() + make_interval(secs => p_deadline_seconds), p_max_tokens, true)
+        RETURNING id, tasks.prompt_version INTO added;
+    ELSE
+        EXECUTE format('INSERT INTO tasks (prompt, category, deadline_at, max_tokens, interactive%s)'
+                       ' VALUES ($1, $2, $3, $4, true%s) RETURNING id, prompt_version', more.names, more.literals)
+           INTO added
+          USING p_prompt, p_category, clock_timestamp() + make_interval(secs => p_deadline_seconds), p_max_tokens;
+    END IF;
     UPDATE queue q SET state = 'claimed', attempt = 1, call_id = p_call_id, worker = p_worker,
                        claimed_at = clock_timestamp(), deadline_at = NULL
      WHERE q.task_id = added.id;
