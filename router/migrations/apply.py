@@ -266,8 +266,14 @@ def recount_if_due(connection: Connection) -> bool:
 def _queue_existing_tasks(connection: Connection) -> int:
     queued: int = 0
     after = -(2**62)
+    patiently = Retrying(
+        retry=retry_if_exception_type(_LOCKED),
+        wait=wait_random_exponential(multiplier=0.2, max=2),
+        stop=stop_after_delay(LOCK_PATIENCE_SECONDS),
+        reraise=True,
+    )
     while True:
-        step = rows(connection, "SELECT * FROM reconcile(%s)", (after,))[0]
+        step = patiently(rows, connection, "SELECT * FROM reconcile(%s)", (after,))[0]
         queued += step["added"]
         if step["next_after"] is None:
             return queued
