@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import html
 import logging
 import secrets
 from pathlib import Path
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -22,6 +23,7 @@ from .state import ConsoleState
 log = logging.getLogger("router.console")
 
 FOLDER = Path(__file__).parent
+UNAUTHORIZED = 401
 STATIC = {
     "page": ("page.html", "text/html; charset=utf-8"),
     **{
@@ -34,6 +36,7 @@ STATIC = {
             "model_row.js",
             "queue.js",
             "lists.js",
+            "spend.js",
             "task.js",
             "ranking.js",
             "discovery.js",
@@ -53,6 +56,22 @@ HEADERS = {
 }
 
 
+# For a browser that opens the page without a login: the frame's outer page goes to Airflow's own.
+LOGGED_OUT = """<!doctype html>
+<html lang="en">
+  <head>
+    <meta charset="utf-8" />
+    <meta name="viewport" content="width=device-width, initial-scale=1" />
+    <title>Logged out · Router</title>
+  </head>
+  <body>
+    <h1>You are logged out</h1>
+    <p>{reason} <a href="../" target="_top">Log in to Airflow</a>, then open Browse, Router again.</p>
+  </body>
+</html>
+"""
+
+
 class Console:
     """ASGI application; `app` is the FastAPI application inside the middleware."""
 
@@ -66,8 +85,10 @@ class Console:
         self.app.add_api_route(
             "/{anything:path}", _not_found, methods=["GET", "PUT", "POST", "PATCH", "DELETE", "HEAD"]
         )
-        for kind in (StarletteHTTPException, RequestValidationError, RouterError):
+        for kind in (RequestValidationError, RouterError):
             self.app.add_exception_handler(kind, _error_response)
+        self.app.add_exception_handler(StarletteHTTPException, _http_error)
+        self.app.add_exception_handler(Exception, _unexpected_error)
         self._middleware = ResponseMiddleware(self.app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -75,7 +96,7 @@ class Console:
 
 
 class ResponseMiddleware:
-    """ASGI middleware: adds security headers and turns unexpected errors into a 500 with a log reference."""
+    """ASGI middleware: adds security headers to every response."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -97,11 +118,8 @@ class ResponseMiddleware:
         try:
             await self._app(scope, receive, send_with_headers)
         except Exception:
-            reference = secrets.token_hex(4)
-            log.exception("console: unexpected error, reference=%s path=%s", reference, scope.get("path"))
             if not started:
-                message = f"Unexpected error. See reference {reference} in the api-server's log."
-                await JSONResponse({"error": message}, 500)(scope, receive, send_with_headers)
+                raise  # otherwise Starlette raises again what `_unexpected_error` has logged and answered
 
 
 async def _static(request: Request, _user: auth.Reader) -> Response:
@@ -118,10 +136,27 @@ async def _not_found(_user: auth.Reader) -> Response:
     raise HTTPException(404, "There is nothing at this path.")
 
 
-async def _error_response(_request: Request, error: Exception) -> JSONResponse:
+async def _unexpected_error(request: Request, error: Exception) -> JSONResponse:
+    """Logs the error under a reference, and returns a response that names the reference only."""
+    reference = secrets.token_hex(4)
+    path = request.url.path
+    log.error("console: unexpected error, reference=%s path=%s", reference, path, exc_info=error)
+    return JSONResponse(
+        {"error": f"Unexpected error. See reference {reference} in the api-server's log."}, 500
+    )
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Returns the response for an HTTPException: JSON, or for the page without a login a page."""
+    assert isinstance(error, StarletteHTTPException)
+    if error.status_code == UNAUTHORIZED and request.url.path.endswith("/page"):
+        page = LOGGED_OUT.format(reason=html.escape(str(error.detail).rstrip(".") + "."))
+        return HTMLResponse(page, UNAUTHORIZED, headers=error.headers)
+    return JSONResponse({"error": str(error.detail)}, error.status_code, headers=error.headers)
+
+
+async def _error_response(_request: Request, error: Exception) -> Response:
     """Returns the response for an error: its message with the matching status."""
-    if isinstance(error, StarletteHTTPException):
-        return JSONResponse({"error": str(error.detail)}, error.status_code, headers=error.headers)
     if isinstance(error, CapacityExceeded):
         wait = {"retry-after": f"{error.retry_after_seconds:.0f}"}
         return JSONResponse({"error": str(error)}, 503, headers=wait)

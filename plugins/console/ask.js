@@ -79,6 +79,10 @@ export class Ask {
     this.node = el("section", { "aria-label": "Ask" }, this.form, this.result);
   }
 
+  go() {
+    if (this.me.may.ask) api("ask/open", { method: "POST" }).catch(() => {}); // the request reports errors
+  }
+
   update(status) {
     addOptions(this.category, status.category_names);
     addOptions(this.model, Object.keys(status.models));
@@ -118,6 +122,8 @@ export class Ask {
   }
 
   receive(line) {
+    if (line.opening)
+      setText(this.status, "Starting: connections, classifier and knowledge. The first request takes some seconds.");
     if (line.error) this.showError(line.error);
     if (line.event) this.showEvent(line.event);
     if (line.answer) this.showAnswer(line.answer);

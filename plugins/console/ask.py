@@ -52,11 +52,28 @@ class AskSessions:
         self._router: Router | None = None
         self._lock = asyncio.Lock()
         self._running: set[asyncio.Task[None]] = set()
+        self._warming: set[asyncio.Task[None]] = set()
         self._used_at = 0.0
         self._closer: asyncio.Task[None] | None = None
 
+    def warm_up(self) -> bool:
+        """Opens the router in the background; returns whether it is open already."""
+        if self._router is None and not self._lock.locked():
+            task = asyncio.create_task(self._open_early(), name="router console ask warm-up")
+            self._warming.add(task)
+            task.add_done_callback(self._warming.discard)
+        return self._router is not None
+
+    async def _open_early(self) -> None:
+        try:
+            await self._opened()
+        except RouterError as error:  # the request that needs it reports the error
+            log.warning("console: cannot open the router: %s", error)
+
     async def stream(self, body: AskBody) -> AsyncIterator[bytes]:
-        """Yields JSON lines: `event`s, the `answer`, `late` answers, or an `error`, then `end`.
+        """Yields JSON lines: `opening`, `event`s, the `answer`, `late` answers, or an `error`, then `end`.
+
+        `opening` tells that the router is not open yet, so that the first call takes some seconds.
 
         Raises CapacityExceeded if MAX_CONCURRENCY requests are in progress.
         """
@@ -72,11 +89,13 @@ class AskSessions:
 
     async def close(self) -> None:
         """Cancels the requests in progress and closes the router."""
-        await cancel_and_wait(*self._running, *filter(None, [self._closer]))
+        await cancel_and_wait(*self._running, *self._warming, *filter(None, [self._closer]))
         await self._close_router()
 
     async def _answer(self, body: AskBody, send: Callable[[dict[str, Any]], None]) -> None:
         try:
+            if self._router is None:
+                send({"opening": True})
             router = await self._opened()
             answer = await router.answer(
                 body.prompt, category=body.category or None, model=body.model or None,

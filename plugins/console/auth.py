@@ -1,7 +1,7 @@
 """Authorization of the console's routes by Airflow's permissions.
 
-Reading requires permission to read the DAG solve_tasks, editing a target to edit its Variable, retrying and
-asking to trigger the DAGs solve_tasks and ask_prompt.
+Reading requires permission to read the DAG solve_tasks, pausing to edit it, editing a target to edit its
+Variable, retrying and asking to trigger the DAGs solve_tasks and ask_prompt.
 """
 
 from __future__ import annotations
@@ -44,6 +44,12 @@ def may_edit(user: BaseUser, model: str) -> bool:
     return get_auth_manager().is_authorized_variable(method="PUT", details=details, user=user)
 
 
+def may_pause(user: BaseUser) -> bool:
+    """Returns whether the user may pause the DAG solve_tasks."""
+    details = DagDetails(id=SOLVE_DAG, team_name=_team_of_dag(SOLVE_DAG))
+    return get_auth_manager().is_authorized_dag(method="PUT", details=details, user=user)
+
+
 def may_trigger(user: BaseUser, dag: str) -> bool:
     """Returns whether the user may trigger a DAG."""
     details = DagDetails(id=dag, team_name=_team_of_dag(dag))
@@ -71,10 +77,16 @@ def _retrier(request: Request, user: GetUserDep) -> BaseUser:
     return _require(user, may_read(user) and may_trigger(user, SOLVE_DAG))
 
 
+def _pausing(request: Request, user: GetUserDep) -> BaseUser:
+    _require_same_origin(request)
+    return _require(user, may_read(user) and may_pause(user))
+
+
 Reader = Annotated[BaseUser, Depends(_reader)]
 Editor = Annotated[BaseUser, Depends(_editor)]
 Asking = Annotated[BaseUser, Depends(_asking)]
 Retrier = Annotated[BaseUser, Depends(_retrier)]
+Pausing = Annotated[BaseUser, Depends(_pausing)]
 
 
 def _require(user: BaseUser, allowed: bool) -> BaseUser:  # noqa: FBT001 - the only argument that matters

@@ -70,6 +70,27 @@ document.addEventListener("click", (event) => {
   outer.click();
 });
 
+// -- pause switch of the batch
+
+const pause = document.getElementById("pause");
+pause.addEventListener("click", async () => {
+  pause.disabled = true;
+  try {
+    await api("paused", { method: "PUT", body: { paused: !status.held } });
+  } catch (error) {
+    problem = error.message;
+    tick();
+  }
+  pause.disabled = false;
+});
+
+function showPause() {
+  pause.hidden = !me.may.pause || !status;
+  if (!status) return;
+  setText(pause, status.held ? "Resume batch" : "Pause batch");
+  pause.title = `The DAG solve_tasks is ${status.held ? "paused" : "running"}.`;
+}
+
 // -- live updates
 
 async function listen() {
@@ -119,6 +140,7 @@ function receive(line) {
   receivedAt = Date.now();
   status = line;
   shown?.update(status);
+  showPause();
   tick();
 }
 

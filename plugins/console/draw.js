@@ -42,8 +42,41 @@ export function replace(node, ...children) {
 
 // Creates a table; `rows` are elements, or a tbody that the caller fills.
 export function table(head, rows) {
-  const columns = head.map((name) => el("th", { scope: "col" }, name));
-  return el("table", {}, el("thead", {}, el("tr", {}, columns)), rows.tagName ? rows : el("tbody", {}, rows));
+  const columns = head.map((name) => el("th", { scope: "col", role: "columnheader" }, name));
+  const body = rows.tagName ? rows : el("tbody", {}, rows);
+  body.setAttribute("role", "rowgroup");
+  labelCells(body, head);
+  new MutationObserver(() => labelCells(body, head)).observe(body, { childList: true });
+  const top = el("thead", { role: "rowgroup" }, el("tr", { role: "row" }, columns));
+  return el("table.list", { role: "table" }, top, body);
+}
+
+// A table of which only SHORT rows are shown until it is unfolded.
+const SHORT = 8; // as in console.css
+export function shortTable(head, rows) {
+  const made = table(head, rows);
+  const body = made.tBodies[0];
+  const more = el("button.small", { type: "button", onclick: () => fold(!folded.classList.contains("short")) });
+  const folded = el("div.short", {}, made, more);
+  const fold = (isShort) => {
+    folded.classList.toggle("short", isShort);
+    more.hidden = body.rows.length <= SHORT;
+    setText(more, isShort ? `Show all ${body.rows.length}` : "Show fewer");
+  };
+  new MutationObserver(() => fold(folded.classList.contains("short"))).observe(body, { childList: true });
+  fold(true);
+  return folded;
+}
+
+// On a phone a row is a card whose cells show these labels; roles keep it a table for screen readers.
+function labelCells(body, head) {
+  for (const row of body.rows) {
+    row.setAttribute("role", "row");
+    [...row.cells].forEach((cell, i) => {
+      cell.dataset.label = head[i] ?? "";
+      cell.setAttribute("role", cell.tagName === "TH" ? "rowheader" : "cell");
+    });
+  }
 }
 
 // Appends options that the select does not have yet.

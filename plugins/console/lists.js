@@ -10,7 +10,7 @@ import {
   replace,
   seconds,
   setText,
-  table,
+  shortTable,
   usd,
 } from "./draw.js";
 import { label, OUTCOME_GROUPS, OUTCOMES, ROLES, SETTLEMENTS } from "./labels.js";
@@ -35,7 +35,7 @@ export class Failures {
       "section.card",
       { "aria-label": "Failures", hidden: true },
       el("div.row", {}, el("h2", {}, "Failures"), this.all, this.message),
-      table(["Task", "Category", "Failed", "Reason", ...(me.may.retry ? ["Retry"] : [])], this.list),
+      shortTable(["Task", "Category", "Failed", "Reason", ...(me.may.retry ? ["Retry"] : [])], this.list),
     );
   }
 
@@ -126,7 +126,7 @@ export class Calls {
         field("Outcome", this.outcome),
         this.message,
       ),
-      table(
+      shortTable(
         ["Started", "Task", "Model", "Category", "Role", "Outcome", "Settlement", "Latency", "Cost"],
         this.list,
       ),

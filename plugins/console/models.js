@@ -2,6 +2,7 @@
 
 import { api, el, number, setText, seconds } from "./draw.js";
 import { COLUMNS, ModelRow } from "./model_row.js";
+import { Spend } from "./spend.js";
 
 export class Models {
   constructor(me) {
@@ -24,6 +25,7 @@ export class Models {
       ),
     );
     this.summary = el("p.summary");
+    this.spend = new Spend();
     this.node = el(
       "section",
       { "aria-label": "Models" },
@@ -34,6 +36,7 @@ export class Models {
         {},
         "Plots show requests per minute over the last ten minutes; the dashed line is the target.",
       ),
+      this.spend.node,
     );
   }
 
@@ -43,6 +46,7 @@ export class Models {
 
   update(status) {
     this.addSends(status.sends);
+    this.spend.update();
     this.summarize(status);
     const names = Object.keys(status.models);
     for (const [name, row] of this.rows)

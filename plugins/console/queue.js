@@ -1,6 +1,6 @@
 // View Queue: tasks by state, estimated completion, failures, recent calls, and the details of one task.
 
-import { ago, api, el, number, replace, seconds, setText } from "./draw.js";
+import { ago, api, el, number, replace, seconds, setText, table } from "./draw.js";
 import { label, TASK_STATES } from "./labels.js";
 import { Calls, Failures, taskLink } from "./lists.js";
 import { taskDetails } from "./task.js";
@@ -15,9 +15,12 @@ export class Queue {
     this.failures = new Failures(me);
     this.calls = new Calls();
     this.details = el("div", { "aria-live": "polite" });
+    this.found = el("p", { role: "status" });
+    this.text = el("input", { id: "find", type: "search", maxlength: 100, required: true });
     this.overview = el(
       "div",
       {},
+      this.finder(),
       this.tiles,
       this.estimate,
       this.oldest,
@@ -25,27 +28,40 @@ export class Queue {
         "section.card",
         { "aria-label": "By category", tabindex: "0" },
         el("h2", {}, "By category"),
-        el(
-          "table",
-          {},
-          el(
-            "thead",
-            {},
-            el(
-              "tr",
-              {},
-              ["Category", "Unsolved", "Solved", "Failed", "Tasks/min", "ETA"].map((name, i) =>
-                el(i ? "th.right" : "th", { scope: "col" }, name),
-              ),
-            ),
-          ),
-          this.categories,
-        ),
+        table(["Category", "Unsolved", "Solved", "Failed", "Tasks/min", "ETA"], this.categories),
       ),
       this.failures.node,
       this.calls.node,
     );
     this.node = el("section", { "aria-label": "Queue" }, this.details, this.overview);
+  }
+
+  finder() {
+    const find = async (event) => {
+      event.preventDefault();
+      try {
+        const query = new URLSearchParams({ text: this.text.value });
+        const { tasks } = await (await api(`tasks?${query}`)).json();
+        if (tasks.length === 1) location.hash = `queue/task/${tasks[0].task_id}`;
+        else if (tasks.length === 0) setText(this.found, "There is no task with this id or external id.");
+        else
+          replace(
+            this.found,
+            "Two tasks match: ",
+            tasks.map((task) => [taskLink(task.task_id), ` (external id ${task.external_id ?? "none"}) `]),
+          );
+      } catch (error) {
+        setText(this.found, error.message);
+      }
+    };
+    return el(
+      "form.row.find",
+      { role: "search", onsubmit: find },
+      el("label", { for: "find" }, "Task id or external id"),
+      this.text,
+      el("button", { type: "submit" }, "Find"),
+      this.found,
+    );
   }
 
   go([what, id]) {
@@ -117,7 +133,7 @@ export class Queue {
             "tr",
             {},
             el("th", { scope: "row" }, name),
-            [1, 2, 3, 4, 5].map(() => el("td.right")),
+            [1, 2, 3, 4, 5].map(() => el("td")),
           ),
         ),
       );

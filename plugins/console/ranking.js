@@ -1,6 +1,6 @@
 // View Ranking: the ranking of each category with its evidence and history, and inactive models.
 
-import { api, clock, el, number, replace, seconds, svg, table, usd } from "./draw.js";
+import { api, clock, el, number, replace, seconds, shortTable, svg, usd } from "./draw.js";
 import { Discovery } from "./discovery.js";
 
 const REFRESH_SECONDS = 15;
@@ -49,7 +49,7 @@ function category(name, models, found) {
     "section.card",
     { "aria-label": name },
     el("h2", {}, name, name === found.default ? el("span.quiet", {}, " (default)") : null),
-    table(
+    shortTable(
       head,
       models.map((m) =>
         el(
@@ -149,7 +149,7 @@ function others(models) {
     "section.card",
     { "aria-label": "On probation, paused or retired", tabindex: "0" },
     el("h2", {}, "On probation, paused or retired"),
-    table(
+    shortTable(
       ["Model", "State", "Source", "Last error"],
       models.map((m) =>
         el(

@@ -18,10 +18,7 @@ log = logging.getLogger("router.console")
 
 THREADS = 3
 TIMEOUT_SECONDS = 5
-OPTIONS = (
-    f"-c default_transaction_read_only=on -c statement_timeout={TIMEOUT_SECONDS}s -c jit=off"
-    " -c application_name=router_console"
-)
+OPTIONS = f"-c statement_timeout={TIMEOUT_SECONDS}s -c jit=off -c application_name=router_console"
 T = TypeVar("T")
 
 
@@ -71,6 +68,8 @@ class ReadPool:
         connection: Connection | None = getattr(self._local, "connection", None)
         if connection is None or connection.closed:
             connection = open_connection(self._url(), options=OPTIONS, connect_seconds=3)
+            # Not by default_transaction_read_only, which the status reads as the server's own setting.
+            connection.set_session(readonly=True)
             self._local.connection = connection
             self._connections.add(connection)
         return connection

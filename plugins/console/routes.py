@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
+from datetime import datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, HTTPException, Query, Request
 from fastapi.responses import Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from router.traffic import GRAMMAR, MAX_LINE_CHARACTERS, TrafficTarget
 
-from . import airflow_links, auth, tasks
+from . import airflow_links, auth, pause_dag, tasks
 from .ask import AskBody
 from .live import as_line
 from .state import ConsoleState
@@ -26,7 +27,10 @@ STREAM_HEADERS = {"x-accel-buffering": "no"}
 MAX_NAME_CHARACTERS = 100
 
 api = APIRouter()
-Name = Annotated[str | None, Query(max_length=MAX_NAME_CHARACTERS)]
+# Postgres cannot store NUL characters.
+Text = Annotated[str, StringConstraints(max_length=MAX_NAME_CHARACTERS, pattern=r"^[^\x00]*$")]
+Name = Annotated[Text | None, Query()]
+Id = Annotated[int, Field(gt=-(2**63), lt=2**63)]
 
 
 class TargetBody(BaseModel):
@@ -42,8 +46,16 @@ class RetryBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    task_ids: list[int] | None = Field(default=None, max_length=1000)
-    category: str | None = Field(default=None, max_length=MAX_NAME_CHARACTERS)
+    task_ids: list[Id] | None = Field(default=None, max_length=1000)
+    category: Text | None = None
+
+
+class PauseBody(BaseModel):
+    """Body that pauses or resumes the batch."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    paused: bool
 
 
 def _console(request: Request) -> ConsoleState:
@@ -77,6 +89,7 @@ async def me(user: auth.Reader) -> Response:
             "traffic": auth.may_edit(user, "any"),
             "ask": auth.may_trigger(user, auth.ASK_DAG),
             "retry": auth.may_trigger(user, auth.SOLVE_DAG),
+            "pause": auth.may_pause(user),
         }
     )
     return _json({"user": user.get_name(), "may": rights, "grammar": GRAMMAR})
@@ -116,9 +129,9 @@ async def set_target(model: str, request: Request, user: auth.Editor) -> Respons
 class CallQuery(BaseModel):
     """Selects calls. `outcome` may also be `wrong` or `under way`; `before` is a call_id."""
 
-    model: str | None = Field(default=None, max_length=MAX_NAME_CHARACTERS)
-    category: str | None = Field(default=None, max_length=MAX_NAME_CHARACTERS)
-    outcome: str | None = Field(default=None, max_length=MAX_NAME_CHARACTERS)
+    model: Text | None = None
+    category: Text | None = None
+    outcome: Text | None = None
     before: uuid.UUID | None = None
     limit: int = Field(default=50, ge=1, le=200)
 
@@ -133,6 +146,26 @@ async def calls(request: Request, _user: auth.Reader, query: Annotated[CallQuery
     return _json(await _console(request).reads.run(lambda connection: tasks.calls(connection, filters)))
 
 
+@api.put("/paused")
+async def pause(request: Request, user: auth.Pausing) -> Response:
+    """Pause or resume the DAG solve_tasks; calls in flight finish."""
+    body = await auth.read_body(request, PauseBody, MAX_BYTES)
+    await asyncio.to_thread(pause_dag.set_paused, auth.SOLVE_DAG, user.get_name(), paused=body.paused)
+    return _json({"paused": body.paused})
+
+
+@api.get("/spend")
+async def spend(request: Request, _user: auth.Reader) -> Response:
+    """Calls, tokens and cost of each model in the last hour and the last 24 hours."""
+    return _line(await _console(request).spend.line())
+
+
+@api.get("/tasks")
+async def find_tasks(request: Request, _user: auth.Reader, text: Annotated[Text, Query()]) -> Response:
+    """The tasks whose id or external id is `text`: at most two."""
+    return _json(await _console(request).reads.run(lambda connection: tasks.find(connection, text)))
+
+
 @api.get("/tasks/{task_id}")
 async def task(task_id: int, request: Request, _user: auth.Reader) -> Response:
     """One task, its state in the queue, and all its calls."""
@@ -145,7 +178,7 @@ async def task(task_id: int, request: Request, _user: auth.Reader) -> Response:
 
 @api.get("/failures")
 async def failures(
-    request: Request, _user: auth.Reader, category: Name = None, before: Name = None,
+    request: Request, _user: auth.Reader, category: Name = None, before: datetime | None = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 20,
 ) -> Response:  # fmt: skip
     """The newest failed tasks with their reasons. `before`: a `failed_at`."""
@@ -170,6 +203,12 @@ async def ranking(request: Request, _user: auth.Reader) -> Response:
 async def discovery(request: Request, _user: auth.Reader) -> Response:
     """Candidates of the last search, models on probation, and changes of the roster."""
     return _line(await _console(request).discovery.line())
+
+
+@api.post("/ask/open")
+async def open_router(request: Request, _user: auth.Asking) -> Response:
+    """Prepare for asking: connections, classifier and knowledge. Returns at once."""
+    return _json({"ready": _console(request).asks.warm_up()})
 
 
 @api.post("/ask")

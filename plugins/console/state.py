@@ -22,6 +22,7 @@ from .readers import ReadPool
 from .variables import TrafficVariables
 
 CACHE_SECONDS = 5.0  # for data that changes once a day
+SPEND_CACHE_SECONDS = 30.0  # reads up to 200,000 calls
 
 
 class ConsoleState:
@@ -35,6 +36,9 @@ class ConsoleState:
         reviews, criteria = tasks.RecentReviews(), discovery.ProbationCriteria(config_folder())
         self.ranking = self._cached(lambda connection: tasks.ranking(connection, reviews))
         self.discovery = self._cached(lambda connection: discovery.read_discovery(connection, criteria))
+        self.spend = CachedReading(
+            lambda: self.reads.run(lambda connection: as_line(tasks.spend(connection))), SPEND_CACHE_SECONDS
+        )
         self.live = Live(self._read_status)
         self.asks = AskSessions(addresses)
 

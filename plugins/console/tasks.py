@@ -21,6 +21,8 @@ MAX_RANKS = 12  # per plot: more lines are not legible
 MAX_TEXT_CHARACTERS = 20_000
 MAX_RETRIED = 10_000
 MAX_ID = 2**63
+SPEND_HOURS = (1, 24)
+SPEND_CALLS = 100_000
 
 _CALLS = """
 SELECT call_id, task_id, model, category, confidence, role, rank, preferred, fallback, worker, attempt,
@@ -45,6 +47,8 @@ SELECT c.call_id, r.run
   CROSS JOIN LATERAL (SELECT run FROM runs
                        WHERE started_at < c.at + interval '2 minutes' AND (left_at IS NULL OR left_at >= c.at)
                        ORDER BY started_at LIMIT 1) AS r"""
+_FIND = "SELECT * FROM console_find(%s, %s)"
+_SPEND = "SELECT * FROM console_spend(%s, %s)"
 _FAILURES = "SELECT * FROM console_failures(%s, %s::timestamptz, %s)"
 _RANKINGS = """
 SELECT k.category, k.place, r.model, r.state, r.source, r.trouble, k.starting_place, k.standing, k.quality,
@@ -96,7 +100,7 @@ def calls(connection: Connection, filters: CallFilter) -> dict[str, Any]:
 
 def task_details(connection: Connection, task_id: int) -> dict[str, Any] | None:
     """Returns a task, its calls from the oldest on, and their runs; None if there is no such task."""
-    if abs(task_id) >= MAX_ID:
+    if not -MAX_ID <= task_id < MAX_ID:
         return None
     found = rows(connection, _TASK, (MAX_TEXT_CHARACTERS, MAX_TEXT_CHARACTERS, task_id))
     if not found:
@@ -115,20 +119,38 @@ def _runs_of(connection: Connection, made: Sequence[LoggedCall]) -> dict[str, st
     return {row["call_id"]: row["run"] for row in rows(connection, _RUNS, values)}
 
 
-def failures(connection: Connection, category: str | None, before: str | None, limit: int) -> dict[str, Any]:
-    """Returns the newest failed tasks. Raises InputError if `before` is not an ISO 8601 time."""
-    if before is not None:
-        try:
-            datetime.fromisoformat(before)
-        except ValueError as error:
-            raise InputError(f"before={before!r} is not an ISO 8601 time.") from error
+def find(connection: Connection, text: str) -> dict[str, Any]:
+    """Returns the tasks whose id or external id is `text`: at most two."""
+    text = text.strip()
+    if not text:
+        return {"tasks": []}
+    number = int(text) if text.isdecimal() and int(text) < MAX_ID else None
+    return {"tasks": rows(connection, _FIND, (number, text))}
+
+
+def spend(connection: Connection) -> dict[str, Any]:
+    """Returns calls, tokens and cost in USD by model for each of SPEND_HOURS.
+
+    Of each span the newest SPEND_CALLS calls are read; `since` is when the first of them was made.
+    """
+    return {
+        "spans": [
+            {"hours": hours, "models": rows(connection, _SPEND, (hours, SPEND_CALLS))}
+            for hours in SPEND_HOURS
+        ],
+        "among": SPEND_CALLS,
+    }
+
+
+def failures(
+    connection: Connection, category: str | None, before: datetime | None, limit: int
+) -> dict[str, Any]:
+    """Returns the newest failed tasks."""
     return {"failures": rows(connection, _FAILURES, (category, before, limit))}
 
 
 def retry(connection: Connection, category: str | None, task_ids: list[int] | None) -> Retried:
     """Requeues the given tasks, or else the newest failed ones, of a category if one is given."""
-    if task_ids is not None and any(abs(task_id) >= MAX_ID for task_id in task_ids):
-        raise InputError("A task id is out of range; ids end at 9223372036854775807.")
     if task_ids is None:
         newest = rows(connection, _FAILURES, (category, None, MAX_RETRIED))
         task_ids = [row["task_id"] for row in newest]

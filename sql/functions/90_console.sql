@@ -138,3 +138,25 @@ LANGUAGE sql STABLE AS $$
                           ORDER BY c.at DESC LIMIT 1) AS t ON true
      ORDER BY e.at, r.model, k.category
 $$;
+
+-- Tasks with this id or this external id: at most two.
+CREATE OR REPLACE FUNCTION console_find(p_id bigint, p_external_id text)
+RETURNS TABLE (task_id bigint, external_id text, status text, category text, created_at timestamptz)
+LANGUAGE sql STABLE SET enable_seqscan = off AS $$
+    SELECT t.id::bigint, t.external_id::text, t.status::text, resolve_category(t.category), readable_time(t.created_at)
+      FROM tasks t WHERE t.id = p_id OR t.external_id = p_external_id
+$$;
+
+-- Calls, tokens and cost in USD by model in the last p_hours, in the newest p_most calls of them.
+CREATE OR REPLACE FUNCTION console_spend(p_hours integer, p_most integer)
+RETURNS TABLE (model text, calls bigint, prompt_tokens bigint, completion_tokens bigint, cost_usd double precision,
+               without_cost bigint, since timestamptz)
+LANGUAGE sql STABLE AS $$
+    SELECT recent.model, count(*), coalesce(sum(recent.prompt_tokens), 0), coalesce(sum(recent.completion_tokens), 0),
+           coalesce(sum(recent.cost), 0)::float8, count(*) FILTER (WHERE recent.cost IS NULL), min(recent.started_at)
+      FROM (SELECT * FROM model_calls c
+             WHERE c.call_id >= (SELECT first_call_id(clock_timestamp() - make_interval(hours => p_hours)))
+               AND c.outcome IS NOT NULL AND c.outcome <> 'unsent'
+             ORDER BY c.call_id DESC LIMIT p_most) AS recent
+     GROUP BY 1 ORDER BY 5 DESC, 1
+$$;

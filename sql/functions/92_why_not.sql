@@ -36,7 +36,7 @@ LANGUAGE sql STABLE AS $$
     )
     SELECT jsonb_build_object(
         'now', extract(epoch FROM clock_timestamp()),
-        'read_only', current_setting('transaction_read_only') = 'on',
+        'read_only', pg_is_in_recovery() OR current_setting('default_transaction_read_only') = 'on',
         'held', (SELECT held FROM solving),
         'held_since', (SELECT extract(epoch FROM changed_at) FROM solving WHERE held),
         'workers', (SELECT count(*) FROM leases WHERE released_at IS NULL AND lease_until > clock_timestamp()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -78,12 +79,16 @@ def test_every_route_requires_a_login(solving_stack: Solving, admin: Client) -> 
 
 def test_a_viewer_can_read_and_change_nothing(viewer: Client, admin: Client) -> None:
     writes = [(m, p) for m, p in admin.routes() if m not in {"GET", "HEAD"} and "nothing-here" not in p]
-    assert {path for _, path in writes} == {"/api/traffic/phi-4", "/api/failures/retry", "/api/ask"}
+    assert {path for _, path in writes} == {
+        "/api/traffic/phi-4", "/api/failures/retry", "/api/ask", "/api/ask/open", "/api/paused",
+    }  # fmt: skip
     for method, path in writes:
         assert viewer(method, path, headers=WRITE, json={"target": "1/s"}).status_code == 403, (method, path)
     for path in ("/page", "/console.js", "/api/me", "/api/status", "/api/history", "/api/calls"):
         assert viewer("GET", path).status_code == 200, path
-    assert viewer("GET", "/api/me").json()["may"] == {"traffic": False, "ask": False, "retry": False}
+    assert viewer("GET", "/api/me").json()["may"] == dict.fromkeys(
+        ("traffic", "ask", "retry", "pause"), False
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,6 +106,7 @@ def test_cross_site_writes_are_rejected(admin: Client, headers: dict[str, str]) 
         ("PUT", "/api/traffic/phi-4", {"target": "1/s"}),
         ("POST", "/api/failures/retry", {}),
         ("POST", "/api/ask", {"prompt": "?"}),
+        ("PUT", "/api/paused", {"paused": True}),
     ):
         assert admin(method, path, headers=headers, json=body).status_code == 403, path
 
@@ -129,13 +135,22 @@ def test_every_response_has_security_headers(admin: Client) -> None:
         ("POST /api/ask", {"json": {"prompt": "?", "model": "gpt-17"}}, 200, "gpt-17"),
         ("POST /api/ask", {"json": {"prompt": ""}}, 422, "prompt"),
         ("POST /api/ask", {"data": b"{" * 5_000_000}, 413, "bytes"),
-        ("POST /api/failures/retry", {"json": {"task_ids": [2**70]}}, 422, "out of range"),
+        ("POST /api/failures/retry", {"json": {"task_ids": [2**70]}}, 422, "task_ids.0"),
+        ("POST /api/failures/retry", {"json": {"category": "\x00"}}, 422, "category"),
+        ("POST /api/failures/retry", {"data": b'{"category": "\\ud800"}'}, 422, "JSON"),
+        ("PUT /api/paused", {"json": {"paused": "perhaps"}}, 422, "paused"),
+        ("GET /api/tasks/-5", {}, 404, "no task -5"),
+        ("GET /api/tasks", {}, 422, "text"),
+        ("GET /api/tasks?text=%00", {}, 422, "text"),
+        ("GET /api/calls?model=%00", {}, 422, "model"),
+        ("GET /api/failures?category=%00", {}, 422, "category"),
+        ("GET /api/failures?before=2026-W01-1", {}, 422, "before"),
         ("GET /api/tasks/999999999", {}, 404, "999999999"),
         ("GET /api/tasks/99999999999999999999999", {}, 404, "no task"),
         ("GET /api/tasks/x", {}, 422, "task_id"),
         ("GET /api/calls?limit=100000", {}, 422, "limit"),
         ("GET /api/calls?before='", {}, 422, "before"),
-        ("GET /api/failures?before=now", {}, 422, "now"),
+        ("GET /api/failures?before=now", {}, 422, "before"),
     ],
 )
 def test_invalid_requests_are_reported_without_internals(
@@ -150,6 +165,70 @@ def test_invalid_requests_are_reported_without_internals(
     assert words in answer.text
     for inside in ("Traceback", ".py", "psycopg2", "postgresql://"):
         assert inside not in answer.text
+
+
+def test_without_a_login_the_page_is_a_page(solving_stack: Solving) -> None:
+    anonymous = Client(solving_stack, None)
+    answer = anonymous("GET", "/page")
+    assert answer.status_code == 401
+    assert answer.headers["content-type"].startswith("text/html")
+    assert '<a href="../" target="_top">Log in to Airflow</a>' in answer.text
+    assert anonymous("GET", "/api/me").json() == {"error": "Not authenticated"}
+
+
+def test_an_unexpected_error_names_its_reference(solving: Solving, admin: Client) -> None:
+    solving.rows("ALTER FUNCTION console_find(bigint, text) RENAME TO console_find_away")
+    solving.rows(
+        "CREATE FUNCTION console_find(bigint, text) RETURNS TABLE (created_at timestamptz) LANGUAGE sql"
+        " AS $$ SELECT '20000-01-01'::timestamptz $$"
+    )
+    try:
+        answer = admin("GET", "/api/tasks?text=1")
+    finally:
+        solving.rows("DROP FUNCTION console_find(bigint, text)")
+        solving.rows("ALTER FUNCTION console_find_away(bigint, text) RENAME TO console_find")
+    assert answer.status_code == 500
+    (reference,) = re.findall(r"See reference ([0-9a-f]{8}) in the api-server's log", answer.json()["error"])
+    logs = "".join(path.read_text(errors="replace") for path in solving.stack.logs.glob("*api*"))
+    assert f"reference={reference}" in logs
+
+
+def test_a_task_is_found_by_id_and_external_id(solving: Solving, admin: Client) -> None:
+    task = solving.value(
+        "INSERT INTO tasks (prompt, status, external_id) VALUES ('?', 'failed', 'my/own:name') RETURNING id"
+    )
+    for text in (str(task), "my/own:name", f" {task} "):
+        (found,) = admin("GET", "/api/tasks", params={"text": text}).json()["tasks"]
+        assert (found["task_id"], found["external_id"]) == (task, "my/own:name")
+    for text in ("my/own", "-1", "9" * 30, "%"):
+        assert admin("GET", "/api/tasks", params={"text": text}).json() == {"tasks": []}
+
+
+def test_spend_is_the_sum_of_the_calls(solving: Solving, admin: Client) -> None:
+    model = solving.models[0]
+    solving.rows(
+        "INSERT INTO model_calls (call_id, model, outcome, finished_at, cost, completion_tokens)"
+        " SELECT first_call_id(clock_timestamp()), %s, 'answered', clock_timestamp(), 0.25, 20",
+        model,
+    )
+    total = solving.value("SELECT sum(cost)::float8 FROM model_calls WHERE model = %s", model)
+    spans = admin("GET", "/api/spend").json()["spans"]
+    assert [span["hours"] for span in spans] == [1, 24]
+    for span in spans:
+        (spent,) = (found for found in span["models"] if found["model"] == model)
+        assert spent["cost_usd"] == pytest.approx(total)
+        assert spent["completion_tokens"] >= 20
+
+
+def test_the_batch_is_paused_and_resumed(solving: Solving, admin: Client) -> None:
+    def held() -> bool:
+        return bool(solving.value("SELECT held FROM solving"))
+
+    for paused in (True, False):
+        assert admin("PUT", "/api/paused", headers=WRITE, json={"paused": paused}).json() == {
+            "paused": paused
+        }
+        wait_until(lambda paused=paused: held() is paused, 15, "the switch is in force")
 
 
 def test_the_status_has_the_keys_of_the_command_line(solving: Solving, admin: Client) -> None:
