@@ -7,6 +7,7 @@ import contextlib
 import ipaddress
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,8 @@ from router.server import ENVIRONMENT_CLIENT, ApiKeys, Limits, add_key, read_key
 
 DEFAULT_KEYS = Path("~/.config/llm-router/api_keys")
 MEBIBYTE = 1024 * 1024
+ANY_ORIGIN = "*"
+ORIGIN_PATTERN = r"[a-z][a-z0-9+.-]*://[^\s/?#@A-Z]+"
 
 SERVE_HELP = """
 Serve an OpenAI-compatible API.
@@ -138,6 +141,16 @@ def serve(
             help="Interval of keep-alive comments in a stream that waits for its answer.",
         ),
     ] = 10.0,
+    origins: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--cors-origin",
+            envvar="ROUTER_SERVE_CORS_ORIGINS",
+            metavar="ORIGIN",
+            help="Origin of web pages that may use the API, as https://chat.example.org; repeatable."
+            " * allows any. Default: none.",
+        ),
+    ] = None,
     config: terminal.Config = terminal.DEFAULT_CONFIG,
 ) -> None:
     from router.server import ServeOptions, run_server  # noqa: PLC0415 - takes half a second
@@ -152,6 +165,7 @@ def serve(
         limits=Limits(max_body * MEBIBYTE, at_once, keep_alive),
         grace_seconds=grace,
         config=config,
+        origins=_checked_origins(origins or [], has_keys=api_keys is not None),
     )
     access = "localhost only, no authentication" if api_keys is None else f"API keys: {api_keys.count}"
 
@@ -169,6 +183,20 @@ def _require_loopback(host: str) -> None:
         if ipaddress.ip_address(host).is_loopback:
             return
     raise ConfigError(f"--no-keys requires a loopback address, not {host}. Omit --no-keys or --host.")
+
+
+def _checked_origins(origins: list[str], *, has_keys: bool) -> tuple[str, ...]:
+    for origin in origins:
+        if origin == ANY_ORIGIN and not has_keys:
+            raise ConfigError(
+                "--cors-origin * lets any web page use this server. Omit --no-keys, or name origins."
+            )
+        if origin != ANY_ORIGIN and re.fullmatch(ORIGIN_PATTERN, origin) is None:
+            raise ConfigError(
+                f"--cors-origin {origin[:100]!r} is not an origin. Use scheme and host as browsers do:"
+                " https://chat.example.org or http://localhost:3000, in lower case, without a path."
+            )
+    return tuple(origins)
 
 
 def _require_keys(file: Path) -> ApiKeys:

@@ -6,12 +6,11 @@ A request whose client disconnects is canceled.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from starlette.requests import Request
@@ -40,13 +39,15 @@ from router.server.responses import (
     role_event,
     routing_of,
 )
+from router.server.slots import Slots, Uploads
 from router.task import AnswerRank
 
 log = logging.getLogger("router.serve")
 
 HOLD_SECONDS = 2.0  # before a stream starts, so that early errors have an HTTP status
 UNAVAILABLE_RETRY_SECONDS = 5.0
-OVERLOADED_RETRY_SECONDS = 1.0
+UPLOADS_PER_SLOT = 2  # bodies that may be arriving, for each request in progress
+MAX_SHOWN = 50  # characters of a header in an error
 LARGE_BODY_BYTES = 256 * 1024  # parsing a larger one would block the event loop for milliseconds
 STREAM_HEADERS = {
     "cache-control": "no-store",
@@ -57,16 +58,17 @@ STREAM_HEADERS = {
 class ChatCompletions:
     """ASGI endpoint; answers up to `limits.max_concurrency` requests at the same time."""
 
-    def __init__(self, router: Router, limits: Limits) -> None:
+    def __init__(self, router: Router, limits: Limits, several_clients: Callable[[], bool]) -> None:
         self._router = router
         self._limits = limits
-        self._in_progress = 0
+        self._uploads = Uploads(UPLOADS_PER_SLOT * limits.max_concurrency)
+        self._slots = Slots(limits.max_concurrency, several_clients)
         self._answering: set[asyncio.Task[Answer]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._slot():
-            request = Request(scope, receive)
-            document = await self._read_json(request)
+        request = Request(scope, receive)
+        document = await self._read_json(request)
+        with self._slots.take(request.user.username):
             catalog = await read_catalog(self._router)
             await self._answer(request, parse_chat(document, catalog), catalog, send)
 
@@ -75,24 +77,15 @@ class ChatCompletions:
         for answering in self._answering:
             answering.cancel()
 
-    @contextlib.contextmanager
-    def _slot(self) -> Iterator[None]:
-        """Takes a concurrency slot before the body is read."""
-        limit = self._limits.max_concurrency
-        if self._in_progress >= limit:
-            message = f"{limit} requests are in progress, the maximum. Retry later."
-            raise ApiError(503, message, code="overloaded", retry_after_seconds=OVERLOADED_RETRY_SECONDS)
-        self._in_progress += 1
-        try:
-            yield
-        finally:
-            self._in_progress -= 1
-
     async def _read_json(self, request: Request) -> Any:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(415, "Send JSON, with `Content-Type: application/json`.")
-        content = await read_body(request, self._limits)
+        encoding = request.headers.get("content-encoding", "identity").strip().lower()
+        if encoding != "identity":
+            shown = encoding[:MAX_SHOWN]
+            raise ApiError(415, f"The body is encoded as {shown!r}. Send it without Content-Encoding.")
+        content = await read_body(request, self._limits, self._uploads)
         try:
             if len(content) > LARGE_BODY_BYTES:
                 return await asyncio.to_thread(json.loads, content)

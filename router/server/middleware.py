@@ -1,4 +1,4 @@
-"""ASGI middleware of the server: request ids, error responses, authentication and body limits.
+"""ASGI middleware of the server: request ids, error responses, authentication, CORS and body limits.
 
 Nothing of a body is read before its client is authenticated.
 """
@@ -9,20 +9,24 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from urllib.parse import urlsplit
 
 from starlette.authentication import AuthCredentials, AuthenticationBackend, SimpleUser
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.authentication import AuthenticationMiddleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from router.server.api_keys import ApiKeys
+from router.server.connections import SCOPE_KEY
 from router.server.responses import ApiError, ApiResponse
+from router.server.slots import Uploads
 
 log = logging.getLogger("router.serve")
 
@@ -32,6 +36,11 @@ MAX_DISCARDED_BYTES = 64 * 1024 * 1024
 DISCARD_SECONDS = 5.0
 PATHS = "POST /v1/chat/completions, GET /v1/models"
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+CORS_SECONDS = 600
+EXPOSED_HEADERS = (
+    *("x-request-id", "retry-after", "retry-after-ms"),
+    *("x-router-category", "x-router-model", "x-router-provisional", "x-router-task"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,27 +56,52 @@ class ClientGone(Exception):  # noqa: N818 - not an error of the server
     """The client disconnected, or does not read the response."""
 
 
-def protected(app: ASGIApp, keys: ApiKeys | None) -> ASGIApp:
+def protected(app: ASGIApp, keys: ApiKeys | None, origins: Sequence[str] = ()) -> ASGIApp:
     """Returns the app behind authentication, with errors in OpenAI's format.
 
-    Without `keys` only local programs are served.
+    Without `keys` only local programs, and web pages of `origins`, are served. Pages of other origins cannot
+    use the app: browsers ask first.
     """
-    return ErrorMiddleware(AuthenticationMiddleware(app, backend=KeyAuthentication(keys)))
+    inner = AuthenticationMiddleware(app, backend=KeyAuthentication(keys, origins))
+    if not origins:
+        return ErrorMiddleware(inner)
+    return CorsMiddleware(
+        ErrorMiddleware(inner), allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"],
+        expose_headers=EXPOSED_HEADERS, max_age=CORS_SECONDS,
+    )  # fmt: skip
+
+
+class CorsMiddleware(CORSMiddleware):
+    """Answers the preflight requests of browsers; rejects those of other origins in OpenAI's format."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        response = super().preflight_response(request_headers)
+        if response.status_code == HTTPStatus.OK:
+            return response
+        kept = MutableHeaders(response.headers)
+        del kept["content-length"], kept["content-type"]
+        document = ApiError(403, f"{bytes(response.body).decode()}.").document
+        return ApiResponse(document, HTTPStatus.FORBIDDEN, dict(kept))
 
 
 class KeyAuthentication(AuthenticationBackend):
     """Authenticates clients by `Authorization: Bearer KEY`. Raises ApiError."""
 
-    def __init__(self, keys: ApiKeys | None) -> None:
+    def __init__(self, keys: ApiKeys | None, origins: Sequence[str] = ()) -> None:
         self._keys = keys
+        self._origins = origins
 
     async def authenticate(self, conn: HTTPConnection) -> tuple[AuthCredentials, SimpleUser]:
-        return AuthCredentials(["authenticated"]), SimpleUser(self._client(conn.headers))
+        client = self._client(conn.headers)
+        if SCOPE_KEY in conn.scope:
+            conn.scope[SCOPE_KEY].protect()
+        return AuthCredentials(["authenticated"]), SimpleUser(client)
 
     def _client(self, headers: Headers) -> str:
         if self._keys is None:
             # A web page can make a browser send requests here, but with its own Host or Origin.
-            if _host(headers) not in LOOPBACK or "origin" in headers:
+            origin = headers.get("origin")
+            if _host(headers) not in LOOPBACK or (origin is not None and origin not in self._origins):
                 raise ApiError(403, "Without API keys only programs on this machine are served.")
             return "this machine"
         scheme, _, key = headers.get("authorization", "").partition(" ")
@@ -107,7 +141,8 @@ class ErrorMiddleware:
             await self._app({**scope, "app": self, "state": state}, body, response)
         except ApiError as error:
             address = (scope.get("client") or ["?"])[0]
-            log.info("%s from %s rejected: %d %s", request_id, address, error.status, error)
+            text = " ".join(str(error).split())  # one line, whatever the client sent
+            log.info("%s from %s rejected: %d %s", request_id, address, error.status, text)
             await _send_error(error, scope, body, response)
         except HTTPException as error:
             await _send_error(_path_error(scope, error), scope, body, response, error.headers)
@@ -130,6 +165,10 @@ class _Body:
         message = await self._receive()
         self._complete = self._complete or not message.get("more_body")
         return message
+
+    @property
+    def is_complete(self) -> bool:
+        return self._complete
 
     async def discard(self) -> None:
         """Reads what is still to come, within bounds: a client that is sending does not read the response."""
@@ -166,8 +205,11 @@ async def _send_error(
 ) -> None:
     if response.started:
         return
+    if SCOPE_KEY in scope:
+        scope[SCOPE_KEY].unprotect()
     await body.discard()
-    reply = ApiResponse(error.document, error.status, {**error.headers, **(headers or {})})
+    closing = {} if body.is_complete else {"connection": "close"}
+    reply = ApiResponse(error.document, error.status, {**error.headers, **(headers or {}), **closing})
     await reply(scope, body, response)
 
 
@@ -177,12 +219,11 @@ def _path_error(scope: Scope, error: HTTPException) -> ApiError:
     return ApiError(error.status_code, f"{text} ({path}). Available: {PATHS}.")
 
 
-async def read_body(request: Request, limits: Limits) -> bytes:
+async def read_body(request: Request, limits: Limits, uploads: Uploads) -> bytes:
     """Returns the body. Raises ApiError: 413 if it is too large, 408 if it takes too long."""
     try:
-        return await asyncio.wait_for(_read(request, limits.max_body_bytes), BODY_SECONDS)
-    except asyncio.TimeoutError:
-        raise ApiError(408, f"The request did not arrive within {BODY_SECONDS:g} s.") from None
+        reading = _read(request, limits.max_body_bytes)
+        return await uploads.receive(request.user.username, reading, BODY_SECONDS)
     except ClientDisconnect:
         raise ClientGone("the client disconnected before its request was complete") from None
 

@@ -19,6 +19,7 @@ from router.task import AnswerRank
 
 AUTO = "auto"
 MAX_STOPS = 4
+MAX_SHOWN = 100  # characters of an unknown name in an error
 
 # Values that mean the default, and are accepted; null always does.
 DEFAULTS: Mapping[str, tuple[Any, ...]] = {
@@ -154,7 +155,8 @@ def _reject_unsupported(document: dict[str, Any]) -> None:
         if value is None or name in _Body.model_fields or name in IGNORED:
             continue
         if name not in DEFAULTS:
-            raise ApiError(400, f"Unrecognized request argument supplied: {name}", param=name)
+            shown = name[:MAX_SHOWN]
+            raise ApiError(400, f"Unrecognized request argument supplied: {shown}", param=shown)
         if value not in DEFAULTS[name]:
             raise ApiError(
                 400,

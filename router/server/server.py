@@ -7,8 +7,9 @@ import contextlib
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -24,6 +25,13 @@ from router.background import PeriodicJobs
 from router.errors import ConfigError
 from router.server.api_keys import ApiKeys
 from router.server.chat import ChatCompletions, read_catalog
+from router.server.connections import (
+    BACKLOG,
+    BoundedProtocol,
+    Connections,
+    max_connections,
+    raise_open_files,
+)
 from router.server.middleware import Limits, protected
 from router.server.responses import ApiError, model_object
 
@@ -34,7 +42,10 @@ ERROR_SECONDS = 5  # after the grace, for clients to receive that the server is 
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """Address (port 0: any free one), keys (None: local programs only), limits and grace at shutdown."""
+    """Address (port 0: any free one), keys (None: local programs only), limits and grace at shutdown.
+
+    `origins` are those of web pages that may use the API.
+    """
 
     host: str
     port: int
@@ -42,6 +53,7 @@ class ServeOptions:
     limits: Limits
     grace_seconds: float
     config: Path
+    origins: tuple[str, ...] = ()
 
 
 async def run_server(options: ServeOptions, listening: Callable[[str], None]) -> None:
@@ -49,8 +61,9 @@ async def run_server(options: ServeOptions, listening: Callable[[str], None]) ->
     with contextlib.closing(_listen(options.host, options.port)) as listener:
         router = Router.from_config(options.config)
         jobs = PeriodicJobs()
-        app = OpenAIApp(router, options.keys, options.limits)
-        server = _Server(app, options.grace_seconds)
+        app = OpenAIApp(router, options.keys, options.limits, options.origins)
+        connections = max_connections(raise_open_files(), options.limits.max_concurrency)
+        server = _Server(app, options.grace_seconds, Connections(connections))
         try:
             await router.open()
             if options.keys is not None:
@@ -66,7 +79,7 @@ async def run_server(options: ServeOptions, listening: Callable[[str], None]) ->
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         why = error.strerror or error
         raise ConfigError(f"Cannot listen on {host}, port {port}: {why}. Use another --port.") from error
@@ -80,13 +93,15 @@ def _url(listener: socket.socket) -> str:
 class _Server(uvicorn.Server):
     """Stops at a signal: no new requests; those in progress may end within the grace."""
 
-    def __init__(self, app: OpenAIApp, grace_seconds: float) -> None:
+    def __init__(self, app: OpenAIApp, grace_seconds: float, connections: Connections) -> None:
         self._app = app
         self._grace_seconds = grace_seconds
         self._stopped_at: float | None = None
         super().__init__(
             uvicorn.Config(
-                app, http="h11",  # httptools does not limit the size of headers
+                app,
+                http=partial(BoundedProtocol, bounds=connections),  # type: ignore[arg-type]
+                backlog=BACKLOG,
                 lifespan="off", ws="none", access_log=False, log_config=None, log_level="warning",
                 server_header=False, proxy_headers=False, timeout_keep_alive=KEEPALIVE_SECONDS,
                 timeout_graceful_shutdown=int(grace_seconds) + ERROR_SECONDS,
@@ -120,9 +135,11 @@ class _Server(uvicorn.Server):
 class OpenAIApp:
     """ASGI application of the server."""
 
-    def __init__(self, router: Router, keys: ApiKeys | None, limits: Limits) -> None:
+    def __init__(
+        self, router: Router, keys: ApiKeys | None, limits: Limits, origins: Sequence[str] = ()
+    ) -> None:
         self._router = router
-        self._chat = ChatCompletions(router, limits)
+        self._chat = ChatCompletions(router, limits, lambda: keys is not None and keys.count > 1)
         routes = Routes(
             [
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
@@ -131,7 +148,7 @@ class OpenAIApp:
             ],
             redirect_slashes=False,
         )
-        self._app = protected(routes, keys)
+        self._app = protected(routes, keys, origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._app(scope, receive, send)

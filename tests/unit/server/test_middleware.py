@@ -16,6 +16,7 @@ from router.server import middleware
 from router.server.api_keys import ApiKeys
 from router.server.middleware import Limits, protected, read_body
 from router.server.responses import ApiError, ApiResponse
+from router.server.slots import Uploads
 
 KEY = "k" * 20
 
@@ -65,7 +66,7 @@ async def greet(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 async def measure(scope: Scope, receive: Receive, send: Send) -> None:
-    content = await read_body(Request(scope, receive), Limits(max_body_bytes=10))
+    content = await read_body(Request(scope, receive), Limits(max_body_bytes=10), Uploads(1))
     await ApiResponse({"size": len(content)})(scope, receive, send)
 
 
