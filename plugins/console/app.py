@@ -40,6 +40,7 @@ STATIC = {
             "task.js",
             "ranking.js",
             "discovery.js",
+            "search.js",
             "ask.js",
         )
     },

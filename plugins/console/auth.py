@@ -1,7 +1,7 @@
 """Authorization of the console's routes by Airflow's permissions.
 
 Reading requires permission to read the DAG solve_tasks, pausing to edit it, editing a target to edit its
-Variable, retrying and asking to trigger the DAGs solve_tasks and ask_prompt.
+Variable, retrying, asking and searching to trigger the DAGs solve_tasks, ask_prompt and nightly_review.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from router.models import VARIABLE_PREFIX
 
 SOLVE_DAG = "solve_tasks"
 ASK_DAG = "ask_prompt"
+REVIEW_DAG = "nightly_review"
 HEADER = "X-Router-Console"  # forms and pages of other origins cannot set it
 FORBIDDEN = 403
 
@@ -72,6 +73,11 @@ def _asking(request: Request, user: GetUserDep) -> BaseUser:
     return _require(user, may_read(user) and may_trigger(user, ASK_DAG))
 
 
+def _searcher(request: Request, user: GetUserDep) -> BaseUser:
+    _require_same_origin(request)
+    return _require(user, may_read(user) and may_trigger(user, REVIEW_DAG))
+
+
 def _retrier(request: Request, user: GetUserDep) -> BaseUser:
     _require_same_origin(request)
     return _require(user, may_read(user) and may_trigger(user, SOLVE_DAG))
@@ -85,6 +91,7 @@ def _pausing(request: Request, user: GetUserDep) -> BaseUser:
 Reader = Annotated[BaseUser, Depends(_reader)]
 Editor = Annotated[BaseUser, Depends(_editor)]
 Asking = Annotated[BaseUser, Depends(_asking)]
+Searcher = Annotated[BaseUser, Depends(_searcher)]
 Retrier = Annotated[BaseUser, Depends(_retrier)]
 Pausing = Annotated[BaseUser, Depends(_pausing)]
 

@@ -10,11 +10,12 @@ const EXPLANATIONS = {
   refused: "does not meet the criteria",
   known: "already on the roster",
 };
-const TRIED = ["taken", "lost", "unreachable"];
+const TRIED = ["taken", "lost"];
 const DAY_MS = 86_400_000;
 
 export class Discovery {
-  constructor() {
+  constructor(me) {
+    this.mayUndo = me.may.search;
     this.node = el("div");
     this.drawn = "";
   }
@@ -25,12 +26,32 @@ export class Discovery {
       const day = Math.floor(Date.now() / DAY_MS);
       if (this.drawn === `${day} ${text}`) return; // drawing again would close opened details
       const found = JSON.parse(text);
-      replace(this.node, probation(found), candidates(found), events(found.events));
+      const undo = this.mayUndo && ((model) => this.undoButton(model));
+      replace(this.node, probation(found, undo), candidates(found), events(found.events, undo));
       this.drawn = `${day} ${text}`;
     } catch (error) {
       this.drawn = "";
       replace(this.node, el("p.error", {}, error.message));
     }
+  }
+
+  undoButton(model) {
+    const undo = async ({ target }) => {
+      target.disabled = true;
+      try {
+        const { undone } = await (await api("search/undo", { body: { model } })).json();
+        const notes = undone.flatMap((one) => one.notes);
+        target.replaceWith(el("span", { role: "status" }, ["Undone.", ...notes].join(" ")));
+        this.load();
+      } catch (error) {
+        target.replaceWith(el("span.error", { role: "status" }, error.message));
+      }
+    };
+    return el(
+      "button.small",
+      { type: "button", "aria-label": `Undo the last change of ${model}`, onclick: undo },
+      "Undo",
+    );
   }
 }
 
@@ -39,16 +60,16 @@ const card = (name, ...children) =>
 
 // -- probation
 
-function probation(found) {
+function probation(found, undo) {
   return card(
     "On probation",
     found.probation.length
-      ? found.probation.map((model) => onProbation(model, found.needs))
+      ? found.probation.map((model) => onProbation(model, found.needs, undo))
       : el("p.quiet", {}, "No model is on probation."),
   );
 }
 
-function onProbation(model, needs) {
+function onProbation(model, needs, undo) {
   const days = model.since ? Math.floor((Date.now() - Date.parse(model.since)) / DAY_MS) : null;
   const facts = [
     ["Admitted", model.since ? `${clock(model.since)}, by ${model.by}${ofSearch(model.search)}` : "–"],
@@ -60,7 +81,12 @@ function onProbation(model, needs) {
   return el(
     "article",
     { "aria-label": model.model },
-    el("h3", {}, el("a", { href: `#models/${model.model}` }, model.model)),
+    el(
+      "div.row",
+      {},
+      el("h3", {}, el("a", { href: `#models/${model.model}` }, model.model)),
+      undo && undo(model.model),
+    ),
     el(
       "dl.facts",
       {},
@@ -111,12 +137,12 @@ function candidates(found) {
       el(
         "p.quiet",
         {},
-        "No search has run yet. The DAG nightly_review searches every night; to search now, run ",
+        "No search has run yet. The DAG nightly_review searches every night; to search now, use the button or run ",
         el("code", {}, "router models search"),
         ".",
       ),
     );
-  const state = search.ended_at ? `ended ${clock(search.ended_at)}` : "running or interrupted";
+  const state = search.ended_at ? `ended ${clock(search.ended_at)}` : "not ended";
   const { "": everywhere, ...categories } = found.candidates;
   return card(
     "Candidates",
@@ -144,7 +170,7 @@ function ofCategory(name, { counts, findings }) {
     el("h3", {}, name),
     el("p", {}, summary.length ? `${summary.join(", ")}.` : "No candidates found."),
     tried.length ? triedTable(tried) : null,
-    ["refused", "known"].map((verdict) => collapsed(verdict, counts[verdict], findings)),
+    ["unreachable", "refused", "known"].map((verdict) => collapsed(verdict, counts[verdict], findings)),
   );
 }
 
@@ -208,7 +234,10 @@ function collapsed(verdict, count, findings) {
 
 // -- changes
 
-function events(found) {
+function events(found, undo) {
+  const undoable = new Set(); // the newest change of each model that was not undone
+  const isUndoable = ({ model, what, undone_by: by }) =>
+    what !== "undone" && by === null && !undoable.has(model) && undoable.add(model);
   return card(
     "Roster changes by searches",
     found.length
@@ -222,7 +251,8 @@ function events(found) {
               el("b", {}, event.model),
               ` ${label(ROSTER_CHANGES, event.what)} ${clock(event.at)} by ${event.by}`,
               event.undone_by === null ? "" : " (undone)",
-              `: ${event.why}`,
+              `: ${event.why} `,
+              undo && isUndoable(event) && undo(event.model),
             ),
           ),
         )

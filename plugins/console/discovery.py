@@ -64,6 +64,11 @@ def read_discovery(connection: Connection, criteria: ProbationCriteria) -> dict[
     }  # fmt: skip
 
 
+def running_search(connection: Connection) -> dict[str, Any]:
+    """Returns the search that runs now, with the calls of its trials; null if none does."""
+    return {"running": next(iter(rows(connection, "SELECT * FROM running_search()")), None)}
+
+
 def _required(settings: ProbationSettings) -> dict[str, Any]:
     return {
         "least_calls": settings.min_calls, "most_nights": settings.max_days, "margin": settings.margin

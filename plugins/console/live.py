@@ -123,6 +123,10 @@ class CachedReading:
                 self._read_at = time.monotonic()
             return self._line
 
+    def forget(self) -> None:
+        """Makes the next call read again."""
+        self._read_at = -self._seconds
+
 
 def as_line(value: Any) -> bytes:
     """Returns a value as one line of JSON, or an error object if it has no JSON form."""

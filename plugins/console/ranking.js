@@ -2,20 +2,29 @@
 
 import { api, clock, el, number, replace, seconds, shortTable, svg, usd } from "./draw.js";
 import { Discovery } from "./discovery.js";
+import { Search } from "./search.js";
 
 const REFRESH_SECONDS = 15;
 const COLORS = 8;
 const STANDINGS = { young: "new (few calls)", trial: "on probation", low: "below the floor" };
 
 export class Ranking {
-  constructor() {
+  constructor(me) {
     this.body = el("div", {}, el("p.quiet", {}, "Loading ranking..."));
-    this.discovery = new Discovery();
-    this.node = el("section", { "aria-label": "Ranking" }, this.body, this.discovery.node);
+    this.discovery = new Discovery(me);
+    this.search = new Search(me, () => this.load());
+    this.node = el(
+      "section",
+      { "aria-label": "Ranking" },
+      this.body,
+      this.search.node,
+      this.discovery.node,
+    );
     this.loadedAt = 0;
   }
 
   update() {
+    this.search.update();
     if (Date.now() - this.loadedAt > REFRESH_SECONDS * 1000) this.load();
   }
 

@@ -12,11 +12,13 @@ from fastapi import APIRouter, HTTPException, Query, Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from router.errors import ConfigError, InputError, RouterError
 from router.traffic import GRAMMAR, MAX_LINE_CHARACTERS, TrafficTarget
 
 from . import airflow_links, auth, pause_dag, tasks
 from .ask import AskBody
 from .live import as_line
+from .searches import SearchBody, UndoBody
 from .state import ConsoleState
 
 MAX_BYTES = 4_096
@@ -90,6 +92,7 @@ async def me(user: auth.Reader) -> Response:
             "ask": auth.may_trigger(user, auth.ASK_DAG),
             "retry": auth.may_trigger(user, auth.SOLVE_DAG),
             "pause": auth.may_pause(user),
+            "search": auth.may_trigger(user, auth.REVIEW_DAG),
         }
     )
     return _json({"user": user.get_name(), "may": rights, "grammar": GRAMMAR})
@@ -209,6 +212,37 @@ async def discovery(request: Request, _user: auth.Reader) -> Response:
 async def open_router(request: Request, _user: auth.Asking) -> Response:
     """Prepare for asking: connections, classifier and knowledge. Returns at once."""
     return _json({"ready": _console(request).asks.warm_up()})
+
+
+@api.get("/search/progress")
+async def search_progress(request: Request, _user: auth.Reader) -> Response:
+    """The search that runs now with the calls of its trials, or null."""
+    return _line(await _console(request).search_progress.line())
+
+
+@api.post("/search")
+async def start_search(request: Request, user: auth.Searcher) -> Response:
+    """Search for better models now; see `router models search`."""
+    body = await auth.read_body(request, SearchBody, MAX_BYTES)
+    console, name = _console(request), user.get_name()
+    try:
+        number = await asyncio.to_thread(console.searches.start, name, body.categories)
+    except (ConfigError, InputError):
+        raise
+    except RouterError as error:  # another search runs, or a service is unavailable
+        raise HTTPException(409, str(error)) from error
+    console.search_progress.forget()
+    return _json({"search": number})
+
+
+@api.post("/search/undo")
+async def undo_search(request: Request, user: auth.Searcher) -> Response:
+    """Undo the last change of a discovered model, or all of the last search; see `router models undo`."""
+    body = await auth.read_body(request, UndoBody, MAX_BYTES)
+    console, name = _console(request), user.get_name()
+    undone = await asyncio.to_thread(console.searches.undo, name, body.model)
+    console.discovery.forget()
+    return _json({"undone": undone})
 
 
 @api.post("/ask")

@@ -19,10 +19,12 @@ from . import dashboard, discovery, tasks
 from .ask import AskSessions
 from .live import CachedReading, Live, as_line
 from .readers import ReadPool
+from .searches import Searches
 from .variables import TrafficVariables
 
 CACHE_SECONDS = 5.0  # for data that changes once a day
 SPEND_CACHE_SECONDS = 30.0  # reads up to 200,000 calls
+PROGRESS_SECONDS = 1.0
 
 
 class ConsoleState:
@@ -39,6 +41,8 @@ class ConsoleState:
         self.spend = CachedReading(
             lambda: self.reads.run(lambda connection: as_line(tasks.spend(connection))), SPEND_CACHE_SECONDS
         )
+        self.search_progress = self._cached(discovery.running_search, PROGRESS_SECONDS)
+        self.searches = Searches(addresses)
         self.live = Live(self._read_status)
         self.asks = AskSessions(addresses)
 
@@ -57,10 +61,10 @@ class ConsoleState:
 
         return await asyncio.to_thread(write)
 
-    def _cached(self, read: Callable[[Database], dict[str, Any]]) -> CachedReading:
-        return CachedReading(
-            lambda: self.reads.run(lambda connection: as_line(read(connection))), CACHE_SECONDS
-        )
+    def _cached(
+        self, read: Callable[[Database], dict[str, Any]], seconds: float = CACHE_SECONDS
+    ) -> CachedReading:
+        return CachedReading(lambda: self.reads.run(lambda connection: as_line(read(connection))), seconds)
 
     async def _read_status(self) -> dict[str, Any]:
         redis_url = await asyncio.to_thread(lambda: addresses().redis_url)

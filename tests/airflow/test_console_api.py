@@ -81,13 +81,14 @@ def test_a_viewer_can_read_and_change_nothing(viewer: Client, admin: Client) -> 
     writes = [(m, p) for m, p in admin.routes() if m not in {"GET", "HEAD"} and "nothing-here" not in p]
     assert {path for _, path in writes} == {
         "/api/traffic/phi-4", "/api/failures/retry", "/api/ask", "/api/ask/open", "/api/paused",
+        "/api/search", "/api/search/undo",
     }  # fmt: skip
     for method, path in writes:
         assert viewer(method, path, headers=WRITE, json={"target": "1/s"}).status_code == 403, (method, path)
     for path in ("/page", "/console.js", "/api/me", "/api/status", "/api/history", "/api/calls"):
         assert viewer("GET", path).status_code == 200, path
     assert viewer("GET", "/api/me").json()["may"] == dict.fromkeys(
-        ("traffic", "ask", "retry", "pause"), False
+        ("traffic", "ask", "retry", "pause", "search"), False
     )
 
 
@@ -107,6 +108,8 @@ def test_cross_site_writes_are_rejected(admin: Client, headers: dict[str, str]) 
         ("POST", "/api/failures/retry", {}),
         ("POST", "/api/ask", {"prompt": "?"}),
         ("PUT", "/api/paused", {"paused": True}),
+        ("POST", "/api/search", {}),
+        ("POST", "/api/search/undo", {}),
     ):
         assert admin(method, path, headers=headers, json=body).status_code == 403, path
 

@@ -15,6 +15,7 @@ from plugins.console import dashboard, discovery, tasks
 from plugins.console.live import CachedReading
 from plugins.console.readers import ReadPool
 from router.database import connect, rows
+from router.discovery.search import SEARCH_LOCK
 from router.errors import InputError
 from tests.support.queue import Probe
 
@@ -201,6 +202,18 @@ async def test_discovery_is_empty_before_the_first_search(
     assert all(here == {"counts": {}, "findings": []} for here in seen["candidates"].values())
     assert set(seen["candidates"]) == {"technical", "creative", "general"}
     assert seen["needs"] == {"least_calls": 40, "most_nights": 7, "margin": 0.02}
+
+
+async def test_only_a_search_that_holds_its_lock_is_running(probe: Probe, database: str) -> None:
+    search = await probe.value(
+        "INSERT INTO searches (by, progress) VALUES ('ann', '{\"calls\": 3}') RETURNING search"
+    )
+    with connect(database, autocommit=True) as connection:
+        assert discovery.running_search(connection) == {"running": None}  # it crashed
+        with connect(database, autocommit=True) as holder:
+            rows(holder, "SELECT pg_advisory_lock(%s)", (SEARCH_LOCK,))
+            found = discovery.running_search(connection)["running"]
+            assert (found["search"], found["by"], found["progress"]) == (search, "ann", {"calls": 3})
 
 
 async def test_the_newest_finding_of_each_candidate_is_shown(

@@ -25,13 +25,13 @@ from tests.support.discovery import FIRST, SECOND, Searching, models_yaml, write
 from tests.support.reviews import Log
 
 NEW = "bright-9b"
-NOWHERE = "http://127.0.0.1:1"
+NOWHERE, NO_REDIS = "http://127.0.0.1:1", "redis://127.0.0.1:1"
 
 
 @pytest.fixture
 def world(database: str, tmp_path: Path) -> Searching:
     """Two configured models, and one on probation for general."""
-    addresses = Addresses(database_url=database, redis_url=NOWHERE, backend_url=NOWHERE)
+    addresses = Addresses(database_url=database, redis_url=NO_REDIS, backend_url=NOWHERE)
     write_config(tmp_path)
     backend: BackendServer = None  # type: ignore[assignment]  # no model is called
     world = Searching(addresses, tmp_path, backend)
@@ -177,7 +177,7 @@ def router(world: Searching) -> CommandLine:
     return CommandLine(
         {
             "ROUTER_DATABASE_URL": world.addresses.database_url,
-            "ROUTER_REDIS_URL": NOWHERE,
+            "ROUTER_REDIS_URL": NO_REDIS,
             "MODELS_BACKEND_URL": NOWHERE,
             "ROUTER_CONFIG": str(world.folder),
         }
@@ -190,6 +190,9 @@ def test_the_command_line_shows_promotes_undoes_and_retires(router: CommandLine,
     assert NEW in shown.out
     assert "probation" in shown.out
     assert "by a test: it won" in shown.out
+    assert f"{NEW} on probation: initial target 6/min, calls as of the last review: 0 general" in shown.out
+    reviewed = router("models", "review")
+    assert reviewed.out == f"{NEW}: stays on probation: general: 0 of 40 calls\n"
     assert router("models", "--json").json[NEW]["source"] == "search"
     promoted = router("models", "promote", NEW, "--by", "ann")
     assert promoted.out.startswith(f"{NEW}: promoted")
@@ -210,6 +213,16 @@ def test_a_dry_run_on_the_command_line_names_the_candidates(router: CommandLine,
     assert found["search"] is None
     assert found["plans"][0]["incumbent"] == FIRST
     assert router("models", "search", "--category", "poetry").code == 1
+
+
+def test_a_review_on_the_command_line_sums_up_the_calls_and_decides(
+    router: CommandLine, world: Searching
+) -> None:
+    log(world, bright_9b=0.05)
+    assert "stays on probation" in router("models", "review", "--dry-run").out
+    (decision,) = router("models", "review", "--json").json
+    assert (decision["model"], decision["step"], world.roster()[NEW]) == (NEW, "promote", "active")
+    assert router("models", "review").out == "No model is on probation.\n"
 
 
 def test_an_invalid_file_does_not_block_other_commands(router: CommandLine, world: Searching) -> None:

@@ -6,7 +6,14 @@ import random
 
 import pytest
 
-from router.discovery.comparison import TrialCall, TrialResult, TrialVerdict, has_failed, judge_trial
+from router.discovery.comparison import (
+    TrialCall,
+    TrialResult,
+    TrialVerdict,
+    could_win,
+    has_failed,
+    judge_trial,
+)
 from router.settings.discovery import TrialSettings
 from router.settings.learning import UtilitySettings
 from router.task import Outcome
@@ -128,3 +135,37 @@ def test_error_rates_with_the_shipped_settings() -> None:
     assert wins(0.7, 0.8) <= 0.01
     assert wins(0.95, 0.7) >= 0.7
     assert wins(0.95, 0.5) >= 0.99
+
+
+@pytest.mark.parametrize(
+    ("candidate", "incumbent", "expected"),
+    [
+        ([answered()] * 30, [answered()] * 30, True),
+        ([answered(0.9)] * 30, [answered()] * 30, True),
+        ([answered(0.2)] * 30, [answered()] * 30, False),  # not even with all judges on its side
+        ([failed()] * 5 + [TrialCall()] * 25, [answered()] * 30, False),
+        ([answered()] * 30, [failed()] * 30, False),  # the trial is void
+    ],
+)
+def test_only_a_candidate_that_could_win_is_judged(
+    candidate: list[TrialCall], incumbent: list[TrialCall], *, expected: bool
+) -> None:
+    settings = TrialSettings()
+    assert could_win(
+        candidate, incumbent, range(10), utility=UtilitySettings(), sources=SOURCES, settings=settings
+    ) is expected  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("outcome", "verdict"),
+    [(Outcome.ERROR, TrialVerdict.LOST), (Outcome.OVERLOADED, TrialVerdict.UNREACHABLE),
+     (Outcome.UNKNOWN_MODEL, TrialVerdict.UNREACHABLE)],
+)  # fmt: skip
+def test_a_model_that_failed_for_other_categories_is_judged_by_those_calls(
+    outcome: Outcome, verdict: TrialVerdict
+) -> None:
+    result = judge_trial(
+        [failed(outcome), *[TrialCall()] * 29], [answered()] * 30, UtilitySettings(), SOURCES,
+        TrialSettings(), elsewhere=[failed(outcome)] * 4,
+    )  # fmt: skip
+    assert result.verdict is verdict
