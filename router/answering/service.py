@@ -21,8 +21,9 @@ from router.answering.context import RequestContext
 from router.background import PeriodicJobs, cancel_and_wait, freeze_garbage_collector, result_or_none
 from router.classification import Classification, ClassifierProcess
 from router.database import UNAVAILABLE_ERRORS
-from router.errors import RouterError
+from router.errors import RouterError, SchemaError
 from router.knowledge import Knowledge
+from router.migrations import SchemaMonitor
 from router.models import Roster, open_services, read_roster, roster_version
 from router.queue import Conversation, TaskQueue
 from router.settings import Addresses, RouterConfig
@@ -31,6 +32,7 @@ log = logging.getLogger("router.answering")
 
 FIRST_CONTACT_SECONDS = 5.0
 ROSTER_SECONDS = 1.0
+SCHEMA_SECONDS = 5.0
 UNCONFIRMED_SECONDS = 1.0
 ORPHANS_SECONDS = 30.0
 CLASSIFIER_START_SECONDS = 15.0
@@ -128,6 +130,7 @@ class AnsweringService:
             self._addresses, self._config, redis_seconds=REDIS_SECONDS, needs_postgres=False
         )
         services = await self._stack.enter_async_context(opening)
+        self._schema = SchemaMonitor()
         self._pool, self._targets = services.pool, services.targets
         self._queue = TaskQueue(self._pool, host=f"{socket.gethostname()}:asks")
         opening_knowledge = Knowledge.open(
@@ -160,6 +163,7 @@ class AnsweringService:
         self._jobs.start(
             self._queue.renew_lease, self._config.worker.heartbeat_seconds, "answering heartbeat"
         )
+        self._jobs.start(self._schema_step, SCHEMA_SECONDS, "answering schema")
         self._jobs.start(self._roster_step, ROSTER_SECONDS, "answering roster")
         self._jobs.start(self._unconfirmed_step, UNCONFIRMED_SECONDS, "answering unconfirmed calls")
         self._jobs.start(self._orphans_step, ORPHANS_SECONDS, "answering orphaned claims")
@@ -174,6 +178,12 @@ class AnsweringService:
                 await result_or_none(self._unconfirmed_step(), CLOSE_SECONDS, "router unconfirmed calls")
                 await result_or_none(self._queue.release(), CLOSE_SECONDS, "router release")
         await self._stack.aclose()
+
+    async def _schema_step(self) -> None:
+        """Raises SchemaError, which the job logs, while the schema is not as this process expects it."""
+        problem = await self._schema.problem(self._pool)
+        if problem is not None:
+            raise SchemaError(str(problem))
 
     async def _roster_step(self) -> None:
         if self.roster.version != await roster_version(self._pool):

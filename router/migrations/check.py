@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import asyncpg
@@ -12,10 +13,17 @@ import psycopg2.errors
 from router.database import Connection, connect, rows, transaction
 from router.migrations.apply import LOCK_SECONDS, stored_defaults
 from router.migrations.facts import SchemaFacts, fetch_facts, read_facts
-from router.migrations.problems import REPAIRED_BY_MIGRATE, ProblemKind, SchemaProblem, schema_problems
+from router.migrations.problems import (
+    REPAIRED_BY_MIGRATE,
+    STOP_WORK,
+    ProblemKind,
+    SchemaProblem,
+    schema_problems,
+)
 from router.migrations.scripts import FUNCTIONS, SQL_FOLDER, ExpectedSchema, expected_schema, new_migrations
 from router.migrations.trial import try_writes
 
+_VERSIONS = frozenset({ProblemKind.OUTDATED, ProblemKind.MIGRATIONS_PENDING, ProblemKind.NOT_MIGRATED})
 _UNKNOWN_STATUSES = """
 SELECT string_agg(format('%s (%s rows)', coalesce(quote_literal(status), 'NULL'), n), ', ') AS found
   FROM (SELECT status::text, count(*) AS n FROM tasks
@@ -101,28 +109,39 @@ def _tried(connection: Connection, facts: SchemaFacts, defaults: Mapping[str, st
         ]
 
 
-def schema_problem(connection: Connection, expected: ExpectedSchema | None = None) -> SchemaProblem | None:
+@cache
+def _expected() -> ExpectedSchema:
+    """Returns the schema of the program that this process runs.
+
+    It is read once: an upgrade replaces the scripts on disk while older processes run.
+    """
+    return expected_schema()
+
+
+def schema_problem(connection: Connection) -> SchemaProblem | None:
     """Returns the most severe problem that the catalogs show; None if there is none. Takes about 2 ms."""
     facts = read_facts(connection)
-    found = schema_problems(facts, expected or expected_schema(), stored_defaults(connection, facts))
-    return next(iter(found), None)
+    return next(iter(schema_problems(facts, _expected(), stored_defaults(connection, facts))), None)
+
+
+def blocking_problem(connection: Connection) -> SchemaProblem | None:
+    """Returns the most severe problem that stops work, like `SchemaMonitor`."""
+    found = schema_problems(read_facts(connection), _expected(), defaults=None)
+    return next((problem for problem in found if problem.kind in STOP_WORK), None)
 
 
 class SchemaMonitor:
-    """Compares databases with the schema that was expected when this process started.
+    """Compares a database with the schema of this process, every few seconds."""
 
-    The scripts are read once: an upgrade replaces them on disk while older processes run.
-    """
-
-    def __init__(self, folder: Path = SQL_FOLDER) -> None:
-        self._expected = expected_schema(folder)
+    def __init__(self, expected: ExpectedSchema | None = None) -> None:
+        self._expected = expected or _expected()
         self._matched = False
 
     async def problem(self, pool: asyncpg.Pool) -> SchemaProblem | None:
-        """Returns the most severe problem; None if there is none. Raises DatabaseError."""
+        """Returns the most severe problem that stops work; None if there is none. Raises DatabaseError."""
         found = schema_problems(await fetch_facts(pool), self._expected, defaults=None)
-        versions = {ProblemKind.OUTDATED, ProblemKind.MIGRATIONS_PENDING}
-        if not any(problem.kind in versions for problem in found):
+        found = [problem for problem in found if problem.kind in STOP_WORK]
+        if not any(problem.kind in _VERSIONS for problem in found):
             self._matched = True
         elif self._matched:
             return SchemaProblem(

@@ -29,16 +29,25 @@ class ProblemKind(str, enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class SchemaProblem:
-    """One problem of the schema, and what to do. Contains no value of any row."""
+    """One problem of the schema, and what to do. Contains no value of any row.
+
+    `names`: the triggers that are missing.
+    """
 
     kind: ProblemKind
     text: str
     remedy: str
+    names: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.text} {self.remedy}"
 
 
+# Problems with which tasks are not sent as they should be.
+STOP_WORK = frozenset({
+    ProblemKind.ENCODING, ProblemKind.NOT_MIGRATED, ProblemKind.ROWS_HIDDEN, ProblemKind.TABLE,
+    ProblemKind.MIGRATIONS_PENDING, ProblemKind.OUTDATED, ProblemKind.TRIGGERS,
+})  # fmt: skip
 REPAIRED_BY_MIGRATE = frozenset({
     ProblemKind.NOT_MIGRATED, ProblemKind.MIGRATIONS_PENDING, ProblemKind.TRIGGERS, ProblemKind.REPAIRABLE,
 })  # fmt: skip
@@ -233,17 +242,18 @@ def _base(type_name: str) -> str:
 
 
 def _parts(facts: SchemaFacts, expected: ExpectedSchema) -> Iterator[SchemaProblem]:
-    lost = [
+    lost = sorted(
         name
         for name, function in expected.triggers.items()
         if (found := facts.triggers.get(name)) is None or not found.enabled or found.function != function
-    ]
+    )
     if lost:
         yield SchemaProblem(
             ProblemKind.TRIGGERS,
-            f"Triggers of tasks are missing or disabled: {', '.join(sorted(lost))}. New and changed tasks are"
+            f"Triggers of tasks are missing or disabled: {', '.join(lost)}. New and changed tasks are"
             " queued only by the slow reconciliation, and counters are wrong.",
             "Run `router migrate`, which restores them.",
+            tuple(lost),
         )
     others = [f"the default of {name}" for name in _DEFAULTS if not _has_default(facts, name)]
     others += [f"the view {name}" for name in sorted(expected.task_views - facts.views)]

@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from router.errors import DatabaseError, SchemaError
+from router.migrations import ProblemKind, SchemaProblem
 from router.status.reasons import Reason
 from router.status.why_not import Facts, ModelFacts, Report, Standstill, only
 from router.traffic import TrafficTarget
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 FACTS = "SELECT why_not_facts() AS facts"
 START = "since:"  # before the code of a reason in a report: readers find it themselves, but not its start
 SCHEMA_SQLSTATES = ("42",)  # an unknown table, column or function, or no right to it
+_NAMED = frozenset({ProblemKind.OUTDATED, ProblemKind.TRIGGERS})  # have reasons of their own
 _CODES = frozenset(reason.value for reason in Reason)
 
 
@@ -26,15 +28,18 @@ def facts_of(
     traffic: Mapping[str, ModelTraffic] | None,
     redis_problem: str | None,
     *,
-    schema_problem: str | None = None,
+    schema: SchemaProblem | None = None,
 ) -> Facts:
     """Returns the facts: `found` is the result of FACTS, `traffic` the limiter's snapshots."""
+    kind = schema.kind if schema is not None else None
     stored: Mapping[str, Any] = json.loads(found) if isinstance(found, str) else found
     tasks = stored["tasks"]
     return Facts(
         now=_required_time(stored["now"]),
         read_only=stored["read_only"],
-        schema_problem=schema_problem,
+        schema_problem=str(schema) if schema is not None and kind not in _NAMED else None,
+        outdated=str(schema) if kind is ProblemKind.OUTDATED else None,
+        triggers_missing=schema.names if schema is not None else (),
         paused=stored["held"],
         paused_since=_time(stored["held_since"]),
         alive=stored["alive"],

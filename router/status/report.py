@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from router.database import Connection, rows
 from router.errors import first_line
 from router.limiter import WaitReason
+from router.migrations import blocking_problem
 from router.status.facts import FACTS, facts_of
 from router.status.reasons import WhyNot
 from router.status.why_not import standstill_of
@@ -137,10 +138,11 @@ def read_status(connection: Connection, redis_url: str | None) -> Status:
 
     rows(connection, "SET LOCAL statement_timeout = '10s'")
     counts = {row.pop("category"): row for row in rows(connection, _COUNTS)}
+    schema = blocking_problem(connection)
     found = rows(connection, FACTS)[0]["facts"]
     models = rows(connection, _MODELS)
     live, problem = read_limiter(redis_url, [row["model"] for row in models])
-    standstill = standstill_of(facts_of(found, live, problem, schema_problem=None))
+    standstill = standstill_of(facts_of(found, live, problem, schema=schema))
     return Status(
         tasks=_task_counts(counts, found["tasks"]),
         categories=counts,

@@ -17,6 +17,7 @@ from router.background import result_or_none
 from router.database import fetch_one
 from router.errors import DatabaseError, LimiterError
 from router.limiter import ModelTraffic, TrafficLimiter
+from router.migrations import SchemaMonitor
 from router.models import Roster
 from router.queue import QueueState
 from router.settings import Addresses, RouterConfig
@@ -62,6 +63,7 @@ class StandstillWatch:
 
     def __init__(self, host: WatchHost) -> None:
         self._host = host
+        self._schema = SchemaMonitor()
         self._seen: dict[str, _Seen] = {}  # by model; "" is the whole
         self._no_loop_since: dict[str, float] = {}
 
@@ -83,13 +85,16 @@ class StandstillWatch:
         try:
             reading = fetch_one(host.pool, FACTS)
             row = await result_or_none(reading, READ_SECONDS, "router standstill facts")
+            schema = await result_or_none(
+                self._schema.problem(host.pool), READ_SECONDS, "router standstill schema"
+            )
         except DatabaseError as error:
             return unreadable(error)
         if row is None:
             return NO_RESPONSE
         traffic, problem = await self._traffic()
         await self._check_backend(traffic)
-        return standstill_of(facts_of(row["facts"], traffic, problem))
+        return standstill_of(facts_of(row["facts"], traffic, problem, schema=schema))
 
     async def _traffic(self) -> tuple[Mapping[str, ModelTraffic] | None, str | None]:
         limiter, models = self._host.limiter, list(self._host.roster.models)

@@ -78,6 +78,10 @@ BEGIN
     IF edited AND NEW.status = OLD.status AND NEW.status <> 'unsolved' AND NOT answered AND NEW.prompt ~ '\S' THEN
         NEW.status := 'unsolved';
         reset := true;
+        IF NEW.category IS NOT DISTINCT FROM OLD.category AND EXISTS (
+            SELECT FROM model_calls c WHERE c.call_id = OLD.answer_call_id AND c.category_reason IS NOT NULL) THEN
+            NEW.category := NULL;  -- it was classified, not set by its producer: classify it again
+        END IF;
     END IF;
     IF reset OR edited THEN
         NEW.prompt_version := new_prompt_version();

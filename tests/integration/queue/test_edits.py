@@ -73,6 +73,67 @@ async def test_editing_a_prompt_to_empty_fails_the_task(probe: Probe) -> None:
     await probe.assert_counts_exact()
 
 
+@pytest.mark.parametrize("before", ["solved", "failed"])
+@pytest.mark.parametrize(
+    ("change", "status", "answer"),
+    [
+        ("prompt = 'new'", "unsolved", None),
+        ("prompt = 'new', category = 'technical'", "unsolved", None),
+        ("prompt = 'new', priority = 5, deadline_at = 'infinity'", "unsolved", None),
+        ("prompt = 'new', status = status", "unsolved", None),
+        ("prompt = 'new', answer = answer", "unsolved", None),
+        ("prompt = 'new', status = 'unsolved'", "unsolved", None),
+        ("prompt = 'new', answer = 'by hand', status = 'solved'", "solved", "by hand"),
+        ("prompt = repeat('long', 300000)", "failed", None),
+        ("prompt = prompt", "before", "before"),
+        ("prompt = ''", "before", "before"),
+    ],
+)
+async def test_an_edited_prompt_of_a_finished_task_is_solved_again(
+    probe: Probe, before: str, change: str, status: str, answer: str | None
+) -> None:
+    task_id = await probe.add("old", category="general")
+    taken = await probe.must_claim()
+    await probe.settle(taken, answer="old answer")
+    if before == "failed":
+        await probe.run("UPDATE tasks SET status = 'failed', failure = 'f' WHERE id = $1", task_id)
+    await probe.run(f"UPDATE tasks SET {change} WHERE id = $1", task_id)
+    task = await probe.task(task_id)
+    assert task["status"] == (before if status == "before" else status)
+    assert task["answer"] == ("old answer" if answer == "before" else answer)
+    assert (await probe.queued(task_id) is not None) == (task["status"] == "unsolved")
+    await probe.assert_counts_exact()
+    known = await probe.value("SELECT known FROM knowledge_slice($1, $1, 1)", task_id)
+    assert known == (task["status"] == "solved")
+    if answer == "by hand":
+        assert task["answer_rank"] == 3
+    if task["status"] == "unsolved":
+        assert task["prompt_version"] != taken.prompt_version
+        assert await probe.settle(await probe.must_claim(), answer="new answer") == "solved"
+        assert (await probe.task(task_id))["answer"] == "new answer"
+
+
+async def test_an_edited_prompt_is_classified_again_unless_its_producer_set_the_category(
+    probe: Probe,
+) -> None:
+    await probe.run("UPDATE queue_settings SET categorise = true")
+    own = await probe.add("old", category="technical")
+    classified = await probe.add("old")
+    (taken,) = await probe.all("SELECT * FROM claim_uncategorized(10)")
+    arguments = [[classified], [taken["prompt_version"]], ["creative"], [0.9], ["a test"]]
+    await probe.value("SELECT assign_categories($1, $2, $3, $4, $5)", *arguments)
+    while claim := await probe.claim():
+        await probe.settle(claim)
+    assert (await probe.task(classified))["category"] == "creative"
+    await probe.run("UPDATE tasks SET prompt = 'new'")
+    assert (await probe.task(own))["category"] == "technical"
+    assert (await probe.task(classified))["category"] is None
+    assert [row["task_id"] for row in await probe.all("SELECT * FROM claim_uncategorized(10)")] == [
+        classified
+    ]
+    await probe.assert_counts_exact()
+
+
 async def test_the_answer_to_a_deleted_task_is_stale(probe: Probe) -> None:
     await probe.add()
     taken = await probe.must_claim()
