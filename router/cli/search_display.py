@@ -45,11 +45,11 @@ def shown_progress(progress: SearchProgress) -> Iterator[None]:
 
 def _trials(progress: SearchProgress) -> Group:
     table = terminal.quiet_table("model", "category", "calls", "failed", "judged", right=("failed", "judged"))
-    table.add_column("")
+    table.add_column("verdict")
     for trial in list(progress.trials.values()):
         calls = "stopped" if trial.stopped else f"{trial.calls}/{trial.of}"
         failed, judged = trial.calls - trial.answered, trial.judged or ""
-        note = trial.verdict or ("compared with" if trial.role == "incumbent" else "")
+        note = trial.verdict or ("(incumbent)" if trial.role == "incumbent" else "")
         style = STYLES.get(trial.verdict or "", "dim" if trial.is_over else "")
         table.add_row(trial.model, trial.category, calls, str(failed or ""), str(judged), note, style=style)
     return Group(Text(f"{progress.stage}, {progress.seconds:.0f} s", style="bold"), table)

@@ -129,7 +129,9 @@ def judge_trial(
             reason = f"{own.good:.0%} of its answers are good, below the floor of {utility.floor:.0%}"
         elif lower <= settings.margin:
             verdict = TrialVerdict.LOST
-            reason += f", not significantly more than {settings.margin:g}"
+            is_worse = mean + settings.margin_errors * error < 0
+            more = f"not significantly more than {settings.margin:g}"
+            reason += f", {'significantly less' if is_worse else more}"
     return TrialResult(verdict, reason, len(pairs), own, other, mean, error, lower)
 
 

@@ -57,8 +57,8 @@ class TrialProgress:
 class SearchProgress:
     """What a search does now.
 
-    `log` gets one line for each event and, if `has_summaries`, a summary of the trials every few seconds, at
-    first every 5 s and later every minute. It must return quickly.
+    `log` gets one line for each event and, if `has_summaries`, the verdicts and a summary of the trials every
+    few seconds, at first every 5 s and later every minute. It must return quickly.
     """
 
     log: Callable[[str], None] = lambda _line: None
@@ -104,7 +104,8 @@ class SearchProgress:
         trial = self.trials.get((category, model))
         if trial is not None:
             trial.verdict, trial.reason = verdict, reason
-        self.log(f"{category}: {model}: {verdict}: {reason}")
+        if self.has_summaries:
+            self.log(f"{category}: {model}: {verdict}: {reason}")
 
     def as_json(self) -> dict[str, Any]:
         """The progress as it is stored for the console, and for the error of a second search."""

@@ -66,6 +66,7 @@ class NightlyRuns:
                 "max_concurrency": 8,
                 "margin": 0,
                 "margin_errors": 0,
+                "retry_after_days": 0,
             },
             "probation": {"target": TRIAL_TARGET},
         }
@@ -204,6 +205,46 @@ def test_a_crashed_run_keeps_the_old_ranking_and_a_completed_run_changes_it(
     assert_no_secrets(runs, run)
     runs.undo_search()
     assert runs.api.variables(f"traffic.{FOUND}") == {}
+
+
+def test_the_console_starts_follows_and_undoes_a_search(runs: NightlyRuns) -> None:
+    runs.offer(FOUND)
+    stack = runs.solving.stack
+    with requests.Session() as browser:
+        browser.trust_env = False
+        login = {"username": "admin", "password": stack.passwords["admin"]}
+        token = browser.post(f"{stack.airflow_url}/auth/token", json=login, timeout=10).json()
+        browser.headers["X-Router-Console"] = "1"
+
+        def call(method: str, path: str, body: Any = None) -> requests.Response:
+            url = f"{stack.airflow_url}/router/api/{path}"
+            return browser.request(method, url, json=body, timeout=60)
+
+        browser.cookies.set("_token", token["access_token"])
+        assert call("POST", "search", {"categories": ["poetry"]}).status_code == 422
+        started = call("POST", "search", {"categories": ["creative"]})
+        assert started.status_code == 200, started.text
+        second = call("POST", "search", {})
+        assert second.status_code == 409
+        assert f"Search {started.json()['search']}, started" in second.json()["error"]
+
+        def trial() -> dict[str, Any] | None:
+            running = call("GET", "search/progress").json()["running"]
+            trials = (running or {}).get("progress") or {"trials": []}
+            return next((one for one in trials["trials"] if one["model"] == FOUND and one["calls"]), None)
+
+        wait_for(trial, 60, "the first calls of the trial")
+        wait_until(
+            lambda: call("GET", "search/progress").json()["running"] is None, 90, "the end of the search"
+        )
+        assert runs.api.variables(f"traffic.{FOUND}") == {f"traffic.{FOUND}": TRIAL_TARGET}
+        (admitted,) = call("GET", "search").json()["probation"]
+        assert (admitted["model"], admitted["by"]) == (FOUND, "admin")
+        undone = call("POST", "search/undo", {"model": FOUND})
+        assert undone.json() == {"undone": [{"model": FOUND, "what": "taken", "notes": []}]}
+    runs.solving.changes.append(TargetChange(time.monotonic(), FOUND, TrafficTarget.parse("0")))
+    assert runs.api.variables(f"traffic.{FOUND}") == {}
+    assert runs.log.query("SELECT FROM roster WHERE model = %s", FOUND) == []
 
 
 def assert_no_secrets(runs: NightlyRuns, run: str) -> None:

@@ -26,7 +26,7 @@ def test_an_hour_of_calls_is_summarized_in_few_lines(monkeypatch: pytest.MonkeyP
 
 def test_a_stopped_trial_counts_with_the_calls_that_it_made() -> None:
     lines: list[str] = []
-    progress = SearchProgress(lines.append, has_summaries=False)
+    progress = SearchProgress(lines.append)
     progress.expect("general", "broken", "candidate", 30)
     progress.called("general", "broken", answered=False)
     progress.stop("general", "broken")
