@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -27,6 +28,7 @@ from local.launcher import add_stack_arguments, run_stack
 from local.stack import Stack, StackError, StopRequested
 from router.cli.status import rendered
 from router.database import connect
+from router.errors import DatabaseError
 from router.status import read_status
 
 PROMPTS = Path(__file__).with_name("demo_prompts.jsonl")
@@ -121,12 +123,13 @@ def _watch(
     deadline = time.monotonic() + options.timeout
     with _view(stack, options.tasks, console) as show:
         while True:
-            stack.check()
-            with connect(stack.database_url) as connection:
-                facts = task_facts(connection, prefix)
-            show.update(facts)
-            if facts.finished >= options.tasks:
-                return True
+            stack.supervise()
+            with contextlib.suppress(DatabaseError):  # Postgres may be starting again
+                with connect(stack.database_url) as connection:
+                    facts = task_facts(connection, prefix)
+                show.update(facts)
+                if facts.finished >= options.tasks:
+                    return True
             if time.monotonic() > deadline:
                 return False
             _rest(asked, LOOK_SECONDS)

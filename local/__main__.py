@@ -1,4 +1,4 @@
-"""`python -m local up`: runs the embedded stack until Ctrl-C, SIGTERM or the end of one of its processes."""
+"""`python -m local up`: runs the embedded stack until Ctrl-C or SIGTERM, and restarts processes that die."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from local.launcher import add_stack_arguments, run_stack
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0 after a requested stop, 1 if the stack failed to start or a process died."""
+    """Returns the exit status: 0 after a requested stop, 1 if it failed or a process died too often."""
     parser = argparse.ArgumentParser(prog="python -m local", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     up = commands.add_parser("up", help="start the stack and keep it running")

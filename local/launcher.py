@@ -61,7 +61,7 @@ def run_stack(options: argparse.Namespace, work: Work | None = None, *, stay_ope
                 if work is not None:
                     console.print("The stack keeps running. Press Ctrl-C to stop it.")
                 while not stop.wait(CHECK_SECONDS):
-                    stack.check()
+                    stack.supervise()
         except StopRequested:
             succeeded = True
         except (RuntimeError, RouterError) as error:
@@ -89,6 +89,7 @@ class ProgressDisplay:
         self._started = time.monotonic()
         self._starting: set[str] = set()
         self._status: Status | None = None
+        self._is_up = False
 
     def __enter__(self) -> Self:
         return self
@@ -98,15 +99,18 @@ class ProgressDisplay:
 
     def report(self, name: str, step: str) -> None:
         """Prints a step of `Stack`, or shows that a process is starting."""
-        if step == "starting":
+        if step == "starting" and not self._is_up:
             self._starting.add(name)
+        elif step == "starting":
+            self._line(f"{name}: started again")
         else:
             self._starting.discard(name)
             self._line(f"{name}: {step}")
         self._show()
 
     def done(self, text: str) -> None:
-        """Prints a success."""
+        """Prints a success; processes that start from now on are restarts."""
+        self._is_up = True
         self._hide()
         self._line(text, "bold green")
 

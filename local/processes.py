@@ -70,9 +70,13 @@ class GuardedProcess:
 
     def death(self) -> ProcessDied:
         """Returns the error for a process that ended by itself."""
+        return ProcessDied(f"{self.name} {self.end}. End of its log {self.log}:\n{self.log_tail()}")
+
+    @property
+    def end(self) -> str:
+        """How the process ended by itself, e.g. `ended by itself (SIGKILL)`."""
         code = self.guard.poll()
-        state = "is not running" if code is None else f"ended by itself ({_exit_reason(code)})"
-        return ProcessDied(f"{self.name} {state}. End of its log {self.log}:\n{self.log_tail()}")
+        return "is not running" if code is None else f"ended by itself ({_exit_reason(code)})"
 
     def log_tail(self) -> str:
         """Returns the last lines of the log."""

@@ -7,6 +7,7 @@
         stack.arrival_log           # JSON lines, one per request that arrived at the backend
         stack.api()                 # local.airflow_api.AirflowApi as the service user, or api("admin")
         stack.check()               # raises ProcessDied if a process ended by itself
+        stack.supervise()           # or starts it again; call it about every half second
         stack.process("triggerer")  # local.processes.GuardedProcess: .pid .running .log .kill()
         stack.restart("triggerer")           # after a kill
         stack.add_triggerer("triggerer-2")   # for failover
@@ -36,8 +37,9 @@ from local import databases
 from local.airflow_api import AirflowApi
 from local.keys import as_shell, write_private
 from local.postgres import PostgresServer, prepare_postgres
-from local.processes import GuardedProcess, ProcessSpec, start_process, stop_processes
+from local.processes import GuardedProcess, ProcessDied, ProcessSpec, start_process, stop_processes
 from local.redis import redis_answers
+from local.restarts import MAX_DEATHS, WINDOW_SECONDS, RestartPolicy
 from local.stack_plan import Plan, StackOptions
 from local.traffic import create_traffic_variables
 
@@ -77,6 +79,8 @@ class Stack:
         self._report = report
         self._stop_requested = stop_requested
         self._processes: dict[str, GuardedProcess] = {}
+        self._restarts = RestartPolicy()
+        self._restart_at: dict[str, float] = {}
         self._lock: int | None = None
         self._created_plan: Plan | None = None
         self._server: PostgresServer | None = None
@@ -110,6 +114,7 @@ class Stack:
         """Stops all processes and waits: the scheduler first, Redis and Postgres last. Idempotent."""
         stores = [self._processes.pop(name) for name in ("redis", "postgres") if name in self._processes]
         others, self._processes = list(self._processes.values()), {}
+        self._restart_at.clear()
         if others or stores:
             self._report("stack", "stopping")
         # A running Airflow task waits half a minute for an api-server that is gone.
@@ -130,6 +135,23 @@ class Stack:
         for process in self._processes.values():
             if not process.running:
                 raise process.death()
+
+    def supervise(self) -> None:
+        """Starts processes again that ended by themselves. Raises ProcessDied if one ended too often."""
+        now = time.monotonic()
+        for name, process in list(self._processes.items()):
+            if process.running:
+                continue
+            if name not in self._restart_at:
+                delay = self._restarts.died(name, now)
+                if delay is None:
+                    often = f"{MAX_DEATHS} times within {WINDOW_SECONDS:.0f} s"
+                    raise ProcessDied(f"{name} ended {often} and is not started again. {process.death()}")
+                self._restart_at[name] = now + delay
+                self._report(name, f"{process.end}, starts again" + (f" in {delay:.0f} s" if delay else ""))
+            if now >= self._restart_at[name] and (name == "postgres" or self._postgres_answers()):
+                del self._restart_at[name]
+                self.restart(name)
 
     @property
     def database_url(self) -> str:
@@ -213,7 +235,7 @@ class Stack:
 
     def _start_stores(self, server: PostgresServer) -> None:
         self._run(self._plan.postgres(server))
-        self._wait({"postgres": lambda: databases.accepts_connections(server)})
+        self._wait({"postgres": self._postgres_answers})
         databases.prepare(server, self._plan.secrets.postgres)
 
     def _migrate(self, server: PostgresServer) -> None:
@@ -242,6 +264,9 @@ class Stack:
             self._wait({name: partial(_healthy, api, key) for name, key in HEALTH_NAMES.items()})
         if created:
             self._report("stack", f"created {len(created)} traffic Variables from config/models.yaml")
+
+    def _postgres_answers(self) -> bool:
+        return self._server is None or databases.accepts_connections(self._server)
 
     def _backend_answers(self) -> bool:
         with contextlib.suppress(requests.RequestException), requests.Session() as session:

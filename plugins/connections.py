@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from router.errors import ConfigError
-from router.settings import Addresses, HttpAddress, PostgresAddress, RedisAddress
+from router.settings import Addresses, HttpAddress, PostgresAddress, RedisAddress, unknown_variables
+
+log = logging.getLogger("router.settings")
 
 NAMES = ("router_db", "router_redis", "models_backend")
 # Extras that concern Airflow's hooks, not the connection.
@@ -24,11 +28,18 @@ def addresses_of(database: Any, redis: Any, backend: Any) -> Addresses:
 
     Raises ConfigError that names the Connection and the field or extra that is not supported.
     """
+    _warn_once()
     return Addresses(
         database_url=_postgres(database, f"Connection {NAMES[0]}").url,
         redis_url=_redis(redis, f"Connection {NAMES[1]}").url,
         backend_url=_backend(backend, f"Connection {NAMES[2]}").url,
     )
+
+
+@functools.cache
+def _warn_once() -> None:
+    for warning in unknown_variables():
+        log.warning("%s", warning)
 
 
 def _postgres(found: Any, source: str) -> PostgresAddress:

@@ -9,7 +9,9 @@ import asyncio
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
+from airflow.configuration import conf
 from airflow.plugins_manager import AirflowPlugin
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from console.app import Console
 
 PREFIX = "/router"
+# Airflow may be served below a path, e.g. `[api] base_url = https://host/airflow`.
+BASE_PATH = urlsplit(conf.get("api", "base_url", fallback="")).path.rstrip("/")
 
 
 class LazyConsole:
@@ -80,7 +84,7 @@ class RouterConsole(AirflowPlugin):
     external_views = [  # noqa: RUF012 - as above
         {
             "name": "Router",
-            "href": f"{PREFIX}/page",
+            "href": f"{BASE_PATH}{PREFIX}/page",
             "destination": "nav",
             "category": "browse",
             "url_route": "router",

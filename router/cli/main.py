@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
 from router.cli import terminal
 from router.cli.ask import ASK_HELP, ask
 from router.cli.categories import CATEGORIES_HELP, categories
@@ -43,6 +48,25 @@ Exit codes:
   3  completed with errors; each failed row or task is listed
 """
 app = terminal.verbs(help=HELP, add_completion=True)
+
+
+def _print_version(wanted: bool) -> None:  # noqa: FBT001 - typer's interface
+    if wanted:
+        typer.echo(f"router {version('llm-router')}")
+        raise typer.Exit
+
+
+@app.callback(help=HELP)
+def _router(
+    *,
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    pass
+
+
 app.command(help=LOAD_HELP, rich_help_panel=QUEUE)(load)
 app.command(help=STATUS_HELP, rich_help_panel=QUEUE)(status)
 app.command(help=WATCH_HELP, rich_help_panel=QUEUE)(watch)

@@ -21,7 +21,7 @@ from router.errors import (
     first_line,
 )
 from router.migrations import recount_if_due, schema_problem
-from router.models import VARIABLE_PREFIX, AirflowApi, sync_roster
+from router.models import MASK, VARIABLE_PREFIX, AirflowApi, sync_roster
 from router.settings import load_config, load_discovery, read_discovered
 from router.status import ModelStatus, Status, read_status
 from router.traffic import GRAMMAR, TrafficTarget
@@ -214,6 +214,8 @@ def _variable(entry: ModelTarget, variables: dict[str, str] | None) -> Text:
         return Text("unknown", style="dim")
     if entry.variable is None:
         return Text("deleted: the last target stays active", style="yellow")
+    if entry.variable == MASK:
+        return Text("masked by Airflow", style="dim")
     try:
         same = str(TrafficTarget.parse(entry.variable)) == entry.target
     except ConfigError:

@@ -11,7 +11,7 @@ import getpass
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -26,10 +26,18 @@ from router.database import Connection, connect
 from router.errors import RouterError, unknown
 from router.models import AirflowApi
 from router.queue import require_schema
-from router.settings import DEFAULT_CONFIG_FOLDER, missing_address
+from router.settings import (
+    DEFAULT_CONFIG_FOLDER,
+    RouterConfig,
+    config_folder,
+    load_config,
+    missing_address,
+    unknown_variables,
+)
 
 EXIT_FAILED = 1
 EXIT_SOME_BAD = 3
+UNCUT = 1000  # the formatter wraps what Click would cut
 PIPED_COLUMNS = 120  # rich would wrap piped tables at 80
 
 Database = Annotated[
@@ -80,8 +88,36 @@ AIRFLOW_SECONDS = 5.0
 QUEUE, MODELS, ANSWERS, ADMINISTRATION = PANELS = ("Queue", "Models", "Answers", "Administration")
 
 
+_NAMES: dict[str, Callable[[RouterConfig], Iterable[str]]] = {
+    "MODEL": lambda config: [*config.models, *config.discovered],
+    "CATEGORY": lambda config: config.categories,
+}
+
+
+def _complete(_context: Any, parameter: Any, incomplete: str) -> list[str]:
+    """Returns the configured names that begin with `incomplete`; none without a valid config."""
+    try:
+        names = _NAMES[parameter.metavar](load_config(config_folder()))
+    except RouterError:  # a shell has no place for it
+        return []
+    return [name for name in sorted(set(names)) if name.startswith(incomplete)]
+
+
+def _complete_names(parameters: Iterable[Any]) -> None:
+    for one in parameters:
+        if one.metavar in _NAMES:
+            one._custom_shell_complete = _complete  # noqa: SLF001 - Click takes it at creation only
+
+
 class RouterCommand(typer.core.TyperCommand):
-    """Command whose help shows arguments by their names, e.g. FILE..., without braces and types."""
+    """Command whose help shows arguments by their names, e.g. FILE..., without braces and types.
+
+    Arguments and options named MODEL and CATEGORY are completed in a shell.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        _complete_names(self.params)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         arguments = [_usage(one) for one in self.get_params(ctx) if one.param_type_name == "argument"]
@@ -114,21 +150,27 @@ def _usage(argument: Any) -> str:
 class RouterGroup(typer.core.TyperGroup):
     """Command group that lists its commands by panel, and turns a RouterError into one message."""
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        _complete_names(self.params)
+
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         commands = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
-        width = formatter.width - 6 - max(map(len, commands), default=0)
         panels: dict[str, list[tuple[str, str]]] = {panel: [] for panel in PANELS}
         for name, command in commands.items():
             if command is not None and not command.hidden:
                 panel = getattr(command, "rich_help_panel", None)
                 rows = panels.setdefault(panel if isinstance(panel, str) else "Commands", [])
-                rows.append((name, command.get_short_help_str(width)))
+                rows.append((name, command.get_short_help_str(UNCUT)))
         for panel, rows in panels.items():
             if rows:
                 with formatter.section(panel):
                     formatter.write_dl(rows)
 
     def invoke(self, ctx: Any) -> Any:
+        if ctx.parent is None:
+            for warning in unknown_variables():
+                note(warning)
         try:
             return super().invoke(ctx)
         except RouterError as error:

@@ -113,7 +113,7 @@ def undo_search(
     require_writable(folder)
     with connect(url, autocommit=True) as connection:
         events = _last_event_of(connection, model) if model is not None else _events_of(connection, search)
-        lines = {event["model"]: line_of(variables, event["model"]) for event in events}
+        lines = {event["model"]: line_of(connection, variables, event["model"]) for event in events}
         with transaction(connection):
             undone = [_undone(connection, event, by, lines[event["model"]]) for event in events]
         notes = tuple(publish(connection, folder, variables))
@@ -197,7 +197,7 @@ def _apply(  # noqa: PLR0917 - private: values of its callers
             (model, by, verdict.reason, list(verdict.leaves)),
         )
     else:
-        line = json.dumps(line_of(variables, model))
+        line = json.dumps(line_of(connection, variables, model))
         rows(connection, "SELECT retire_model(%s, %s, %s, %s::jsonb)", (model, by, verdict.reason, line))
     return Decision(model, verdict.step, verdict.reason, tuple(publish(connection, folder, variables)))
 

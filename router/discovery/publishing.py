@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from router.database import Connection, rows
 from router.discovery.discovered_file import write_discovered, writing
 from router.errors import AirflowError
-from router.models import VARIABLE_PREFIX
+from router.models import MASK, VARIABLE_PREFIX
 from router.settings import load_config
 from router.traffic import GRAMMAR
 
@@ -48,12 +48,19 @@ class Variables(Protocol):
         """Deletes a Variable."""
 
 
-def line_of(variables: Variables | None, model: str) -> dict[str, str | None]:
-    """`{"variable": value, or None if it does not exist}`; empty if Airflow is not configured."""
+def line_of(connection: Connection, variables: Variables | None, model: str) -> dict[str, str | None]:
+    """`{"variable": value, or None if it does not exist}`; empty if Airflow is not configured.
+
+    If Airflow masks the value, it is the target in use, or empty if there is none.
+    """
     if variables is None:
         return {}
     key = VARIABLE_PREFIX + model
-    return {"variable": variables.variables(key).get(key)}
+    value = variables.variables(key).get(key)
+    if value != MASK:
+        return {"variable": value}
+    in_use = rows(connection, "SELECT target FROM newest_targets WHERE model = %s", (model,))
+    return {"variable": in_use[0]["target"]} if in_use else {}
 
 
 def publish(connection: Connection, folder: Path, variables: Variables | None) -> list[str]:
@@ -80,7 +87,7 @@ def publish_variables(connection: Connection, variables: Variables | None) -> li
         if variables is None:
             return [NO_AIRFLOW]
         try:
-            before = _apply(variables, event)
+            before = _apply(connection, variables, event)
         except AirflowError as error:
             return [f"Not all Variables match the roster; the next search updates them. {error}"]
         rows(
@@ -91,23 +98,23 @@ def publish_variables(connection: Connection, variables: Variables | None) -> li
     return []
 
 
-def _apply(variables: Variables, event: dict[str, Any]) -> dict[str, str | None]:
+def _apply(connection: Connection, variables: Variables, event: dict[str, Any]) -> dict[str, str | None]:
     """Applies one change. Returns the Variable's previous value as in `line_of`, if it is known."""
     key, what, undone = VARIABLE_PREFIX + event["model"], event["what"], event["undone_before"] or {}
     if what == "taken" and event["default_target"] is not None:
         description = f"Traffic target of {event['model']}. {GRAMMAR}"
         if variables.create_variable(key, event["default_target"], description):
             return {"variable": None}
-        return line_of(variables, event["model"])
+        return line_of(connection, variables, event["model"])
     if what == "retired":
-        before = line_of(variables, event["model"])
+        before = line_of(connection, variables, event["model"])
         _delete(variables, key)
         return before
     is_restored = what == "undone" and (event["undone"] == "retired" or undone.get("roster") is None)
     if is_restored and event["undone"] != "promoted" and "variable" in undone:
         if undone["variable"] is None:
             _delete(variables, key)
-        else:
+        elif undone["variable"] != MASK:  # earlier versions stored it
             variables.set_variable(key, undone["variable"])
     return {}
 

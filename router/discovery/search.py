@@ -253,7 +253,7 @@ def _decide(
         )
         for name, trial in trials.items()
     }  # fmt: skip
-    lines = {name: _line_of(search.variables, name) for name in results}
+    lines = {name: _line_of(search, name) for name in results}
     plan = replace(plan, new=tuple(model for model in plan.new if model.name in trials))
     with transaction(search.connection):
         verdicts = list(_verdicts(search, plan, trials, results, lines))
@@ -322,9 +322,9 @@ def _served_as(model: CatalogModel, served: Collection[str]) -> str | None:
     return next((name for name in (model.endpoint, model.name, *spelled) if name in served), None)
 
 
-def _line_of(variables: Variables | None, model: str) -> dict[str, str | None]:
+def _line_of(search: _Search, model: str) -> dict[str, str | None]:
     with contextlib.suppress(AirflowError):  # reported when the Variables are published
-        return line_of(variables, model)
+        return line_of(search.connection, search.variables, model)
     return {}
 
 

@@ -1,3 +1,4 @@
+from .airflow_api import MASK as MASK
 from .airflow_api import VARIABLE_PREFIX as VARIABLE_PREFIX
 from .airflow_api import AirflowApi as AirflowApi
 from .backend import NO_CONNECTION as NO_CONNECTION

@@ -8,10 +8,11 @@ from urllib.parse import quote
 import requests
 from typing_extensions import Self
 
-from router.errors import AirflowError
+from router.errors import AirflowError, InputError, first_line
 from router.settings import AIRFLOW_SOURCE, HttpAddress
 
 VARIABLE_PREFIX = "traffic."  # of the Variable that holds a model's traffic target
+MASK = "***"  # Airflow's REST API returns it instead of a value that may be a secret
 TIMEOUT_SECONDS = 30.0
 MAX_ERROR_CHARACTERS = 500
 
@@ -64,7 +65,10 @@ class AirflowApi:
         return self._send(method, f"/api/v2{path}", **arguments)
 
     def variables(self, prefix: str = "") -> dict[str, str]:
-        """Reads all Variables whose key starts with `prefix`."""
+        """Reads all Variables whose key starts with `prefix`.
+
+        Airflow returns MASK for a value whose key contains `token`, `secret`, `proxy` or the like.
+        """
         found: dict[str, str] = {}
         read, total = 0, 1
         while read < total:
@@ -79,6 +83,7 @@ class AirflowApi:
 
     def set_variable(self, key: str, value: str, description: str | None = None) -> None:
         """Creates the Variable or changes its value; a description that is not given is preserved."""
+        _refuse_mask(key, value)
         body: dict[str, str] = {"key": key, "value": value}
         if description is not None:
             body["description"] = description
@@ -92,6 +97,7 @@ class AirflowApi:
 
     def create_variable(self, key: str, value: str, description: str = "") -> bool:
         """Creates the Variable unless it exists; returns whether it was created."""
+        _refuse_mask(key, value)
         try:
             self.call("POST", "/variables", json={"key": key, "value": value, "description": description})
         except AirflowError as error:
@@ -112,7 +118,7 @@ class AirflowApi:
         except requests.RequestException as error:
             raise AirflowError(f"Airflow at {self.url} cannot be reached: {_reason(error)}.") from error
         if not answer.ok:
-            text = answer.text[:MAX_ERROR_CHARACTERS]
+            text = answer.text[:MAX_ERROR_CHARACTERS].replace(self._password or "***", "***")
             raise AirflowError(
                 f"{method} {path}: Airflow answered {answer.status_code}: {text}", answer.status_code
             )
@@ -124,9 +130,17 @@ class AirflowApi:
             ) from error
 
 
+def _refuse_mask(key: str, value: str) -> None:
+    if value.strip() == MASK:
+        raise InputError(
+            f"The Variable {key} is not set to {MASK}, which Airflow shows instead of a masked value. Set the"
+            " value itself."
+        )
+
+
 def _reason(error: requests.RequestException) -> str:
     if isinstance(error, requests.Timeout):
         return "it did not answer in time"
     if isinstance(error, requests.ConnectionError):
         return "no connection"
-    return str(error)
+    return first_line(error)

@@ -28,6 +28,7 @@ from router.settings.models import DISCOVERED, MODEL_NAME_PATTERN, read_discover
 from router.settings.postgres import PostgresAddress
 from router.settings.redis import RedisAddress
 from router.settings.router import BackendSettings, FallbackSettings, RouterConfig, load_config
+from router.settings.variables import unknown_variables
 
 __all__ = [
     "AIRFLOW_SOURCE",
@@ -65,4 +66,5 @@ __all__ = [
     "missing_address",
     "own_or_shipped",
     "read_discovered",
+    "unknown_variables",
 ]

@@ -33,7 +33,7 @@ DagBag(sys.argv[1])  # a DAG processor has imported everything, too, once it has
 bag = DagBag(sys.argv[1])
 from airflow.models.connection import Connection
 from connections import addresses_of
-from router_console import _build
+from router_console import RouterConsole, _build
 def address(kind, fields):
     usual = {"database_url": "postgres://b/c", "redis_url": "redis://d/0", "backend_url": "http://e"}
     found = {name: Connection(conn_id=name, uri=uri) for name, uri in usual.items()}
@@ -44,6 +44,7 @@ def address(kind, fields):
         return str(error)
 from router.errors import ConfigError
 json.dump({
+    "page": RouterConsole.external_views[0]["href"],
     "errors": bag.import_errors, "console": type(_build()).__name__, "tried": tried,
     "addresses": [address(*case) for case in json.loads(sys.argv[3])],
     "seconds": {stat.file: stat.duration.total_seconds() for stat in bag.dagbag_stats},
@@ -118,6 +119,7 @@ def parsed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "AIRFLOW_HOME": str(folder),
         "AIRFLOW__CORE__PLUGINS_FOLDER": str(folder / "plugins"),
         "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+        "AIRFLOW__API__BASE_URL": "https://host/some/airflow/",
         "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": "postgresql+psycopg2://nobody@127.0.0.1:1/none",
     }
     found = folder / "found.json"
@@ -152,6 +154,10 @@ def test_addresses_in_connections(parsed: dict[str, Any]) -> None:
         else:
             assert expected in found, (kind, fields)
             assert "p/@" not in found
+
+
+def test_the_console_is_below_the_path_of_airflow(parsed: dict[str, Any]) -> None:
+    assert parsed["page"] == "/some/airflow/router/page"
 
 
 def test_the_console_loads_through_a_linked_plugin(parsed: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import psutil
@@ -19,6 +19,7 @@ import redis
 
 from bench.demo import command_started
 from local.airflow_api import AirflowApi, AirflowApiError
+from local.restarts import MAX_DEATHS
 from router.settings.router import load_config
 from router.traffic import GRAMMAR
 
@@ -240,9 +241,15 @@ def test_secrets_are_readable_by_their_owner_only(launcher: Launcher) -> None:
 
 
 def test_everything_listens_on_the_loopback_only(launcher: Launcher) -> None:
-    listening = []
+    ports = json.loads((launcher.data / "ports.json").read_text()).values()
+    listening = [
+        ("a part of the stack", connection.laddr.ip)
+        for connection in psutil.net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port in ports
+    ]
     for process in launcher.family():
-        with suppress(psutil.NoSuchProcess):  # an Airflow task that has ended
+        # An Airflow task may have ended, and some processes of Airflow show their files to root only.
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             listening += [
                 (process.name(), connection.laddr.ip)
                 for connection in process.net_connections(kind="inet")
@@ -260,6 +267,45 @@ def test_a_folder_is_used_by_one_stack_at_a_time(launcher: Launcher) -> None:
     assert done.returncode == 1
     assert f"in use by the stack with process id {launcher.process.pid}" in done.stdout
     assert launcher.process.poll() is None
+
+
+def test_every_part_that_is_killed_starts_again_and_the_work_goes_on(launcher: Launcher) -> None:
+    """The last test of the shared stack: `kill -9` of all its parts at once."""
+    before = {name: process.pid for name in PROCESSES for process in parts(launcher, name)}
+    assert set(before) == PROCESSES
+    for name in PROCESSES:
+        for process in parts(launcher, name):
+            process.kill()
+    for name in PROCESSES:
+        wait_until(lambda: any(found.pid != before[name] for found in parts(launcher, name)), 60)  # noqa: B023
+        assert f"{name}: ended by itself (SIGKILL), starts again" in launcher.text
+    addresses = launcher.addresses()
+    with redis.Redis.from_url(addresses["ROUTER_REDIS_URL"]) as client:
+        wait_until(lambda: answers(client), 30)
+    wait_until(lambda: solved_another_task(addresses["ROUTER_DATABASE_URL"]), 240)
+    with launcher.api("viewer") as api:
+        wait_until(lambda: all(api.health().values()) and bool(api.health()), 60)
+    assert launcher.process.poll() is None
+
+
+def answers(client: redis.Redis) -> bool:
+    with suppress(redis.RedisError):
+        return bool(client.ping())
+    return False
+
+
+def solved_another_task(url: str) -> bool:
+    """Inserts one task unless it exists, and returns whether it is solved."""
+    with suppress(psycopg2.OperationalError):
+        connection = psycopg2.connect(url)
+        with closing(connection), connection, connection.cursor() as cursor:
+            cursor.execute(
+                "INSERT INTO tasks (prompt, external_id) VALUES ('after the kill', 'after-the-kill')"
+                " ON CONFLICT DO NOTHING"
+            )
+            cursor.execute("SELECT status = 'solved' FROM tasks WHERE external_id = 'after-the-kill'")
+            return bool((cursor.fetchone() or (False,))[0])
+    return False
 
 
 @pytest.mark.soak
@@ -308,7 +354,31 @@ def check_data_persisted(launcher: Launcher) -> None:
 
 
 def crash_dag_processor(launcher: Launcher) -> None:
-    (process,) = [p for p in launcher.family() if p.cmdline()[1:4] == ["-m", "airflow", "dag-processor"]][:1]
-    process.kill()
-    assert launcher.process.wait(60) == 1
+    """Kills it as often as it is started again."""
+    deadline = time.monotonic() + 90
+    while launcher.process.poll() is None:
+        for process in parts(launcher, "dag-processor"):
+            process.kill()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert launcher.process.returncode == 1
+    assert f"dag-processor ended {MAX_DEATHS} times within" in launcher.text
     assert "dag-processor ended by itself (SIGKILL)" in launcher.text
+
+
+def parts(launcher: Launcher, name: str) -> list[psutil.Process]:
+    """Returns the process of a part of the stack, a child of its guard."""
+    found = []
+    for guard in psutil.Process(launcher.process.pid).children():
+        with suppress(psutil.NoSuchProcess, ValueError):
+            words = guard.cmdline()
+            if part_of(words[words.index("--") + 1 :]) == name:
+                found += guard.children()
+    return running_of(found)
+
+
+def part_of(command: list[str]) -> str:
+    """Returns the part that a command runs."""
+    if command[1] != "-m":
+        return Path(command[0]).name.removesuffix("-server")
+    return command[3] if command[2] == "airflow" else command[2].removeprefix("models_")

@@ -96,6 +96,7 @@ class FakeAirflow(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.variables: dict[str, str] = {}
         self.is_down = False
+        self.is_masked = False  # as for keys that contain `token`, `secret` and the like
 
     @property
     def api(self) -> AirflowApi:
@@ -127,7 +128,8 @@ class _Handler(BaseHTTPRequestHandler):
             return 201, {"access_token": "t"}
         if self.command == "GET":
             prefix = parse_qs(url.query)["variable_key_pattern"][0].removesuffix("%")
-            found = [{"key": k, "value": v} for k, v in sorted(variables.items()) if k.startswith(prefix)]
+            shown = {k: "***" if self.server.is_masked else v for k, v in sorted(variables.items())}
+            found = [{"key": k, "value": v} for k, v in shown.items() if k.startswith(prefix)]
             return 200, {"variables": found, "total_entries": len(found)}
         if self.command == "POST":
             if body["key"] in variables:

@@ -200,6 +200,35 @@ def test_undo_reverts_one_change_at_a_time(world: Searching) -> None:
         assert world.everything() == states.pop()
 
 
+def test_a_masked_variable_is_restored_from_the_target_in_use(world: Searching) -> None:
+    airflow, url = world.airflow, world.addresses.database_url
+    assert airflow is not None
+    world.search()
+    key = f"traffic.{GOOD}"
+    airflow.is_masked = True
+    airflow.variables[key] = "7/min, 2/s"
+    with connect(url) as connection:
+        rows(connection, "SELECT record_target(%s, '7/min, 2/s', 9000000000000000)", (GOOD,))
+    retire(url, world.folder, GOOD, by="ann", variables=airflow.api)
+    assert key not in airflow.variables
+    undo_search(url, world.folder, by="ann", model=GOOD, variables=airflow.api)
+    assert airflow.variables[key] == "7/min, 2/s"
+    retire(url, world.folder, GOOD, by="ann", variables=airflow.api)
+    with connect(url) as connection:  # as an earlier version stored it
+        rows(connection, """UPDATE roster_events SET before = before || '{"variable": "***"}'""")
+    undo_search(url, world.folder, by="ann", model=GOOD, variables=airflow.api)
+    assert "***" not in airflow.variables.values()
+    assert world.value("SELECT count(*) FROM roster_events WHERE NOT variable_done") == 0
+
+
+def test_a_mask_is_never_written(world: Searching) -> None:
+    assert world.airflow is not None
+    for write in (world.airflow.api.set_variable, world.airflow.api.create_variable):
+        with pytest.raises(InputError, match=r"traffic\.x is not set to \*\*\*, which Airflow shows"):
+            write("traffic.x", " *** ")
+    assert world.airflow.variables == {}
+
+
 def test_an_existing_variable_is_preserved(world: Searching) -> None:
     assert world.airflow is not None
     world.airflow.variables[f"traffic.{GOOD}"] = "3/min"
@@ -466,6 +495,7 @@ def test_a_read_only_folder_is_reported_before_any_trial(world: Searching) -> No
         ):
             search()
     finally:
+        folder.chmod(0o755)
         shutil.rmtree(folder)
 
 
