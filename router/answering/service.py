@@ -23,6 +23,7 @@ from router.classification import Classification, ClassifierProcess
 from router.database import UNAVAILABLE_ERRORS
 from router.errors import RouterError, SchemaError
 from router.knowledge import Knowledge
+from router.limiter import WaitReason
 from router.migrations import SchemaMonitor
 from router.models import Roster, open_services, read_roster, roster_version
 from router.queue import Conversation, TaskQueue
@@ -37,7 +38,9 @@ UNCONFIRMED_SECONDS = 1.0
 ORPHANS_SECONDS = 30.0
 CLASSIFIER_START_SECONDS = 15.0
 CLASSIFY_SHARE = 0.2  # of the deadline
-START_SHARE = 0.4  # of the deadline, while the classifier starts
+START_SHARE = 0.3  # of the deadline, while the classifier starts
+RESTORE_SECONDS = 1.0  # for the limiter to restore a model that Redis does not know
+RESTORED_AT_A_TIME = 8
 WARM_CONNECTIONS = 4
 REDIS_SECONDS = 2.0
 CLOSE_SECONDS = 3.0
@@ -152,11 +155,28 @@ class AnsweringService:
                 log.warning("Postgres or Redis does not respond; only knowledge answers until it does")
         self._start_jobs()
 
+    async def _restore_limiter(self) -> None:
+        """Lets the limiter restore the models that a new or restarted Redis does not know.
+
+        It counts logged calls that may have been sent, so this is quicker before the first call is logged.
+        """
+        limiter, slots = self.context.limiter, asyncio.Semaphore(RESTORED_AT_A_TIME)
+
+        async def restore(model: str) -> None:
+            async with slots:
+                traffic = await limiter.shared_snapshot(model)
+                if traffic.waiting_for in (WaitReason.REBUILDING, WaitReason.NO_TARGET):
+                    waiting = limiter.wait_until_available(model)
+                    await result_or_none(waiting, RESTORE_SECONDS, f"router restore of {model}")
+
+        await asyncio.gather(*map(restore, self.roster.models))
+
     async def _contact(self) -> bool:
         await self._queue.renew_lease()
         # Connections made now do not delay the first requests.
         await asyncio.gather(*(self._pool.fetchval("SELECT 1") for _ in range(WARM_CONNECTIONS)))
         await self._roster_step()
+        await self._restore_limiter()
         return True
 
     def _start_jobs(self) -> None:

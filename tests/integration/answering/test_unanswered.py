@@ -23,7 +23,7 @@ from router.queue.chat import Conversation
 from router.queue.tasks import failed_tasks, retry_failed
 from router.settings.environment import Addresses
 from router.settings.router import load_config
-from tests.support.answering import PREFERRED, Harness, answering_config, open_harness
+from tests.support.answering import CHEAP, PREFERRED, Harness, answering_config, open_harness
 
 
 @pytest.fixture(scope="module")
@@ -232,3 +232,17 @@ async def test_category_and_knowledge_depend_on_the_last_user_turn(
             on_event=lambda event: found.append(event.text),
         )
         assert any(text.startswith("found sky.md") for text in found)
+
+
+@pytest.mark.alone
+async def test_the_first_request_of_a_new_stack_is_sent_at_once(addresses: Addresses, tmp_path: Path) -> None:
+    config = answering_config(**dict.fromkeys((PREFERRED, CHEAP), "55/min"))
+    with connect(addresses.database_url) as connection:
+        sync_roster(connection, config)
+    router = Router(addresses, config, tmp_path)
+    answer = await router.answer("Why?", category="general", deadline_seconds=1.5)
+    assert answer.model == PREFERRED
+    first = answer.calls[0]
+    assert first.sent_seconds is not None
+    assert first.sent_seconds - first.started_seconds < 0.5, "its own log row does not count as sent"
+    await router.close()
