@@ -216,7 +216,9 @@ async def test_category_and_knowledge_depend_on_the_last_user_turn(
     monkeypatch.setattr(service_module, "ClassifierProcess", Classifier)
     config = answering_config().model_copy(update={"classification": load_config().classification})
     (tmp_path / "knowledge").mkdir()
-    (tmp_path / "knowledge" / "sky.md").write_text("# Why is the sky blue?\n\nRayleigh scattering.\n")
+    (tmp_path / "knowledge" / "sky.md").write_text(
+        "# The blue sky\n\nThe sky is blue because air scatters short waves most.\n"
+    )
     with connect(addresses.database_url) as connection:
         sync_roster(connection, answering_config())
     async with Router(addresses, config, tmp_path) as router:
@@ -231,7 +233,12 @@ async def test_category_and_knowledge_depend_on_the_last_user_turn(
             Conversation(f"{code}\n\n{question}", question, code),
             on_event=lambda event: found.append(event.text),
         )
-        assert any(text.startswith("found sky.md") for text in found)
+        assert any(text.startswith("found sky.md") for text in found), found
+        found.clear()
+        earlier = "Why is the sky blue? Because air scatters short waves."
+        follow_up = Conversation(f"{earlier}\n\nAnd why?", "And why?", earlier)
+        await router.answer(follow_up, on_event=lambda event: found.append(event.text))
+        assert any(text.startswith("found sky.md") for text in found), "by the context"
 
 
 @pytest.mark.alone
