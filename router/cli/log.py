@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated
 
 import typer
@@ -24,8 +23,6 @@ Examples:
   router log --model phi-4 --since 2h
   router log --category technical --since 30min --limit 1000 --json
 """
-_UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86_400}
-_SINCE = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*(s|min|h|d)")
 MAX_ERROR_CHARACTERS = 60
 MODEL_COLUMN = 2
 
@@ -46,7 +43,7 @@ def log(
     as_json: terminal.Json = False,
     database: terminal.Database = None,
 ) -> None:
-    seconds = None if since is None else _seconds(since)
+    seconds = None if since is None else _age(since)
     if task is not None and abs(task) >= 2**63:
         raise InputError(f"Task {task} is out of range; ids end at 9223372036854775807.")
     with terminal.database(database) as connection:
@@ -63,13 +60,13 @@ def log(
         typer.echo("no matching calls")
 
 
-def _seconds(since: str) -> float:
-    found = _SINCE.fullmatch(since.strip())
-    if found is None:
+def _age(since: str) -> float:
+    seconds = terminal.age_seconds(since)
+    if seconds is None:
         raise InputError(
             f"--since {since!r} is not an age. Give a number and a unit, e.g. 90s, 30min, 2h or 7d."
         )
-    return float(found[1]) * _UNITS[found[2]]
+    return seconds
 
 
 def _print(calls: list[LoggedCall]) -> None:

@@ -13,6 +13,7 @@ from router.database import Connection
 from router.errors import InputError
 from router.queue import (
     Retried,
+    Selection,
     category_names,
     failed_tasks,
     finished_tasks,
@@ -30,10 +31,14 @@ One JSON object per line. For a solved task "response" contains a chat completio
 and "error" gives the reasons. custom_id is the id the task was loaded with, or else its number. The file is
 replaced only after all lines were written.
 
+The options restrict the export together. TIME is ISO 8601, in UTC without an offset, or an age such as 2h.
+
 \b
 Examples:
   router export answers.jsonl
   router export failed.jsonl --failed
+  router export team.jsonl --id-prefix team-7/ --since 2026-01-31
+  router export today.jsonl --status solved --category technical --since 24h
   router export - --solved | jq -r .response.body.choices[0].message.content
 """
 RETRY_HELP = """
@@ -57,19 +62,43 @@ def export(
     ] = False,
     solved: Annotated[bool, typer.Option("--solved", help="Export solved tasks only.")] = False,
     failed: Annotated[bool, typer.Option("--failed", help="Export failed tasks only.")] = False,
+    status: Annotated[
+        str | None,
+        typer.Option(metavar="solved|failed|all", help="Export tasks of this status. Default: all."),
+    ] = None,
+    category: Annotated[
+        str | None, typer.Option(metavar="CATEGORY", help="Export tasks of this category only.")
+    ] = None,
+    since: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Export tasks that were finished at TIME or later.")
+    ] = None,
+    until: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Export tasks that were finished before TIME.")
+    ] = None,
+    id_prefix: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Export tasks whose id starts with TEXT.")
+    ] = None,
     as_json: terminal.Json = False,
     database: terminal.Database = None,
 ) -> None:
-    if sum((everything, solved, failed)) > 1:
-        raise typer.BadParameter("use only one of --all, --solved and --failed")
-    wanted = [
-        status.value
-        for status, left_out in ((TaskStatus.SOLVED, failed), (TaskStatus.FAILED, solved))
-        if not left_out
-    ]
+    flags = {"all": everything, TaskStatus.SOLVED.value: solved, TaskStatus.FAILED.value: failed}
+    named = [name for name, given in flags.items() if given] + ([] if status is None else [status])
+    if len(named) > 1:
+        raise typer.BadParameter("use only one of --status, --all, --solved and --failed")
+    chosen = terminal.known(named[0] if named else "all", flags, "status to export")
+    wanted = [TaskStatus.SOLVED.value, TaskStatus.FAILED.value] if chosen == "all" else [chosen]
+    selection = Selection(
+        category=category,
+        since=None if since is None else terminal.time_of(since, "--since"),
+        until=None if until is None else terminal.time_of(until, "--until"),
+        id_prefix=id_prefix,
+    )
     path = None if file == "-" else Path(file)
     with terminal.database(database) as connection:
-        written = write_lines(path, map(output_line, finished_tasks(connection, wanted)))
+        if category is not None:
+            terminal.known(category, category_names(connection), "category")
+        found = finished_tasks(connection, wanted, selection)
+        written = write_lines(path, map(output_line, found))
     if path is None:
         return
     if as_json:

@@ -10,10 +10,11 @@ import dataclasses
 import getpass
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from router.database import Connection, connect
-from router.errors import RouterError, unknown
+from router.errors import InputError, RouterError, unknown
 from router.models import AirflowApi
 from router.queue import require_schema
 from router.settings import (
@@ -38,6 +39,8 @@ from router.settings import (
 EXIT_FAILED = 1
 EXIT_SOME_BAD = 3
 UNCUT = 1000  # the formatter wraps what Click would cut
+_UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86_400}
+_AGE = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*(s|min|h|d)")
 PIPED_COLUMNS = 120  # rich would wrap piped tables at 80
 
 Database = Annotated[
@@ -281,6 +284,27 @@ def quiet_table(*columns: str, right: Iterable[str] = ()) -> Table:
     for name in columns:
         table.add_column(name, justify="right" if name in right else "left", no_wrap=name == columns[0])
     return table
+
+
+def age_seconds(text: str) -> float | None:
+    """Returns the seconds of an age such as 90s, 30min, 2h or 7d; None if it is not one."""
+    found = _AGE.fullmatch(text.strip())
+    return None if found is None else float(found[1]) * _UNITS[found[2]]
+
+
+def time_of(text: str, option: str) -> datetime:
+    """Returns a time given as ISO 8601 or as an age. Without an offset it is in UTC. Raises InputError."""
+    try:
+        seconds = age_seconds(text)
+        if seconds is not None:
+            return datetime.now(timezone.utc) - timedelta(seconds=seconds)
+        at = datetime.fromisoformat(text.strip().replace("Z", "+00:00"))
+        return (at if at.tzinfo is not None else at.replace(tzinfo=timezone.utc)).astimezone(timezone.utc)
+    except (ValueError, OverflowError) as error:
+        raise InputError(
+            f"{option} {text!r} is neither a time nor an age. Give e.g. 2026-01-31, 2026-01-31T12:00:00Z,"
+            " 30min, 2h or 7d."
+        ) from error
 
 
 def ago(at: datetime | None) -> str:

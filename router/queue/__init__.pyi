@@ -19,6 +19,7 @@ from .task_queue import QueueState as QueueState
 from .task_queue import TaskQueue as TaskQueue
 from .task_queue import listening as listening
 from .tasks import Retried as Retried
+from .tasks import Selection as Selection
 from .tasks import category_names as category_names
 from .tasks import enqueue as enqueue
 from .tasks import failed_tasks as failed_tasks

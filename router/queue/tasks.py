@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from io import StringIO
 from typing import Any
 
@@ -35,10 +36,18 @@ SELECT i.line, i.external_id, t.id AS task_id
  WHERE i.own_id AND t.prompt <> i.prompt ORDER BY i.line"""
 _FINISHED = """
 SELECT t.id, t.external_id, t.status, t.answer, t.answered_by, t.answer_call_id, t.failure,
-       readable_time(coalesce(t.solved_at, t.created_at)) AS finished_at, c.prompt_tokens, c.completion_tokens
-  FROM tasks t LEFT JOIN model_calls c ON c.call_id = t.answer_call_id
- WHERE t.status = ANY (%s) AND (t.status <> 'failed' OR is_failed(t.status::text, t.interactive))
- ORDER BY t.id"""
+       readable_time(coalesce(t.solved_at, f.failed_at, t.created_at)) AS finished_at, c.prompt_tokens,
+       c.completion_tokens
+  FROM tasks t
+  LEFT JOIN model_calls c ON c.call_id = t.answer_call_id
+  LEFT JOIN task_failures f ON f.task_id = t.id AND t.status = 'failed'
+ WHERE t.status = ANY (%s) AND (t.status <> 'failed' OR is_failed(t.status::text, t.interactive))"""
+_SELECTIONS = {  # by field of Selection
+    "category": "resolve_category(t.category) = %s",
+    "since": "coalesce(t.solved_at, f.failed_at, t.created_at) >= %s",
+    "until": "coalesce(t.solved_at, f.failed_at, t.created_at) < %s",
+    "id_prefix": "starts_with(t.external_id, %s)",
+}
 _RETRY = """
 UPDATE tasks SET status = 'unsolved'
  WHERE id IN (SELECT id FROM tasks
@@ -49,6 +58,16 @@ UPDATE tasks SET status = 'unsolved'
                ORDER BY id LIMIT %s FOR UPDATE SKIP LOCKED)
 RETURNING id, status"""
 _COPY_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Selects finished tasks; a field that is None selects all. `until` is excluded."""
+
+    category: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+    id_prefix: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,14 +132,20 @@ def _copy_line(task: NewTask) -> str:
     )
 
 
-def finished_tasks(connection: Connection, statuses: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yields every task of these statuses by id, from one snapshot; reads READ_BATCH rows at a time.
+def finished_tasks(
+    connection: Connection, statuses: Sequence[str], selection: Selection | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yields the selected tasks of these statuses by id, from one snapshot; reads READ_BATCH rows at a time.
 
     Requests that no model answered are left out.
     """
+    chosen = {name: value for name in _SELECTIONS if (value := getattr(selection, name, None)) is not None}
     with connection.cursor("router_export", cursor_factory=psycopg2.extras.RealDictCursor) as cursor:
         cursor.itersize = READ_BATCH
-        cursor.execute(_FINISHED, (list(statuses),))
+        cursor.execute(
+            " AND ".join([_FINISHED, *(_SELECTIONS[name] for name in chosen)]) + " ORDER BY t.id",
+            (list(statuses), *chosen.values()),
+        )
         for row in cursor:
             yield dict(row)
 

@@ -89,6 +89,49 @@ def test_export_by_status(router: CommandLine, ask: Ask, tmp_path: Path, option:
     assert router("export", tmp_path / "out.jsonl", "--solved", "--failed").code == 2
 
 
+SELECTIONS = {
+    "--status solved": ["a/1", "b/1", "far"],
+    "--status failed": ["a/2"],
+    "--status all": ["a/1", "a/2", "b/1", "far"],
+    "--category technical": ["a/1", "a/2"],
+    "--category general": ["b/1", "far"],
+    "--id-prefix a/": ["a/1", "a/2"],
+    "--id-prefix %": [],
+    "--since 2h": ["a/1", "a/2", "far"],
+    "--since 1970-01-01 --until 2h": ["b/1"],
+    "--until 1000-01-01": [],
+    "--since 9999-12-31T23:59:59-10:00": "is neither a time nor an age",
+    "--since 9999-12-30": ["far"],
+    "--until 2020-06-01T00:00:00+02:00": ["b/1"],
+    "--id-prefix a/ --status failed --category technical --since 1h": ["a/2"],
+    "--since yesterday": "is neither a time nor an age",
+    "--since 999999999d": "is neither a time nor an age",
+    "--category nothing": "no category",
+    "--status unsolved": "no status to export",
+}
+
+
+@pytest.mark.parametrize("zone", ["UTC", "America/New_York"])
+def test_export_can_be_restricted(router: CommandLine, ask: Ask, tmp_path: Path, zone: str):
+    ask(
+        "INSERT INTO tasks (prompt, category, external_id, status, answer, solved_at) VALUES"
+        " ('p', 'technical', 'a/1', 'solved', 'A', now() - interval '1 min'),"
+        " ('p', 'technical', 'a/2', 'failed', NULL, NULL),"
+        " ('p', 'unknown', 'b/1', 'solved', 'A', '2020-01-01'),"
+        " ('p', NULL, 'far', 'solved', 'A', '99999-01-01'), ('p', NULL, 'a/3', 'unsolved', NULL, NULL)"
+    )
+    ask(f"ALTER ROLE postgres SET timezone = '{zone}'")
+    for options, expected in SELECTIONS.items():
+        done = router("export", tmp_path / "out.jsonl", *options.split())
+        if isinstance(expected, str):
+            assert done.code == 1, options
+            assert expected in done.err
+            continue
+        assert done.code == 0, done.err
+        assert [line["custom_id"] for line in lines_of(tmp_path / "out.jsonl")] == expected, options
+    ask("ALTER ROLE postgres RESET timezone")
+
+
 def test_export_to_standard_output(router: CommandLine, ask: Ask):
     ask(
         "INSERT INTO tasks (prompt, status, answer) SELECT 'a', 'solved', repeat('x', 500)"
