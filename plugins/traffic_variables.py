@@ -13,6 +13,7 @@ import logging
 from airflow.plugins_manager import AirflowPlugin
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from router.errors import RouterError, first_line
 from router.settings import Addresses
 
 log = logging.getLogger("router.traffic_variables")
@@ -48,7 +49,8 @@ async def watch() -> None:
         try:
             await _watch_until_error()
         except Exception as error:  # noqa: BLE001, PERF203 - the watch must never end
-            log.warning("watching traffic Variables failed, retrying: %s", type(error).__name__)
+            reason = first_line(error) if isinstance(error, RouterError) else type(error).__name__
+            log.warning("watching traffic Variables failed, retrying: %s", reason)
             await asyncio.sleep(2)
 
 

@@ -23,6 +23,7 @@ from router.settings.url import (
     query_text,
     split_host,
     split_url,
+    usable,
     valid_port,
     whole_number,
 )
@@ -272,7 +273,7 @@ def _checked(given: Mapping[str, Any], source: str) -> dict[str, str]:
         written = str(int(value)) if isinstance(value, bool) and name != "ssl" else str(value)
         written = _JDBC.get(written.lower(), written) if name == "ssl" else written
         if name == names[name] or names[name] not in values:
-            values[names[name]] = _valid(names[name], written, source)
+            values[names[name]] = usable(_valid(names[name], written, source), source)
     if values.get("sslrootcert") == "system":
         raise ConfigError(
             f"{source}: sslrootcert=system is not supported. Name a file, e.g."

@@ -17,6 +17,7 @@ from router.settings.url import (
     query_text,
     split_host,
     split_url,
+    usable,
     valid_port,
     whole_number,
 )
@@ -77,6 +78,8 @@ class RedisAddress:
         """Checks fields by their names. Raises ConfigError with the name of one that is not supported."""
         values = {name: value for name, value in given.items() if value is not None and value != ""}
         check_parameters(values, ("host", "port", "socket", *PARAMETERS), source, HINT)
+        for value in values.values():
+            usable(str(value), source)
         host, port = split_host(str(values.pop("host", "")), source)
         port = valid_port(values.pop("port", None) or port or PORT, source)
         socket = values.pop("socket", None)

@@ -11,6 +11,7 @@ from router.errors import ConfigError
 
 ENCODE = "Percent-encode special characters of user and password, e.g. @ as %40, / as %2F and % as %25."
 _CONTROL = re.compile("[\x00-\x1f\x7f]")
+_UNUSABLE = re.compile("[\x00\ud800-\udfff]")  # no service can have them in a name or a password
 _BAD_PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
 _END_OF_AUTHORITY = re.compile("[/?#]")
 _PARAMETER = re.compile(r"[A-Za-z_][\w.-]{0,40}", re.ASCII)
@@ -108,9 +109,16 @@ def _parameters(query: str, source: str) -> dict[str, str]:
 
 def _decoded(text: str, source: str) -> str:
     try:
-        return unquote(text, errors="strict")
+        return usable(unquote(text, errors="strict"), source)
     except UnicodeDecodeError:
         raise ConfigError(f"{source} has percent-encoded bytes that are not UTF-8.") from None
+
+
+def usable(text: str, source: str) -> str:
+    """Returns a text without NUL characters and lone surrogates. Raises ConfigError without quoting it."""
+    if _UNUSABLE.search(text):
+        raise ConfigError(f"{source} has a NUL character or a byte that is not UTF-8.")
+    return text
 
 
 def check_parameters(names: Iterable[str], known: Iterable[str], source: str, hint: str) -> None:

@@ -236,6 +236,9 @@ MARK = "Zq7"
 @example("?connect_timeout=b&c=")
 @example("[")
 @example("a@b:c")
+@example("%00")
+@example("\udcff")
+@example("\0")
 def test_no_message_contains_a_part_of_a_password(characters: str) -> None:
     password = MARK + MARK.join(characters) + MARK
     texts = {
