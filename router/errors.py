@@ -67,7 +67,15 @@ class LimiterError(RouterError):
 
 
 class LimiterUnavailable(LimiterError):  # noqa: N818 - names a state
-    """Redis is unreachable, read-only, out of memory or has lost its state: nothing may be sent now."""
+    """Redis is unreachable, read-only, out of memory or has lost its state: nothing may be sent now.
+
+    `cause` is one of `away`, `hung`, `read_only`, `loading`, `out_of_memory`, `forbidden`, `busy`, `failing`
+    (any other error of Redis) and `database` (lost state cannot be rebuilt, as Postgres is unavailable).
+    """
+
+    def __init__(self, message: str, cause: str = "away") -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
 class PermitExpired(LimiterError):  # noqa: N818 - names a state

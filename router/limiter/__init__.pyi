@@ -2,13 +2,16 @@ from .inspection import read_limiter as read_limiter
 from .inspection import seconds_until_applied as seconds_until_applied
 from .limiter import TrafficLimiter as TrafficLimiter
 from .permit import UNAVAILABLE_REASONS as UNAVAILABLE_REASONS
+from .permit import CallEnd as CallEnd
 from .permit import PastCall as PastCall
 from .permit import Permit as Permit
 from .permit import Wait as Wait
 from .permit import WaitReason as WaitReason
 from .recovery import History as History
+from .script import Outage as Outage
 from .script import redis_client as redis_client
 from .settings import AFTER_TIMEOUT_SECONDS as AFTER_TIMEOUT_SECONDS
 from .settings import LimiterSettings as LimiterSettings
 from .settings import Slacks as Slacks
 from .snapshot import ModelTraffic as ModelTraffic
+from .tracker import check_model_name as check_model_name

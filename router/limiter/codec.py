@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import uuid
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -14,13 +15,16 @@ from router.limiter.snapshot import ModelTraffic
 from router.traffic import TrafficTarget
 
 MICRO = 1_000_000
-LOST = 1  # a reply's status; 0 is success, 2 is a model without a target
+LOST, MORE = 1, 3  # a reply's status; 0 is success, 2 a model without a target, 3 asks to call again
 
-_DECISION = struct.Struct("<10d")
+_DECISION = struct.Struct("<11d")
 _GRANT = struct.Struct("<2d")
-_ONE_PERMIT = struct.Struct("<6d")
-_RELEASE = struct.Struct("<4d")
-_SNAPSHOT_HEAD = 10
+_REQUEST_HEAD = 7
+_ONE_PERMIT = struct.Struct(f"<{_REQUEST_HEAD + 1}d")
+_RELEASE = struct.Struct("<4d16s")
+_OPEN_CALL = struct.Struct("<16sd")
+_SNAPSHOT_HEAD = 11
+_NO_CALL = bytes(16)
 
 
 class Breaker(NamedTuple):
@@ -44,18 +48,20 @@ class Loss(NamedTuple):
 
 
 def pack_reserve(  # noqa: PLR0917 - the layout itself; keywords would cost on the hot path
-    generation: float, clock_bound: float, head: float,
+    generation: float, clock_bound: float, head: float, version: float, sender: float,
     look_ahead_seconds: float, call_seconds: float, tokens: tuple[int, ...],
 ) -> bytes:  # fmt: skip
-    """Packs a request for a permit per element of `tokens`."""
-    layout = _ONE_PERMIT if len(tokens) == 1 else struct.Struct(f"<{5 + len(tokens)}d")
+    """Packs a request for a permit per element of `tokens`. `sender` is 0 if it does not wait for them."""
+    layout = _ONE_PERMIT if len(tokens) == 1 else struct.Struct(f"<{_REQUEST_HEAD + len(tokens)}d")
     return layout.pack(
-        generation, clock_bound, head, look_ahead_seconds * MICRO, call_seconds * MICRO, *tokens
-    )
+        generation, clock_bound, head, version, sender, look_ahead_seconds * MICRO, call_seconds * MICRO,
+        *tokens,
+    )  # fmt: skip
 
 
 # Head of a reply: status, generation, head, target version, wait (negative if only a change can help),
-# reason, send slack, clock, failures, trips. A plain tuple: a named one takes 2 us of a decision's 90.
+# reason, send slack, clock, failures, trips, unresolved rebuilt calls. A plain tuple: a named one takes 2 us
+# of a decision's 90.
 unpack_decision: Callable[[bytes], tuple[float, ...]] = _DECISION.unpack_from
 
 
@@ -64,15 +70,16 @@ def unpack_grants(reply: bytes) -> Iterator[tuple[float, float]]:
     return _GRANT.iter_unpack(reply[_DECISION.size :])
 
 
-def pack_set_target(version: int | None, settings: LimiterSettings) -> bytes:
+def pack_set_target(version: int | None, settings: LimiterSettings, *, has_log: bool) -> bytes:
     """Packs the request to apply a target; None is a version newer than the applied one."""
-    return struct.pack("<2d", version or 0, settings.max_call_seconds * MICRO)
+    return struct.pack("<3d", version or 0, settings.max_call_seconds * MICRO, float(has_log))
 
 
 def pack_target(target: TrafficTarget, settings: LimiterSettings) -> bytes:
     """Packs a target as the script stores it; the script fills in the version."""
     send = settings.send_slack(target)
     limits: list[float] = []
+    windows = [float(limit.window_seconds * MICRO) for limit in (*target.requests, *target.tokens)]
     for limit in (*target.requests, *target.tokens):
         period = limit.window_seconds + send + settings.slacks(limit.window_seconds).transit
         limits += (limit.count, round(period * MICRO))
@@ -85,7 +92,7 @@ def pack_target(target: TrafficTarget, settings: LimiterSettings) -> bytes:
         len(target.requests),
         len(target.tokens),
     )
-    return struct.pack(f"<{len(head) + len(limits)}d", *head, *limits)
+    return struct.pack(f"<{len(head) + len(limits) + len(windows)}d", *head, *limits, *windows)
 
 
 def unpack_set_target(reply: bytes) -> tuple[bool, float]:
@@ -96,7 +103,13 @@ def unpack_set_target(reply: bytes) -> tuple[bool, float]:
 
 def pack_release(permit: Permit, used: float, *, unused: bool) -> bytes:
     """Packs one released permit; `used` is negative if the tokens used are unknown."""
-    return _RELEASE.pack(permit.generation, permit.number, used, float(unused))
+    call = _NO_CALL if permit.call_id is None else permit.call_id.bytes
+    return _RELEASE.pack(permit.generation, permit.number, used, float(unused), call)
+
+
+def pack_end(call_id: uuid.UUID, used: float, *, unused: bool) -> bytes:
+    """Packs the end of a call that was open when the state was rebuilt; `used` as in `pack_release`."""
+    return _RELEASE.pack(0, -1, used, float(unused), call_id.bytes)
 
 
 def unpack_release(reply: bytes) -> bool:
@@ -144,24 +157,32 @@ def pack_rebuild(
     )  # fmt: skip
 
 
-def pack_history(calls: Iterable[PastCall], clock: float) -> tuple[bytes, bytes, bytes]:
-    """Packs send times (ascending), tokens, and a byte per call: 1 if it is still open."""
+def pack_history(calls: Iterable[PastCall], clock: float) -> tuple[bytes, bytes, bytes, bytes]:
+    """Packs send times (ascending), tokens, a bit per call (0 if open), and id and position of open ones."""
     ordered = sorted(calls, key=lambda call: -call.age_seconds_latest)
     send_times = array("d", (clock - max(0.0, call.age_seconds_latest) * MICRO for call in ordered))
     tokens = struct.pack(f"<{len(ordered)}I", *(call.tokens for call in ordered))
-    return send_times.tobytes(), tokens, bytes(call.open for call in ordered)
+    bits = bytearray((len(ordered) + 7) // 8)
+    still_open = bytearray()
+    for number, call in enumerate(ordered):
+        if not call.open:
+            bits[number >> 3] |= 128 >> (number & 7)
+        elif call.call_id is not None:
+            still_open += _OPEN_CALL.pack(call.call_id.bytes, number)
+    return send_times.tobytes(), tokens, bytes(bits), bytes(still_open)
 
 
 def unpack_snapshot(model: str, line: bytes, cooldown_reason: bytes, packed: bytes) -> ModelTraffic:
     """Unpacks the reply to `snapshot`."""
     target = TrafficTarget.parse(line.decode()) if line else None
-    status, *numbers = struct.unpack(f"<{len(packed) // 8}d", packed)
+    status, version, *numbers = struct.unpack(f"<{len(packed) // 8}d", packed)
     if status or target is None:
         why = WaitReason.NO_TARGET if target is None else WaitReason.REBUILDING
-        return ModelTraffic(model, line.decode() or None, {}, {}, 0, None, why, 0.0, None)
-    again, reason, in_flight, cooldown, trips, failures, refused, since, last = numbers[: _SNAPSHOT_HEAD - 1]
+        text = line.decode() or None
+        return ModelTraffic(model, text, {}, {}, 0, None, why, 0.0, None, version=int(version))
+    again, reason, in_flight, cooldown, trips, failures, refused, since, last = numbers[: _SNAPSHOT_HEAD - 2]
     limits = [*target.requests, *target.tokens] if not target.stopped else []
-    usage = numbers[_SNAPSHOT_HEAD - 1 :]
+    usage = numbers[_SNAPSHOT_HEAD - 2 :]
     counts = {str(limit): int(n) for limit, n in zip(limits, usage, strict=not target.stopped)}
     return ModelTraffic(
         model=model,
@@ -178,4 +199,5 @@ def unpack_snapshot(model: str, line: bytes, cooldown_reason: bytes, packed: byt
         refused=int(refused),
         refused_since_seconds=since / MICRO if refused else None,
         refused_seconds=last / MICRO if refused else None,
+        version=int(version),
     )

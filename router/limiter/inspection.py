@@ -7,9 +7,9 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
-from redis.exceptions import ReadOnlyError, RedisError
+from redis.exceptions import RedisError
 
-from router.errors import LimiterError, first_line
+from router.errors import LimiterError, LimiterUnavailable, first_line
 from router.limiter.limiter import TrafficLimiter
 from router.limiter.script import redis_client
 from router.limiter.snapshot import ModelTraffic
@@ -29,15 +29,10 @@ def read_limiter(
         return asyncio.run(asyncio.wait_for(_snapshot(redis_url, models), 2 * REDIS_SECONDS)), None
     except asyncio.TimeoutError:
         return None, "Redis does not answer."
+    except LimiterUnavailable as error:
+        return None, first_line(error)
     except _ERRORS as error:
-        cause = error.__cause__ or error
-        state = "read-only" if read_only(cause) else "unavailable"
-        return None, f"Redis is {state}: {first_line(str(cause)).rstrip('.')}."
-
-
-def read_only(error: BaseException) -> bool:
-    """Whether Redis answers, but accepts no writes."""
-    return isinstance(error, ReadOnlyError) or "NOREPLICAS" in str(error)
+        return None, f"Redis is unavailable: {first_line(error).rstrip('.')}."
 
 
 def seconds_until_applied(redis_url: str, model: str, target: str, *, timeout_seconds: float) -> float | None:
@@ -60,7 +55,6 @@ async def _limiter(redis_url: str) -> AsyncIterator[TrafficLimiter]:
 
 async def _snapshot(redis_url: str, models: Sequence[str]) -> dict[str, ModelTraffic]:
     async with _limiter(redis_url) as limiter:
-        await limiter.check_writable()
         return await limiter.snapshot(models)
 
 

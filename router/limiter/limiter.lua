@@ -9,41 +9,51 @@
 --   holder     a call in flight, with the time by which it must have ended
 --   tail       of a token window: its first send, the tokens from there on, and that send's send time
 --   reach      of a token window: the send that an unsuccessful request walked to, and the tokens from there on
+--   building   1 while a tail does not reach back to all sends that count: nothing is granted until it does
+--   turn       a denied call of another process that waits for tokens: (sender, tokens, expiry), in order of arrival
+--   rebuilt    calls that were open in the call log when the state was rebuilt: call id -> send
 --   trips      how often in a row the breaker opened; 0 is closed
 --   probe      the one call that may be in flight while the breaker is half-open
 -- Keys, all with the same hash tag:
---   <key>            hash: run, now (the counters below), spec (the target, packed), target, probe, reach, ...
+--   <key>            hash: run, state (the counters below), spec (the target, packed), target, probe, reach, turns, ...
 --   <key>:m:<chunk>  released bits and send times  <key>:t:<chunk>  tokens, 4 bytes per send
 --   <key>:holders    sorted set: send -> end       <key>:holes      sorted set: send -> send
+--   <key>:rebuilt    hash: call id -> send
 --
 -- With N requests per window, send n may leave a period after send n-N: one read, whatever N is.
--- State is valid only in the run of Redis that built it: a restart may restore an older copy.
+-- State is valid only in the run of Redis that built it: a restart may restore an older copy. `run` begins with the
+-- number of the format: state of another format counts as lost. Raise the number with each change of the layout.
 -- Redis runs the whole script for each call, and defining a function costs as much as a command. Therefore code of
 -- the decision comes first, without functions where possible, and the rest is only defined when it is needed.
 
-local RUN = '@RUN@'
+local FORMAT, RUN = '2:', '2:@RUN@'
 local SENDS, BITMAP = 1000, 125       -- a chunk has 8,125 bytes, which fits the allocator's class of 8,192
 local KEPT_CHUNKS = 4                 -- kept whatever their age, so that a new, longer window is exact
 local KEPT_AGE = 61e6                 -- kept whatever the target, for the same reason
-local SCAN_STEPS = 20000              -- the most sends that one decision reads
+local SCAN_STEPS = 5000               -- the most sends that one decision reads
+local BUILD_STEPS = 5000              -- the most sends of a new token window that one call reads
 local LONG_WALK = 64                  -- an unsuccessful walk of this length is continued by the next request
-local HEADER, REPLY = '<ddddddddddddddddd', '<dddddddddd'
+local TURN_KEPT = 3e6                 -- a process renews its turn at least every 2 s
+local HEADER, REPLY = '<dddddddddddddddddddd', '<ddddddddddd'
 local WINDOWS = 41                    -- window w (requests first) has limit and period at byte WINDOWS + 16 w
 
-local OK, LOST, NO_TARGET = 0, 1, 2
+local OK, LOST, NO_TARGET, MORE = 0, 1, 2, 3
 local WINDOW, TOKENS, CONCURRENCY, STOPPED, COOLING_DOWN, TOO_MANY_TOKENS, HALF_OPEN = 1, 2, 3, 4, 5, 6, 9
 local NEVER = -1
 
 local key, verb, request = KEYS[1], ARGV[1], ARGV[2]
 local call, pack, unpack_struct = redis.call, struct.pack, struct.unpack
 local floor, min, max = math.floor, math.min, math.max
-local stored = call('HMGET', key, 'run', 'now', 'spec', 'reach')
+local stored = call('HMGET', key, 'run', 'state', 'spec', 'reach', 'turns')
 local spec = stored[3]
 local live = stored[2] and stored[1] == RUN
+if not live and (not stored[1] or string.sub(stored[1], 1, #FORMAT) ~= FORMAT) then
+  stored[2], stored[4], stored[5] = false, false, false
+end
 
 local gen, clock, offset, head, oldest, sent, since, cooldown_until, denied, holes, in_flight, blind, failures, trips =
   0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0
-local late, late_head, late_sent, at = 0, 0, 0, nil
+local late, late_head, late_sent, building, rebuilt, rebuilt_until, at = 0, 0, 0, 0, 0, 0, nil
 local tail = {}  -- three numbers per token window
 local reach, reach_changed = {}, false  -- two numbers per token window
 if stored[4] then
@@ -51,7 +61,7 @@ if stored[4] then
 end
 if stored[2] then
   gen, clock, offset, head, oldest, sent, since, cooldown_until, denied, holes, in_flight, blind, failures, trips,
-    late, late_head, late_sent, at = unpack_struct(HEADER, stored[2])
+    late, late_head, late_sent, building, rebuilt, rebuilt_until, at = unpack_struct(HEADER, stored[2])
   for k = 1, (#stored[2] - at + 1) / 8, 3 do
     tail[k], tail[k + 1], tail[k + 2], at = unpack_struct('<ddd', stored[2], at)
   end
@@ -105,20 +115,76 @@ local function send_time(i, reader)
   return sent_at
 end
 
+-- Extends the tails of new token windows back over sends that still count, reading at most BUILD_STEPS of them.
+local build
+if building == 1 or verb == 'target' or verb == 'rebuild' then
+  build = function()
+    local left, latest = BUILD_STEPS, max(clock, sent)
+    for w = 1, token_windows do
+      local _, period = unpack_struct('<dd', spec, WINDOWS + 16 * (requests + w))
+      local k, chunk, log, tokens = 3 * w - 2, nil, nil, nil
+      while tail[k] > oldest * SENDS do
+        if left == 0 then return end
+        local i = tail[k] - 1
+        if chunk ~= floor(i / SENDS) then
+          chunk = floor(i / SENDS)
+          log, tokens = call('GETRANGE', key .. ':m:' .. chunk, BITMAP, -1), call('GET', key .. ':t:' .. chunk) or ''
+        end
+        local slot = i % SENDS
+        local sent_at = #log >= slot * 8 + 8 and unpack_struct('<d', log, slot * 8 + 1) or 0
+        if sent_at == 0 then broken = true return end
+        local ends = sent_at + period
+        if extra > 0 then ends = max(ends, (i < late_head and sent_at or late_sent) + period + extra) end
+        if ends <= latest then break end
+        local total = tail[k + 1]
+        if #tokens >= slot * 4 + 4 then total = total + unpack_struct('<I4', tokens, slot * 4 + 1) end
+        tail[k], tail[k + 1], tail[k + 2], left = i, total, sent_at, left - 1
+      end
+    end
+    building = 0
+  end
+end
+
 -- A decision: send time of the next send (or NEVER), what it waits for, and whether that is only a time to retry.
 -- `peek` and `snapshot` grant nothing; `snapshot` continues below.
 local t, reason, retry_only = NEVER, 0, true
 local reply
 
 if verb == 'reserve' or verb == 'peek' or (verb == 'snapshot' and live and spec) then
-  -- Request: generation seen, clock bound, head seen, look-ahead, maximum duration of a call, tokens of each permit.
-  local commit, seen_head, look_ahead, max_call, count = verb == 'reserve', 0, 0, 0, 1
+  -- Request: generation seen, clock bound, head seen, target version seen, sender (0 if it does not wait),
+  -- look-ahead, maximum duration of a call, tokens of each permit.
+  local commit, seen_head, seen_version, sender, look_ahead, max_call, count = verb == 'reserve', 0, 0, 0, 0, 0, 1
   if verb ~= 'snapshot' then
-    seen_head, look_ahead, max_call, position = unpack_struct('<ddd', request, position)
+    seen_head, seen_version, sender, look_ahead, max_call, position = unpack_struct('<ddddd', request, position)
     count = (#request - position + 1) / 8
-    if not spec then return pack(REPLY, NO_TARGET, 0, 0, 0, NEVER, 0, 0, 0, 0, 0) end
-    if not live then return pack(REPLY, LOST, 0, 0, version, NEVER, 0, 0, 0, 0, 0) end
+    if not spec then return pack(REPLY, NO_TARGET, 0, 0, 0, NEVER, 0, 0, 0, 0, 0, 0) end
+    if not live then return pack(REPLY, LOST, 0, 0, version, NEVER, 0, 0, 0, 0, 0, 0) end
     broken = seen > gen or (seen == gen and seen_head > head) or (seen > 0 and seen < gen and blind == 1)
+    if seen_version > version and not broken then  -- a client that had missed a change restored an older target
+      return pack(REPLY, NO_TARGET, 0, 0, version, NEVER, 0, 0, 0, 0, 0, 0)
+    end
+  end
+  if building == 1 and verb ~= 'snapshot' and not broken then
+    build()
+    changed = true
+  end
+  if rebuilt > 0 and now > rebuilt_until and commit then
+    call('DEL', key .. ':rebuilt')
+    rebuilt, changed = 0, true
+  end
+  -- Tokens of turns before this request, and of all turns but its own: they are left free for them.
+  local earlier, others = 0, 0
+  if stored[5] then
+    local found = false
+    for at = 1, #stored[5], 24 do
+      local who, need, expiry = unpack_struct('<ddd', stored[5], at)
+      if who == sender then
+        found = true
+      elseif expiry > now then
+        others = others + need
+        if not found then earlier = others end
+      end
+    end
   end
   if verb == 'snapshot' then
     if concurrency >= 0 then
@@ -134,8 +200,10 @@ if verb == 'reserve' or verb == 'peek' or (verb == 'snapshot' and live and spec)
   local from = head
   local tried, after_tokens = {}, nil  -- `tried` becomes `tail` if the send is granted
 
-  for n = 1, broken and 0 or count + 1 do  -- one more, without tokens, predicts the next send
-    local need = 0
+  if building == 1 then t, reason = now, TOKENS end
+  local need = 0
+  for n = 1, (broken or building == 1) and 0 or count + 1 do  -- one more, without tokens, predicts the next send
+    need = 0
     if n <= count and position then need, position = unpack_struct('<d', request, position) end
     t, reason, retry_only = NEVER, STOPPED, true
     if stopped == 1 then break end
@@ -172,12 +240,13 @@ if verb == 'reserve' or verb == 'peek' or (verb == 'snapshot' and live and spec)
     if cooldown_until > t then t, reason = cooldown_until, COOLING_DOWN end
     if n > count then break end
 
-    local easy = true
+    local easy, wanted = true, need
+    if others > 0 and need > 0 then wanted = need + (n == 1 and earlier or others) end
     for w = 1, token_windows do
       local limit, period = unpack_struct('<dd', spec, WINDOWS + 16 * (requests + w))
       local k = 3 * w - 2
       tried[k], tried[k + 1], tried[k + 2] = tail[k], tail[k + 1], tail[k + 2]
-      easy = easy and since + period <= t and tail[k + 1] + need <= limit
+      easy = easy and since + period <= t and tail[k + 1] + wanted <= limit
         and (tail[k] == head or tail[k + 2] + period > t)
     end
     if token_windows > 0 and not easy then
@@ -215,10 +284,12 @@ if verb == 'reserve' or verb == 'peek' or (verb == 'snapshot' and live and spec)
           return steps
         end
 
-        after_tokens = function(by, need_now)
+        after_tokens = function(by, wanted_now)
+          local crowded = false  -- with the tokens of earlier turns more than a window
           for w = 1, token_windows do
             local limit, period = unpack_struct('<dd', spec, WINDOWS + 16 * (requests + w))
-            local k = 3 * w - 2
+            local k, need_now = 3 * w - 2, min(wanted_now, limit)
+            crowded = crowded or wanted_now > limit
             leave(tail, k, period, now)
             tried[k], tried[k + 1], tried[k + 2] = tail[k], tail[k + 1], tail[k + 2]
             if since > 0 then by = max(by, since + period) end
@@ -245,17 +316,18 @@ if verb == 'reserve' or verb == 'peek' or (verb == 'snapshot' and live and spec)
               for n = #reach + 1, 2 * token_windows do reach[n] = 0 end
               reach[2 * w - 1], reach[2 * w], reach_changed = tried[k], tried[k + 1], true
             end
-            if steps >= SCAN_STEPS then return max(by, now + 1e6), true end  -- the next request continues in a second
+            if steps >= SCAN_STEPS then return max(by, now + 1e3), true end  -- the next request continues
           end
           for w = 1, token_windows > 1 and token_windows or 0 do
             local _, period = unpack_struct('<dd', spec, WINDOWS + 16 * (requests + w))
             leave(tried, 3 * w - 2, period, by)
           end
+          if crowded then return max(by, now + 5e4), true end
           return by, false
         end
       end
       local before = t
-      t, retry_only = after_tokens(t, need)
+      t, retry_only = after_tokens(t, wanted)
       if t > before then reason = TOKENS end
     end
     if retry_only or not commit or broken or t > now + look_ahead then break end
@@ -314,13 +386,35 @@ if verb == 'reserve' or verb == 'peek' or (verb == 'snapshot' and live and spec)
     if trips > 0 then call('HSET', key, 'probe', pack('<ddd', probe, probe_end, opened)) end
   end
 
+  local all = commit and head - from == count
+  if (stored[5] or reason == TOKENS) and sender > 0 and commit and not broken and building == 0 then
+    local waits, kept = not all and reason == TOKENS, {}
+    local mine = pack('<ddd', sender, need, now + TURN_KEPT)
+    for at = 1, stored[5] and #stored[5] or 0, 24 do
+      local who, _, expiry = unpack_struct('<ddd', stored[5], at)
+      if who ~= sender then
+        if expiry > now then kept[#kept + 1] = string.sub(stored[5], at, at + 23) end
+      elseif waits and head == from then
+        kept[#kept + 1] = mine
+        waits = false
+      end
+    end
+    if waits then kept[#kept + 1] = mine end
+    if #kept > 0 then
+      call('HSET', key, 'turns', table.concat(kept))
+    elseif stored[5] then
+      call('HDEL', key, 'turns')
+    end
+  end
+
   if verb ~= 'snapshot' and broken then
-    reply = pack(REPLY, LOST, 0, 0, version, NEVER, 0, 0, 0, 0, 0)
+    reply = pack(REPLY, LOST, 0, 0, version, NEVER, 0, 0, 0, 0, 0, 0)
+  elseif verb ~= 'snapshot' and building == 1 then
+    reply = pack(REPLY, MORE, gen, head, version, 0, TOKENS, slack, now, failures, trips, rebuilt)
   elseif verb ~= 'snapshot' then
-    local all = commit and head - from == count
     if denied == 0 and not all and (reason == TOKENS or reason == CONCURRENCY) then denied, changed = 1, true end
     reply = pack(REPLY, OK, gen, head, version, t == NEVER and NEVER or max(0, t - now), reason, slack, now, failures,
-                 trips)
+                 trips, rebuilt)
     if head == from + 1 then
       reply = reply .. pack('<dd', from, granted[from] - now)
     elseif head > from then
@@ -337,7 +431,8 @@ if not reply then
   local REFUSALS_KEPT = 3600e6  -- a 429 later than this after the previous one starts a new count
   local COOL_DOWN, SUCCESS, FAILURE, RATE_LIMITED, RESTORE = 0, 1, 2, 3, 4  -- others only end the probe
 
-  local function publish(what) call('PUBLISH', CHANNEL, key .. ' ' .. what) end
+  -- A user without the right to publish must not fail the call: other processes then notice within 2 s.
+  local function publish(what) redis.pcall('PUBLISH', CHANNEL, key .. ' ' .. what) end
   local function number_of(text) return text and tonumber(text) or 0 end
 
   -- When a send leaves a window.
@@ -382,7 +477,7 @@ if not reply then
     if i == head - 1 and i > oldest * SENDS then  -- it was the latest: pacing continues from the send before
       sent = send_time(i - 1, 'hole')
       call('SETRANGE', key .. ':m:' .. floor(i / SENDS), BITMAP + i % SENDS * 8, pack('<d', sent))
-      for w = 1, token_windows do  -- the next send may be earlier: sends that had left by then count again
+      for w = 1, building == 0 and token_windows or 0 do  -- the next send may be earlier: what had left counts again
         local _, period = unpack_struct('<dd', spec, WINDOWS + 16 * (requests + w))
         local k = 3 * w - 2
         if tail[k] == i then tail[k + 2] = sent end
@@ -400,30 +495,50 @@ if not reply then
     call('HSET', key, 'probe', pack('<ddd', probe, probe_end, opened))
   end
 
-  -- Request, per permit: generation, send, tokens used (or NEVER), 1 if it was not used.
+  -- Takes a call out of the rebuilt ones; returns its send, or NEVER if it is not among them.
+  local function rebuilt_send(id)
+    local i = rebuilt > 0 and call('HGET', key .. ':rebuilt', id)
+    if not i then return NEVER end
+    call('HDEL', key .. ':rebuilt', id)
+    rebuilt = rebuilt - 1
+    return tonumber(i)
+  end
+
+  -- Ends the call of a send; returns whether that made room.
+  local function end_call(i, used, unused)
+    local freed = false
+    if concurrency >= 0 and call('ZREM', key .. ':holders', i) == 1 then
+      in_flight, freed = in_flight - 1, true
+    end
+    if trips > 0 and i == probe then
+      free_probe()
+      freed, denied = true, 1
+    end
+    if i >= oldest * SENDS and i < head
+        and call('SETBIT', key .. ':m:' .. floor(i / SENDS), i % SENDS, 1) == 0 then
+      if unused == 1 then used = 0 end
+      if used >= 0 then freed = correct(i, min(used, MAX_TOKENS)) or freed end
+      if unused == 1 then
+        if takes_room(i) then freed, denied = true, 1 end
+        make_hole(i)
+      end
+    end
+    return freed
+  end
+
+  -- Request, per permit: generation, send, tokens used (or NEVER), 1 if it was not used, call id.
   local function release()
     if not live then return pack('<dd', LOST, 0) end
-    local freed, of, i, used, unused = false, nil, nil, nil, nil
+    local freed, of, i, used, unused, id = false, nil, nil, nil, nil, nil
     position = 1
     while position <= #request do
-      of, i, used, unused, position = unpack_struct('<dddd', request, position)
+      of, i, used, unused, id, position = unpack_struct('<ddddc16', request, position)
+      local open = rebuilt_send(id)
       if of == gen then
-        if concurrency >= 0 and call('ZREM', key .. ':holders', i) == 1 then
-          in_flight, freed = in_flight - 1, true
-        end
-        if trips > 0 and i == probe then
-          free_probe()
-          freed, denied = true, 1
-        end
-        if i >= oldest * SENDS and i < head
-            and call('SETBIT', key .. ':m:' .. floor(i / SENDS), i % SENDS, 1) == 0 then
-          if unused == 1 then used = 0 end
-          if used >= 0 then freed = correct(i, min(used, MAX_TOKENS)) or freed end
-          if unused == 1 then
-            if takes_room(i) then freed, denied = true, 1 end
-            make_hole(i)
-          end
-        end
+        freed = end_call(i, used, unused) or freed
+        if open >= 0 then freed = end_call(open, 0, 1) or freed end  -- logged before the rebuild, and sent after it
+      elseif open >= 0 then
+        freed = end_call(open, used, unused) or freed
       end
     end
     local notify = freed and denied == 1
@@ -435,65 +550,35 @@ if not reply then
     return pack('<dd', OK, notify and 1 or 0)
   end
 
-  -- Walks back from the latest send while `inside(send time, send)`; returns the first send inside.
-  local function walk_back(inside)
-    local i, chunk, text = head - 1, nil, nil
-    while i >= oldest * SENDS do
-      if chunk ~= floor(i / SENDS) then
-        chunk = floor(i / SENDS)
-        text = call('GETRANGE', key .. ':m:' .. chunk, BITMAP, -1)
-      end
-      local byte = i % SENDS * 8
-      local sent_at = #text >= byte + 8 and unpack_struct('<d', text, byte + 1) or 0
-      if sent_at == 0 then broken = true end
-      if broken or not inside(sent_at, i) then break end
-      i = i - 1
-    end
-    return i + 1
-  end
-
-  -- Computes the tails from the log; `known` has those of the previous target, by period.
-  local function count_tokens(as_of, known)
-    tail = {}
-    for w = 1, token_windows do
-      local _, period = unpack_struct('<dd', spec, WINDOWS + 16 * (requests + w))
-      local k, same = 3 * w - 2, known[period]
-      if same then
-        tail[k], tail[k + 1], tail[k + 2] = same[1], same[2], same[3]
-      else
-        local total, first, chunk, text = 0, 0, nil, nil
-        local i = walk_back(function(sent_at, send)
-          if ends(send, sent_at, period) <= as_of then return false end
-          if chunk ~= floor(send / SENDS) then
-            chunk = floor(send / SENDS)
-            text = call('GET', key .. ':t:' .. chunk) or ''
-          end
-          local byte = send % SENDS * 4
-          if #text >= byte + 4 then total = total + unpack_struct('<I4', text, byte + 1) end
-          first = sent_at
-          return true
-        end)
-        tail[k], tail[k + 1], tail[k + 2] = i, total, first
-      end
-    end
-  end
-
-  -- A target that starts to limit concurrency counts the calls that are in flight already.
+  -- A target that starts to limit concurrency counts the calls that are in flight already: those not released.
   local function find_holders(longest)
-    walk_back(function(sent_at, send)
-      if sent_at + longest <= clock then return false end
-      if call('GETBIT', key .. ':m:' .. floor(send / SENDS), send % SENDS) == 0 then
-        call('ZADD', key .. ':holders', 'NX', sent_at + longest, send)
+    for chunk = floor((head - 1) / SENDS), oldest, -1 do
+      local log = call('GET', key .. ':m:' .. chunk) or ''
+      if #log < BITMAP + 8 then broken = true end
+      if broken or unpack_struct('<d', log, BITMAP + 1) == 0 then broken = true break end
+      local byte = string.find(log, '[^\255]')
+      while byte and byte <= BITMAP do
+        local bits = string.byte(log, byte)
+        for bit = 0, 7 do
+          local slot = byte * 8 - 8 + bit
+          local i = chunk * SENDS + slot
+          if bits % 2 ^ (8 - bit) < 2 ^ (7 - bit) and i < head then
+            local sent_at = unpack_struct('<d', log, BITMAP + slot * 8 + 1)
+            if sent_at + longest > clock then call('ZADD', key .. ':holders', 'NX', sent_at + longest, i) end
+          end
+        end
+        byte = string.find(log, '[^\255]', byte + 1)
       end
-      return true
-    end)
+      if unpack_struct('<d', log, BITMAP + 1) + longest <= clock then break end
+    end
     in_flight = call('ZCARD', key .. ':holders')
   end
 
-  -- Request: version, or 0 for one newer than the applied one; maximum duration of a call; ARGV[3] the target,
-  -- packed; ARGV[4] the target as a line. There is no clock bound, so it uses the time of the last grant.
+  -- Request: version, or 0 for one newer than the applied one; maximum duration of a call; 1 if the sender has a
+  -- call log; ARGV[3] the target, packed; ARGV[4] the target as a line. There is no clock bound, so it uses the time
+  -- of the last grant.
   local function set_target()
-    local new_version, longest = unpack_struct('<dd', request)
+    local new_version, longest, has_log = unpack_struct('<ddd', request)
     if new_version == 0 then new_version = max(wall, spec and version + 1 or 0) end
     if spec and version > new_version then return pack('<dd', 0, version) end
     local limited, slack_was, known = spec and concurrency >= 0, slack, {}
@@ -508,7 +593,17 @@ if not reply then
       if slack_was > slack and head > 0 then late, late_head, late_sent = max(late, slack_was), head, sent end
       extra = max(0, late - slack)
       if #reach > 0 then reach, reach_changed = {}, true end
-      count_tokens(clock, known)  -- 12 ms for 26,000 sends, during which Redis is blocked
+      tail, building = {}, 1
+      for w = 1, token_windows do
+        local _, period = unpack_struct('<dd', spec, WINDOWS + 16 * (requests + w))
+        local same = known[period] or { head, 0, 0 }
+        for k = 1, 3 do tail[3 * w - 3 + k] = same[k] end
+      end
+      build()
+      for w = 1, has_log == 1 and since > 0 and requests + token_windows or 0 do
+        local _, period = unpack_struct('<dd', spec, WINDOWS + 16 * w)
+        if since + period > now then broken = true end  -- sends before the log count: it is rebuilt with them
+      end
       if concurrency < 0 then
         call('DEL', key .. ':holders')
         in_flight = 0
@@ -539,38 +634,43 @@ if not reply then
   end
 
   -- Rebuilds the log from past calls. Request: blind, since, maximum duration of a call, generation seen, cool-down,
-  -- trips; ARGV[3] send times, ascending; ARGV[4] tokens; ARGV[5] a byte per call, 1 if it is still open.
+  -- trips; ARGV[3] send times, ascending; ARGV[4] tokens; ARGV[5] a bit per call, 0 if it is open; ARGV[6] id and send
+  -- of each open call.
   local function rebuild()
     local is_blind, from, longest, seen_gen, cooldown, known_trips = unpack_struct('<dddddd', request)
     if live or not spec then return pack('<d', live and 1 or 0) end
     if is_blind == 1 and call('HEXISTS', key, 'known') == 1 then return pack('<d', 0) end
     for chunk = oldest, floor(head / SENDS) do call('DEL', key .. ':m:' .. chunk, key .. ':t:' .. chunk) end
-    call('DEL', key .. ':holders', key .. ':holes')
+    call('DEL', key .. ':holders', key .. ':holes', key .. ':rebuilt')
     gen = max(now, gen + 1, seen_gen + 1)
     clock, head, oldest, sent, since, denied, holes, in_flight, blind = now, 0, 0, 0, from, 0, 0, 0, is_blind
     cooldown_until, trips, failures = cooldown > 0 and now + cooldown or 0, known_trips, 0
     late, late_head, late_sent, extra = 0, 0, 0, 0
-    local send_times, tokens, open = ARGV[3], ARGV[4], ARGV[5]
-    local count = #open
-    local bits = string.rep('\0', BITMAP)
-    for i = 0, count - 1, SENDS do
-      local last = min(i + SENDS, count)
-      call('SET', key .. ':m:' .. i / SENDS, bits .. string.sub(send_times, i * 8 + 1, last * 8)
-           .. string.rep('\0', (i + SENDS - last) * 8))
-      call('SET', key .. ':t:' .. i / SENDS, string.sub(tokens, i * 4 + 1, last * 4))
+    local send_times, tokens, released, open = ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+    local function part(text, chunk, bytes)
+      local found = string.sub(text, chunk * bytes + 1, (chunk + 1) * bytes)
+      return found .. string.rep('\0', bytes - #found)
     end
-    for i = 0, count - 1 do
-      if string.byte(open, i + 1) == 0 then call('SETBIT', key .. ':m:' .. floor(i / SENDS), i % SENDS, 1) end
+    local count = #send_times / 8
+    for chunk = 0, floor((count - 1) / SENDS) do
+      call('SET', key .. ':m:' .. chunk, part(released, chunk, BITMAP) .. part(send_times, chunk, 8 * SENDS))
+      call('SET', key .. ':t:' .. chunk, string.sub(tokens, chunk * SENDS * 4 + 1, (chunk + 1) * SENDS * 4))
     end
-    head = count
+    for at = 1, #open, 24 do
+      local number = string.format('%.0f', (unpack_struct('<d', open, at + 16)))
+      call('HSET', key .. ':rebuilt', string.sub(open, at, at + 15), number)
+    end
+    head, rebuilt, rebuilt_until = count, #open / 24, now + longest
     if count > 0 then sent = send_time(count - 1, 'rebuild') end
-    count_tokens(now, {})
+    tail, building = {}, 1
+    for k = 1, 3 * token_windows, 3 do tail[k], tail[k + 1], tail[k + 2] = head, 0, 0 end
+    build()
     if concurrency >= 0 then find_holders(longest) end
-    call('HSET', key, 'run', RUN, 'rest_reason', ARGV[7])
-    call('HDEL', key, 'lost', 'known', 'probe', 'reach')
+    call('HSET', key, 'run', RUN, 'rest_reason', ARGV[8])
+    call('HDEL', key, 'lost', 'known', 'probe', 'reach', 'turns')
     reach = {}
     changed = true
-    publish(ARGV[6])
+    publish(ARGV[7])
     return pack('<d', 1)
   end
 
@@ -618,35 +718,54 @@ if not reply then
   local function snapshot()
     changed = false
     local fields = call('HMGET', key, 'target', 'rest_reason', 'refused', 'refused_since', 'refused_at')
-    if not live or not spec then return { fields[1] or '', fields[2] or '', pack('<d', live and OK or LOST) } end
+    -- Writes nothing new, and fails where a decision could not be written.
+    if live then call('HSET', key, 'run', RUN) else call('HDEL', key, '') end
+    if not live or not spec then
+      return { fields[1] or '', fields[2] or '', pack('<dd', live and OK or LOST, version) }
+    end
     local refused, refused_at = number_of(fields[3]), wall - number_of(fields[5])
     if refused_at > REFUSALS_KEPT then refused = 0 end
-    local parts = { pack('<dddddddddd', OK, t == NEVER and NEVER or max(0, t - now), reason, in_flight,
+    local parts = { pack('<ddddddddddd', OK, version, t == NEVER and NEVER or max(0, t - now), reason, in_flight,
                          max(0, cooldown_until - now), trips, failures, refused, wall - number_of(fields[4]),
                          refused_at) }
-    local due = head  -- permits granted ahead of their send time are not usage yet
-    while due > oldest * SENDS and send_time(due - 1, 'due') > now do due = due - 1 end
-    for w = 1, requests do
-      local _, period = unpack_struct('<dd', spec, WINDOWS + 16 * w)
-      local low, high = oldest * SENDS, due
+    -- Counts what is in each window itself, without its slacks: sends after `now - window` and until now.
+    local function first_after(time)
+      local low, high = oldest * SENDS, head
       while low < high do
         local middle = floor((low + high) / 2)
-        if ends(middle, send_time(middle, 'snapshot'), period) <= now then low = middle + 1 else high = middle end
+        if send_time(middle, 'snapshot') <= time then low = middle + 1 else high = middle end
       end
-      local unused = holes > 0 and call('ZCOUNT', key .. ':holes', low, '(' .. due) or 0
-      parts[#parts + 1] = pack('<d', due - low - unused)
+      return low
     end
-    ahead = 64
-    for w = 1, token_windows do
-      local _, period = unpack_struct('<dd', spec, WINDOWS + 16 * (requests + w))
-      local i, total, first = unpack(tail, 3 * w - 2, 3 * w)
-      if i < head and ends(head - 1, sent, period) <= now then i, total = head, 0 end
-      while i < head and ends(i, first, period) <= now do  -- hardly more than what left since the last decision
-        i, total = i + 1, total - tokens_of(i)
-        first = i < head and send_time(i, -w) or 0
+    local function sum_tokens(from, upto)
+      local total = 0
+      while from < upto do
+        local chunk, last = floor(from / SENDS), min(upto, (floor(from / SENDS) + 1) * SENDS)
+        local first = from % SENDS * 4
+        local text = call('GETRANGE', key .. ':t:' .. chunk, first, first + (last - from) * 4 - 1)
+        for byte = 1, #text - 3, 4 do total = total + unpack_struct('<I4', text, byte) end
+        from = last
       end
-      for ahead_of_time = max(i, due), head - 1 do total = total - tokens_of(ahead_of_time) end
-      parts[#parts + 1] = pack('<d', total)
+      return total
+    end
+    local upto = first_after(now)
+    for w = 1, requests + token_windows do
+      local _, window = unpack_struct('<dd', spec, WINDOWS + 16 * w)
+      local own = WINDOWS + 16 * (requests + token_windows + 1) + 8 * (w - 1)
+      if own + 7 <= #spec then window = unpack_struct('<d', spec, own) end
+      local first = first_after(now - window)
+      local count = upto - first
+      if w <= requests and holes > 0 then
+        count = count - call('ZCOUNT', key .. ':holes', first, upto - 1)
+      elseif w > requests then  -- the tail's sum without the few sends outside, unless more of them left than stayed
+        local k = 3 * (w - requests) - 2
+        if first - tail[k] > upto - first then
+          count = sum_tokens(first, upto)
+        else
+          count = tail[k + 1] + sum_tokens(first, tail[k]) - sum_tokens(tail[k], first) - sum_tokens(upto, head)
+        end
+      end
+      parts[#parts + 1] = pack('<d', max(0, count))
     end
     return { fields[1], fields[2] or '', table.concat(parts) }
   end
@@ -661,13 +780,13 @@ if not reply then
 end
 
 if broken and live and verb ~= 'snapshot' then  -- must be rebuilt before anything is granted
-  call('HDEL', key, 'run', 'lost')
-  call('HSET', key, 'known', '1')
+  call('HDEL', key, 'lost')
+  call('HSET', key, 'known', '1', 'run', FORMAT)
 elseif changed then
   local text = pack(HEADER, gen, clock, offset, head, oldest, sent, since, cooldown_until, denied, holes, in_flight,
-                    blind, failures, trips, late, late_head, late_sent)
+                    blind, failures, trips, late, late_head, late_sent, building, rebuilt, rebuilt_until)
   for k = 1, #tail, 3 do text = text .. pack('<ddd', tail[k], tail[k + 1], tail[k + 2]) end
-  call('HSET', key, 'now', text)
+  call('HSET', key, 'state', text)
 end
 if reach_changed and #reach == 0 then
   call('HDEL', key, 'reach')

@@ -21,13 +21,13 @@ from router.errors import InputError, LimiterError
 from router.limiter.breaker import Signal, Verdict
 from router.limiter.notifications import Notifications
 from router.limiter.permit import Clock, Permit, Wait
-from router.limiter.recovery import History, Recovery
+from router.limiter.recovery import CallEnds, History, Recovery
 from router.limiter.releases import Releases
 from router.limiter.reservations import Reservations
-from router.limiter.script import RedisScript
+from router.limiter.script import Outage, RedisScript
 from router.limiter.settings import LimiterSettings
 from router.limiter.snapshot import ModelTraffic
-from router.limiter.tracker import ModelTracker
+from router.limiter.tracker import ModelTracker, TargetSource
 from router.limiter.waiters import WaitQueue
 from router.task import Outcome
 from router.traffic import MAX_COUNT, TrafficTarget
@@ -40,7 +40,11 @@ class TrafficLimiter:
 
     After Redis lost a model's state, `history(model, seconds)` must return the model's calls of the last
     `seconds`. Without `history`, a model that this process has seen is blocked for its longest window, and
-    any other starts at once. `clock` is monotonic, in seconds. The `redis` client needs a `socket_timeout`:
+    any other starts at once. `call_ends(call_ids)` returns those of the calls that have ended, which frees
+    the slots of calls that were open in the history. `stored_target(model)` returns the newest target in the
+    database and its version: without it, a process that missed a change may restore an older target.
+
+    `clock` is monotonic, in seconds. The `redis` client needs a `socket_timeout`:
     nothing else bounds a request to Redis that hangs.
     """
 
@@ -49,16 +53,22 @@ class TrafficLimiter:
         redis: redis.asyncio.Redis,
         history: History | None = None,
         *,
+        call_ends: CallEnds | None = None,
+        stored_target: TargetSource | None = None,
         settings: LimiterSettings | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
         self.settings = settings or LimiterSettings()
         self._clock = clock
         self._script = RedisScript(redis, SCRIPT, sender=uuid.uuid4().hex)
-        self._tracker = ModelTracker(self._script, self.settings, clock)
+        self._tracker = ModelTracker(
+            self._script, self.settings, clock, stored_target=stored_target, has_log=history is not None
+        )
         self._notifications = Notifications(redis, self._tracker)
+        self._script.on_reconnect = self._notifications.restart
         self._releases = Releases(self._tracker)
-        self._reservations = Reservations(self._tracker, Recovery(self._tracker, history))
+        self._recovery = Recovery(self._tracker, self._releases, history, call_ends)
+        self._reservations = Reservations(self._tracker, self._recovery)
         self._queues: dict[str, WaitQueue] = {}
         self._snapshots: dict[str, asyncio.Task[ModelTraffic]] = {}
 
@@ -74,6 +84,7 @@ class TrafficLimiter:
         """Returns permits in flight and ends all tasks; the Redis client stays the caller's."""
         for queue in self._queues.values():
             await queue.close()
+        await self._recovery.close()
         await self._tracker.tasks.wait()
         await self._releases.close()
         await self._notifications.close()
@@ -105,8 +116,14 @@ class TrafficLimiter:
         _check_tokens(tokens)
         return await self._reservations.reserve(self._tracker.state(model), tokens, holder_seconds)
 
-    async def acquire(self, model: str, tokens: int = 0, *, timeout_seconds: float | None = None) -> Permit:
+    async def acquire(
+        self, model: str, tokens: int = 0, *, timeout_seconds: float | None = None,
+        call_id: uuid.UUID | None = None,
+    ) -> Permit:  # fmt: skip
         """Waits for a permit and returns at its send time.
+
+        `call_id` is the call's in the call log. If Redis loses its state, a logged call takes no slot while
+        it waits here, and the slot of one that was sent becomes free when its permit is released.
 
         Raises LimiterError if there is no permit within `timeout_seconds` (None: no limit), or if `tokens`
         exceeds a token limit of the target.
@@ -114,8 +131,8 @@ class TrafficLimiter:
         _check_tokens(tokens)
         queue = self._queue(model)
         if timeout_seconds is None:
-            return await queue.wait(tokens)
-        waiting = asyncio.ensure_future(queue.wait(tokens))
+            return await queue.wait(tokens, call_id)
+        waiting = asyncio.ensure_future(queue.wait(tokens, call_id))
         try:
             done, _ = await asyncio.wait({waiting}, timeout=timeout_seconds)
         except asyncio.CancelledError:
@@ -206,14 +223,22 @@ class TrafficLimiter:
         await self._script.check_writable()
 
     async def shared_snapshot(self, model: str) -> ModelTraffic:
-        """Reads the snapshot of one model; concurrent callers share one read."""
+        """Reads the snapshot of one model, and restores a target that Redis lost.
+
+        Concurrent callers share one read.
+        """
         reading = self._snapshots.get(model)
         if reading is None:
-            work = self._tracker.snapshot(self._tracker.state(model))
+            work = self._tracker.restored_snapshot(self._tracker.state(model))
             reading = self._tracker.tasks.start(work, f"snapshot of {model}")
             self._snapshots[model] = reading
             reading.add_done_callback(lambda _: self._snapshots.pop(model))
         return await asyncio.shield(reading)
+
+    @property
+    def outage(self) -> Outage | None:
+        """Outage of Redis as this process sees it; None while Redis answers."""
+        return self._script.outage
 
     def _queue(self, model: str) -> WaitQueue:
         queue = self._queues.get(model)

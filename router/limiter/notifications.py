@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import logging
 from typing import Any
 
 import redis.asyncio
 
+from router.background import cancel_and_wait
+from router.errors import first_line
 from router.limiter.script import REDIS_ERRORS
 from router.limiter.tracker import ModelTracker
 
+log = logging.getLogger("router.limiter")
+
 CHANNEL = "router:traffic"
-READ_SECONDS = 30.0
+READ_SECONDS = 2.0  # until a listener notices that it has to subscribe again
 
 
 class Notifications:
@@ -26,37 +30,60 @@ class Notifications:
         self._tracker = tracker
         self._settings = tracker.settings
         self._listener: asyncio.Task[None] | None = None
-        self._subscribed = asyncio.Event()
+        self._tried = asyncio.Event()
+        self._refused = False
+        self._restarts = 0
 
     async def listen(self) -> None:
-        """Starts to listen; the first call returns once subscribed, or after a bounded wait."""
+        """Starts to listen; the first call returns once it was tried, or after a bounded wait."""
         if self._listener is not None and not self._listener.done():
             return
         self._listener = asyncio.create_task(self._run(), name="limiter notifications")
-        waiting = asyncio.ensure_future(self._subscribed.wait())
+        waiting = asyncio.ensure_future(self._tried.wait())
         await asyncio.wait({waiting}, timeout=self._settings.fallback_poll_seconds)
         waiting.cancel()
+
+    def restart(self) -> None:
+        """Subscribes again, over a new connection: the old one may lead to a server that was replaced."""
+        self._restarts += 1
 
     async def close(self) -> None:
         """Stops listening."""
         if self._listener is not None:
-            self._listener.cancel()
-            await asyncio.gather(self._listener, return_exceptions=True)
+            await cancel_and_wait(self._listener)
             self._listener = None
 
     async def _run(self) -> None:
         while True:
-            with contextlib.suppress(*REDIS_ERRORS):
-                async with self._redis.pubsub(ignore_subscribe_messages=True) as channel:
-                    await channel.subscribe(CHANNEL)
-                    self._subscribed.set()
-                    self._tracker.all_changed()  # messages from before the subscription were missed
-                    while True:
-                        message = await channel.get_message(timeout=READ_SECONDS)
-                        if message is not None:
-                            self._receive(message["data"])
-            self._subscribed.clear()
-            await asyncio.sleep(self._settings.retry_cap_seconds)
+            try:
+                await self._subscribe_and_read()
+            except REDIS_ERRORS as error:  # noqa: PERF203 - once per outage
+                self._log_refusal(error)
+                self._tried.set()
+                await asyncio.sleep(self._settings.retry_cap_seconds)
+
+    async def _subscribe_and_read(self) -> None:
+        restarts = self._restarts
+        async with self._redis.pubsub(ignore_subscribe_messages=True) as channel:
+            await channel.subscribe(CHANNEL)
+            await channel.get_message(timeout=self._settings.fallback_poll_seconds)  # the confirmation
+            self._tried.set()
+            self._refused = False
+            self._tracker.all_changed()  # messages from before the subscription were missed
+            while restarts == self._restarts:
+                message = await channel.get_message(timeout=READ_SECONDS)
+                if message is not None:
+                    self._receive(message["data"])
+
+    def _log_refusal(self, error: BaseException) -> None:
+        """Logs once that Redis refuses the channel; other errors are those of an outage."""
+        if isinstance(error, redis.ResponseError) and not self._refused:
+            self._refused = True
+            late = self._settings.fallback_poll_seconds
+            what = (
+                "Redis refuses the channel %s: changes by other processes are noticed up to %.0f s late: %s"
+            )
+            log.warning(what, CHANNEL, late, first_line(error))
 
     def _receive(self, data: bytes | str) -> None:
         text = data.decode(errors="replace") if isinstance(data, bytes) else data

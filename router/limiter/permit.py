@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -25,6 +26,7 @@ class WaitReason(enum.IntEnum):
     REBUILDING = 7
     NO_TARGET = 8
     HALF_OPEN = 9
+    UNAVAILABLE = 10
 
     @property
     def text(self) -> str:
@@ -42,6 +44,7 @@ _REASON_TEXTS = {
     WaitReason.REBUILDING: "rebuilding rate-limit state after a Redis restart",
     WaitReason.NO_TARGET: "no traffic target set",
     WaitReason.HALF_OPEN: "circuit half-open: one probe in flight",
+    WaitReason.UNAVAILABLE: "Redis is unavailable",
 }
 
 UNAVAILABLE_REASONS = frozenset({WaitReason.COOLING_DOWN, WaitReason.HALF_OPEN})  # the model itself failed
@@ -53,6 +56,7 @@ class Permit:
 
     `send_at` counts from the arrival of Redis's reply and `expires_at` from when the request left, so that a
     slow reply makes no send early and none late. `number` is the send's in its `generation` of the log.
+    `call_id` identifies the call in the call log.
     """
 
     model: str
@@ -63,6 +67,7 @@ class Permit:
     expires_at: float
     clock: Clock = field(default=time.monotonic, repr=False)
     returned: bool = field(default=False, repr=False)
+    call_id: uuid.UUID | None = field(default=None, repr=False)
 
     @property
     def wait_seconds(self) -> float:
@@ -103,9 +108,20 @@ class PastCall:
     """A call of the call log, from which a model's windows are rebuilt.
 
     `age_seconds_latest` is the age of the send, assuming the latest time it can have had. `tokens` are those
-    used, or the reserved ones while the usage is unknown. An `open` call may still be in flight.
+    used, or the reserved ones while the usage is unknown. An `open` call may still be in flight; by `call_id`
+    its slot is freed when it ends, or if it was never sent.
     """
 
     age_seconds_latest: float
     tokens: int = 0
     open: bool = False
+    call_id: uuid.UUID | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CallEnd:
+    """End of a call in the call log: `tokens` used (None: unknown), or never `sent`."""
+
+    call_id: uuid.UUID
+    tokens: int | None = None
+    sent: bool = True

@@ -38,6 +38,11 @@ class Releases:
         """Cancels a permit by which nothing was sent. Raises LimiterUnavailable as `release` does."""
         await self._send(permit, 0, unused=True)
 
+    async def send(self, state: ModelState, items: list[bytes]) -> None:
+        """Sends packed ends of rebuilt calls. Raises LimiterUnavailable."""
+        for first in range(0, len(items), MAX_BATCH):
+            await self._batch(state).send(items[first : first + MAX_BATCH])
+
     def cancel_later(self, permit: Permit) -> asyncio.Task[None]:
         """Cancels a permit in a task; if Redis is unavailable it stays counted, which is safe."""
         return self._tracker.tasks.start(self._cancel_quietly(permit), f"cancel a permit of {permit.model}")
@@ -57,11 +62,7 @@ class Releases:
     async def _send(self, permit: Permit, used: int, *, unused: bool) -> None:
         if permit.returned:
             return
-        batch = self._batches.get(permit.model)
-        if batch is None:
-            batch = self._batches[permit.model] = _Batch(
-                self._tracker.script, self._tracker.state(permit.model)
-            )
+        batch = self._batch(self._tracker.state(permit.model))
         permit.returned = True
         item = pack_release(permit, used, unused=unused)
         try:
@@ -69,6 +70,12 @@ class Releases:
         except LimiterUnavailable:
             self._keep(batch, item)
             raise
+
+    def _batch(self, state: ModelState) -> _Batch:
+        batch = self._batches.get(state.model)
+        if batch is None:
+            batch = self._batches[state.model] = _Batch(self._tracker.script, state)
+        return batch
 
     def _keep(self, batch: _Batch, item: bytes) -> None:
         if sum(len(one.unsent) for one in self._batches.values()) < MAX_UNSENT:

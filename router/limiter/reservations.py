@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 
 from router.errors import LimiterUnavailable
-from router.limiter.codec import LOST, MICRO, pack_reserve, unpack_decision, unpack_grants
+from router.limiter.codec import LOST, MICRO, MORE, pack_reserve, unpack_decision, unpack_grants
 from router.limiter.permit import Permit, Wait, WaitReason
 from router.limiter.recovery import Recovery
 from router.limiter.state import NEVER, ModelState
 from router.limiter.tracker import ModelTracker
 
 MAX_TRIES = 3
+MAX_STEPS = 1000  # calls in which the script reads the sends of a new window
 _REASONS = tuple(WaitReason)  # by number; calling the enum takes ten times as long
 _LOST_REASONS = frozenset({WaitReason.REBUILDING, WaitReason.NO_TARGET})
 
@@ -35,12 +36,17 @@ class Reservations:
         return Wait(state.model, reason, again)
 
     async def reserve_many(
-        self, state: ModelState, tokens: tuple[int, ...], call_seconds: float | None = None
-    ) -> tuple[list[Permit], Wait]:
-        """Returns as many permits as there are for these tokens, in order, and the wait of the next one."""
+        self, state: ModelState, tokens: tuple[int, ...], call_seconds: float | None = None, *,
+        waits: bool = False,
+    ) -> tuple[list[Permit], Wait]:  # fmt: skip
+        """Returns as many permits as there are for these tokens, in order, and the wait of the next one.
+
+        If the caller `waits` for those that it did not get, the script keeps tokens free for the first of
+        them: later requests of other processes do not overtake it. An empty request ends that.
+        """
         again: float | None
         for _ in range(MAX_TRIES):
-            permits, again, reason = await self._request(state, "reserve", tokens, call_seconds)
+            permits, again, reason = await self._request(state, "reserve", tokens, call_seconds, waits=waits)
             if reason not in _LOST_REASONS:
                 return permits, Wait(state.model, reason, again)
             again = await self._recovery.recover(state, reason)
@@ -64,8 +70,9 @@ class Reservations:
         state.available_known_at = NEVER if again == 0 else now
 
     async def _request(
-        self, state: ModelState, verb: str, tokens: tuple[int, ...], call_seconds: float | None
-    ) -> tuple[list[Permit], float | None, WaitReason]:
+        self, state: ModelState, verb: str, tokens: tuple[int, ...], call_seconds: float | None, *,
+        waits: bool = False,
+    ) -> tuple[list[Permit], float | None, WaitReason]:  # fmt: skip
         settings = self._settings
         longest = settings.max_call_seconds if call_seconds is None else call_seconds
         sent_at = 0.0
@@ -75,15 +82,18 @@ class Reservations:
             sent_at = self._clock()
             bound = state.clock_bound(sent_at)
             return pack_reserve(
-                state.generation, bound, state.head, settings.look_ahead_seconds, longest, tokens
-            )
+                state.generation, bound, state.head, state.version, self._tracker.number if waits else 0.0,
+                settings.look_ahead_seconds, longest, tokens,
+            )  # fmt: skip
 
-        reply = await self._script.call_timed(state.key, verb, packed)
-        received_at = self._clock()
-        (status, generation, head, version, wait, reason, send_slack, redis_clock, failures, trips) = (
-            unpack_decision(reply)
-        )
-        if status:
+        for _ in range(MAX_STEPS):
+            reply = await self._script.call_timed(state.key, verb, packed)
+            received_at = self._clock()
+            (status, generation, head, version, wait, reason, send_slack, redis_clock, failures, trips,
+             unresolved) = unpack_decision(reply)  # fmt: skip
+            if status != MORE:
+                break
+        if status and status != MORE:
             state.available_at = None
             return [], None, WaitReason.REBUILDING if status == LOST else WaitReason.NO_TARGET
         if generation != state.generation or version > state.version:
@@ -91,7 +101,7 @@ class Reservations:
         if generation == state.generation and head > state.head:
             state.head = head
         state.observe_clock(redis_clock, sent_at, received_at)
-        state.failures, state.trips = failures, trips
+        state.failures, state.trips, state.unresolved = failures, trips, unresolved
         again = None if wait < 0 else wait / MICRO
         state.observe_wait(again, reason, received_at, settings.look_ahead_seconds)
         expires_at, generation_now = sent_at + send_slack / MICRO, int(generation)

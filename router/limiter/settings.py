@@ -27,7 +27,8 @@ class LimiterSettings:
     Slacks are given for windows of a second and of a minute. Between the two they grow with the logarithm of
     the window; beyond a minute they are constant. `max_call_seconds` is how long a call may run at the
     backend if its end is never reported. `fallback_poll_seconds` bounds the delay of a notification that
-    Redis could not deliver.
+    Redis could not deliver. With `free_broken_slots`, the slot of a call whose connection broke is free at
+    once.
     """
 
     look_ahead_seconds: float = 0.25
@@ -39,6 +40,7 @@ class LimiterSettings:
     retry_base_seconds: float = 0.05
     retry_cap_seconds: float = 1.0
     max_permits_per_request: int = 250
+    free_broken_slots: bool = False
     breaker: BreakerSettings = field(default_factory=BreakerSettings)
 
     @classmethod
@@ -53,6 +55,7 @@ class LimiterSettings:
             minute_slacks=Slacks(traffic.minute_send_slack, traffic.minute_transit_slack),
             second_slacks=Slacks(traffic.second_send_slack, traffic.second_transit_slack),
             max_call_seconds=longest + AFTER_TIMEOUT_SECONDS,
+            free_broken_slots=traffic.free_broken_slots,
             breaker=BreakerSettings(
                 failure_threshold=traffic.failure_threshold,
                 initial_cooldown_seconds=traffic.initial_cooldown_seconds,

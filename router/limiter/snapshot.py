@@ -11,7 +11,10 @@ _MINUTES_FROM_SECONDS = 120
 
 @dataclass(frozen=True, slots=True)
 class ModelTraffic:
-    """Usage of one model now. Counts are by limit, e.g. `{"120/min": 96}`, and include the slacks.
+    """Usage of one model now. Counts are by limit, e.g. `{"120/min": 96}`, and never above it.
+
+    They are of the sends within the limit's window until now, without the slacks; sends whose time has yet to
+    come do not count. `version` is the target's, 0 if unknown.
 
     `failures` are those in a row. `trips` counts how often in a row the breaker opened; 0 is closed.
     `refused` counts the 429s since `refused_since_seconds` ago, the last of them `refused_seconds` ago.
@@ -31,6 +34,7 @@ class ModelTraffic:
     refused: int = 0
     refused_since_seconds: float | None = None
     refused_seconds: float | None = None
+    version: int = 0
 
     @property
     def breaker(self) -> str:

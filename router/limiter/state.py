@@ -17,7 +17,8 @@ NEVER = float("-inf")
 class ModelState:
     """Latest state of a model seen by this process. Times are in seconds on the limiter's clock.
 
-    A process that saw a higher `generation` or `head` than Redis has detects that Redis lost state.
+    A process that saw a higher `generation` or `head` than Redis has detects that Redis lost state; after a
+    higher `version` of the target it accepts no older one.
     `clock_offset` is Redis's corrected clock minus the limiter's clock in microseconds, as far as the two are
     known to agree: a lower bound of the time in Redis, whatever Redis's own clock was set to.
     """
@@ -27,10 +28,12 @@ class ModelState:
     generation: float = 0.0
     head: float = 0.0
     version: float = 0.0
-    target: TrafficTarget | None = None
+    target: TrafficTarget | None = None  # of `target_version`, which may be older than `version`
+    target_version: float = 0.0
     clock_offset: float | None = None
     failures: float = 0.0
     trips: float = 0.0
+    unresolved: float = 0.0  # calls in Redis's rebuilt log of which it does not know whether they were sent
     cooldown_until: float = NEVER
     cooldown_reason: str = ""
     available_at: float | None = None  # when a send looks possible; None if unknown

@@ -23,9 +23,16 @@ class SideTasks:
         task = asyncio.create_task(work, name=name)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
+        task.add_done_callback(_retrieve)
         return task
 
     async def wait(self) -> None:
         """Waits until no task is left, however they end."""
         while self._running:
             await asyncio.gather(*self._running, return_exceptions=True)
+
+
+def _retrieve(task: asyncio.Task[Any]) -> None:
+    """Marks the exception as retrieved: callers that wait get it, and may have given up."""
+    if not task.cancelled():
+        task.exception()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Awaitable, Callable
 
 from router.errors import InputError, LimiterUnavailable
 from router.limiter.breaker import Signal, Verdict
@@ -24,6 +25,8 @@ from router.limiter.state import ModelState
 from router.limiter.tasks import SideTasks
 from router.traffic import TrafficTarget
 
+TargetSource = Callable[[str], Awaitable[tuple[TrafficTarget, int] | None]]
+
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
 MAX_COOLDOWN_SECONDS = 86_400.0
 MAX_REASON_CHARACTERS = 200
@@ -35,9 +38,15 @@ class ModelTracker:
     Script, settings, clock and side tasks are shared by all parts of a limiter.
     """
 
-    def __init__(self, script: RedisScript, settings: LimiterSettings, clock: Clock) -> None:
+    def __init__(
+        self, script: RedisScript, settings: LimiterSettings, clock: Clock, *,
+        stored_target: TargetSource | None = None, has_log: bool = False,
+    ) -> None:  # fmt: skip
         self.script = script
+        self.number = float(int(script.sender[:12], 16) + 1)  # this process in the script's turns
         self.settings = settings
+        self._stored_target = stored_target
+        self._has_log = has_log
         self.clock = clock
         self.tasks = SideTasks()
         self._states: dict[str, ModelState] = {}
@@ -47,9 +56,7 @@ class ModelTracker:
         """Returns the state of a model. Raises InputError for an invalid name."""
         state = self._states.get(model)
         if state is None:
-            if not MODEL_NAME.fullmatch(model):
-                what = f"{model[:120]!r} is not a valid model name"
-                raise InputError(f"{what}: letters, digits, '.', '_' and '-', at most 100.")
+            check_model_name(model)
             state = self._states[model] = ModelState(model, f"router:{{{model}}}")
             self._by_key[state.key] = state
         return state
@@ -78,20 +85,33 @@ class ModelTracker:
     async def set_target(self, state: ModelState, target: TrafficTarget, version: int | None) -> bool:
         """Applies a target; False if a newer version is applied already."""
         packed = pack_target(target, self.settings)
-        request = pack_set_target(version, self.settings)
+        request = pack_set_target(version, self.settings, has_log=self._has_log)
         sender = self.script.sender
         reply = await self.script.call(state.key, "target", request, packed, str(target), sender)
         applied, version_now = unpack_set_target(reply)
         if applied:
-            state.version, state.target = version_now, target
+            state.version, state.target, state.target_version = version_now, target, version_now
             state.changed()
         return applied
 
     async def restore_target(self, state: ModelState) -> bool:
-        """Puts back the target that this process knows; False if it knows none."""
-        if state.target is None:
+        """Puts back the newest target that this process or the database knows; False if neither knows one.
+
+        This process alone may have missed a change. The database stores only the first version of an
+        unchanged target, so that a newer version that was seen applies to it.
+        """
+        known = None if state.target is None else (state.target, state.target_version)
+        if self._stored_target is not None:
+            try:
+                stored = await self._stored_target(state.model)
+            except Exception as error:
+                what = f"Redis lost the target of {state.model}, and the database cannot be read"
+                raise LimiterUnavailable(f"{what}: {error}", cause="database") from error
+            if stored is not None and (known is None or stored[1] > known[1]):
+                known = stored
+        if known is None:
             return False
-        await self.set_target(state, state.target, int(state.version))
+        await self.set_target(state, known[0], int(max(known[1], state.version)))
         return True
 
     async def report(
@@ -120,6 +140,14 @@ class ModelTracker:
         line, cooldown_reason, packed = await self.script.call(state.key, "snapshot", b"")
         return unpack_snapshot(state.model, line, cooldown_reason, packed)
 
+    async def restored_snapshot(self, state: ModelState) -> ModelTraffic:
+        """Reads the snapshot; a target that Redis lost is put back first."""
+        traffic = await self.snapshot(state)
+        outdated = traffic.target is None or traffic.version < state.version
+        if outdated and await self.restore_target(state):
+            traffic = await self.snapshot(state)
+        return traffic
+
     async def _restore_cooldown(self, state: ModelState) -> None:
         verdict = Verdict(Signal.RESTORE, state.cooldown_until - self.clock())
         with contextlib.suppress(LimiterUnavailable):
@@ -128,5 +156,13 @@ class ModelTracker:
     async def _learn_target(self, state: ModelState) -> None:
         with contextlib.suppress(LimiterUnavailable):
             traffic = await self.snapshot(state)
-            if traffic.target:
+            if traffic.target and traffic.version >= state.target_version:
                 state.target = TrafficTarget.parse(traffic.target)
+                state.target_version = traffic.version
+
+
+def check_model_name(model: str) -> None:
+    """Raises InputError for an invalid name of a model."""
+    if not MODEL_NAME.fullmatch(model):
+        what = f"{model[:120]!r} is not a valid model name"
+        raise InputError(f"{what}: letters, digits, '.', '_' and '-', at most 100.")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
+import uuid
 from collections import deque
 
 from router.background import resolve_future
 from router.errors import LimiterError, LimiterUnavailable, PermitExpired
+from router.limiter.codec import pack_end
 from router.limiter.notifications import Notifications
 from router.limiter.permit import UNAVAILABLE_REASONS, Permit, Wait, WaitReason
 from router.limiter.releases import Releases
@@ -23,11 +26,13 @@ _TIMED = frozenset({WaitReason.WINDOW, WaitReason.COOLING_DOWN})
 
 
 class _Waiter:
-    __slots__ = ("future", "ticket", "tokens")
+    __slots__ = ("call_id", "future", "ticket", "tokens", "unsent_in")
 
-    def __init__(self, ticket: int, tokens: int) -> None:
+    def __init__(self, ticket: int, tokens: int, call_id: uuid.UUID | None) -> None:
         self.ticket = ticket
         self.tokens = tokens
+        self.call_id = call_id
+        self.unsent_in = 0.0  # generation in which the call was reported as unsent
         self.future: asyncio.Future[Permit] = asyncio.get_running_loop().create_future()
 
 
@@ -43,6 +48,7 @@ class WaitQueue:
         notifications: Notifications,
     ) -> None:
         self._state = state
+        self._tracker = tracker
         self._settings, self._clock = tracker.settings, tracker.clock
         self._reservations = reservations
         self._releases = releases
@@ -56,6 +62,7 @@ class WaitQueue:
         self._tickets = 0
         self._max_batch = self._settings.max_permits_per_request
         self._some_expired = False
+        self._has_turn = False  # the script keeps tokens free for the first waiter
         self._left_at = float("-inf")
         self._sleeping = 0
         self._loop_offset: float | None = None
@@ -63,11 +70,11 @@ class WaitQueue:
     def __len__(self) -> int:
         return sum(not waiter.future.done() for waiter in (*self._requested, *self._waiters))
 
-    async def wait(self, tokens: int) -> Permit:
+    async def wait(self, tokens: int, call_id: uuid.UUID | None = None) -> Permit:
         """Waits for a permit and its send time. A permit that expires meanwhile is replaced by another."""
         ticket = self._tickets = self._tickets + 1
         for expired in range(MAX_EXPIRED):
-            waiter = _Waiter(ticket, tokens)
+            waiter = _Waiter(ticket, tokens, call_id)
             if expired == 0:
                 self._waiters.append(waiter)
             else:
@@ -108,10 +115,14 @@ class WaitQueue:
             self._runner = asyncio.create_task(self._run(), name=f"wait queue of {self._state.model}")
         try:
             permit = await waiter.future
+            permit.call_id = waiter.call_id
             await self._sleep_until_send(permit)
         except asyncio.CancelledError:
             if waiter.future.done() and not waiter.future.cancelled() and not waiter.future.exception():
                 self._releases.cancel_later(waiter.future.result())
+            elif self._has_turn:  # the tokens kept for it may be free for others now
+                self._paused_until = 0.0
+                self._state.broadcast.notify_all()
             raise
         return permit
 
@@ -155,10 +166,12 @@ class WaitQueue:
             changes = state.changes
             try:
                 await self._notifications.listen()
+                await self._report_unsent()
                 tokens = tuple(waiter.tokens for waiter in self._requested)
-                permits, wait = await self._reservations.reserve_many(state, tokens)
+                permits, wait = await self._reservations.reserve_many(state, tokens, waits=True)
             except LimiterUnavailable:
                 failures += 1
+                self._wait_for(WaitReason.UNAVAILABLE)
                 self._put_back(self._requested)
                 await state.broadcast.wait(self._backoff(failures))
                 continue
@@ -167,8 +180,32 @@ class WaitQueue:
                 return
             failures = 0
             denied = self._hand_out(permits, wait)
-            self._paused_until = self._clock() + self._pause(wait, denied=denied)
+            self._has_turn = denied and wait.reason is WaitReason.TOKENS
+            pause = 0.0 if self._unreported() else self._pause(wait, denied=denied)
+            self._paused_until = self._clock() + pause
             self._paused_at_change = changes
+        if self._has_turn:
+            self._has_turn = False
+            self._tracker.tasks.start(self._leave_turn(), f"end of the turn for {state.model}")
+
+    async def _leave_turn(self) -> None:
+        with contextlib.suppress(LimiterUnavailable):
+            await self._reservations.reserve_many(self._state, (), waits=True)
+
+    def _unreported(self) -> list[_Waiter]:
+        """Returns the waiters that a rebuilt log may count as sent."""
+        if not self._state.unresolved:
+            return []
+        waiters = [*self._requested, *self._waiters]
+        return [one for one in waiters if one.call_id and one.unsent_in != self._state.generation]
+
+    async def _report_unsent(self) -> None:
+        waiters, generation = self._unreported(), self._state.generation
+        items = [pack_end(one.call_id, 0, unused=True) for one in waiters if one.call_id]
+        if items:
+            await self._releases.send(self._state, items)
+        for one in waiters:
+            one.unsent_in = generation
 
     def _take(self) -> bool:
         """Moves the waiters of the next request out of the queue; False if there are none."""
@@ -197,13 +234,16 @@ class WaitQueue:
                 waiter.future.set_result(permit)
         denied = requested[len(permits) :]
         self._replies += 1
-        if wait.reason is not self._state.waiting_for:
-            self._state.waiting_for = wait.reason
-            self._state.broadcast.notify_all()
+        self._wait_for(wait.reason)
         if denied and wait.reason is WaitReason.TOO_MANY_TOKENS:
             self._reject(denied.pop(0))
         self._put_back(denied)
         return bool(denied)
+
+    def _wait_for(self, reason: WaitReason) -> None:
+        if reason is not self._state.waiting_for:
+            self._state.waiting_for = reason
+            self._state.broadcast.notify_all()
 
     def _put_back(self, waiters: list[_Waiter]) -> None:
         self._waiters.extendleft(reversed(waiters))

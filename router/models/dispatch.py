@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,7 @@ from router.task import CallResult, Outcome
 from router.traffic import MAX_COUNT
 
 MAX_EXPIRED_PERMITS = 20
+MAX_PERMIT_SECONDS = 3600.0  # past_calls in 60_roster.sql finds sends that long after they were logged
 UNKNOWN_WAIT_SECONDS = 60.0  # where only an operator can help, e.g. a target of 0
 SNAPSHOT_SECONDS = 0.25
 MAY_PASS_AT_ANY_MOMENT = frozenset(
@@ -45,10 +47,12 @@ async def send_permitted(
     the permit as well. After it the permit stays counted, since the backend may still be working.
     `on_result` gets the result at once: releasing the permit may take as long as Redis does.
     """
+    until = time.monotonic() + min(permit_seconds, MAX_PERMIT_SECONDS)
     for _ in range(MAX_EXPIRED_PERMITS):
         permit = await limiter.acquire(
-            request.model, tokens=request.reserved_tokens, timeout_seconds=permit_seconds
-        )
+            request.model, tokens=request.reserved_tokens, timeout_seconds=max(0.0, until - time.monotonic()),
+            call_id=request.call_id,
+        )  # fmt: skip
         try:
             result = await _send(limiter, backend, request, permit, before_send)
         except PermitExpired:
@@ -97,7 +101,9 @@ async def _release(limiter: TrafficLimiter, request: CallRequest, permit: Permit
     with contextlib.suppress(LimiterError):  # the reservation expires by itself
         if result.outcome is Outcome.UNSENT:
             await limiter.cancel(permit)
-        elif not result.may_go_on:
+        elif not result.may_go_on or (
+            limiter.settings.free_broken_slots and result.outcome is Outcome.UNAVAILABLE
+        ):
             used = result.used_tokens
             await limiter.release(permit, tokens=None if used is None else min(used, MAX_COUNT))
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+import uuid
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,9 +12,9 @@ import asyncpg
 
 from router.background import close_with_timeout
 from router.database import fetch, open_pool
-from router.limiter import LimiterSettings, PastCall, TrafficLimiter, redis_client
+from router.limiter import CallEnd, LimiterSettings, PastCall, TrafficLimiter, redis_client
 from router.models.backend import ModelsBackend
-from router.models.targets import TargetSync
+from router.models.targets import TargetSync, newest_target
 from router.settings import Addresses, RouterConfig
 
 CLOSE_SECONDS = 3.0
@@ -52,7 +53,10 @@ async def open_services(
         stack.push_async_callback(close_with_timeout, CLOSE_SECONDS, pool.close, pool.terminate)
         client = redis_client(addresses.redis_url, seconds=redis_seconds)
         stack.push_async_callback(client.aclose)
-        limiter = TrafficLimiter(client, partial(past_calls, pool), settings=LimiterSettings.of(config))
+        limiter = TrafficLimiter(
+            client, partial(past_calls, pool), call_ends=partial(call_ends, pool),
+            stored_target=partial(newest_target, pool), settings=LimiterSettings.of(config),
+        )  # fmt: skip
         stack.push_async_callback(close_with_timeout, CLOSE_SECONDS, limiter.aclose)
         backend = ModelsBackend(addresses.backend_url, config.backend)
         await stack.enter_async_context(backend)
@@ -65,4 +69,10 @@ async def past_calls(pool: asyncpg.Pool, model: str, seconds: float) -> list[Pas
     Ages are by Postgres's clock. Each call counts as sent at the latest possible time.
     """
     found = await fetch(pool, "SELECT * FROM past_calls($1, $2)", model, float(seconds))
-    return [PastCall(row["age_seconds"], row["tokens"], row["is_open"]) for row in found]
+    return [PastCall(row["age_seconds"], row["tokens"], row["is_open"], row["call_id"]) for row in found]
+
+
+async def call_ends(pool: asyncpg.Pool, call_ids: Sequence[uuid.UUID]) -> list[CallEnd]:
+    """Returns those of the calls that have ended at the backend, or were never sent."""
+    found = await fetch(pool, "SELECT * FROM call_ends($1)", list(call_ids))
+    return [CallEnd(row["call_id"], row["tokens"], row["was_sent"]) for row in found]

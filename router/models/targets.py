@@ -15,7 +15,7 @@ import asyncpg
 
 from router.database import fetch, postgres_text
 from router.errors import InputError, LimiterError, TrafficTargetError, first_line
-from router.limiter import TrafficLimiter
+from router.limiter import TrafficLimiter, check_model_name
 from router.models.airflow_api import VARIABLE_PREFIX
 from router.models.roster import Roster
 from router.traffic import TrafficTarget
@@ -83,8 +83,17 @@ class TargetSync:
         for model, line in lines.items():
             if line is not None and line != self._lines.get(model):
                 await self._apply_line(model, line, version)
-            elif model in self._active and time.monotonic() - self._set_at.get(model, 0.0) > REASSERT_SECONDS:
-                await self._set(model, *self._active[model])
+        await self._reassert([model for model in lines if self._is_stale(model)])
+
+    def _is_stale(self, model: str) -> bool:
+        return model in self._active and time.monotonic() - self._set_at[model] > REASSERT_SECONDS
+
+    async def _reassert(self, models: list[str]) -> None:
+        """Sets targets again, in case Redis lost them: the newest, which another process may have set."""
+        newest = await read_targets(self._pool) if models else {}
+        for model in models:
+            active = self._active[model]
+            await self._set(model, *max(active, newest.get(model, active), key=lambda known: known[1]))
 
     async def clear_errors(self, lines: Mapping[str, str | None]) -> None:
         """Clears the errors of Variables that no longer exist; `lines` contains all that do."""
@@ -101,8 +110,8 @@ class TargetSync:
 
     async def _apply_line(self, model: str, line: str, version: int) -> None:
         try:
+            check_model_name(model)
             target = TrafficTarget.parse(line)
-            active = await self._set(model, target, version)
         except TrafficTargetError as error:
             statement = "SELECT record_target_error($1, $2, $3)"
             await fetch(self._pool, statement, model, postgres_text(line), str(error))
@@ -111,9 +120,10 @@ class TargetSync:
         except InputError as error:
             self._reject(model, line, error)
             return
+        # Recorded first: a process that restores what Redis lost takes the newest target from Postgres.
         await fetch(self._pool, "SELECT record_target($1, $2, $3)", model, str(target), version)
         self.errors.pop(model, None)
-        if not active:
+        if not await self._set(model, target, version):
             return  # another reader's clock was ahead: the next read tries again
         self._lines[model] = line  # last, so that a failed write is retried
         for warning in target.warnings:
@@ -143,3 +153,9 @@ async def read_targets(pool: asyncpg.Pool) -> dict[str, tuple[TrafficTarget, int
     """Returns model -> (target, version): the last valid targets, which outlive Redis and Airflow."""
     found = await fetch(pool, "SELECT model, target, version FROM newest_targets")
     return {row["model"]: (TrafficTarget.parse(row["target"]), row["version"]) for row in found}
+
+
+async def newest_target(pool: asyncpg.Pool, model: str) -> tuple[TrafficTarget, int] | None:
+    """Returns the newest valid target of a model and its version; None if it never had one."""
+    found = await fetch(pool, "SELECT target, version FROM newest_targets WHERE model = $1", model)
+    return (TrafficTarget.parse(found[0]["target"]), found[0]["version"]) if found else None

@@ -86,6 +86,7 @@ class TrafficSettings(Frozen):
     failure_threshold: int = Field(default=5, ge=1, le=1000)
     initial_cooldown_seconds: float = Field(default=1.0, gt=0, le=3600)
     max_cooldown_seconds: float = Field(default=60.0, gt=0, le=86_400)
+    free_broken_slots: bool = False
 
     @model_validator(mode="after")
     def _slacks_grow(self) -> TrafficSettings:

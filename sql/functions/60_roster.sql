@@ -154,18 +154,31 @@ CREATE OR REPLACE VIEW roster_in_use AS
 
 -- Calls of the model that may have been sent within the last p_seconds: age at the latest possible send time (0 if
 -- open), tokens (the reserved ones until the usage is known), and whether the call is still open.
-CREATE OR REPLACE FUNCTION past_calls(p_model text, p_seconds double precision)
-RETURNS TABLE (age_seconds double precision, tokens integer, is_open boolean)
+DROP FUNCTION IF EXISTS past_calls(text, double precision);  -- its columns changed
+CREATE FUNCTION past_calls(p_model text, p_seconds double precision)
+RETURNS TABLE (age_seconds double precision, tokens integer, is_open boolean, call_id uuid)
 LANGUAGE sql STABLE AS $$
     SELECT greatest(0, extract(epoch FROM clock_timestamp() - latest.sent_at))::float8,
-           coalesce(c.tokens, c.reserved_tokens), c.outcome IS NULL
+           coalesce(c.tokens, c.reserved_tokens), c.outcome IS NULL, c.call_id
       FROM model_calls c
       CROSS JOIN LATERAL (SELECT coalesce(c.sent_at, c.finished_at, clock_timestamp()) AS sent_at) AS latest
      WHERE c.model = p_model AND c.outcome IS DISTINCT FROM 'unsent'
-       -- Claimed at most 15 minutes before it was sent. The sub-select evaluates the volatile function once, so that
-       -- the index is used.
-       AND c.call_id >= (SELECT first_call_id(clock_timestamp() - make_interval(secs => p_seconds) - interval '15 minutes'))
+       -- A call waits for its permit for at most an hour after it was logged (MAX_PERMIT_SECONDS). The sub-select
+       -- evaluates the volatile function once, so that the index is used.
+       AND c.call_id >= (SELECT first_call_id(clock_timestamp() - make_interval(secs => p_seconds) - interval '2 hours'))
        AND latest.sent_at > clock_timestamp() - make_interval(secs => p_seconds)
+$$;
+
+-- Those of the calls that have ended: tokens used (NULL if unknown), and whether they were sent. A deleted row is that
+-- of a call that was never sent. After a timeout or a broken connection the backend may still be working on the call.
+CREATE OR REPLACE FUNCTION call_ends(p_call_ids uuid[])
+RETURNS TABLE (call_id uuid, tokens integer, was_sent boolean)
+LANGUAGE sql STABLE AS $$
+    SELECT given.call_id, c.tokens, coalesce(c.outcome <> 'unsent', false)
+      FROM unnest(p_call_ids) AS given(call_id)
+      LEFT JOIN model_calls c ON c.call_id = given.call_id
+     WHERE c.call_id IS NULL
+        OR (c.outcome IS NOT NULL AND c.outcome NOT IN ('timeout', 'unavailable', 'abandoned', 'lost'))
 $$;
 
 -- State that a worker process polls every second, in one round trip.

@@ -132,5 +132,5 @@ async def test_slow_request_is_not_a_clock_step_for_other_clients(client: Client
 
 async def _offset(client: Client) -> float:
     """Returns the offset of the corrected clock from Redis's own, in microseconds."""
-    packed = await client.redis.hget("router:{llama}", "now")
+    packed = await client.redis.hget("router:{llama}", "state")
     return float(struct.unpack_from("<d", packed, 16)[0])

@@ -373,11 +373,11 @@ async def test_clock_never_goes_backwards(limiter: TrafficLimiter, redis_client:
 
 async def _move_back_redis_clock(client: redis.asyncio.Redis, seconds: float) -> None:
     """Moves the stored state `seconds` ahead, which is the same as a clock set back."""
-    packed = bytearray(await client.hget("router:{llama}", "now"))
+    packed = bytearray(await client.hget("router:{llama}", "state"))
     clock, sent = struct.unpack_from("<d", packed, 8)[0], struct.unpack_from("<d", packed, 40)[0]
     struct.pack_into("<d", packed, 8, clock + seconds * 1e6)
     struct.pack_into("<d", packed, 40, sent + seconds * 1e6)
-    await client.hset("router:{llama}", "now", bytes(packed))
+    await client.hset("router:{llama}", "state", bytes(packed))
     chunk = bytearray(await client.get("router:{llama}:m:0"))
     for number in range(2):
         send_at = struct.unpack_from("<d", chunk, 125 + 8 * number)[0]
@@ -440,9 +440,9 @@ async def test_state_older_than_seen_counts_as_lost(
 ):
     await apply_target(limiter, "50/min, burst")
     await granted(limiter)
-    old = await redis_client.hget("router:{llama}", "now")
+    old = await redis_client.hget("router:{llama}", "state")
     await granted(limiter)
-    await redis_client.hset("router:{llama}", "now", old)
+    await redis_client.hset("router:{llama}", "state", old)
     assert (await refused(limiter)).reason is WaitReason.REBUILDING
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Awaitable, Callable
 
+from router.limiter import Wait, WaitReason
+from router.limiter.codec import pack_target
 from router.task import Outcome
+from router.traffic import TrafficTarget
+from tests.support.limiter.following import SETTINGS
 from tests.support.limiter.redis import Connection
-from tests.support.limiter.world import KEY, MODEL, Mismatch, World, reserve_many
+from tests.support.limiter.world import KEY, MODEL, IssuedPermit, Mismatch, World, reserve_many
 
 Check = Callable[[World], Awaitable[None]]
 
@@ -68,7 +72,9 @@ async def a_loss_known_to_others(world: World) -> None:
     await world.set_target(0, world.lines[0])
     await world.reserve(0, (0,))
     script = world.limiters[1]._script
-    reply = await script.call(KEY, "rebuild", struct.pack("<6d", 1, 0, 8e6, 0, 0, 0), b"", b"", b"", "me", "")
+    reply = await script.call(
+        KEY, "rebuild", struct.pack("<6d", 1, 0, 8e6, 0, 0, 0), b"", b"", b"", b"", "me", ""
+    )
     require(reply == struct.pack("<d", 0), "a new client starts a model that others know to be lost")
 
 
@@ -128,11 +134,11 @@ async def a_clock_set_back(world: World) -> None:
 
 async def two_rebuilds(world: World) -> None:
     await world.reserve(0, (0,))
-    before = world.redis.do("HGET", KEY, "now")
+    before = world.redis.do("HGET", KEY, "state")
     script = world.limiters[0]._script
     ask = struct.pack("<6d", 0, 0, 8e6, 0, 0, 0)
-    await script.call(KEY, "rebuild", ask, b"", b"", b"", "me", "")
-    require(world.redis.do("HGET", KEY, "now") == before, "a second rebuild changes the state")
+    await script.call(KEY, "rebuild", ask, b"", b"", b"", b"", "me", "")
+    require(world.redis.do("HGET", KEY, "state") == before, "a second rebuild changes the state")
 
 
 async def a_window_longer_than_the_log(world: World) -> None:
@@ -144,6 +150,146 @@ async def a_window_longer_than_the_log(world: World) -> None:
         world.pass_time(70_000_000)
     await limiter.set_target(MODEL, "5000/h, burst")
     require(not await limiter.reserve(MODEL), "dropped sends do not count")
+
+
+async def a_window_longer_than_the_known_sends(world: World) -> None:
+    """With a history, a longer window is rebuilt from it, and blocks nothing but for the permits in use."""
+    (held,) = await world.reserve(0, (0,))
+    world.send(held, 0)
+    await world.set_target(0, "2/2min, burst")
+    require(not await world.limiters[0].reserve(MODEL), "permits are granted before the window is known")
+    world.pass_time(400_000)
+    require(await world.limiters[0].reserve(MODEL), "a longer window blocks the model")
+    require(not await world.limiters[0].reserve(MODEL), "sends before the change do not count")
+
+
+async def another_format(world: World) -> None:
+    """State of another version of the script, with more counters, is not used, and is rebuilt."""
+    await world.reserve(0, (0,))
+    state = world.redis.do("HGET", KEY, "state")
+    for more in (b"", bytes(8)):
+        world.redis.do("HSET", KEY, "run", b"9:run1", "state", state + more)
+        require(not await world.limiters[0].reserve(MODEL), "state of another format is used")
+    world.pass_time(400_000)
+    require(await world.limiters[0].reserve(MODEL), "state of another format is never rebuilt")
+
+
+async def an_older_target(world: World) -> None:
+    older = int(world.spec.version) + 5
+    await world.set_target(0, "1 at once", older + 1)
+    await world.reserve(0, (0,))
+    script, packed = world.limiters[1]._script, pack_target(TrafficTarget.parse("40/s, burst"), SETTINGS)
+    world.redis.do("HDEL", KEY, "spec", "target")
+    await script.call(KEY, "target", struct.pack("<3d", older, 8e6, 0), packed, "40/s, burst", "me")
+    require(
+        not await world.limiters[0].reserve(MODEL), "an older target is obeyed by a client that saw a newer"
+    )
+    traffic = await world.limiters[1].snapshot([MODEL])
+    require(traffic[MODEL].target == "1 at once", "the newer target is not put back")
+
+
+async def a_model_without_a_target(world: World) -> None:
+    world.flush()
+    world.restart_client(1)
+    wait = await world.limiters[1].reserve(MODEL)
+    require(isinstance(wait, Wait) and wait.reason is WaitReason.NO_TARGET, f"{wait} without a target")
+
+
+async def rebuilt(world: World, line: str, count: int) -> list[IssuedPermit]:
+    """Returns calls that were sent before a loss and are in flight after the rebuild."""
+    await world.set_target(0, line)
+    held = await world.reserve(0, (0,) * count)
+    for one in held:
+        world.send(one, 0)
+    world.flush()
+    await world.set_target(0, line)
+    await world.reserve(0, (0,))
+    world.pass_time(400_000)
+    return held
+
+
+async def an_end_after_a_loss(world: World) -> None:
+    """The slot of a call that was sent before a loss becomes free when the call ends, and once only."""
+    first, _ = await rebuilt(world, "2 at once", 2)
+    require(not await world.limiters[0].reserve(MODEL), "a call in flight is forgotten")
+    await world.end(first, None)
+    await world.end_again(first, None, unused=False)
+    require(await world.limiters[0].reserve(MODEL), "the end of a call from before a loss is void")
+    require(not await world.limiters[0].reserve(MODEL), "an end frees two slots")
+
+
+async def a_logged_call_that_is_sent_after_a_loss(world: World) -> None:
+    """A call that was rebuilt as sent, and is sent afterwards, takes one slot until it ends."""
+    await world.set_target(0, "4 at once")
+    held = await world.reserve(0, (0,) * 4)
+    world.flush()
+    await world.set_target(0, "2 at once")
+    await world.reserve(0, (0,))
+    world.pass_time(400_000)
+    (again,) = await world.reserve(0, (0,))  # number 3 is in the log, unsent
+    again.permit.call_id = held[3].permit.call_id
+    require(not await world.limiters[0].reserve(MODEL), "the unsent call takes no slot")
+    world.send(again, 0)
+    await world.end(again, None)
+    for _ in range(2):
+        require(await world.limiters[0].reserve(MODEL), "a call that was sent later keeps its slot")
+
+
+async def a_permit_from_before_a_loss(world: World) -> None:
+    await world.set_target(0, "1 at once")
+    (old,) = await world.reserve(0, (0,))
+    world.flush()
+    await world.set_target(0, "1 at once")
+    await world.reserve(0, (0,))
+    world.pass_time(400_000)
+    (new,) = await world.reserve(0, (0,))
+    require(new.permit.number == old.permit.number, "the numbers differ")
+    await world.cancel(old)
+    require(not await world.limiters[0].reserve(MODEL), "a permit from before a loss frees a slot")
+
+
+async def a_minute_of_many_chunks(world: World) -> None:
+    limiter = world.limiters[0]
+    await limiter.set_target(MODEL, "1000/s, burst")
+    for _ in range(7):
+        await reserve_many(limiter, (0,) * 900)
+        world.pass_time(2_000_000)
+    await limiter.set_target(MODEL, "7000/min, burst")
+    require(await limiter.reserve(MODEL), "sends of the last minute are unknown")
+
+
+async def a_turn(world: World) -> None:
+    """Tokens for a denied call that waits are kept free of later calls of others, until it leaves."""
+    big, small, late = world.limiters
+    await big.set_target(MODEL, "100 tokens/s, burst")
+    await reserve_many(small, (60,), waits=True)
+    world.pass_time(500_000)
+    await reserve_many(small, (30,), waits=True)
+    permits, _ = await reserve_many(big, (60,), waits=True)
+    require(not permits, "more tokens than fit")
+    for other, waits in ((small, True), (late, False)):
+        permits, _ = await reserve_many(other, (10,), waits=waits)
+        require(not permits, "a later call overtakes a turn")
+    permits, _ = await reserve_many(late, (0,))
+    require(permits, "a call without tokens waits for a turn")
+    world.pass_time(560_000)
+    permits, _ = await reserve_many(small, (10,), waits=True)
+    require(permits, "a turn blocks tokens that it does not need")
+    permits, _ = await reserve_many(big, (60,), waits=True)
+    require(permits, "a turn is not kept")
+
+
+async def an_abandoned_turn(world: World) -> None:
+    big, small = world.limiters[:2]
+    await big.set_target(MODEL, "100 tokens/10s, burst")
+    await reserve_many(small, (50,), waits=True)
+    await reserve_many(big, (60,), waits=True)
+    require(not (await reserve_many(small, (10,), waits=True))[0], "a later call overtakes a turn")
+    world.pass_time(3_100_000)
+    require((await reserve_many(small, (10,), waits=True))[0], "an abandoned turn never ends")
+    await reserve_many(big, (60,), waits=True)
+    await reserve_many(big, (), waits=True)
+    require((await reserve_many(small, (10,), waits=True))[0], "a turn that was left stays")
 
 
 async def tokens_from_before_a_loss(world: World) -> None:
@@ -320,7 +466,17 @@ CHECKS: dict[str, tuple[Check, bool]] = {  # with whether there is a history
     "chunks without their hash are replaced": (chunks_without_their_hash, True),
     "a model known to be lost is not started blindly": (a_loss_known_to_others, False),
     "a second rebuild changes nothing": (two_rebuilds, True),
-    "dropped sends count as sent just before": (a_window_longer_than_the_log, True),
+    "dropped sends count as sent just before": (a_window_longer_than_the_log, False),
+    "a longer window is rebuilt from the history": (a_window_longer_than_the_known_sends, True),
+    "another format is rebuilt": (another_format, True),
+    "an older target is not obeyed": (an_older_target, True),
+    "a model without a target is reported": (a_model_without_a_target, True),
+    "an end after a loss frees one slot": (an_end_after_a_loss, True),
+    "a logged call that is sent after a loss takes one slot": (a_logged_call_that_is_sent_after_a_loss, True),
+    "a permit from before a loss frees nothing": (a_permit_from_before_a_loss, True),
+    "the latest minute is kept": (a_minute_of_many_chunks, True),
+    "a turn is kept": (a_turn, True),
+    "an abandoned turn ends": (an_abandoned_turn, True),
     "tokens from before a loss are unknown": (tokens_from_before_a_loss, False),
     "a target with a shorter slack counts earlier tokens longer": (tokens_of_a_longer_slack, True),
     "a target with a shorter slack waits for earlier tokens": (tokens_of_a_longer_slack_ahead, True),

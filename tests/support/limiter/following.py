@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from bench.judge import TargetChange
 from router.limiter import LimiterSettings, PastCall, WaitReason
 from router.limiter.breaker import Signal
-from router.limiter.codec import LOST, unpack_decision, unpack_grants
+from router.limiter.codec import LOST, MORE, unpack_decision, unpack_grants
 from router.limiter.permit import Permit
 from router.traffic import TrafficTarget
 from tests.support.limiter.redis import ScriptCall, ScriptRedis
@@ -21,6 +21,7 @@ SETTINGS = LimiterSettings(max_call_seconds=8.0)
 LOOK = micros(SETTINGS.look_ahead_seconds)
 SETTLE_SECONDS = 0.6  # look-ahead and slacks of what was decided before a change
 SHORT_WAY = 12_000
+KEPT_SECONDS = 60  # windows up to it are exact without a rebuild
 MICRO_FLOAT = 1e6
 ONLY_AGAIN = frozenset(
     {WaitReason.CONCURRENCY, WaitReason.HALF_OPEN}
@@ -53,6 +54,7 @@ class Following:
     steps: int
     current: int
     with_history: bool
+    waits: bool
     jumped: bool
     disturbed_until: int
     known_from: int
@@ -63,6 +65,7 @@ class Following:
     noticed: dict[int, int]
     rows: list[PastCall]
     rows_at: int
+    rebuilt: dict[bytes, int]
     held: list[IssuedPermit]
     changes: list[TargetChange]
     slack: int
@@ -70,7 +73,7 @@ class Following:
     def exact(self, at: int) -> bool:
         """Whether the script must match the specification to the microsecond."""
         target = self.spec.target
-        if self.jumped or at < self.disturbed_until or target is None:
+        if self.jumped or at < self.disturbed_until or target is None or self.waits:
             return False
         windows = [limit.window_seconds for limit in (*target.requests, *target.tokens)]
         slack = SETTINGS.send_slack(target)
@@ -84,8 +87,8 @@ class Following:
             self._follow_reserve(call, needs)
         elif call.verb == "release":
             if self.state != "gone":
-                for generation, number, used, unused in struct.iter_unpack("<4d", call.arguments[0]):  # type: ignore[arg-type]
-                    self._follow_release(generation, int(number), used, unused)
+                for record in struct.iter_unpack("<4d16s", call.arguments[0]):  # type: ignore[arg-type]
+                    self._follow_release(*record)
         elif call.verb == "target":
             taken, version = struct.unpack("<2d", call.reply)
             line = call.arguments[2]
@@ -104,9 +107,13 @@ class Following:
 
     def _follow_reserve(self, call: ScriptCall, needs: tuple[int, ...]) -> None:
         status, generation, head, _, again, reason, slack, *_ = unpack_decision(call.reply)
+        if status == MORE:
+            return
         self.slack = int(slack)
         if status == 2:
-            self._require(self.spec.target is None, "a target was lost")
+            seen_version = struct.unpack_from("<4d", call.arguments[0])[3]  # type: ignore[arg-type]
+            older = seen_version > self.spec.version
+            self._require(self.spec.target is None or older, "a target was lost")
             return
         if status == LOST:
             seen = struct.unpack_from("<d", call.arguments[0])[0]  # type: ignore[arg-type]
@@ -160,12 +167,17 @@ class Following:
         same = reason is decision.reason or {reason, decision.reason} <= TIMED
         self._require(same and (again == soonest or not fresh), what)
 
-    def _follow_release(self, generation: float, number: int, used: float, unused: float) -> None:
-        if generation == self.generation:
-            if unused:
-                self.spec.cancel(number)
-            else:
-                self.spec.release(number, None if used < 0 else int(used))
+    def _follow_release(
+        self, generation: float, number: float, used: float, unused: float, call_id: bytes
+    ) -> None:
+        rebuilt = self.rebuilt.pop(call_id, None)
+        current = int(number) if generation == self.generation else rebuilt
+        if current is not None and unused:
+            self.spec.cancel(current)
+        elif current is not None:
+            self.spec.release(current, None if used < 0 else int(used))
+        if rebuilt not in {None, current}:
+            self.spec.cancel(rebuilt)
 
     def _follow_outcome(self, call: ScriptCall) -> None:
         _, _, signal, cooldown, generation, number, *_, known_trips = struct.unpack("<10d", call.arguments[0])  # type: ignore[arg-type]
@@ -192,6 +204,12 @@ class Following:
             self._require(version >= self.spec.version, "a version decreased")
             self.spec.set_target(target, version)
             self.changes.append(TargetChange(call.at / MICRO, MODEL, target))
+            if self.state == "sound" and self.redis.do("HGET", KEY, "run") == b"2:":
+                longer = self.with_history and target.longest_window_seconds > KEPT_SECONDS
+                self._require(longer, "sound state was discarded by a target")
+                self.state = "gone"  # sends from before the log are read from the history
+                self.noticed.clear()
+                self.disturbed_until = max(self.disturbed_until, call.at)
 
     def _follow_rebuild(self, call: ScriptCall) -> None:
         (built,) = struct.unpack("<d", call.reply)
@@ -209,10 +227,13 @@ class Following:
         for number, (send_at,) in enumerate(struct.iter_unpack("<d", send_times)):  # type: ignore[arg-type]
             true = read_at + round(send_at - clock)
             sends.append(Send(number, true, 0, true + holder, true))
+        self.rebuilt.clear()
         ordered = sorted(self.rows, key=lambda row: -row.age_seconds_latest)
         self._require(len(ordered) == len(sends), "calls of the history are missing")
         for send, row in zip(sends, ordered, strict=True):
             send.tokens, send.returned = row.tokens, not row.open
+            if row.open and row.call_id is not None:
+                self.rebuilt[row.call_id.bytes] = send.number
             soonest = self.rows_at - round(row.age_seconds_latest * MICRO)
             self._require(send.send_at >= soonest - 1, "a past call counts as older than it is")
         *_, cooldown, trips = struct.unpack("<6d", call.arguments[0])  # type: ignore[arg-type]

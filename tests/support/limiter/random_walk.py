@@ -26,8 +26,8 @@ PALETTES = [
     ["5/s", "4/2min, burst", "3/10s, burst", "6/s, burst"],
 ]
 HOURS = 3600 * 1_000_000
-CHUNKS = ("SENDS, BITMAP = 1000, 125", "KEPT_CHUNKS = 4", "LONG_WALK = 64")
-SMALL_CHUNKS = ("SENDS, BITMAP = 16, 2", "KEPT_CHUNKS = 2", "LONG_WALK = 1")
+CHUNKS = ("SENDS, BITMAP = 1000, 125", "KEPT_CHUNKS = 4", "LONG_WALK = 64", "BUILD_STEPS = 5000")
+SMALL_CHUNKS = ("SENDS, BITMAP = 16, 2", "KEPT_CHUNKS = 2", "LONG_WALK = 1", "BUILD_STEPS = 3")
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Walk:
     forward: bool = False
     failing: bool = False
     with_history: bool = True
+    waits: bool = False
     travel: bool = False
     small_chunks: bool = False  # so that sends often cross chunks
     bulk: int = 4
@@ -64,6 +65,7 @@ class Walk:
             back=chance.random() < 0.4,
             forward=forward and chance.random() < 0.4,
             with_history=chance.random() < 0.7,
+            waits=chance.random() < 0.3,
             travel=chance.random() < 0.5,
             failing=chance.random() < 0.4,
         )
@@ -74,7 +76,7 @@ async def take(walk: Walk, connection: Connection, script: str) -> World:
     for normal, small in zip(CHUNKS, SMALL_CHUNKS, strict=True) if walk.small_chunks else ():
         assert script.count(normal) == 1
         script = script.replace(normal, small)
-    world = World(connection, script, list(walk.lines), with_history=walk.with_history)
+    world = World(connection, script, list(walk.lines), with_history=walk.with_history, waits=walk.waits)
     steps = _Steps(walk, world)
     try:
         await world.set_target(0, walk.lines[0])

@@ -199,6 +199,11 @@ class LimiterSpec:
         """Returns the sends that count in a window at this time."""
         return [send for send in self.sends if not send.cancelled and at < self.leaves(send, window_seconds)]
 
+    def within(self, window_seconds: int, at: int) -> list[Send]:
+        """Returns the sends of the window that ends at this time, without slacks."""
+        first = at - micros(window_seconds)
+        return [send for send in self.sends if not send.cancelled and first < send.send_at <= at]
+
     def leaves(self, send: Send, window_seconds: int) -> int:
         """Returns when a send leaves a window: with the current slack, or with its own if that is longer."""
         assert self.target is not None
