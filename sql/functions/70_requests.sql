@@ -4,8 +4,8 @@
 -- A request is a task that is inserted with its claim held by the request's first call. When the call that holds the
 -- claim ends without the chosen model's answer, the claim passes to another open call of the request. If none is
 -- open, the task's attempts count as used up, so that the task ends: solved if a model of any rank answered, else
--- failed, which for a request counts as no failed task (is_failed). Nothing is sent after the client has left. Only if the process is lost does the task become ready for the
--- batch.
+-- failed, which for a request counts as no failed task (is_failed). Nothing is sent after the client has left. Only if
+-- the process is lost does the task become ready for the batch.
 --
 -- Lock order as everywhere: tasks, queue, model_calls.
 
