@@ -39,6 +39,7 @@ ORPHANS_SECONDS = 30.0
 CLASSIFIER_START_SECONDS = 15.0
 CLASSIFY_SHARE = 0.2  # of the deadline
 START_SHARE = 0.3  # of the deadline, while the classifier starts
+MIN_START_SECONDS = 0.8  # that the classifier needs to start
 RESTORE_SECONDS = 1.0  # for the limiter to restore a model that Redis does not know
 RESTORED_AT_A_TIME = 8
 WARM_CONNECTIONS = 4
@@ -115,6 +116,8 @@ class AnsweringService:
         why = "the classifier is not running"
         if self._classifier is not None and settings is not None:
             seconds *= CLASSIFY_SHARE if self._classifier.ready else START_SHARE
+            if not self._classifier.ready and seconds < MIN_START_SECONDS:
+                seconds = 0.0  # it would be in vain, and cost the models their time
             ends_at = time.monotonic() + seconds
             await self._classifier.until_ready(seconds)
             prompts = [chat.question]
@@ -125,7 +128,7 @@ class AnsweringService:
             if found is not None:
                 sure = found[0].confidence >= settings.threshold
                 return found[0] if sure else max(found, key=lambda one: one.confidence)
-            why = f"no category within {seconds:.2g} s"
+            why = f"no category within {seconds:.2g} s" if seconds else "the classifier is starting"
         return Classification(self._config.default_category, 0.0, f"default: {why}")
 
     async def _connect(self) -> None:
