@@ -123,7 +123,9 @@ async def run_trials(
             of_model.setdefault(model.name, []).append((setup, model))
             role: Role = "incumbent" if model is setup.incumbent else "candidate"
             progress.expect(setup.category, model.name, role, len(setup.prompts))
-    progress.enter(f"calling {len(of_model)} models with the trial prompts of {len(setups)} categories")
+    progress.enter(
+        f"calling {len(of_model)} models with the trial prompts of {', '.join(s.category for s in setups)}"
+    )
     await gather_or_cancel(*(_call_model(trials, works) for works in of_model.values()), name="router trial")
     progress.enter("judging pairs of answers")
     judged = await gather_or_cancel(*(_judged(trials, setup) for setup in setups), name="router judging")

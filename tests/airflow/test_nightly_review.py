@@ -202,6 +202,9 @@ def test_a_crashed_run_keeps_the_old_ranking_and_a_completed_run_changes_it(
     ]
     assert any(line.startswith(f"{FOUND}, creative: admitted") for line in report["search"]), report["search"]
     assert runs.api.variables(f"traffic.{FOUND}") == {f"traffic.{FOUND}": TRIAL_TARGET}
+    progress = runs.api.task_log(DAG, run, "search")
+    assert f"creative: {FOUND}: admitted: better than" in progress
+    assert "calling 2 models with the trial prompts of creative" in progress
     assert_no_secrets(runs, run)
     runs.undo_search()
     assert runs.api.variables(f"traffic.{FOUND}") == {}
