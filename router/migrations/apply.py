@@ -42,7 +42,8 @@ SELECT l.pid, a.usename, a.application_name, a.state,
    AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())"""
 _FAILURES = """
 INSERT INTO task_failures (task_id, failed_at)
-SELECT id, coalesce(created_at, 'epoch') FROM tasks WHERE status = 'failed' ON CONFLICT DO NOTHING"""
+SELECT id, coalesce(readable_time(created_at), 'epoch') FROM tasks
+ WHERE status = 'failed' AND is_failed(status::text, interactive) ON CONFLICT DO NOTHING"""
 
 
 @dataclass(frozen=True, slots=True)

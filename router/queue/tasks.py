@@ -11,10 +11,11 @@ from datetime import datetime
 from io import StringIO
 from typing import Any
 
+import psycopg2.errors
 import psycopg2.extras
 
 from router.database import Connection, rows
-from router.errors import DatabaseError
+from router.errors import DatabaseError, first_line
 from router.queue.ingest import NewTask
 
 RETRY_BATCH = 1000
@@ -115,7 +116,14 @@ def enqueue(connection: Connection, batch: Sequence[NewTask]) -> Added:
         cursor.copy_expert("COPY router_staging FROM STDIN", copied)
         # Serialized, because two batches with the same ids in different order would deadlock.
         cursor.execute("SELECT pg_advisory_xact_lock(hashtext('router_load'), 0)")
-        cursor.execute(_INSERT.format(**more))
+        try:
+            cursor.execute(_INSERT.format(**more))
+        except psycopg2.errors.NotNullViolation as error:
+            raise DatabaseError(
+                f"{first_line(error)}. Set a value in config/models.yaml (`tasks: {{defaults:"
+                f" {{{error.diag.column_name}: ...}}}}`) and run `router models sync`, or give the column a"
+                " default."
+            ) from error
         added = cursor.rowcount
     found = rows(connection, _CONFLICTS) if added < len(batch) else []
     connection.commit()

@@ -416,3 +416,26 @@ def test_doctor_reports_problems_and_what_migrate_would_do(empty_database: str) 
     for run in (fresh, healthy, shown, repaired, broken):
         assert "hunter2" not in run.out + run.err
         assert "Traceback" not in run.err
+
+
+def test_load_names_the_column_without_a_value_and_takes_it_from_the_config(
+    database: str, tmp_path: Path
+) -> None:
+    _run(database, "ALTER TABLE tasks ADD customer_id int NOT NULL")
+    router = CommandLine({"ROUTER_DATABASE_URL": database})
+    (tmp_path / "prompts.txt").write_text("a secret\n")
+    refused = router("load", tmp_path / "prompts.txt")
+    assert refused.code == 1
+    assert "defaults: {customer_id: ...}" in refused.err
+    assert "secret" not in refused.err
+    warned = router("migrate")
+    assert (warned.code, "customer_id" in warned.err) == (0, True)
+
+    shutil.copytree(SQL_FOLDER.parent / "config", tmp_path / "config")
+    with (tmp_path / "config" / "models.yaml").open("a") as models:
+        models.write("\ntasks:\n  defaults: {customer_id: 7}\n")
+    synced = router("models", "sync", "--config", tmp_path / "config")
+    assert (synced.code, synced.err) == (0, "")
+    assert router("load", tmp_path / "prompts.txt").code == 0
+    assert _one(database, "SELECT customer_id FROM tasks") == 7
+    assert router("doctor", "--config", tmp_path / "config").code == 0
