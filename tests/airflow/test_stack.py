@@ -277,8 +277,9 @@ def test_every_part_that_is_killed_starts_again_and_the_work_goes_on(launcher: L
         for process in parts(launcher, name):
             process.kill()
     for name in PROCESSES:
-        wait_until(lambda: any(found.pid != before[name] for found in parts(launcher, name)), 60)  # noqa: B023
+        wait_until(lambda: f"{name}: started again" in launcher.text, 60)  # noqa: B023
         assert f"{name}: ended by itself (SIGKILL), starts again" in launcher.text
+        assert before[name] not in [process.pid for process in parts(launcher, name)]
     addresses = launcher.addresses()
     with redis.Redis.from_url(addresses["ROUTER_REDIS_URL"]) as client:
         wait_until(lambda: answers(client), 30)
