@@ -87,6 +87,8 @@ lock: setup  ## compile requirements.txt from pyproject.toml
 	  --no-annotate pyproject.toml -o requirements.txt
 
 clean:  ## remove .venv, caches and $(DATA)
+	@target=$$(readlink "$(DATA)/postgres" || true); \
+	case "$$target" in /var/lib/llm-router/postgres-*/data) rm -rf "$${target%/data}";; esac
 	rm -rf $(VENV) "$(DATA)" .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
