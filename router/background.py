@@ -92,21 +92,23 @@ def spawn(work: Coroutine[Any, Any, T], name: str, tasks: set[asyncio.Task[T]]) 
 
 
 async def _repeat(step: Step, seconds: float, name: str, wake: asyncio.Event | None) -> None:
-    failing = False
+    failures, unexpected = 0, ""
     while True:
         if wake is not None:
             wake.clear()
         try:
             await step()
-            if failing:
-                log.warning("%s recovered", name)
-            failing = False
+            if failures:
+                log.warning("%s recovered after %d failures", name, failures)
+            failures, unexpected = 0, ""
         except RouterError as error:
-            if not failing:
+            if not failures:
                 log.warning("%s failed, retrying: %s", name, error)
-            failing = True
-        except Exception:
-            log.exception("unexpected error in %s", name)
+            failures += 1
+        except Exception as error:
+            if f"{error!r}" != unexpected:  # once until it changes or ends
+                log.exception("unexpected error in %s, retrying", name)
+            failures, unexpected = failures + 1, f"{error!r}"
         pause = seconds * random.uniform(0.9, 1.1)
         if wake is None:
             await asyncio.sleep(pause)

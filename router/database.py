@@ -12,24 +12,29 @@ import math
 import re
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar, overload
+from typing import Any, Protocol, TypeVar, overload
 
 import asyncpg
 import psycopg2
 import psycopg2.extensions
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
-from router.errors import DatabaseError, InvalidValue, LeaseLost, RouterError, first_line
+from router.background import result_or_none
+from router.errors import DatabaseError, InvalidValue, LeaseLost, RouterError, RowLocked, first_line
 from router.settings import PostgresAddress
 from router.task import CallResult
 
 Connection = psycopg2.extensions.connection
 # Raised by asyncpg when the server is unreachable or the connection broke during a statement.
 UNAVAILABLE_ERRORS = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError, asyncio.TimeoutError)
-SETTLE_RETRY_SECONDS = 600.0  # a paid answer is worth waiting for Postgres
+SETTLE_RETRY_SECONDS = 3600.0  # a paid answer is worth waiting for Postgres, or for another transaction
 LEASE_LOST_SQLSTATE = "RT001"
-# Data exceptions, violated constraints, and a call that cannot be requeued.
-PERMANENT_SQLSTATES = ("22", "23", "RT002")
+LOCKED_SQLSTATE = "55P03"
+# Data exceptions, violated constraints, limits of the server, errors that a trigger raises, damaged data, and
+# a call that cannot be requeued.
+PERMANENT_SQLSTATES = ("22", "23", "54", "P0001", "XX", "RT002")
+# Read-only, shutting down, connection errors: the server is no longer the one to write to.
+ROLE_CHANGED_SQLSTATES = ("25006", "57P01", "57P02", "57P03", "57P05", "08")
 MAX_INTEGER = 2**31 - 1
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 T = TypeVar("T")
@@ -128,6 +133,7 @@ async def open_async_connection(
     address = PostgresAddress.parse(url)
     settings = {} if jit is None else {"jit": jit}
     arguments = address.for_asyncpg(application_name=application_name, **settings)
+    arguments.setdefault("target_session_attrs", "read-write")  # after a failover, not the former primary
     connection = await asyncpg.connect(**arguments, **more)
     transport = connection._transport  # noqa: SLF001 - asyncpg has no parameter for socket options
     socket_in_use = transport and transport.get_extra_info("socket")
@@ -143,50 +149,128 @@ async def _no_reset(_connection: Any) -> None:
 
 def unreachable(error: Exception) -> DatabaseError:
     """Returns the error for a failed attempt to connect."""
+    if isinstance(error, asyncpg.exceptions.TargetServerAttributeNotMatched):
+        return DatabaseError("Postgres accepts no writes: it is read-only, or a standby.")
     reason = first_line(error).rstrip(".")
     return DatabaseError(f"Postgres cannot be reached: {reason}. Check ROUTER_DATABASE_URL.")
 
 
-async def fetch(pool: asyncpg.Pool, statement: str, *arguments: Any) -> list[Any]:
+class Queryable(Protocol):
+    """A pool, or a connection of its own."""
+
+    async def fetch(self, query: str, *arguments: Any) -> Any: ...
+    async def expire_connections(self) -> None: ...
+
+
+class DedicatedConnection:
+    """One connection outside the pool, for statements that must not wait behind others, such as a heartbeat.
+
+    It connects when it is first used, and again after an error or a reply that takes longer than `seconds`.
+    """
+
+    def __init__(self, url: str, *, seconds: float) -> None:
+        self._url = url
+        self._seconds = seconds
+        self._connection: asyncpg.Connection | None = None
+        self._turn = asyncio.Lock()
+
+    async def fetch(self, query: str, *arguments: Any) -> Any:
+        """Runs one statement. Raises asyncpg's errors, and asyncio.TimeoutError."""
+        async with self._turn:
+            try:
+                found = await result_or_none(
+                    self._fetch(query, arguments), self._seconds, "router own connection"
+                )
+            except BaseException:
+                await self.expire_connections()
+                raise
+            if found is None:
+                await self.expire_connections()
+                raise asyncio.TimeoutError(f"no reply within {self._seconds:g} s")
+            return found
+
+    async def _fetch(self, query: str, arguments: tuple[Any, ...]) -> Any:
+        if self._connection is None or self._connection.is_closed():
+            self._connection = await open_async_connection(
+                self._url, application_name="router lease", jit="off"
+            )
+        return await self._connection.fetch(query, *arguments)
+
+    async def expire_connections(self) -> None:
+        """Closes the connection without waiting for the server."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.terminate()
+
+
+async def fetch(pool: Queryable, statement: str, *arguments: Any) -> list[Any]:
     """Runs one statement as its own transaction and returns its rows.
 
-    Raises LeaseLost, InvalidValue, or DatabaseError for anything else.
+    Raises LeaseLost, RowLocked, InvalidValue, or DatabaseError for anything else. If the error means that the
+    server changed its role, all connections of the pool are replaced.
     """
     try:
         return list(await pool.fetch(statement, *arguments))
     except asyncpg.PostgresError as error:
-        if error.sqlstate == LEASE_LOST_SQLSTATE:
-            raise LeaseLost(str(error)) from error
-        if isinstance(error, asyncpg.DataError) or (error.sqlstate or "").startswith(PERMANENT_SQLSTATES):
-            raise InvalidValue(f"Postgres rejected a value: {first_line(error)}") from error
-        raise DatabaseError(f"Postgres rejected the statement: {first_line(error)}") from error
+        if (error.sqlstate or "").startswith(ROLE_CHANGED_SQLSTATES):
+            await pool.expire_connections()
+        raise _refused(error) from error
+    except asyncpg.exceptions.TargetServerAttributeNotMatched as error:
+        raise unreachable(error) from error
     except UNAVAILABLE_ERRORS as error:
-        raise DatabaseError(f"Postgres is unavailable: {error or type(error).__name__}") from error
+        raise DatabaseError(f"Postgres is unavailable: {first_line(error)}") from error
+    except (ValueError, OverflowError) as error:  # invalid UTF-8, a time beyond the years of Python
+        raise InvalidValue(f"Postgres returned a value that cannot be read: {first_line(error)}") from error
 
 
-async def fetch_one(pool: asyncpg.Pool, statement: str, *arguments: Any) -> Any:
+def _refused(error: asyncpg.PostgresError) -> DatabaseError:
+    """Returns the error for a refused statement, without the details, which may contain the row."""
+    state, reason = error.sqlstate or "", first_line(error)
+    if state == LEASE_LOST_SQLSTATE:
+        return LeaseLost(reason)
+    if state == LOCKED_SQLSTATE:
+        return RowLocked(f"Another transaction holds a lock: {reason}")
+    if isinstance(error, asyncpg.DataError) or state.startswith(PERMANENT_SQLSTATES):
+        return InvalidValue(f"Postgres rejected a value: {reason}")
+    return DatabaseError(f"Postgres rejected the statement: {reason}")
+
+
+async def fetch_one(pool: Queryable, statement: str, *arguments: Any) -> Any:
     """Runs one statement like `fetch` and returns its first row, or None."""
     found = await fetch(pool, statement, *arguments)
     return found[0] if found else None
 
 
-async def retry_while_unavailable(attempt: Callable[[], Awaitable[T]]) -> T:
-    """Repeats `attempt` after a transient DatabaseError, for at most SETTLE_RETRY_SECONDS."""
+async def retry_while_unavailable(
+    attempt: Callable[[], Awaitable[T]], blocked: asyncio.Semaphore | None = None
+) -> T:
+    """Repeats `attempt` after a transient DatabaseError, for at most SETTLE_RETRY_SECONDS.
+
+    `blocked` bounds how many attempts that met a lock are repeated at the same time, without the waits.
+    """
     try:
         return await attempt()  # the common case: AsyncRetrying costs as much as the statement itself
     except DatabaseError as error:
         if not _is_transient(error):
             raise
+        last: DatabaseError = error
+
+    async def once() -> T:
+        nonlocal last
+        bound = blocked if isinstance(last, RowLocked) else None
+        try:
+            async with bound or contextlib.nullcontext():
+                return await attempt()
+        except DatabaseError as error:
+            last = error
+            raise
+
     retrying = AsyncRetrying(
         retry=retry_if_exception(_is_transient),
         wait=wait_random_exponential(multiplier=0.1, max=2),
         stop=stop_after_delay(SETTLE_RETRY_SECONDS),
         reraise=True,
     )
-
-    async def once() -> T:
-        return await attempt()
-
     return await retrying(once)
 
 

@@ -8,6 +8,7 @@ RouterError                  base; its text names the fact and the next step
 ├── DatabaseError            Postgres is unavailable or rejected a statement
 │   ├── SchemaError          schema cannot be used or upgraded
 │   ├── LeaseLost            lease of the worker expired: continue under a new name
+│   ├── RowLocked            another transaction holds a lock for too long: try again later
 │   └── InvalidValue         Postgres rejected a value: do not retry
 ├── LimiterError             rate limiter cannot decide
 │   ├── LimiterUnavailable   Redis is unavailable: nothing may be sent
@@ -58,8 +59,12 @@ class LeaseLost(DatabaseError):  # noqa: N818 - names a state
     """The worker's lease has expired; it must continue under a new name."""
 
 
+class RowLocked(DatabaseError):  # noqa: N818 - names a state
+    """A statement gave up waiting for the lock of another transaction; nothing was changed."""
+
+
 class InvalidValue(DatabaseError):  # noqa: N818 - names a state
-    """Postgres rejected a value; a retry cannot succeed."""
+    """Postgres rejected a value, or returned one that cannot be read; a retry cannot succeed."""
 
 
 class LimiterError(RouterError):

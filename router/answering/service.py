@@ -138,7 +138,7 @@ class AnsweringService:
         services = await self._stack.enter_async_context(opening)
         self._schema = SchemaMonitor()
         self._pool, self._targets = services.pool, services.targets
-        self._queue = TaskQueue(self._pool, host=f"{socket.gethostname()}:asks")
+        self._queue = TaskQueue(self._pool, host=f"{socket.gethostname()}:asks", lease=services.lease)
         opening_knowledge = Knowledge.open(
             self._folder / "knowledge", database_url=self._addresses.database_url, data_folder=self._data
         )

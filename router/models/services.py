@@ -11,7 +11,7 @@ from functools import partial
 import asyncpg
 
 from router.background import close_with_timeout
-from router.database import fetch, open_pool
+from router.database import DedicatedConnection, fetch, open_pool
 from router.limiter import CallEnd, LimiterSettings, PastCall, TrafficLimiter, redis_client
 from router.models.backend import ModelsBackend
 from router.models.targets import TargetSync, newest_target
@@ -22,9 +22,10 @@ CLOSE_SECONDS = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """Postgres pool, rate limiter, Models Backend client, and the sync of targets into the limiter."""
+    """Postgres pool, connection of the lease, limiter, Models Backend client, and the sync of targets."""
 
     pool: asyncpg.Pool
+    lease: DedicatedConnection
     limiter: TrafficLimiter
     backend: ModelsBackend
     targets: TargetSync
@@ -51,6 +52,8 @@ async def open_services(
             min_connections=1 if needs_postgres else 0,
         )
         stack.push_async_callback(close_with_timeout, CLOSE_SECONDS, pool.close, pool.terminate)
+        lease = DedicatedConnection(addresses.database_url, seconds=config.worker.lease_seconds / 3)
+        stack.push_async_callback(lease.expire_connections)
         client = redis_client(addresses.redis_url, seconds=redis_seconds)
         stack.push_async_callback(client.aclose)
         limiter = TrafficLimiter(
@@ -60,7 +63,7 @@ async def open_services(
         stack.push_async_callback(close_with_timeout, CLOSE_SECONDS, limiter.aclose)
         backend = ModelsBackend(addresses.backend_url, config.backend)
         await stack.enter_async_context(backend)
-        yield Services(pool, limiter, backend, TargetSync(pool, limiter))
+        yield Services(pool, lease, limiter, backend, TargetSync(pool, limiter))
 
 
 async def past_calls(pool: asyncpg.Pool, model: str, seconds: float) -> list[PastCall]:

@@ -17,7 +17,9 @@ from .prompt_files import decompressed as decompressed
 from .prompt_files import detect_format as detect_format
 from .task_queue import QueueState as QueueState
 from .task_queue import TaskQueue as TaskQueue
+from .task_queue import UnclassifiedTask as UnclassifiedTask
 from .task_queue import listening as listening
+from .task_queue import still_listening as still_listening
 from .tasks import Retried as Retried
 from .tasks import Selection as Selection
 from .tasks import category_names as category_names

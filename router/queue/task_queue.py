@@ -7,6 +7,7 @@ stays open during a model call.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import secrets
@@ -20,21 +21,32 @@ from typing import Any
 import asyncpg
 
 from router.database import (
+    UNAVAILABLE_ERRORS,
+    Queryable,
     fetch,
     fetch_one,
     open_async_connection,
+    postgres_text,
     retry_while_unavailable,
     settled_values,
     unreachable,
 )
-from router.errors import DatabaseError, LeaseLost
+from router.errors import DatabaseError, InvalidValue, RouterError
 from router.task import CallResult, Claim, Outcome, new_call_id
 
 log = logging.getLogger("router.queue")
 
 CHANNELS = ("router_tasks", "router_control")
+LISTENER_SECONDS = 3.0  # for a reply on the connection that listens
 ORPHANED_SECONDS = 60.0
+BLOCKED_SETTLES = (
+    2  # repeated attempts to settle at the same time, for tasks that other transactions have locked
+)
+UNUSABLE_CLAIMS = 10  # claimed tasks that cannot be read, before a claim returns without one
 EDIT_BATCHES = 10  # of 1,000 edits each, in one maintenance step
+CLAIM = "SELECT * FROM claim_task($1, $2, $3, $4, $5)"
+DISCARD = "SELECT discard_result($1, $2, $3, $4, $5, $6, $7, $8) AS settlement"
+READ_ONLY = "SELECT pg_is_in_recovery() OR current_setting('transaction_read_only')::boolean"
 SETTLE = "SELECT settle_call($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13) AS settlement"
 
 
@@ -63,11 +75,16 @@ class TaskQueue:
 
     `worker` is the process's unique name in the queue; all workers (one per model) of the process share it,
     and its lease. Methods raise LeaseLost, InvalidValue (not retryable) or another DatabaseError.
+    Settling uses at most half of the pool, so that claims never wait behind settles of locked tasks.
     """
 
-    def __init__(self, pool: asyncpg.Pool, *, host: str) -> None:
+    def __init__(self, pool: asyncpg.Pool, *, host: str, lease: Queryable | None = None) -> None:
+        """`lease` is the connection of the heartbeat; by default one of the pool."""
         self._pool = pool
+        self._lease = lease or pool
         self._host = host
+        self._settling = asyncio.Semaphore(max(1, pool.get_max_size() // 2))
+        self._blocked = asyncio.Semaphore(BLOCKED_SETTLES)
         self.worker = self._new_name()
         self._clock_offset_seconds = time.time() - time.monotonic()  # until the first heartbeat
 
@@ -93,53 +110,69 @@ class TaskQueue:
         """Claims one ready task of the first of `categories` that has one; returns None if none is ready.
 
         Raises LeaseLost if the lease has expired. If the reply is lost, the claim is released before
-        DatabaseError is raised, or when the lease expires.
+        DatabaseError is raised, or when the lease expires. A task that cannot be read fails.
         """
-        call_id = new_call_id(self.database_time())
-        try:
-            row = await self._one(
-                "SELECT * FROM claim_task($1, $2, $3, $4, $5)",
-                model,
-                list(categories),
-                self.worker,
-                call_id,
-                max_tokens,
-            )
-        except LeaseLost:
-            raise
-        except (DatabaseError, asyncio.CancelledError):
-            await asyncio.shield(self.unclaim(call_id))
-            raise
-        if row is None:
-            return None
-        return Claim(call_id=call_id, model=model, **dict(row))
+        for _ in range(UNUSABLE_CLAIMS):
+            call_id = new_call_id(self.database_time())
+            try:
+                row = await self._one(CLAIM, model, list(categories), self.worker, call_id, max_tokens)
+            except InvalidValue as error:
+                await asyncio.shield(self._set_aside(call_id, error))
+                continue
+            except (DatabaseError, asyncio.CancelledError) as error:
+                if not isinstance(error.__cause__, asyncpg.PostgresError):  # it may have been committed
+                    await asyncio.shield(self.unclaim(call_id))
+                raise
+            return None if row is None else Claim(call_id=call_id, model=model, **dict(row))
+        return None
+
+    async def _set_aside(self, call_id: uuid.UUID, error: InvalidValue) -> None:
+        """Fails the task that a claim could not read; raises the error if there is none."""
+        if isinstance(error.__cause__, asyncpg.PostgresError):  # the claim was rolled back: find its task
+            row = await self._one("SELECT set_aside_unreadable() AS found")
+        else:
+            row = await self._one("SELECT reject_claim($1, $2) AS found", call_id, str(error))
+        if not row["found"]:
+            raise error
+        log.warning("a task cannot be read and was set aside: %s", error)
 
     async def unclaim(self, call_id: uuid.UUID) -> None:
         """Returns a claimed task to the queue before its call is sent; the attempt does not count.
 
         Retries while Postgres is unavailable.
         """
-        await retry_while_unavailable(lambda: self._one("SELECT unclaim($1)", call_id))
+        await self._patiently("SELECT unclaim($1)", call_id)
 
     async def settle(self, claim: Claim, result: CallResult) -> str:
         """Closes the call and its task in one transaction. Returns the settlement (see settle_call).
 
-        Retries while Postgres is unavailable; settling twice returns the first settlement. NUL, lone
-        surrogates and numbers out of range are replaced.
+        Retries while Postgres is unavailable or the task is locked; settling twice returns the first
+        settlement. NUL, lone surrogates and numbers out of range are replaced. A task whose result Postgres
+        refuses to store fails with that reason, and no model is asked again.
         """
-        row = await retry_while_unavailable(
-            lambda: self._one(
-                SETTLE,
-                claim.call_id,
-                *settled_values(result),
-                result.outcome.counts_as_attempt,
-                claim.task_id,
-                claim.model,
-                claim.prompt_version,
-                claim.reserved_tokens,
-            )
-        )
+        values = settled_values(result)
+        try:
+            row = await self._patiently(
+                SETTLE, claim.call_id, *values, result.outcome.counts_as_attempt, claim.task_id,
+                claim.model, claim.prompt_version, claim.reserved_tokens,
+            )  # fmt: skip
+        except InvalidValue as error:
+            outcome, _, prompt_tokens, completion_tokens, cost, latency, _ = values
+            reason = postgres_text(f"the result of {claim.model} could not be stored: {error}")
+            row = await self._patiently(
+                DISCARD, claim.call_id, outcome, claim.task_id, reason, latency, cost, prompt_tokens,
+                completion_tokens,
+            )  # fmt: skip
         return str(row["settlement"])
+
+    async def _patiently(self, statement: str, *arguments: Any) -> Any:
+        """Runs a statement that may meet a locked row, again and again until it is done."""
+
+        async def attempt() -> Any:
+            async with self._settling:
+                return await self._one(statement, *arguments)
+
+        return await retry_while_unavailable(attempt, self._blocked)
 
     async def reject(self, claim: Claim, reason: str) -> None:
         """Settles a claim whose prompt cannot be sent to the model, with the outcome `rejected`."""
@@ -148,7 +181,8 @@ class TaskQueue:
     async def heartbeat(self) -> bool:
         """Renews the lease. Returns False if it had expired."""
         sent_at = time.monotonic()
-        row = await self._one(
+        row = await fetch_one(
+            self._lease,
             "SELECT heartbeat($1, $2) AS alive, extract(epoch FROM clock_timestamp())::float8 AS now",
             self.worker, self._host,
         )  # fmt: skip
@@ -245,7 +279,8 @@ class TaskQueue:
         claims = await self._many("SELECT call_id FROM worker_claims($1, $2)", self.worker, ORPHANED_SECONDS)
         orphaned = [row["call_id"] for row in claims if row["call_id"] not in in_flight]
         for call_id in orphaned:
-            await self.unclaim(call_id)
+            with contextlib.suppress(RouterError):  # a locked one is released by a later step
+                await self._one("SELECT unclaim($1)", call_id)
         return len(orphaned)
 
     async def finish_run(self, run: str, reason: str) -> str:
@@ -265,7 +300,7 @@ async def listening(url: str, notify: Callable[[str], None]) -> AsyncIterator[as
     """Opens a separate connection that calls `notify(channel)` for each notification of CHANNELS."""
     try:
         connection = await open_async_connection(url, application_name="router listener")
-    except (OSError, asyncpg.PostgresError, asyncio.TimeoutError) as error:
+    except (*UNAVAILABLE_ERRORS, asyncpg.PostgresError) as error:
         raise unreachable(error) from error
     try:
         for channel in CHANNELS:
@@ -273,3 +308,13 @@ async def listening(url: str, notify: Callable[[str], None]) -> AsyncIterator[as
         yield connection
     finally:
         await connection.close(timeout=2)
+
+
+async def still_listening(connection: asyncpg.Connection) -> None:
+    """Raises DatabaseError if no notification can arrive: the server does not reply, or is read-only."""
+    try:
+        read_only = await connection.fetchval(READ_ONLY, timeout=LISTENER_SECONDS)
+    except (*UNAVAILABLE_ERRORS, asyncpg.PostgresError) as error:
+        raise unreachable(error) from error
+    if read_only:
+        raise DatabaseError("Postgres accepts no writes: it is read-only, or a standby.")

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
 from router.classification import Classification, ClassifierProcess
-from router.queue import TaskQueue
+from router.errors import first_line
+from router.queue import TaskQueue, UnclassifiedTask
 from router.settings import ClassificationSettings
 
 log = logging.getLogger("router.workers.classification_job")
@@ -39,7 +40,7 @@ class ClassificationJob:
         if process is None:
             return
         while process.ready and (tasks := await self._queue.claim_uncategorized(BATCH_SIZE)):
-            found = await process.classify([task.prompt for task in tasks])
+            found = await self._classify(process, tasks)
             assigned = await self._queue.assign_categories(
                 tasks,
                 [one.category for one in found],
@@ -47,6 +48,19 @@ class ClassificationJob:
                 [one.reason for one in found],
             )
             _log_batch(assigned, found)
+
+    async def _classify(
+        self, process: ClassifierProcess, tasks: Sequence[UnclassifiedTask]
+    ) -> list[Classification]:
+        """Classifies the batch; after an unexpected error task by task, so that no task delays others."""
+        try:
+            return await process.classify([task.prompt for task in tasks])
+        except Exception as error:
+            if len(tasks) > 1:
+                return [one for task in tasks for one in await self._classify(process, [task])]
+            log.exception("unexpected error in the classification of task %d", tasks[0].task_id)
+            reason = f"default: the classification failed: {first_line(error)}"
+            return [Classification(process.settings.default_category, 0.0, reason)]
 
 
 def _log_batch(assigned: int, found: Sequence[Classification]) -> None:

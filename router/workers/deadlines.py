@@ -83,6 +83,11 @@ class DeadlineJob:
         )
         try:
             answered = await answer_due_task(self._context, due, self._engine.sending_paused)
+        except RouterError:
+            raise
+        except Exception:  # it would fail again; the task itself stays in the queue
+            await complete_deadline(self._engine.pool, due, ahead_seconds=self._ahead_seconds)
+            raise
         finally:
             await cancel_and_wait(extending)
         if answered or not self._engine.sending_paused():  # a task cut short by a pause stays due

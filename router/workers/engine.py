@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from router.background import PeriodicJobs, Step, cancel_and_wait, freeze_garbage_collector, wait_for_event
 from router.errors import DatabaseError, RouterError, SendingPaused
 from router.models import Roster, open_services, read_roster, read_solved, read_targets, record_model_error
-from router.queue import QueueState, TaskQueue, listening
+from router.queue import QueueState, TaskQueue, listening, still_listening
 from router.settings import Addresses, RouterConfig
 from router.task import CallResult, Outcome
 from router.traffic import TrafficTarget
@@ -39,6 +39,7 @@ REPORT_SECONDS = 1.0
 RECONCILE_SECONDS = 2.0
 PARTITION_SECONDS = 3600.0
 LANE_SECONDS = 20.0
+LISTENER_CHECK_SECONDS = 4.0
 VARIABLE_SECONDS = 10.0  # a fallback poll: the watcher near the metadata database is faster
 SUMMARY_SECONDS = 30.0
 ORPHAN_SECONDS = 30.0
@@ -105,7 +106,7 @@ class Engine:
         services = await self._open.enter_async_context(open_services(self.addresses, self.config))
         self.pool, self.limiter, self.backend = services.pool, services.limiter, services.backend
         self.targets = services.targets
-        self.queue = TaskQueue(self.pool, host=socket.gethostname())
+        self.queue = TaskQueue(self.pool, host=socket.gethostname(), lease=services.lease)
         self.reports = StandstillReports(self.pool, self.queue.worker)
         await self.queue.renew_lease()
         self._lease_renewed_at = time.monotonic()
@@ -259,7 +260,8 @@ class Engine:
             self._wake_all()  # for notifications from before the connection
             lost = asyncio.Event()
             connection.add_termination_listener(lambda _connection: lost.set())
-            await lost.wait()
+            while not await wait_for_event(lost, LISTENER_CHECK_SECONDS):
+                await still_listening(connection)
 
     def _notified(self, channel: str) -> None:
         if channel == "router_control":

@@ -7,6 +7,7 @@ determine how many are in flight.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 import uuid
@@ -15,7 +16,7 @@ from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from router.errors import DatabaseError, LimiterError, RouterError, SendingPaused
+from router.errors import LimiterError, RouterError, SendingPaused, first_line
 from router.limiter import Permit, TrafficLimiter
 from router.models import CallRequest, ModelsBackend, Roster, RosterModel, send_permitted
 from router.queue import TaskQueue
@@ -24,6 +25,8 @@ from router.task import CallResult, Claim, Outcome
 from router.traffic import TrafficTarget
 from router.workers.assignment import PullOrder
 from router.workers.standstill import StandstillReports, reason_of
+
+log = logging.getLogger("router.workers.pull_loop")
 
 MAX_HOLD_SECONDS = 1.0  # a claimed task that cannot be sent within it is requeued
 MAX_AHEAD = 64
@@ -80,6 +83,7 @@ class PullLoop:
         self._sent_at: deque[float] = deque(maxlen=MAX_AHEAD)
         self._failures = 0
         self._not_before = 0.0
+        self._unexpected: str | None = None  # the error that is logged and not over
 
     def start(self) -> asyncio.Task[None]:
         """Starts the loop in a task. Canceling it requeues what was claimed but not sent."""
@@ -91,7 +95,8 @@ class PullLoop:
             while True:
                 try:
                     await self._pull_one()
-                except (DatabaseError, LimiterError) as error:  # noqa: PERF203 - a round trip costs far more
+                    self._unexpected = None
+                except Exception as error:  # noqa: BLE001, PERF203 - no error ends the loop
                     # The engine's periodic jobs renew a lost lease.
                     self._report(error)
                     await asyncio.sleep(PAUSE_SECONDS)
@@ -158,6 +163,7 @@ class PullLoop:
     async def _solve(self, claim: Claim, roster_model: RosterModel) -> None:
         host = self._host
         sent = False
+        result: CallResult | None = None
 
         def before_send(permit: Permit) -> None:
             nonlocal sent
@@ -179,13 +185,8 @@ class PullLoop:
                 host.limiter, host.backend, CallRequest.of_claim(claim, roster_model),
                 permit_seconds=MAX_HOLD_SECONDS, before_send=before_send,
             )  # fmt: skip
-        except (SendingPaused, asyncio.TimeoutError):
-            result = None
-        except LimiterError as error:
-            self._report(error)
-            result = None
-        except RouterError as error:  # permanent: without a counted attempt the task would return forever
-            result = CallResult(Outcome.REJECTED, error=str(error))
+        except Exception as error:  # noqa: BLE001 - every call is settled or released
+            result = self._result_after(error)
         except asyncio.CancelledError:
             if not sent:
                 await asyncio.shield(host.queue.unclaim(claim.call_id))
@@ -197,6 +198,20 @@ class PullLoop:
             await host.queue.unclaim(claim.call_id)
         else:
             await self._settle(claim, result)
+
+    def _result_after(self, error: Exception) -> CallResult | None:
+        """Returns the result of a call that ended with an error; None if it costs the task no attempt.
+
+        Any other error counts: without that the task would return forever.
+        """
+        if isinstance(error, (SendingPaused, asyncio.TimeoutError)):
+            return None
+        if isinstance(error, RouterError) and not isinstance(error, LimiterError):
+            return CallResult(Outcome.REJECTED, error=str(error))
+        self._report(error)
+        if isinstance(error, LimiterError):
+            return None
+        return CallResult(Outcome.ERROR, error=f"unexpected error: {first_line(error)}")
 
     def _max_tokens(self) -> int | None:
         target = self._host.plan.targets.get(self._model)
@@ -215,18 +230,22 @@ class PullLoop:
             await queue.unclaim(claim.call_id)
             return
         await self._host.record_error(self._model, result)
-        try:
-            await queue.settle(claim, result)
-        except DatabaseError as error:
-            await queue.settle(
-                claim, CallResult(Outcome.ERROR, error=f"the answer could not be stored: {error}")
-            )
+        await queue.settle(claim, result)
         self._host.count(result)
 
-    def _report(self, error: RouterError) -> None:
-        reason = reason_of(error)
+    def _report(self, error: Exception) -> None:
+        """Records why the loop cannot go on; logs an unexpected error once, until it changes or ends."""
+        reason: Reason | None = Reason.CLAIMS_FAILING
+        shown: str | Exception = error
+        if isinstance(error, RouterError):
+            reason = reason_of(error)
+        else:
+            shown = f"{type(error).__name__}: {first_line(error)}"
+            if shown != self._unexpected:
+                log.error("unexpected error: model=%s, retrying", self._model, exc_info=error)
+            self._unexpected = shown
         if reason is not None:
-            self._host.reports.record(reason, error, self._model)
+            self._host.reports.record(reason, shown, self._model)
 
     def _clear(self, *reasons: Reason) -> None:
         for reason in reasons:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import logging
 
 from router.background import cancel_and_wait
 from router.errors import DatabaseError
 from router.workers.engine import ROSTER_CHANGED, Engine
 from router.workers.pull_loop import PullLoop
+
+log = logging.getLogger("router.workers.worker")
 
 CHECK_SECONDS = 5.0
 
@@ -56,11 +58,18 @@ class Worker:
 
 async def wait_for_work(engine: Engine) -> None:
     """Returns as soon as there is an unsolved task; the engine then pulls until the workers are present."""
+    unexpected = ""
     with engine.in_use():
         while True:
             wakeup = engine.wakeup  # taken before the query, so that a wake-up during it is not missed
-            with contextlib.suppress(DatabaseError):  # logged by the engine's periodic jobs
+            try:
                 if sum((await engine.queue.state([])).unsolved.values()) > 0:
                     break
+            except DatabaseError:
+                pass  # logged by the engine's periodic jobs
+            except Exception as error:
+                if f"{error!r}" != unexpected:
+                    log.exception("unexpected error while waiting for work, retrying")
+                unexpected = f"{error!r}"
             await engine.wait_for_wakeup(engine.poll_seconds, wakeup)
         engine.handover.pull_for(engine.roster.models.keys())

@@ -19,7 +19,7 @@
 -- no row of tasks and skips locked queue rows. It still locks the table tasks first, so that it cannot deadlock with
 -- a TRUNCATE of tasks, which continues to the queue. Functions that lock many rows (release_lost_claims, reconcile)
 -- skip locked rows and never wait. Every function that may wait for a lock of a producer or operator gives up after
--- 200 ms (lock_timeout): its caller waits without a connection and tries again.
+-- at most 200 ms (lock_timeout): its caller waits without a connection and tries again.
 --
 -- Helper functions.
 

@@ -286,62 +286,6 @@ BEGIN
 END
 $$;
 
--- Removes a queue row, which the caller has locked, whose task cannot be claimed: finished or deleted without
--- triggers, or with a prompt that may not be sent, which fails the task. tasks is authoritative.
-CREATE OR REPLACE FUNCTION remove_unusable(p_task_id bigint) RETURNS void
-LANGUAGE plpgsql AS $$
-DECLARE
-    problem text;
-BEGIN
-    IF NOT drop_orphan(p_task_id) THEN
-        SELECT prompt_problem(t.prompt) INTO problem FROM tasks t WHERE t.id = p_task_id AND t.status = 'unsolved';
-        PERFORM set_aside(p_task_id, coalesce(problem, 'the task cannot be claimed'), interval '1 s');
-    END IF;
-END
-$$;
-
--- Fails an unsolved task that cannot be worked on, with this reason. If its row is locked, or refuses that, its queue
--- row, which the caller has locked, waits for p_pause instead, so that no claim meets it again and again.
-CREATE OR REPLACE FUNCTION set_aside(p_task_id bigint, p_reason text, p_pause interval DEFAULT '1 minute') RETURNS boolean
-LANGUAGE plpgsql AS $$
-BEGIN
-    PERFORM FROM tasks t WHERE t.id = p_task_id AND t.status = 'unsolved' FOR NO KEY UPDATE SKIP LOCKED;
-    IF FOUND THEN
-        BEGIN
-            UPDATE tasks t SET status = 'failed', failure = left(p_reason, 2000) WHERE t.id = p_task_id;
-            PERFORM FROM tasks t WHERE t.id = p_task_id AND t.status = 'failed';
-            IF FOUND THEN
-                PERFORM drop_orphan(p_task_id) WHERE EXISTS (SELECT FROM queue q WHERE q.task_id = p_task_id);
-                RETURN true;
-            END IF;
-        EXCEPTION WHEN OTHERS THEN
-            NULL;  -- a constraint or trigger of the table's owner refuses the change
-        END;
-    END IF;
-    UPDATE queue q SET state = 'waiting', wake_at = clock_timestamp() + p_pause, call_id = NULL, worker = NULL, claimed_at = NULL
-     WHERE q.task_id IN (SELECT o.task_id FROM queue o WHERE o.task_id = p_task_id FOR UPDATE SKIP LOCKED);
-    RETURN false;
-END
-$$;
-
--- Ends a claim whose task the worker could not read, for example for a character that is not valid UTF-8, and fails
--- the task. The call, which was not sent, is deleted.
-CREATE OR REPLACE FUNCTION reject_claim(p_call_id uuid, p_reason text) RETURNS boolean
-LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '200ms' AS $$
-DECLARE
-    held bigint;
-BEGIN
-    LOCK TABLE tasks IN ROW EXCLUSIVE MODE;
-    SELECT c.task_id INTO held FROM model_calls c WHERE c.call_id = p_call_id AND c.outcome IS NULL;
-    PERFORM FROM queue q WHERE q.task_id = held AND q.call_id = p_call_id FOR UPDATE;
-    IF NOT FOUND THEN
-        RETURN false;
-    END IF;
-    DELETE FROM model_calls WHERE call_id = p_call_id AND outcome IS NULL;
-    RETURN set_aside(held, p_reason);
-END
-$$;
-
 CREATE OR REPLACE FUNCTION remove_queue_row(p_task_id bigint) RETURNS void
 LANGUAGE sql AS $$
     WITH gone AS (DELETE FROM queue WHERE task_id = p_task_id RETURNING category)
@@ -360,7 +304,7 @@ $$;
 -- Releases a claim unsent and deletes its call; the attempt does not count. Returns false if this call does not hold
 -- the claim.
 CREATE OR REPLACE FUNCTION unclaim(p_call_id uuid) RETURNS boolean
-LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '200ms' AS $$
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '50ms' AS $$
 DECLARE
     held bigint;
     lane record;

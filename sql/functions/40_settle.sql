@@ -11,7 +11,8 @@
 -- A call that ends kept or superseded while it holds the claim uses up an attempt, so that no task can be sent
 -- without end.
 -- Settling the same call again returns the first settlement. If a crash lost the call's row, it is restored from the
--- last arguments. Never commits asynchronously. Raises lock_not_available if the task is locked for 200 ms.
+-- last arguments. Never commits asynchronously. Raises lock_not_available if the task is locked
+-- for 50 ms: while one settlement waits, others wait for its connection.
 CREATE OR REPLACE FUNCTION settle_call(
     p_call_id uuid, p_outcome text, p_answer text DEFAULT NULL,
     p_prompt_tokens integer DEFAULT NULL, p_completion_tokens integer DEFAULT NULL, p_cost double precision DEFAULT NULL,
@@ -19,7 +20,7 @@ CREATE OR REPLACE FUNCTION settle_call(
     p_task_id bigint DEFAULT NULL, p_model text DEFAULT NULL, p_prompt_version integer DEFAULT NULL,
     p_reserved_tokens integer DEFAULT 0)
 RETURNS text
-LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '200ms' AS $$
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '50ms' AS $$
 DECLARE
     call model_calls;
     settled text;
@@ -236,19 +237,19 @@ BEGIN
 END
 $$;
 
--- Closes an answered call whose answer Postgres refuses to store, and fails its task: a model would be paid for the
--- same answer again. If the task cannot be failed either, it waits for a minute.
-CREATE OR REPLACE FUNCTION discard_answer(
-    p_call_id uuid, p_task_id bigint, p_reason text, p_latency_seconds double precision, p_cost double precision,
+-- Closes a call whose result Postgres refuses to store, and fails its task: otherwise a model would be paid for the same
+-- answer again. If the task cannot be failed either, it waits.
+CREATE OR REPLACE FUNCTION discard_result(
+    p_call_id uuid, p_outcome text, p_task_id bigint, p_reason text, p_latency_seconds double precision, p_cost double precision,
     p_prompt_tokens integer, p_completion_tokens integer) RETURNS text
-LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '200ms' AS $$
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '50ms' AS $$
 DECLARE
     held boolean;
 BEGIN
     PERFORM FROM tasks t WHERE t.id = p_task_id FOR NO KEY UPDATE;
     PERFORM FROM queue q WHERE q.task_id = p_task_id AND q.call_id = p_call_id FOR UPDATE;
     held := FOUND;
-    IF close_call(p_call_id, 'answered', CASE WHEN held THEN 'failed' ELSE 'stale' END, NOT held, p_reason,
+    IF close_call(p_call_id, p_outcome, CASE WHEN held THEN 'failed' ELSE 'stale' END, NOT held, p_reason,
                   p_latency_seconds, p_cost, p_prompt_tokens, p_completion_tokens) > 0 AND held THEN
         PERFORM set_aside(p_task_id, p_reason);
     END IF;

@@ -97,7 +97,7 @@ DECLARE
     began timestamptz := clock_timestamp();
 BEGIN
     SELECT * INTO categoriser FROM categorising;
-    IF wanted AND categoriser.works_until > clock_timestamp() OR claim_start('', 0::smallint, false) > 1 THEN
+    IF wanted AND categoriser.works_until > clock_timestamp() OR p_limit < 1000 AND claim_start('', 0::smallint, false) > 1 THEN
         RETURN 0;
     END IF;
     LOCK TABLE tasks IN ACCESS SHARE MODE;  -- before the queue: see "Lock order" in 10_helpers.sql

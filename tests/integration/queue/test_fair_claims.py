@@ -107,7 +107,7 @@ WAITS = {
     "settle_call of a failure": "SELECT settle_call('{call}', 'error')",
     "settle_request_call": "SELECT settle_request_call('{call}', 'answered', 'a', 1, 1, 0, 1, NULL, {task},"
     " 'm1', 'asked', 3::smallint, 1, 0, false)",
-    "discard_answer": "SELECT discard_answer('{call}', {task}, 'too long', 1, 0, 1, 1)",
+    "discard_result": "SELECT discard_result('{call}', 'answered', {task}, 'too long', 1, 0, 1, 1)",
     "reject_claim": "SELECT reject_claim('{call}', 'unreadable')",
     "unclaim": "SELECT unclaim('{call}')",
     "complete_deadline": "SELECT complete_deadline({task}, 1, 1)",
@@ -290,12 +290,12 @@ async def test_an_answer_that_cannot_be_stored_fails_its_task_and_is_not_asked_a
     task_id = await probe.add()
     taken = await probe.must_claim()
     settled = await probe.value(
-        "SELECT discard_answer($1, $2, 'the answer could not be stored: too long', 1.5, 0.01, 3, 4)",
+        "SELECT discard_result($1, 'answered', $2, 'the answer is too long', 1.5, 0.01, 3, 4)",
         taken.call_id, task_id,
     )  # fmt: skip
     assert settled == "failed"
     task, call = await probe.task(task_id), await probe.call(taken.call_id)
-    assert (task["status"], task["failure"]) == ("failed", "the answer could not be stored: too long")
+    assert (task["status"], task["failure"]) == ("failed", "the answer is too long")
     assert (call["outcome"], call["settlement"], call["tokens"], float(call["cost"])) == (
         "answered",
         "failed",

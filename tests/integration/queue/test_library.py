@@ -12,7 +12,7 @@ import asyncpg
 import pytest
 
 from router.database import open_pool
-from router.errors import DatabaseError, InvalidValue, LeaseLost
+from router.errors import DatabaseError, LeaseLost
 from router.queue import TaskQueue, listening
 from router.task import CallResult, Outcome
 from tests.support.queue import Probe
@@ -83,17 +83,22 @@ async def test_values_that_postgres_cannot_store_are_replaced(
     assert await asyncio.wait_for(queue.settle(claim, ugly), 5) == "solved"
 
 
-async def test_invalid_values_are_not_retried(queue: TaskQueue, probe: Probe) -> None:
-    await probe.add()
+async def test_a_result_that_postgres_refuses_fails_its_task_and_is_not_retried(
+    queue: TaskQueue, probe: Probe
+) -> None:
+    task_id = await probe.add()
     claim = await queue.claim("m1", ["general"], max_tokens=100)
     assert claim is not None
     await probe.run(
         "ALTER TABLE tasks ADD CHECK (answer <> 'refused by a constraint of the operator''s own')"
     )
-    with pytest.raises(InvalidValue):
-        await asyncio.wait_for(
-            queue.settle(claim, replace(GOOD, answer="refused by a constraint of the operator's own")), 5
-        )
+    refused = replace(GOOD, answer="refused by a constraint of the operator's own")
+    assert await asyncio.wait_for(queue.settle(claim, refused), 5) == "failed"
+    failure = (await probe.task(task_id))["failure"]
+    assert "the result of m1 could not be stored" in failure
+    assert "Failing row" not in failure, "it contains the prompt"
+    assert await queue.claim("m2", ["general"], max_tokens=100) is None
+    assert (await probe.call(claim.call_id))["outcome"] == "answered"
 
 
 async def test_database_time_does_not_depend_on_the_local_clock(
