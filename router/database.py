@@ -79,7 +79,13 @@ def rows(connection: Connection, statement: str, arguments: tuple[Any, ...] = ()
         if cursor.description is None:
             return []
         names = [column[0] for column in cursor.description]
-        return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+        try:
+            found = cursor.fetchall()
+        except (ValueError, OverflowError) as error:
+            raise InvalidValue(
+                f"Postgres returned a value that cannot be read: {first_line(error)}"
+            ) from error
+        return [dict(zip(names, row, strict=True)) for row in found]
 
 
 @contextmanager
@@ -220,7 +226,11 @@ async def fetch(pool: Queryable, statement: str, *arguments: Any) -> list[Any]:
     except UNAVAILABLE_ERRORS as error:
         raise DatabaseError(f"Postgres is unavailable: {first_line(error)}") from error
     except (ValueError, OverflowError) as error:  # invalid UTF-8, a time beyond the years of Python
-        raise InvalidValue(f"Postgres returned a value that cannot be read: {first_line(error)}") from error
+        raise _unreadable(error) from error
+
+
+def _unreadable(error: Exception) -> InvalidValue:
+    return InvalidValue(f"Postgres returned a value that cannot be read: {first_line(error)}")
 
 
 def _refused(error: asyncpg.PostgresError) -> DatabaseError:

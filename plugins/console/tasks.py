@@ -30,12 +30,14 @@ SELECT call_id, task_id, model, category, confidence, role, rank, preferred, fal
        cost::float8 AS cost_usd, latency_seconds
   FROM console_calls(%s, %s, %s, %s::uuid, %s, %s)"""
 _TASK = """
-SELECT t.id AS task_id, t.status, s.state, s.category, s.attempt, s.wake_at, s.claimed_at, t.priority,
-       t.external_id, readable_time(t.deadline_at) AS deadline_at, readable_time(t.created_at) AS created_at,
-       readable_time(t.solved_at) AS solved_at, t.answered_by, t.answer_rank,
-       t.answer_call_id, t.failure,
-       left(t.prompt, %s) AS prompt, length(t.prompt) AS prompt_characters,
-       left(t.answer, %s) AS answer, length(t.answer) AS answer_characters,
+SELECT t.id AS task_id, t.status, s.state, left(s.category, 200) AS category, s.attempt, s.wake_at,
+       s.claimed_at, t.priority,
+       readable_text(left(t.external_id, 1000)) AS external_id,
+       readable_time(t.deadline_at) AS deadline_at, readable_time(t.created_at) AS created_at,
+       readable_time(t.solved_at) AS solved_at, left(t.answered_by, 200) AS answered_by, t.answer_rank,
+       t.answer_call_id, readable_text(left(t.failure, 20000)) AS failure,
+       readable_text(left(t.prompt, %s)) AS prompt, text_size(t.prompt) AS prompt_characters,
+       readable_text(left(t.answer, %s)) AS answer, text_size(t.answer) AS answer_characters,
        q.confidence, q.category_reason
   FROM tasks t JOIN task_states s ON s.id = t.id LEFT JOIN queue q ON q.task_id = t.id
  WHERE t.id = %s"""

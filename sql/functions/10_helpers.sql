@@ -74,7 +74,7 @@ CREATE OR REPLACE FUNCTION is_readable(p_text text) RETURNS boolean
 LANGUAGE plpgsql IMMUTABLE AS $$
 BEGIN
     IF getdatabaseencoding() = 'SQL_ASCII' THEN
-        PERFORM convert_from(textsend(p_text), 'UTF8');
+        PERFORM convert_from(convert_to(p_text, 'SQL_ASCII'), 'UTF8');
     END IF;
     RETURN true;
 EXCEPTION WHEN character_not_in_repertoire OR untranslatable_character THEN
@@ -86,7 +86,13 @@ $$;
 CREATE OR REPLACE FUNCTION readable_text(p_text text) RETURNS text
 LANGUAGE sql IMMUTABLE AS $$
     SELECT CASE WHEN getdatabaseencoding() <> 'SQL_ASCII' OR is_readable(p_text) THEN p_text
-                ELSE encode(textsend(p_text), 'escape') END
+                ELSE encode(convert_to(p_text, 'SQL_ASCII'), 'escape') END
+$$;
+
+-- Characters of a text; of one beyond 4 MB its bytes, which are known without reading it.
+CREATE OR REPLACE FUNCTION text_size(p_text text) RETURNS integer
+LANGUAGE sql IMMUTABLE AS $$
+    SELECT CASE WHEN octet_length(p_text) > 4000000 THEN octet_length(p_text) ELSE length(p_text) END
 $$;
 
 CREATE OR REPLACE FUNCTION queue_priority(p_priority bigint) RETURNS smallint
