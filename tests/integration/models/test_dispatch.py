@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 
 import pytest
 import redis.asyncio
@@ -101,3 +102,29 @@ async def test_canceled_probe_allows_the_next_one(limiter: TrafficLimiter, backe
     sending.cancel()
     await asyncio.gather(sending, return_exceptions=True)
     assert isinstance(await limiter.reserve(MODEL), Permit)
+
+
+@pytest.mark.parametrize("free", [False, True])
+async def test_slot_of_a_broken_connection(redis_client: redis.asyncio.Redis, free: bool) -> None:
+    """It stays taken, since the backend may still be working, unless the configuration frees it."""
+
+    async def crash(request: web.Request) -> web.Response:
+        await request.read()
+        assert request.transport is not None
+        request.transport.close()
+        return web.Response()
+
+    app = web.Application()
+    app.router.add_post("/single", crash)
+    settings = replace(SETTINGS, free_broken_slots=free)
+    async with (
+        TestServer(app) as server,
+        ModelsBackend(str(server.make_url("/")), BackendSettings()) as backend,
+        TrafficLimiter(redis_client, settings=settings) as limiter,
+    ):
+        await limiter.set_target(MODEL, "1000/s, burst, 5 at once")
+        result = await send_permitted(
+            limiter, backend, REQUEST, permit_seconds=1, before_send=lambda permit: permit.check()
+        )
+        assert result.outcome is Outcome.UNAVAILABLE
+        assert (await limiter.snapshot([MODEL]))[MODEL].in_flight == (0 if free else 1)
