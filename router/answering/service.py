@@ -18,6 +18,7 @@ import asyncpg
 
 from router.answering import store
 from router.answering.context import RequestContext
+from router.answering.plan import RoutingPlan
 from router.background import PeriodicJobs, cancel_and_wait, freeze_garbage_collector, result_or_none
 from router.classification import Classification, ClassifierProcess
 from router.database import UNAVAILABLE_ERRORS
@@ -159,7 +160,7 @@ class AnsweringService:
         self._start_jobs()
 
     async def _restore_limiter(self) -> None:
-        """Lets the limiter restore the models that a new or restarted Redis does not know.
+        """Lets the limiter restore the models called first, if a new or restarted Redis does not know them.
 
         It counts logged calls that may have been sent, so this is quicker before the first call is logged.
         """
@@ -172,7 +173,10 @@ class AnsweringService:
                     waiting = limiter.wait_until_available(model)
                     await result_or_none(waiting, RESTORE_SECONDS, f"router restore of {model}")
 
-        await asyncio.gather(*map(restore, self.roster.models))
+        roster, config = self.roster, self._config
+        plans = [RoutingPlan.of(roster, config, category, None) for category in roster.places]
+        first = {model for plan in plans for model in (plan.preferred, plan.fallback) if model is not None}
+        await asyncio.gather(*map(restore, first))
 
     async def _contact(self) -> bool:
         await self._queue.renew_lease()
