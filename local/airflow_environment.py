@@ -25,10 +25,16 @@ USERS = {
 def clean_environment() -> dict[str, str]:
     """Returns this process's environment without settings of another Airflow, router or Postgres.
 
+    Variables of Airflow are kept: AIRFLOW_VAR_TRAFFIC.<MODEL> sets a target.
+
     Programs of this Python come first on PATH, and proxies are bypassed for the loopback. Bytecode is written
     even if PYTHONDONTWRITEBYTECODE is set: Airflow's imports take three times as long without it.
     """
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(REMOVED_PREFIXES)}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith("AIRFLOW_VAR_") or not name.startswith(REMOVED_PREFIXES)
+    }
     environment["PATH"] = os.pathsep.join(
         [str(Path(sys.executable).parent), environment.get("PATH", os.defpath)]
     )

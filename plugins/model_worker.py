@@ -7,8 +7,9 @@ canceled or moves to another triggerer does not take its calls in flight with it
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
-from typing import Any
+import contextvars
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from typing import Any, TypeVar
 
 from airflow.configuration import conf
 from airflow.sdk import BaseOperator, BaseOperatorLink, Connection, Variable
@@ -17,10 +18,21 @@ from airflow.triggers.base import BaseTrigger, TaskSuccessEvent, TriggerEvent
 from connections import NAMES, addresses_of
 
 from router.models import VARIABLE_PREFIX
-from router.settings import config_folder, data_folder, load_config
+from router.settings import Addresses, config_folder, data_folder, load_config
 from router.workers import Engine, Worker, wait_for_work
 
 LINGER_SECONDS = 30.0  # the next run starts within seconds and reuses the engine
+
+T = TypeVar("T")
+
+
+def in_own_context(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """Runs `work` in a task without the trigger's context.
+
+    The triggerer writes what is logged in a trigger's context, and in that of its tasks, to the log of the
+    trigger's Airflow task. The engine is shared by all triggers: its log belongs to the triggerer's.
+    """
+    return contextvars.Context().run(asyncio.get_running_loop().create_task, work)
 
 
 async def read_traffic_variables(models: list[str]) -> Mapping[str, str | None]:
@@ -48,20 +60,22 @@ class SharedEngine:
         async with self._lock:
             if self._engine is None:
                 addresses = addresses_of(*[await Connection.async_get(name) for name in NAMES])
-                engine = Engine(addresses, load_config(), read_traffic_variables)
-                await engine.start()
-                # Not in processes that only load plugins: it imports the search engine.
-                from router.workers import DeadlineJob  # noqa: PLC0415
-
-                DeadlineJob(engine, config_folder(), data_folder()).start()
-                self._engine = engine
+                self._engine = await in_own_context(self._started(addresses))
             return self._engine
+
+    async def _started(self, addresses: Addresses) -> Engine:
+        engine = Engine(addresses, load_config(), read_traffic_variables)
+        await engine.start()
+        # Not in processes that only load plugins: it imports the search engine.
+        from router.workers import DeadlineJob  # noqa: PLC0415
+
+        DeadlineJob(engine, config_folder(), data_folder()).start()
+        return engine
 
     def let_linger(self) -> None:
         """Stops the engine once it has been idle for LINGER_SECONDS."""
         if self._closer is None or self._closer.done():
-            closing = self._close_when_idle()
-            self._closer = asyncio.create_task(closing, name="router close when idle")
+            self._closer = in_own_context(self._close_when_idle())
 
     async def _close_when_idle(self) -> None:
         while True:
@@ -95,7 +109,8 @@ class WorkerTrigger(BaseTrigger):
     async def run(self) -> AsyncIterator[TriggerEvent]:
         engine = await shared_engine.get()
         try:
-            reason = await Worker(engine, self.model, self.run_name, frozenset(self.models)).run()
+            worker = Worker(engine, self.model, self.run_name, frozenset(self.models))
+            reason = await in_own_context(worker.run())
         finally:
             shared_engine.let_linger()
         yield TaskSuccessEvent(xcoms={"return_value": {"model": self.model, "left": reason}})
@@ -138,7 +153,7 @@ class WorkTrigger(BaseTrigger):
     async def run(self) -> AsyncIterator[TriggerEvent]:
         engine = await shared_engine.get()
         try:
-            await wait_for_work(engine)
+            await in_own_context(wait_for_work(engine))
         finally:
             shared_engine.let_linger()
         yield TaskSuccessEvent()

@@ -2,16 +2,22 @@
 
 A trigger cannot query whether its DAG is paused, and reads Variables slowly through its supervisor. The
 api-server reads both from the metadata database, with one query each, four times a second, and publishes
-changes. Workers read the Variables themselves only as a fallback.
+changes. A line from a source that Airflow reads before its database replaces that of the database. Workers
+read the Variables themselves only as a fallback.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import socket
+import time
+from collections.abc import Mapping
+from typing import Any
 
 from airflow.plugins_manager import AirflowPlugin
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from traffic_sources import EarlierSources, SourcedLine, sources_report
 
 from router.errors import RouterError, first_line
 from router.settings import Addresses
@@ -19,6 +25,8 @@ from router.settings import Addresses
 log = logging.getLogger("router.traffic_variables")
 
 WATCH_SECONDS = 0.25
+ROSTER_SECONDS = 5.0
+REPORT_SECONDS = 2.5
 DAG_ID = "solve_tasks"
 
 
@@ -60,10 +68,39 @@ async def _watch_until_error() -> None:
 
     addresses = await asyncio.to_thread(_addresses)
     async with open_services(addresses, load_config(), connections=2) as services:
+        sources = _Sources(services.pool)
         while True:
-            lines, paused, version = await asyncio.to_thread(read_variables)
+            stored, paused, version = await asyncio.to_thread(read_variables)
+            found = await sources.read(stored)
+            lines = {**stored, **{model: entry.line for model, entry in found.items()}}
             await services.targets.sync(lines, paused=paused, version=version)
             await asyncio.sleep(WATCH_SECONDS)
+
+
+class _Sources:
+    """Lines of earlier sources for the models of the roster; reports to Postgres where they come from."""
+
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+        self._sources = EarlierSources()
+        self._models: list[str] = []
+        self._models_at = self._reported_at = float("-inf")
+        self._reported = ""
+
+    async def read(self, stored: Mapping[str, str | None]) -> dict[str, SourcedLine]:
+        from router.database import fetch  # noqa: PLC0415 - not in processes that only parse
+
+        if time.monotonic() - self._models_at >= ROSTER_SECONDS:
+            rows = await fetch(self._pool, "SELECT model FROM roster WHERE state <> 'retired'")
+            self._models, self._models_at = [row["model"] for row in rows], time.monotonic()
+        found = await asyncio.to_thread(self._sources.read, self._models)
+        report = sources_report(found, stored)
+        due = time.monotonic() - self._reported_at >= REPORT_SECONDS
+        if report != (self._reported or "[]") or (found and due):
+            worker = f"{socket.gethostname()}:watch"
+            await fetch(self._pool, "SELECT replace_worker_reports($1, $2)", worker, report)
+            self._reported, self._reported_at = report, time.monotonic()
+        return found
 
 
 def _addresses() -> Addresses:

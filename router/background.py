@@ -155,8 +155,13 @@ async def result_or_none(work: Awaitable[T], seconds: float, name: str) -> T | N
     finally:
         if not task.done():
             task.cancel()
-        elif not task.cancelled():
-            task.exception()  # retrieved, in case the caller was canceled at the same time
+        task.add_done_callback(mark_retrieved)  # also an error that arrives together with a cancellation
+
+
+def mark_retrieved(task: asyncio.Future[Any]) -> None:
+    """Keeps asyncio from logging the error of a task whose result nobody waits for any more."""
+    if not task.cancelled():
+        task.exception()
 
 
 async def close_with_timeout(

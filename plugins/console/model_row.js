@@ -56,7 +56,8 @@ export class ModelRow {
     this.showUsage(model);
     const edited = variable?.edited_by ? `set by ${variable.edited_by} ${ago(variable.edited_at)}` : "";
     const inactive = model.target_kept ? "last known target, not applied" : "";
-    setText(this.note, [inactive, edited].filter(Boolean).join(" · "));
+    const source = model.target_source ? `set by the ${model.target_source}` : "";
+    setText(this.note, [inactive, source || edited].filter(Boolean).join(" · "));
     setText(
       this.cells.inFlight,
       model.at_once ? `${number(model.in_flight)} of ${number(model.at_once)}` : number(model.in_flight),
@@ -104,7 +105,7 @@ export class ModelRow {
       issues.unshift([
         `${number(model.failed_calls)} of ${number(model.calls)} recent calls failed, last: ` +
           model.last_error,
-        "",
+        "quiet",
       ]);
     if (issues.join() === this.shownIssues) return;
     this.shownIssues = issues.join();

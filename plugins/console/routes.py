@@ -125,6 +125,10 @@ async def set_target(model: str, request: Request, user: auth.Editor) -> Respons
     target = TrafficTarget.parse(body.target)
     console = _console(request)
     await console.reads.run(lambda connection: tasks.require_model(connection, model))
+    source = await console.reads.run(lambda connection: tasks.target_source(connection, model))
+    if source is not None:
+        place, _, _ = source.partition(";")
+        raise HTTPException(409, f"The target of {model} comes from the {place}. Change it there.")
     await asyncio.to_thread(console.variables.set, model, body.target.strip(), user.get_name())
     return _json({"model": model, "target": str(target), "warnings": target.warnings})
 

@@ -11,6 +11,7 @@ from typing import Any
 from router.database import Connection, rows
 from router.errors import InputError
 from router.queue import LoggedCall, Retried, read_calls, retry_failed
+from router.status import TARGET_SOURCE
 from router.task import Role
 
 SCANNED_CALLS = 20_000  # the newest, in which matching calls are searched
@@ -86,6 +87,13 @@ class CallFilter:
     outcome: str | None
     before: str | None
     limit: int
+
+
+def target_source(connection: Connection, model: str) -> str | None:
+    """Returns where the Variable of a model is set, if that is not Airflow's database."""
+    statement = "SELECT detail FROM current_worker_reports WHERE code = %s AND model = %s"
+    found = rows(connection, statement, (TARGET_SOURCE, model))
+    return found[0]["detail"] if found else None
 
 
 def require_model(connection: Connection, model: str) -> None:

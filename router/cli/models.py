@@ -71,7 +71,10 @@ is not changed: see `router migrate`, which also syncs the models.
 
 @dataclass(frozen=True, slots=True)
 class ModelTarget:
-    """Target of one model. `variable` is the line of the Airflow Variable; None if unknown or deleted."""
+    """Target of one model. `variable` is the line of the Airflow Variable; None if unknown or deleted.
+
+    source: where the Variable is set, if it is not in Airflow's database.
+    """
 
     model: str
     target: str | None
@@ -80,6 +83,7 @@ class ModelTarget:
     variable: str | None
     trouble: str | None
     warnings: tuple[str, ...]
+    source: str | None = None
 
 
 def traffic(
@@ -110,6 +114,10 @@ def traffic(
             "ROUTER_AIRFLOW_URL is not set, which is needed to edit an Airflow Variable. Set it together with"
             " ROUTER_AIRFLOW_USER and ROUTER_AIRFLOW_PASSWORD, or edit the Variable in Airflow."
         )
+    source = next(known.target_source for known in now.models if known.model == model)
+    if source is not None:
+        place, _, _ = source.partition(";")
+        raise ConfigError(f"The target of {model} comes from the {place}. Change it there.")
     with api:
         api.set_variable(VARIABLE_PREFIX + model, line)
     _wait_until_active(model, new_target, redis, now, as_json=as_json)
@@ -198,8 +206,9 @@ def _unused_variables(now: Status, variables: dict[str, str]) -> list[str]:
 def _target(model: ModelStatus, variable: str | None) -> ModelTarget:
     in_force = model.target is not None and not model.target_kept
     return ModelTarget(
-        model.model, model.target, in_force, model.target_since, variable, model.trouble, model.warnings
-    )
+        model.model, model.target, in_force, model.target_since, variable, model.trouble, model.warnings,
+        model.target_source,
+    )  # fmt: skip
 
 
 def _active_target(entry: ModelTarget) -> Text:
@@ -209,7 +218,9 @@ def _active_target(entry: ModelTarget) -> Text:
 
 
 def _variable(entry: ModelTarget, variables: dict[str, str] | None) -> Text:
-    """Renders the line of the Variable where it differs from the active target."""
+    """Renders the line of the Variable where it differs from the active target, or its other source."""
+    if entry.source is not None:
+        return Text(f"from the {entry.source}", style="cyan")
     if variables is None:
         return Text("unknown", style="dim")
     if entry.variable is None:

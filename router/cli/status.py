@@ -250,7 +250,7 @@ def _errors(now: Status) -> RenderableType:
             failed = (
                 f"{model.failed_calls:,} of {model.calls:,} recent calls failed, last: {model.last_error}"
             )
-            grid.add_row(name, Text(failed, style="yellow"))
+            grid.add_row(name, Text(failed, style="dim"))
         for warning in model.warnings:
             grid.add_row(name, Text(warning, style="yellow"))
     return Group(Text(), grid) if grid.row_count else Text()

@@ -55,6 +55,7 @@ async def _limiter(redis_url: str) -> AsyncIterator[TrafficLimiter]:
 
 async def _snapshot(redis_url: str, models: Sequence[str]) -> dict[str, ModelTraffic]:
     async with _limiter(redis_url) as limiter:
+        await limiter.check_writable()
         return await limiter.snapshot(models)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import redis.asyncio
 
+from router.background import mark_retrieved
 from router.errors import InputError, LimiterError
 from router.limiter.breaker import Signal, Verdict
 from router.limiter.notifications import Notifications
@@ -233,6 +234,7 @@ class TrafficLimiter:
             reading = self._tracker.tasks.start(work, f"snapshot of {model}")
             self._snapshots[model] = reading
             reading.add_done_callback(lambda _: self._snapshots.pop(model))
+            reading.add_done_callback(mark_retrieved)  # each caller may have given up waiting
         return await asyncio.shield(reading)
 
     @property

@@ -232,7 +232,7 @@ class RedisScript:
             self.outage = Outage(cause, text, since)
         if cause not in _SAME_ON_RECONNECT:
             await self._drop_connections()
-        return LimiterUnavailable(f"{text}. Nothing is sent ({key}).", cause)
+        return LimiterUnavailable(f"{text.rstrip('.')}. Nothing is sent ({key}).", cause)
 
     async def _drop_connections(self) -> None:
         """Closes all idle connections: new ones may reach another server, e.g. after a failover."""

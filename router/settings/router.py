@@ -64,10 +64,13 @@ class WorkerSettings(Frozen):
     retry_base_seconds: float = Field(default=1.0, gt=0)
     retry_cap_seconds: float = Field(default=60.0, gt=0)
     another_model_seconds: float = Field(default=15.0, ge=0)
-    idle_leave_seconds: float = Field(default=20.0, gt=0)
+    idle_leave_seconds: float = Field(default=600.0, gt=0)
     poll_seconds: float = Field(default=2.0, gt=0)
     pool_connections: int = Field(default=8, ge=2, le=100)
     max_in_flight: int = Field(default=5000, ge=1)
+    alarm_failure_rate: float = Field(default=0.1, gt=0, le=1)
+    alarm_min_failures: int = Field(default=5, ge=1)
+    alarm_seconds: float = Field(default=300.0, gt=0, le=86_400)
 
 
 class TrafficSettings(Frozen):

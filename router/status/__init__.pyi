@@ -1,5 +1,6 @@
 from .facts import FACTS as FACTS
 from .facts import START as START
+from .facts import TARGET_SOURCE as TARGET_SOURCE
 from .facts import facts_of as facts_of
 from .facts import unreadable as unreadable
 from .reasons import Reason as Reason

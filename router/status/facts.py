@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 FACTS = "SELECT why_not_facts() AS facts"
 START = "since:"  # before the code of a reason in a report: readers find it themselves, but not its start
+TARGET_SOURCE = "target_source"  # code of a report of the api-server: where a Variable comes from
+READ_ONLY_SQLSTATE = "25006"
 SCHEMA_SQLSTATES = ("42",)  # an unknown table, column or function, or no right to it
 _NAMED = frozenset({ProblemKind.OUTDATED, ProblemKind.TRIGGERS})  # have reasons of their own
 _CODES = frozenset(reason.value for reason in Reason)
@@ -39,7 +41,7 @@ def facts_of(
         read_only=stored["read_only"],
         schema_problem=str(schema) if schema is not None and kind not in _NAMED else None,
         outdated=str(schema) if kind is ProblemKind.OUTDATED else None,
-        triggers_missing=schema.names if schema is not None else (),
+        triggers_problem=str(schema) if kind is ProblemKind.TRIGGERS else None,
         paused=stored["held"],
         paused_since=_time(stored["held_since"]),
         alive=stored["alive"],
@@ -62,7 +64,8 @@ def unreadable(error: DatabaseError) -> Standstill:
     sqlstate = str(getattr(cause, "pgcode", None) or getattr(cause, "sqlstate", None) or "")
     if isinstance(error, SchemaError) or sqlstate.startswith(SCHEMA_SQLSTATES):
         return only(Reason.SCHEMA, f"The database's schema is not as expected: {error} Run `router migrate`.")
-    return only(Reason.DATABASE_UNAVAILABLE, str(error))
+    read_only = sqlstate == READ_ONLY_SQLSTATE or "accepts no writes" in str(error)
+    return only(Reason.DATABASE_READ_ONLY if read_only else Reason.DATABASE_UNAVAILABLE, str(error))
 
 
 def _model(row: Mapping[str, Any], traffic: ModelTraffic | None) -> ModelFacts:
@@ -104,6 +107,11 @@ def _starts(stored: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dateti
         if row["code"].startswith(START):
             starts.setdefault((row["model"], row["code"].removeprefix(START)), _required_time(row["since"]))
     return starts
+
+
+def target_sources(found: Mapping[str, Any]) -> dict[str, str]:
+    """Returns model -> where its target comes from, if that is not Airflow's database."""
+    return {row["model"]: row["detail"] for row in found["reports"] if row["code"] == TARGET_SOURCE}
 
 
 def _time(seconds: float | None) -> datetime | None:

@@ -15,7 +15,7 @@ from router.database import Connection, rows
 from router.errors import first_line
 from router.limiter import WaitReason
 from router.migrations import blocking_problem
-from router.status.facts import FACTS, facts_of
+from router.status.facts import FACTS, facts_of, target_sources
 from router.status.reasons import WhyNot
 from router.status.why_not import standstill_of
 from router.traffic import TrafficTarget
@@ -79,6 +79,7 @@ class ModelStatus:
     calls, failed_calls: of the last RECENT_MINUTES minutes. trouble: the most severe error.
     warnings: limits that can never bind, and limits above the provider's quota.
     refused: recent 429s, the last of them `refused_seconds` ago.
+    target_source: where the Variable is set, if it is not in Airflow's database: edits there have no effect.
     """
 
     model: str
@@ -102,6 +103,7 @@ class ModelStatus:
     refused: int = 0
     refused_seconds: float | None = None
     why_not: WhyNot | None = None
+    target_source: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +148,7 @@ def read_status(connection: Connection, redis_url: str | None) -> Status:
     return Status(
         tasks=_task_counts(counts, found["tasks"]),
         categories=counts,
-        models=_model_statuses(connection, models, live, standstill.models),
+        models=_model_statuses(connection, models, live, standstill.models, target_sources(found)),
         workers=found["workers"],
         held=found["held"],
         notes=tuple(why.text for why in standstill.everywhere),
@@ -170,6 +172,7 @@ def _model_statuses(
     models: Sequence[Mapping[str, Any]],
     live: Mapping[str, ModelTraffic] | None,
     reasons: Mapping[str, WhyNot | None],
+    sources: Mapping[str, str],
 ) -> tuple[ModelStatus, ...]:
     in_flight = {row["model"]: row["calls"] for row in rows(connection, _IN_FLIGHT)}
     recent = {row["model"]: row for row in rows(connection, _RECENT, (RECENT_MINUTES, RECENT_CALLS))}
@@ -182,6 +185,7 @@ def _model_statuses(
             calls=recent.get(row["model"], _NO_CALLS),
             last_minute=None if minute is None else minute.get(row["model"], 0),
             reason=reasons.get(row["model"]),
+            source=sources.get(row["model"]),
         )
         for row in models
     )
@@ -195,6 +199,7 @@ def _model_status(
     calls: Mapping[str, Any],
     last_minute: int | None,
     reason: WhyNot | None,
+    source: str | None,
 ) -> ModelStatus:
     active = traffic.target if traffic is not None else None
     target = active or row["kept_target"]
@@ -223,6 +228,7 @@ def _model_status(
         refused=traffic.refused if traffic is not None else 0,
         refused_seconds=traffic.refused_seconds if traffic is not None else None,
         why_not=reason,
+        target_source=source,
     )
 
 

@@ -63,7 +63,7 @@ class Facts:
     read_only: bool = False
     schema_problem: str | None = None
     outdated: str | None = None
-    triggers_missing: tuple[str, ...] = ()
+    triggers_problem: str | None = None
     paused: bool = False
     paused_since: datetime | None = None
     alive: int = 1
@@ -120,11 +120,8 @@ def _of_all(facts: Facts) -> Iterator[WhyNot]:
         yield WhyNot(Reason.SCHEMA, _sentence(facts.schema_problem))
     if facts.outdated:
         yield WhyNot(Reason.OUTDATED, _sentence(facts.outdated))
-    if facts.triggers_missing:
-        missing = ", ".join(facts.triggers_missing)
-        remedy = "Run `router migrate`."
-        text = f"Triggers of the table tasks are missing or disabled: {missing}. {remedy}"
-        yield WhyNot(Reason.TRIGGERS_MISSING, text)
+    if facts.triggers_problem:
+        yield WhyNot(Reason.TRIGGERS_MISSING, _sentence(facts.triggers_problem))
     if not facts.models:
         remedy = "Add a model to config/models.yaml and run `router models sync`."
         yield WhyNot(Reason.ROSTER_EMPTY, f"The roster is empty. {remedy}")
@@ -134,7 +131,7 @@ def _of_all(facts: Facts) -> Iterator[WhyNot]:
             "The batch is paused: the DAG solve_tasks is paused in Airflow.",
             facts.paused_since,
         )
-    if not facts.alive:
+    elif not facts.alive:
         yield _no_worker(facts)
     if facts.redis_problem:
         yield WhyNot(redis_reason(facts.redis_problem), _sentence(facts.redis_problem))

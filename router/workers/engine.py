@@ -17,7 +17,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 
 from router.background import PeriodicJobs, Step, cancel_and_wait, freeze_garbage_collector, wait_for_event
-from router.errors import DatabaseError, RouterError, SendingPaused
+from router.errors import RouterError, SendingPaused
 from router.models import Roster, open_services, read_roster, read_solved, read_targets, record_model_error
 from router.queue import QueueState, TaskQueue, listening, still_listening
 from router.settings import Addresses, RouterConfig
@@ -25,6 +25,7 @@ from router.task import CallResult, Outcome
 from router.traffic import TrafficTarget
 from router.workers.assignment import Work, bounds, shares
 from router.workers.classification_job import ClassificationJob
+from router.workers.failure_alarm import AlarmSettings, FailureAlarm
 from router.workers.handover import Handover
 from router.workers.pull_loop import PullPlan
 from router.workers.standstill import StandstillReports
@@ -36,6 +37,7 @@ STATE_SECONDS = 1.0
 CLASSIFICATION_SECONDS = 0.5
 MAINTENANCE_SECONDS = 0.5
 REPORT_SECONDS = 1.0
+ALARM_SECONDS = 2.0
 RECONCILE_SECONDS = 2.0
 PARTITION_SECONDS = 3600.0
 LANE_SECONDS = 20.0
@@ -83,7 +85,8 @@ class Engine:
         self._release_from = 0.0
         self._reconciled = FIRST_ID
         self._work: Work | None = None
-        self._errors: dict[str, str | None] = {}
+        self._alarms: dict[str, FailureAlarm] = {}
+        self._stored_alarms: dict[str, str | None] = {}
         self.state: QueueState | None = None
         self.plan = PullPlan()
         self.solved = 0
@@ -123,6 +126,7 @@ class Engine:
         start(self._state_step, STATE_SECONDS, "state", wake=self._control)
         start(self._classification.step, CLASSIFICATION_SECONDS, "classification", wake=self._new_tasks)
         start(self._maintenance_step, MAINTENANCE_SECONDS, "maintenance")
+        start(self._alarms_step, ALARM_SECONDS, "alarms")
         start(self.reports.step, REPORT_SECONDS, "reports")
         start(StandstillWatch(self).step, STEP_SECONDS, "standstill")
         start(self._reconcile_step, RECONCILE_SECONDS, "reconcile")
@@ -237,14 +241,21 @@ class Engine:
                       exc_info=task.exception())  # fmt: skip
 
     async def record_error(self, model: str, result: CallResult) -> None:
-        """Records the model's last error, or its recovery, if it has changed."""
+        """Counts a call for the model's alarm."""
         answered = result.outcome is Outcome.ANSWERED
         error = None if answered else f"{result.outcome.value}: {result.error or ''}"
-        if error == self._errors.get(model, ""):
-            return
-        self._errors[model] = error
-        with contextlib.suppress(DatabaseError):
-            await record_model_error(self.pool, model, error)
+        certain = result.outcome is Outcome.UNKNOWN_MODEL  # by its name, so that it will not go away
+        self._alarm(model).record(time.monotonic(), error, certain=certain)
+
+    def _alarm(self, model: str) -> FailureAlarm:
+        alarm = self._alarms.get(model)
+        if alarm is None:
+            worker = self.config.worker
+            settings = AlarmSettings(
+                worker.alarm_failure_rate, worker.alarm_min_failures, worker.alarm_seconds
+            )
+            alarm = self._alarms[model] = FailureAlarm(settings)
+        return alarm
 
     def count(self, result: CallResult) -> None:
         """Counts a settled call for the summary."""
@@ -254,6 +265,14 @@ class Engine:
             self.failed_calls += 1
 
     # Periodic jobs
+
+    async def _alarms_step(self) -> None:
+        """Stores alarms that began, changed or ended; the first step ends those of a process before."""
+        for model in self.roster.models:
+            text = self._alarm(model).text(time.monotonic())
+            if text != self._stored_alarms.get(model, ""):
+                await record_model_error(self.pool, model, text)
+                self._stored_alarms[model] = text
 
     async def _listen_step(self) -> None:
         async with listening(self.addresses.database_url, self._notified) as connection:

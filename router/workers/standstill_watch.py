@@ -15,9 +15,9 @@ import asyncpg
 
 from router.background import result_or_none
 from router.database import fetch_one
-from router.errors import DatabaseError, LimiterError
+from router.errors import DatabaseError, LimiterError, first_line
 from router.limiter import ModelTraffic, TrafficLimiter
-from router.migrations import SchemaMonitor
+from router.migrations import ProblemKind, SchemaMonitor
 from router.models import Roster
 from router.queue import QueueState
 from router.settings import Addresses, RouterConfig
@@ -26,10 +26,10 @@ from router.workers.standstill import StandstillReports
 
 log = logging.getLogger("router.workers.standstill")
 
-STEP_SECONDS = 2.0
+STEP_SECONDS = 1.5
 READ_SECONDS = 3.0  # for Postgres, and for Redis
 CONNECT_SECONDS = 2.0
-NO_LOOP_SECONDS = 3.0  # a new run's workers start within it
+NO_LOOP_SECONDS = 1.5  # a loop is handed over in less
 ORDINARY_SECONDS = 10.0  # an ordinary wait is logged after this time
 NO_RESPONSE = only(Reason.DATABASE_UNAVAILABLE, "Postgres does not respond.")
 PORTS = {"http": 80, "https": 443}
@@ -92,6 +92,10 @@ class StandstillWatch:
             return unreadable(error)
         if row is None:
             return NO_RESPONSE
+        if schema is not None and schema.kind is ProblemKind.OUTDATED:
+            host.reports.record(Reason.OUTDATED, str(schema))  # a newer reader sees no problem
+        else:
+            host.reports.clear(Reason.OUTDATED)
         traffic, problem = await self._traffic()
         await self._check_backend(traffic)
         return standstill_of(facts_of(row["facts"], traffic, problem, schema=schema))
@@ -106,7 +110,7 @@ class StandstillWatch:
         try:
             traffic = await result_or_none(read(), READ_SECONDS, "router standstill limits")
         except LimiterError as error:
-            return None, str(error)
+            return None, first_line(error)
         return traffic, "Redis does not answer." if traffic is None else None
 
     async def _check_backend(self, traffic: Mapping[str, ModelTraffic] | None) -> None:

@@ -178,7 +178,7 @@ def test_watch_stops_after_the_given_seconds(router: CommandLine):
     result = router("watch", "--seconds", "1.5", "--json")
     assert 1.5 <= time.monotonic() - started < 15
     lines = [json.loads(line) for line in result.out.splitlines()]
-    assert len(lines) == 3
+    assert 2 <= len(lines) <= 3  # a reading takes its time, too
     assert all(line["tasks"]["unsolved"] == 0 for line in lines)
 
 
