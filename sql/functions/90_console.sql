@@ -116,13 +116,14 @@ LANGUAGE sql STABLE AS $$
 $$;
 
 -- Models of the search on probation, one row per category: who admitted them and why, the trial that they won, and
--- the calls that reviews have summed since.
+-- the calls that reviews have summed; before the first one, those of the trial, which count as well.
 CREATE OR REPLACE FUNCTION console_probation(p_most integer)
 RETURNS TABLE (model text, target text, since timestamptz, by text, why text, search bigint, category text, place integer,
                most_share double precision, bound double precision, reason text, calls bigint, trial jsonb)
 LANGUAGE sql STABLE AS $$
     SELECT r.model, r.default_target, e.at, e.by, e.why, e.search, k.category, k.place, k.most_share,
-           (p.evidence ->> 'bound')::float8, p.reason, coalesce(s.calls, 0), t.trial
+           (p.evidence ->> 'bound')::float8, p.reason,
+           coalesce(s.calls, (t.trial -> 'candidate' ->> 'calls')::bigint, 0), t.trial
       FROM (SELECT * FROM roster WHERE source = 'search' AND state = 'probation' ORDER BY roster.model LIMIT p_most) AS r
       LEFT JOIN LATERAL (SELECT * FROM roster_events x WHERE x.model = r.model AND x.what = 'taken' AND x.undone_by IS NULL
                           ORDER BY x.event LIMIT 1) AS e ON true

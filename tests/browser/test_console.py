@@ -200,7 +200,7 @@ def test_discovery_is_shown_also_on_a_phone(
     try:
         console(admin, "ranking")
         admin.until_text("bright-9b", "[aria-label='On probation']")
-        assert "0 of 40 required calls" in admin.text("[aria-label='On probation'] article")
+        assert "30 of 40 required calls" in admin.text("[aria-label='On probation'] article")
         assert f"better than others {EVIL}" in admin.text("[aria-label='On probation'] article")
         assert "utility 0.800 against 0.700" in admin.text("[aria-label='On probation'] article")
         general = admin.text("[aria-label='Candidates: general']")

@@ -105,6 +105,7 @@ def test_a_search_on_the_shipped_config_admits_the_better_model_and_undo_restore
     # In use, with its evidence; the unserved candidates take one line.
     shown = router("models").out
     assert f"{BETTER} on probation: initial target 6/min" in shown
+    assert "30 general; needed in one category: 40" in " ".join(shown.split())
     assert shown.count("not served by the Models Backend") == 1
     assert len(shown.splitlines()) < 60
     reviewed = router("models", "review")
