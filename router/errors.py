@@ -19,6 +19,7 @@ RouterError                  base; its text names the fact and the next step
 ├── CatalogError             catalog of models is unreadable
 ├── AirflowError             Airflow's REST API is unreachable or rejected a request: carries `status`
 └── InputError               invalid argument, line or row: names it
+    └── ContextLengthExceeded   the prompt is longer than the model, or every model, takes
 
 SendingPaused                control flow between a worker and its call; never shown
 
@@ -117,6 +118,10 @@ class AirflowError(RouterError):
 
 class InputError(RouterError):
     """An argument, line or row from a user is invalid; the message names it."""
+
+
+class ContextLengthExceeded(InputError):  # noqa: N818 - names a state
+    """The prompt is longer than the requested model takes, or than every model in use."""
 
 
 class SendingPaused(Exception):  # noqa: N818 - names a state

@@ -89,6 +89,24 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True)
+class ContextLimit:
+    """Tokens that a model takes for one call, prompt and answer together; see `router.models.context`.
+
+    `token_limit` is that of the traffic target, if any. `is_largest`: no model in use takes a longer prompt.
+    """
+
+    model: str
+    tokens: int
+    tokens_per_byte: float
+    token_limit: int | None = None
+    is_largest: bool = False
+
+    def fits(self, prompt_bytes: int, max_tokens: int) -> bool:
+        """Whether a prompt of this many bytes, and its answer, are expected to fit."""
+        return prompt_bytes * self.tokens_per_byte + max_tokens <= self.tokens
+
+
+@dataclass(frozen=True, slots=True)
 class CallResult:
     """Result of one call to the Models Backend, successful or not.
 

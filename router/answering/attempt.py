@@ -71,6 +71,11 @@ class Attempt:
         return AttemptState.UNSENT if unsent else AttemptState.FAILED
 
     @property
+    def too_long(self) -> bool:
+        """Whether the backend refused the prompt as too long for this model."""
+        return self.result is not None and self.result.outcome is Outcome.TOO_LONG
+
+    @property
     def in_progress(self) -> bool:
         """Whether this call may still bring an answer."""
         return self.result is None

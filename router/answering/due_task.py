@@ -30,8 +30,9 @@ async def answer_due_task(context: RequestContext, due: DueTask, is_paused: Call
     found = await search(context, Conversation(due.prompt, due.prompt))
     record = TaskRecord(context, due.prompt, due.seconds_left, RequestTask(due.task_id, due.prompt_version))
     plan = RoutingPlan.of(
-        context.roster(), context.config, due.category, due.confidence, max_tokens=due.max_tokens
-    )
+        context.roster(), context.config, due.category, due.confidence, max_tokens=due.max_tokens,
+        prompt_bytes=len(due.prompt.encode("utf-8", "replace")),
+    )  # fmt: skip
     calling = asyncio.get_running_loop().create_task(
         _call_models(record, plan, prompt_with(due.prompt, found, context.config.fallback), is_paused),
         name=f"router fallback of task {due.task_id}",

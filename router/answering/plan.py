@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from router.answering.policy import fallback_order, rank_models
 from router.answering.store import CallRow
 from router.classification import Classification
-from router.models import CallRequest, Roster
+from router.models import CallRequest, Roster, context_limits, longest_first, too_long
 from router.queue import Conversation
 from router.settings import RouterConfig
 from router.task import AnswerRank, Role
+from router.traffic import MAX_COUNT
 
 PASSAGES_SOURCE = "knowledge"  # takes the place of a model's name
 RANKS = {
@@ -56,22 +57,44 @@ class RoutingPlan:
     fallback_models: tuple[str, ...] = ()
     max_tokens: int | None = None
     fallback_max_tokens: int | None = None
+    too_long: str | None = None  # set if the prompt fits no model, or not the named one
 
     @classmethod
     def of(
         cls, roster: Roster, config: RouterConfig, category: str, confidence: float | None, *,
-        reason: str = "", model: str | None = None, max_tokens: int | None = None,
+        reason: str = "", model: str | None = None, max_tokens: int | None = None, prompt_bytes: int = 0,
     ) -> RoutingPlan:  # fmt: skip
-        """Plans a prompt of this category; a named `model` is the only one."""
+        """Plans a prompt of this category; a named `model` is the only one.
+
+        Models whose context is too short for `prompt_bytes` are left out. If none of those with a rank
+        remains, others take their place, longest context first.
+        """
+        limits = context_limits(roster.models)
+        tokens = {name: min(one.max_tokens, max_tokens or MAX_COUNT) for name, one in roster.models.items()}
+        usable = tuple(name for name in limits if limits[name].fits(prompt_bytes, tokens[name]))
+        too_long_for = model if model in limits and model not in usable else None
+        if model is None and not usable and limits:
+            too_long_for = longest_first(limits)[0].model
+        refusal = too_long(limits[too_long_for], prompt_bytes, tokens[too_long_for]) if too_long_for else None
         if model is not None:
-            return cls(roster, category, confidence, reason, ranking=(model,), max_tokens=max_tokens)
-        usable = tuple(roster.models)
-        ranking = rank_models(roster.places.get(category, {}), usable)
+            return cls(
+                roster,
+                category,
+                confidence,
+                reason,
+                ranking=(model,),
+                max_tokens=max_tokens,
+                too_long=refusal,
+            )
+        places = roster.places.get(category, {})
+        ranking = rank_models(places, usable)
+        if not ranking and rank_models(places, tuple(limits)):
+            ranking = tuple(limit.model for limit in longest_first(limits) if limit.model in usable)
         preferred = ranking[0] if ranking else None
         return cls(
             roster, category, confidence, reason, ranking=ranking[: config.answering.max_models],
             fallback_models=fallback_order(config.fallback.models, usable, preferred),
-            max_tokens=max_tokens, fallback_max_tokens=config.fallback.max_tokens,
+            max_tokens=max_tokens, fallback_max_tokens=config.fallback.max_tokens, too_long=refusal,
         )  # fmt: skip
 
     @property

@@ -13,7 +13,13 @@ from router.answering.attempt import Attempt
 from router.answering.fallback import NOTHING_FOUND, sources
 from router.answering.plan import RoutingPlan
 from router.answering.policy import AttemptState
-from router.errors import BackendUnavailable, CapacityExceeded, ModelFailed, RouterError
+from router.errors import (
+    BackendUnavailable,
+    CapacityExceeded,
+    ContextLengthExceeded,
+    ModelFailed,
+    RouterError,
+)
 from router.knowledge import SearchResult
 from router.models import NO_CONNECTION, Availability
 from router.task import AnswerRank, Outcome, Role
@@ -89,6 +95,8 @@ class Progress:
         why = (result.error if result else None) or f"no permit within {deadline:g} s"
         if why.startswith(NO_CONNECTION):
             return BackendUnavailable(f"{model} was not called: {why}")
+        if attempt.too_long:
+            return ContextLengthExceeded(f"The prompt is too long for {model}: {why}")
         if result is None or result.outcome in CAPACITY_OUTCOMES:
             seconds = max(MIN_RETRY_SECONDS, expected.retry_after_seconds)
             if result is not None and result.outcome is not Outcome.UNSENT:

@@ -28,7 +28,7 @@ from router.answering.policy import (
 from router.answering.progress import Progress, answered_text, at_capacity, log_answer
 from router.answering.task_record import TaskRecord
 from router.background import Broadcast, TrackedTasks, wait_for_event
-from router.errors import RouterError
+from router.errors import ContextLengthExceeded, RouterError
 from router.models import Availability, availability
 from router.task import AnswerRank, Role
 
@@ -130,7 +130,10 @@ class Request:
         self._plan = RoutingPlan.of(
             self._roster, config, found.category, found.confidence,
             reason=found.reason, model=options.model, max_tokens=options.max_tokens,
+            prompt_bytes=len(options.chat.text.encode("utf-8", "replace")),
         )  # fmt: skip
+        if self._plan.too_long is not None:
+            raise ContextLengthExceeded(self._plan.too_long)
         if options.model is not None:
             expected = self._expected = await self._availability(options.model)
             if expected.seconds is None or expected.seconds > self._deadline - self._progress.now():
@@ -156,7 +159,13 @@ class Request:
     def _untried(self) -> list[str]:
         """Returns the ranked models that may be called, including those canceled for another one's permit."""
         tried = {attempt.row.model for attempt in self._progress.ranked if not attempt.canceled_unsent}
-        return [model for model in self._plan.ranking if model not in tried]
+        models = self._plan.roster.models
+        refused = max((models[attempt.row.model].context_tokens or 0
+                       for attempt in self._progress.ranked if attempt.too_long), default=0)  # fmt: skip
+        return [
+            model for model in self._plan.ranking
+            if model not in tried and (models[model].context_tokens or refused + 1) > refused
+        ]  # fmt: skip
 
     async def _call_fallbacks(self, searching: asyncio.Task[None]) -> None:
         end_pending = self._record.expect_call()

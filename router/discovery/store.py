@@ -5,6 +5,7 @@ Synchronous: the search runs these between its trials, on the connection that ho
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -101,9 +102,10 @@ def active_models(connection: Connection, category: str) -> list[PricedModel]:
         " WHERE k.category = %s AND r.state = 'active' AND k.standing <> 'low' ORDER BY k.place, r.model",
         (category,),
     )
+    names = [field.name for field in dataclasses.fields(RosterModel)]
     return [
         PricedModel(
-            RosterModel(**{name: row[name] for name in RosterModel.__slots__}),
+            RosterModel(**{name: row[name] for name in names if name in row}),
             float(row["input_price"]),
             float(row["output_price"]),
         )

@@ -4,6 +4,10 @@ from .airflow_api import AirflowApi as AirflowApi
 from .backend import NO_CONNECTION as NO_CONNECTION
 from .backend import ModelsBackend as ModelsBackend
 from .call_request import CallRequest as CallRequest
+from .context import calls_per_second as calls_per_second
+from .context import context_limits as context_limits
+from .context import longest_first as longest_first
+from .context import too_long as too_long
 from .direct_calls import DirectCaller as DirectCaller
 from .direct_calls import DirectResult as DirectResult
 from .dispatch import Availability as Availability

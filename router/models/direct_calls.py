@@ -24,6 +24,7 @@ from router.database import fetch, fetch_one, retry_while_unavailable, settled_v
 from router.errors import DatabaseError, LimiterError
 from router.limiter import Permit
 from router.models.call_request import CallRequest
+from router.models.context import context_limits, too_long
 from router.models.dispatch import availability, send_permitted
 from router.models.roster import RosterModel, read_roster
 from router.models.services import open_services
@@ -121,6 +122,13 @@ class DirectCaller:
         request = CallRequest.to(
             model, new_call_id(time.monotonic() + self._clock_offset_seconds), prompt, max_tokens
         )
+        size, limit = (
+            len(prompt.encode("utf-8", "replace")),
+            context_limits({model.model: model})[model.model],
+        )
+        if not limit.fits(size, request.max_tokens):
+            why = too_long(limit, size, request.max_tokens)
+            return DirectResult(request.call_id, None, 0.0, None, why)
         calling = self._call(_Call(request, category, purpose), model, timeout_seconds)
         return await spawn(calling, f"{purpose} call {request.call_id}", self._calls)
 

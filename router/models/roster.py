@@ -29,6 +29,10 @@ class RosterModel:
     max_tokens: int
     timeout_seconds: float
     default_target: str
+    context_tokens: int | None = None
+    tokens_per_byte: float | None = None  # learned from the log, as the following
+    spread: float | None = None  # standard deviation of tokens_per_byte
+    tokens_per_call: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

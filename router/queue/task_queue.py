@@ -32,7 +32,7 @@ from router.database import (
     unreachable,
 )
 from router.errors import DatabaseError, InvalidValue, RouterError
-from router.task import CallResult, Claim, Outcome, new_call_id
+from router.task import CallResult, Claim, ContextLimit, Outcome, new_call_id
 
 log = logging.getLogger("router.queue")
 
@@ -44,7 +44,7 @@ BLOCKED_SETTLES = (
 )
 UNUSABLE_CLAIMS = 10  # claimed tasks that cannot be read, before a claim returns without one
 EDIT_BATCHES = 10  # of 1,000 edits each, in one maintenance step
-CLAIM = "SELECT * FROM claim_task($1, $2, $3, $4, $5)"
+CLAIM = "SELECT * FROM claim_task($1, $2, $3, $4, $5, $6, $7, $8, $9)"
 DISCARD = "SELECT discard_result($1, $2, $3, $4, $5, $6, $7, $8) AS settlement"
 READ_ONLY = "SELECT pg_is_in_recovery() OR current_setting('transaction_read_only')::boolean"
 SETTLE = "SELECT settle_call($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13) AS settlement"
@@ -106,16 +106,26 @@ class TaskQueue:
         """Returns the Unix time of the database's clock, as of the last heartbeat."""
         return time.monotonic() + self._clock_offset_seconds
 
-    async def claim(self, model: str, categories: Sequence[str], *, max_tokens: int) -> Claim | None:
+    async def claim(
+        self, model: str, categories: Sequence[str], *, max_tokens: int, limit: ContextLimit | None = None
+    ) -> Claim | None:
         """Claims one ready task of the first of `categories` that has one; returns None if none is ready.
+
+        A task that exceeds `limit` is left to models that take more; if none does, it fails.
 
         Raises LeaseLost if the lease has expired. If the reply is lost, the claim is released before
         DatabaseError is raised, or when the lease expires. A task that cannot be read fails.
         """
+        context = (
+            limit.tokens if limit else None, limit.tokens_per_byte if limit else None,
+            limit is None or limit.is_largest, limit.token_limit if limit else None,
+        )  # fmt: skip
         for _ in range(UNUSABLE_CLAIMS):
             call_id = new_call_id(self.database_time())
             try:
-                row = await self._one(CLAIM, model, list(categories), self.worker, call_id, max_tokens)
+                row = await self._one(
+                    CLAIM, model, list(categories), self.worker, call_id, max_tokens, *context
+                )
             except InvalidValue as error:
                 await asyncio.shield(self._set_aside(call_id, error))
                 continue
@@ -254,6 +264,10 @@ class TaskQueue:
     async def create_partitions(self) -> None:
         """Creates the partitions of the call log for the next week."""
         await self._one("SELECT make_call_partitions()")
+
+    async def learn_tokens(self) -> None:
+        """Learns from the call log how many tokens a byte of a prompt has, for each model."""
+        await self._one("SELECT learn_tokens()")
 
     async def reconcile_step(self, after: int) -> int | None:
         """Reconciles queue and tasks for the next ids after `after`. Returns the last; None at the end."""

@@ -22,6 +22,7 @@ from router.background import cancel_and_wait
 from router.errors import (
     BackendUnavailable,
     CapacityExceeded,
+    ContextLengthExceeded,
     DatabaseError,
     InputError,
     LimiterError,
@@ -218,6 +219,8 @@ def _api_error(error: Exception) -> Exception:
         return ApiError(
             429, str(error), code="rate_limit_exceeded", retry_after_seconds=error.retry_after_seconds
         )
+    if isinstance(error, ContextLengthExceeded):
+        return ApiError(400, str(error), param="messages", code="context_length_exceeded")
     if isinstance(error, InputError):
         return ApiError(422, str(error), param="messages")
     if isinstance(error, ModelFailed):

@@ -18,7 +18,17 @@ from typing import Any, TypeVar
 
 from router.background import PeriodicJobs, Step, cancel_and_wait, freeze_garbage_collector, wait_for_event
 from router.errors import RouterError, SendingPaused
-from router.models import Roster, open_services, read_roster, read_solved, read_targets, record_model_error
+from router.models import (
+    Roster,
+    RosterModel,
+    calls_per_second,
+    context_limits,
+    open_services,
+    read_roster,
+    read_solved,
+    read_targets,
+    record_model_error,
+)
 from router.queue import QueueState, TaskQueue, listening, still_listening
 from router.settings import Addresses, RouterConfig
 from router.task import CallResult, Outcome
@@ -44,6 +54,7 @@ LANE_SECONDS = 20.0
 LISTENER_CHECK_SECONDS = 4.0
 VARIABLE_SECONDS = 10.0  # a fallback poll: the watcher near the metadata database is faster
 SUMMARY_SECONDS = 30.0
+LEARN_SECONDS = 20.0
 ORPHAN_SECONDS = 30.0
 GRACE_HEARTBEATS = 2  # in which others may renew their leases after Postgres was unavailable
 UNLIMITED_CALL_SECONDS = 5.0  # assumed latency of a call where only concurrency is limited
@@ -133,6 +144,7 @@ class Engine:
         start(self.queue.create_partitions, PARTITION_SECONDS, "partitions")
         start(self.queue.close_empty_lanes, LANE_SECONDS, "empty lanes")
         start(self._orphans_step, ORPHAN_SECONDS, "orphaned claims")
+        start(self.queue.learn_tokens, LEARN_SECONDS, "tokens per byte")
         start(self._summary_step, SUMMARY_SECONDS, "summary")
         if self._read_variables is not None:
             start(self._variables_step, VARIABLE_SECONDS, "variables")
@@ -337,13 +349,14 @@ class Engine:
 
     async def _update_shares(self, state: QueueState) -> None:
         targets = {model: target for model, (target, _) in (await read_targets(self.pool)).items()}
-        rates = {model: _rate(targets[model]) for model in self.roster.models if model in targets}
+        models = self.roster.models
+        rates = {name: _rate(targets[name], model) for name, model in models.items() if name in targets}
         work = Work(state.unsolved, rates, self.roster.places, self.roster.learned)
         limits = bounds(work)
         solved = await read_solved(self.pool) if limits else self.plan.solved
         unchanged = work == self._work
         found = self.plan.shares if unchanged else await asyncio.to_thread(shares, work)
-        self.plan = PullPlan(targets, found, limits, solved)
+        self.plan = PullPlan(targets, found, limits, context_limits(models, targets), solved)
         self._work = work
 
     async def _variables_step(self) -> None:
@@ -369,9 +382,9 @@ class Engine:
                      len(self._calls), unsolved)  # fmt: skip
 
 
-def _rate(target: TrafficTarget) -> float:
+def _rate(target: TrafficTarget, model: RosterModel) -> float:
     """Estimates the calls a second that a target allows."""
-    rate = target.requests_per_second()
+    rate = calls_per_second(target, model)
     if rate is None:
         rate = (target.at_once or 100) / UNLIMITED_CALL_SECONDS
     return rate

@@ -18,10 +18,10 @@ from typing import Any, Protocol
 
 from router.errors import LimiterError, RouterError, SendingPaused, first_line
 from router.limiter import Permit, TrafficLimiter
-from router.models import CallRequest, ModelsBackend, Roster, RosterModel, send_permitted
+from router.models import CallRequest, ModelsBackend, Roster, RosterModel, context_limits, send_permitted
 from router.queue import TaskQueue
 from router.status import Reason
-from router.task import CallResult, Claim, Outcome
+from router.task import CallResult, Claim, ContextLimit, Outcome
 from router.traffic import TrafficTarget
 from router.workers.assignment import PullOrder
 from router.workers.standstill import StandstillReports, reason_of
@@ -39,12 +39,14 @@ class PullPlan:
     """Targets and assignment, computed every second for all models.
 
     shares: model -> category -> share of its calls. bounds: model -> category -> maximum share of the tasks.
-    solved: category -> tasks solved so far, read while there are bounds.
+    contexts: model -> tokens that it takes. solved: category -> tasks solved so far, read while there are
+    bounds.
     """
 
     targets: Mapping[str, TrafficTarget] = field(default_factory=dict)
     shares: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     bounds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    contexts: Mapping[str, ContextLimit] = field(default_factory=dict)
     solved: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -139,7 +141,10 @@ class PullLoop:
         categories = self._order.categories(roster.categories)
         if not categories:
             return None
-        return await self._host.queue.claim(self._model, categories, max_tokens=roster_model.max_tokens)
+        limit = plan.contexts.get(self._model) or context_limits(roster.models).get(self._model)
+        return await self._host.queue.claim(
+            self._model, categories, max_tokens=roster_model.max_tokens, limit=limit
+        )
 
     def _sends_within_look_ahead(self) -> int:
         """Returns how many calls are certain to be sent within the look-ahead: by the target, or as of late.
@@ -173,13 +178,6 @@ class PullLoop:
             self._sent_at.append(time.monotonic())
             self._release_ahead()
 
-        max_tokens = self._max_tokens()
-        if max_tokens is not None and claim.reserved_tokens > max_tokens:
-            self._release_ahead()
-            reserved = f"the call reserves {claim.reserved_tokens} tokens"
-            await host.queue.reject(claim, f"{reserved}, but the model's target allows {max_tokens}")
-            self._not_before = time.monotonic() + PAUSE_SECONDS  # there is no send that would pace this
-            return
         try:
             result = await send_permitted(
                 host.limiter, host.backend, CallRequest.of_claim(claim, roster_model),
@@ -212,10 +210,6 @@ class PullLoop:
         if isinstance(error, LimiterError):
             return None
         return CallResult(Outcome.ERROR, error=f"unexpected error: {first_line(error)}")
-
-    def _max_tokens(self) -> int | None:
-        target = self._host.plan.targets.get(self._model)
-        return min((limit.count for limit in target.tokens), default=None) if target else None
 
     async def _settle(self, claim: Claim, result: CallResult) -> None:
         queue = self._host.queue

@@ -127,7 +127,7 @@ BEGIN
                    prompt_version = NEW.prompt_version, attempt = CASE WHEN reset OR edited THEN 0 ELSE held.attempt END,
                    lost = CASE WHEN reset OR edited THEN 0 ELSE held.lost END,
                    call_id = NULL, worker = NULL, claimed_at = NULL,
-                   not_by = NULL, not_by_until = NULL
+                   not_by = NULL, not_by_until = NULL, min_context = NULL
              WHERE q.task_id = NEW.id;
         ELSIF (held.category, held.priority) IS DISTINCT FROM (lane, rank_in_lane) THEN
             UPDATE queue q SET category = lane, priority = rank_in_lane, position = nextval('queue_position')

@@ -183,8 +183,13 @@ $$;
 -- Claims one ready task of the first of these categories that has one, and logs the call before anything can be
 -- sent. Returns no row if no task is ready. Raises RT001 if the worker's lease has expired. Commits asynchronously:
 -- a claim that a crash loses is made again.
+-- p_context and p_tokens_per_byte: what the model takes, see 32_context.sql. A longer task is left to models that take
+-- more; if p_is_largest, none does, and it fails. No call reserves more than p_token_limit.
+DROP FUNCTION IF EXISTS claim_task(text, text[], text, uuid, integer);
 CREATE OR REPLACE FUNCTION claim_task(
-    p_model text, p_categories text[], p_worker text, p_call_id uuid, p_max_tokens integer DEFAULT NULL)
+    p_model text, p_categories text[], p_worker text, p_call_id uuid, p_max_tokens integer DEFAULT NULL,
+    p_context integer DEFAULT NULL, p_tokens_per_byte double precision DEFAULT NULL, p_is_largest boolean DEFAULT true,
+    p_token_limit integer DEFAULT NULL)
 RETURNS TABLE (task_id bigint, prompt text, category text, prompt_version integer, attempt integer,
                max_tokens integer, reserved_tokens integer, deadline_at timestamptz)
 LANGUAGE plpgsql
@@ -196,6 +201,7 @@ DECLARE
     found_row queue;
     task record;
     unusable integer := 0;
+    too_long integer := 0;
 BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
     LOCK TABLE tasks IN ACCESS SHARE MODE;  -- before the queue: see "Lock order" in 10_helpers.sql
@@ -225,7 +231,10 @@ BEGIN
         start := lane.start;
         WHILE lane.has_ready LOOP
             IF lane.category IS NULL THEN
-                found_row := lock_second_try(p_model, p_categories);
+                found_row := lock_long(p_model, p_categories, p_context, p_tokens_per_byte, p_is_largest);
+                IF found_row.task_id IS NULL THEN
+                    found_row := lock_second_try(p_model, p_categories);
+                END IF;
             ELSE
                 found_row := lock_ready(p_model, lane.category, lane.priority, start, lane.below, 100);
                 IF found_row.task_id IS NULL THEN
@@ -241,6 +250,15 @@ BEGIN
                                  THEN greatest(1, least(t.max_tokens, 2147483647)) END::integer,
                             p_max_tokens, s.default_max_tokens) AS max_tokens
               INTO task FROM tasks t, queue_settings s WHERE t.id = found_row.task_id AND t.status = 'unsolved';
+            IF octet_length(task.prompt) * p_tokens_per_byte + task.max_tokens > p_context
+               OR found_row.min_context >= p_context THEN
+                PERFORM leave_long(found_row, octet_length(task.prompt), task.max_tokens, p_model, p_context,
+                                   p_tokens_per_byte, p_is_largest);
+                too_long := too_long + 1;
+                EXIT WHEN too_long >= 200;
+                start := found_row.position + 1;
+                CONTINUE;
+            END IF;
             IF task.prompt IS NOT NULL THEN
                 task_id := found_row.task_id;
                 prompt := task.prompt;
@@ -248,7 +266,7 @@ BEGIN
                 prompt_version := task.prompt_version;
                 attempt := found_row.attempt + 1;
                 max_tokens := task.max_tokens;
-                reserved_tokens := reserved_tokens(task.prompt, claim_task.max_tokens);
+                reserved_tokens := least(reserved_tokens(task.prompt, claim_task.max_tokens), p_token_limit);
                 deadline_at := task.deadline_at;
                 UPDATE queue SET state = 'claimed', call_id = p_call_id, worker = p_worker,
                                  claimed_at = clock_timestamp(), attempt = claim_task.attempt,
@@ -278,10 +296,14 @@ BEGIN
         END IF;
     END LOOP;
 
+    IF too_long > 0 THEN
+        PERFORM wake_workers();  -- other models may take them, and this one continues behind them
+    END IF;
     -- Nothing is ready: apply the default category to tasks whose classification timed out.
     IF (p_categories IS NULL OR cardinality(p_categories) = 0 OR resolve_category(NULL) = ANY (p_categories))
        AND apply_default_category(50) > 0 THEN
-        RETURN QUERY SELECT * FROM claim_task(p_model, p_categories, p_worker, p_call_id, p_max_tokens);
+        RETURN QUERY SELECT * FROM claim_task(p_model, p_categories, p_worker, p_call_id, p_max_tokens, p_context,
+                                              p_tokens_per_byte, p_is_largest, p_token_limit);
     END IF;
 END
 $$;
@@ -290,15 +312,6 @@ CREATE OR REPLACE FUNCTION remove_queue_row(p_task_id bigint) RETURNS void
 LANGUAGE sql AS $$
     WITH gone AS (DELETE FROM queue WHERE task_id = p_task_id RETURNING category)
     INSERT INTO task_count_deltas (category, unsolved) SELECT category, -1 FROM gone
-$$;
-
--- Claims that this worker has held for at least p_seconds. The worker compares them with the calls in progress.
-CREATE OR REPLACE FUNCTION worker_claims(p_worker text, p_seconds double precision)
-RETURNS TABLE (call_id uuid, task_id bigint, claimed_at timestamptz)
-LANGUAGE sql STABLE AS $$
-    SELECT q.call_id, q.task_id, q.claimed_at FROM queue q
-     WHERE q.state = 'claimed' AND q.worker = p_worker
-       AND q.claimed_at < clock_timestamp() - make_interval(secs => p_seconds)
 $$;
 
 -- Releases a claim unsent and deletes its call; the attempt does not count. Returns false if this call does not hold

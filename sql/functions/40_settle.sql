@@ -88,7 +88,9 @@ BEGIN
     UPDATE model_calls c
        SET finished_at = clock_timestamp(), outcome = p_outcome, settlement = p_settlement, late = p_late,
            error = left(p_error, 2000), sent_at = clock_timestamp() - make_interval(secs => p_latency_seconds),
-           latency_seconds = p_latency_seconds, cost = p_cost,
+           latency_seconds = p_latency_seconds,
+           cost = coalesce(p_cost, CASE WHEN may_be_paid(p_outcome, p_error) THEN estimated_cost(c.model, c.reserved_tokens) END),
+           cost_estimated = p_cost IS NULL AND may_be_paid(p_outcome, p_error),
            prompt_tokens = p_prompt_tokens, completion_tokens = p_completion_tokens,
            tokens = nullif(least(coalesce(p_prompt_tokens, 0)::bigint + coalesce(p_completion_tokens, 0), 2147483647), 0)
      WHERE c.call_id = p_call_id AND (c.outcome IS NULL OR (c.outcome = 'lost' AND p_outcome <> 'lost'));
@@ -177,6 +179,7 @@ DECLARE
     is_lost boolean := p_outcome IS NOT DISTINCT FROM 'lost';
     is_outage boolean := NOT p_counted AND coalesce(p_outcome IN ('unavailable', 'denied'), false);
     outages integer := 0;
+    refused_context integer;
     ends boolean;
 BEGIN
     SELECT * INTO held FROM queue q WHERE q.task_id = p_call.task_id AND q.call_id = p_call.call_id FOR UPDATE;
@@ -187,17 +190,20 @@ BEGIN
         outages := count_outages(p_call);
         p_counted := outages >= 10 AND answers_now(p_call.model);
     END IF;
+    refused_context := held.min_context;
+    IF p_outcome = 'too_long' THEN
+        refused_context := greatest(held.min_context, context_refused(p_call.model, p_error));
+    END IF;
     SELECT CASE WHEN is_lost THEN held.lost + 1 >= s.max_lost_claims
-                WHEN p_outcome = 'too_long' THEN NOT EXISTS (  -- no model takes more
-                    SELECT FROM roster r, roster o WHERE r.model = p_call.model AND o.state IN ('active', 'probation')
-                       AND o.context_tokens > r.context_tokens)
+                WHEN p_outcome = 'too_long' AND NOT p_counted THEN NOT EXISTS (SELECT FROM models_for_long(p_call, refused_context))
                 ELSE p_counted AND held.attempt >= s.max_attempts END INTO ends FROM queue_settings s;
     IF ends THEN
         UPDATE tasks t
            SET status = CASE WHEN t.answer_rank >= 2 THEN 'solved' ELSE 'failed' END,
                solved_at = CASE WHEN t.answer_rank >= 2 THEN clock_timestamp() END,
                failure = CASE WHEN t.answer_rank >= 2 THEN NULL
-                              ELSE CASE WHEN is_lost THEN format(E'given up after %s claims that were lost with their worker\n', held.lost + 1)
+                              ELSE CASE WHEN p_outcome = 'too_long' THEN no_context()
+                                        WHEN is_lost THEN format(E'given up after %s claims that were lost with their worker\n', held.lost + 1)
                                         ELSE '' END || failure_reasons(p_call, p_error, p_outcome) END
          WHERE t.id = held.task_id;  -- the trigger deletes the queue row and counts
         RETURN 'failed';
@@ -208,10 +214,9 @@ BEGIN
                          wake_at = CASE WHEN NOT immediately THEN clock_timestamp() + retry_delay(held.lost - 1) END,
                          position = requeue_position(), call_id = NULL, worker = NULL, claimed_at = NULL,
                          lost = held.lost + is_lost::int, attempt = greatest(held.attempt - 1, 0),
-                         min_context = CASE WHEN p_outcome = 'too_long'
-                                            THEN greatest(held.min_context, (SELECT r.context_tokens FROM roster r
-                                                                              WHERE r.model = p_call.model))
-                                            ELSE held.min_context END
+                         min_context = refused_context,
+                         not_by = CASE WHEN p_outcome = 'too_long' THEN array_append(held.not_by, p_call.model) ELSE held.not_by END,
+                         not_by_until = CASE WHEN p_outcome = 'too_long' THEN '9999-01-01'::timestamptz ELSE held.not_by_until END
          WHERE task_id = held.task_id;
         PERFORM ensure_lane(held.category, held.priority), wake_workers();
         RETURN 'retry';

@@ -31,6 +31,15 @@ BEGIN
 END
 $$;
 
+-- Claims that this worker has held for at least p_seconds. The worker compares them with the calls in progress.
+CREATE OR REPLACE FUNCTION worker_claims(p_worker text, p_seconds double precision)
+RETURNS TABLE (call_id uuid, task_id bigint, claimed_at timestamptz)
+LANGUAGE sql STABLE AS $$
+    SELECT q.call_id, q.task_id, q.claimed_at FROM queue q
+     WHERE q.state = 'claimed' AND q.worker = p_worker
+       AND q.claimed_at < clock_timestamp() - make_interval(secs => p_seconds)
+$$;
+
 -- Settles at most p_limit claims of this worker as lost. Skips locked tasks.
 CREATE OR REPLACE FUNCTION release_claims(p_worker text, p_limit integer) RETURNS integer
 LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '200ms' AS $$
@@ -78,7 +87,8 @@ BEGIN
            AND NOT EXISTS (SELECT FROM queue q WHERE q.state = 'claimed' AND q.worker = w.worker)
          LIMIT 5 FOR UPDATE SKIP LOCKED
     LOOP
-        UPDATE model_calls c SET finished_at = clock_timestamp(), outcome = 'lost', settlement = 'late',
+        UPDATE model_calls c SET finished_at = clock_timestamp(), outcome = 'lost', cost_estimated = true,
+                             cost = estimated_cost(c.model, c.reserved_tokens), settlement = 'late',
                                  error = 'the worker''s lease expired'
          WHERE c.call_id >= first_call_id(ended.since) AND c.worker = ended.worker AND c.outcome IS NULL;
         UPDATE workers SET swept_at = clock_timestamp() WHERE worker = ended.worker;

@@ -148,10 +148,6 @@ BEGIN
 END
 $$;
 
-CREATE OR REPLACE VIEW roster_in_use AS
-    SELECT model, endpoint, state, max_tokens, timeout_seconds, default_target FROM roster
-     WHERE state IN ('active', 'probation');
-
 -- Calls of the model that may have been sent within the last p_seconds: age at the latest possible send time (0 if
 -- open), tokens (the reserved ones until the usage is known), and whether the call is still open.
 DROP FUNCTION IF EXISTS past_calls(text, double precision);  -- its columns changed

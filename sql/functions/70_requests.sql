@@ -131,7 +131,8 @@ $$;
 -- Closes the other open calls of a request whose worker's lease has expired.
 CREATE OR REPLACE FUNCTION close_lost_calls(p_task_id bigint, p_worker text) RETURNS void
 LANGUAGE sql SET lock_timeout = '200ms' AS $$
-    UPDATE model_calls c SET finished_at = clock_timestamp(), outcome = 'lost', settlement = 'late',
+    UPDATE model_calls c SET finished_at = clock_timestamp(), outcome = 'lost', cost_estimated = true,
+                             cost = estimated_cost(c.model, c.reserved_tokens), settlement = 'late',
                              error = 'the lease of the requesting process expired'
      WHERE c.task_id = p_task_id AND c.worker = p_worker AND c.outcome IS NULL AND c.role <> 'batch'
 $$;

@@ -46,7 +46,8 @@ CREATE OR REPLACE FUNCTION mark_calls_lost(p_from uuid, p_end uuid, p_seconds do
 LANGUAGE sql AS $$
     WITH lost AS (
         UPDATE model_calls c
-           SET finished_at = clock_timestamp(), outcome = 'lost', error = 'the calling process was lost'
+           SET finished_at = clock_timestamp(), outcome = 'lost', cost_estimated = true,
+                             cost = estimated_cost(c.model, c.reserved_tokens), error = 'the calling process was lost'
          WHERE c.call_id >= p_from AND c.call_id < p_end AND c.purpose IS NOT NULL AND c.outcome IS NULL
            AND c.started_at < clock_timestamp() - make_interval(secs => p_seconds)
         RETURNING c.call_id

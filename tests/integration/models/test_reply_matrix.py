@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import redis.asyncio
 
 from local.redis import RedisServer
@@ -40,7 +41,7 @@ from tests.support.reviews import shipped_learning
 PATHS = ("worker", "request", "trial")
 GOOD = b'{"answer": "42", "usage": {"prompt_tokens": 3, "completion_tokens": 4}}'
 HTML = b"<html><title>502 Bad Gateway</title></html>"
-TIMEOUT_SECONDS = 0.6
+TIMEOUT_SECONDS = 1.5
 RELEASE_SECONDS = 0.2  # releases are sent in batches
 
 
@@ -134,7 +135,7 @@ def config() -> RouterConfig:
         models=models,
         backend=BackendSettings(max_answer_bytes=4096),
         worker=WorkerSettings(retry_base_seconds=0.05, retry_cap_seconds=0.1, another_model_seconds=0),
-        answering=AnsweringSettings(default_deadline_seconds=5),
+        answering=AnsweringSettings(default_deadline_seconds=20),
         fallback=FallbackSettings(models=()),
         traffic=TrafficSettings(failure_threshold=1000),
     )
@@ -195,6 +196,7 @@ async def work_models(addresses: Addresses, settings: RouterConfig) -> dict[str,
         await engine.stop()
 
 
+@pytest.mark.alone
 async def test_every_reply_means_the_same_for_worker_request_and_trial(
     bare_database: str, redis_server: RedisServer, redis_client: redis.asyncio.Redis, tmp_path: Path
 ) -> None:

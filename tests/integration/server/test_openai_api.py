@@ -178,6 +178,17 @@ def test_a_failed_named_model_is_502(server: Serving) -> None:
     assert "phi-4" in str(error)
 
 
+def test_a_prompt_beyond_the_context_is_a_400_without_a_call(server: Serving) -> None:
+    """Clients retry a 502, but not this."""
+    count = "SELECT count(*) AS n FROM model_calls"
+    before = server.rows(count)
+    for model, tokens in (("phi-4", 17_000), ("auto", 200_000)):
+        error = rejected(openai.BadRequestError, 400, server.chat, "word" * tokens, model=model)
+        assert (error.code, error.type) == ("context_length_exceeded", "invalid_request_error")
+        assert "maximum context length is" in str(error)
+    assert server.rows(count) == before
+
+
 @pytest.mark.parametrize("key", ["", "Bearer", "Bearer sk-router-wrong", "Basic abc", "bearer  "])
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/auto", "/v1/chat/completions", "/docs", "/"])
 def test_every_path_requires_a_key(server: Serving, path: str, key: str) -> None:

@@ -298,7 +298,25 @@ async def test_call_larger_than_its_token_window_fails_with_the_reason(addresses
     async with running(addresses, settings) as engine, working(engine):
         await until(lambda: bool(ask(addresses, "SELECT FROM tasks WHERE status = 'failed'")))
     failure = ask(addresses, "SELECT failure FROM tasks")[0]["failure"]
-    assert "reserves 3012 tokens, but the model's target allows 1000" in failure
+    assert failure.startswith("the prompt is too long for every model: 2500 bytes are about 500 tokens")
+    assert "the most that a model takes is 1000 tokens" in failure
+    assert ask(addresses, "SELECT FROM model_calls") == []
+
+
+async def test_prompt_too_long_for_most_models_goes_to_the_one_that_takes_it(addresses: Addresses) -> None:
+    """The others are never asked, and no attempt is lost."""
+    settings = config()
+    large = settings.models["phi-4"].model_copy(update={"context_tokens": 131_072})
+    models = {**settings.models, "phi-4": large}  # the other has the default of 8,192
+    ask(addresses, "INSERT INTO tasks (prompt) SELECT repeat('word', 9000 + n) FROM generate_series(1, 20) n")
+    insert(addresses, 20)
+    settings = settings.model_copy(update={"models": models})
+    calls_of = "SELECT DISTINCT c.task_id, c.model FROM model_calls c JOIN tasks t ON t.id = c.task_id"
+    long_calls = f"{calls_of} WHERE octet_length(t.prompt) > 30000 AND c.outcome IS NOT NULL"
+    async with running(addresses, settings) as engine, working(engine):
+        await until(lambda: len(ask(addresses, long_calls)) == 20 and solved(addresses) > 20)
+    assert {row["model"] for row in ask(addresses, long_calls)} == {"phi-4"}
+    assert ask(addresses, "SELECT FROM model_calls WHERE outcome IN ('too_long', 'rejected')") == []
 
 
 async def test_prompt_edited_in_flight_is_solved_again(addresses: Addresses) -> None:
