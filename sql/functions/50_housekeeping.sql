@@ -168,6 +168,12 @@ BEGIN
     IF NOT pg_try_advisory_xact_lock(hashtext('router_compact_counts'), 0) THEN
         RETURN;
     END IF;
+    -- `router models sync` recounts. This is for one that met an older transaction; a large table would take too long.
+    IF EXISTS (SELECT FROM queue_settings WHERE recount_after IS NOT NULL)
+       AND (SELECT c.reltuples FROM pg_class c WHERE c.oid = 'tasks'::regclass) < 2000000 THEN
+        PERFORM recount_if_due();
+    END IF;
+
     LOCK TABLE task_count_deltas IN ROW EXCLUSIVE MODE;  -- before task_counts, as everywhere
     WITH taken AS (
         DELETE FROM task_count_deltas WHERE counted_by >= (SELECT compacted_before()) RETURNING *
@@ -182,17 +188,10 @@ BEGIN
     )
     INSERT INTO task_count_folds SELECT pg_snapshot_xmin(pg_current_snapshot()) WHERE EXISTS (SELECT FROM taken);
 
-    -- `router models sync` recounts. This is for one that met an older transaction; a large table would take too long.
-    IF EXISTS (SELECT FROM queue_settings WHERE recount_after IS NOT NULL)
-       AND (SELECT c.reltuples FROM pg_class c WHERE c.oid = 'tasks'::regclass) < 2000000 THEN
-        PERFORM recount_if_due();
-    END IF;
-
     DELETE FROM queue_lanes l
      USING queue_lanes other
      WHERE other.category = l.category AND other.priority = l.priority AND other.ctid < l.ctid
        AND NOT other.closing AND NOT l.closing;
-    DELETE FROM queue_skips s WHERE s.until < clock_timestamp() - interval '10 s';
 END
 $$;
 
@@ -215,6 +214,7 @@ BEGIN
      WHERE l.closed_before <= pg_snapshot_xmin(pg_current_snapshot());
     UPDATE queue_lanes l SET closed_before = pg_current_xact_id() WHERE l.closing AND l.closed_before IS NULL;
     UPDATE queue_lanes l SET closing = true WHERE NOT l.closing AND lane_is_empty(l.category, l.priority);
+    DELETE FROM queue_skips s WHERE s.until < clock_timestamp() - interval '10 s';
     RETURN removed;
 END
 $$;

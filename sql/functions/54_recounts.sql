@@ -3,7 +3,9 @@
 -- Counts all tasks again, after an upgrade or a restore without triggers, and adds what the counters lack. Locks
 -- nothing: the statement reads tasks, queue and counters in one snapshot, and every transaction changes all three.
 CREATE OR REPLACE FUNCTION recount_tasks() RETURNS void
-LANGUAGE sql AS $$
+LANGUAGE plpgsql AS $$
+BEGIN
+    LOCK TABLE tasks IN ACCESS SHARE MODE;  -- before the queue: see "Lock order" in 10_helpers.sql
     INSERT INTO task_count_deltas (category, unsolved, solved, failed)
     SELECT category, sum(unsolved), sum(solved), sum(failed)
       FROM (SELECT category, count(*) AS unsolved, 0 AS solved, 0 AS failed FROM queue GROUP BY category
@@ -17,7 +19,8 @@ LANGUAGE sql AS $$
             SELECT category, -unsolved, -solved, -failed FROM task_counts_now)
            AS parts (category, unsolved, solved, failed)
      GROUP BY category
-    HAVING (sum(unsolved), sum(solved), sum(failed)) IS DISTINCT FROM (0::numeric, 0::numeric, 0::numeric)
+    HAVING (sum(unsolved), sum(solved), sum(failed)) IS DISTINCT FROM (0::numeric, 0::numeric, 0::numeric);
+END
 $$;
 
 -- Recounts after a change of the categories, once every transaction that may have counted under the old ones has

@@ -97,10 +97,13 @@ DECLARE
     began timestamptz := clock_timestamp();
 BEGIN
     SELECT * INTO categoriser FROM categorising;
-    IF wanted AND categoriser.works_until > clock_timestamp() OR p_limit < 1000 AND claim_start('', 0::smallint, false) > 1 THEN
+    IF wanted AND categoriser.works_until > clock_timestamp() THEN
         RETURN 0;
     END IF;
     LOCK TABLE tasks IN ACCESS SHARE MODE;  -- before the queue: see "Lock order" in 10_helpers.sql
+    IF p_limit < 1000 AND claim_start('', 0::smallint, false) > 1 THEN
+        RETURN 0;
+    END IF;
     SELECT array_agg(late.task_id) AS ids, array_agg(late.prompt_version) AS versions,
            array_agg(NULL::text) AS categories, array_agg(NULL::real) AS confidences,
            array_agg('default: no category was found in time'::text) AS reasons

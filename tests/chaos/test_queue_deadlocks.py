@@ -98,8 +98,8 @@ async def _error_of(operation: Awaitable[object]) -> str | None:
     try:
         await operation
     except asyncpg.PostgresError as error:
-        lease_expired = error.sqlstate == "RT001"  # by _lose of another connection
-        return None if lease_expired else f"{error!r} {error.as_dict().get('detail')}"
+        # The lease is expired by _lose of another connection; a lock timeout is retried by workers.
+        return None if error.sqlstate in {"RT001", "55P03"} else f"{error!r} {error.as_dict().get('detail')}"
     return None
 
 
