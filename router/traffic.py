@@ -38,7 +38,8 @@ _SUFFIXES = {"": 1, "k": 1000, "K": 1000, "M": 1_000_000}
 
 _NUMBER = re.compile(r"(?P<whole>[0-9]+)(?:\.(?P<fraction>[0-9]+))?(?P<suffix>[A-Za-z]*)", re.ASCII)
 _RATE = re.compile(
-    r"(?P<what>[A-Za-z]{0,99})\s*/\s*(?P<multiple>[0-9]*)\s*(?P<unit>[^\s0-9/][^\s/]*)?", re.ASCII
+    r"(?P<what>[A-Za-z]{0,99})\s{0,99}/\s{0,99}(?P<multiple>[0-9]*)\s{0,99}(?P<unit>[^\s0-9/][^\s/]*)?",
+    re.ASCII,
 )
 _PER = re.compile(r"^per\s+", re.ASCII)
 _AT_ONCE = re.compile(r"at\s+once", re.ASCII | re.IGNORECASE)

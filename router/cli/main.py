@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.metadata import version
 from typing import Annotated
 
@@ -97,4 +98,6 @@ app.command(help=DOCTOR_HELP, rich_help_panel=ADMINISTRATION)(doctor)
 
 def main() -> None:
     """Runs the command line; entry point of the console script `router`."""
+    # Commands print an outage of Redis themselves; without a handler Python would print the log line, too.
+    logging.getLogger("router.limiter").addHandler(logging.NullHandler())
     app(prog_name="router")

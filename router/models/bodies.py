@@ -8,7 +8,7 @@ import zlib
 from typing import Any
 
 _ANY_HEADER, _NO_HEADER = zlib.MAX_WBITS | 32, -zlib.MAX_WBITS
-_WEB_PAGE = re.compile(rb"(?i)\s*(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html|head|body|title)\b")
+_WEB_PAGE = re.compile(rb"(?i)(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html|head|body|title)\b")
 _TITLE = re.compile(rb"(?is)<title[^>]*>(.{0,200}?)</title>")
 
 
@@ -39,7 +39,7 @@ def parse_json(content: bytes, charset: str | None = None) -> Any:
 
 def web_page(content: bytes, content_type: str) -> str | None:
     """Returns the title of a web page, possibly empty; None for any other content."""
-    if _WEB_PAGE.match(content[:1000]) is None and "html" not in content_type.lower():
+    if _WEB_PAGE.match(content[:1000].lstrip()) is None and "html" not in content_type.lower():
         return None
     if content.lstrip()[:1] in (b"{", b"["):  # JSON whose type is wrong
         return None

@@ -77,7 +77,7 @@ _TOO_LONG = re.compile(
     r"|exceeds? the (?:maximum|max|limit)[\w ]* tokens|reduce the length of"
 )
 _DURATION = re.compile(
-    r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+(?:\.\d+)?)ms)?"
+    r"(?:({0})h)?(?:({0})m(?!s))?(?:({0})s)?(?:({0})ms)?".format(r"\d{1,15}(?:\.\d{1,15})?")
 )
 _RETRY_HEADERS = (
     *(("retry-after-ms", 0.001), ("x-ms-retry-after-ms", 0.001)),

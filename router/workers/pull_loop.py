@@ -216,7 +216,9 @@ class PullLoop:
         if result.outcome in {Outcome.UNSENT, Outcome.UNAVAILABLE}:
             self._back_off()
             error = result.error or "it cannot be connected to"
-            self._host.reports.record(Reason.BACKEND_UNREACHABLE, error, self._model)
+            # A gateway that answers for it can be connected to: the next call tells whether it is back.
+            certain = 0.0 if result.outcome is Outcome.UNSENT else MAX_BACKOFF_SECONDS + 0.5
+            self._host.reports.record(Reason.BACKEND_UNREACHABLE, error, self._model, certain_seconds=certain)
         else:
             self._failures = 0
             self._clear(Reason.BACKEND_UNREACHABLE)

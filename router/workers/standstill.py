@@ -25,6 +25,7 @@ _PASSWORD = re.compile(r"(?<=://)\S*@")  # up to the last @: a password may cont
 class _Report:
     since: float
     detail: str
+    certain_until: float
 
 
 class StandstillReports:
@@ -39,14 +40,24 @@ class StandstillReports:
         self._changed = False
         self._written_at = 0.0
 
-    def record(self, reason: Reason, detail: str | BaseException = "", model: str = "") -> None:
-        """Adds a reason, of all models by default, or renews its detail; it holds until it is cleared."""
-        shown = without_secrets(detail)
+    def record(
+        self,
+        reason: Reason,
+        detail: str | BaseException = "",
+        model: str = "",
+        *,
+        certain_seconds: float = 0.0,
+    ) -> None:
+        """Adds a reason, of all models by default, or renews its detail; it holds until it is cleared.
+
+        It is not `doubtful` for `certain_seconds`.
+        """
+        shown, now = without_secrets(detail), time.monotonic()
         known = self._reports.get((model, reason))
         if known is not None:
-            known.detail = shown
+            known.detail, known.certain_until = shown, now + certain_seconds
         elif len(self._reports) < MAX_REPORTS:
-            self._reports[model, reason] = _Report(time.monotonic(), shown)
+            self._reports[model, reason] = _Report(now, shown, now + certain_seconds)
             self._changed = True
 
     def clear(self, reason: Reason, model: str = "") -> None:
@@ -82,6 +93,15 @@ class StandstillReports:
     def models(self, reason: Reason) -> list[str]:
         """Returns the models for which the reason is recorded."""
         return [model for model, known in self._reports if known is reason]
+
+    def doubtful(self, reason: Reason) -> list[str]:
+        """Returns the models for which the reason was not recorded again of late."""
+        now = time.monotonic()
+        return [
+            model
+            for (model, known), report in self._reports.items()
+            if known is reason and report.certain_until <= now
+        ]
 
     async def step(self) -> None:
         """Writes the reasons if they changed, and repeats them while there are any. Raises DatabaseError."""

@@ -124,7 +124,7 @@ class StandstillWatch:
         if problem is not None:
             reports.record(Reason.BACKEND_UNREACHABLE, problem)
             return
-        for model in unreachable:
+        for model in reports.doubtful(Reason.BACKEND_UNREACHABLE):
             reports.clear(Reason.BACKEND_UNREACHABLE, model)
 
     def _report_models_without_loop(self) -> None:

@@ -180,16 +180,18 @@ def test_without_a_login_the_page_is_a_page(solving_stack: Solving) -> None:
 
 
 def test_an_unexpected_error_names_its_reference(solving: Solving, admin: Client) -> None:
-    solving.rows("ALTER FUNCTION console_find(bigint, text) RENAME TO console_find_away")
+    solving.rows("ALTER FUNCTION console_sends(timestamptz, integer, integer) RENAME TO console_sends_away")
     solving.rows(
-        "CREATE FUNCTION console_find(bigint, text) RETURNS TABLE (created_at timestamptz) LANGUAGE sql"
-        " AS $$ SELECT '20000-01-01'::timestamptz $$"
+        "CREATE FUNCTION console_sends(timestamptz, integer, integer) RETURNS TABLE (odd integer)"
+        " LANGUAGE sql AS $$ SELECT 1 $$"
     )
     try:
-        answer = admin("GET", "/api/tasks?text=1")
+        answer = admin("GET", "/api/history")
     finally:
-        solving.rows("DROP FUNCTION console_find(bigint, text)")
-        solving.rows("ALTER FUNCTION console_find_away(bigint, text) RENAME TO console_find")
+        solving.rows("DROP FUNCTION console_sends(timestamptz, integer, integer)")
+        solving.rows(
+            "ALTER FUNCTION console_sends_away(timestamptz, integer, integer) RENAME TO console_sends"
+        )
     assert answer.status_code == 500
     (reference,) = re.findall(r"See reference ([0-9a-f]{8}) in the api-server's log", answer.json()["error"])
     logs = "".join(path.read_text(errors="replace") for path in solving.stack.logs.glob("*api*"))
@@ -205,6 +207,7 @@ def test_a_task_is_found_by_id_and_external_id(solving: Solving, admin: Client) 
         assert (found["task_id"], found["external_id"]) == (task, "my/own:name")
     for text in ("my/own", "-1", "9" * 30, "%"):
         assert admin("GET", "/api/tasks", params={"text": text}).json() == {"tasks": []}
+    solving.rows("DELETE FROM tasks WHERE id = %s", task)  # other tests expect no failed tasks
 
 
 def test_spend_is_the_sum_of_the_calls(solving: Solving, admin: Client) -> None:

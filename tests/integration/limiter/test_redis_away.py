@@ -79,7 +79,7 @@ async def test_out_of_memory_grants_nothing_and_is_logged_once(
         await client.config_set("maxmemory", 0)
         await limiter.acquire("llama", timeout_seconds=1)
         assert (await limiter.snapshot(["llama"]))["llama"].in_flight == 2
-    assert len(logged(caplog)) == 1
+    assert len([line for line in logged(caplog) if line.startswith("nothing is sent")]) == 1
 
 
 async def test_releases_during_an_outage_arrive_later(client: redis.asyncio.Redis):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
+import redis
 import requests
 
 from local.postgres import PostgresServer
@@ -37,6 +39,8 @@ def services(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, str]:
     """Environment of the server: database, Redis, backend and config."""
+    with closing(redis.Redis.from_url(redis_server.url)) as client:
+        client.flushall()  # targets of other tests are newer than those of the config
     name = f"serve_{os.getpid()}_{next(_numbers)}"
     postgres.run("createdb", "--template", migrated_template, name)
     folder = config_folder(tmp_path_factory.mktemp("serve") / "config")
