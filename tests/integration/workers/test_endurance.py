@@ -31,31 +31,16 @@ from tests.integration.workers.test_worker import (  # noqa: F401 - fixtures
 
 pytestmark = pytest.mark.timeout(180)
 
-# name -> arguments and result of functions that a worker process calls all the time
-FUNCTIONS = {
-    "claim_task": (
-        "p1 text, p2 text[], p3 text, p4 uuid, p5 integer",
-        (
-            "TABLE (task_id bigint, prompt text, category text, prompt_version integer, attempt integer,"
-            " max_tokens integer, reserved_tokens integer, deadline_at timestamptz)"
-        ),
-        "RETURN QUERY SELECT * FROM real_claim_task(p1, p2, p3, p4, p5)",
-    ),
-    "settle_call": (
-        (
-            "p1 uuid, p2 text, p3 text, p4 integer, p5 integer, p6 double precision, p7 double precision,"
-            " p8 text, p9 boolean, p10 bigint, p11 text, p12 integer, p13 integer"
-        ),
-        "text",
-        "RETURN real_settle_call(p1, p2, p3, p4, p5, p6, p7, p8, p9, p10, p11, p12, p13)",
-    ),
-    "heartbeat": ("p1 text, p2 text DEFAULT NULL", "boolean", "RETURN real_heartbeat(p1, p2)"),
-    "worker_state": (
-        "p1 text[]",
-        "TABLE (held boolean, watched boolean, roster_version bigint, left_runs jsonb, unsolved jsonb)",
-        "RETURN QUERY SELECT * FROM real_worker_state(p1)",
-    ),
-}
+# functions that a worker process calls all the time
+FUNCTIONS = ("claim_task", "settle_call", "heartbeat", "worker_state")
+_SIGNATURE = """
+SELECT pg_get_functiondef(p.oid) AS definition, pg_get_function_arguments(p.oid) AS arguments,
+       pg_get_function_result(p.oid) AS result, p.proretset AS many,
+       (SELECT string_agg(a.name, ', ') FROM unnest(p.proargnames) WITH ORDINALITY AS a (name, place)
+         WHERE coalesce(p.proargmodes[place::integer], 'i') = 'i') AS names,
+       (SELECT string_agg(a.name, ', ') FROM unnest(p.proargnames) WITH ORDINALITY AS a (name, place)
+         WHERE p.proargmodes[place::integer] = 'o') AS results
+  FROM pg_proc p WHERE p.proname = %s"""
 TRANSIENT = (
     "25006", "40001", "40P01", "42703", "42P01", "42501", "53100", "53300", "53400", "55P03", "55006",
     "57014", "57P01", "57P02", "57P03", "08006", "08000", "0A000", "F0000",
@@ -66,15 +51,19 @@ PERMANENT = ("22P02", "22021", "22008", "23514", "23502", "54000", "P0001", "XX0
 def _make_failing(addresses: Addresses) -> None:  # noqa: F811
     """Replaces the functions by ones that raise the error of the table `faults` twice each, then work."""
     statements = ["CREATE TABLE faults (name text PRIMARY KEY, state text, times integer)"]
-    for name, (arguments, result, call) in FUNCTIONS.items():
-        known = f"(SELECT oid FROM pg_proc WHERE proname = '{name}')"
-        definition = ask(addresses, f"SELECT pg_get_functiondef({known}) AS d")[0]["d"]
+    for name in FUNCTIONS:
+        (real,) = ask(addresses, _SIGNATURE, name)
+        call = f"RETURN real_{name}({real['names']})"
+        if real["many"]:
+            call = f"RETURN QUERY SELECT * FROM real_{name}({real['names']})"
+        elif real["results"]:
+            call = f"SELECT * INTO {real['results']} FROM real_{name}({real['names']})"
         statements += [
-            definition.replace(name, f"real_{name}").replace("%", "%%"),
+            real["definition"].replace(name, f"real_{name}").replace("%", "%%"),
             f"DROP FUNCTION {name}",
             f"CREATE SEQUENCE calls_of_{name}",
             (
-                f"CREATE FUNCTION {name}({arguments}) RETURNS {result} LANGUAGE plpgsql AS $$"
+                f"CREATE FUNCTION {name}({real['arguments']}) RETURNS {real['result']} LANGUAGE plpgsql AS $$"
                 " #variable_conflict use_column\n"
                 f"DECLARE fault faults; BEGIN SELECT * INTO fault FROM faults f WHERE f.name = '{name}';"
                 f" IF nextval('calls_of_{name}') <= fault.times THEN"
