@@ -33,7 +33,7 @@ LOCKED_SQLSTATE = "55P03"
 # Data exceptions, violated constraints, limits of the server, errors that a trigger raises, damaged data, and
 # a call that cannot be requeued.
 PERMANENT_SQLSTATES = ("22", "23", "54", "P0001", "XX", "RT002")
-# Read-only, shutting down, connection errors: the server is no longer the one to write to.
+# After these errors (read-only, shutting down, connection lost) another server may be the primary.
 ROLE_CHANGED_SQLSTATES = ("25006", "57P01", "57P02", "57P03", "57P05", "08")
 MAX_INTEGER = 2**31 - 1
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")

@@ -43,7 +43,7 @@ export class Queue {
         const query = new URLSearchParams({ text: this.text.value });
         const { tasks } = await (await api(`tasks?${query}`)).json();
         if (tasks.length === 1) location.hash = `queue/task/${tasks[0].task_id}`;
-        else if (tasks.length === 0) setText(this.found, "There is no task with this id or external id.");
+        else if (tasks.length === 0) setText(this.found, "No task has this id or external id.");
         else
           replace(
             this.found,

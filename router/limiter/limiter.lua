@@ -575,8 +575,8 @@ if not reply then
   end
 
   -- Request: version, or 0 for one newer than the applied one; maximum duration of a call; 1 if the sender has a
-  -- call log; ARGV[3] the target, packed; ARGV[4] the target as a line. There is no clock bound, so it uses the time
-  -- of the last grant.
+  -- call log; ARGV[3] the target, packed; ARGV[4] the target as a line. The request has no clock bound: the time of
+  -- the last grant takes its place.
   local function set_target()
     local new_version, longest, has_log = unpack_struct('<ddd', request)
     if new_version == 0 then new_version = max(wall, spec and version + 1 or 0) end

@@ -163,7 +163,7 @@ async def test_invalid_and_unknown_values(database: str) -> None:
         assert tasks.task_details(connection, 1) is None
         assert tasks.task_details(connection, 2**70) is None
         assert tasks.task_details(connection, -5) is None
-        assert tasks.find(connection, "\u00b2") == {"tasks": []}, "a digit that is no number"
+        assert tasks.find(connection, "\u00b2") == {"tasks": []}, "a superscript is not a task id"
         with pytest.raises(InputError, match="no model"):
             tasks.require_model(connection, "gpt-17")
         unknown = tasks.CallFilter(None, None, None, str(uuid.UUID(int=0)), 5)

@@ -106,14 +106,12 @@ async def test_every_loop_goes_on_after_every_error_of_postgres(
             before = solved(addresses)
             _fail(addresses, state)
             insert(addresses, 8)
-            await until(lambda before=before: solved(addresses) == before + 8, 60)
+            await until(lambda before=before: solved(addresses) == before + 8)
         for state in sorted(states.intersection(PERMANENT)):
             before = solved(addresses) + _count(addresses, "failed")
             _fail(addresses, state)
             insert(addresses, 8)
-            await until(
-                lambda before=before: solved(addresses) + _count(addresses, "failed") == before + 8, 60
-            )
+            await until(lambda before=before: solved(addresses) + _count(addresses, "failed") == before + 8)
         assert _count(addresses, "failed") <= 2 * len(PERMANENT), "only those whose result was refused"
         failures = ask(addresses, "SELECT DISTINCT failure FROM tasks WHERE status = 'failed'")
         assert all(
