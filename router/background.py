@@ -8,7 +8,8 @@ import gc
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 from router.errors import RouterError
@@ -142,6 +143,58 @@ async def cancel_and_wait(*tasks: asyncio.Task[Any]) -> None:
             task.cancel()
         _, left = await asyncio.wait(left, timeout=CANCEL_AGAIN_SECONDS)
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def run_to_end(work: Coroutine[Any, Any, T], name: str) -> T:
+    """Awaits `work`; a cancellation of the caller takes effect only after it.
+
+    For clean-up that must not be left half done although `cancel_and_wait` cancels repeatedly.
+    """
+    task = asyncio.create_task(work, name=f"router {name}")
+    canceled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:  # noqa: PERF203 - a loop of few rounds
+            canceled = error
+    if canceled is not None:
+        mark_retrieved(task)
+        raise canceled
+    return task.result()
+
+
+@asynccontextmanager
+async def child_process(
+    *command: str, terminate_seconds: float = 0.0, **options: Any
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    """Runs a child process, which has ended when the block ends, however often the task is canceled.
+
+    It is asked to end (SIGTERM) if `terminate_seconds` are set, and killed after them.
+    """
+    starting = asyncio.create_task(
+        asyncio.create_subprocess_exec(*command, **options), name="router start of a child process"
+    )
+    try:
+        yield await asyncio.shield(starting)
+    finally:
+        await run_to_end(_end_child(starting, terminate_seconds), "end of a child process")
+
+
+async def _end_child(starting: asyncio.Task[asyncio.subprocess.Process], terminate_seconds: float) -> None:
+    await asyncio.wait({starting})
+    if starting.exception() is not None:
+        return
+    child = starting.result()
+    if child.stdin is not None:
+        child.stdin.close()
+    if terminate_seconds and child.returncode is None:
+        with suppress(ProcessLookupError):
+            child.terminate()
+        await asyncio.wait({asyncio.ensure_future(child.wait())}, timeout=terminate_seconds)
+    if child.returncode is None:
+        with suppress(ProcessLookupError):
+            child.kill()
+    await child.wait()
 
 
 async def result_or_none(work: Awaitable[T], seconds: float, name: str) -> T | None:

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 from typing_extensions import Self
 
-from router.background import cancel_and_wait, wait_for_event
+from router.background import cancel_and_wait, child_process, wait_for_event
 from router.classification.classifier import Classification, Classifier
 from router.classification.features import shortened
 from router.errors import RouterError
@@ -156,32 +156,26 @@ class ClassifierProcess:
             await asyncio.sleep(pause)
 
     async def _run_child(self) -> None:
-        process = await asyncio.create_subprocess_exec(
+        async with child_process(
             *CHILD, stdin=PIPE, stdout=PIPE, stderr=PIPE,
             limit=MAX_LINE_BYTES, env={**os.environ, **ONE_THREAD},
-        )  # fmt: skip
-        assert process.stdin is not None
-        assert process.stderr is not None
-        last_line = asyncio.get_running_loop().create_task(
-            _last_line(process.stderr), name="router classifier stderr"
-        )
-        try:
-            process.stdin.write(self.settings.model_dump_json().encode() + b"\n")
-            hello = await asyncio.wait_for(_read(process), START_SECONDS)
-            if hello is not None and "error" in hello:
-                raise RouterError(str(hello["error"]))
-            if hello is not None:
-                log.info("classifier: ready after %.1f s", hello["seconds"])
-                self._process = process
-                self._ready.set()
-                await self._receive(process)
-            raise RouterError(f"the process ended: {await last_line or 'no output'}")
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            last_line.cancel()
-            process.stdin.close()
-            await process.wait()
+        ) as process:  # fmt: skip
+            assert process.stdin is not None
+            assert process.stderr is not None
+            last_line = asyncio.create_task(_last_line(process.stderr), name="router classifier stderr")
+            try:
+                process.stdin.write(self.settings.model_dump_json().encode() + b"\n")
+                hello = await asyncio.wait_for(_read(process), START_SECONDS)
+                if hello is not None and "error" in hello:
+                    raise RouterError(str(hello["error"]))
+                if hello is not None:
+                    log.info("classifier: ready after %.1f s", hello["seconds"])
+                    self._process = process
+                    self._ready.set()
+                    await self._receive(process)
+                raise RouterError(f"the process ended: {await last_line or 'no output'}")
+            finally:
+                last_line.cancel()
 
     async def _receive(self, process: asyncio.subprocess.Process) -> None:
         while True:

@@ -20,10 +20,11 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from router.background import cancel_and_wait, child_process, run_to_end
 from router.errors import RouterError
 from router.knowledge.files import RejectedFile, Stamp, read_folder, stamp
 from router.knowledge.index import ENGINE, FORMAT, KnowledgeIndex, KnowledgeIndexError
@@ -89,7 +90,7 @@ class Knowledge:
             yield knowledge
         finally:
             if updating is not None:
-                await _cancel_once(updating)
+                await cancel_and_wait(updating)
             knowledge._threads.shutdown(wait=False, cancel_futures=True)
 
     async def update(self) -> bool:
@@ -175,7 +176,7 @@ class Knowledge:
                 await asyncio.wait({running}, timeout=self._update_seconds)
                 await self._in_thread(self._reload, indexer.home)
         finally:
-            await _cancel_once(running)
+            await run_to_end(cancel_and_wait(running), "end of the index update")
         return running.result()
 
     def _log_once(self, error: Exception) -> None:
@@ -198,18 +199,16 @@ class IndexerProcess:
         Returns False if another one is at work, which this one leaves to it.
         Raises KnowledgeIndexError with the child's last line of output if it failed or took too long.
         """
-        child = await asyncio.create_subprocess_exec(
+        async with child_process(
             sys.executable, "-m", "router.knowledge.indexer", *self._arguments,
+            terminate_seconds=TERMINATE_SECONDS,
             env={**os.environ, "ROUTER_DATABASE_URL": self._database_url},
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
-        try:
-            out, err = await asyncio.wait_for(child.communicate(), MAX_RUN_SECONDS)
-        except asyncio.TimeoutError as error:
-            raise KnowledgeIndexError(f"the indexer took longer than {MAX_RUN_SECONDS:g} s") from error
-        finally:
-            if child.returncode is None:
-                await _terminate(child)
+        ) as child:  # fmt: skip
+            try:
+                out, err = await asyncio.wait_for(child.communicate(), MAX_RUN_SECONDS)
+            except asyncio.TimeoutError as error:
+                raise KnowledgeIndexError(f"the indexer took longer than {MAX_RUN_SECONDS:g} s") from error
         if child.returncode:
             lines = err.decode("utf-8", "replace").strip().splitlines()
             raise KnowledgeIndexError(lines[-1] if lines else f"the indexer exited with {child.returncode}")
@@ -217,25 +216,6 @@ class IndexerProcess:
         if report["added"] or report["deleted"]:
             log.info("knowledge index: %(added)d added, %(deleted)d deleted, %(seconds).1f s", report)
         return not report["busy"]
-
-
-async def _cancel_once(task: asyncio.Task[Any]) -> None:
-    """Cancels a task and waits for it; a second cancellation would interrupt the end of its child process."""
-    if not task.done():
-        task.cancel()
-        with suppress(asyncio.CancelledError, RouterError):
-            await task
-
-
-async def _terminate(child: asyncio.subprocess.Process) -> None:
-    with suppress(ProcessLookupError):
-        child.terminate()
-    try:
-        await asyncio.wait_for(child.wait(), TERMINATE_SECONDS)
-    except asyncio.TimeoutError:
-        with suppress(ProcessLookupError):
-            child.kill()
-        await child.wait()
 
 
 def _index_name(database_url: str, folder: Path, *, tasks: bool) -> str:
