@@ -59,7 +59,10 @@ class Outcome(str, enum.Enum):
 
     @property
     def is_evidence(self) -> bool:
-        """Whether the call counts for or against its model: in the ranking, and in a trial."""
+        """Whether the call counts for or against its model in the ranking.
+
+        What is the prompt's fault does not: otherwise a client could lower a model's rank by bad prompts.
+        """
         return self in _EVIDENCE
 
 
@@ -67,7 +70,7 @@ _ATTEMPTS = frozenset({Outcome.ERROR, Outcome.TIMEOUT, Outcome.GARBAGE, Outcome.
 _EVIDENCE = frozenset(
     {
         Outcome.ANSWERED, Outcome.ERROR, Outcome.TIMEOUT, Outcome.GARBAGE, Outcome.OVERLOADED,
-        Outcome.REJECTED, Outcome.UNKNOWN_MODEL,
+        Outcome.UNKNOWN_MODEL,
     }
 )  # fmt: skip
 
@@ -150,7 +153,8 @@ class Role(str, enum.Enum):
     """Role of a call for its task; the values of `model_calls.role`. Calls without a task have a purpose."""
 
     BATCH = "batch"  # a worker of solve_tasks
-    ASKED = "asked"  # the preferred model, or the one that the request names
+    ASKED = "asked"  # the preferred model
+    NAMED = "named"  # the only model, named by the request
     NEXT = "next"  # the next in rank, after a failure
     FALLBACK = "fallback"  # the cheap model, with retrieved passages
     PASSAGES = "passages"  # no model: the retrieved passages

@@ -22,6 +22,7 @@ export const OUTCOME_GROUPS = { "": "all", wrong: "all failed", "under way": "in
 export const ROLES = {
   batch: "batch",
   asked: "preferred",
+  named: "named",
   next: "next in rank",
   fallback: "fallback",
   passages: "knowledge",

@@ -19,6 +19,7 @@ from router.traffic import MAX_COUNT
 PASSAGES_SOURCE = "knowledge"  # takes the place of a model's name
 RANKS = {
     Role.ASKED: AnswerRank.CHOSEN_MODEL,
+    Role.NAMED: AnswerRank.CHOSEN_MODEL,
     Role.NEXT: AnswerRank.CHOSEN_MODEL,
     Role.FALLBACK: AnswerRank.FALLBACK_MODEL,
     Role.PASSAGES: AnswerRank.PASSAGES,

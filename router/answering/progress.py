@@ -30,6 +30,7 @@ CAPACITY_OUTCOMES = frozenset({Outcome.RATE_LIMITED, Outcome.OVERLOADED, Outcome
 MIN_RETRY_SECONDS = 1.0
 ROLE_TEXTS = {
     Role.ASKED: "preferred model",
+    Role.NAMED: "named model",
     Role.NEXT: "next in rank",
     Role.FALLBACK: "fallback",
 }

@@ -151,7 +151,8 @@ class Request:
         self._progress.emit(EventKind.FOUND, f"found {names} (confidence {found.confidence:.2f})")
 
     def _try_next_model(self) -> None:
-        role = Role.NEXT if self._progress.ranked else Role.ASKED
+        first = Role.ASKED if self._options.model is None else Role.NAMED
+        role = Role.NEXT if self._progress.ranked else first
         attempt = self._new_attempt(role, self._untried()[0], self._options.chat.text)
         running = attempt.run(self._patience_seconds, self._ends_at)
         self._tasks.begin(running, f"call {attempt.row.call_id}")

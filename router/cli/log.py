@@ -13,8 +13,8 @@ from router.queue import MAX_ROWS, LoggedCall, category_names, read_calls
 LOG_HELP = """
 Show calls to models, newest first.
 
-The column role is batch for queued tasks, and asked, next, fallback or passages for interactive requests. The
-column settlement shows how the call's result was recorded.
+The column role is batch for queued tasks, and asked, named, next, fallback or passages for interactive
+requests. The column settlement shows how the call's result was recorded.
 
 \b
 Examples:

@@ -51,8 +51,8 @@ class TrialCall:
 
     @property
     def counts(self) -> bool:
-        """Whether the outcome is the model's."""
-        return self.outcome is not None and self.outcome.is_evidence
+        """Whether the outcome is the model's. In a trial both models get the same prompts."""
+        return self.outcome is not None and (self.outcome.is_evidence or self.outcome is Outcome.REJECTED)
 
     @property
     def answered(self) -> bool:

@@ -132,7 +132,7 @@ BEGIN
         SELECT c.model, c.outcome, c.error, c.task_id, c.tokens, c.prompt_tokens, octet_length(t.prompt)::float8 AS bytes
           FROM model_calls c JOIN tasks t ON t.id = c.task_id AND t.prompt_version = c.prompt_version
          WHERE c.call_id >= (SELECT first_call_id(clock_timestamp() - make_interval(secs => p_seconds)))
-           AND c.outcome IN ('answered', 'too_long') AND c.role IN ('batch', 'asked', 'next')
+           AND c.outcome IN ('answered', 'too_long') AND c.role IN ('batch', 'asked', 'named', 'next')
          ORDER BY c.call_id DESC LIMIT p_calls
     ), ratios AS (
         SELECT model, greatest(0.02, least(2, sum(prompt_tokens) / sum(bytes))) AS mean,

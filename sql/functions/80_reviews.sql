@@ -39,8 +39,9 @@ $$;
 
 -- Recomputes the evidence of one period from calls of rank 3. Returns the number of calls.
 --
--- Excluded from a model's failures: 429 (the target exceeds the quota), calls that were not sent, abandoned or lost,
--- and failures during an outage, when nearly all calls of several models failed.
+-- Excluded: calls to a model that the client named, since the client chose model and prompts together. Excluded from a
+-- model's failures: what is the prompt's fault (rejected, too long), 429 (the target exceeds the quota), calls that
+-- were not sent, abandoned or lost, and failures during an outage, when nearly all calls of several models failed.
 --
 -- Judge calls are not evidence. Trials are evidence only for models that are not ranked yet, since they would double
 -- the sample of the others.
@@ -75,14 +76,14 @@ BEGIN
       FROM (SELECT outage_window(c.sent_at, c.started_at, p_outage_seconds) AS stretch
               FROM model_calls c
              WHERE c.call_id >= first_id AND c.call_id < end_id AND c.outcome = ANY (failing)
-               AND c.category IS NOT NULL AND c.rank = 3
+               AND c.category IS NOT NULL AND c.rank = 3 AND c.role <> 'named'
                AND (c.purpose IS NULL OR (c.purpose = 'trial' AND c.model <> ALL (placed)))
              GROUP BY 1 HAVING count(DISTINCT c.model) >= p_outage_models) AS f;
     IF suspected IS NOT NULL THEN
         SELECT array_agg(s.stretch) INTO outages
           FROM (SELECT outage_window(c.sent_at, c.started_at, p_outage_seconds) AS stretch
                   FROM model_calls c
-                 WHERE c.call_id >= first_id AND c.call_id < end_id AND c.category IS NOT NULL AND c.rank = 3
+                 WHERE c.call_id >= first_id AND c.call_id < end_id AND c.category IS NOT NULL AND c.rank = 3 AND c.role <> 'named'
                    AND (c.outcome = 'answered' OR c.outcome = ANY (failing))
                    AND (c.purpose IS NULL OR (c.purpose = 'trial' AND c.model <> ALL (placed)))
                    AND outage_window(c.sent_at, c.started_at, p_outage_seconds) = ANY (suspected)
@@ -96,14 +97,14 @@ BEGIN
                        sum(s.score::float8 ^ 2) AS squares
                   FROM call_scores s JOIN model_calls c ON c.call_id = s.call_id
                  WHERE s.call_id >= first_id AND s.call_id < end_id AND c.call_id >= first_id AND c.call_id < end_id
-                   AND c.outcome = 'answered' AND c.category IS NOT NULL AND c.rank = 3
+                   AND c.outcome = 'answered' AND c.category IS NOT NULL AND c.rank = 3 AND c.role <> 'named'
                    AND (c.purpose IS NULL OR (c.purpose = 'trial' AND c.model <> ALL (placed)))
                  GROUP BY 1, 2, 3) AS by_source
          GROUP BY 1, 2
     ), sums AS (
         SELECT c.category, c.model, count(*) AS calls,
                count(*) FILTER (WHERE c.outcome = 'answered') AS answered,
-               count(*) FILTER (WHERE c.outcome IN ('rejected', 'unknown_model')) AS refused,
+               count(*) FILTER (WHERE c.outcome = 'unknown_model') AS refused,
                count(*) FILTER (WHERE c.outcome = ANY (failing)
                    AND (outages IS NULL
                         OR outage_window(c.sent_at, c.started_at, p_outage_seconds) <> ALL (outages))) AS failed,
@@ -117,7 +118,7 @@ BEGIN
                        CASE WHEN latency_seconds IS NOT NULL THEN ln(greatest(latency_seconds, 0.001)) END AS log_seconds
                   FROM model_calls
                  WHERE call_id >= first_id AND call_id < end_id
-                   AND outcome IS NOT NULL AND category IS NOT NULL AND rank = 3
+                   AND outcome IS NOT NULL AND category IS NOT NULL AND rank = 3 AND role <> 'named'
                    AND (purpose IS NULL OR (purpose = 'trial' AND model <> ALL (placed)))
                 OFFSET 0) AS c  -- OFFSET 0: each expression is evaluated once
          GROUP BY 1, 2
@@ -160,13 +161,13 @@ BEGIN
     WITH cells AS MATERIALIZED (
         SELECT c.category, c.model, p_answers * 4294967296.0 / count(*) AS threshold
           FROM model_calls c
-         WHERE c.call_id >= first_id AND c.call_id < end_id AND c.outcome = 'answered' AND c.rank = 3
+         WHERE c.call_id >= first_id AND c.call_id < end_id AND c.outcome = 'answered' AND c.rank = 3 AND c.role <> 'named'
            AND c.category IS NOT NULL AND c.purpose IS NULL
          GROUP BY 1, 2
     ), drawn AS MATERIALIZED (
         SELECT c.call_id, c.task_id, c.prompt_version, c.completion_tokens, c.reserved_tokens
           FROM model_calls c JOIN cells USING (category, model)
-         WHERE c.call_id >= first_id AND c.call_id < end_id AND c.outcome = 'answered' AND c.rank = 3
+         WHERE c.call_id >= first_id AND c.call_id < end_id AND c.outcome = 'answered' AND c.rank = 3 AND c.role <> 'named'
            AND c.purpose IS NULL
            AND ('x' || right(c.call_id::text, 8))::bit(32)::bigint < threshold
     )

@@ -31,9 +31,9 @@ WITH made AS (
       FROM named WHERE %(outcome)s = 'answered' AND %(with_answers)s
     RETURNING id, answer_call_id
 )
-INSERT INTO model_calls (call_id, task_id, prompt_version, model, category, rank, started_at, sent_at,
+INSERT INTO model_calls (call_id, task_id, prompt_version, model, category, rank, role, started_at, sent_at,
                          finished_at, outcome, reserved_tokens, completion_tokens, cost, latency_seconds)
-SELECT named.call_id, answered.id, 1, %(model)s, %(category)s, %(rank)s, at, at,
+SELECT named.call_id, answered.id, 1, %(model)s, %(category)s, %(rank)s, %(role)s, at, at,
        CASE WHEN %(outcome)s IS NOT NULL THEN at + make_interval(secs => %(latency)s) END, %(outcome)s,
        1000, 50, %(cost)s, %(latency)s * (0.75 + 0.5 * (n %% 100) / 100)
   FROM named LEFT JOIN answered ON answered.answer_call_id = named.call_id
@@ -59,6 +59,7 @@ class Log:
         cost: float | None = 0.001,
         seconds: float = 600.0,
         rank: int = 3,
+        role: str = "batch",
         with_answers: bool = True,
     ) -> None:
         """Adds calls within `seconds` of that day, with a share of empty answers."""
@@ -83,6 +84,7 @@ class Log:
                     "latency": latency,
                     "cost": cost,
                     "rank": rank,
+                    "role": role,
                     "with_answers": with_answers,
                     "prompt": "Who painted the ceiling of the Sistine Chapel?",
                     "answer": "Michelangelo painted the ceiling of the Sistine Chapel between 1508 and 1512.",

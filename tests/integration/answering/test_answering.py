@@ -202,7 +202,7 @@ async def test_only_a_named_model_is_called(harness: Harness) -> None:
     answer = await harness.ask(model=SECOND)
     assert (answer.model, answer.fallback) == (SECOND, None)
     (call,) = harness.calls()
-    assert (call["model"], call["role"], call["settlement"]) == (SECOND, "asked", "solved")
+    assert (call["model"], call["role"], call["settlement"]) == (SECOND, "named", "solved")
 
 
 async def test_a_named_model_at_capacity_reports_when_to_retry(harness: Harness) -> None:

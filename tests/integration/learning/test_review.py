@@ -14,6 +14,7 @@ from router.errors import DatabaseError
 from router.learning.review import REVIEW_LOCK, ReviewBusy, grade_answers, rank_models, sum_evidence
 from router.models.roster import read_roster, sync_roster
 from router.settings.router import load_config
+from router.task import Outcome
 from tests.support.queue import without_classification
 from tests.support.reviews import Log, shipped_learning
 
@@ -97,14 +98,26 @@ async def test_workers_read_the_new_ranking(log: Log) -> None:
     assert after.learned["general"][FIRST].most_share < 1
 
 
-def test_outcomes_that_are_not_the_models_do_not_count(log: Log) -> None:
+@pytest.mark.parametrize("outcome", [one.value for one in Outcome if not one.is_evidence])
+def test_outcomes_that_are_not_the_models_do_not_count(log: Log, outcome: str) -> None:
+    """Of the quota, the prompt, the backend or the client: as many calls as there are others move nothing."""
     busy_days(log)
-    for outcome in ("rate_limited", "unsent", "abandoned", "lost"):
-        log.add(FIRST, 300, outcome=outcome)
-    review = log.review()
+    log.add(FIRST, 600, outcome=outcome)
+    assert log.review().changes == ()
     assert log.places()[FIRST] == 1
-    assert review.changes == ()
-    assert log.value("SELECT sum(excused) FROM evidence WHERE model = %s", FIRST) == 1200
+    assert log.value("SELECT sum(excused) FROM evidence WHERE model = %s", FIRST) == 600
+
+
+@pytest.mark.parametrize(("first", "other"), [("error", "answered"), ("answered", "error")])
+def test_calls_to_a_named_model_do_not_count(log: Log, first: str, other: str) -> None:
+    """Neither failures that a client causes, nor prompts that only this model answers."""
+    busy_days(log)
+    log.add(FIRST, 800, outcome=first, role="named")
+    log.add(SECOND, 800, outcome=other, role="named")
+    review = log.review()
+    assert (review.changes, review.calls_summed) == ((), 3 * 3 * 200)
+    graded = "SELECT count(*) FROM call_scores JOIN model_calls USING (call_id) WHERE role = 'named'"
+    assert log.value(graded) == 0
 
 
 def test_an_outage_of_the_backend_does_not_count(log: Log) -> None:
