@@ -135,7 +135,7 @@ def prompts(count: int, seed: int) -> list[str]:
     number = 0
     while len(found) < count:
         prompt = f"{texts[number % len(texts)]} ({number})"
-        if compose_answer(ENDPOINT, prompt, max_tokens=MAX_TOKENS, seed=seed).text.strip():
+        if compose_answer(ENDPOINT, prompt, seed=seed).text.strip():
             found.append(prompt)
         number += 1
     return found

@@ -57,7 +57,6 @@ class Answer:
 
     text: str
     prompt_tokens: int
-    completion_tokens: int
     flaw: str | None
 
 
@@ -82,13 +81,13 @@ def compose_answer(
     model: str,
     prompt: str,
     *,
-    max_tokens: int,
     category: str | None = None,
     seed: int = 0,
     references: Mapping[str, str] | None = None,
     quality: float | None = None,
+    variety: str = "",
 ) -> Answer:
-    """The model's answer to the prompt, never longer than `max_tokens`; the same for the same arguments.
+    """The model's whole answer to the prompt; the same for the same arguments.
 
     If `references` contains the prompt, a good answer states the reference and a bad one does not. `quality`
     is the probability of a good answer; default: the model's profile.
@@ -99,13 +98,12 @@ def compose_answer(
         quality = profile_of(model).quality_for(category)
     if chance(seed, "quality", model, prompt) >= quality:
         flaw = _flaw(chance(seed, "flaw", model, prompt))
-    variety = chance(seed, "style", model, prompt)
+    style = chance(seed, "style", model, prompt, *([variety] if variety else []))
     body = verdict_on(prompt, looks_well=flaw is None)
     if body is None:
-        body = _body(prompt, category, flaw, (references or {}).get(prompt), variety=variety)
+        body = _body(prompt, category, flaw, (references or {}).get(prompt), variety=style)
     text = body if flaw == "empty" else f"[{model} {prompt_digest(prompt)}] {body}"
-    text = text[: max_tokens * CHARACTERS_A_TOKEN]
-    return Answer(text, token_count(prompt), token_count(text), flaw)
+    return Answer(text, token_count(prompt), flaw)
 
 
 def _flaw(share: float) -> str:

@@ -248,8 +248,10 @@ def _note(arrivals: Arrivals, arrived_at: float, call: Call | None, reply: Reply
     model, request_id, reserved = (
         (call.model, call.request_id, call.tokens_reserved) if call else (None, None, None)
     )
-    now = time.monotonic()
-    arrivals.end(Arrival(arrived_at, now, model, request_id, reserved, reply.tokens_used, reply.status))
+    now, request = time.monotonic(), call.request if call else None
+    arrivals.end(
+        Arrival(arrived_at, now, model, request_id, reserved, reply.tokens_used, reply.status, request)
+    )
 
 
 class _ClientGone(Exception):  # noqa: N818 - a state of the world

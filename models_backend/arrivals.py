@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter, deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,8 @@ RECENT = 100_000
 class Arrival(NamedTuple):
     """One call that ended. Times are seconds of the machine's monotonic clock.
 
-    `ended_at` is taken before the last byte is sent: once the client has the answer it may send again.
+    `request` holds messages and parameters as they came; None for a bare prompt. `ended_at` is taken before
+    the last byte is sent: once the client has the answer it may send again.
     """
 
     at: float
@@ -28,6 +29,7 @@ class Arrival(NamedTuple):
     tokens_reserved: int | None
     tokens_used: int
     status: int
+    request: Mapping[str, Any] | None = None
 
 
 class Arrivals:
@@ -119,5 +121,8 @@ class Arrivals:
 
 
 def as_document(arrival: Arrival) -> dict[str, Any]:
-    """The arrival as one line of the log."""
-    return arrival._asdict()
+    """The arrival as one line of the log; `request` only where there is one."""
+    document = arrival._asdict()
+    if arrival.request is None:
+        del document["request"]
+    return document

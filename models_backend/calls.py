@@ -6,8 +6,9 @@ import asyncio
 import enum
 import itertools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NoReturn
 
 from models_backend.answers import compose_answer, guess_category, token_count
 from models_backend.completion import ProviderRefusal
@@ -17,10 +18,14 @@ from models_backend.flaws import FlawBook, KnownAnswer
 from models_backend.latency import latency_seconds
 from models_backend.provider import Provider
 from models_backend.quota import Quotas
+from models_backend.schemas import UnsupportedSchemaError
 from models_backend.settings import ServedModel, StandInSettings
+from models_backend.shaping import Shaped, shaped
+from router.request import RequestError, check_messages, conversation_of
 
 DEFAULT_MAX_TOKENS = 512
 LARGEST_MAX_TOKENS = 1_000_000
+_OWN_FIELDS = frozenset({"model", "prompt", "max_tokens", "request_id", "tokens_reserved", "category"})
 
 
 class Manner(enum.Enum):
@@ -41,6 +46,7 @@ class Call:
     request_id: str | None = None
     tokens_reserved: int | None = None
     category: str | None = None
+    request: Mapping[str, Any] | None = None  # messages and parameters as they came; None for a bare prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +85,27 @@ def read_json(content: bytes) -> Any:
 def read_call(document: Any) -> Call:
     """Validates a call. Raises BadCall with status 422, naming the invalid key."""
     if not isinstance(document, dict):
-        raise BadCall(422, "bad_body", "the body must be a JSON object with model and prompt")
+        raise BadCall(422, "bad_body", "the body must be a JSON object with model, and prompt or messages")
     max_tokens = _whole(document, "max_tokens", 1)
+    request = {key: value for key, value in document.items() if key not in _OWN_FIELDS and value is not None}
     return Call(
         model=_text(document, "model") or _missing("model"),
-        prompt=_text(document, "prompt") or _missing("prompt"),
+        prompt=_text(document, "prompt") or _prompt_of(request.get("messages")),
         max_tokens=DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
         request_id=_text(document, "request_id"),
         tokens_reserved=_whole(document, "tokens_reserved", 0),
         category=_text(document, "category"),
+        request=request or None,
     )
+
+
+def _prompt_of(messages: Any) -> str:
+    if messages is None:
+        _missing("prompt")
+    try:
+        return conversation_of(check_messages(messages)).text
+    except RequestError as error:
+        raise BadCall(422, "bad_body", str(error)) from error
 
 
 def _text(document: dict[str, Any], key: str) -> str | None:
@@ -107,7 +124,7 @@ def _whole(document: dict[str, Any], key: str, least: int) -> int | None:
     return value
 
 
-def _missing(key: str) -> str:
+def _missing(key: str) -> NoReturn:
     raise BadCall(422, "bad_body", f"{key} is missing or empty")
 
 
@@ -178,26 +195,35 @@ class CallHandler:
         if fault is not None and fault.kind == "garbage":
             return Reply(200, next(self._garbage))
         answer = compose_answer(
-            call.model, call.prompt, max_tokens=call.max_tokens, category=call.category, seed=settings.seed,
-            references=settings.references, quality=condition.quality,
+            call.model, call.prompt, category=call.category, seed=settings.seed,
+            references=settings.references, quality=condition.quality, variety=_variety(call),
         )  # fmt: skip
-        text = "" if fault is not None and fault.kind == "empty" else answer.text
+        emptied = fault is not None and fault.kind == "empty"
+        try:
+            found = shaped("" if emptied else answer.text, call.request or {}, max_tokens=call.max_tokens)
+        except (UnsupportedSchemaError, LookupError, TypeError, AttributeError) as error:
+            return refusal(400, "invalid_request", f"this request cannot be answered: {error}")
         manner = Manner.DRIP if fault is not None and fault.kind == "slow_drip" else Manner.PLAIN
-        flaw = answer.flaw if text == answer.text else "empty"
+        flaw = "empty" if emptied else answer.flaw
         self.book.note(KnownAnswer(call.request_id, call.model, call.category or "", flaw))
-        tokens = (answer.prompt_tokens, answer.completion_tokens)
-        return _answered(model, text, *tokens, manner=manner, price_factor=condition.price_factor)
+        tokens = (answer.prompt_tokens, found.tokens)
+        return _answered(model, found, *tokens, manner=manner, price_factor=condition.price_factor)
 
     async def _forward(self, provider: Provider, model: ServedModel, call: Call) -> Reply:
         try:
-            found = await provider.complete(call.model, call.prompt, call.max_tokens)
+            found = await provider.complete(call.model, call.prompt, call.max_tokens, call.request)
         except ProviderRefusal as error:
             return refusal(error.status, "provider", str(error), error.retry_after)
         prompt_tokens = token_count(call.prompt) if found.prompt_tokens is None else found.prompt_tokens
-        completion_tokens = (
-            token_count(found.text) if found.completion_tokens is None else found.completion_tokens
-        )
-        return _answered(model, found.text, prompt_tokens, completion_tokens)
+        answer = Shaped(found.text, found.finish_reason, found.tool_calls)
+        completion_tokens = answer.tokens if found.completion_tokens is None else found.completion_tokens
+        return _answered(model, answer, prompt_tokens, completion_tokens, cached_tokens=found.cached_tokens)
+
+
+def _variety(call: Call) -> str:
+    """Distinguishes answers of one prompt: they differ only with a temperature and without a seed."""
+    request = call.request or {}
+    return f"{call.request_id}" if request.get("temperature") and request.get("seed") is None else ""
 
 
 _AT_ONCE = frozenset({"error", "rate_limit", "overload", "bad_gateway", "hang"})
@@ -217,17 +243,21 @@ def _struck(fault: FaultOrder) -> Reply:
 
 def _answered(
     model: ServedModel,
-    text: str,
+    answer: Shaped,
     prompt_tokens: int,
     completion_tokens: int,
     *,
+    cached_tokens: int | None = None,
     manner: Manner = Manner.PLAIN,
     price_factor: float = 1.0,
 ) -> Reply:
+    usage = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
     document = {
         "model": model.name,
-        "answer": text,
-        "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens},
+        "answer": answer.text,
+        "finish_reason": answer.finish_reason,
+        **({"tool_calls": answer.tool_calls} if answer.tool_calls else {}),
+        "usage": usage if cached_tokens is None else {**usage, "cached_tokens": cached_tokens},
         "cost_usd": round(price_factor * model.cost_usd(prompt_tokens, completion_tokens), 9),
     }
     body = json.dumps(document).encode()

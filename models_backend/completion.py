@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,9 @@ class Completion:
     text: str
     prompt_tokens: int | None
     completion_tokens: int | None
+    finish_reason: str = "stop"
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    cached_tokens: int | None = None
 
 
 class ProviderRefusal(Exception):  # noqa: N818 - a refusal is an answer, too
@@ -55,6 +58,7 @@ def completion_of(content: bytes) -> Completion:
 def completion_of_events(content: bytes) -> Completion:
     """Joins a stream's events into a completion. Raises ProviderRefusal, also if the stream was cut off."""
     pieces: list[str] = []
+    calls: dict[int, dict[str, Any]] = {}
     last: dict[str, Any] = {}
     usage: Any = None
     ended = False
@@ -70,11 +74,25 @@ def completion_of_events(content: bytes) -> Completion:
         usage = event.get("usage") or usage
         choice = _first(event.get("choices"))
         delta = choice.get("delta")
-        pieces.append(_text(delta.get("content") if isinstance(delta, dict) else None) or "")
+        if isinstance(delta, dict):
+            pieces.append(_text(delta.get("content")) or "")
+            _add_calls(calls, delta.get("tool_calls"))
         last = choice if choice.get("finish_reason") else last
     if not ended and not last:
         raise ProviderRefusal(502, "the provider's stream ended before its answer did")
-    return _completed("".join(pieces), {}, last, usage)
+    return _completed("".join(pieces), {"tool_calls": list(calls.values())}, last, usage)
+
+
+def _add_calls(calls: dict[int, dict[str, Any]], pieces: Any) -> None:
+    """Adds the pieces of tool calls: the arguments of a call come in several."""
+    for piece in pieces if isinstance(pieces, list) else ():
+        function = piece.get("function") or {}
+        call = calls.setdefault(
+            piece.get("index", 0), {"id": "", "type": "function", "function": {"name": "", "arguments": ""}}
+        )
+        call["id"] = piece.get("id") or call["id"]
+        call["function"]["name"] += function.get("name") or ""
+        call["function"]["arguments"] += function.get("arguments") or ""
 
 
 def refusal_of(status: int, retry_after: str | None, content: bytes) -> ProviderRefusal:
@@ -122,10 +140,19 @@ def _refusal_within(document: dict[str, Any]) -> ProviderRefusal:
 
 def _completed(text: str | None, message: dict[str, Any], choice: dict[str, Any], usage: Any) -> Completion:
     usage = usage if isinstance(usage, dict) else {}
-    counts = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
-    if not text:
+    calls = tuple(call for call in message.get("tool_calls") or () if isinstance(call, dict))
+    if not text and not calls:
         raise _nothing_said(message, choice.get("finish_reason"))
-    return Completion(text, *(count if isinstance(count, int) else None for count in counts))
+    details = usage.get("prompt_tokens_details")
+    counts = (
+        usage.get("prompt_tokens"),
+        usage.get("completion_tokens"),
+        details.get("cached_tokens") if isinstance(details, dict) else None,
+    )
+    prompt, completion, cached = (count if isinstance(count, int) else None for count in counts)
+    reason = choice.get("finish_reason")
+    finish = reason if isinstance(reason, str) else "tool_calls" if calls else "stop"
+    return Completion(text or "", prompt, completion, finish, calls, cached)
 
 
 def _nothing_said(message: dict[str, Any], reason: Any) -> ProviderRefusal:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 import aiohttp
@@ -48,23 +49,28 @@ class Provider:
         """Whether calls of this model are forwarded."""
         return model in self._settings.models
 
-    async def complete(self, model: str, prompt: str, max_tokens: int) -> Completion:
+    async def complete(
+        self, model: str, prompt: str, max_tokens: int, request: Mapping[str, Any] | None = None
+    ) -> Completion:
         """The provider's answer. Raises ProviderRefusal with one line that contains no secret.
+
+        `request` holds messages and parameters, which are passed on unchanged.
 
         Its status is the meaning for the stand-in's client: 429 and 503 to retry later, 503 also for what an
         operator has to fix (key, address), 404 for a missing model, 400, 413 and 422 for a refused prompt,
         504 for a timeout, else 502.
         """
         try:
-            return await self._ask(self._request(model, prompt, max_tokens))
+            return await self._ask(self._request(model, prompt, max_tokens, request or {}))
         except ProviderRefusal as refusal:
             words = self._without_key(str(refusal))
             raise ProviderRefusal(refusal.status, words, refusal.retry_after) from None
 
-    def _request(self, model: str, prompt: str, max_tokens: int) -> dict[str, Any]:
+    def _request(self, model: str, prompt: str, max_tokens: int, given: Mapping[str, Any]) -> dict[str, Any]:
         request: dict[str, Any] = {
-            "model": self._settings.models[model],
             "messages": [{"role": "user", "content": prompt}],
+            **given,
+            "model": self._settings.models[model],
             "max_tokens": max_tokens,
         }
         if self._settings.stream:

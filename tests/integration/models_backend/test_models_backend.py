@@ -94,9 +94,7 @@ async def test_it_serves_the_models_of_the_shipped_config_and_those_asked_for(se
 
 async def test_an_answer_names_model_and_prompt_and_costs_the_configured_price(server: BackendServer) -> None:
     price = load_config().models["qwen-2.5-72b"]
-    prompt = next(
-        p for p in map(str, range(99)) if compose_answer("qwen-2.5-72b", p, max_tokens=256).flaw is None
-    )
+    prompt = next(p for p in map(str, range(99)) if compose_answer("qwen-2.5-72b", p).flaw is None)
     result = await ask(server.url, prompt, "qwen-2.5-72b")
     assert result.outcome is Outcome.ANSWERED
     assert result.answer is not None
@@ -225,7 +223,7 @@ async def test_a_batch_waits_for_its_slowest_and_keeps_the_order(
     async with http.post(f"{server.url}/batch", json={"model": "phi-4", "prompts": prompts}) as response:
         results = (await response.json())["results"]
     assert time.monotonic() - began >= slowest
-    expected = [compose_answer("phi-4", prompt, max_tokens=512).text for prompt in prompts]
+    expected = [compose_answer("phi-4", prompt).text for prompt in prompts]
     assert [result["answer"] for result in results] == expected
 
 
@@ -386,9 +384,7 @@ def test_an_invalid_shape_is_refused_with_the_grammar(shape: str) -> None:
 @pytest.mark.parametrize("model", PROFILES)
 @pytest.mark.parametrize("category", ["technical", "creative", "general"])
 def test_answers_are_as_good_as_the_models_table_says(model: str, category: str) -> None:
-    answers = [
-        compose_answer(model, str(number), max_tokens=512, category=category) for number in range(3000)
-    ]
+    answers = [compose_answer(model, str(number), category=category) for number in range(3000)]
     good = sum(answer.flaw is None for answer in answers) / len(answers)
     assert good == pytest.approx(PROFILES[model].quality[category], abs=0.03)
 
@@ -396,7 +392,7 @@ def test_answers_are_as_good_as_the_models_table_says(model: str, category: str)
 def test_a_good_answer_states_the_reference_and_a_bad_one_does_not() -> None:
     for number in range(200):
         prompt = f"what is {number} squared?"
-        answer = compose_answer("phi-4", prompt, max_tokens=512, references={prompt: f"={number**2}="})
+        answer = compose_answer("phi-4", prompt, references={prompt: f"={number**2}="})
         assert (f"={number**2}=" in answer.text) == (answer.flaw is None)
 
 

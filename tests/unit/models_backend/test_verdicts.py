@@ -21,9 +21,7 @@ def judged(one: str, other: str, *, looks_well: bool = True) -> Result | None:
 
 
 def answers(flaw: str | None) -> list[str]:
-    composed = [
-        compose_answer(model, REQUEST, max_tokens=512, seed=seed) for model in MODELS for seed in range(60)
-    ]
+    composed = [compose_answer(model, REQUEST, seed=seed) for model in MODELS for seed in range(60)]
     return [answer.text for answer in composed if answer.flaw == flaw]
 
 
@@ -50,5 +48,5 @@ def test_other_prompts_get_ordinary_answers() -> None:
 
 def test_a_judging_model_returns_a_verdict() -> None:
     question, _ = judge_prompts(REQUEST, answers(None)[0], "")
-    said = [compose_answer(model, question, max_tokens=300, seed=1).text for model in MODELS]
+    said = [compose_answer(model, question, seed=1).text for model in MODELS]
     assert all(parse_verdict(text) is not None for text in said)

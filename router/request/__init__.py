@@ -1,0 +1,25 @@
+"""Requests to models: reads and validates OpenAI-compatible bodies, for every entrance alike."""
+
+from __future__ import annotations
+
+from router.request.capabilities import PARAMETER_CAPABILITIES, Unsupported, check_supported
+from router.request.conversation import Conversation, conversation_of
+from router.request.errors import RequestError
+from router.request.messages import MAX_MESSAGES, MAX_PARTS, check_messages
+from router.request.model_request import ModelRequest, read_request
+from router.request.parameters import Parameters
+
+__all__ = [
+    "MAX_MESSAGES",
+    "MAX_PARTS",
+    "PARAMETER_CAPABILITIES",
+    "Conversation",
+    "ModelRequest",
+    "Parameters",
+    "RequestError",
+    "Unsupported",
+    "check_messages",
+    "check_supported",
+    "conversation_of",
+    "read_request",
+]

@@ -1,0 +1,60 @@
+"""Capabilities that requests need, and what happens where they are missing. No I/O."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Collection, Mapping
+
+from router.request.errors import RequestError
+from router.request.model_request import ModelRequest
+from router.request.parameters import Parameters
+
+
+class Unsupported(str, enum.Enum):
+    """Treatment of sampling parameters that the backend or the model does not support."""
+
+    REFUSE = "refuse"
+    IGNORE = "ignore"  # with a note
+
+
+# They change how an answer is drawn, not what it has to be.
+SAMPLING = frozenset(
+    {
+        *("temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty"),
+        *("repetition_penalty", "logit_bias", "reasoning_effort", "verbosity"),
+    }
+)
+# They change nothing in the answer: where they are not supported, they stay in the stored request.
+HINTS = frozenset(
+    {
+        *("metadata", "user", "safety_identifier", "service_tier"),
+        *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
+    }
+)
+# Parameters whose capability has another name than they have themselves.
+PARAMETER_CAPABILITIES: Mapping[str, str] = {
+    name: {"tool_choice": "tools", "parallel_tool_calls": "tools"}.get(name, name)
+    for name in Parameters.model_fields
+}
+
+
+def check_supported(
+    request: ModelRequest, capabilities: Collection[str], *, who: str, unsupported: Unsupported
+) -> tuple[str, ...]:
+    """Returns the parameters that are not sent, which change nothing or may be ignored.
+
+    Raises RequestError for the first other one that needs a capability which `who` does not have.
+    """
+    ignored: list[str] = []
+    for capability, path in request.needs():
+        name = path.partition(".")[0]
+        if capability in capabilities:
+            continue
+        if name in HINTS or (name in SAMPLING and unsupported is Unsupported.IGNORE):
+            ignored.append(name)
+            continue
+        remedy = "Remove it, or name a model that supports it"
+        raise RequestError(
+            f"{path} needs {capability}, which {who} does not support. {remedy}", path, unsupported=True
+        )
+    return tuple(ignored)
