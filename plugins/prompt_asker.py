@@ -13,6 +13,7 @@ from connections import read_addresses
 
 from router.errors import InputError
 from router.settings import config_folder, data_folder, load_config
+from router.task import client_of_user
 
 if TYPE_CHECKING:
     from router.answering import Answer, Event, Router
@@ -30,7 +31,8 @@ class AskPrompt(BaseOperator):
         Fails without a retry if no model answered.
         """
         try:
-            answer = asyncio.run(self._ask(dict(context["params"])))
+            user = getattr(context.get("dag_run"), "triggering_user_name", None)
+            answer = asyncio.run(self._ask(dict(context["params"]), client_of_user(user)))
         except InputError as error:  # a retry would fail as well
             raise AirflowFailException(str(error)) from None
         if answer.model is None:
@@ -40,12 +42,13 @@ class AskPrompt(BaseOperator):
             "category": answer.category, "call_ids": [str(call.call_id) for call in answer.calls],
         }  # fmt: skip
 
-    async def _ask(self, params: dict[str, Any]) -> Answer:
+    async def _ask(self, params: dict[str, Any], client: str) -> Answer:
         router = self._router()
         options = {name: None if (value := params.get(name)) == "" else value for name in OPTIONS}
         late_seconds = float(params.get("late_seconds") or 0)
         try:
-            answer = await router.answer(str(params.get("prompt") or ""), on_event=self._log_event, **options)
+            prompt = str(params.get("prompt") or "")
+            answer = await router.answer(prompt, client=client, on_event=self._log_event, **options)
             self._log_answer(answer)
             end = time.monotonic() + late_seconds
             while better := await router.late(answer, seconds=end - time.monotonic()):

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import enum
+import re
 import secrets
 import uuid
 from dataclasses import dataclass
 from datetime import datetime
+
+from router.errors import InputError
+
+CLIENT_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}"  # as is_client() in sql/functions/10_helpers.sql
 
 
 class TaskStatus(str, enum.Enum):
@@ -89,6 +94,7 @@ class Claim:
     max_tokens: int
     reserved_tokens: int
     deadline_at: datetime | None
+    client: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +153,20 @@ def new_call_id(now_seconds: float) -> uuid.UUID:
     value |= 0b10 << 62
     value |= secrets.randbits(62)
     return uuid.UUID(int=value)
+
+
+def checked_client(client: str) -> str:
+    """Returns the client. Raises InputError unless it matches CLIENT_PATTERN or is empty."""
+    if client and re.fullmatch(CLIENT_PATTERN, client) is None:
+        raise InputError(
+            f"{client[:80]!r} is not a client: use letters, digits and . _ @ -, at most 64 characters."
+        )
+    return client
+
+
+def client_of_user(name: str | None) -> str:
+    """Returns the client for a user name of another system: characters that a client cannot have become -."""
+    return re.sub(r"[^A-Za-z0-9._@-]", "-", name or "").lstrip("._@-")[:64]
 
 
 class Role(str, enum.Enum):

@@ -70,7 +70,7 @@ class AskSessions:
         except RouterError as error:  # the request that needs it reports the error
             log.warning("console: cannot open the router: %s", error)
 
-    async def stream(self, body: AskBody) -> AsyncIterator[bytes]:
+    async def stream(self, body: AskBody, client: str = "") -> AsyncIterator[bytes]:
         """Yields JSON lines: `opening`, `event`s, the `answer`, `late` answers, or an `error`, then `end`.
 
         `opening` tells that the router is not open yet, so that the first call takes some seconds.
@@ -82,7 +82,7 @@ class AskSessions:
                 f"The console is already answering {len(self._running)} prompts, the maximum.", 1.0
             )
         lines: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        task = asyncio.create_task(self._answer(body, lines.put_nowait), name="router console ask")
+        task = asyncio.create_task(self._answer(body, client, lines.put_nowait), name="router console ask")
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         return _json_lines(lines)
@@ -92,14 +92,14 @@ class AskSessions:
         await cancel_and_wait(*self._running, *self._warming, *filter(None, [self._closer]))
         await self._close_router()
 
-    async def _answer(self, body: AskBody, send: Callable[[dict[str, Any]], None]) -> None:
+    async def _answer(self, body: AskBody, client: str, send: Callable[[dict[str, Any]], None]) -> None:
         try:
             if self._router is None:
                 send({"opening": True})
             router = await self._opened()
             answer = await router.answer(
                 body.prompt, category=body.category or None, model=body.model or None,
-                deadline_seconds=body.deadline_seconds,
+                deadline_seconds=body.deadline_seconds, client=client,
                 on_event=lambda event: send({"event": _event_object(event)}),
             )  # fmt: skip
             send({"answer": _answer_object(answer)})

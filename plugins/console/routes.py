@@ -13,6 +13,7 @@ from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from router.errors import ConfigError, InputError, RouterError
+from router.task import client_of_user
 from router.traffic import GRAMMAR, MAX_LINE_CHARACTERS, TrafficTarget
 
 from . import airflow_links, auth, pause_dag, tasks
@@ -250,8 +251,8 @@ async def undo_search(request: Request, user: auth.Searcher) -> Response:
 
 
 @api.post("/ask")
-async def ask(request: Request, _user: auth.Asking) -> StreamingResponse:
+async def ask(request: Request, user: auth.Asking) -> StreamingResponse:
     """Answer a prompt; progress and answers are JSON lines."""
     body = await auth.read_body(request, AskBody, MAX_ASK_BYTES)
-    lines = await _console(request).asks.stream(body)
+    lines = await _console(request).asks.stream(body, client_of_user(user.get_name()))
     return StreamingResponse(lines, media_type=EVENTS, headers=STREAM_HEADERS)

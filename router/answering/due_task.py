@@ -31,7 +31,7 @@ async def answer_due_task(context: RequestContext, due: DueTask, is_paused: Call
     record = TaskRecord(context, due.prompt, due.seconds_left, RequestTask(due.task_id, due.prompt_version))
     plan = RoutingPlan.of(
         context.roster(), context.config, due.category, due.confidence, max_tokens=due.max_tokens,
-        prompt_bytes=len(due.prompt.encode("utf-8", "replace")),
+        prompt_bytes=len(due.prompt.encode("utf-8", "replace")), client=due.client,
     )  # fmt: skip
     calling = asyncio.get_running_loop().create_task(
         _call_models(record, plan, prompt_with(due.prompt, found, context.config.fallback), is_paused),

@@ -40,6 +40,7 @@ class RequestOptions:
     model: str | None = None
     deadline_seconds: float | None = None
     max_tokens: int | None = None
+    client: str = ""
     began: float = field(default_factory=time.monotonic)
 
 
@@ -59,11 +60,14 @@ class RoutingPlan:
     max_tokens: int | None = None
     fallback_max_tokens: int | None = None
     too_long: str | None = None  # set if the prompt fits no model, or not the named one
+    client: str = ""
+    interactive: bool = False
 
     @classmethod
     def of(
         cls, roster: Roster, config: RouterConfig, category: str, confidence: float | None, *,
         reason: str = "", model: str | None = None, max_tokens: int | None = None, prompt_bytes: int = 0,
+        client: str = "", interactive: bool = False,
     ) -> RoutingPlan:  # fmt: skip
         """Plans a prompt of this category; a named `model` is the only one.
 
@@ -86,6 +90,8 @@ class RoutingPlan:
                 ranking=(model,),
                 max_tokens=max_tokens,
                 too_long=refusal,
+                client=client,
+                interactive=interactive,
             )
         places = roster.places.get(category, {})
         ranking = rank_models(places, usable)
@@ -96,6 +102,7 @@ class RoutingPlan:
             roster, category, confidence, reason, ranking=ranking[: config.answering.max_models],
             fallback_models=fallback_order(config.fallback.models, usable, preferred),
             max_tokens=max_tokens, fallback_max_tokens=config.fallback.max_tokens, too_long=refusal,
+            client=client, interactive=interactive,
         )  # fmt: skip
 
     @property
@@ -109,7 +116,10 @@ class RoutingPlan:
     def call_request(self, call_id: uuid.UUID, role: Role, model: str, prompt: str) -> CallRequest:
         """Builds the call to the model; the smallest limit bounds the length of its answer."""
         role_limit = self.fallback_max_tokens if role is Role.FALLBACK else None
-        return CallRequest.to(self.roster.models[model], call_id, prompt, self.max_tokens, role_limit)
+        return CallRequest.to(
+            self.roster.models[model], call_id, prompt, self.max_tokens, role_limit,
+            client=self.client, interactive=self.interactive,
+        )  # fmt: skip
 
     def call_row(
         self, call_id: uuid.UUID, role: Role, model: str, *,
@@ -119,5 +129,5 @@ class RoutingPlan:
         return CallRow(
             call_id=call_id, model=model, role=role, rank=RANKS[role], category=self.category,
             confidence=self.confidence, worker=worker, attempt=number, reserved_tokens=reserved_tokens,
-            preferred=self.preferred, fallback=self.fallback,
+            preferred=self.preferred, fallback=self.fallback, client=self.client,
         )  # fmt: skip

@@ -52,7 +52,9 @@ class Request:
         self._record = TaskRecord(context, options.chat.text, self._deadline, max_tokens=options.max_tokens)
         self._end_pending = self._record.expect_call()
         self._roster = context.roster()
-        self._plan = RoutingPlan(self._roster, config.default_category, 0.0, "not classified yet")
+        self._plan = RoutingPlan(
+            self._roster, config.default_category, 0.0, "not classified yet", client=options.client
+        )
         self._changed = Broadcast()
         self._tasks = TrackedTasks(self._changed.notify_all)
         self._search: asyncio.Task[None] | None = None
@@ -131,6 +133,7 @@ class Request:
             self._roster, config, found.category, found.confidence,
             reason=found.reason, model=options.model, max_tokens=options.max_tokens,
             prompt_bytes=len(options.chat.text.encode("utf-8", "replace")),
+            client=options.client, interactive=True,
         )  # fmt: skip
         if self._plan.too_long is not None:
             raise ContextLengthExceeded(self._plan.too_long)

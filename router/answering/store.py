@@ -37,6 +37,7 @@ class CallRow:
     reserved_tokens: int
     preferred: str | None
     fallback: str | None
+    client: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ class DueTask:
     confidence: float | None
     max_tokens: int | None
     seconds_left: float
+    client: str = ""
 
 
 async def begin(
@@ -69,10 +71,10 @@ async def begin(
     """
     try:
         row = await fetch_one(
-            pool, "SELECT * FROM begin_request($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
+            pool, "SELECT * FROM begin_request($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)",
             prompt, deadline_seconds, first.call_id, first.model, first.role.value, int(first.rank),
             first.category, first.confidence, first.worker, first.reserved_tokens,
-            first.preferred, first.fallback, max_tokens,
+            first.preferred, first.fallback, max_tokens, first.client,
         )  # fmt: skip
     except Exception as error:
         cause = error.__cause__
@@ -85,10 +87,10 @@ async def begin(
 async def add_call(pool: asyncpg.Pool, task: RequestTask, call: CallRow) -> None:
     """Logs another call of the request before it is sent."""
     await fetch(
-        pool, "SELECT add_request_call($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
+        pool, "SELECT add_request_call($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)",
         call.call_id, task.task_id, task.prompt_version, call.model, call.role.value, int(call.rank),
         call.category, call.confidence, call.worker, call.attempt, call.reserved_tokens,
-        call.preferred, call.fallback,
+        call.preferred, call.fallback, call.client,
     )  # fmt: skip
 
 

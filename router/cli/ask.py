@@ -81,6 +81,9 @@ def ask(
     max_tokens: Annotated[
         int | None, typer.Option(metavar="N", help="Maximum length of the answer, in tokens.")
     ] = None,
+    client: Annotated[
+        str, typer.Option(metavar="NAME", help="Client for whom it is asked. Default: the empty client.")
+    ] = "",
     late: Annotated[
         float | None,
         typer.Option(
@@ -94,7 +97,8 @@ def ask(
     config: terminal.Config = terminal.DEFAULT_CONFIG,
 ) -> None:
     options = {
-        "category": category, "model": model, "deadline_seconds": deadline, "max_tokens": max_tokens
+        "category": category, "model": model, "deadline_seconds": deadline, "max_tokens": max_tokens,
+        "client": client,
     }  # fmt: skip
     if late is None and as_json:
         late = 0.0

@@ -31,6 +31,7 @@ from router.queue import (
     max_prompt_bytes,
     read_tasks,
 )
+from router.task import checked_client
 
 BATCH_TASKS = 2000
 BATCH_CHARACTERS = 4 * 1024 * 1024
@@ -57,14 +58,14 @@ Formats, also gzipped:
 A chat becomes one prompt: the system messages, an empty line, the user's message. A chat with several turns
 keeps them under the headings "User:" and "Assistant:".
 
-Loading a file again adds nothing. A row is identified by its id, or else by its prompt and how often the file
-has repeated it. Invalid rows are listed and skipped; the exit code is then 3.
+Loading a file again adds nothing. A row is identified by its id, or else by its client, its prompt and how
+often the file has repeated it. Invalid rows are listed and skipped; the exit code is then 3.
 
 \b
 Examples:
   router load prompts.jsonl
   router load questions.csv --category technical --priority 5
-  router load batch-2.jsonl --id-prefix batch-2/
+  router load batch-2.jsonl --id-prefix batch-2/ --client alice
   generate-prompts | router load - --format text --json
 """
 
@@ -109,6 +110,9 @@ def load(
             help="Priority of rows without one; higher goes first.",
         ),
     ] = 0,
+    client: Annotated[
+        str, typer.Option(metavar="NAME", help="Client of all rows. Default: the empty client.")
+    ] = "",
     id_prefix: Annotated[
         str, typer.Option(metavar="TEXT", help="Prefix for the ids of rows. Default: none.")
     ] = "",
@@ -121,7 +125,9 @@ def load(
         names = category_names(connection)
         if category is not None:
             terminal.known(category, names, "category")
-        rules = IngestDefaults(category, priority, max_prompt_bytes(connection), id_prefix)
+        rules = IngestDefaults(
+            category, priority, max_prompt_bytes(connection), id_prefix, checked_client(client)
+        )
         connection.commit()
         loading = _Load(connection, rules, frozenset(names), as_json=as_json)
         for name, stream in opened:

@@ -66,8 +66,10 @@ _TYPES: Mapping[str, tuple[str, ...]] = {
 }
 _ALIASES = {"text": _TEXT, "timestamptz": _TIME}
 _ORIGINAL_COLUMNS = ("id", "prompt", "status")  # the others are added by `router migrate`
-_MAY_BE_NOT_NULL = frozenset({*_ORIGINAL_COLUMNS, "answer", "priority", "prompt_version", "created_at"})
-_DEFAULTS = ("status", "prompt_version", "created_at")
+_MAY_BE_NOT_NULL = frozenset(
+    {*_ORIGINAL_COLUMNS, "answer", "priority", "prompt_version", "created_at", "client"}
+)
+_DEFAULTS = ("status", "prompt_version", "created_at", "client")
 _KINDS = {
     "v": "a view", "m": "a materialized view", "p": "a partitioned table", "f": "a foreign table",
 }  # fmt: skip

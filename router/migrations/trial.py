@@ -28,7 +28,7 @@ _ID_GAP = 1_000_000  # above the ids that producers insert at the same time
 # Values of each write. A column that the table does not have yet is left out.
 _NEW: Mapping[str, str] = {
     "prompt": "'Trial of router migrate'", "status": "'unsolved'", "category": "NULL", "priority": "0",
-    "max_tokens": "NULL", "deadline_at": "now()",
+    "max_tokens": "NULL", "deadline_at": "now()", "client": "''",
 }  # fmt: skip
 _KEPT = {
     "answer": "'An answer'", "answered_by": "'trial'", "answer_rank": "1",

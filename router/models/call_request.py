@@ -20,14 +20,19 @@ class CallRequest:
     max_tokens: int
     reserved_tokens: int
     timeout_seconds: float
+    client: str = ""
+    interactive: bool = False  # somebody waits for the answer
 
     @classmethod
-    def to(cls, model: RosterModel, call_id: uuid.UUID, prompt: str, *max_tokens: int | None) -> CallRequest:
+    def to(
+        cls, model: RosterModel, call_id: uuid.UUID, prompt: str, *max_tokens: int | None,
+        client: str = "", interactive: bool = False,
+    ) -> CallRequest:  # fmt: skip
         """Addresses a prompt to a model. The smallest of `max_tokens` and the model's own limit applies."""
         limit = min([model.max_tokens, *(tokens for tokens in max_tokens if tokens is not None)])
         return cls(
             call_id, model.model, model.endpoint, prompt, limit, reserved_tokens(prompt, limit),
-            model.timeout_seconds,
+            model.timeout_seconds, client, interactive,
         )  # fmt: skip
 
     @classmethod
@@ -35,7 +40,7 @@ class CallRequest:
         """Sends the prompt of a claimed task; SQL has reserved its tokens by the same rule."""
         return cls(
             claim.call_id, model.model, model.endpoint, claim.prompt, claim.max_tokens, claim.reserved_tokens,
-            model.timeout_seconds,
+            model.timeout_seconds, claim.client,
         )  # fmt: skip
 
 

@@ -48,6 +48,7 @@ class NewTask:
     priority: int
     max_tokens: int | None
     deadline_at: datetime | None
+    client: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +61,13 @@ class InvalidRow:
 
 @dataclass(frozen=True, slots=True)
 class IngestDefaults:
-    """Defaults for fields that a row does not set, and the longest prompt accepted."""
+    """Defaults for fields that a row does not set, the longest prompt accepted, and the rows' client."""
 
     category: str | None = None
     priority: int = 0
     max_prompt_bytes: int = 1024 * 1024
     id_prefix: str = ""
+    client: str = ""
 
 
 def _storable(value: Any, info: ValidationInfo) -> Any:
@@ -138,12 +140,15 @@ def _task(number: int, fields: Fields, defaults: IngestDefaults, occurrences: _O
     return NewTask(
         line=number,
         prompt=row.prompt,
-        external_id=occurrences.id_of(row.prompt) if own_id is None else defaults.id_prefix + own_id,
+        external_id=(
+            occurrences.id_of(row.prompt, defaults.client) if own_id is None else defaults.id_prefix + own_id
+        ),
         own_id=own_id is not None,
         category=None if category is None else category.strip().lower(),
         priority=defaults.priority if row.priority is None else row.priority,
         max_tokens=row.max_tokens,
         deadline_at=row.deadline_at,
+        client=defaults.client,
     )
 
 
@@ -173,11 +178,11 @@ class _Occurrences:
     def __exit__(self, *_: object) -> None:
         self._seen.close()
 
-    def id_of(self, prompt: str) -> str:
-        """Counts the prompt. Returns an id that is the same for its nth occurrence in any file."""
+    def id_of(self, prompt: str, client: str) -> str:
+        """Counts the prompt. Returns an id: the same for its nth occurrence in any file of the client."""
         digest = hashlib.sha256(prompt.encode()).digest()[:16]
         self._seen.execute(
             "INSERT INTO seen VALUES (?, 1) ON CONFLICT (digest) DO UPDATE SET times = times + 1", (digest,)
         )
         (times,) = self._seen.execute("SELECT times FROM seen WHERE digest = ?", (digest,)).fetchone()
-        return f"prompt:{digest.hex()}:{times}"
+        return f"prompt:{client + ':' if client else ''}{digest.hex()}:{times}"

@@ -44,7 +44,7 @@ BLOCKED_SETTLES = (
 )
 UNUSABLE_CLAIMS = 10  # claimed tasks that cannot be read, before a claim returns without one
 EDIT_BATCHES = 10  # of 1,000 edits each, in one maintenance step
-CLAIM = "SELECT * FROM claim_task($1, $2, $3, $4, $5, $6, $7, $8, $9)"
+CLAIM = "SELECT * FROM claim_task($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)"
 DISCARD = "SELECT discard_result($1, $2, $3, $4, $5, $6, $7, $8) AS settlement"
 READ_ONLY = "SELECT pg_is_in_recovery() OR current_setting('transaction_read_only')::boolean"
 SETTLE = "SELECT settle_call($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13) AS settlement"
@@ -107,10 +107,12 @@ class TaskQueue:
         return time.monotonic() + self._clock_offset_seconds
 
     async def claim(
-        self, model: str, categories: Sequence[str], *, max_tokens: int, limit: ContextLimit | None = None
-    ) -> Claim | None:
+        self, model: str, categories: Sequence[str], *, max_tokens: int, limit: ContextLimit | None = None,
+        skip_clients: Collection[str] = (),
+    ) -> Claim | None:  # fmt: skip
         """Claims one ready task of the first of `categories` that has one; returns None if none is ready.
 
+        Within a category and priority, clients take turns by their weights. Tasks of `skip_clients` stay.
         A task that exceeds `limit` is left to models that take more; if none does, it fails.
 
         Raises LeaseLost if the lease has expired. If the reply is lost, the claim is released before
@@ -118,7 +120,7 @@ class TaskQueue:
         """
         context = (
             limit.tokens if limit else None, limit.tokens_per_byte if limit else None,
-            limit is None or limit.is_largest, limit.token_limit if limit else None,
+            limit is None or limit.is_largest, limit.token_limit if limit else None, list(skip_clients),
         )  # fmt: skip
         for _ in range(UNUSABLE_CLAIMS):
             call_id = new_call_id(self.database_time())

@@ -24,11 +24,11 @@ READ_BATCH = 500
 _STAGING = """
 CREATE TEMP TABLE router_staging (
     line bigint, prompt text, category text, priority integer, external_id text, own_id boolean,
-    max_tokens integer, deadline_at timestamptz) ON COMMIT DROP"""
+    max_tokens integer, deadline_at timestamptz, client text) ON COMMIT DROP"""
 _MORE = "SELECT names, literals FROM task_default_columns()"
 _INSERT = """
-INSERT INTO tasks (prompt, category, priority, external_id, max_tokens, deadline_at{names})
-SELECT i.prompt, i.category, i.priority, i.external_id, i.max_tokens, i.deadline_at{literals}
+INSERT INTO tasks (prompt, category, priority, external_id, max_tokens, deadline_at, client{names})
+SELECT i.prompt, i.category, i.priority, i.external_id, i.max_tokens, i.deadline_at, i.client{literals}
   FROM router_staging i ORDER BY i.line
 ON CONFLICT (external_id) WHERE external_id IS NOT NULL DO NOTHING"""
 _CONFLICTS = """
@@ -133,7 +133,7 @@ def enqueue(connection: Connection, batch: Sequence[NewTask]) -> Added:
 def _copy_line(task: NewTask) -> str:
     values = (
         task.line, task.prompt, task.category, task.priority, task.external_id, task.own_id, task.max_tokens,
-        task.deadline_at,
+        task.deadline_at, task.client,
     )  # fmt: skip
     return (
         "\t".join("\\N" if value is None else str(value).translate(_COPY_ESCAPES) for value in values) + "\n"

@@ -18,12 +18,12 @@ from pathlib import Path
 
 from router.errors import ConfigError, InputError
 from router.files import locked, replacing
+from router.task import CLIENT_PATTERN
 
 PREFIX = "sk-router-"
 HASH = "sha256:"
 MIN_KEY_CHARACTERS = 20
 ENVIRONMENT_CLIENT = "ROUTER_API_KEY"
-CLIENT_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}"
 _LINE = re.compile(rf"({CLIENT_PATTERN})\s+{HASH}([0-9a-f]{{64}})")
 
 

@@ -28,7 +28,7 @@ from router.errors import (
     LimiterError,
     ModelFailed,
 )
-from router.server.middleware import ClientGone, Limits, read_body
+from router.server.middleware import ClientGone, Limits, read_body, request_client
 from router.server.requests import Catalog, ChatRequest, parse_chat
 from router.server.responses import (
     KEEP_ALIVE,
@@ -98,7 +98,8 @@ class ChatCompletions:
         began = time.monotonic()
         request_id: str = request.state.request_id
         loop = asyncio.get_running_loop()
-        answering = loop.create_task(self._ask_router(chat), name=f"router chat {request_id}")
+        asking = self._ask_router(chat, request_client(request))
+        answering = loop.create_task(asking, name=f"router chat {request_id}")
         disconnect = loop.create_task(_disconnected(request), name=f"router client of {request_id}")
         self._answering.add(answering)
         keep_alive = self._limits.keep_alive_seconds
@@ -112,10 +113,10 @@ class ChatCompletions:
         log.info("%s client=%s model=%s: %s in %.2f s", request_id, request.user.username,
                  chat.requested_model, completion.outcome, time.monotonic() - began)  # fmt: skip
 
-    async def _ask_router(self, chat: ChatRequest) -> Answer:
+    async def _ask_router(self, chat: ChatRequest, client: str) -> Answer:
         return await self._router.answer(
             chat.conversation, category=chat.category, model=chat.model,
-            deadline_seconds=chat.deadline_seconds, max_tokens=chat.max_tokens,
+            deadline_seconds=chat.deadline_seconds, max_tokens=chat.max_tokens, client=client,
         )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ MAX_DISCARDED_BYTES = 64 * 1024 * 1024
 DISCARD_SECONDS = 5.0
 PATHS = "POST /v1/chat/completions, GET /v1/models"
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+LOCAL_USER = "this machine"  # who asks where no API keys are needed; as a client ''
 CORS_SECONDS = 600
 EXPOSED_HEADERS = (
     *("x-request-id", "retry-after", "retry-after-ms"),
@@ -84,6 +85,12 @@ class CorsMiddleware(CORSMiddleware):
         return ApiResponse(document, HTTPStatus.FORBIDDEN, dict(kept))
 
 
+def request_client(request: Request) -> str:
+    """Returns the client of an authenticated request: the owner of its API key; '' without keys."""
+    name: str = request.user.username
+    return "" if name == LOCAL_USER else name
+
+
 class KeyAuthentication(AuthenticationBackend):
     """Authenticates clients by `Authorization: Bearer KEY`. Raises ApiError."""
 
@@ -103,7 +110,7 @@ class KeyAuthentication(AuthenticationBackend):
             origin = headers.get("origin")
             if _host(headers) not in LOOPBACK or (origin is not None and origin not in self._origins):
                 raise ApiError(403, "Without API keys only programs on this machine are served.")
-            return "this machine"
+            return LOCAL_USER
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise ApiError(

@@ -1,6 +1,7 @@
 """Configuration: YAML files and environment variables, validated once into frozen values."""
 
 from router.settings.classification import ClassificationSettings, load_categories
+from router.settings.clients import DEFAULT_CLIENT, ClientSettings
 from router.settings.discovery import (
     MEGABYTE,
     CriteriaSettings,
@@ -32,6 +33,7 @@ from router.settings.variables import unknown_variables
 
 __all__ = [
     "AIRFLOW_SOURCE",
+    "DEFAULT_CLIENT",
     "DEFAULT_CONFIG_FOLDER",
     "DISCOVERED",
     "MEGABYTE",
@@ -40,6 +42,7 @@ __all__ = [
     "Addresses",
     "BackendSettings",
     "ClassificationSettings",
+    "ClientSettings",
     "CriteriaSettings",
     "DiscoverySettings",
     "FallbackSettings",

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from router.errors import ConfigError
 from router.settings.classification import ClassificationSettings, check_category_names, load_categories
+from router.settings.clients import ClientName, ClientSettings, settings_of
 from router.settings.environment import config_folder
 from router.settings.files import Frozen, read_yaml, validated
 from router.settings.models import MODEL_NAME_PATTERN, DiscoveredModel, ModelSettings, read_discovered
@@ -149,6 +150,7 @@ class RouterConfig(Frozen):
     renamed_keys: ClassVar[Mapping[str, str | None]] = {"asking": "answering"}
 
     models: dict[str, ModelSettings]
+    clients: dict[ClientName, ClientSettings] = Field(default={})
     default_category: str = "general"  # from categories.yaml
     categories: tuple[str, ...] = ("technical", "creative", "general")  # from categories.yaml
     classification: ClassificationSettings | None = Field(default=None, exclude=True, repr=False)
@@ -172,6 +174,10 @@ class RouterConfig(Frozen):
             if model not in self.models:
                 raise ValueError(f"fallback.models: {model!r} is not among the models")
         return self
+
+    def client(self, name: str) -> ClientSettings:
+        """Returns the settings of a client; what its entry does not set is that of `default`."""
+        return settings_of(self.clients, name)
 
     @model_validator(mode="after")
     def _names_agree(self) -> RouterConfig:

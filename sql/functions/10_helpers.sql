@@ -40,6 +40,25 @@ LANGUAGE sql STABLE AS $$
       FROM queue_settings s
 $$;
 
+-- Whether this is a client: the text of CLIENT_PATTERN in router/task.py, or ''. NULL, in a column of older tables, is ''.
+CREATE OR REPLACE FUNCTION is_client(p_client text) RETURNS boolean
+LANGUAGE sql IMMUTABLE AS $$
+    SELECT coalesce(p_client, '') = '' OR octet_length(p_client) <= 64 AND p_client ~ '^[A-Za-z0-9][A-Za-z0-9._@-]*$'
+$$;
+
+-- Reason why a task cannot run for this client; NULL if it can.
+CREATE OR REPLACE FUNCTION client_problem(p_client text) RETURNS text
+LANGUAGE sql IMMUTABLE AS $$
+    SELECT format('the client is %L: write letters, digits and . _ @ -, at most 64 characters', left(p_client, 80))
+     WHERE NOT is_client(p_client)
+$$;
+
+-- Client of a task; '' if the task is gone or its client cannot be used.
+CREATE OR REPLACE FUNCTION client_of(p_task_id bigint) RETURNS text
+LANGUAGE sql STABLE AS $$
+    SELECT coalesce((SELECT t.client::text FROM tasks t WHERE t.id = p_task_id AND is_client(t.client)), '')
+$$;
+
 -- Category under which a task is queued: its own if it is configured, else the default one.
 CREATE OR REPLACE FUNCTION resolve_category(p_category text) RETURNS text
 LANGUAGE sql STABLE AS $$

@@ -6,13 +6,16 @@ DECLARE
     lacking text[] := ARRAY(
         SELECT a.attname FROM pg_attribute a
          WHERE a.attrelid = 'tasks'::regclass AND NOT a.atthasdef
-           AND a.attname IN ('status', 'prompt_version', 'created_at'));
+           AND a.attname IN ('status', 'prompt_version', 'created_at', 'client'));
 BEGIN
     IF 'status' = ANY (lacking) THEN
         ALTER TABLE tasks ALTER COLUMN status SET DEFAULT 'unsolved';
     END IF;
     IF 'created_at' = ANY (lacking) THEN
         ALTER TABLE tasks ALTER COLUMN created_at SET DEFAULT now();
+    END IF;
+    IF 'client' = ANY (lacking) THEN
+        ALTER TABLE tasks ALTER COLUMN client SET DEFAULT '';
     END IF;
     IF 'prompt_version' = ANY (lacking) THEN
         UPDATE tasks SET prompt_version = 1 WHERE prompt_version IS NULL;

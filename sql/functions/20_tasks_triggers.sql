@@ -20,6 +20,7 @@ BEGIN
           LEFT JOIN categories own ON own.name = i.category
           CROSS JOIN LATERAL (SELECT coalesce(own.name, (SELECT resolve_category(NULL))) AS name) AS known
          WHERE i.status = 'unsolved' AND octet_length(i.prompt) <= s.max_prompt_bytes AND i.prompt ~ '\S'
+           AND is_client(i.client)
          ORDER BY i.id
         ON CONFLICT (task_id) DO NOTHING
         RETURNING category, priority
@@ -39,9 +40,10 @@ BEGIN
       FROM inserted WHERE status <> 'unsolved' GROUP BY 1;
 
     IF queued IS DISTINCT FROM (SELECT count(*) FROM inserted WHERE status = 'unsolved') THEN
-        UPDATE tasks t SET status = 'failed', failure = prompt_problem(i.prompt)
+        UPDATE tasks t SET status = 'failed', failure = coalesce(prompt_problem(i.prompt), client_problem(i.client))
           FROM inserted i
-         WHERE t.id = i.id AND i.status = 'unsolved' AND prompt_problem(i.prompt) IS NOT NULL;
+         WHERE t.id = i.id AND i.status = 'unsolved'
+           AND coalesce(prompt_problem(i.prompt), client_problem(i.client)) IS NOT NULL;
     END IF;
     IF queued > 0 AND current_setting('router.interactive', true) IS DISTINCT FROM 'on' THEN
         PERFORM wake_workers();
@@ -66,7 +68,8 @@ DECLARE
     classify_until timestamptz;
 BEGIN
     IF NOT (edited OR NEW.status IS DISTINCT FROM OLD.status OR NEW.category IS DISTINCT FROM OLD.category
-            OR NEW.priority IS DISTINCT FROM OLD.priority OR NEW.deadline_at IS DISTINCT FROM OLD.deadline_at) THEN
+            OR NEW.priority IS DISTINCT FROM OLD.priority OR NEW.deadline_at IS DISTINCT FROM OLD.deadline_at
+            OR NEW.client IS DISTINCT FROM OLD.client) THEN
         RETURN NEW;
     END IF;
     IF NEW.status = 'unsolved' AND OLD.status = 'unsolved' AND NOT edited AND edits_of_transaction() > 200 THEN
@@ -99,6 +102,10 @@ BEGIN
         NEW.truncated := NULL;
         NEW.failure := prompt_problem(NEW.prompt);
         NEW.status := CASE WHEN NEW.failure IS NULL THEN 'unsolved' ELSE 'failed' END;
+    END IF;
+    IF NEW.status = 'unsolved' AND NOT is_client(NEW.client) THEN
+        NEW.failure := client_problem(NEW.client);
+        NEW.status := 'failed';
     END IF;
 
     IF NEW.status = 'solved' AND (OLD.status <> 'solved' OR edited) THEN
@@ -183,10 +190,21 @@ BEGIN
 END
 $$;
 
+-- NULL would be refused by the column, with all rows of the statement.
+CREATE OR REPLACE FUNCTION task_without_client() RETURNS trigger
+LANGUAGE plpgsql AS $$
+BEGIN
+    NEW.client := '';
+    RETURN NEW;
+END
+$$;
+
+CREATE OR REPLACE TRIGGER router_client BEFORE INSERT OR UPDATE OF client ON tasks
+    FOR EACH ROW WHEN (NEW.client IS NULL) EXECUTE FUNCTION task_without_client();
 CREATE OR REPLACE TRIGGER router_inserted AFTER INSERT ON tasks
     REFERENCING NEW TABLE AS inserted FOR EACH STATEMENT EXECUTE FUNCTION tasks_inserted();
 -- settle_call sets a new answer_call_id and updates the queue itself. Other updates clear it at most.
-CREATE OR REPLACE TRIGGER router_updated BEFORE UPDATE OF status, prompt, category, priority, deadline_at ON tasks
+CREATE OR REPLACE TRIGGER router_updated BEFORE UPDATE OF status, prompt, category, priority, deadline_at, client ON tasks
     FOR EACH ROW
     WHEN (NEW.answer_call_id IS NULL OR NEW.answer_call_id IS NOT DISTINCT FROM OLD.answer_call_id)
     EXECUTE FUNCTION task_updated();

@@ -185,13 +185,12 @@ $$;
 -- a claim that a crash loses is made again.
 -- p_context and p_tokens_per_byte: what the model takes, see 32_context.sql. A longer task is left to models that take
 -- more; if p_is_largest, none does, and it fails. No call reserves more than p_token_limit.
-DROP FUNCTION IF EXISTS claim_task(text, text[], text, uuid, integer);
 CREATE OR REPLACE FUNCTION claim_task(
     p_model text, p_categories text[], p_worker text, p_call_id uuid, p_max_tokens integer DEFAULT NULL,
     p_context integer DEFAULT NULL, p_tokens_per_byte double precision DEFAULT NULL, p_is_largest boolean DEFAULT true,
-    p_token_limit integer DEFAULT NULL)
+    p_token_limit integer DEFAULT NULL, p_skip_clients text[] DEFAULT '{}')
 RETURNS TABLE (task_id bigint, prompt text, category text, prompt_version integer, attempt integer,
-               max_tokens integer, reserved_tokens integer, deadline_at timestamptz)
+               max_tokens integer, reserved_tokens integer, deadline_at timestamptz, client text)
 LANGUAGE plpgsql
 SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off SET lock_timeout = '200ms' AS $$
 #variable_conflict use_column
@@ -243,9 +242,9 @@ BEGIN
             END IF;
             EXIT WHEN found_row.task_id IS NULL;
 
-            SELECT CASE WHEN octet_length(t.prompt) <= s.max_prompt_bytes
+            SELECT CASE WHEN octet_length(t.prompt) <= s.max_prompt_bytes AND is_client(t.client)
                          AND (getdatabaseencoding() <> 'SQL_ASCII' OR is_readable(t.prompt)) THEN t.prompt::text END AS prompt,
-                   t.prompt_version, readable_time(t.deadline_at) AS deadline_at,
+                   t.prompt_version, readable_time(t.deadline_at) AS deadline_at, coalesce(t.client::text, '') AS client,
                    coalesce(CASE WHEN t.max_tokens IS NOT NULL  -- greatest() and least() ignore NULL
                                  THEN greatest(1, least(t.max_tokens, 2147483647)) END::integer,
                             p_max_tokens, s.default_max_tokens) AS max_tokens
@@ -268,15 +267,16 @@ BEGIN
                 max_tokens := task.max_tokens;
                 reserved_tokens := least(reserved_tokens(task.prompt, claim_task.max_tokens), p_token_limit);
                 deadline_at := task.deadline_at;
+                client := task.client;
                 UPDATE queue SET state = 'claimed', call_id = p_call_id, worker = p_worker,
                                  claimed_at = clock_timestamp(), attempt = claim_task.attempt,
                                  prompt_version = claim_task.prompt_version
                  WHERE task_id = claim_task.task_id;
                 INSERT INTO model_calls (call_id, task_id, prompt_version, model, category, confidence, category_reason,
-                                         worker, attempt, reserved_tokens)
+                                         worker, attempt, reserved_tokens, client)
                 VALUES (p_call_id, claim_task.task_id, claim_task.prompt_version, p_model, claim_task.category,
                         found_row.confidence, found_row.category_reason, p_worker, claim_task.attempt,
-                        claim_task.reserved_tokens);
+                        claim_task.reserved_tokens, claim_task.client);
                 IF random() < 0.015 AND lane.category IS NOT NULL THEN
                     PERFORM advance_low_watermark(lane.category, lane.priority, lane.came_back);
                 END IF;
@@ -303,7 +303,7 @@ BEGIN
     IF (p_categories IS NULL OR cardinality(p_categories) = 0 OR resolve_category(NULL) = ANY (p_categories))
        AND apply_default_category(50) > 0 THEN
         RETURN QUERY SELECT * FROM claim_task(p_model, p_categories, p_worker, p_call_id, p_max_tokens, p_context,
-                                              p_tokens_per_byte, p_is_largest, p_token_limit);
+                                              p_tokens_per_byte, p_is_largest, p_token_limit, p_skip_clients);
     END IF;
 END
 $$;

@@ -47,8 +47,8 @@ BEGIN
             RAISE EXCEPTION 'call % is not in the log, and without its task and model it cannot be put back', p_call_id
                 USING ERRCODE = 'RT002';
         END IF;
-        INSERT INTO model_calls (call_id, task_id, prompt_version, model, reserved_tokens)
-        VALUES (p_call_id, p_task_id, coalesce(p_prompt_version, 1), p_model, p_reserved_tokens)
+        INSERT INTO model_calls (call_id, task_id, prompt_version, model, reserved_tokens, client)
+        VALUES (p_call_id, p_task_id, coalesce(p_prompt_version, 1), p_model, p_reserved_tokens, client_of(p_task_id))
         ON CONFLICT DO NOTHING;
         SELECT * INTO call FROM model_calls c WHERE c.call_id = p_call_id;
     END IF;

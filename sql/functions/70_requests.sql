@@ -15,11 +15,11 @@
 CREATE OR REPLACE FUNCTION begin_request(
     p_prompt text, p_deadline_seconds double precision, p_call_id uuid, p_model text, p_role text, p_rank smallint,
     p_category text, p_confidence real, p_worker text, p_reserved_tokens integer, p_preferred text, p_fallback text,
-    p_max_tokens integer DEFAULT NULL)
+    p_max_tokens integer DEFAULT NULL, p_client text DEFAULT '')
 RETURNS TABLE (task_id bigint, prompt_version integer)
 LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '200ms' AS $$
 DECLARE
-    problem text := prompt_problem(p_prompt);
+    problem text := coalesce(prompt_problem(p_prompt), client_problem(p_client));
     added record;
     more record;
 BEGIN
@@ -35,22 +35,24 @@ BEGIN
     PERFORM set_config('router.interactive', 'on', true);  -- claimed already: no worker needs a notification
     SELECT * INTO more FROM task_default_columns();
     IF more.names = '' THEN
-        INSERT INTO tasks (prompt, category, deadline_at, max_tokens, interactive)
-        VALUES (p_prompt, p_category, clock_timestamp() + make_interval(secs => p_deadline_seconds), p_max_tokens, true)
+        INSERT INTO tasks (prompt, category, deadline_at, max_tokens, interactive, client)
+        VALUES (p_prompt, p_category, clock_timestamp() + make_interval(secs => p_deadline_seconds), p_max_tokens, true,
+                p_client)
         RETURNING id, tasks.prompt_version INTO added;
     ELSE
-        EXECUTE format('INSERT INTO tasks (prompt, category, deadline_at, max_tokens, interactive%s)'
-                       ' VALUES ($1, $2, $3, $4, true%s) RETURNING id, prompt_version', more.names, more.literals)
+        EXECUTE format('INSERT INTO tasks (prompt, category, deadline_at, max_tokens, interactive, client%s)'
+                       ' VALUES ($1, $2, $3, $4, true, $5%s) RETURNING id, prompt_version', more.names, more.literals)
            INTO added
-          USING p_prompt, p_category, clock_timestamp() + make_interval(secs => p_deadline_seconds), p_max_tokens;
+          USING p_prompt, p_category, clock_timestamp() + make_interval(secs => p_deadline_seconds), p_max_tokens,
+                p_client;
     END IF;
     UPDATE queue q SET state = 'claimed', attempt = 1, call_id = p_call_id, worker = p_worker,
                        claimed_at = clock_timestamp(), deadline_at = NULL
      WHERE q.task_id = added.id;
     INSERT INTO model_calls (call_id, task_id, prompt_version, model, category, confidence, role, rank, preferred,
-                             fallback, worker, attempt, reserved_tokens)
+                             fallback, worker, attempt, reserved_tokens, client)
     VALUES (p_call_id, added.id, added.prompt_version, p_model, p_category, p_confidence, p_role, p_rank, p_preferred,
-            p_fallback, p_worker, 1, p_reserved_tokens);
+            p_fallback, p_worker, 1, p_reserved_tokens, p_client);
     RETURN QUERY SELECT added.id::bigint, added.prompt_version;
 END
 $$;
@@ -59,14 +61,14 @@ $$;
 CREATE OR REPLACE FUNCTION add_request_call(
     p_call_id uuid, p_task_id bigint, p_prompt_version integer, p_model text, p_role text, p_rank smallint,
     p_category text, p_confidence real, p_worker text, p_attempt integer, p_reserved_tokens integer,
-    p_preferred text, p_fallback text) RETURNS void
+    p_preferred text, p_fallback text, p_client text DEFAULT '') RETURNS void
 LANGUAGE plpgsql SET lock_timeout = '200ms' AS $$
 BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
     INSERT INTO model_calls (call_id, task_id, prompt_version, model, category, confidence, role, rank, preferred,
-                             fallback, worker, attempt, reserved_tokens)
+                             fallback, worker, attempt, reserved_tokens, client)
     VALUES (p_call_id, p_task_id, p_prompt_version, p_model, p_category, p_confidence, p_role, p_rank, p_preferred,
-            p_fallback, p_worker, p_attempt, p_reserved_tokens)
+            p_fallback, p_worker, p_attempt, p_reserved_tokens, p_client)
     ON CONFLICT DO NOTHING;
 END
 $$;
@@ -86,8 +88,8 @@ DECLARE
 BEGIN
     PERFORM FROM tasks t WHERE t.id = p_task_id FOR NO KEY UPDATE;
     IF NOT EXISTS (SELECT FROM model_calls c WHERE c.call_id = p_call_id) THEN  -- a crash lost it
-        INSERT INTO model_calls (call_id, task_id, prompt_version, model, role, rank, reserved_tokens)
-        VALUES (p_call_id, p_task_id, p_prompt_version, p_model, p_role, p_rank, p_reserved_tokens)
+        INSERT INTO model_calls (call_id, task_id, prompt_version, model, role, rank, reserved_tokens, client)
+        VALUES (p_call_id, p_task_id, p_prompt_version, p_model, p_role, p_rank, p_reserved_tokens, client_of(p_task_id))
         ON CONFLICT DO NOTHING;
     END IF;
     IF p_outcome <> 'answered' OR p_rank < 3 THEN
@@ -142,7 +144,7 @@ $$;
 -- after p_hold_seconds.
 CREATE OR REPLACE FUNCTION claim_due_deadlines(p_ahead_seconds double precision, p_hold_seconds double precision, p_limit integer)
 RETURNS TABLE (task_id bigint, prompt text, prompt_version integer, category text, confidence real,
-               max_tokens integer, seconds_left double precision)
+               max_tokens integer, seconds_left double precision, client text)
 LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '200ms' AS $$
 #variable_conflict use_column
 BEGIN
@@ -168,9 +170,10 @@ BEGIN
         RETURNING q.task_id, q.category, q.confidence
     )
     SELECT t.id::bigint, readable_text(left(t.prompt, s.max_prompt_bytes)), t.prompt_version, taken.category, taken.confidence, t.max_tokens::integer,
-           extract(epoch FROM readable_time(t.deadline_at) - clock_timestamp())::float8
+           extract(epoch FROM readable_time(t.deadline_at) - clock_timestamp())::float8, coalesce(t.client::text, '')
       FROM taken JOIN tasks t ON t.id = taken.task_id, queue_settings s
-     WHERE t.status = 'unsolved' AND t.deadline_at IS NOT NULL AND coalesce(t.answer_rank, 0) < 2;
+     WHERE t.status = 'unsolved' AND t.deadline_at IS NOT NULL AND coalesce(t.answer_rank, 0) < 2
+       AND is_client(t.client);
 END
 $$;
 

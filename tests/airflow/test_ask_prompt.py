@@ -116,6 +116,7 @@ def test_dags_test_answers_a_prompt(deployment: Deployment, environment: dict[st
     assert done.returncode == 0, output
     solved = task(environment["AIRFLOW_CONN_ROUTER_DB"])
     assert solved["status"] == "solved"
+    assert solved["client"] == "dag_test"  # Airflow's name of the user in `dags test`
     assert solved["answer"] in output  # the log of the Airflow task shows the answer
     assert "calling deepseek-v3 (preferred model)" in output
     assert '"event": "answered"' in output  # the JSON line

@@ -47,6 +47,7 @@ class Taken:
     attempt: int
     max_tokens: int
     reserved_tokens: int
+    client: str = ""
 
 
 class Probe:

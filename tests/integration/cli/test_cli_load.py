@@ -37,6 +37,16 @@ def prompts_in(ask: Callable[..., list[dict[str, Any]]]) -> list[str]:
     return [row["prompt"] for row in ask("SELECT prompt FROM tasks ORDER BY id")]
 
 
+def test_the_client_of_all_rows_can_be_given(router: CommandLine, ask: Any, tmp_path: Path):
+    (tmp_path / "c.txt").write_text("one\ntwo\n")
+    assert router("load", tmp_path / "c.txt", "--client", "alice").code == 0
+    assert router("load", tmp_path / "c.txt", "--json").json["added"] == 2, "another client's tasks"
+    found = ask("SELECT client, count(*) AS n FROM tasks GROUP BY client ORDER BY client")
+    assert found == [{"client": "", "n": 2}, {"client": "alice", "n": 2}]
+    refused = router("load", tmp_path / "c.txt", "--client", "two words")
+    assert (refused.code, "'two words' is not a client" in refused.err) == (1, True)
+
+
 def test_tasks_of_every_format_are_queued(router: CommandLine, ask: Any, tmp_path: Path):
     chat = {
         "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],

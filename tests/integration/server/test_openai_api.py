@@ -68,6 +68,13 @@ def test_a_model_or_category_can_be_chosen(server: Serving) -> None:
     assert server.chat(CODE, model="auto:creative").router["category"] == "creative"
 
 
+def test_the_owner_of_the_key_is_the_client_of_task_and_calls(server: Serving) -> None:
+    task_id = server.chat(model="phi-4").router["task_id"]
+    task = server.rows("SELECT client FROM tasks WHERE id = %s", task_id)
+    calls = server.rows("SELECT DISTINCT client FROM model_calls WHERE task_id = %s", task_id)
+    assert task == calls == [{"client": "tester"}]
+
+
 def test_optional_parameters(server: Serving) -> None:
     completion = server.client.chat.completions.create(
         model="phi-4",

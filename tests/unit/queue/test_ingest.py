@@ -323,3 +323,8 @@ def test_fields_of_a_message_that_would_be_lost_are_rejected_by_name(name: str) 
     with pytest.raises(MessageError, match=name) as caught:
         read_conversation(turns)
     assert caught.value.param == f"messages.[1].{name}"
+
+
+def test_the_same_prompt_of_two_clients_is_two_tasks() -> None:
+    made = {tasks("a", Format.TEXT, client=client)[0].external_id for client in ("", "alice", "bob")}
+    assert len(made) == 3

@@ -155,3 +155,38 @@ def test_removed_key_is_accepted_with_a_warning(tmp_path: Path, caplog: pytest.L
     (tmp_path / "models.yaml").write_text(MODEL + "backend: {paths: {single: /x, health: /up}}\n")
     assert load_config(tmp_path).backend.paths.single == "/x"
     assert "health is no longer used; remove it" in caplog.text
+
+
+def clients(folder: Path, lines: str) -> RouterConfig:
+    """Returns the config with these clients."""
+    (folder / "models.yaml").write_text(f"{MODEL}clients: {{{lines}}}\n")
+    return load_config(folder)
+
+
+def test_an_unnamed_client_has_weight_1_and_no_limit() -> None:
+    config = load_config()
+    assert (config.client("alice").weight, config.client("").limit) == (1.0, None)
+
+
+def test_a_client_has_the_values_of_default_that_its_entry_does_not_set(tmp_path: Path) -> None:
+    named = "default: {weight: 2, limit: 60/min}, alice: {weight: 5}, bob: {limit: null}, '': {weight: 0.5}"
+    config = clients(tmp_path, named)
+    found = {name: config.client(name) for name in ("alice", "bob", "", "carol")}
+    assert {name: (one.weight, one.limit) for name, one in found.items()} == {
+        "alice": (5, "60/min"), "bob": (2, None), "": (0.5, "60/min"), "carol": (2, "60/min")
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("lines", "key"),
+    [
+        ("alice: {weight: 0}", "clients.alice.weight"),
+        ("alice: {weight: 1001}", "clients.alice.weight"),
+        ("alice: {limit: lots}", "clients.alice.limit"),
+        ("alice: {share: 1}", "clients.alice.share"),
+        ("two words: {weight: 1}", "clients.two words"),
+        (".hidden: {weight: 1}", "clients..hidden"),
+    ],
+)
+def test_an_invalid_client_is_reported_with_its_path(tmp_path: Path, lines: str, key: str) -> None:
+    assert key in error_of(tmp_path, f"{MODEL}clients: {{{lines}}}\n")
