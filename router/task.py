@@ -6,8 +6,10 @@ import enum
 import re
 import secrets
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from router.errors import InputError
 
@@ -120,7 +122,8 @@ class CallResult:
     """Result of one call to the Models Backend, successful or not.
 
     `retry_after_seconds` comes from the provider (429, 503). `error` is one line without secrets. Tokens are
-    the provider's count, None where it reported none.
+    the provider's count, None where it reported none. `finish_reason`, `tool_calls` and `refusal` are as in
+    OpenAI's API.
     """
 
     outcome: Outcome
@@ -131,6 +134,10 @@ class CallResult:
     latency_seconds: float | None = None
     retry_after_seconds: float | None = None
     error: str | None = None
+    finish_reason: str | None = None
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    refusal: str | None = None
+    cached_tokens: int | None = None
     may_go_on: bool = False  # no reply: the backend may still be working on it
 
     @property

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from http import HTTPStatus
 from types import TracebackType
-from typing import Any
 
 import aiohttp
 from aiohttp.abc import AbstractStreamWriter
@@ -23,6 +22,7 @@ from typing_extensions import Self
 from router.errors import BackendUnavailable
 from router.models.bodies import decompressed, parse_json, web_page
 from router.models.call_request import CallRequest
+from router.models.documents import request_document
 from router.models.responses import (
     MAX_ERROR_BYTES,
     answer_result,
@@ -82,17 +82,7 @@ class ModelsBackend:
         Exceptions of `before_send` pass through unchanged, with nothing written. `Outcome.UNSENT` means that
         `before_send` was not reached, so that the permit was not used.
         """
-        names = self._settings.fields
-        document: dict[str, Any] = {}
-        for path, value in (
-            (names.model, request.endpoint),
-            (names.prompt, request.prompt),
-            (names.max_tokens, request.max_tokens),
-            (names.request_id, str(request.call_id)),
-            (names.tokens_reserved, request.reserved_tokens),
-        ):
-            _put(document, path, value)
-        body = _GuardedBody(json.dumps(document).encode(), before_send)
+        body = _GuardedBody(json.dumps(request_document(request, self._settings)).encode(), before_send)
         timeout = aiohttp.ClientTimeout(total=request.timeout_seconds, connect=self._settings.connect_seconds)
         try:
             result = await self._exchange(body, timeout)
@@ -232,13 +222,6 @@ def _broken(error: Exception, sent_at: float | None, timeout_seconds: float) -> 
     else:
         outcome, message = Outcome.UNAVAILABLE, f"the connection to the backend broke: {one_line(error)}"
     return CallResult(outcome, error=message, latency_seconds=_since(sent_at), may_go_on=True)
-
-
-def _put(document: dict[str, Any], path: str, value: Any) -> None:
-    *parents, last = path.split(".")
-    for key in parents:
-        document = document.setdefault(key, {})
-    document[last] = value
 
 
 def _since(start: float | None) -> float | None:

@@ -6,6 +6,7 @@ import uuid
 from dataclasses import dataclass
 
 from router.models.roster import RosterModel
+from router.request import ModelRequest
 from router.task import Claim
 
 
@@ -22,6 +23,7 @@ class CallRequest:
     timeout_seconds: float
     client: str = ""
     interactive: bool = False  # somebody waits for the answer
+    request: ModelRequest | None = None  # None: only the prompt is sent
 
     @classmethod
     def to(

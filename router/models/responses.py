@@ -17,6 +17,7 @@ from router.task import CallResult, Outcome
 MAX_ERROR_CHARACTERS = 200
 MAX_ERROR_BYTES = 4096  # of the body of an error
 MAX_COST_USD = 1e6
+MAX_REASON_CHARACTERS = 2000
 _SECRET = re.compile(
     r"(?i)(bearer\s+|\bsk-|(?:api[-_ ]?key|token|password|secret)[\"']?\s*[:=]\s*[\"']?)[^\s\"',;]+"
     r"|(://)[^\s/@]+(?=@)"
@@ -41,10 +42,18 @@ def answer_result(document: Any, settings: BackendSettings, content: bytes) -> C
         Outcome.GARBAGE,
         prompt_tokens=_token_count(value_at(document, names.prompt_tokens)),
         completion_tokens=_token_count(value_at(document, names.completion_tokens)),
+        cached_tokens=_token_count(value_at(document, names.cached_tokens)),
         cost_usd=_cost(value_at(document, names.cost_usd)),
+        finish_reason=_short_text(value_at(document, names.finish_reason)),
+        tool_calls=_tool_calls(value_at(document, names.tool_calls)),
+        refusal=_short_text(value_at(document, names.refusal)),
     )
-    answer = value_at(document, names.answer)
-    if not isinstance(answer, str):
+    answer = _text_of(value_at(document, names.answer))
+    if usage.tool_calls:
+        return replace(usage, outcome=Outcome.ANSWERED, answer=postgres_text(answer or ""))
+    if usage.refusal and not answer:
+        return replace(usage, outcome=Outcome.REJECTED, error=f"the model refused: {one_line(usage.refusal)}")
+    if answer is None:
         return replace(
             usage, error=f"the backend's JSON contains no text at {names.answer!r}: {one_line(content)}"
         )
@@ -104,6 +113,24 @@ def one_line(text: str | bytes | BaseException) -> str:
         text = str(text) or type(text).__name__
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return _SECRET.sub(r"\1\2***", line)[:MAX_ERROR_CHARACTERS]
+
+
+def _text_of(value: Any) -> str | None:
+    """Returns the text of an answer, which may come in several parts."""
+    if isinstance(value, list):
+        parts = [part.get("text") for part in value if isinstance(part, dict)]
+        return "".join(part for part in parts if isinstance(part, str)) if parts else None
+    return value if isinstance(value, str) else None
+
+
+def _short_text(value: Any) -> str | None:
+    return postgres_text(value[:MAX_REASON_CHARACTERS]) if isinstance(value, str) and value else None
+
+
+def _tool_calls(value: Any) -> tuple[Mapping[str, Any], ...]:
+    """Returns the calls of tools; whatever is not one is left out."""
+    calls = value if isinstance(value, list) else []
+    return tuple(call for call in calls if isinstance(call, dict) and isinstance(call.get("function"), dict))
 
 
 def _token_count(value: Any) -> int | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
 from router.request.errors import RequestError
+from router.request.messages import PART_CAPABILITIES
 from router.request.model_request import ModelRequest
 from router.request.parameters import Parameters
 
@@ -31,11 +32,11 @@ HINTS = frozenset(
         *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
     }
 )
-# Parameters whose capability has another name than they have themselves.
-PARAMETER_CAPABILITIES: Mapping[str, str] = {
-    name: {"tool_choice": "tools", "parallel_tool_calls": "tools"}.get(name, name)
-    for name in Parameters.model_fields
-}
+_FORMATS = frozenset({"json_object", "json_schema"})
+_OF_OTHERS = frozenset({"response_format", "tool_choice", "parallel_tool_calls"})  # of a format, and of tools
+# Everything that a backend of texts can support, and with parts of other kinds.
+TEXT_CAPABILITIES = (frozenset(Parameters.model_fields) - _OF_OTHERS) | _FORMATS
+CAPABILITIES = TEXT_CAPABILITIES | PART_CAPABILITIES
 
 
 def check_supported(

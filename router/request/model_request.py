@@ -66,7 +66,7 @@ class ModelRequest:
         """Yields each capability that the request needs, with the path of the value that needs it."""
         for name, value in self.parameters.items():
             if value not in _DEFAULTS.get(name, ()):
-                yield _capability(name, value), name
+                yield capability_of(name, value), name
         yield from needs_of_messages(self.messages or ())
 
     def stored(self) -> dict[str, Any] | None:
@@ -150,9 +150,10 @@ def _invalid(error: ValidationError) -> RequestError:
     return RequestError(f"{'.'.join(path)} is invalid: {message}", path[0])
 
 
-def _capability(name: str, value: Any) -> str:
+def capability_of(name: str, value: Any) -> str:
+    """Returns the capability that a parameter needs with this value."""
     if name == "response_format":
-        return str(value["type"])
+        return "json_object" if value["type"] == "text" else str(value["type"])
     return "tools" if name in {"tool_choice", "parallel_tool_calls"} else name
 
 

@@ -9,11 +9,21 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from router.errors import ConfigError
+from router.request import CAPABILITIES
 from router.settings.files import Frozen, read_yaml, validated
 from router.traffic import TrafficTarget
 
 MODEL_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 DISCOVERED = "discovered.yaml"
+
+
+def _known_capability(name: str) -> str:
+    if name not in CAPABILITIES:
+        raise ValueError(f"{name!r} is not a capability; known: {', '.join(sorted(CAPABILITIES))}")
+    return name
+
+
+Capability = Annotated[str, AfterValidator(_known_capability)]
 
 
 def _checked_target(line: str) -> str:
@@ -33,6 +43,7 @@ class _AnyModel(Frozen):
     timeout_seconds: float = Field(default=180.0, gt=0)
     input_price: float = Field(default=0.0, ge=0)
     output_price: float = Field(default=0.0, ge=0)
+    capabilities: frozenset[Capability] | None = None  # default: those of the backend
 
 
 class ModelSettings(_AnyModel):

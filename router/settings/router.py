@@ -8,18 +8,34 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from router.errors import ConfigError
+from router.request import TEXT_CAPABILITIES, Parameters, Unsupported
 from router.settings.classification import ClassificationSettings, check_category_names, load_categories
 from router.settings.clients import ClientName, ClientSettings, settings_of
 from router.settings.environment import config_folder
 from router.settings.files import Frozen, read_yaml, validated
-from router.settings.models import MODEL_NAME_PATTERN, DiscoveredModel, ModelSettings, read_discovered
+from router.settings.models import (
+    MODEL_NAME_PATTERN,
+    Capability,
+    DiscoveredModel,
+    ModelSettings,
+    read_discovered,
+)
 
 Deadline = Annotated[float, Field(gt=0, le=3600)]
+
+
+def _known_parameter(name: str) -> str:
+    if name not in Parameters.model_fields:
+        raise ValueError(f"{name!r} is not a parameter; known: {', '.join(sorted(Parameters.model_fields))}")
+    return name
+
+
+ParameterName = Annotated[str, AfterValidator(_known_parameter)]
 
 
 class BackendPaths(Frozen):
@@ -32,10 +48,15 @@ class BackendPaths(Frozen):
 
 
 class BackendFields(Frozen):
-    """Names of the Models Backend's fields: keys of its requests, dotted paths into its responses."""
+    """Names of the Models Backend's fields: dotted paths into its requests and into its responses.
+
+    A parameter of a request has its own name, unless `parameters` has another path for it.
+    """
 
     model: str = "model"
     prompt: str = "prompt"
+    messages: str = "messages"
+    parameters: dict[ParameterName, str] = Field(default={})
     max_tokens: str = "max_tokens"
     request_id: str = "request_id"
     tokens_reserved: str = "tokens_reserved"
@@ -43,16 +64,45 @@ class BackendFields(Frozen):
     prompt_tokens: str = "usage.prompt_tokens"
     completion_tokens: str = "usage.completion_tokens"
     cost_usd: str = "cost_usd"
+    finish_reason: str = "finish_reason"
+    tool_calls: str = "tool_calls"
+    refusal: str = "refusal"
+    cached_tokens: str = "usage.cached_tokens"
+
+
+OPENAI_FIELDS = BackendFields(
+    max_tokens="max_tokens", answer="choices.0.message.content", finish_reason="choices.0.finish_reason",
+    tool_calls="choices.0.message.tool_calls", refusal="choices.0.message.refusal",
+    cached_tokens="usage.prompt_tokens_details.cached_tokens",
+)  # fmt: skip
 
 
 class BackendSettings(Frozen):
-    """Client of the Models Backend. Its address comes from the environment."""
+    """Client of the Models Backend. Its address comes from the environment.
+
+    `body`: `fields` sends a bare prompt as such; `openai` sends messages always, and reads a chat completion.
+    `capabilities` are those that requests may need; `on_unsupported` is for sampling parameters.
+    """
 
     paths: BackendPaths = BackendPaths()
+    body: Literal["fields", "openai"] = "fields"
     fields: BackendFields = BackendFields()
+    capabilities: frozenset[Capability] = TEXT_CAPABILITIES
+    on_unsupported: Unsupported = Unsupported.REFUSE
     connect_seconds: float = Field(default=5.0, gt=0)
     max_connections: int = Field(default=6000, ge=1)
     max_answer_bytes: int = Field(default=16 * 1024 * 1024, ge=1024)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fields_fit_the_body(cls, data: Any) -> Any:
+        if (
+            not isinstance(data, dict)
+            or data.get("body") != "openai"
+            or not isinstance(data.get("fields", {}), dict)
+        ):
+            return data
+        return {**data, "fields": {**OPENAI_FIELDS.model_dump(), **data.get("fields", {})}}
 
 
 class WorkerSettings(Frozen):

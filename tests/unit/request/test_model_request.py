@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming
 
 from router.request import (
-    PARAMETER_CAPABILITIES,
+    CAPABILITIES,
+    TEXT_CAPABILITIES,
     ModelRequest,
     Parameters,
     RequestError,
@@ -38,7 +39,6 @@ EXAMPLES: dict[str, Any] = {
     "prompt_cache_options": {"mode": "explicit"},
 }  # fmt: skip
 LOCAL = {"model", "messages", "max_tokens", "max_completion_tokens"}
-ALL = frozenset(PARAMETER_CAPABILITIES.values()) | {"json_object", "json_schema"}
 
 
 def rejected(document: Any) -> RequestError:
@@ -54,7 +54,9 @@ def test_every_parameter_of_the_openai_package_is_carried_or_rejected_by_name():
 
 
 def test_every_parameter_has_an_example_and_a_capability():
-    assert EXAMPLES.keys() == Parameters.model_fields.keys() == PARAMETER_CAPABILITIES.keys()
+    assert EXAMPLES.keys() == Parameters.model_fields.keys()
+    whole = ModelRequest(read_request({"prompt": "x"}).conversation, parameters=EXAMPLES)
+    assert {capability for capability, _ in whole.needs()} | {"json_object"} == TEXT_CAPABILITIES
     assert Parameters.model_fields.keys() >= HINTS | SAMPLING
 
 
@@ -192,8 +194,8 @@ def test_a_missing_capability_is_named_unless_the_parameter_is_only_a_hint(name:
     request = ModelRequest(read_request({"prompt": "x"}).conversation, parameters={name: value})
     ((capability, path),) = request.needs()
     assert path == name
-    assert check_supported(request, ALL, who="it", unsupported=Unsupported.REFUSE) == ()
-    without = ALL - {capability}
+    assert check_supported(request, CAPABILITIES, who="it", unsupported=Unsupported.REFUSE) == ()
+    without = CAPABILITIES - {capability}
     if name in HINTS:
         assert check_supported(request, without, who="it", unsupported=Unsupported.REFUSE) == (name,)
         return
