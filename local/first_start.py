@@ -18,7 +18,7 @@ from pathlib import Path
 
 from local.keys import write_private
 from local.traffic import traffic_variables
-from router.errors import ConfigError, RouterError
+from router.errors import ConfigError, RouterError, printable
 
 PASSWORDS_FILE = "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE"
 PASSWORDS = {
@@ -36,7 +36,7 @@ def main() -> int:
         _run("router.cli", "migrate")
         _import_variables()
     except RouterError as error:
-        print(error, file=sys.stderr)
+        print(printable(error), file=sys.stderr)
         return 1
     except subprocess.CalledProcessError as error:
         return error.returncode

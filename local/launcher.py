@@ -17,6 +17,7 @@ from typing_extensions import Self
 
 from local.stack import Stack, StopRequested
 from local.stack_plan import StackOptions
+from router.cli import SafeConsole
 from router.errors import RouterError
 
 DEFAULT_DATA = Path(".stack")
@@ -42,7 +43,7 @@ def run_stack(options: argparse.Namespace, work: Work | None = None, *, stay_ope
     Returns the exit status: 0 unless the stack or `work` failed.
     """
     stop = stop_on_signals()
-    console = Console(highlight=False)
+    console = SafeConsole()
     with ProgressDisplay(console) as progress:
         stack = Stack(
             options.data,
@@ -85,7 +86,7 @@ class ProgressDisplay:
     """Prints steps with the elapsed time; a terminal also shows which processes are starting."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(highlight=False)
+        self._console = console or SafeConsole()
         self._started = time.monotonic()
         self._starting: set[str] = set()
         self._status: Status | None = None
@@ -121,7 +122,7 @@ class ProgressDisplay:
 
     def _line(self, text: str, style: str = "") -> None:
         stamp = f"{time.monotonic() - self._started:6.1f} s  "
-        self._console.print(stamp + text, style=style, markup=False, soft_wrap=True)
+        self._console.print(stamp + text, style=style, soft_wrap=True)
 
     def _show(self) -> None:
         if not self._console.is_terminal:
@@ -159,4 +160,4 @@ def print_addresses(stack: Stack, console: Console | None = None) -> None:
         "  Press Ctrl-C to stop the stack. Its data stays in the folder for the next start.",
         "",
     ]
-    (console or Console(highlight=False)).print("\n".join(lines), markup=False, soft_wrap=True)
+    (console or SafeConsole()).print("\n".join(lines), soft_wrap=True)

@@ -19,7 +19,7 @@ from models_backend.check import check
 from models_backend.latency import SHAPES
 from models_backend.settings import NEW_MODELS, StandInSettings, provider_from_environment, served_models
 from router.discovery import read_trial_prompts
-from router.errors import ConfigError, RouterError
+from router.errors import ConfigError, RouterError, printable
 from router.settings import DEFAULT_CONFIG_FOLDER, load_config
 from router.traffic import TrafficTarget
 
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = _settings(options, os.environ)
     except (RouterError, OSError) as error:
-        print(f"models_backend: {error}", file=sys.stderr)  # noqa: T201 - for the person who started it
+        print(f"models_backend: {printable(error)}", file=sys.stderr)  # noqa: T201 - for the person who started it
         return 2
     if options.check:
         return asyncio.run(check(settings.provider)) if settings.provider else _nothing_to_check()

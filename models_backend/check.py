@@ -8,6 +8,7 @@ import time
 from models_backend.completion import ProviderRefusal
 from models_backend.provider import Provider
 from models_backend.settings import ProviderSettings
+from router.errors import printable
 
 QUESTION = "Answer with the one word: yes"
 CHECK_TOKENS = 256  # a reasoning model spends some before its first word
@@ -38,4 +39,4 @@ async def _check_one(provider: Provider, name: str, theirs: str) -> bool:
 
 
 def _say(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
+    sys.stdout.write(f"{printable(line, one_line=True)}\n")

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from router.errors import printable
+
 LONGEST_WORDS_CHARACTERS = 200
 LONGEST_HEADER_CHARACTERS = 60
 SET_RIGHT_SECONDS = 30  # retry interval for errors that an operator has to fix
@@ -207,8 +209,7 @@ def _words(content: bytes) -> str:
 
 
 def _one_line(text: str) -> str:
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return line[:LONGEST_WORDS_CHARACTERS].rstrip(".")
+    return printable(text, one_line=True)[:LONGEST_WORDS_CHARACTERS].rstrip(".")
 
 
 def _header(value: str | None) -> str | None:

@@ -6,9 +6,12 @@
 `ls router/` is the architecture; the import rules are in pyproject.toml.
 """
 
+import logging
 from typing import TYPE_CHECKING
 
 from lazy_loader import attach
+
+from router.errors import PrintableRecords
 
 if TYPE_CHECKING:
     from router.answering import Answer as Answer
@@ -20,3 +23,5 @@ else:
             "answering": ["Answer", "Router"],
         },
     )
+
+logging.getLogger("router").addHandler(PrintableRecords())

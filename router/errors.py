@@ -29,9 +29,22 @@ The outcome of a call to a model is a value and not an exception: `router.task.C
 from __future__ import annotations
 
 import difflib
+import json
+import logging
 import re
 from collections.abc import Iterable
+from typing import Any
 
+MAX_ECHOED = 300  # characters of an input that an error repeats
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# Controls (C0 but tab and line feed, DEL, C1), soft hyphens, zero-width and bidirectional marks, line
+# separators, byte order marks, invisible format marks, surrogates and tags; joiners, but after letters and
+# symbols that join.
+_UNSAFE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff"
+    "\ufeff\ufff9-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e00ff]"
+    "|(?<![\u0600-\u1fff\u2190-\u2bff\ufe0f\U0001f000-\U0001faff])[\u200c\u200d]"
+)
 # Up to the last @ of a word, since a password may contain unencoded characters.
 _LOGIN = re.compile(r"://[^\s@/]*:\S*@")
 
@@ -128,12 +141,61 @@ class SendingPaused(Exception):  # noqa: N818 - names a state
     """Nothing may be sent now: the batch is paused, or this process may have lost its lease."""
 
 
+def printable(text: object, limit: int | None = None, *, one_line: bool = False) -> str:
+    """Makes a text safe for terminals, logs and tables: nothing in it can move the cursor or start a command.
+
+    With `limit` it is cut to so many characters; with `one_line` each run of white space is one space.
+    """
+    shown = str(text)
+    if limit is not None and len(shown) > limit:
+        shown = f"{shown[:limit]}..."
+    if shown.isprintable():
+        return shown
+    shown = " ".join(shown.split()) if one_line else shown.replace("\r\n", "\n")
+    return _UNSAFE.sub(REPLACEMENT, shown)
+
+
+def echoed(value: object) -> str:
+    """Returns an input as errors repeat it: quoted, printable, at most MAX_ECHOED characters of it."""
+    quoted = repr(value[:MAX_ECHOED] if isinstance(value, str) else value)
+    is_cut = len(quoted) > MAX_ECHOED or (isinstance(value, str) and len(value) > MAX_ECHOED)
+    return printable(f"{quoted[:MAX_ECHOED]}..." if is_cut else quoted)
+
+
+def printable_json(value: Any, **options: Any) -> str:
+    """Returns a value as JSON that is safe for terminals: what is not printable is escaped, not lost."""
+    return _UNSAFE.sub(_escaped, json.dumps(value, ensure_ascii=False, **options))
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return json.dumps(found.group())[1:-1] if found.group() != "\x7f" else "\\u007f"
+
+
+class PrintableRecords(logging.Handler):
+    """Makes log records printable before the handlers of parent loggers write them.
+
+    The logger `router` has one, so that this holds in every process, whoever configures its logging. Where
+    nobody does, warnings go to standard error, as without this handler.
+    """
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if not message.isprintable():
+            record.msg, record.args = printable(message, one_line=True), ()
+        if record.exc_info and not record.exc_text:
+            record.exc_text = printable(logging.Formatter().formatException(record.exc_info))
+        last = logging.lastResort
+        if not logging.root.handlers and last is not None and record.levelno >= last.level:
+            last.handle(record)
+        return True
+
+
 def unknown(name: str, known: Iterable[str], what: str) -> InputError:
     """Returns the error for a name that is not in `known`; its text offers the closest or lists them all."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known) or 'none'}."
-    return InputError(f"There is no {what} {name[:100]!r}; {hint}")
+    return InputError(f"There is no {what} {echoed(name)}; {hint}")
 
 
 def redacted(text: str) -> str:

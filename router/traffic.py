@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from router.errors import TrafficTargetError
+from router.errors import TrafficTargetError, echoed
 
 GRAMMAR = """\
 One line of limits, separated by commas; all apply together:
@@ -271,7 +271,7 @@ def _shown(text: str) -> str:
 
 
 def _error(what: str, line: str, column: int, hint: str = "") -> TrafficTargetError:
-    where = f" at column {column} of {line!r}" if len(line) <= MAX_LINE_CHARACTERS else ""
+    where = f" at column {column} of {echoed(line)}" if len(line) <= MAX_LINE_CHARACTERS else ""
     return TrafficTargetError(f"{what}{where}.{hint}\n{GRAMMAR}")
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from sklearn.metrics import f1_score
 
 from router.classification.classifier import Classification
-from router.errors import InputError
+from router.errors import InputError, echoed
 from router.files import json_lines
 
 BINS = 10
@@ -51,7 +51,7 @@ def read_labeled(file: Path, categories: Sequence[str]) -> Iterator[LabeledPromp
             raise InputError(f"{place}: must have the strings prompt and category")
         if row["category"] not in categories:
             known = ", ".join(categories)
-            raise InputError(f"{place}: category: {row['category']!r} is unknown; known are {known}")
+            raise InputError(f"{place}: category: {echoed(row['category'])} is unknown; known are {known}")
         source = str(row.get("source") or "unnamed")
         yield LabeledPrompt(source, row["prompt"], row["category"], bool(row.get("ambiguous")))
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from router.errors import ConfigError
+from router.errors import ConfigError, echoed
 from router.files import json_lines
 from router.settings import ClassificationSettings
 
@@ -30,7 +30,8 @@ def example_files(settings: ClassificationSettings) -> list[Path]:
     for pattern in settings.examples:
         files = sorted(settings.folder.glob(pattern))
         if not files:
-            raise ConfigError(f"{settings.folder / 'categories.yaml'}: examples: no file matches {pattern!r}")
+            file = settings.folder / "categories.yaml"
+            raise ConfigError(f"{file}: examples: no file matches {echoed(pattern)}")
         found.extend(files)
     return found
 
@@ -53,7 +54,8 @@ def _read(file: Path, settings: ClassificationSettings) -> Iterator[Example]:
         if row.keys() != _KEYS or not all(isinstance(value, str) for value in row.values()):
             raise ConfigError(f"{place}: must have exactly the strings prompt, category and kind")
         if row["category"] not in settings.categories:
-            raise ConfigError(f"{place}: category: {row['category']!r} is not defined in categories.yaml")
+            category = echoed(row["category"])
+            raise ConfigError(f"{place}: category: {category} is not defined in categories.yaml")
         if not row["prompt"].strip():
             raise ConfigError(f"{place}: prompt: is empty")
         yield Example(**row)

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from router.answering import Answer, Event, EventKind
 from router.cli import terminal
+from router.cli.output import write_data
 from router.errors import InputError
 from router.task import AnswerRank
 
@@ -120,7 +121,6 @@ async def _answer(command: _Command) -> None:
         better = await _late_answer(router, answer, command)
         if command.as_json:
             typer.echo(_json(answer, better))
-            sys.stdout.flush()
     finally:
         await router.close(grace_seconds=GRACE_SECONDS)
     if (better or answer).model is None:
@@ -171,7 +171,7 @@ def _print_answer(answer: Answer) -> None:
         words.append("provisional, waiting for a better answer")
     terminal.err().print(Text(f"{'-' * 9}  {' · '.join(words)}", style="bold"), soft_wrap=True)
     if answer.model or answer.sources:
-        typer.echo(answer.text)
+        write_data(answer.text)
 
 
 def _no_model(answer: Answer) -> str:

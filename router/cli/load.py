@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from router.cli import terminal
 from router.database import Connection
-from router.errors import InputError
+from router.errors import InputError, echoed
 from router.queue import (
     MAX_PRIORITY,
     Format,
@@ -183,7 +183,8 @@ class _Load:
 
     def _progress(self) -> Progress:
         return Progress(
-            TextColumn("{task.description}"), BarColumn(40), TextColumn("{task.percentage:>3.0f} %"),
+            TextColumn("{task.description}", markup=False), BarColumn(40),
+            TextColumn("{task.percentage:>3.0f} %"),
             TextColumn("{task.fields[added]:,} added"), TimeElapsedColumn(),
             console=terminal.err(), transient=True, disable=self._as_json or not sys.stderr.isatty(),
         )  # fmt: skip
@@ -222,7 +223,7 @@ class _Load:
         self._done.known += result.known
         for conflict in result.conflicts:
             problem = (
-                f"the id {conflict.external_id!r} belongs to task {conflict.task_id}, which has another"
+                f"the id {echoed(conflict.external_id)} belongs to task {conflict.task_id}, which has another"
                 " prompt; use another id or --id-prefix"
             )
             self._bad(name, conflict.line, problem)

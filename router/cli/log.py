@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from router.cli import terminal
-from router.errors import InputError
+from router.errors import InputError, echoed
 from router.queue import MAX_ROWS, LoggedCall, category_names, read_calls
 
 LOG_HELP = """
@@ -64,7 +64,7 @@ def _age(since: str) -> float:
     seconds = terminal.age_seconds(since)
     if seconds is None:
         raise InputError(
-            f"--since {since!r} is not an age. Give a number and a unit, e.g. 90s, 30min, 2h or 7d."
+            f"--since {echoed(since)} is not an age. Give a number and a unit, e.g. 90s, 30min, 2h or 7d."
         )
     return seconds
 

@@ -29,6 +29,7 @@ from router.cli.load import HELP as LOAD_HELP
 from router.cli.load import load
 from router.cli.log import LOG_HELP, log
 from router.cli.models import MODELS_HELP, TRAFFIC_HELP, models, traffic
+from router.cli.output import guard_streams
 from router.cli.ranking import RANKING_HELP, ranking
 from router.cli.review import FEEDBACK_HELP, REVIEW_HELP, feedback, review
 from router.cli.serve import KEYS_HELP, SERVE_HELP, keys, serve
@@ -99,5 +100,8 @@ app.command(help=DOCTOR_HELP, rich_help_panel=ADMINISTRATION)(doctor)
 def main() -> None:
     """Runs the command line; entry point of the console script `router`."""
     # Commands print an outage of Redis themselves; without a handler Python would print the log line, too.
-    logging.getLogger("router.limiter").addHandler(logging.NullHandler())
+    limiter = logging.getLogger("router.limiter")
+    limiter.addHandler(logging.NullHandler())
+    limiter.propagate = False
+    guard_streams()
     app(prog_name="router")

@@ -8,7 +8,7 @@ import typer
 
 from router.cli import terminal
 from router.database import rows
-from router.errors import InputError
+from router.errors import InputError, echoed
 from router.learning import run_review
 from router.settings import load_config, load_learning
 
@@ -95,5 +95,5 @@ def _score(verdict: str) -> float:
     except ValueError:
         score = -1.0
     if not 0 <= score <= 1:
-        raise InputError(f"Invalid verdict {verdict!r}: use good, bad, or a number from 0 to 1.")
+        raise InputError(f"Invalid verdict {echoed(verdict)}: use good, bad, or a number from 0 to 1.")
     return score

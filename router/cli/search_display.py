@@ -29,7 +29,7 @@ def shown_progress(progress: SearchProgress) -> Iterator[None]:
     console = terminal.err()
 
     def print_line(line: str) -> None:
-        console.print(f"{progress.seconds:5.1f} s  {line}", markup=False, highlight=False)
+        console.print(f"{progress.seconds:5.1f} s  {line}")
 
     progress.log = print_line
     if not console.is_terminal:
@@ -80,8 +80,7 @@ def show_report(report: SearchReport, folder: Path) -> None:
         names = ", ".join(dict.fromkeys(finding.model for finding in report.admitted))
         out.print(
             f"{names}: on probation. See `router models`. `router models review` decides by its evidence,"
-            " `router models undo` restores everything.",
-            markup=False,
+            " `router models undo` restores everything."
         )
 
 

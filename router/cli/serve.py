@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from router.cli import terminal
-from router.errors import ConfigError
+from router.errors import ConfigError, echoed
 from router.server import ENVIRONMENT_CLIENT, ApiKeys, Limits, add_key, read_keys, remove_key
 
 DEFAULT_KEYS = Path("~/.config/llm-router/api_keys")
@@ -170,7 +170,7 @@ def serve(
     access = "localhost only, no authentication" if api_keys is None else f"API keys: {api_keys.count}"
 
     def listening(url: str) -> None:
-        terminal.err().print(f"router serve: {url} ({access})", markup=False, soft_wrap=True)
+        terminal.err().print(f"router serve: {url} ({access})", soft_wrap=True)
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     asyncio.run(run_server(options, listening))
@@ -193,7 +193,7 @@ def _checked_origins(origins: list[str], *, has_keys: bool) -> tuple[str, ...]:
             )
         if origin != ANY_ORIGIN and re.fullmatch(ORIGIN_PATTERN, origin) is None:
             raise ConfigError(
-                f"--cors-origin {origin[:100]!r} is not an origin. Use scheme and host as browsers do:"
+                f"--cors-origin {echoed(origin)} is not an origin. Use scheme and host as browsers do:"
                 " https://chat.example.org or http://localhost:3000, in lower case, without a path."
             )
     return tuple(origins)

@@ -9,9 +9,7 @@ from __future__ import annotations
 import dataclasses
 import getpass
 import json
-import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
@@ -23,8 +21,17 @@ import typer.core
 from rich.console import Console
 from rich.table import Table
 
+from router.cli.output import console
 from router.database import Connection, connect
-from router.errors import InputError, RouterError, unknown
+from router.errors import (
+    MAX_ECHOED,
+    InputError,
+    RouterError,
+    echoed,
+    printable,
+    printable_json,
+    unknown,
+)
 from router.models import AirflowApi
 from router.queue import require_schema
 from router.settings import (
@@ -41,7 +48,6 @@ EXIT_SOME_BAD = 3
 UNCUT = 1000  # the formatter wraps what Click would cut
 _UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86_400}
 _AGE = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*(s|min|h|d)")
-PIPED_COLUMNS = 120  # rich would wrap piped tables at 80
 
 Database = Annotated[
     str | None,
@@ -170,18 +176,34 @@ class RouterGroup(typer.core.TyperGroup):
                 with formatter.section(panel):
                     formatter.write_dl(rows)
 
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        with _short_usage_errors():
+            return super().make_context(*arguments, **options)
+
     def invoke(self, ctx: Any) -> Any:
         if ctx.parent is None:
             for warning in unknown_variables():
                 note(warning)
         try:
-            return super().invoke(ctx)
+            with _short_usage_errors():
+                return super().invoke(ctx)
         except RouterError as error:
             complain(f"router: {error}")
             raise typer.Exit(EXIT_FAILED) from error
         except UnicodeEncodeError as error:
             complain("router: an argument is not valid UTF-8.")
             raise typer.Exit(EXIT_FAILED) from error
+
+
+@contextmanager
+def _short_usage_errors() -> Iterator[None]:
+    """Cuts the argument that a usage error repeats."""
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "format_message"):  # Click's usage errors; typer does not export their base
+            error.message = printable(error.message, MAX_ECHOED)  # type: ignore[attr-defined]
+        raise
 
 
 class _Commands(typer.Typer):
@@ -203,28 +225,22 @@ def verbs(**arguments: Any) -> typer.Typer:
 
 def out() -> Console:
     """Returns a console on standard output."""
-    return _console(stderr=False)
+    return console()
 
 
 def err() -> Console:
     """Returns a console on standard error, for progress and notes."""
-    return _console(stderr=True)
-
-
-def _console(*, stderr: bool) -> Console:
-    stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() or os.environ.get("COLUMNS") else PIPED_COLUMNS
-    return Console(stderr=stderr, width=width, highlight=False, soft_wrap=False)
+    return console(stderr=True)
 
 
 def complain(message: str) -> None:
     """Prints an error on standard error."""
-    err().print(message, style="red", markup=False, soft_wrap=True)
+    err().print(message, style="red", soft_wrap=True)
 
 
 def note(message: str) -> None:
     """Prints a warning on standard error."""
-    err().print(message, style="yellow", markup=False, soft_wrap=True)
+    err().print(message, style="yellow", soft_wrap=True)
 
 
 def print_json(value: Any, *, indent: int | None = 2) -> None:
@@ -234,7 +250,7 @@ def print_json(value: Any, *, indent: int | None = 2) -> None:
 
 def as_json(value: Any, *, indent: int | None = 2) -> str:
     """Returns a value as JSON; dataclasses become objects, and times ISO 8601 with their offset."""
-    return json.dumps(value, ensure_ascii=False, indent=indent, default=_plain)
+    return printable_json(value, indent=indent, default=_plain)
 
 
 def plain(value: Any) -> dict[str, Any]:
@@ -302,8 +318,8 @@ def time_of(text: str, option: str) -> datetime:
         return (at if at.tzinfo is not None else at.replace(tzinfo=timezone.utc)).astimezone(timezone.utc)
     except (ValueError, OverflowError) as error:
         raise InputError(
-            f"{option} {text!r} is neither a time nor an age. Give e.g. 2026-01-31, 2026-01-31T12:00:00Z,"
-            " 30min, 2h or 7d."
+            f"{option} {echoed(text)} is neither a time nor an age. Give e.g. 2026-01-31,"
+            " 2026-01-31T12:00:00Z, 30min, 2h or 7d."
         ) from error
 
 

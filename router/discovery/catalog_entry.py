@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from router.discovery.model_names import normal_name, roster_name
+from router.errors import printable
 
 MAX_TEXT = 200  # characters
 MAX_PARAMETERS = 20_000.0  # B
@@ -96,7 +97,7 @@ def read_entries(entries: Iterable[Any], catalog: str) -> Reading:
             except ValidationError as error:
                 refusals.append(Refusal(_display_name(entry, number), _reason(error)))
         else:
-            reason = f"an entry should be a mapping of keys to values, got {printable(entry, 60)}"
+            reason = f"an entry should be a mapping of keys to values, got {shown_value(entry, 60)}"
             refusals.append(Refusal(f"entry {number}", reason))
     return Reading(tuple(models), tuple(refusals))
 
@@ -136,12 +137,11 @@ def _completed(model: CatalogModel, other: CatalogModel) -> CatalogModel:
     )
 
 
-def printable(value: Any, limit: int = MAX_TEXT) -> str:
-    """Shows a catalog's value in messages: cut to `limit`, without control characters."""
+def shown_value(value: Any, limit: int = MAX_TEXT) -> str:
+    """Shows a catalog's value in messages: one printable line, cut to `limit`."""
     if not isinstance(value, (str, int, float, bool)):
         return f"a {type(value).__name__}"
-    shown = "".join(mark if mark.isprintable() else "?" for mark in str(value)[: limit + 1])
-    return shown if len(shown) <= limit else f"{shown[:limit]}..."
+    return printable(value, limit, one_line=True)
 
 
 def _is_unknown(value: Any) -> bool:
@@ -208,7 +208,7 @@ def _license(written: str) -> str | None:
 
 def benchmark_name(benchmark: str) -> str:
     """Normalizes a benchmark: `MMLU-Pro`, `mmlu_pro` and `MMLU Pro (CoT)` become `mmlu-pro`."""
-    bare = re.sub(r"\([^)]*\)", "", printable(benchmark, 100).lower())
+    bare = re.sub(r"\([^)]*\)", "", shown_value(benchmark, 100).lower())
     return re.sub(r"[\s_-]+", "-", bare).strip("-")
 
 
@@ -351,13 +351,13 @@ class _Entry(BaseModel):
 
 def _display_name(entry: Mapping[str, Any], number: int) -> str:
     name = next((entry[key] for key in ("id", "name") if not _is_unknown(entry.get(key))), None)
-    return printable(name, 100) if isinstance(name, str) else f"entry {number}"
+    return shown_value(name, 100) if isinstance(name, str) else f"entry {number}"
 
 
 def _reason(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     if first["type"] == "missing":
         return "the entry has no name"
-    where = ".".join(printable(part, 60) for part in first["loc"])
+    where = ".".join(shown_value(part, 60) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
-    return f"{where}: {message[0].lower()}{message[1:]}, got {printable(first['input'], 60)}"
+    return f"{where}: {message[0].lower()}{message[1:]}, got {shown_value(first['input'], 60)}"

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import yaml
 
-from router.discovery.catalog_entry import Reading, printable, read_entries
+from router.discovery.catalog_entry import Reading, read_entries, shown_value
 from router.errors import CatalogError, InputError
 from router.settings import (
     MEGABYTE,
@@ -199,7 +199,7 @@ def json_entries(content: bytes, limit: int) -> list[Any]:
         # int() raises for thousands of digits and would refuse the whole text; float() returns infinity.
         document = json.loads(_text(content), object_pairs_hook=_mapping, parse_int=float)
     except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else printable(str(error))
+        reason = "nested too deeply" if isinstance(error, RecursionError) else shown_value(str(error))
         raise InputError(f"not valid JSON: {reason}") from error
     return _entries(document, limit)
 
@@ -214,7 +214,7 @@ def yaml_entries(content: bytes, limit: int) -> list[Any]:
         _refuse_excess(text, limit)
         document = yaml.load(text, Loader=_EntryLoader)  # noqa: S506 - constructs text, lists and mappings only
     except yaml.YAMLError as error:
-        raise InputError(f"not valid YAML: {' '.join(printable(str(error), 300).split('?'))}") from error
+        raise InputError(f"not valid YAML: {shown_value(str(error), 300)}") from error
     return _entries(document, limit)
 
 
@@ -245,7 +245,7 @@ def _mapping(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any] | _RepeatedKey:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            return _RepeatedKey(f"a mapping with the key {printable(key, 30)} twice")
+            return _RepeatedKey(f"a mapping with the key {shown_value(key, 30)} twice")
         found[key] = value
     return found
 
@@ -266,7 +266,7 @@ def _refuse_excess(text: str, limit: int) -> None:
     for event in yaml.parse(text, Loader=_Loader):
         line = event.start_mark.line + 1 if event.start_mark else 0
         if isinstance(event, yaml.AliasEvent):
-            raise InputError(f"line {line}: an alias (*{printable(event.anchor, 30)}); write out its value")
+            raise InputError(f"line {line}: an alias (*{shown_value(event.anchor, 30)}); write out its value")
         sizes[-1] += isinstance(event, yaml.NodeEvent)
         if len(sizes) <= LIST_DEPTH and sizes[-1] > 2 * limit:  # a mapping has two nodes per key
             raise InputError(f"more than {limit} entries (max_models)")

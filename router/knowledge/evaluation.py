@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from router.errors import InputError
+from router.errors import InputError, echoed
 from router.files import json_lines
 from router.knowledge.chunking import Entry
 from router.knowledge.index import KnowledgeIndex
@@ -116,7 +116,7 @@ def _relevant(path: Path, documents: set[str]) -> dict[str, frozenset[str]]:
         if len(cells) != 3 or not _is_number(cells[2]):  # noqa: PLR2004 - question, document, relevance
             raise InputError(f"{path}, line {number}: must be query, document and number, tab-separated.")
         if cells[1] not in documents:
-            raise InputError(f"{path}, line {number}: document {cells[1]!r} is not in corpus.jsonl.")
+            raise InputError(f"{path}, line {number}: document {echoed(cells[1])} is not in corpus.jsonl.")
         if float(cells[2]) > 0:
             found[cells[0]].add(cells[1])
     return {question: frozenset(keys) for question, keys in found.items()}

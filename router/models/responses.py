@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from router.database import MAX_INTEGER, postgres_text
+from router.errors import printable
 from router.models.bodies import parse_json, web_page
 from router.models.replies import MAY_RETRY_LATER, outcome_of, retry_after
 from router.settings import BackendSettings
@@ -111,8 +112,7 @@ def one_line(text: str | bytes | BaseException) -> str:
         text = text[:MAX_ERROR_BYTES].decode("utf-8", "replace")
     elif isinstance(text, BaseException):
         text = str(text) or type(text).__name__
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return _SECRET.sub(r"\1\2***", line)[:MAX_ERROR_CHARACTERS]
+    return _SECRET.sub(r"\1\2***", printable(text, one_line=True))[:MAX_ERROR_CHARACTERS]
 
 
 def _text_of(value: Any) -> str | None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import asyncpg
 
 from router.database import fetch, postgres_text
-from router.errors import InputError, LimiterError, TrafficTargetError, first_line
+from router.errors import InputError, LimiterError, TrafficTargetError, first_line, printable
 from router.limiter import TrafficLimiter, check_model_name
 from router.models.airflow_api import VARIABLE_PREFIX
 from router.models.roster import Roster
@@ -132,7 +132,7 @@ class TargetSync:
     def _reject(self, model: str, line: str, error: Exception) -> None:
         self._lines[model] = line
         self.errors[model] = str(error)
-        log.warning("%s%s: %s", VARIABLE_PREFIX, _printable(model), first_line(error))
+        log.warning("%s%s: %s", VARIABLE_PREFIX, printable(model, MAX_NAME_CHARACTERS), first_line(error))
 
     async def _set(self, model: str, target: TrafficTarget, version: int) -> bool:
         """Returns False if the limiter has a newer target."""
@@ -141,12 +141,6 @@ class TargetSync:
         if active:
             self._active[model] = (target, version)
         return active
-
-
-def _printable(name: str) -> str:
-    """Makes a name of any content fit one log line."""
-    short = name.isprintable() and len(name) <= MAX_NAME_CHARACTERS
-    return name if short else repr(name[:MAX_NAME_CHARACTERS])
 
 
 async def read_targets(pool: asyncpg.Pool) -> dict[str, tuple[TrafficTarget, int]]:

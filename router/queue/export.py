@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from router.errors import InputError
+from router.errors import InputError, printable_json
 from router.files import replacing
 from router.task import TaskStatus
 
@@ -25,7 +24,7 @@ def output_line(task: Mapping[str, Any]) -> str:
     else:
         call = str(task["answer_call_id"] or line["id"])
         line["response"] = {"status_code": 200, "request_id": call, "body": _completion(task, call)}
-    return json.dumps(line, ensure_ascii=False) + "\n"
+    return printable_json(line) + "\n"
 
 
 def _completion(task: Mapping[str, Any], call: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NoReturn
 
-from router.errors import InputError
+from router.errors import InputError, echoed
 from router.queue.chat import prompt_of
 
 MAX_LINE_BYTES = 8 * 1024 * 1024
@@ -196,7 +196,9 @@ def _chat_fields(request: Fields) -> Fields:
     if not isinstance(body, dict):
         raise InputError("body must be a JSON object")
     if request.get("url", COMPLETION_URLS[0]) not in COMPLETION_URLS:
-        raise InputError(f"the url is {request['url']!r}; only {' and '.join(COMPLETION_URLS)} are supported")
+        raise InputError(
+            f"the url is {echoed(request['url'])}; only {' and '.join(COMPLETION_URLS)} are supported"
+        )
     limit = body.get("max_completion_tokens", body.get("max_tokens"))
     prompt = prompt_of(body["messages"]) if "messages" in body else body.get("prompt")
     return {"prompt": prompt, "max_tokens": limit}

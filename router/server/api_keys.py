@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from router.errors import ConfigError, InputError
+from router.errors import ConfigError, InputError, echoed
 from router.files import locked, replacing
 from router.task import CLIENT_PATTERN
 
@@ -90,12 +90,15 @@ def add_key(file: Path, client: str) -> str:
     """Creates a key for the client and stores its hash. The returned key cannot be shown again."""
     if re.fullmatch(CLIENT_PATTERN, client) is None:
         raise InputError(
-            f"{client!r} is not a valid client name. Use letters, digits and . _ @ -, at most 64 characters."
+            f"{echoed(client)} is not a valid client name. Use letters, digits and . _ @ -, at most 64"
+            " characters."
         )
     key = PREFIX + secrets.token_urlsafe(32)
     with _editing(file) as keys:
         if client in keys:
-            raise InputError(f"{client!r} already has a key. Remove it first: router keys remove {client}")
+            raise InputError(
+                f"{echoed(client)} already has a key. Remove it first: router keys remove {client}"
+            )
         keys[client] = _hash(key)
     return key
 
@@ -104,7 +107,7 @@ def remove_key(file: Path, client: str) -> None:
     """Removes the client's key. Raises InputError if there is none."""
     with _editing(file) as keys:
         if client not in keys:
-            raise InputError(f"{client!r} has no key in {file}. See `router keys list`.")
+            raise InputError(f"{echoed(client)} has no key in {file}. See `router keys list`.")
         del keys[client]
 
 

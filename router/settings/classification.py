@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
-from router.errors import ConfigError
+from router.errors import ConfigError, echoed
 from router.settings.environment import DEFAULT_CONFIG_FOLDER, config_folder, own_or_shipped
 from router.settings.files import Frozen, read_yaml, validated
 
@@ -36,7 +36,7 @@ class RuleSettings(Frozen):
         try:
             re.compile(pattern or "")
         except re.error as error:
-            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+            raise ValueError(f"{echoed(pattern)} is not a regular expression: {error}") from error
         return pattern
 
 
@@ -64,7 +64,9 @@ class ClassificationSettings(Frozen):
         check_category_names(self.categories, self.default_category)
         for number, rule in enumerate(self.rules):
             if rule.category not in self.categories:
-                raise ValueError(f"rules.{number}.category: {rule.category!r} is not among the categories")
+                raise ValueError(
+                    f"rules.{number}.category: {echoed(rule.category)} is not among the categories"
+                )
         return self
 
 
@@ -72,9 +74,9 @@ def check_category_names(categories: Collection[str], default_category: str) -> 
     """Raises ValueError if a name is invalid, or the default is not among the categories."""
     for category in categories:
         if not re.fullmatch(CATEGORY_PATTERN, category):
-            raise ValueError(f"categories: {category!r} is not a category name ({CATEGORY_PATTERN})")
+            raise ValueError(f"categories: {echoed(category)} is not a category name ({CATEGORY_PATTERN})")
     if default_category not in categories:
-        raise ValueError(f"default_category: {default_category!r} is not among the categories")
+        raise ValueError(f"default_category: {echoed(default_category)} is not among the categories")
 
 
 def load_categories(folder: Path | None = None) -> ClassificationSettings:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from router.errors import echoed
 from router.settings.files import Frozen, with_new_names
 from router.settings.models import TrafficTargetLine
 from router.settings.overrides import WithOverrides, check_overrides, load_with_overrides, overridden
@@ -147,7 +148,7 @@ class DiscoverySettings(WithOverrides):
         names = [catalog.name for catalog in self.catalogs]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"catalogs: duplicate name {name!r}")
+                raise ValueError(f"catalogs: duplicate name {echoed(name)}")
         return self
 
     @model_validator(mode="after")

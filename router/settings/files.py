@@ -13,11 +13,12 @@ from typing import Any, ClassVar, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
 
-from router.errors import ConfigError
+from router.errors import ConfigError, echoed, printable
 
 log = logging.getLogger("router.settings")
 
 SHOWN_CHARACTERS = 60
+MAX_KEY_CHARACTERS = 120
 _CHOICES = re.compile(r"\^\(([\w|-]+)\)\$")  # a pattern of fixed names
 
 
@@ -69,7 +70,9 @@ def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[An
         if not isinstance(key, Hashable):
             raise yaml.MarkedYAMLError(problem="a key must be a scalar", problem_mark=key_node.start_mark)
         if key in seen:
-            raise yaml.MarkedYAMLError(problem=f"duplicate key {key!r}", problem_mark=key_node.start_mark)
+            raise yaml.MarkedYAMLError(
+                problem=f"duplicate key {echoed(key)}", problem_mark=key_node.start_mark
+            )
         seen.add(key)
     return loader.construct_mapping(node, deep=True)
 
@@ -120,7 +123,7 @@ def first_problem(error: ValidationError, kind: type[Frozen]) -> tuple[str, str]
             message = f"this key {_plain(message)}"
     elif problem != "value_error":
         message = f"{_plain(message)}, got {_shown(first['input'])}"
-    return ".".join(map(str, location)), message
+    return ".".join(printable(key, MAX_KEY_CHARACTERS) for key in location), message
 
 
 def _unknown_key(key: str, known: list[str]) -> str:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from router.errors import ConfigError
+from router.errors import ConfigError, echoed
 from router.request import TEXT_CAPABILITIES, Parameters, Unsupported
 from router.settings.classification import ClassificationSettings, check_category_names, load_categories
 from router.settings.clients import ClientName, ClientSettings, settings_of
@@ -222,7 +222,7 @@ class RouterConfig(Frozen):
                 )
         for model in self.fallback.models:
             if model not in self.models:
-                raise ValueError(f"fallback.models: {model!r} is not among the models")
+                raise ValueError(f"fallback.models: {echoed(model)} is not among the models")
         return self
 
     def client(self, name: str) -> ClientSettings:
@@ -235,7 +235,7 @@ class RouterConfig(Frozen):
         for name, model in self.models.items():
             if not re.fullmatch(MODEL_NAME_PATTERN, name):
                 raise ValueError(
-                    f"models.{name[:120]!r}: not a model name: letters, digits, '.', '_' and '-', at most 100"
+                    f"models.{echoed(name)}: not a model name: letters, digits, '.', '_' and '-', at most 100"
                 )
             unknown = sorted(set(model.ranks) - set(self.categories))
             if unknown:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -55,3 +57,19 @@ class CommandLine:
             env={**environment, "COLUMNS": "100", **self.environment},
             **{**pipes, **options},
         )
+
+    def on_terminal(self, *arguments: object, **options: Any) -> bytes:
+        """Runs a command on a pseudo-terminal and returns the bytes that reach it."""
+        ours, theirs = pty.openpty()
+        process = self.start(*arguments, stdin=theirs, stdout=theirs, stderr=theirs, **options)
+        os.close(theirs)
+        output = bytearray()
+        try:
+            with contextlib.suppress(OSError):  # the end of a pseudo-terminal
+                while piece := os.read(ours, 65_536):
+                    output += piece
+            process.wait(30)
+        finally:
+            process.kill()
+            os.close(ours)
+        return bytes(output)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.errors import ConfigError, TrafficTargetError
+from router.errors import ConfigError, TrafficTargetError, echoed
 from router.traffic import GRAMMAR, RequestLimit, TokenLimit, TrafficTarget
 
 
@@ -97,7 +97,7 @@ def test_invalid_line_is_reported_with_column_and_grammar(line: str, column: int
         TrafficTarget.parse(line)
     message = str(caught.value)
     assert word in message
-    assert f"at column {column} of {line!r}" in message
+    assert f"at column {column} of {echoed(line)}" in message
     assert message.endswith(GRAMMAR)
     assert isinstance(caught.value, ConfigError)
 

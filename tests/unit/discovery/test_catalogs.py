@@ -206,7 +206,7 @@ def test_malformed_json_values_refuse_only_their_entry(tmp_path: Path) -> None:
     )
     found = reading(tmp_path, f'{{"data": [{", ".join(wild)}, {{"id": "llama-e"}}]}}', "mine.json")
     assert [model.name for model in found.models] == ["llama-e"]
-    assert [refusal.name for refusal in found.refusals] == ["a", "b??", "entry 3"]
+    assert [refusal.name for refusal in found.refusals] == ["a", "b\ufffd\ufffd", "entry 3"]
 
 
 def test_yaml_tags_are_ignored(tmp_path: Path) -> None:

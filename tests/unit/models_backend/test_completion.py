@@ -102,7 +102,7 @@ def test_an_invalid_stream_is_explained(content: bytes, status: int, words: str)
             "wants to be paid (402): Insufficient credits",
         ),
         (502, b"<html><head><title>Bad Gateway</title>", 502, "502: a web page, 'Bad Gateway'"),
-        (500, "naïve \x00\x1b[31m words".encode(), 502, "500: naïve [31m words"),
+        (500, "naïve \x00\x1b[31m words".encode(), 502, "500: naïve \ufffd\ufffd[31m words"),
     ],
 )
 def test_a_refusal_names_the_remedy(status: int, content: bytes, passed_on: int, words: str) -> None:
