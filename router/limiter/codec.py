@@ -17,9 +17,9 @@ from router.traffic import TrafficTarget
 MICRO = 1_000_000
 LOST, MORE = 1, 3  # a reply's status; 0 is success, 2 a model without a target, 3 asks to call again
 
-_DECISION = struct.Struct("<11d")
+_DECISION = struct.Struct("<12d")
 _GRANT = struct.Struct("<2d")
-_REQUEST_HEAD = 7
+_REQUEST_HEAD = 8
 _ONE_PERMIT = struct.Struct(f"<{_REQUEST_HEAD + 1}d")
 _RELEASE = struct.Struct("<4d16s")
 _OPEN_CALL = struct.Struct("<16sd")
@@ -49,19 +49,22 @@ class Loss(NamedTuple):
 
 def pack_reserve(  # noqa: PLR0917 - the layout itself; keywords would cost on the hot path
     generation: float, clock_bound: float, head: float, version: float, sender: float,
-    look_ahead_seconds: float, call_seconds: float, tokens: tuple[int, ...],
+    look_ahead_seconds: float, call_seconds: float, interactive: float, tokens: tuple[int, ...],
 ) -> bytes:  # fmt: skip
-    """Packs a request for a permit per element of `tokens`. `sender` is 0 if it does not wait for them."""
+    """Packs a request for a permit per element of `tokens`.
+
+    `sender` is 0 if it does not wait for them, and negative for interactive requests that do.
+    """
     layout = _ONE_PERMIT if len(tokens) == 1 else struct.Struct(f"<{_REQUEST_HEAD + len(tokens)}d")
     return layout.pack(
         generation, clock_bound, head, version, sender, look_ahead_seconds * MICRO, call_seconds * MICRO,
-        *tokens,
+        interactive, *tokens,
     )  # fmt: skip
 
 
 # Head of a reply: status, generation, head, target version, wait (negative if only a change can help),
-# reason, send slack, clock, failures, trips, unresolved rebuilt calls. A plain tuple: a named one takes 2 us
-# of a decision's 90.
+# reason, send slack, clock, failures, trips, unresolved rebuilt calls, look-ahead applied. A plain tuple: a
+# named one takes 2 us of a decision's 90.
 unpack_decision: Callable[[bytes], tuple[float, ...]] = _DECISION.unpack_from
 
 
@@ -75,9 +78,9 @@ def pack_set_target(version: int | None, settings: LimiterSettings, *, has_log: 
     return struct.pack("<3d", version or 0, settings.max_call_seconds * MICRO, float(has_log))
 
 
-def pack_target(target: TrafficTarget, settings: LimiterSettings) -> bytes:
+def pack_target(target: TrafficTarget, settings: LimiterSettings, model: str) -> bytes:
     """Packs a target as the script stores it; the script fills in the version."""
-    send = settings.send_slack(target)
+    send, share = settings.send_slack(target), settings.interactive_share(model)
     limits: list[float] = []
     windows = [float(limit.window_seconds * MICRO) for limit in (*target.requests, *target.tokens)]
     for limit in (*target.requests, *target.tokens):
@@ -91,6 +94,9 @@ def pack_target(target: TrafficTarget, settings: LimiterSettings) -> bytes:
         -1 if target.at_once is None else target.at_once,
         len(target.requests),
         len(target.tokens),
+        round(settings.batch_gap(target, share) * MICRO),
+        float(share.reserved > 0),
+        share.at_most,
     )
     return struct.pack(f"<{len(head) + len(limits) + len(windows)}d", *head, *limits, *windows)
 

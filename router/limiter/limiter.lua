@@ -11,11 +11,16 @@
 --   reach      of a token window: the send that an unsuccessful request walked to, and the tokens from there on
 --   building   1 while a tail does not reach back to all sends that count: nothing is granted until it does
 --   turn       a denied call of another process that waits for tokens: (sender, tokens, expiry), in order of arrival
+--   ask        a denied interactive request that waits: (sender, send time that it waits for, expiry), one per sender
+--   front      the class that goes first: interactive, or batch once interactive used up its `credit` of sends
+--   yield      until when the next send is kept for the class in front; 0 if nobody of the other class came
+--   due        earliest send time of a batch call while batch is paced by the whole window, not at 0.9 of it
 --   rebuilt    calls that were open in the call log when the state was rebuilt: call id -> send
 --   trips      how often in a row the breaker opened; 0 is closed
 --   probe      the one call that may be in flight while the breaker is half-open
 -- Keys, all with the same hash tag:
---   <key>            hash: run, state (the counters below), spec (the target, packed), target, probe, reach, turns, ...
+--   <key>            hash: run, state (the counters below), spec (the target, packed), target, probe, reach, turns,
+--                    asks, ...
 --   <key>:m:<chunk>  released bits and send times  <key>:t:<chunk>  tokens, 4 bytes per send
 --   <key>:holders    sorted set: send -> end       <key>:holes      sorted set: send -> send
 --   <key>:rebuilt    hash: call id -> send
@@ -26,19 +31,25 @@
 -- Redis runs the whole script for each call, and defining a function costs as much as a command. Therefore code of
 -- the decision comes first, without functions where possible, and the rest is only defined when it is needed.
 
-local FORMAT, RUN = '2:', '2:@RUN@'
+local FORMAT, RUN = '3:', '3:@RUN@'
 local SENDS, BITMAP = 1000, 125       -- a chunk has 8,125 bytes, which fits the allocator's class of 8,192
 local KEPT_CHUNKS = 4                 -- kept whatever their age, so that a new, longer window is exact
 local KEPT_AGE = 61e6                 -- kept whatever the target, for the same reason
 local SCAN_STEPS = 5000               -- the most sends that one decision reads
 local BUILD_STEPS = 5000              -- the most sends of a new token window that one call reads
 local LONG_WALK = 64                  -- an unsuccessful walk of this length is continued by the next request
-local TURN_KEPT = 3e6                 -- a process renews its turn at least every 2 s
-local HEADER, REPLY = '<dddddddddddddddddddd', '<ddddddddddd'
-local WINDOWS = 41                    -- window w (requests first) has limit and period at byte WINDOWS + 16 w
+local TURN_KEPT = 3e6                 -- a process renews its turn, and its ask, at least every 2 s
+local ASKED_KEPT = 600e6              -- batch leaves room for interactive requests this long after the latest one
+local BATCH_KEPT = 3e6                -- batch calls count as waiting this long after the latest, plus a few sends
+local MIN_HORIZON = 5e4               -- look-ahead of batch where a third of the gap is shorter
+local LATE = 25e4                     -- what a late batch call may make up for, where the gap is shorter
+local GRACE = 5e4                     -- from the first call that yields a send until the send is free for it
+local CREDIT = 3                      -- most interactive sends in a row, if half of the sends may be interactive
+local HEADER, REPLY = '<dddddddddddddddddddddddddd', '<dddddddddddd'
+local WINDOWS = 65                    -- window w (requests first) has limit and period at byte WINDOWS + 16 w
 
 local OK, LOST, NO_TARGET, MORE = 0, 1, 2, 3
-local WINDOW, TOKENS, CONCURRENCY, STOPPED, COOLING_DOWN, TOO_MANY_TOKENS, HALF_OPEN = 1, 2, 3, 4, 5, 6, 9
+local WINDOW, TOKENS, CONCURRENCY, STOPPED, COOLING_DOWN, TOO_MANY_TOKENS, HALF_OPEN, PRIORITY = 1, 2, 3, 4, 5, 6, 9, 11
 local NEVER = -1
 
 local key, verb, request = KEYS[1], ARGV[1], ARGV[2]
@@ -54,6 +65,7 @@ end
 local gen, clock, offset, head, oldest, sent, since, cooldown_until, denied, holes, in_flight, blind, failures, trips =
   0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0
 local late, late_head, late_sent, building, rebuilt, rebuilt_until, at = 0, 0, 0, 0, 0, 0, nil
+local asked, asks_until, credit, batch_at, yield_until, due = 0, 0, 0, 0, 0, 0
 local tail = {}  -- three numbers per token window
 local reach, reach_changed = {}, false  -- two numbers per token window
 if stored[4] then
@@ -61,13 +73,18 @@ if stored[4] then
 end
 if stored[2] then
   gen, clock, offset, head, oldest, sent, since, cooldown_until, denied, holes, in_flight, blind, failures, trips,
-    late, late_head, late_sent, building, rebuilt, rebuilt_until, at = unpack_struct(HEADER, stored[2])
+    late, late_head, late_sent, building, rebuilt, rebuilt_until, asked, asks_until, credit, batch_at, yield_until,
+    due, at = unpack_struct(HEADER, stored[2])
   for k = 1, (#stored[2] - at + 1) / 8, 3 do
     tail[k], tail[k + 1], tail[k + 2], at = unpack_struct('<ddd', stored[2], at)
   end
 end
 local version, stopped, gap, slack, concurrency, requests, token_windows = 0, 0, 0, 0, NEVER, 0, 0
-if spec then version, stopped, gap, slack, concurrency, requests, token_windows = unpack_struct('<ddddddd', spec) end
+local step, reserves, at_most = 0, 0, 1  -- of batch: gap by the whole window, whether a share is reserved, other share
+local SPEC = '<dddddddddd'
+if spec then
+  version, stopped, gap, slack, concurrency, requests, token_windows, step, reserves, at_most = unpack_struct(SPEC, spec)
+end
 
 -- A new target with a shorter slack does not make earlier permits expire sooner: sends before `late_head` may be
 -- late by `late`, and no later send counts for a shorter time than the last of them.
@@ -151,17 +168,19 @@ local t, reason, retry_only = NEVER, 0, true
 local reply
 
 if verb == 'reserve' or verb == 'peek' or (verb == 'snapshot' and live and spec) then
-  -- Request: generation seen, clock bound, head seen, target version seen, sender (0 if it does not wait),
-  -- look-ahead, maximum duration of a call, tokens of each permit.
+  -- Request: generation seen, clock bound, head seen, target version seen, sender (0 if it does not wait, negative
+  -- for interactive requests), look-ahead, maximum duration of a call, 1 if interactive, tokens of each permit.
   local commit, seen_head, seen_version, sender, look_ahead, max_call, count = verb == 'reserve', 0, 0, 0, 0, 0, 1
+  local interactive = 1
   if verb ~= 'snapshot' then
-    seen_head, seen_version, sender, look_ahead, max_call, position = unpack_struct('<ddddd', request, position)
+    seen_head, seen_version, sender, look_ahead, max_call, interactive, position =
+      unpack_struct('<dddddd', request, position)
     count = (#request - position + 1) / 8
-    if not spec then return pack(REPLY, NO_TARGET, 0, 0, 0, NEVER, 0, 0, 0, 0, 0, 0) end
-    if not live then return pack(REPLY, LOST, 0, 0, version, NEVER, 0, 0, 0, 0, 0, 0) end
+    if not spec then return pack(REPLY, NO_TARGET, 0, 0, 0, NEVER, 0, 0, 0, 0, 0, 0, 0) end
+    if not live then return pack(REPLY, LOST, 0, 0, version, NEVER, 0, 0, 0, 0, 0, 0, 0) end
     broken = seen > gen or (seen == gen and seen_head > head) or (seen > 0 and seen < gen and blind == 1)
     if seen_version > version and not broken then  -- a client that had missed a change restored an older target
-      return pack(REPLY, NO_TARGET, 0, 0, version, NEVER, 0, 0, 0, 0, 0, 0)
+      return pack(REPLY, NO_TARGET, 0, 0, version, NEVER, 0, 0, 0, 0, 0, 0, 0)
     end
   end
   if building == 1 and verb ~= 'snapshot' and not broken then
@@ -172,17 +191,41 @@ if verb == 'reserve' or verb == 'peek' or (verb == 'snapshot' and live and spec)
     call('DEL', key .. ':rebuilt')
     rebuilt, changed = 0, true
   end
-  -- Tokens of turns before this request, and of all turns but its own: they are left free for them.
+  -- Right of way. While somebody asks, batch is not granted far ahead, and yields the next send to an ask that waits
+  -- for it; interactive yields once its credit is used up. A send that nobody of the class in front came for is free.
+  local horizon, asking, first_ask, batch_waits = look_ahead, asked > 0 and now < asked + ASKED_KEPT, nil, false
+  local charge = 1 - at_most  -- of an interactive send; a batch send pays back `at_most`
+  if interactive == 1 and commit and count > 0 then
+    if not asking then asking, credit, batch_at = true, max(CREDIT * charge, at_most), 0 end
+    asked, changed = now, true
+  end
+  if asking then
+    batch_waits = at_most < 1 and batch_at > 0 and now < batch_at + BATCH_KEPT + 4 * step / charge
+    if interactive == 0 then
+      horizon = min(look_ahead, max(gap / 3, MIN_HORIZON))
+      if sender ~= 0 and commit and count > 0 then batch_at, batch_waits, changed = now, at_most < 1, true end
+    end
+  end
+  local asks = asks_until > now and call('HGET', key, 'asks') or ''
+  for at = 1, interactive == 0 and #asks or 0, 24 do
+    local _, waits_for, expiry = unpack_struct('<ddd', asks, at)
+    if expiry > now then first_ask = min(first_ask or waits_for, waits_for) end
+  end
+  local batch_paced = interactive == 0 and step > 0 and (reserves == 1 or asking)
+  local enough = charge - 1e-9
+  -- Tokens of turns before this request, and of all turns but its own: they are left free for them. The turns of
+  -- the class in front are all before those of the other.
   local earlier, others = 0, 0
   if stored[5] then
-    local found = false
+    local found, in_front = false, (batch_waits and credit < enough) == (interactive == 0)
     for at = 1, #stored[5], 24 do
       local who, need, expiry = unpack_struct('<ddd', stored[5], at)
+      local same = (who < 0) == (interactive == 1)
       if who == sender then
         found = true
-      elseif expiry > now then
+      elseif expiry > now and (same or not in_front) then
         others = others + need
-        if not found then earlier = others end
+        if not found or not same then earlier = earlier + need end
       end
     end
   end
@@ -222,6 +265,7 @@ if verb == 'reserve' or verb == 'peek' or (verb == 'snapshot' and live and spec)
     end
 
     t, reason, retry_only = max(now, sent + gap), WINDOW, false
+    if batch_paced and due > t then t = due end
     for w = 1, requests do
       local limit, period = unpack_struct('<dd', spec, WINDOWS + 16 * w)
       local i = head - limit
@@ -330,7 +374,13 @@ if verb == 'reserve' or verb == 'peek' or (verb == 'snapshot' and live and spec)
       t, retry_only = after_tokens(t, wanted)
       if t > before then reason = TOKENS end
     end
-    if retry_only or not commit or broken or t > now + look_ahead then break end
+    if asking and not retry_only and verb ~= 'snapshot' and t <= now + horizon then
+      local used_up, yields = batch_waits and credit < enough, nil
+      if interactive == 1 then yields = used_up else yields = not used_up and first_ask and first_ask <= t + gap end
+      if yields and yield_until == 0 then yield_until, changed = max(t, now + GRACE), true end
+      if yields and now < yield_until then t, reason, retry_only, horizon = yield_until, PRIORITY, true, 0 end
+    end
+    if retry_only or not commit or broken or t > now + horizon then break end
 
     for k = 1, 3 * token_windows, 3 do
       tail[k], tail[k + 1] = tried[k], tried[k + 1] + need
@@ -339,6 +389,17 @@ if verb == 'reserve' or verb == 'peek' or (verb == 'snapshot' and live and spec)
     if #reach > 0 then reach, reach_changed = {}, true end
     granted[head], granted_tokens[head] = t, need
     head, sent = head + 1, t
+    if step > 0 and (asking and reserves == 0 or reserves == 1 and interactive == 0) then
+      due = max(due, reserves == 1 and t or t - max(gap, LATE)) + step
+    end
+    if asking then
+      yield_until = 0
+      if interactive == 0 then
+        credit = min(max(CREDIT * charge, at_most), credit + at_most)
+      elseif batch_waits then
+        credit = max(0, credit - charge)
+      end
+    end
     if concurrency >= 0 then in_flight = in_flight + 1 end
     if trips > 0 then probe, probe_end = head - 1, t + max_call end
   end
@@ -387,8 +448,8 @@ if verb == 'reserve' or verb == 'peek' or (verb == 'snapshot' and live and spec)
   end
 
   local all = commit and head - from == count
-  if (stored[5] or reason == TOKENS) and sender > 0 and commit and not broken and building == 0 then
-    local waits, kept = not all and reason == TOKENS, {}
+  if (stored[5] or reason == TOKENS) and sender ~= 0 and commit and not broken and building == 0 then
+    local waits, kept = not all and (reason == TOKENS or reason == PRIORITY), {}
     local mine = pack('<ddd', sender, need, now + TURN_KEPT)
     for at = 1, stored[5] and #stored[5] or 0, 24 do
       local who, _, expiry = unpack_struct('<ddd', stored[5], at)
@@ -399,7 +460,7 @@ if verb == 'reserve' or verb == 'peek' or (verb == 'snapshot' and live and spec)
         waits = false
       end
     end
-    if waits then kept[#kept + 1] = mine end
+    if waits and reason == TOKENS then kept[#kept + 1] = mine end
     if #kept > 0 then
       call('HSET', key, 'turns', table.concat(kept))
     elseif stored[5] then
@@ -407,14 +468,37 @@ if verb == 'reserve' or verb == 'peek' or (verb == 'snapshot' and live and spec)
     end
   end
 
+  if sender < 0 and commit and not broken and building == 0 and (#asks > 0 or not all) then
+    local others_asks, any_time = {}, reason == CONCURRENCY or reason == HALF_OPEN
+    asks_until = 0
+    for at = 1, #asks, 24 do
+      local who, _, expiry = unpack_struct('<ddd', asks, at)
+      if who ~= sender and expiry > now then
+        others_asks[#others_asks + 1] = string.sub(asks, at, at + 23)
+        asks_until = max(asks_until, expiry)
+      end
+    end
+    if not all and count > 0 and (t ~= NEVER or any_time) then
+      others_asks[#others_asks + 1] = pack('<ddd', sender, any_time and 0 or t, now + TURN_KEPT)
+      asks_until = now + TURN_KEPT
+      if reason ~= PRIORITY then yield_until = 0 end
+    end
+    changed = true
+    if #others_asks > 0 then
+      call('HSET', key, 'asks', table.concat(others_asks))
+    else
+      call('HDEL', key, 'asks')
+    end
+  end
+
   if verb ~= 'snapshot' and broken then
-    reply = pack(REPLY, LOST, 0, 0, version, NEVER, 0, 0, 0, 0, 0, 0)
+    reply = pack(REPLY, LOST, 0, 0, version, NEVER, 0, 0, 0, 0, 0, 0, 0)
   elseif verb ~= 'snapshot' and building == 1 then
-    reply = pack(REPLY, MORE, gen, head, version, 0, TOKENS, slack, now, failures, trips, rebuilt)
+    reply = pack(REPLY, MORE, gen, head, version, 0, TOKENS, slack, now, failures, trips, rebuilt, 0)
   elseif verb ~= 'snapshot' then
     if denied == 0 and not all and (reason == TOKENS or reason == CONCURRENCY) then denied, changed = 1, true end
     reply = pack(REPLY, OK, gen, head, version, t == NEVER and NEVER or max(0, t - now), reason, slack, now, failures,
-                 trips, rebuilt)
+                 trips, rebuilt, horizon)
     if head == from + 1 then
       reply = reply .. pack('<dd', from, granted[from] - now)
     elseif head > from then
@@ -474,6 +558,7 @@ if not reply then
   local function make_hole(i)
     call('ZADD', key .. ':holes', i, i)
     holes = holes + 1
+    if due > 0 then due = due - step end  -- its share of the window is free again
     if i == head - 1 and i > oldest * SENDS then  -- it was the latest: pacing continues from the send before
       sent = send_time(i - 1, 'hole')
       call('SETRANGE', key .. ':m:' .. floor(i / SENDS), BITMAP + i % SENDS * 8, pack('<d', sent))
@@ -587,7 +672,9 @@ if not reply then
       known[period] = { tail[3 * w - 2], tail[3 * w - 1], tail[3 * w] }
     end
     spec = pack('<d', new_version) .. string.sub(ARGV[3], 9)
-    version, stopped, gap, slack, concurrency, requests, token_windows = unpack_struct('<ddddddd', spec)
+    version, stopped, gap, slack, concurrency, requests, token_windows, step, reserves, at_most =
+      unpack_struct(SPEC, spec)
+    yield_until, due = 0, 0
     call('HSET', key, 'spec', spec, 'target', ARGV[4])
     if live and not (stored[3] and string.sub(stored[3], 9) == string.sub(spec, 9)) then
       if slack_was > slack and head > 0 then late, late_head, late_sent = max(late, slack_was), head, sent end
@@ -646,6 +733,7 @@ if not reply then
     clock, head, oldest, sent, since, denied, holes, in_flight, blind = now, 0, 0, 0, from, 0, 0, 0, is_blind
     cooldown_until, trips, failures = cooldown > 0 and now + cooldown or 0, known_trips, 0
     late, late_head, late_sent, extra = 0, 0, 0, 0
+    asked, asks_until, credit, batch_at, yield_until, due = 0, 0, 0, 0, 0, 0
     local send_times, tokens, released, open = ARGV[3], ARGV[4], ARGV[5], ARGV[6]
     local function part(text, chunk, bytes)
       local found = string.sub(text, chunk * bytes + 1, (chunk + 1) * bytes)
@@ -667,7 +755,7 @@ if not reply then
     build()
     if concurrency >= 0 then find_holders(longest) end
     call('HSET', key, 'run', RUN, 'rest_reason', ARGV[8])
-    call('HDEL', key, 'lost', 'known', 'probe', 'reach', 'turns')
+    call('HDEL', key, 'lost', 'known', 'probe', 'reach', 'turns', 'asks')
     reach = {}
     changed = true
     publish(ARGV[7])
@@ -784,7 +872,8 @@ if broken and live and verb ~= 'snapshot' then  -- must be rebuilt before anythi
   call('HSET', key, 'known', '1', 'run', FORMAT)
 elseif changed then
   local text = pack(HEADER, gen, clock, offset, head, oldest, sent, since, cooldown_until, denied, holes, in_flight,
-                    blind, failures, trips, late, late_head, late_sent, building, rebuilt, rebuilt_until)
+                    blind, failures, trips, late, late_head, late_sent, building, rebuilt, rebuilt_until, asked,
+                    asks_until, credit, batch_at, yield_until, due)
   for k = 1, #tail, 3 do text = text .. pack('<ddd', tail[k], tail[k + 1], tail[k + 2]) end
   call('HSET', key, 'state', text)
 end

@@ -21,7 +21,7 @@ from router.background import mark_retrieved
 from router.errors import InputError, LimiterError
 from router.limiter.breaker import Signal, Verdict
 from router.limiter.notifications import Notifications
-from router.limiter.permit import Clock, Permit, Wait
+from router.limiter.permit import Clock, Permit, Wait, WaitReason
 from router.limiter.recovery import CallEnds, History, Recovery
 from router.limiter.releases import Releases
 from router.limiter.reservations import Reservations
@@ -70,7 +70,7 @@ class TrafficLimiter:
         self._releases = Releases(self._tracker)
         self._recovery = Recovery(self._tracker, self._releases, history, call_ends)
         self._reservations = Reservations(self._tracker, self._recovery)
-        self._queues: dict[str, WaitQueue] = {}
+        self._queues: dict[tuple[str, bool], WaitQueue] = {}
         self._snapshots: dict[str, asyncio.Task[ModelTraffic]] = {}
 
     async def __aenter__(self) -> TrafficLimiter:  # noqa: PYI034 - typing.Self is 3.11
@@ -107,21 +107,23 @@ class TrafficLimiter:
     # -- permits ------------------------------------------------------------------------------------------
 
     async def reserve(
-        self, model: str, tokens: int = 0, *, holder_seconds: float | None = None
+        self, model: str, tokens: int = 0, *, holder_seconds: float | None = None, interactive: bool = False
     ) -> Permit | Wait:
         """Returns a permit whose send time is within the look-ahead, else a `Wait`. Does not wait itself.
 
         `tokens` is an upper bound of the tokens that the call uses. `holder_seconds` is an upper bound of
         its duration (default: `max_call_seconds` of the settings); it occupies a slot for at most that long.
+        Somebody waits for an `interactive` call.
         """
         _check_tokens(tokens)
-        return await self._reservations.reserve(self._tracker.state(model), tokens, holder_seconds)
+        state = self._tracker.state(model)
+        return await self._reservations.reserve(state, tokens, holder_seconds, interactive=interactive)
 
     async def acquire(
         self, model: str, tokens: int = 0, *, timeout_seconds: float | None = None,
-        call_id: uuid.UUID | None = None,
+        call_id: uuid.UUID | None = None, interactive: bool = False,
     ) -> Permit:  # fmt: skip
-        """Waits for a permit and returns at its send time.
+        """Waits for a permit and returns at its send time; `interactive` calls go before the others.
 
         `call_id` is the call's in the call log. If Redis loses its state, a logged call takes no slot while
         it waits here, and the slot of one that was sent becomes free when its permit is released.
@@ -130,7 +132,7 @@ class TrafficLimiter:
         exceeds a token limit of the target.
         """
         _check_tokens(tokens)
-        queue = self._queue(model)
+        queue = self._queue(model, interactive=interactive)
         if timeout_seconds is None:
             return await queue.wait(tokens, call_id)
         waiting = asyncio.ensure_future(queue.wait(tokens, call_id))
@@ -144,12 +146,12 @@ class TrafficLimiter:
         if not done:
             await _cancelled(waiting)
         if waiting.cancelled():
-            why = self._tracker.state(model).waiting_for.text
+            why = self._tracker.state(model).waiting_for.get(interactive, WaitReason.NOTHING).text
             raise LimiterError(f"No permit for {model} within {timeout_seconds:g} s: {why}. Retry later.")
         return waiting.result()
 
     async def wait_until_available(self, model: str) -> None:
-        """Returns once a send looks possible within the look-ahead; reserves nothing, rarely calls Redis."""
+        """Returns once a batch send looks possible within the look-ahead. Reserves nothing."""
         state = self._tracker.state(model)
         while True:
             changes = state.changes
@@ -166,13 +168,12 @@ class TrafficLimiter:
                 await state.broadcast.wait(poll if left is None else min(poll, left))
 
     async def wait_until_unavailable(self, model: str) -> None:
-        """Returns once a new reply to the calls that wait here reports a cool-down or half-open breaker."""
-        await self._queue(model).wait_until_unavailable()
+        """Returns once a reply to waiting interactive calls reports a cool-down or half-open breaker."""
+        await self._queue(model, interactive=True).wait_until_unavailable()
 
     def queue_length(self, model: str) -> int:
         """Returns how many calls wait in this process for a permit of the model."""
-        queue = self._queues.get(model)
-        return len(queue) if queue is not None else 0
+        return sum(len(queue) for (name, _), queue in self._queues.items() if name == model)
 
     async def release(self, permit: Permit, tokens: int | None = None) -> None:
         """Ends a call: frees its slot, and replaces its reservation by the `tokens` used. Idempotent."""
@@ -242,12 +243,12 @@ class TrafficLimiter:
         """Outage of Redis as this process sees it; None while Redis answers."""
         return self._script.outage
 
-    def _queue(self, model: str) -> WaitQueue:
-        queue = self._queues.get(model)
+    def _queue(self, model: str, *, interactive: bool) -> WaitQueue:
+        queue = self._queues.get((model, interactive))
         if queue is None:
-            queue = self._queues[model] = WaitQueue(
+            queue = self._queues[model, interactive] = WaitQueue(
                 self._tracker.state(model), self._tracker,
-                self._reservations, self._releases, self._notifications,
+                self._reservations, self._releases, self._notifications, interactive=interactive,
             )  # fmt: skip
         return queue
 

@@ -27,6 +27,7 @@ class WaitReason(enum.IntEnum):
     NO_TARGET = 8
     HALF_OPEN = 9
     UNAVAILABLE = 10
+    PRIORITY = 11
 
     @property
     def text(self) -> str:
@@ -45,6 +46,7 @@ _REASON_TEXTS = {
     WaitReason.NO_TARGET: "no traffic target set",
     WaitReason.HALF_OPEN: "circuit half-open: one probe in flight",
     WaitReason.UNAVAILABLE: "Redis is unavailable",
+    WaitReason.PRIORITY: "the next send is kept: interactive requests go first, up to their share",
 }
 
 UNAVAILABLE_REASONS = frozenset({WaitReason.COOLING_DOWN, WaitReason.HALF_OPEN})  # the model itself failed
@@ -92,12 +94,14 @@ class Permit:
 class Wait:
     """Denied reservation, which is false: its reason, and the seconds until the next try makes sense.
 
-    `again_seconds` is None if only a change can help, e.g. of a target of 0.
+    `again_seconds` is None if only a change can help, e.g. of a target of 0. A permit may be granted up to
+    `ahead_seconds` before that.
     """
 
     model: str
     reason: WaitReason
     again_seconds: float | None
+    ahead_seconds: float = 0.0
 
     def __bool__(self) -> bool:
         return False

@@ -118,7 +118,8 @@ class _Batch:
         state = self._state
         reply = await self._script.call(state.key, "release", b"".join(items), self._script.sender)
         # The script notifies only other processes.
-        if unpack_release(reply) or state.waiting_for in _FREED or state.available_at is None:
+        waits = _FREED.intersection(state.waiting_for.values())
+        if unpack_release(reply) or waits or state.available_at is None:
             state.changed()
 
     async def close(self) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from router.limiter.breaker import BreakerSettings
-from router.settings import RouterConfig
+from router.settings import InteractiveShare, RouterConfig
 from router.traffic import TrafficTarget
 
 AFTER_TIMEOUT_SECONDS = 10.0  # the backend may keep working for a while after the client's timeout
@@ -41,6 +42,8 @@ class LimiterSettings:
     retry_cap_seconds: float = 1.0
     max_permits_per_request: int = 250
     free_broken_slots: bool = False
+    interactive: InteractiveShare = field(default_factory=InteractiveShare)
+    interactive_of: Mapping[str, InteractiveShare] = field(default_factory=dict)  # model -> its own
     breaker: BreakerSettings = field(default_factory=BreakerSettings)
 
     @classmethod
@@ -56,6 +59,12 @@ class LimiterSettings:
             second_slacks=Slacks(traffic.second_send_slack, traffic.second_transit_slack),
             max_call_seconds=longest + AFTER_TIMEOUT_SECONDS,
             free_broken_slots=traffic.free_broken_slots,
+            interactive=traffic.interactive,
+            interactive_of={
+                name: traffic.interactive.model_copy(update=model.interactive.model_dump(exclude_unset=True))
+                for name, model in config.models.items()
+                if model.interactive is not None
+            },
             breaker=BreakerSettings(
                 failure_threshold=traffic.failure_threshold,
                 initial_cooldown_seconds=traffic.initial_cooldown_seconds,
@@ -76,3 +85,22 @@ class LimiterSettings:
         """Returns how long after its send time a permit is valid: the slack of the shortest window."""
         windows = [limit.window_seconds for limit in (*target.requests, *target.tokens)]
         return min((self.slacks(window).send for window in windows), default=self.minute_slacks.send)
+
+    def interactive_share(self, model: str) -> InteractiveShare:
+        """Returns what interactive requests may have of a model's rate."""
+        return self.interactive_of.get(model, self.interactive)
+
+    def batch_gap(self, target: TrafficTarget, share: InteractiveShare) -> float:
+        """Returns the seconds between batch calls that are spread evenly over the padded windows.
+
+        They are paced so while somebody asks, and always if a share is reserved. 0 if they are not.
+        """
+        if target.burst and not share.reserved:
+            return 0.0
+        send = self.send_slack(target)
+        gaps = (
+            (limit.window_seconds + send + self.slacks(limit.window_seconds).transit) / limit.count
+            for limit in target.requests
+            if limit.count
+        )
+        return max(gaps, default=0.0) / (1 - share.reserved)

@@ -38,7 +38,7 @@ class ModelState:
     cooldown_reason: str = ""
     available_at: float | None = None  # when a send looks possible; None if unknown
     available_known_at: float = NEVER
-    waiting_for: WaitReason = WaitReason.NOTHING  # of the wait queue's next call
+    waiting_for: dict[bool, WaitReason] = field(default_factory=dict)  # of each wait queue's next call
     changes: int = 0
     broadcast: Broadcast = field(default_factory=Broadcast)  # of changes, and of a new `waiting_for`
 
@@ -55,8 +55,13 @@ class ModelState:
         """Records when the next send looks possible, so that no request is made before."""
         if again is None or reason in FREED_BY_OTHERS:
             self.forget_availability()
+        elif reason == WaitReason.PRIORITY:  # ask again then: it may be taken
+            self.available_at, self.available_known_at = received_at + again, NEVER
         else:
             self.available_at, self.available_known_at = received_at + again - look_ahead, received_at
+
+    def observe_cooldown(self, again: float | None, reason: float, received_at: float) -> None:
+        """Records the end of a cool-down."""
         if reason == WaitReason.COOLING_DOWN and again is not None:
             self.cooldown_until = received_at + again
 

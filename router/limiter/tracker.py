@@ -84,7 +84,7 @@ class ModelTracker:
 
     async def set_target(self, state: ModelState, target: TrafficTarget, version: int | None) -> bool:
         """Applies a target; False if a newer version is applied already."""
-        packed = pack_target(target, self.settings)
+        packed = pack_target(target, self.settings, state.model)
         request = pack_set_target(version, self.settings, has_log=self._has_log)
         sender = self.script.sender
         reply = await self.script.call(state.key, "target", request, packed, str(target), sender)

@@ -1,4 +1,7 @@
-"""Wait queue of one model in one process: FIFO, with one request for all that wait."""
+"""Wait queue of one model in one process: FIFO, with one request for all that wait.
+
+Interactive and batch calls have a queue each; the script decides between the two as between two processes.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,10 @@ class WaitQueue:
         reservations: Reservations,
         releases: Releases,
         notifications: Notifications,
+        *,
+        interactive: bool,
     ) -> None:
+        self._interactive = interactive
         self._state = state
         self._tracker = tracker
         self._settings, self._clock = tracker.settings, tracker.clock
@@ -62,7 +68,7 @@ class WaitQueue:
         self._tickets = 0
         self._max_batch = self._settings.max_permits_per_request
         self._some_expired = False
-        self._has_turn = False  # the script keeps tokens free for the first waiter
+        self._has_turn = False  # the script keeps tokens, or the next send, for the first waiter
         self._left_at = float("-inf")
         self._sleeping = 0
         self._loop_offset: float | None = None
@@ -92,7 +98,7 @@ class WaitQueue:
     async def wait_until_unavailable(self) -> None:
         """Returns once a new reply to the waiters reports a cool-down or a half-open breaker."""
         replies = self._replies
-        while self._replies == replies or self._state.waiting_for not in UNAVAILABLE_REASONS:
+        while self._replies == replies or self._reason() not in UNAVAILABLE_REASONS:
             await self._state.broadcast.wait(self._settings.hint_seconds)
 
     async def close(self) -> None:
@@ -168,7 +174,9 @@ class WaitQueue:
                 await self._notifications.listen()
                 await self._report_unsent()
                 tokens = tuple(waiter.tokens for waiter in self._requested)
-                permits, wait = await self._reservations.reserve_many(state, tokens, waits=True)
+                permits, wait = await self._reservations.reserve_many(
+                    state, tokens, waits=True, interactive=self._interactive
+                )
             except LimiterUnavailable:
                 failures += 1
                 self._wait_for(WaitReason.UNAVAILABLE)
@@ -180,7 +188,7 @@ class WaitQueue:
                 return
             failures = 0
             denied = self._hand_out(permits, wait)
-            self._has_turn = denied and wait.reason is WaitReason.TOKENS
+            self._has_turn = denied and (self._interactive or wait.reason is WaitReason.TOKENS)
             pause = 0.0 if self._unreported() else self._pause(wait, denied=denied)
             self._paused_until = self._clock() + pause
             self._paused_at_change = changes
@@ -190,7 +198,7 @@ class WaitQueue:
 
     async def _leave_turn(self) -> None:
         with contextlib.suppress(LimiterUnavailable):
-            await self._reservations.reserve_many(self._state, (), waits=True)
+            await self._reservations.reserve_many(self._state, (), waits=True, interactive=self._interactive)
 
     def _unreported(self) -> list[_Waiter]:
         """Returns the waiters that a rebuilt log may count as sent."""
@@ -240,9 +248,12 @@ class WaitQueue:
         self._put_back(denied)
         return bool(denied)
 
+    def _reason(self) -> WaitReason:
+        return self._state.waiting_for.get(self._interactive, WaitReason.NOTHING)
+
     def _wait_for(self, reason: WaitReason) -> None:
-        if reason is not self._state.waiting_for:
-            self._state.waiting_for = reason
+        if reason is not self._reason():
+            self._state.waiting_for[self._interactive] = reason
             self._state.broadcast.notify_all()
 
     def _put_back(self, waiters: list[_Waiter]) -> None:
@@ -257,10 +268,11 @@ class WaitQueue:
             )
 
     def _pause(self, wait: Wait, *, denied: bool) -> float:
-        """Returns the seconds in which a request is pointless: until half the look-ahead before a send."""
+        """Returns the seconds in which a request is pointless: until shortly before a send."""
         poll = self._settings.fallback_poll_seconds
         if wait.reason in _TIMED:
-            ahead = self._settings.look_ahead_seconds / 2  # not the whole: one request is to bring several
+            # Not the whole look-ahead: one request is to bring several. Interactive ones come earlier.
+            ahead = wait.ahead_seconds * (0.8 if self._interactive else 0.5)
             return min(poll, max(0.0, (wait.again_seconds or 0.0) - ahead))
         if (
             not denied or wait.reason is WaitReason.TOO_MANY_TOKENS

@@ -51,7 +51,7 @@ async def send_permitted(
     for _ in range(MAX_EXPIRED_PERMITS):
         permit = await limiter.acquire(
             request.model, tokens=request.reserved_tokens, timeout_seconds=max(0.0, until - time.monotonic()),
-            call_id=request.call_id,
+            call_id=request.call_id, interactive=request.interactive,
         )  # fmt: skip
         try:
             result = await _send(limiter, backend, request, permit, before_send)

@@ -25,7 +25,7 @@ from router.settings.environment import (
 )
 from router.settings.http import AIRFLOW_SOURCE, HttpAddress, backend_address
 from router.settings.learning import JudgingSettings, LearningSettings, UtilitySettings, load_learning
-from router.settings.models import DISCOVERED, MODEL_NAME_PATTERN, read_discovered
+from router.settings.models import DISCOVERED, MODEL_NAME_PATTERN, InteractiveShare, read_discovered
 from router.settings.postgres import PostgresAddress
 from router.settings.redis import RedisAddress
 from router.settings.router import BackendSettings, FallbackSettings, RouterConfig, load_config
@@ -48,6 +48,7 @@ __all__ = [
     "FallbackSettings",
     "FileCatalogSettings",
     "HttpAddress",
+    "InteractiveShare",
     "JudgingSettings",
     "LearningSettings",
     "PostgresAddress",

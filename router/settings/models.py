@@ -34,6 +34,13 @@ def _checked_target(line: str) -> str:
 TrafficTargetLine = Annotated[str, AfterValidator(_checked_target)]
 
 
+class InteractiveShare(Frozen):
+    """Share of a model's sends `reserved` for interactive requests, and `at_most` theirs while batch waits."""
+
+    reserved: float = Field(default=0.0, ge=0, le=0.9)
+    at_most: float = Field(default=0.5, gt=0, le=1)
+
+
 class _AnyModel(Frozen):
     endpoint: str | None = None  # name at the Models Backend; default: the model's own name
     target: TrafficTargetLine  # initial value of the Variable `traffic.<model>`
@@ -50,6 +57,7 @@ class ModelSettings(_AnyModel):
     """A model of `config/models.yaml`. Prices in USD per million tokens, times in seconds."""
 
     state: Literal["active", "paused"] = "active"
+    interactive: InteractiveShare | None = None  # overrides `traffic.interactive`
 
 
 class RosterChange(Frozen):

@@ -22,6 +22,7 @@ from router.settings.models import (
     MODEL_NAME_PATTERN,
     Capability,
     DiscoveredModel,
+    InteractiveShare,
     ModelSettings,
     read_discovered,
 )
@@ -141,6 +142,7 @@ class TrafficSettings(Frozen):
     initial_cooldown_seconds: float = Field(default=1.0, gt=0, le=3600)
     max_cooldown_seconds: float = Field(default=60.0, gt=0, le=86_400)
     free_broken_slots: bool = False
+    interactive: InteractiveShare = InteractiveShare()
 
     @model_validator(mode="after")
     def _slacks_grow(self) -> TrafficSettings:

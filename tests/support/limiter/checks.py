@@ -178,7 +178,8 @@ async def an_older_target(world: World) -> None:
     older = int(world.spec.version) + 5
     await world.set_target(0, "1 at once", older + 1)
     await world.reserve(0, (0,))
-    script, packed = world.limiters[1]._script, pack_target(TrafficTarget.parse("40/s, burst"), SETTINGS)
+    script = world.limiters[1]._script
+    packed = pack_target(TrafficTarget.parse("40/s, burst"), SETTINGS, MODEL)
     world.redis.do("HDEL", KEY, "spec", "target")
     await script.call(KEY, "target", struct.pack("<3d", older, 8e6, 0), packed, "40/s, burst", "me")
     require(

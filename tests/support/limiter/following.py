@@ -204,7 +204,7 @@ class Following:
             self._require(version >= self.spec.version, "a version decreased")
             self.spec.set_target(target, version)
             self.changes.append(TargetChange(call.at / MICRO, MODEL, target))
-            if self.state == "sound" and self.redis.do("HGET", KEY, "run") == b"2:":
+            if self.state == "sound" and self.redis.do("HGET", KEY, "run") == b"3:":
                 longer = self.with_history and target.longest_window_seconds > KEPT_SECONDS
                 self._require(longer, "sound state was discarded by a target")
                 self.state = "gone"  # sends from before the log are read from the history
