@@ -7,9 +7,9 @@ Redis; `bench/judge` judges all sends.
     python -m bench.limiter.interactive [--seconds 121] [--asks 200] [--random] [--rule off] [--json FILE]
 
 Asks to one model are spread over the time, as of two within the same gap only one can be sent in it;
-`--random` draws them independently. `--rule off` asks without right of way, for comparison. Goals: p50 at most
-1.1 and p99 at most 2 pacing gaps, batch use of what the asks leave at least 99 %, no breach. Exit code 1 if
-one is missed.
+`--random` draws them independently. `--rule off` asks without right of way, for comparison. Goals: p50 at
+most 1.1 and p99 at most 2 pacing gaps, batch use of what the asks leave at least 99 %, no breach. Exit code 1
+if one is missed.
 """
 
 from __future__ import annotations
@@ -45,15 +45,17 @@ LINES = (
 )
 CLAIM_SECONDS = 0.005  # what a worker needs between seeing that it may send and asking for the permit
 HOLD_SECONDS = 1.0  # as in router/workers/pull_loop.py
-WARM_SECONDS = 1.0
+START_SECONDS = 60.0
+
+_gate: Any = None  # of all processes, until each has started
 
 
 @dataclass(frozen=True)
 class Job:
-    """Work of one process: it drains all models, or asks some of them at these times."""
+    """Work of one process: it drains all models, or asks some of them after so many seconds."""
 
     url: str
-    until: float
+    seconds: float
     models: tuple[str, ...]
     asks: tuple[tuple[float, str], ...] = ()
     interactive: bool = True
@@ -73,20 +75,30 @@ class Size:
     seed: int = 1
 
 
-def run_job(job: Job) -> list[tuple[str, float, float]]:
-    """Returns (model, asked at, sent at) of each send; batch sends were asked at 0."""
-    return asyncio.run(_run(job))
+def use_gate(gate: Any) -> None:
+    """Sets the gate at which a process waits for the others."""
+    global _gate  # noqa: PLW0603 - a barrier reaches a process only at its start
+    _gate = gate
 
 
-async def _run(job: Job) -> list[tuple[str, float, float]]:
+def run_job(job: Job) -> tuple[float, list[tuple[str, float, float]]]:
+    """Returns when it began, and (model, asked at, sent at) of each send; batch sends were asked at 0."""
+    _gate.wait(START_SECONDS)
+    began = time.monotonic()
+    return began, asyncio.run(_run(job, began))
+
+
+async def _run(job: Job, began: float) -> list[tuple[str, float, float]]:
     client = redis.asyncio.Redis.from_url(job.url)
     sends: list[tuple[str, float, float]] = []
     async with TrafficLimiter(client) as limiter:
         if job.asks:
-            await asyncio.gather(*(_ask(limiter, job, at, model, sends) for at, model in job.asks))
+            await asyncio.gather(
+                *(_ask(limiter, job, began + after, model, sends) for after, model in job.asks)
+            )
         else:
             tasks = [asyncio.create_task(_drain(limiter, model, sends), name=model) for model in job.models]
-            await asyncio.sleep(max(0.0, job.until - time.monotonic()))
+            await asyncio.sleep(max(0.0, began + job.seconds - time.monotonic()))
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -117,8 +129,8 @@ async def _ask(
     sends.append((model, asked_at, time.monotonic()))
 
 
-def ask_times(size: Size, models: Sequence[str], start: float) -> list[tuple[float, str]]:
-    """Returns when each model is asked."""
+def ask_times(size: Size, models: Sequence[str]) -> list[tuple[float, str]]:
+    """Returns after how many seconds each model is asked."""
     chance = random.Random(size.seed)
     each, last = size.asks // len(models), size.seconds - 6.0
     times = []
@@ -126,7 +138,7 @@ def ask_times(size: Size, models: Sequence[str], start: float) -> list[tuple[flo
         phase = chance.random()
         for number in range(each):
             part = chance.random() * each if not size.spread else number + 0.5 * phase + 0.5 * chance.random()
-            times.append((start + part / each * last, model))
+            times.append((part / each * last, model))
     return sorted(times)
 
 
@@ -147,19 +159,25 @@ def measure(size: Size, folder: Path) -> dict[str, Any]:
     try:
         asyncio.run(_set_targets(server.url, targets))
         set_at = time.monotonic()
-        start = set_at + WARM_SECONDS + 0.5 * (size.batch_processes + size.asking_processes)
-        until = start + size.seconds
-        times = ask_times(size, list(asked), start)
-        jobs = [Job(server.url, until, tuple(targets)) for _ in range(size.batch_processes)]
+        times = ask_times(size, list(asked))
+        jobs = [Job(server.url, size.seconds, tuple(targets)) for _ in range(size.batch_processes)]
         jobs += [
-            Job(server.url, until, tuple(asked), tuple(times[number :: size.asking_processes]), size.rule)
+            Job(
+                server.url,
+                size.seconds,
+                tuple(asked),
+                tuple(times[number :: size.asking_processes]),
+                size.rule,
+            )
             for number in range(size.asking_processes)
         ]
-        with multiprocessing.get_context("spawn").Pool(len(jobs)) as pool:
-            sends = [send for one in pool.map(run_job, jobs, chunksize=1) for send in one]
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(len(jobs), use_gate, (context.Barrier(len(jobs)),)) as pool:
+            ran = pool.map(run_job, jobs, chunksize=1)
     finally:
         server.stop()
-    return _result(size, targets, sends, set_at, until)
+    until = min(began for began, _ in ran) + size.seconds
+    return _result(size, targets, [send for _, sends in ran for send in sends], set_at, until)
 
 
 def _result(

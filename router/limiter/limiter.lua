@@ -42,7 +42,7 @@ local TURN_KEPT = 3e6                 -- a process renews its turn, and its ask,
 local ASKED_KEPT = 600e6              -- batch leaves room for interactive requests this long after the latest one
 local BATCH_KEPT = 3e6                -- batch calls count as waiting this long after the latest, plus a few sends
 local MIN_HORIZON = 5e4               -- look-ahead of batch where a third of the gap is shorter
-local LATE = 25e4                     -- what a late batch call may make up for, where the gap is shorter
+local LATE = 25e4                     -- what a late batch call may make up for, where half of the gap is shorter
 local GRACE = 5e4                     -- from the first call that yields a send until the send is free for it
 local CREDIT = 3                      -- most interactive sends in a row, if half of the sends may be interactive
 local HEADER, REPLY = '<dddddddddddddddddddddddddd', '<dddddddddddd'
@@ -390,7 +390,7 @@ if verb == 'reserve' or verb == 'peek' or (verb == 'snapshot' and live and spec)
     granted[head], granted_tokens[head] = t, need
     head, sent = head + 1, t
     if step > 0 and (asking and reserves == 0 or reserves == 1 and interactive == 0) then
-      due = max(due, reserves == 1 and t or t - max(gap, LATE)) + step
+      due = max(due, reserves == 1 and t or t - max(gap / 2, LATE)) + step
     end
     if asking then
       yield_until = 0
@@ -674,11 +674,10 @@ if not reply then
     spec = pack('<d', new_version) .. string.sub(ARGV[3], 9)
     version, stopped, gap, slack, concurrency, requests, token_windows, step, reserves, at_most =
       unpack_struct(SPEC, spec)
-    yield_until, due = 0, 0
     call('HSET', key, 'spec', spec, 'target', ARGV[4])
     if live and not (stored[3] and string.sub(stored[3], 9) == string.sub(spec, 9)) then
       if slack_was > slack and head > 0 then late, late_head, late_sent = max(late, slack_was), head, sent end
-      extra = max(0, late - slack)
+      extra, yield_until, due = max(0, late - slack), 0, 0
       if #reach > 0 then reach, reach_changed = {}, true end
       tail, building = {}, 1
       for w = 1, token_windows do

@@ -35,7 +35,7 @@ TrafficTargetLine = Annotated[str, AfterValidator(_checked_target)]
 
 
 class InteractiveShare(Frozen):
-    """Share of a model's sends `reserved` for interactive requests, and `at_most` theirs while batch waits."""
+    """Share of sends `reserved` for interactive requests, and their `at_most` while batch waits."""
 
     reserved: float = Field(default=0.0, ge=0, le=0.9)
     at_most: float = Field(default=0.5, gt=0, le=1)
