@@ -32,8 +32,8 @@ Classify = Callable[[Conversation, float], Awaitable[Classification]]  # and the
 class RequestOptions:
     """Conversation and options of a request.
 
-    With `model` only that model is called. Without `deadline_seconds` the category's deadline applies. It
-    counts from `began`, on the monotonic clock.
+    With `model` only that model is called, with `models` only those. Without `deadline_seconds` the
+    category's deadline applies. It counts from `began`, on the monotonic clock.
     """
 
     chat: Conversation
@@ -41,6 +41,7 @@ class RequestOptions:
     deadline_seconds: float | None = None
     max_tokens: int | None = None
     client: str = ""
+    models: frozenset[str] | None = None
     began: float = field(default_factory=time.monotonic)
 
 
@@ -67,14 +68,16 @@ class RoutingPlan:
     def of(
         cls, roster: Roster, config: RouterConfig, category: str, confidence: float | None, *,
         reason: str = "", model: str | None = None, max_tokens: int | None = None, prompt_bytes: int = 0,
-        client: str = "", interactive: bool = False,
+        client: str = "", interactive: bool = False, models: frozenset[str] | None = None,
     ) -> RoutingPlan:  # fmt: skip
-        """Plans a prompt of this category; a named `model` is the only one.
+        """Plans a prompt of this category; a named `model` is the only one, else `models` are (None: all).
 
         Models whose context is too short for `prompt_bytes` are left out. If none of those with a rank
         remains, others take their place, longest context first.
         """
-        limits = context_limits(roster.models)
+        limits = context_limits(
+            {name: one for name, one in roster.models.items() if models is None or name in models}
+        )
         tokens = {name: min(one.max_tokens, max_tokens or MAX_COUNT) for name, one in roster.models.items()}
         usable = tuple(name for name in limits if limits[name].fits(prompt_bytes, tokens[name]))
         too_long_for = model if model in limits and model not in usable else None

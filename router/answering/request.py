@@ -133,7 +133,7 @@ class Request:
             self._roster, config, found.category, found.confidence,
             reason=found.reason, model=options.model, max_tokens=options.max_tokens,
             prompt_bytes=len(options.chat.text.encode("utf-8", "replace")),
-            client=options.client, interactive=True,
+            client=options.client, interactive=True, models=options.models,
         )  # fmt: skip
         if self._plan.too_long is not None:
             raise ContextLengthExceeded(self._plan.too_long)

@@ -134,7 +134,7 @@ class Router:
     async def answer(
         self, prompt: str | Conversation, *, category: str | None = None, model: str | None = None,
         deadline_seconds: float | None = None, max_tokens: int | None = None,
-        client: str = "", on_event: Listener | None = None,
+        client: str = "", models: frozenset[str] | None = None, on_event: Listener | None = None,
     ) -> Answer:  # fmt: skip
         """Returns the best answer that is available by the deadline (default: the category's).
 
@@ -144,7 +144,8 @@ class Router:
 
         Raises CapacityExceeded if too many requests are in progress, or if `model` is given and gets no
         permit in time; ModelFailed if `model` is given and fails, or does not answer by the deadline;
-        InputError for an invalid prompt or option. `client` is the one at whose request it runs.
+        InputError for an invalid prompt or option. `client` is the one at whose request it runs, and
+        `models` are those that it may use (None: all).
         """
         began = time.monotonic()
         chat = prompt if isinstance(prompt, Conversation) else Conversation(prompt, prompt)
@@ -155,7 +156,9 @@ class Router:
         self._check_capacity()
         self._answering += 1
         try:
-            options = RequestOptions(chat, model, deadline_seconds, max_tokens, checked_client(client), began)
+            options = RequestOptions(
+                chat, model, deadline_seconds, max_tokens, checked_client(client), models, began
+            )  # fmt: skip
             service = await self._service_in_time(options, category)
             if model is not None:
                 if service is None or not service.has_roster:

@@ -24,6 +24,7 @@ from router.cli.discovery import (
     undo,
 )
 from router.cli.doctor import DOCTOR_HELP, MIGRATE_HELP, doctor, migrate
+from router.cli.keys import KEYS_HELP, keys
 from router.cli.knowledge import KNOWLEDGE_HELP, knowledge
 from router.cli.load import HELP as LOAD_HELP
 from router.cli.load import load
@@ -32,7 +33,7 @@ from router.cli.models import MODELS_HELP, TRAFFIC_HELP, models, traffic
 from router.cli.output import guard_streams
 from router.cli.ranking import RANKING_HELP, ranking
 from router.cli.review import FEEDBACK_HELP, REVIEW_HELP, feedback, review
-from router.cli.serve import KEYS_HELP, SERVE_HELP, keys, serve
+from router.cli.serve import SERVE_HELP, serve
 from router.cli.status import STATUS_HELP, WATCH_HELP, status, watch
 from router.cli.tasks import EXPORT_HELP, RETRY_HELP, export, retry
 from router.cli.terminal import ADMINISTRATION, ANSWERS, MODELS, QUEUE

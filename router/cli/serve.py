@@ -1,4 +1,4 @@
-"""`router serve` and `router keys`: the OpenAI-compatible API and its clients' keys."""
+"""`router serve`: the OpenAI-compatible API."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Annotated
 import typer
 
 from router.cli import terminal
+from router.cli.keys import DEFAULT_KEYS, KeysFile
 from router.errors import ConfigError, echoed
-from router.server import ENVIRONMENT_CLIENT, ApiKeys, Limits, add_key, read_keys, remove_key
+from router.server import ENVIRONMENT_CLIENT, ApiKeys, Limits
 
-DEFAULT_KEYS = Path("~/.config/llm-router/api_keys")
 MEBIBYTE = 1024 * 1024
 ANY_ORIGIN = "*"
 ORIGIN_PATTERN = r"[a-z][a-z0-9+.-]*://[^\s/?#@A-Z]+"
@@ -36,53 +36,6 @@ Examples:
   router serve --no-keys --port 8201          localhost only
   ROUTER_API_KEY=... router serve --host 0.0.0.0
 """
-KEYS_HELP = """
-Manage API keys for `router serve`.
-
-Changes apply within a second.
-
-\b
-Examples:
-  router keys add alice
-  router keys list
-  router keys remove alice
-"""
-
-KeysFile = Annotated[
-    Path,
-    typer.Option("--keys", metavar="FILE", envvar="ROUTER_API_KEYS", help="File with the hashed keys."),
-]
-Client = Annotated[str, typer.Argument(metavar="CLIENT", help="Name of the client.")]
-
-keys = terminal.verbs()
-
-
-@keys.command("add")
-def add(client: Client, *, file: KeysFile = DEFAULT_KEYS, as_json: terminal.Json = False) -> None:
-    """Create a key for a client and print it. Only its hash is stored."""
-    key = add_key(file.expanduser(), client)
-    if as_json:
-        terminal.print_json({"client": client, "key": key})
-    else:
-        typer.echo(key)
-        terminal.note(f"This is the key of {client}. It is not stored and cannot be shown again.")
-
-
-@keys.command("list")
-def list_clients(*, file: KeysFile = DEFAULT_KEYS, as_json: terminal.Json = False) -> None:
-    """List the clients that have a key."""
-    clients = sorted(read_keys(file.expanduser()))
-    if as_json:
-        terminal.print_json(clients)
-    else:
-        typer.echo("\n".join(clients) or "no client has a key; create one: router keys add NAME")
-
-
-@keys.command("remove")
-def remove(client: Client, *, file: KeysFile = DEFAULT_KEYS) -> None:
-    """Revoke the key of a client."""
-    remove_key(file.expanduser(), client)
-    typer.echo(f"revoked the key of {client}")
 
 
 def serve(

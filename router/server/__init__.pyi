@@ -1,8 +1,12 @@
 from .api_keys import ENVIRONMENT_CLIENT as ENVIRONMENT_CLIENT
 from .api_keys import ApiKeys as ApiKeys
-from .api_keys import add_key as add_key
-from .api_keys import read_keys as read_keys
-from .api_keys import remove_key as remove_key
+from .key_file import StoredKey as StoredKey
+from .key_file import add_key as add_key
+from .key_file import expiry as expiry
+from .key_file import key_limits as key_limits
+from .key_file import read_keys as read_keys
+from .key_file import read_last_used as read_last_used
+from .key_file import remove_keys as remove_keys
 from .middleware import Limits as Limits
 from .server import ServeOptions as ServeOptions
 from .server import run_server as run_server

@@ -70,7 +70,7 @@ class ChatCompletions:
         request = Request(scope, receive)
         document = await self._read_json(request)
         with self._slots.take(request.user.username):
-            catalog = await read_catalog(self._router)
+            catalog = await read_catalog(self._router, request.user.models)
             await self._answer(request, parse_chat(document, catalog), catalog, send)
 
     def cancel(self) -> None:
@@ -98,7 +98,7 @@ class ChatCompletions:
         began = time.monotonic()
         request_id: str = request.state.request_id
         loop = asyncio.get_running_loop()
-        asking = self._ask_router(chat, request_client(request))
+        asking = self._ask_router(chat, request)
         answering = loop.create_task(asking, name=f"router chat {request_id}")
         disconnect = loop.create_task(_disconnected(request), name=f"router client of {request_id}")
         self._answering.add(answering)
@@ -113,17 +113,19 @@ class ChatCompletions:
         log.info("%s client=%s model=%s: %s in %.2f s", request_id, request.user.username,
                  chat.requested_model, completion.outcome, time.monotonic() - began)  # fmt: skip
 
-    async def _ask_router(self, chat: ChatRequest, client: str) -> Answer:
+    async def _ask_router(self, chat: ChatRequest, request: Request) -> Answer:
         return await self._router.answer(
             chat.conversation, category=chat.category, model=chat.model,
-            deadline_seconds=chat.deadline_seconds, max_tokens=chat.max_tokens, client=client,
+            deadline_seconds=chat.deadline_seconds, max_tokens=chat.max_tokens,
+            client=request_client(request), models=request.user.models,
         )  # fmt: skip
 
 
-async def read_catalog(router: Router) -> Catalog:
-    """Returns what can be requested now: models may change at runtime."""
+async def read_catalog(router: Router, allowed: frozenset[str] | None) -> Catalog:
+    """Returns what a key with these models (None: all) can request now: models may change at runtime."""
     config = router.config
-    max_tokens = {model.model: model.max_tokens for model in await router.models()}
+    in_use = [model for model in await router.models() if allowed is None or model.model in allowed]
+    max_tokens = {model.model: model.max_tokens for model in in_use}
     return Catalog(max_tokens, tuple(sorted(config.categories)), config.fallback.max_tokens)
 
 

@@ -91,6 +91,14 @@ def request_client(request: Request) -> str:
     return "" if name == LOCAL_USER else name
 
 
+class KeyUser(SimpleUser):
+    """Owner of an API key, and the models that the key may use; None: all."""
+
+    def __init__(self, username: str, models: frozenset[str] | None = None) -> None:
+        super().__init__(username)
+        self.models = models
+
+
 class KeyAuthentication(AuthenticationBackend):
     """Authenticates clients by `Authorization: Bearer KEY`. Raises ApiError."""
 
@@ -98,29 +106,32 @@ class KeyAuthentication(AuthenticationBackend):
         self._keys = keys
         self._origins = origins
 
-    async def authenticate(self, conn: HTTPConnection) -> tuple[AuthCredentials, SimpleUser]:
-        client = self._client(conn.headers)
+    async def authenticate(self, conn: HTTPConnection) -> tuple[AuthCredentials, KeyUser]:
+        user = self._user(conn.headers)
         if SCOPE_KEY in conn.scope:
             conn.scope[SCOPE_KEY].protect()
-        return AuthCredentials(["authenticated"]), SimpleUser(client)
+        return AuthCredentials(["authenticated"]), user
 
-    def _client(self, headers: Headers) -> str:
+    def _user(self, headers: Headers) -> KeyUser:
         if self._keys is None:
             # A web page can make a browser send requests here, but with its own Host or Origin.
             origin = headers.get("origin")
             if _host(headers) not in LOOPBACK or (origin is not None and origin not in self._origins):
                 raise ApiError(403, "Without API keys only programs on this machine are served.")
-            return LOCAL_USER
+            return KeyUser(LOCAL_USER)
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise ApiError(
                 401, "You didn't provide an API key. Send it as `Authorization: Bearer KEY`.",
                 code="missing_api_key",
             )  # fmt: skip
-        client = self._keys.client(key.strip())
-        if client is None:
+        found = self._keys.find(key.strip())
+        if found is None:
             raise ApiError(401, "Incorrect API key provided.", code="invalid_api_key")
-        return client
+        if found.is_expired():
+            text = f"The API key expired at {found.expires:%Y-%m-%d %H:%M} UTC. Ask for a new one."
+            raise ApiError(401, text, code="expired_api_key")
+        return KeyUser(found.client, None if found.models is None else frozenset(found.models))
 
 
 def _host(headers: Headers) -> str | None:

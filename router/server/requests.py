@@ -185,7 +185,8 @@ def _route(name: str, catalog: Catalog) -> tuple[str | None, str | None]:
         return name, None
     raise ApiError(
         404,
-        f"The model {name[:100]!r} does not exist. GET /v1/models lists the available ones.",
+        f"The model {name[:100]!r} does not exist, or your API key may not use it. GET /v1/models lists the"
+        " available ones.",
         param="model",
         code="model_not_found",
     )

@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from router.answering import Answer
+from router.errors import printable
 
 CHUNK_CHARACTERS = 200
 OWNER = "llm-router"
@@ -37,7 +38,7 @@ class ApiError(Exception):
         retry_after_seconds: float | None = None, routing: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         """`routing` is how a prompt was routed that no model answered."""
-        super().__init__(message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}...")
+        super().__init__(printable(message, MAX_MESSAGE))
         self.status = status
         self.param = param
         self.code = code

@@ -36,6 +36,7 @@ from router.server.middleware import Limits, protected
 from router.server.responses import ApiError, model_object
 
 KEYS_SECONDS = 1.0
+LAST_USED_SECONDS = 60.0
 KEEPALIVE_SECONDS = 75
 ERROR_SECONDS = 5  # after the grace, for clients to receive that the server is stopping
 
@@ -69,10 +70,15 @@ async def run_server(options: ServeOptions, listening: Callable[[str], None]) ->
             if options.keys is not None:
                 reload = options.keys.reload
                 jobs.start(lambda: asyncio.to_thread(reload), KEYS_SECONDS, "api keys")
+                store = options.keys.store_last_used
+                jobs.start(lambda: asyncio.to_thread(store), LAST_USED_SECONDS, "last use of api keys")
             listening(_url(listener))
             await server.serve([listener])
         finally:
             await jobs.stop()
+            if options.keys is not None:
+                with contextlib.suppress(ConfigError):
+                    await asyncio.to_thread(options.keys.store_last_used)
             await router.close(grace_seconds=server.grace_left())
 
 
@@ -157,13 +163,13 @@ class OpenAIApp:
         """Cancels all requests in progress; their clients are asked to retry."""
         self._chat.cancel()
 
-    async def _models(self, _request: Request) -> JSONResponse:
-        names = (await read_catalog(self._router)).names()
+    async def _models(self, request: Request) -> JSONResponse:
+        names = (await read_catalog(self._router, request.user.models)).names()
         return JSONResponse({"object": "list", "data": [model_object(name) for name in names]})
 
     async def _model(self, request: Request) -> JSONResponse:
         name: str = request.path_params["name"]
-        if name not in (await read_catalog(self._router)).names():
-            message = f"The model {name[:100]!r} does not exist."
+        if name not in (await read_catalog(self._router, request.user.models)).names():
+            message = f"The model {name[:100]!r} does not exist, or your API key may not use it."
             raise ApiError(404, message, param="model", code="model_not_found")
         return JSONResponse(model_object(name))

@@ -20,7 +20,7 @@ import yaml
 
 from models_backend.process import BackendServer
 from router.database import connect, rows
-from router.server.api_keys import add_key
+from router.server.key_file import add_key
 from router.settings.environment import DEFAULT_CONFIG_FOLDER
 from tests.support.waiting import until
 

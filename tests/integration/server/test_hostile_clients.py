@@ -16,7 +16,7 @@ import pytest
 import requests
 
 from models_backend.process import BackendServer
-from router.server.api_keys import add_key
+from router.server.key_file import add_key
 from tests.support.serving import Serving, serving
 from tests.support.waiting import until
 

@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import requests
 import yaml
 
 from models_backend.process import BackendServer
-from router.server.api_keys import add_key, remove_key
+from router.server.key_file import add_key, remove_keys
 from tests.support.command_line import CommandLine
 from tests.support.serving import CODE, Serving, config_folder, serving
 from tests.support.waiting import until
@@ -270,11 +271,44 @@ def test_keys_are_reloaded_at_runtime(server: Serving) -> None:
 
     key = add_key(server.keys_file, "guest")
     until(lambda: status(key) == 200, 5)
-    remove_key(server.keys_file, "guest")
+    remove_keys(server.keys_file, "guest")
     until(lambda: status(key) == 401, 5)
     assert status(server.key) == 200
     assert key not in server.log
     assert server.key not in server.log
+
+
+def test_a_key_with_models_is_served_by_those_only(server: Serving) -> None:
+    key = add_key(server.keys_file, "narrow", models=["phi-4"])
+    headers = {"Authorization": f"Bearer {key}"}
+    until(lambda: requests.get(f"{server.url}/v1/models", headers=headers, timeout=5).ok, 5)
+    listed = [
+        model["id"]
+        for model in requests.get(f"{server.url}/v1/models", headers=headers, timeout=5).json()["data"]
+    ]
+    assert "phi-4" in listed
+    assert "qwen-2.5-72b" not in listed
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=30) as client:
+        for model in ("auto", "auto:technical", "phi-4"):
+            answer = client.chat.completions.create(model=model, messages=MESSAGES)
+            assert answer.model == "phi-4"
+        with pytest.raises(openai.NotFoundError, match="your API key may not use it") as refused:
+            client.chat.completions.create(model="qwen-2.5-72b", messages=MESSAGES)
+        assert refused.value.code == "model_not_found"
+    called = server.rows(
+        "SELECT DISTINCT model FROM model_calls WHERE client = 'narrow' AND role <> 'passages'"
+    )
+    assert called == [{"model": "phi-4"}]
+    remove_keys(server.keys_file, "narrow")
+
+
+def test_an_expired_key_is_refused_by_that_word(server: Serving) -> None:
+    key = add_key(server.keys_file, "past", expires=datetime.now(timezone.utc) - timedelta(seconds=1))
+    url, headers = f"{server.url}/v1/models", {"Authorization": f"Bearer {key}"}
+    until(lambda: "expired" in requests.get(url, headers=headers, timeout=5).text, 5)
+    answer = requests.get(url, headers=headers, timeout=5)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (401, "expired_api_key")
+    remove_keys(server.keys_file, "past")
 
 
 UNKNOWN_TOPIC = "Zxqv wrtp ghjklm?"
@@ -362,8 +396,17 @@ def test_keys_commands(tmp_path: Path) -> None:
     router = CommandLine({"ROUTER_API_KEYS": str(tmp_path / "folder" / "api_keys")})
     made = router("keys", "add", "alice")
     assert made.out.startswith("sk-router-")
-    assert router("keys", "list", "--json").json == ["alice"]
+    [key] = router("keys", "list", "--json").json
+    assert (key["client"], key["expires"], key["last_used"], key["models"]) == ("alice", None, None, None)
     assert router("keys", "add", "alice").code == 1
+    options = ("--limit", "60/min, 9k tokens/min", "--models", "phi-4, gemma-2-27b", "--expires", "90d")
+    assert router("keys", "add", "alice", "--rotate", *options).code == 0
+    second = router("keys", "list", "--json").json[1]
+    assert (second["limit"], second["models"]) == ("60/min, 9k tokens/min", ["phi-4", "gemma-2-27b"])
+    assert router("keys", "list").out.count("alice") == 2
+    assert router("keys", "remove", "alice", "--id", key["id"]).out == "revoked the key of alice\n"
+    for wrong in (("--limit", "60/mni"), ("--models", ","), ("--expires", "soon")):
+        assert router("keys", "add", "carol", *wrong).code == 1
     assert router("keys", "remove", "alice").code == 0
     assert router("keys", "list").out.startswith("no client has a key")
     assert router("keys", "add", "bob", "--json").json["client"] == "bob"
