@@ -25,7 +25,8 @@ MAX_WORDS = 300
 OPENING_WORDS = 3
 MIN_NUMBERS = 2  # in a word problem
 
-_WORD = re.compile(r"\w+|[^\w\s]")
+_UNSPACED = r"\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # Thai, Japanese, Chinese, Korean
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+|[^\w\s]")
 _PLAIN = re.compile(r"[^\W_]+")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufeff]")
 _DIGIT = re.compile(r"\d")
@@ -71,7 +72,10 @@ def _narrowed(spaces: re.Match[str]) -> str:
 
 
 def words_of(text: str) -> list[str]:
-    """Returns words, signs, word pairs and the first 1 to 3 words of a normalized text; digits become 0."""
+    """Returns words, signs, word pairs and the first 1 to 3 words of a normalized text; digits become 0.
+
+    Each character of a script without spaces counts as a word, and so does each Korean syllable.
+    """
     words = _WORD.findall(_DIGIT.sub("0", text))[:MAX_WORDS]
     beginnings = ["^" + " ".join(words[:n]) for n in range(1, min(OPENING_WORDS, len(words)) + 1)]
     pairs = [f"{first} {second}" for first, second in pairwise(words)]
