@@ -21,6 +21,7 @@ from airflow.sdk.definitions.context import Context
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowRuntimeError
 from connections import read_addresses
 
+from router.database import act_as
 from router.errors import AirflowError, ConfigError, InputError, RouterError, SchemaError
 from router.settings import (
     Addresses,
@@ -193,6 +194,7 @@ class NightlyStep(BaseOperator):
     """Runs the step that its task_id names, and logs and returns its lines."""
 
     def execute(self, context: Context) -> list[str]:
+        act_as(getattr(context.get("dag_run"), "triggering_user_name", None) or BY, "dag")
         try:
             began = context["dag_run"].run_after
             lines = self._run(_nightly_run(dict(context["params"]), began, partial(self.log.info, "%s")))

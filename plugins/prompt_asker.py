@@ -11,8 +11,10 @@ from airflow.sdk.definitions.context import Context
 from airflow.sdk.exceptions import AirflowFailException
 from connections import read_addresses
 
-from router.errors import InputError
+from router.database import act_as, connect
+from router.errors import DatabaseError, InputError
 from router.settings import config_folder, data_folder, load_config
+from router.status import record_audit
 from router.task import client_of_user
 
 if TYPE_CHECKING:
@@ -30,8 +32,9 @@ class AskPrompt(BaseOperator):
 
         Fails without a retry if no model answered.
         """
+        user = getattr(context.get("dag_run"), "triggering_user_name", None)
+        act_as(user or self.dag_id, "dag")
         try:
-            user = getattr(context.get("dag_run"), "triggering_user_name", None)
             answer = asyncio.run(self._ask(dict(context["params"]), client_of_user(user)))
         except InputError as error:  # a retry would fail as well
             raise AirflowFailException(str(error)) from None
@@ -50,6 +53,8 @@ class AskPrompt(BaseOperator):
             prompt = str(params.get("prompt") or "")
             answer = await router.answer(prompt, client=client, on_event=self._log_event, **options)
             self._log_answer(answer)
+            if answer.task_id is not None:
+                await asyncio.to_thread(self._audit, router.addresses.database_url, answer.task_id)
             end = time.monotonic() + late_seconds
             while better := await router.late(answer, seconds=end - time.monotonic()):
                 answer = better
@@ -57,6 +62,13 @@ class AskPrompt(BaseOperator):
         finally:
             await router.close(grace_seconds=GRACE_SECONDS)
         return answer
+
+    def _audit(self, database_url: str, task_id: int) -> None:
+        try:
+            with connect(database_url) as connection:
+                record_audit(connection, "ask", f"task {task_id}")
+        except DatabaseError as error:
+            self.log.warning("The audit log has no entry: %s", error)
 
     def _router(self) -> Router:
         # Imported here, as it loads the search engine, which other Airflow processes do not need.

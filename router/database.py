@@ -12,6 +12,8 @@ import math
 import re
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, overload
 
 import asyncpg
@@ -40,6 +42,22 @@ _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class Actor:
+    """Who acts in this process or request, and through which entrance; the audit log records both."""
+
+    name: str
+    via: str
+
+
+_ACTOR: ContextVar[Actor | None] = ContextVar("router_actor", default=None)
+
+
+def act_as(name: str, via: str) -> None:
+    """Names the actor of the connections that this process, task or request opens from now on."""
+    _ACTOR.set(Actor(name, via))
+
+
 @contextmanager
 def connect(url: str, *, autocommit: bool = False) -> Iterator[Connection]:
     """Opens a synchronous connection; commits at the end and rolls back on an error. Raises DatabaseError.
@@ -51,6 +69,7 @@ def connect(url: str, *, autocommit: bool = False) -> Iterator[Connection]:
     except psycopg2.OperationalError as error:
         raise unreachable(error) from error
     try:
+        _name_actor(connection)
         if autocommit:
             connection.autocommit = True
             yield connection
@@ -61,6 +80,14 @@ def connect(url: str, *, autocommit: bool = False) -> Iterator[Connection]:
         raise DatabaseError(first_line(error)) from error
     finally:
         connection.close()
+
+
+def _name_actor(connection: Connection) -> None:
+    actor = _ACTOR.get()
+    if actor is not None:
+        names = "SELECT set_config('router.by', %s, false), set_config('router.via', %s, false)"
+        rows(connection, names, (postgres_text(actor.name), actor.via))
+        connection.commit()  # or a rollback would undo it
 
 
 def open_connection(url: str, *, options: str = "", connect_seconds: int | None = None) -> Connection:

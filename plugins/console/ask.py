@@ -17,6 +17,7 @@ from router.background import cancel_and_wait
 from router.errors import CapacityExceeded, RouterError
 from router.settings import Addresses, config_folder, data_folder, load_config
 
+from . import audit
 from .live import as_line
 
 if TYPE_CHECKING:
@@ -103,6 +104,8 @@ class AskSessions:
                 on_event=lambda event: send({"event": _event_object(event)}),
             )  # fmt: skip
             send({"answer": _answer_object(answer)})
+            if answer.task_id is not None:
+                await audit.store(lambda: self._addresses().database_url, "ask", f"task {answer.task_id}")
             until = time.monotonic() + LATE_SECONDS
             while better := await router.late(answer, seconds=until - time.monotonic()):
                 answer = better

@@ -6,6 +6,8 @@ Variable, retrying, asking and searching to trigger the DAGs solve_tasks, ask_pr
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -21,6 +23,7 @@ from airflow.configuration import conf
 from fastapi import Depends, HTTPException, Request
 from pydantic import BaseModel, ValidationError
 
+from router.database import act_as
 from router.models import VARIABLE_PREFIX
 
 SOLVE_DAG = "solve_tasks"
@@ -63,29 +66,33 @@ def _reader(user: GetUserDep) -> BaseUser:
     return _require(user, may_read(user))
 
 
-def _editor(model: str, request: Request, user: GetUserDep) -> BaseUser:
+async def _editor(model: str, request: Request, user: GetUserDep) -> BaseUser:
+    return await _writer(request, user, lambda: may_edit(user, model))
+
+
+async def _asking(request: Request, user: GetUserDep) -> BaseUser:
+    return await _writer(request, user, lambda: may_trigger(user, ASK_DAG))
+
+
+async def _searcher(request: Request, user: GetUserDep) -> BaseUser:
+    return await _writer(request, user, lambda: may_trigger(user, REVIEW_DAG))
+
+
+async def _retrier(request: Request, user: GetUserDep) -> BaseUser:
+    return await _writer(request, user, lambda: may_trigger(user, SOLVE_DAG))
+
+
+async def _pausing(request: Request, user: GetUserDep) -> BaseUser:
+    return await _writer(request, user, lambda: may_pause(user))
+
+
+async def _writer(request: Request, user: BaseUser, may_write: Callable[[], bool]) -> BaseUser:
+    """Authorizes a write and names its actor for both audit logs; see `audit.AuditedRoute`."""
     _require_same_origin(request)
-    return _require(user, may_read(user) and may_edit(user, model))
-
-
-def _asking(request: Request, user: GetUserDep) -> BaseUser:
-    _require_same_origin(request)
-    return _require(user, may_read(user) and may_trigger(user, ASK_DAG))
-
-
-def _searcher(request: Request, user: GetUserDep) -> BaseUser:
-    _require_same_origin(request)
-    return _require(user, may_read(user) and may_trigger(user, REVIEW_DAG))
-
-
-def _retrier(request: Request, user: GetUserDep) -> BaseUser:
-    _require_same_origin(request)
-    return _require(user, may_read(user) and may_trigger(user, SOLVE_DAG))
-
-
-def _pausing(request: Request, user: GetUserDep) -> BaseUser:
-    _require_same_origin(request)
-    return _require(user, may_read(user) and may_pause(user))
+    allowed = await asyncio.to_thread(lambda: may_read(user) and may_write())
+    request.state.user = _require(user, allowed)
+    act_as(user.get_name(), "console")
+    return user
 
 
 Reader = Annotated[BaseUser, Depends(_reader)]

@@ -16,11 +16,11 @@ from router.errors import ConfigError, InputError, RouterError
 from router.task import client_of_user
 from router.traffic import GRAMMAR, MAX_LINE_CHARACTERS, TrafficTarget
 
-from . import airflow_links, auth, pause_dag, tasks
+from . import airflow_links, audit, auth, pause_dag, tasks
 from .ask import AskBody
 from .live import as_line
 from .searches import SearchBody, UndoBody
-from .state import ConsoleState
+from .state import ConsoleState, addresses
 
 MAX_BYTES = 4_096
 MAX_ASK_BYTES = 4_200_000  # a prompt of a million characters, in UTF-8 or escaped
@@ -28,8 +28,9 @@ MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 EVENTS = "text/event-stream"  # the type that proxies neither buffer nor compress
 STREAM_HEADERS = {"x-accel-buffering": "no"}
 MAX_NAME_CHARACTERS = 100
+PAUSED = {True: "paused", False: "running"}
 
-api = APIRouter()
+api = APIRouter(route_class=audit.AuditedRoute)
 # Postgres cannot store NUL characters.
 Text = Annotated[str, StringConstraints(max_length=MAX_NAME_CHARACTERS, pattern=r"^[^\x00]*$")]
 Name = Annotated[Text | None, Query()]
@@ -64,6 +65,10 @@ class PauseBody(BaseModel):
 def _console(request: Request) -> ConsoleState:
     console: ConsoleState = request.app.state.console
     return console
+
+
+def _database_url() -> str:
+    return addresses().database_url
 
 
 def _json(value: Any) -> Response:
@@ -130,7 +135,9 @@ async def set_target(model: str, request: Request, user: auth.Editor) -> Respons
     if source is not None:
         place, _, _ = source.partition(";")
         raise HTTPException(409, f"The target of {model} comes from the {place}. Change it there.")
-    await asyncio.to_thread(console.variables.set, model, body.target.strip(), user.get_name())
+    before = await asyncio.to_thread(console.variables.set, model, body.target.strip(), user.get_name())
+    audit.describe(request, model, before=before, after=str(target))
+    await audit.store(_database_url, "traffic", model, before=before, after=str(target))
     return _json({"model": model, "target": str(target), "warnings": target.warnings})
 
 
@@ -159,6 +166,9 @@ async def pause(request: Request, user: auth.Pausing) -> Response:
     """Pause or resume the DAG solve_tasks; calls in flight finish."""
     body = await auth.read_body(request, PauseBody, MAX_BYTES)
     await asyncio.to_thread(pause_dag.set_paused, auth.SOLVE_DAG, user.get_name(), paused=body.paused)
+    words = {"before": PAUSED[not body.paused], "after": PAUSED[body.paused]}
+    audit.describe(request, auth.SOLVE_DAG, **words)
+    await audit.store(_database_url, "pause", auth.SOLVE_DAG, **words)
     return _json({"paused": body.paused})
 
 
@@ -198,7 +208,10 @@ async def failures(
 async def retry(request: Request, _user: auth.Retrier) -> Response:
     """Requeue failed tasks, at most 10,000 per request; see `router retry`."""
     body = await auth.read_body(request, RetryBody, 4 * MAX_BYTES)
-    return _json(await _console(request).retry(body.category, body.task_ids))
+    done = await _console(request).retry(body.category, body.task_ids)
+    chosen = body.category or "all failed tasks" if body.task_ids is None else f"{len(body.task_ids)} tasks"
+    audit.describe(request, chosen, after=f"{done.unsolved} requeued")
+    return _json(done)
 
 
 @api.get("/priorities")
@@ -237,6 +250,7 @@ async def start_search(request: Request, user: auth.Searcher) -> Response:
     except RouterError as error:  # another search runs, or a service is unavailable
         raise HTTPException(409, str(error)) from error
     console.search_progress.forget()
+    audit.describe(request, f"search {number}", after=", ".join(body.categories or ()) or None)
     return _json({"search": number})
 
 
@@ -247,6 +261,7 @@ async def undo_search(request: Request, user: auth.Searcher) -> Response:
     console, name = _console(request), user.get_name()
     undone = await asyncio.to_thread(console.searches.undo, name, body.model)
     console.discovery.forget()
+    audit.describe(request, ", ".join(one["model"] for one in undone))
     return _json({"undone": undone})
 
 

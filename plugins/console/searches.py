@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import threading
 from collections.abc import Callable
@@ -62,8 +63,9 @@ class Searches:
             finally:
                 begun.set()
 
-        # A daemon: it must not keep the api-server from ending.
-        threading.Thread(target=work, name="router console search", daemon=True).start()
+        # A daemon: it must not keep the api-server from ending. The context has the actor.
+        act = contextvars.copy_context().run
+        threading.Thread(target=act, args=(work,), name="router console search", daemon=True).start()
         begun.wait(START_SECONDS)
         if found["search"] is None and found["error"] is not None:
             raise found["error"]

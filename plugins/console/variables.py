@@ -52,11 +52,12 @@ class TrafficVariables:
                 self._read_at = time.monotonic()
             return {model: self._about(model) for model in self._lines.keys() | self._edits.keys()}
 
-    def set(self, model: str, line: str, user: str) -> None:
-        """Sets a Variable, keeping its description, and writes the author into the audit log."""
+    def set(self, model: str, line: str, user: str) -> str | None:
+        """Sets a Variable, keeping its description, with an audit log entry. Returns the line before."""
         key = VARIABLE_PREFIX + model
         with create_session() as session:
             variable = session.scalar(select(Variable).where(Variable.key == key))
+            before = None if variable is None else str(variable.val or "")[:MAX_LINE_CHARACTERS]
             if variable is None:
                 session.add(Variable(key=key, val=line))  # type: ignore[no-untyped-call]  # Airflow's
             else:
@@ -66,6 +67,7 @@ class TrafficVariables:
             session.add(Log(event=event, owner=user, owner_display_name=user, extra=extra))
         with self._lock:
             self._read_at = -CACHE_SECONDS
+        return before
 
     def _about(self, model: str) -> dict[str, Any]:
         edit = self._edits.get(model, Edit(None, None))

@@ -116,6 +116,7 @@ async def _answer(command: _Command) -> None:
     try:
         on_event = None if command.as_json else _print_event
         answer = await router.answer(prompt, on_event=on_event, **command.options)
+        await asyncio.to_thread(_audit, answer, router.addresses.database_url)
         if not command.as_json:
             _print_answer(answer)
         better = await _late_answer(router, answer, command)
@@ -126,6 +127,11 @@ async def _answer(command: _Command) -> None:
     if (better or answer).model is None:
         terminal.complain(_no_model(answer))
         raise typer.Exit(terminal.EXIT_FAILED)
+
+
+def _audit(answer: Answer, database_url: str) -> None:
+    if answer.task_id is not None:  # else nothing was sent
+        terminal.audit(database_url, "ask", f"task {answer.task_id}")
 
 
 def _standard_input(max_bytes: int) -> str:

@@ -60,6 +60,8 @@ def migrate(
     settings = load_config(config)
     url = terminal.database_url(database)
     report = migrate_schema(url, task_defaults=settings.tasks.as_text(), progress=terminal.note)
+    if report.applied or report.functions_renewed:
+        terminal.audit(url, "migrate", "schema", after=", ".join(report.applied) or "functions replaced")
     with connect(url) as connection:
         sync_roster(connection, settings)
         connection.commit()

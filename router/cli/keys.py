@@ -65,13 +65,16 @@ def add(
     ] = False,
     file: KeysFile = DEFAULT_KEYS,
     as_json: terminal.Json = False,
+    database: terminal.Database = None,
 ) -> None:
     """Create a key for a client and print it. Only its hash is stored."""
+    before = _described(file, client)
     key = add_key(
         file.expanduser(), client, rotate=rotate, expires=None if expires is None else _expiry(expires),
         models=None if models is None else _names(models),
         limit=None if limit is None else TrafficTarget.parse(limit),
     )  # fmt: skip
+    terminal.audit(database, "keys add", client, before=before, after=_described(file, client))
     if as_json:
         terminal.print_json({"client": client, "key": key})
     else:
@@ -108,10 +111,24 @@ def remove(
         str | None, typer.Option("--id", metavar="ID", help="Revoke this key only; see `router keys list`.")
     ] = None,
     file: KeysFile = DEFAULT_KEYS,
+    database: terminal.Database = None,
 ) -> None:
     """Revoke the keys of a client, or one of them."""
+    before = _described(file, client)
     count = remove_keys(file.expanduser(), client, key_id)
+    terminal.audit(database, "keys remove", client, before=before, after=_described(file, client))
     typer.echo(f"revoked {count} keys of {client}" if count > 1 else f"revoked the key of {client}")
+
+
+def _described(file: Path, client: str) -> str | None:
+    """Describes the keys of a client without their secrets; None if it has none."""
+    described = [
+        f"{key.id}: limit {key.limit or 'none'}, models {', '.join(key.models or ['all'])},"
+        f" expires {_day(key.expires) or 'never'}"
+        for key in read_keys(file.expanduser())
+        if key.client == client
+    ]
+    return "; ".join(described) or None
 
 
 def _names(text: str) -> list[str]:

@@ -10,6 +10,7 @@ import typer
 
 from router.cli import terminal
 from router.cli.ask import ASK_HELP, ask
+from router.cli.audit import AUDIT_HELP, audit
 from router.cli.categories import CATEGORIES_HELP, categories
 from router.cli.discovery import (
     PROMOTE_HELP,
@@ -37,6 +38,7 @@ from router.cli.serve import SERVE_HELP, serve
 from router.cli.status import STATUS_HELP, WATCH_HELP, status, watch
 from router.cli.tasks import EXPORT_HELP, RETRY_HELP, export, retry
 from router.cli.terminal import ADMINISTRATION, ANSWERS, MODELS, QUEUE
+from router.database import act_as
 
 HELP = """
 Route LLM prompts from a Postgres queue to the best model for each, within per-model rate limits.
@@ -67,7 +69,7 @@ def _router(
         typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
-    pass
+    act_as(terminal.os_user(), "cli")
 
 
 app.command(help=LOAD_HELP, rich_help_panel=QUEUE)(load)
@@ -94,6 +96,7 @@ app.add_typer(knowledge, name="knowledge", help=KNOWLEDGE_HELP, rich_help_panel=
 
 app.command(help=SERVE_HELP, rich_help_panel=ADMINISTRATION)(serve)
 app.add_typer(keys, name="keys", help=KEYS_HELP, rich_help_panel=ADMINISTRATION)
+app.command(help=AUDIT_HELP, rich_help_panel=ADMINISTRATION)(audit)
 app.command(help=MIGRATE_HELP, rich_help_panel=ADMINISTRATION)(migrate)
 app.command(help=DOCTOR_HELP, rich_help_panel=ADMINISTRATION)(doctor)
 

@@ -120,6 +120,8 @@ def traffic(
         raise ConfigError(f"The target of {model} comes from the {place}. Change it there.")
     with api:
         api.set_variable(VARIABLE_PREFIX + model, line)
+    before = next(known.target for known in now.models if known.model == model)
+    terminal.audit(database, "traffic", model, before=before, after=str(new_target))
     _wait_until_active(model, new_target, redis, now, as_json=as_json)
 
 

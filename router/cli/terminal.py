@@ -10,6 +10,7 @@ import dataclasses
 import getpass
 import json
 import re
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
@@ -28,6 +29,7 @@ from router.errors import (
     InputError,
     RouterError,
     echoed,
+    first_line,
     printable,
     printable_json,
     unknown,
@@ -42,6 +44,7 @@ from router.settings import (
     missing_address,
     unknown_variables,
 )
+from router.status import record_audit
 
 EXIT_FAILED = 1
 EXIT_SOME_BAD = 3
@@ -272,6 +275,25 @@ def database(url: str | None) -> Iterator[Connection]:
     with connect(database_url(url)) as connection:
         require_schema(connection)
         yield connection
+
+
+def audit(
+    url: str | None, action: str, name: str, *, before: str | None = None, after: str | None = None
+) -> None:
+    """Records a change that Postgres does not see; a note tells if that is not possible."""
+    if url is None or not url.strip():
+        note(f"The audit log has no entry of `router {action}`: ROUTER_DATABASE_URL is not set.")
+        return
+    try:
+        with connect(url) as connection:
+            record_audit(connection, action, name, before=before, after=after)
+    except RouterError as error:
+        note(f"The audit log has no entry of `router {action}`: {first_line(error)}")
+
+
+def os_user() -> str:
+    """Returns user@host, as whom the command line appears in the audit log."""
+    return f"{who(None)}@{socket.gethostname()}"
 
 
 def airflow(url: str | None, user: str | None, password: str | None) -> AirflowApi | None:

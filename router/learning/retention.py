@@ -49,6 +49,8 @@ def drop_old_calls(url: str, learning: LearningSettings, *, dry_run: bool = Fals
     with exclusive_review(url, autocommit=True) as connection:
         days, kept, freed = _drop_days(connection, learning, dry_run=dry_run)
         scores = 0 if dry_run else _prune_scores(connection, learning)
+        if not dry_run:
+            _prune_audit(connection, learning)
     return Retention(tuple(days), freed, scores, tuple(kept))
 
 
@@ -99,6 +101,13 @@ def _drop_once(connection: Connection, partition: str) -> None:
     with transaction(connection):
         rows(connection, "SELECT set_config('lock_timeout', %s, true)", (f"{LOCK_MILLISECONDS}ms",))
         rows(connection, "SELECT drop_call_partition(%s)", (partition,))
+
+
+def _prune_audit(connection: Connection, learning: LearningSettings) -> None:
+    """Deletes entries of the audit log that are older than the log of calls, in short transactions."""
+    arguments = (float(learning.retention_days), SCORES_BATCH)
+    while rows(connection, "SELECT prune_audit(%s, %s) AS gone", arguments)[0]["gone"]:
+        pass
 
 
 def _prune_scores(connection: Connection, learning: LearningSettings) -> int:

@@ -186,15 +186,33 @@ def retry_failed(
     last = rows(connection, "SELECT coalesce(max(id), 0) AS id FROM tasks")[0]["id"]
     ids = None if task_ids is None else list(task_ids)
     after, unsolved, still_failed = -(2**62), 0, 0
+    entry: int | None = None
     while True:
         done = rows(connection, _RETRY, (after, last, category, category, ids, ids, RETRY_BATCH))
-        connection.commit()
         unsolved += sum(row["status"] == "unsolved" for row in done)
         still_failed += sum(row["status"] != "unsolved" for row in done)
+        if done:
+            entry = _audit_retry(connection, entry, _retried(category, ids), f"{unsolved} requeued")
+        connection.commit()
         yield Retried(unsolved, still_failed)
         if len(done) < RETRY_BATCH:
             return
         after = max(row["id"] for row in done)
+
+
+def _retried(category: str | None, ids: Sequence[int] | None) -> str:
+    if ids is not None:
+        return f"tasks {', '.join(map(str, ids))}"
+    return "all failed tasks" if category is None else f"failed tasks of {category}"
+
+
+def _audit_retry(connection: Connection, entry: int | None, name: str, after: str) -> int:
+    """Adds an entry to the audit log, or brings that of the earlier batches up to date."""
+    if entry is None:
+        added = rows(connection, "SELECT record_audit('retry', %s, NULL, %s) AS entry", (name, after))
+        return int(added[0]["entry"])
+    rows(connection, "UPDATE audit_log SET after = %s WHERE entry = %s", (after, entry))
+    return entry
 
 
 def require_schema(connection: Connection) -> None:

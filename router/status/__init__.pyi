@@ -1,3 +1,6 @@
+from .audit import AuditEntry as AuditEntry
+from .audit import read_audit as read_audit
+from .audit import record_audit as record_audit
 from .facts import FACTS as FACTS
 from .facts import START as START
 from .facts import TARGET_SOURCE as TARGET_SOURCE

@@ -244,8 +244,11 @@ LANGUAGE sql AS $$
         SELECT answer_call_id, 'feedback', p_score, p_by FROM answered
         ON CONFLICT (call_id, source) DO UPDATE
            SET score = EXCLUDED.score, scored_by = EXCLUDED.scored_by, scored_at = clock_timestamp()
+    ), audited AS (
+        SELECT record_audit('feedback', format('task %s', p_task_id), was.score::text, p_score::text, p_by)
+          FROM answered a LEFT JOIN call_scores was ON was.call_id = a.answer_call_id AND was.source = 'feedback'
     )
-    SELECT answered_by FROM answered
+    SELECT a.answered_by FROM answered a CROSS JOIN audited  -- which is evaluated only where it is read
 $$;
 
 -- Applies a ranking and stores it with its evidence. p_places: array of review_places rows, without review and

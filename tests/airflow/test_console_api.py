@@ -278,6 +278,35 @@ def test_setting_a_target_sets_the_variable_and_records_the_author(solving: Solv
     assert "2/s" not in newest["extra"], "Airflow keeps values out of its audit log"
 
 
+def test_writes_are_in_airflows_audit_log_and_in_the_routers(solving: Solving, admin: Client) -> None:
+    """With user, object, old and new value, and without the prompt."""
+    solving.rows("DELETE FROM audit_log")
+    writes = (
+        ("PUT", "/api/traffic/phi-4", {"target": "3/s"}),
+        ("PUT", "/api/traffic/phi-4", {"target": "4/s"}),
+        ("PUT", "/api/paused", {"paused": True}),
+        ("PUT", "/api/paused", {"paused": False}),
+        ("POST", "/api/failures/retry", {}),
+        ("POST", "/api/ask", {"prompt": "a secret prompt", "category": "general", "deadline_seconds": 20}),
+    )
+    for method, path, body in writes:
+        assert admin(method, path, headers=WRITE, json=body).status_code == 200, path
+    found = solving.api.call("GET", "/eventLogs", params={"order_by": "-event_log_id", "limit": 40})
+    events = [event for event in found["event_logs"] if event["event"].startswith("router ")]
+    assert {event["owner"] for event in events} == {"admin"}
+    assert {event["event"] for event in events} >= {f"router {name}" for name in ("ask", "pause", "retry")}
+    target = next(json.loads(event["extra"]) for event in events if event["event"] == "router set_target")
+    assert (target["object"], target["before"], target["after"]) == ("phi-4", "3/s", "4/s")
+    wait_until(
+        lambda: solving.rows("SELECT FROM audit_log WHERE action = 'ask'"), 5, "the entry of the request"
+    )
+    entries = solving.rows("SELECT by, via, action, before, after FROM audit_log ORDER BY entry")
+    assert {entry[:2] for entry in entries} == {("admin", "console")}
+    assert [entry[2] for entry in entries] == ["traffic", "traffic", "pause", "pause", "ask"]
+    assert entries[1][3:] == ("3/s", "4/s")
+    assert "a secret prompt" not in json.dumps([events, entries], default=str)
+
+
 def test_a_failed_task_is_retried_and_its_details_shown(solving: Solving, admin: Client) -> None:
     solving.insert(200)  # tasks that run before the workers have no Airflow task
     wait_until(lambda: workers_are_there(solving), 40, "all workers at work")
