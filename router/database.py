@@ -39,6 +39,10 @@ PERMANENT_SQLSTATES = ("22", "23", "54", "P0001", "XX", "RT002")
 ROLE_CHANGED_SQLSTATES = ("25006", "57P01", "57P02", "57P03", "57P05", "08")
 MAX_INTEGER = 2**31 - 1
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+# Finds the router's tables by their names if neither the database nor the role has a default path that does.
+SEARCH_PATH = """
+SELECT set_config('search_path', concat_ws(', ', nullif(current_setting('search_path'), ''), 'router'), false)
+ WHERE to_regnamespace('router') IS NOT NULL AND NOT 'router' = ANY (current_schemas(false))"""
 T = TypeVar("T")
 
 
@@ -96,6 +100,10 @@ def open_connection(url: str, *, options: str = "", connect_seconds: int | None 
     if connect_seconds is not None:
         arguments["connect_timeout"] = min(connect_seconds, arguments["connect_timeout"])
     connection: Connection = psycopg2.connect(**arguments)
+    connection.autocommit = True
+    with connection.cursor() as cursor:
+        cursor.execute(SEARCH_PATH)
+    connection.autocommit = False
     return connection
 
 
@@ -173,6 +181,7 @@ async def open_async_connection(
     if socket_in_use is not None:
         for level, option, value in address.socket_options(socket_in_use.family):
             socket_in_use.setsockopt(level, option, value)
+    await connection.execute(SEARCH_PATH, timeout=address.connect_seconds)
     return connection
 
 

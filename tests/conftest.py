@@ -165,6 +165,10 @@ def _copy(administrator: Connection, template: str) -> Iterator[str]:
         cursor.execute(
             sql.SQL("CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy").format(**words)
         )
+        if template != "template1":  # a copy has the schema, but not the default path that the migration set
+            cursor.execute(
+                sql.SQL('ALTER DATABASE {name} SET search_path = "$user", public, router').format(**words)
+            )
         yield name
         cursor.execute(sql.SQL("DROP DATABASE IF EXISTS {name} WITH (FORCE)").format(**words))
 

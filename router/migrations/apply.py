@@ -16,6 +16,13 @@ from router.database import Connection, connect, rows
 from router.errors import SchemaError, first_line
 from router.migrations.facts import SchemaFacts, read_facts
 from router.migrations.problems import REPAIRED_BY_MIGRATE, ProblemKind, SchemaProblem, schema_problems
+from router.migrations.schema import (
+    SCHEMA_MIGRATION,
+    move_functions,
+    secure_functions,
+    set_default_path,
+    set_script_path,
+)
 from router.migrations.scripts import (
     FUNCTIONS,
     SQL_FOLDER,
@@ -41,9 +48,9 @@ SELECT l.pid, a.usename, a.application_name, a.state,
    AND (l.classid::bigint << 32 | l.objid::bigint) = %s
    AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())"""
 _FAILURES = """
-INSERT INTO task_failures (task_id, failed_at)
-SELECT id, coalesce(readable_time(created_at), 'epoch') FROM tasks
- WHERE status = 'failed' AND is_failed(status::text, interactive) ON CONFLICT DO NOTHING"""
+INSERT INTO router.task_failures (task_id, failed_at)
+SELECT id, coalesce(router.readable_time(created_at), 'epoch') FROM tasks
+ WHERE status = 'failed' AND router.is_failed(status::text, interactive) ON CONFLICT DO NOTHING"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +87,11 @@ def migrate(
     """
     with connect(url, autocommit=True) as connection:
         done = _Migration(connection, folder, task_defaults, progress).run()
-        rows(connection, "SELECT make_call_partitions()")
+        rows(connection, "SELECT router.make_call_partitions()")
         queued = _queue_existing_tasks(connection)
         if done.applied or done.restored:
             rows(connection, _FAILURES)
-            rows(connection, "SELECT recount_tasks()")
+            rows(connection, "SELECT router.recount_tasks()")
         recount_if_due(connection)
         return MigrationReport(done.applied, done.functions_renewed, queued, done.restored, done.problems)
 
@@ -136,6 +143,7 @@ class _Migration:
                 # A function may call one that is defined after it.
                 cursor.execute("SET LOCAL check_function_bodies = off")
                 self._lock()
+                set_script_path(self._connection)
                 report = self._upgrade()
                 cursor.execute("COMMIT")
             except BaseException as error:
@@ -187,10 +195,18 @@ class _Migration:
         renewed = applied.get(FUNCTIONS) != functions.checksum
         if restored:
             _make_room(connection, before, expected)
-        self._apply([*migrations, *([functions] if renewed or restored else [])])
+        self._apply(migrations)
+        if before.applied and any(script.name == SCHEMA_MIGRATION for script in migrations):
+            move_functions(connection, functions)
+        if renewed or restored:
+            self._apply([functions])
+        if migrations or renewed or restored:
+            secure_functions(connection)
         if restored:
             _enable_triggers(connection, expected)
         self._store_defaults()
+        set_default_path(connection)
+        set_script_path(connection)
         problems = lasting
         if before.kind is not None and not lasting:
             problems = try_writes(connection, read_facts(connection), defaults)
@@ -202,6 +218,7 @@ class _Migration:
 
     def _apply(self, scripts: Sequence[Script]) -> None:
         for name, text, checksum in scripts:
+            set_script_path(self._connection)
             try:
                 with self._connection.cursor() as cursor:
                     cursor.execute(text)  # without arguments, so that percent signs stay
@@ -258,7 +275,7 @@ def recount_if_due(connection: Connection) -> bool:
     """Corrects the counters if the categories changed. Returns False while an older transaction is open."""
     until = time.monotonic() + RECOUNT_PATIENCE_SECONDS
     while True:
-        due = rows(connection, "SELECT recount_if_due() AS done")[0]["done"]
+        due = rows(connection, "SELECT router.recount_if_due() AS done")[0]["done"]
         if due or time.monotonic() > until:
             return bool(due)
         time.sleep(0.1)
@@ -274,7 +291,7 @@ def _queue_existing_tasks(connection: Connection) -> int:
         reraise=True,
     )
     while True:
-        step = patiently(rows, connection, "SELECT * FROM reconcile(%s)", (after,))[0]
+        step = patiently(rows, connection, "SELECT * FROM router.reconcile(%s)", (after,))[0]
         queued += step["added"]
         if step["next_after"] is None:
             return queued

@@ -141,6 +141,8 @@ class SchemaMonitor:
         """Returns the most severe problem that stops work; None if there is none. Raises DatabaseError."""
         found = schema_problems(await fetch_facts(pool), self._expected, defaults=None)
         found = [problem for problem in found if problem.kind in STOP_WORK]
+        if any(problem.kind is ProblemKind.NOT_MIGRATED for problem in found):
+            await pool.expire_connections()  # the migration changes the search path of new ones
         if not any(problem.kind in _VERSIONS for problem in found):
             self._matched = True
         elif self._matched:

@@ -15,10 +15,33 @@ from router.database import Connection, fetch_one, rows
 _FACTS = """
 SELECT current_setting('server_encoding') AS encoding, current_user::text AS role,
        to_regclass('router_migrations') IS NOT NULL AS migrated,
-       c.relkind::text AS kind, c.relname IS NOT NULL AND row_security_active(c.oid) AS rows_hidden,
+       c.relkind::text AS kind, c.relname IS NOT NULL AND row_security_active(c.oid) AND (
+           NOT EXISTS (SELECT FROM pg_policy p
+                        WHERE p.polrelid = c.oid AND p.polpermissive AND p.polcmd = '*'
+                          AND 0 = ANY (p.polroles)
+                          AND pg_get_expr(p.polqual, p.polrelid) = 'true' AND p.polwithcheck IS NULL)
+           OR EXISTS (SELECT FROM pg_policy p CROSS JOIN unnest(p.polroles) AS r (oid)
+                       WHERE p.polrelid = c.oid AND NOT p.polpermissive
+                         AND (r.oid = 0 OR pg_has_role(r.oid, 'USAGE')))) AS rows_hidden,
        pg_has_role(c.relowner, 'USAGE') AS owned, c.relowner::regrole::text AS owner,
        n.nspname::text AS schema,
+       (SELECT has_table_privilege(q.oid, 'DELETE')
+          FROM pg_class q JOIN pg_namespace s ON s.oid = q.relnamespace
+         WHERE s.nspname = 'router' AND q.relname = 'queue') AS may_work,
        has_schema_privilege(coalesce(n.oid, current_schema()::regnamespace), 'CREATE') AS may_create,
+       -- Schemas in which strangers may create: PUBLIC by default before PostgreSQL 15. They could put
+       -- something in the place of functions and tables of the router.
+       (SELECT jsonb_agg(DISTINCT jsonb_build_array(s.nspname, coalesce(r.rolname, 'PUBLIC')))
+          FROM pg_namespace s
+         CROSS JOIN LATERAL aclexplode(s.nspacl) AS a
+          LEFT JOIN pg_roles r ON r.oid = a.grantee
+         WHERE (s.oid = n.oid OR s.nspname = 'router' OR s.nspname = ANY (current_schemas(false)))
+           AND s.nspname !~ '^pg_' AND a.privilege_type = 'CREATE' AND a.grantee <> s.nspowner
+           AND (r.oid IS NULL OR NOT (r.rolsuper OR r.rolname IN (current_user, 'pg_database_owner')
+                                      OR pg_has_role(r.oid, coalesce(c.relowner, s.nspowner), 'MEMBER')))
+       )::text AS open_schemas,
+       (SELECT s.nspowner::regrole::text FROM pg_namespace s
+         WHERE s.nspname = 'router' AND NOT pg_has_role(s.nspowner, 'USAGE')) AS schema_owner,
        EXISTS (SELECT FROM pg_inherits i WHERE i.inhparent = c.oid OR i.inhrelid = c.oid) AS inherits,
        EXISTS (SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = 'id'
                 WHERE i.indrelid = c.oid AND i.indisunique AND i.indpred IS NULL AND i.indisvalid
@@ -70,7 +93,9 @@ class SchemaFacts:
     """State of a database's schema. `kind` of the relation `tasks` is None if there is none, `r` for a table.
 
     `applied`: checksums by script; None if `router migrate` never ran. `rows_hidden`: row level security
-    applies to the connected role.
+    hides rows of `tasks` from the connected role. `may_work`: the role may run the engine without owning
+    anything. `open_schemas`: pairs of a schema that functions use and a role that may create in it.
+    `schema_owner`: owner of the schema `router`, if it is a stranger.
     """
 
     encoding: str
@@ -82,6 +107,9 @@ class SchemaFacts:
     owned: bool
     may_create: bool
     rows_hidden: bool
+    may_work: bool
+    open_schemas: tuple[tuple[str, str], ...]
+    schema_owner: str | None
     inherits: bool
     id_is_unique: bool
     external_id_is_unique: bool
@@ -114,6 +142,9 @@ def _facts(row: Mapping[str, Any], checksums: str | None) -> SchemaFacts:
         owned=bool(row["owned"]),
         may_create=bool(row["may_create"]),
         rows_hidden=bool(row["rows_hidden"]),
+        may_work=bool(row["may_work"]),
+        open_schemas=tuple((schema, role) for schema, role in json.loads(row["open_schemas"] or "[]")),
+        schema_owner=row["schema_owner"],
         inherits=bool(row["inherits"]),
         id_is_unique=bool(row["id_is_unique"]),
         external_id_is_unique=bool(row["external_id_is_unique"]),

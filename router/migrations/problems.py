@@ -18,6 +18,7 @@ class ProblemKind(str, enum.Enum):
     NOT_MIGRATED = "not_migrated"  # `router migrate` never ran
     ROWS_HIDDEN = "rows_hidden"  # by row level security
     PRIVILEGES = "privileges"
+    OPEN_SCHEMA = "open_schema"  # others may create in a schema that functions use
     TABLE = "table"  # kind, columns or key of `tasks`
     MIGRATIONS_PENDING = "migrations_pending"  # the database is older than the program
     OUTDATED = "outdated"  # the program is older than the database
@@ -147,6 +148,13 @@ def _access(facts: SchemaFacts) -> Iterator[SchemaProblem]:
             f"Use `ALTER TABLE tasks NO FORCE ROW LEVEL SECURITY` if {facts.role} owns the table, or"
             f" `ALTER ROLE {facts.role} BYPASSRLS`.",
         )
+    yield from _ownership(facts)
+    yield from _open_schemas(facts)
+
+
+def _ownership(facts: SchemaFacts) -> Iterator[SchemaProblem]:
+    if facts.may_work:
+        return
     if facts.kind is not None and not facts.owned:
         yield SchemaProblem(
             ProblemKind.PRIVILEGES,
@@ -159,6 +167,23 @@ def _access(facts: SchemaFacts) -> Iterator[SchemaProblem]:
             ProblemKind.PRIVILEGES,
             f"The role {facts.role} may not create tables in {schema}.",
             f"Run `GRANT CREATE ON SCHEMA {facts.schema or 'NAME'} TO {facts.role}`.",
+        )
+
+
+def _open_schemas(facts: SchemaFacts) -> Iterator[SchemaProblem]:
+    if facts.schema_owner is not None and not facts.may_work:
+        yield SchemaProblem(
+            ProblemKind.OPEN_SCHEMA,
+            f"The schema router belongs to {facts.schema_owner}, who may replace functions in it.",
+            f'Run `ALTER SCHEMA router OWNER TO "{facts.role}"`.',
+        )
+    for schema, role in facts.open_schemas:
+        grantee = role if role == "PUBLIC" else f'"{role}"'
+        yield SchemaProblem(
+            ProblemKind.OPEN_SCHEMA,
+            f"{grantee} may create objects in the schema {schema}, which could stand in for functions of the"
+            " router.",
+            f'Run `REVOKE CREATE ON SCHEMA "{schema}" FROM {grantee}`.',
         )
 
 

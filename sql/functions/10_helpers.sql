@@ -23,10 +23,6 @@
 --
 -- Helper functions.
 
--- Triggers use the schema of tasks, whatever the search_path of the producer's session.
-SELECT set_config('search_path', quote_ident(n.nspname) || ', pg_temp', true)
-  FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = 'tasks'::regclass;
-
 -- Reason why this prompt cannot be sent to any model; NULL if it can.
 CREATE OR REPLACE FUNCTION prompt_problem(p_prompt text) RETURNS text
 LANGUAGE sql STABLE AS $$

@@ -3,8 +3,17 @@
 -- SECURITY DEFINER: they run with the privileges of the migrating role, so that a producer needs only INSERT on
 -- tasks.
 
+-- Fails unsolved tasks whose prompt cannot be sent. Apart from its caller, because triggers of others run here.
+CREATE OR REPLACE FUNCTION fail_unusable(p_ids bigint[]) RETURNS void
+LANGUAGE plpgsql AS $$
+BEGIN
+    UPDATE tasks t SET status = 'failed', failure = coalesce(prompt_problem(t.prompt::text), client_problem(t.client::text))
+     WHERE t.id = ANY (p_ids);
+END
+$$;
+
 CREATE OR REPLACE FUNCTION tasks_inserted() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
+LANGUAGE plpgsql SECURITY DEFINER AS $$
 DECLARE
     queued bigint;
 BEGIN
@@ -40,10 +49,9 @@ BEGIN
       FROM inserted WHERE status <> 'unsolved' GROUP BY 1;
 
     IF queued IS DISTINCT FROM (SELECT count(*) FROM inserted WHERE status = 'unsolved') THEN
-        UPDATE tasks t SET status = 'failed', failure = coalesce(prompt_problem(i.prompt), client_problem(i.client))
-          FROM inserted i
-         WHERE t.id = i.id AND i.status = 'unsolved'
-           AND coalesce(prompt_problem(i.prompt), client_problem(i.client)) IS NOT NULL;
+        PERFORM fail_unusable(ARRAY(
+            SELECT i.id FROM inserted i
+             WHERE i.status = 'unsolved' AND coalesce(prompt_problem(i.prompt), client_problem(i.client)) IS NOT NULL));
     END IF;
     IF queued > 0 AND current_setting('router.interactive', true) IS DISTINCT FROM 'on' THEN
         PERFORM wake_workers();
@@ -57,7 +65,7 @@ $$;
 -- again and loses its answer, unless the same update writes an answer, or leaves no prompt (its text was removed).
 CREATE OR REPLACE FUNCTION task_updated() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER
-SET search_path FROM CURRENT SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
     reset boolean := NEW.status = 'unsolved' AND OLD.status <> 'unsolved';
     edited boolean := NEW.prompt IS DISTINCT FROM OLD.prompt;
@@ -168,7 +176,7 @@ END
 $$;
 
 CREATE OR REPLACE FUNCTION tasks_deleted() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
+LANGUAGE plpgsql SECURITY DEFINER AS $$
 BEGIN
     WITH gone AS (
         DELETE FROM queue q USING deleted d WHERE q.task_id = d.id RETURNING q.category
@@ -183,7 +191,7 @@ END
 $$;
 
 CREATE OR REPLACE FUNCTION tasks_truncated() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
+LANGUAGE plpgsql SECURITY DEFINER AS $$
 BEGIN
     TRUNCATE queue, queue_watermarks, queue_skips, queue_edits, task_count_deltas, task_counts;
     RETURN NULL;

@@ -72,7 +72,7 @@ END
 $$;
 
 CREATE OR REPLACE FUNCTION roster_changed() RETURNS trigger
-LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM nextval('roster_version');
     PERFORM pg_notify('router_control', 'roster');

@@ -1,7 +1,7 @@
 -- Reads of the console. All are bounded in rows, so that an open page costs little whatever the size of the tables.
 
 CREATE OR REPLACE FUNCTION record_failure() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
+LANGUAGE plpgsql SECURITY DEFINER AS $$
 BEGIN
     IF TG_OP <> 'INSERT' AND OLD.status = 'failed' THEN
         DELETE FROM task_failures WHERE task_id = OLD.id;
@@ -13,7 +13,7 @@ BEGIN
 END
 $$;
 CREATE OR REPLACE FUNCTION prune_failures() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
+LANGUAGE plpgsql SECURITY DEFINER AS $$
 BEGIN
     TRUNCATE task_failures;
     RETURN NULL;

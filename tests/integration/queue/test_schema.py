@@ -148,8 +148,9 @@ def test_hidden_rows_are_named_by_migrate_and_status(bare_database: str, postgre
         f"CREATE ROLE {role} LOGIN",
         f'ALTER DATABASE "{name}" OWNER TO {role}',
         f"ALTER TABLE tasks OWNER TO {role}",
-        f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {role}",
+        f"GRANT ALL ON ALL TABLES IN SCHEMA public, router TO {role}",
         f"GRANT ALL ON SCHEMA public TO {role}",
+        f"GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA router TO {role}",
         "ALTER TABLE tasks ENABLE ROW LEVEL SECURITY",
         "ALTER TABLE tasks FORCE ROW LEVEL SECURITY",
     )

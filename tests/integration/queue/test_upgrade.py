@@ -441,9 +441,13 @@ def _rows_of(url: str) -> dict[str, list[str]]:
 
 def _schema_of(url: str) -> list[str]:
     functions = (
-        "SELECT oid::regprocedure::text || prosrc FROM pg_proc WHERE pronamespace = 'public'::regnamespace"
+        "SELECT oid::regprocedure::text || prosrc FROM pg_proc"
+        " WHERE pronamespace IN ('public'::regnamespace, 'router'::regnamespace)"
     )
-    relations = "SELECT oid::regclass::text FROM pg_class WHERE relnamespace = 'public'::regnamespace"
+    relations = (
+        "SELECT oid::regclass::text FROM pg_class"
+        " WHERE relnamespace IN ('public'::regnamespace, 'router'::regnamespace)"
+    )
     triggers = "SELECT pg_get_triggerdef(oid) FROM pg_trigger WHERE NOT tgisinternal"
     return list(
         _one(
