@@ -211,7 +211,6 @@ if verb == 'reserve' or verb == 'peek' or (verb == 'snapshot' and live and spec)
     local _, waits_for, expiry = unpack_struct('<ddd', asks, at)
     if expiry > now then first_ask = min(first_ask or waits_for, waits_for) end
   end
-  local batch_paced = interactive == 0 and step > 0 and (reserves == 1 or asking)
   local enough = charge - 1e-9
   -- Tokens of turns before this request, and of all turns but its own: they are left free for them. The turns of
   -- the class in front are all before those of the other.
@@ -265,7 +264,7 @@ if verb == 'reserve' or verb == 'peek' or (verb == 'snapshot' and live and spec)
     end
 
     t, reason, retry_only = max(now, sent + gap), WINDOW, false
-    if batch_paced and due > t then t = due end
+    if interactive == 0 and due > t then t = due end
     for w = 1, requests do
       local limit, period = unpack_struct('<dd', spec, WINDOWS + 16 * w)
       local i = head - limit
@@ -390,7 +389,7 @@ if verb == 'reserve' or verb == 'peek' or (verb == 'snapshot' and live and spec)
     granted[head], granted_tokens[head] = t, need
     head, sent = head + 1, t
     if step > 0 and (asking and reserves == 0 or reserves == 1 and interactive == 0) then
-      due = max(due, reserves == 1 and t or t - max(gap / 2, LATE)) + step
+      due = max(due, reserves == 1 and t or t - max(floor(gap / 2), LATE)) + step
     end
     if asking then
       yield_until = 0

@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 from local.redis import RedisServer
 from router.limiter.limiter import SCRIPT
 from router.task import Outcome
-from tests.support.limiter.random_walk import PALETTES, Walk, walks
+from tests.support.limiter.random_walk import INTERACTIVE_LINES, PALETTES, Walk, interactive_walk, walks
 from tests.support.limiter.redis import Connection
 from tests.support.limiter.world import IssuedPermit, World
 
@@ -40,13 +40,14 @@ class Machine(RuleBasedStateMachine):
     """World driven by Hypothesis, which shrinks a mismatch to few steps."""
 
     connection: Connection
+    interactive = False
+    lines = [line for palette in PALETTES[:5] for line in palette]  # noqa: RUF012
 
     def __init__(self) -> None:
         super().__init__()
-        lines = [line for palette in PALETTES[:5] for line in palette]
-        self.world = World(self.connection, SCRIPT, lines)
+        self.world = World(self.connection, SCRIPT, self.lines, waits=self.interactive)
         self.loop = asyncio.new_event_loop()
-        self.run(self.world.set_target(0, lines[0]))
+        self.run(self.world.set_target(0, self.lines[0]))
 
     def run(self, work: Coroutine[Any, Any, Any]) -> None:
         self.loop.run_until_complete(work)
@@ -137,17 +138,45 @@ class Machine(RuleBasedStateMachine):
         self.world.judge_arrivals()
 
 
-def look_for_a_mismatch(connection: Connection, examples: int, steps: int) -> None:
+class InteractiveMachine(Machine):
+    """With interactive calls and calls that wait; its clocks are not set."""
+
+    interactive = True
+    lines = [line for lines in INTERACTIVE_LINES for line in lines]  # noqa: RUF012
+    the_clock_is_set = None  # type: ignore[assignment]
+
+    @rule(who=WHO, count=st.integers(0, 3))
+    def ask(self, who: int, count: int) -> None:
+        self.run(self.world.reserve(who, (0,) * count, interactive=True))
+
+    @rule(who=WHO)
+    def peek(self, who: int) -> None:
+        self.run(self.world.peek(who))
+
+
+def look_for_a_mismatch(
+    connection: Connection, examples: int, steps: int, kind: type[Machine] = Machine
+) -> None:
     Machine.connection = connection
     every = settings(max_examples=examples, stateful_step_count=steps, deadline=None, print_blob=True,
                      suppress_health_check=list(HealthCheck))  # fmt: skip
-    run_state_machine_as_test(Machine, settings=every)
+    run_state_machine_as_test(kind, settings=every)
 
 
 def test_random_walks_of_12_000_steps_match_the_specification(connection: Connection) -> None:
     steps, permits = walks(connection, SCRIPT, [Walk.random(seed) for seed in range(48)])
     assert steps == 12_000
     assert permits > 2_500
+
+
+def test_random_walks_with_interactive_calls_match_the_specification(connection: Connection) -> None:
+    steps, permits = walks(connection, SCRIPT, [interactive_walk(seed) for seed in range(40)])
+    assert steps == 10_000
+    assert permits > 800
+
+
+def test_hypothesis_finds_no_mismatch_with_interactive_calls(connection: Connection) -> None:
+    look_for_a_mismatch(connection, examples=15, steps=40, kind=InteractiveMachine)
 
 
 def test_hypothesis_finds_no_mismatch(connection: Connection) -> None:

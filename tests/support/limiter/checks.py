@@ -293,6 +293,83 @@ async def an_abandoned_turn(world: World) -> None:
     require((await reserve_many(small, (10,), waits=True))[0], "a turn that was left stays")
 
 
+async def an_ask_that_ended(world: World) -> None:
+    """It keeps no send, also while another sender still waits for its tokens."""
+    asker, big, batch = world.limiters
+    await batch.set_target(MODEL, "1/s, 100 tokens/10s")
+    await reserve_many(batch, (90,))
+    await reserve_many(asker, (0,), waits=True, interactive=True)
+    await reserve_many(big, (60,), waits=True, interactive=True)
+    require(not (await reserve_many(batch, (0,)))[0], "a batch call is sent within the gap")
+    world.pass_time(2_000_000)
+    await reserve_many(big, (60,), waits=True, interactive=True)
+    world.pass_time(1_100_000)
+    require((await reserve_many(batch, (0,)))[0], "an ask that ended keeps a send")
+
+
+async def batch_after_many_requests(world: World) -> None:
+    """Interactive calls keep the pacing gap only; the next batch call keeps the pace of the window."""
+    await world.set_target(0, "20/min")
+    for _ in range(8):
+        require(await world.reserve(0, (0,), interactive=True), "a request waits for more than the gap")
+        world.pass_time(2_700_000)
+    require(not await world.reserve(1, (0,)), "the sends of requests are not counted in the pace")
+
+
+async def no_asks_for_ten_minutes(world: World) -> None:
+    asker, batch = world.limiters[:2]
+    await batch.set_target(MODEL, "30/s")
+    require((await reserve_many(asker, (0,), interactive=True))[0], "a request is denied on an idle model")
+    world.pass_time(599_000_000)
+    few = (await reserve_many(batch, (0,) * 6))[0]
+    world.pass_time(2_000_000)
+    many = (await reserve_many(batch, (0,) * 6))[0]
+    require(len(few) < len(many) == 6, f"{len(few)} and {len(many)} batch calls are granted ahead")
+
+
+async def a_batch_turn(world: World) -> None:
+    """A batch call that waits for tokens keeps none from interactive ones, but from other batch calls."""
+    big, small, asker = world.limiters
+    await big.set_target(MODEL, "100 tokens/s, burst")
+    await reserve_many(small, (90,), waits=True)
+    await reserve_many(big, (60,), waits=True)
+    require(not (await reserve_many(small, (10,)))[0], "a later batch call overtakes a turn")
+    require((await reserve_many(asker, (10,), interactive=True))[0], "a batch turn delays a request")
+
+
+async def an_interactive_turn(world: World) -> None:
+    """It goes before an earlier turn of a batch call."""
+    batch, other, asker = world.limiters
+    await batch.set_target(MODEL, "100 tokens/s, burst")
+    await reserve_many(other, (90,), waits=True)
+    await reserve_many(batch, (60,), waits=True)
+    await reserve_many(asker, (50,), waits=True, interactive=True)
+    world.pass_time(1_060_000)
+    for _ in range(2):
+        require(not (await reserve_many(batch, (60,), waits=True))[0], "a batch turn goes before a request")
+        world.pass_time(60_000)
+    permits, _ = await reserve_many(asker, (50,), waits=True, interactive=True)
+    require(permits, "a request does not get its tokens")
+
+
+async def a_turn_and_a_kept_send(world: World) -> None:
+    """A call that yields a send keeps its turn for tokens."""
+    big, other, asker = world.limiters
+    await big.set_target(MODEL, "1/s, 100 tokens/10s")
+    await reserve_many(other, (60,), waits=True)
+    for _ in range(4):
+        await reserve_many(big, (60,), waits=True)
+        world.pass_time(2_425_000)
+    await reserve_many(other, (0,), waits=True)
+    world.pass_time(500_000)
+    await reserve_many(asker, (0,), waits=True, interactive=True)
+    world.pass_time(350_000)
+    _, wait = await reserve_many(big, (60,), waits=True)
+    require(wait.reason is WaitReason.PRIORITY, f"the call waits for {wait.reason.name}")
+    await reserve_many(asker, (), waits=True, interactive=True)
+    require(not (await reserve_many(other, (50,), waits=True))[0], "a later call overtakes the turn")
+
+
 async def tokens_from_before_a_loss(world: World) -> None:
     """Without a history, a longer window set after a loss waits for its own length."""
     await world.set_target(0, "50 tokens/s, burst")
@@ -478,6 +555,12 @@ CHECKS: dict[str, tuple[Check, bool]] = {  # with whether there is a history
     "the latest minute is kept": (a_minute_of_many_chunks, True),
     "a turn is kept": (a_turn, True),
     "an abandoned turn ends": (an_abandoned_turn, True),
+    "an ask that ended keeps no send": (an_ask_that_ended, True),
+    "the pace counts all sends": (batch_after_many_requests, True),
+    "ten minutes after the latest ask nothing is left of it": (no_asks_for_ten_minutes, True),
+    "a batch turn does not delay a request": (a_batch_turn, True),
+    "a request goes before a batch turn": (an_interactive_turn, True),
+    "a turn outlives a kept send": (a_turn_and_a_kept_send, True),
     "tokens from before a loss are unknown": (tokens_from_before_a_loss, False),
     "a target with a shorter slack counts earlier tokens longer": (tokens_of_a_longer_slack, True),
     "a target with a shorter slack waits for earlier tokens": (tokens_of_a_longer_slack_ahead, True),

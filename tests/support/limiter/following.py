@@ -23,6 +23,7 @@ SETTLE_SECONDS = 0.6  # look-ahead and slacks of what was decided before a chang
 SHORT_WAY = 12_000
 KEPT_SECONDS = 60  # windows up to it are exact without a rebuild
 MICRO_FLOAT = 1e6
+FOREVER = 10**15
 ONLY_AGAIN = frozenset(
     {WaitReason.CONCURRENCY, WaitReason.HALF_OPEN}
 )  # they wait for the end of a call, not for a time
@@ -69,11 +70,13 @@ class Following:
     held: list[IssuedPermit]
     changes: list[TargetChange]
     slack: int
+    interactive = False  # the call that is followed
+    peeks = False
 
     def exact(self, at: int) -> bool:
         """Whether the script must match the specification to the microsecond."""
         target = self.spec.target
-        if self.jumped or at < self.disturbed_until or target is None or self.waits:
+        if self.jumped or at < self.disturbed_until or target is None or (self.waits and target.tokens):
             return False
         windows = [limit.window_seconds for limit in (*target.requests, *target.tokens)]
         slack = SETTINGS.send_slack(target)
@@ -81,9 +84,12 @@ class Following:
         return at - max(periods, default=0) >= self.known_from
 
     def _follow(self, call: ScriptCall, needs: tuple[int, ...]) -> None:  # noqa: C901 - one branch per verb
-        if call.verb == "reserve":
+        if call.verb in {"reserve", "peek"}:
             if self.jumped:
-                self.jumped, self.disturbed_until = False, call.at + self.retention
+                asked = (
+                    self.spec.priority.asked_at is not None
+                )  # the script's times of requests were not moved
+                self.jumped, self.disturbed_until = False, call.at + (FOREVER if asked else self.retention)
             self._follow_reserve(call, needs)
         elif call.verb == "release":
             if self.state != "gone":
@@ -106,7 +112,10 @@ class Following:
             self._follow_rebuild(call)
 
     def _follow_reserve(self, call: ScriptCall, needs: tuple[int, ...]) -> None:
-        status, generation, head, _, again, reason, slack, *_ = unpack_decision(call.reply)
+        status, generation, head, _, again, reason, slack, *_, ahead = unpack_decision(call.reply)
+        sender, _, _, asks = struct.unpack_from("<8d", call.arguments[0])[4:]  # type: ignore[arg-type]
+        self.interactive, self.peeks = bool(asks), call.verb == "peek"
+        commit = not self.peeks
         if status == MORE:
             return
         self.slack = int(slack)
@@ -123,14 +132,32 @@ class Following:
             return
         self._require(self.state != "gone", "permits from lost state")
         self.generation = generation
+        priority = self.spec.priority
+        if commit and needs:
+            priority.begin(call.at, sender, interactive=self.interactive)
         grants = list(unpack_grants(call.reply))
         exact = self.exact(call.at) and self.state == "sound"
         for (number, wait), need in zip(grants, needs, strict=False):
             self._follow_grant(call.at, int(number), round(wait), need, exact=exact)
         self._require(head == self.spec.head, f"the script counts {head} sends, not {self.spec.head}")
+        hint = (None if again < 0 else round(again), WaitReason(int(reason)))
         if exact:
-            hint = (None if again < 0 else round(again), WaitReason(int(reason)))
             self._require_denial(call.at, needs[len(grants) :], hint, fresh=not grants)
+            expected = 0 if hint[1] is WaitReason.PRIORITY else self._horizon(call.at)
+            self._require(ahead == expected, f"the look-ahead is {ahead} us, not {expected}")
+        self._follow_ask(call.at, sender if commit else 0, len(needs) > len(grants), hint)
+
+    def _follow_ask(self, at: int, sender: float, denied: bool, hint: tuple[int | None, WaitReason]) -> None:
+        again, reason = hint
+        priority = self.spec.priority
+        if reason is WaitReason.PRIORITY:
+            priority.yield_until = at + (again or 0)
+        if sender < 0:
+            waits = denied and (again is not None or reason in ONLY_AGAIN)
+            waits_for = 0 if reason in ONLY_AGAIN else at + (again or 0)
+            priority.end(at, sender, waits_for if waits else None)
+            if waits and reason is not WaitReason.PRIORITY:
+                priority.yield_until = 0
 
     def _check_rebuild_time(self, at: int) -> None:
         """Recovery may take until permits expired and, without a history, the windows are over."""
@@ -139,7 +166,7 @@ class Following:
         self._require(at - noticed <= micros(4 * longest), f"the state is lost for {at - noticed} us")
 
     def _follow_grant(self, at: int, number: int, wait: int, need: int, *, exact: bool) -> None:
-        decision = self.spec.decide(at, need)
+        decision = self.spec.decide(at, need, interactive=self.interactive)
         expected = f"expected {self._in(decision, at)} us for {decision.reason.name}"
         what = f"send {number} is granted in {wait} us, {expected}"
         self._require(number == self.spec.head, f"send {number} should have number {self.spec.head}")
@@ -149,21 +176,41 @@ class Following:
         self._require(at + wait >= soonest - grain, what)
         self._require(0 <= wait <= LOOK, what)
         self._require(not exact or at + wait == soonest, what)
-        self.spec.grant(at + wait, need)
+        if exact:
+            self._require(wait <= self._horizon(at), f"{what} beyond the look-ahead of its class")
+            self._require(not self._must_yield(at, at + wait), f"{what}, which is kept for the other class")
+        self.spec.grant(at, at + wait, need, interactive=self.interactive)
+
+    def _horizon(self, at: int) -> float:
+        assert self.spec.target is not None
+        return self.spec.priority.horizon(at, self.spec.target, interactive=self.interactive)
+
+    def _must_yield(self, at: int, send_at: int) -> bool:
+        assert self.spec.target is not None
+        priority = self.spec.priority
+        if not priority.asking(at) or 0 < priority.yield_until <= at:
+            return False
+        return priority.yields(at, send_at, self.spec.target, interactive=self.interactive)
 
     def _require_denial(
         self, at: int, left: tuple[int, ...], hint: tuple[int | None, WaitReason], *, fresh: bool
     ) -> None:
         again, reason = hint
-        decision = self.spec.decide(at, left[0] if left else 0)
+        decision = self.spec.decide(at, left[0] if left else 0, interactive=self.interactive)
         soonest = None if decision.send_at is None else decision.send_at - at
         what = f"the next send waits {again} us for {reason.name}, not {soonest} for {decision.reason.name}"
         if not left:  # a prediction: it may be too early, never too late
             in_time = again is not None and soonest is not None and again <= soonest
             self._require(in_time or reason is decision.reason or again is None, what)
             return
-        denied = decision.send_at is None or decision.reason in ONLY_AGAIN or (soonest or 0) > LOOK
-        self._require(denied, what)
+        denied = (
+            decision.send_at is None or decision.reason in ONLY_AGAIN or (soonest or 0) > self._horizon(at)
+        )
+        if not denied and self._must_yield(at, decision.send_at or 0):
+            until = self.spec.priority.yield_until or max(decision.send_at or 0, at + 50_000)
+            self._require(reason is WaitReason.PRIORITY and again == until - at, f"{what}, but it must yield")
+            return
+        self._require(denied or self.peeks, what)
         same = reason is decision.reason or {reason, decision.reason} <= TIMED
         self._require(same and (again == soonest or not fresh), what)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+from router.settings import InteractiveShare
 from router.task import Outcome
 from tests.support.limiter.redis import Connection
 from tests.support.limiter.world import IssuedPermit, Mismatch, World
@@ -25,6 +26,12 @@ PALETTES = [
     ["40/s, burst", "100/3s", "300 tokens/s, burst", "70/2s, 20 at once, burst"],
     ["5/s", "4/2min, burst", "3/10s, burst", "6/s, burst"],
 ]
+INTERACTIVE_LINES = (
+    ("5/s", "12/3s", "30/s", "20/min"),
+    ("6/3s, 4/s", "20/10s", "2 at once, 5/s"),
+    ("2 at once", "3 at once, 5/s, burst", "6/s, burst", "0"),
+    ("8/min, burst", "3/s", "20/min", "6/10s, 3 at once"),
+)
 HOURS = 3600 * 1_000_000
 CHUNKS = ("SENDS, BITMAP = 1000, 125", "KEPT_CHUNKS = 4", "LONG_WALK = 64", "BUILD_STEPS = 5000")
 SMALL_CHUNKS = ("SENDS, BITMAP = 16, 2", "KEPT_CHUNKS = 2", "LONG_WALK = 1", "BUILD_STEPS = 3")
@@ -44,6 +51,8 @@ class Walk:
     with_history: bool = True
     waits: bool = False
     travel: bool = False
+    interactive: bool = False  # some calls are
+    share: InteractiveShare = field(default_factory=InteractiveShare)
     small_chunks: bool = False  # so that sends often cross chunks
     bulk: int = 4
 
@@ -76,7 +85,10 @@ async def take(walk: Walk, connection: Connection, script: str) -> World:
     for normal, small in zip(CHUNKS, SMALL_CHUNKS, strict=True) if walk.small_chunks else ():
         assert script.count(normal) == 1
         script = script.replace(normal, small)
-    world = World(connection, script, list(walk.lines), with_history=walk.with_history, waits=walk.waits)
+    world = World(
+        connection, script, list(walk.lines),
+        with_history=walk.with_history, waits=walk.waits, share=walk.share,
+    )  # fmt: skip
     steps = _Steps(walk, world)
     try:
         await world.set_target(0, walk.lines[0])
@@ -111,6 +123,9 @@ class _Steps:
             "back": 0.7 * walk.back,
             "forward": 0.7 * walk.forward,
             "new_client": 0.3 * walk.with_history,
+            "peek": 8 * walk.interactive,
+            "ask": 12 * walk.interactive,
+            "leave": 1 * walk.interactive,
         }
         self.kinds, self.weights = list(kinds), list(kinds.values())
 
@@ -134,6 +149,18 @@ class _Steps:
         needs = tuple(self.chance.choice([0, 1, 5, 10, 20]) for _ in range(count))
         made = await self.world.reserve(self._knowing(), needs)
         return f"{needs} {[held.send_at for held in made]}"
+
+    async def _ask(self) -> str:
+        """An interactive call; most wait alone."""
+        needs = (0,) * self.chance.choice([1, 1, 1, 2, 4])
+        made = await self.world.reserve(self._knowing(), needs, interactive=True)
+        return f"{needs} {[held.send_at for held in made]}"
+
+    async def _leave(self) -> None:
+        await self.world.reserve(self._knowing(), (), interactive=True)
+
+    async def _peek(self) -> None:
+        await self.world.peek(self._knowing())
 
     def _knowing(self) -> int:
         """Without a history only clients that had seen a model can detect its loss."""
@@ -256,6 +283,14 @@ class _Steps:
 
     async def _new_client(self) -> None:
         self.world.restart_client(self._who())
+
+
+def interactive_walk(seed: int) -> Walk:
+    """Returns a walk with interactive calls, by turns with each share and without a limit of tokens."""
+    shares = [{}, {"at_most": 0.9}, {"reserved": 0.2}, {"at_most": 1.0}, {"at_most": 0.2}]
+    share = InteractiveShare.model_validate(shares[seed % len(shares)])
+    walk = replace(Walk.random(seed), back=False, forward=False, interactive=True, waits=True, share=share)
+    return replace(walk, lines=INTERACTIVE_LINES[seed % len(INTERACTIVE_LINES)], bulk=2)
 
 
 def walks(connection: Connection, script: str, several: list[Walk]) -> tuple[int, int]:

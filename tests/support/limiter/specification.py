@@ -9,6 +9,7 @@ earliest send time of each call; the script must return the same.
 - Tokens count as reserved, and as used once the call is released. A cancelled send does not count.
 - A call is in flight from its decision until it is released or cancelled, at most until its `end`.
 - Send times never decrease, and paced ones keep a gap; after the latest is cancelled, from the one before it.
+- While somebody asks, interactive calls go before batch calls: see `Priority`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from router.limiter.breaker import BreakerSettings, Signal
 from router.limiter.permit import WaitReason
 from router.limiter.settings import LimiterSettings
+from router.settings import InteractiveShare
 from router.traffic import TrafficTarget
 
 MICRO = 1_000_000
@@ -87,6 +89,99 @@ class Breaker:
 
 
 @dataclass
+class Priority:
+    """Right of way of interactive calls, within 10 minutes of the latest.
+
+    A denied interactive call that waits leaves an ask. A batch call gets no send for which one waits, and no
+    interactive call gets one that a batch call waits for once its credit is used up: until the send time, or
+    50 ms after the first call that had to yield. Batch calls are spread over the whole padded window.
+    """
+
+    settings: LimiterSettings
+    asked_at: int | None = None
+    asks: dict[float, tuple[int, int]] = field(default_factory=dict)  # sender -> (waits for, ends)
+    credit: float = 0.0
+    batch_at: int | None = None
+    yield_until: int = 0
+    due: int = 0
+
+    def asking(self, now: int) -> bool:
+        return self.asked_at is not None and now < self.asked_at + 600 * MICRO
+
+    def begin(self, now: int, sender: float, *, interactive: bool) -> None:
+        """Records a request for permits; `sender` is 0 if it does not wait for them."""
+        if interactive:
+            if not self.asking(now):
+                self.credit, self.batch_at = self._most_credit, None
+            self.asked_at = now
+        elif self.asking(now) and sender:
+            self.batch_at = now
+
+    def end(self, now: int, sender: float, waits_for: int | None) -> None:
+        """Records whether an interactive sender still waits: for a send time, 0 for any."""
+        self.asks = {who: ask for who, ask in self.asks.items() if ask[1] > now and who != sender}
+        if waits_for is not None:
+            self.asks[sender] = (waits_for, now + 3 * MICRO)
+
+    def horizon(self, now: int, target: TrafficTarget, *, interactive: bool) -> float:
+        """Returns how far ahead a permit may be granted."""
+        look_ahead = micros(self.settings.look_ahead_seconds)
+        if interactive or not self.asking(now):
+            return look_ahead
+        return min(look_ahead, max(micros(target.gap_seconds) / 3, 50_000))
+
+    def yields(self, now: int, send_at: int, target: TrafficTarget, *, interactive: bool) -> bool:
+        """Whether the class of a call must leave this send to the other."""
+        used_up = self.batch_waits(now, target) and self.credit < 1 - self._share.at_most - 1e-9
+        if interactive:
+            return used_up
+        asks = [waits_for for waits_for, ends in self.asks.values() if ends > now]
+        return not used_up and bool(asks) and min(asks) <= send_at + micros(target.gap_seconds)
+
+    def batch_waits(self, now: int, target: TrafficTarget) -> bool:
+        charge = 1 - self._share.at_most
+        if not self.asking(now) or self.batch_at is None or not charge:
+            return False
+        return now < self.batch_at + 3 * MICRO + 4 * self._step(target) / charge
+
+    def granted(self, now: int, send_at: int, target: TrafficTarget, *, interactive: bool) -> None:
+        """Accounts a send."""
+        step, reserved = self._step(target), bool(self._share.reserved)
+        if step and (not interactive if reserved else self.asking(now)):
+            late = 0 if reserved else max(micros(target.gap_seconds) // 2, 250_000)
+            self.due = max(self.due, send_at - late) + step
+        if self.asking(now):
+            self.yield_until = 0
+            if not interactive:
+                self.credit = min(self._most_credit, self.credit + self._share.at_most)
+            elif self.batch_waits(now, target):
+                self.credit = max(0, self.credit - (1 - self._share.at_most))
+
+    def cancelled(self, target: TrafficTarget) -> None:
+        """Gives the pace of a cancelled send back."""
+        if self.due > 0:
+            self.due -= self._step(target)
+
+    @property
+    def _share(self) -> InteractiveShare:
+        return self.settings.interactive
+
+    @property
+    def _most_credit(self) -> float:
+        return max(3 * (1 - self._share.at_most), self._share.at_most)
+
+    def _step(self, target: TrafficTarget) -> int:
+        if target.stopped or (target.burst and not self._share.reserved):
+            return 0
+        slack = self.settings.send_slack(target)
+        periods = [
+            (limit.window_seconds + slack + self.settings.slacks(limit.window_seconds).transit) / limit.count
+            for limit in target.requests
+        ]
+        return micros(max(periods, default=0.0) / (1 - self._share.reserved))
+
+
+@dataclass
 class LimiterSpec:
     """Limiter of one model. `now` never decreases."""
 
@@ -99,6 +194,10 @@ class LimiterSpec:
     late_seconds: float = 0.0  # longest slack of earlier targets, and when the last
     late_until: int = 0  # of their permits expires
     breaker: Breaker = field(default_factory=Breaker)
+    priority: Priority = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.priority = Priority(self.settings)
 
     # -- targets and outcomes ----
 
@@ -112,6 +211,8 @@ class LimiterSpec:
             for send in self.sends:
                 send.expires = send.send_at + micros(self.late_seconds)
             self.late_until = self.sends[-1].expires
+        if target != self.target:
+            self.priority.yield_until = self.priority.due = 0
         self.target, self.version = target, version
 
     def cool_down(self, now: int, seconds: float) -> None:
@@ -134,7 +235,7 @@ class LimiterSpec:
 
     # -- sends ----
 
-    def decide(self, now: int, tokens: int) -> Decision:  # noqa: PLR0911 - one return per reason
+    def decide(self, now: int, tokens: int, *, interactive: bool = False) -> Decision:  # noqa: PLR0911 - one return per reason
         """Decides when one more send with these tokens may leave."""
         target = self.target
         if target is None:
@@ -149,6 +250,8 @@ class LimiterSpec:
         if self.breaker.trips and self.breaker.probe_end > now:
             return Decision(self.breaker.probe_end, WaitReason.HALF_OPEN)
         least = max(now, self.cooldown_until)
+        if not interactive:
+            least = max(least, self.priority.due)
         if self.sends:
             least = max(least, self.sends[-1].send_at + micros(target.gap_seconds))
         send_at = self._first_that_fits(target, least, tokens)
@@ -158,8 +261,10 @@ class LimiterSpec:
             send_at, WaitReason.COOLING_DOWN if send_at == self.cooldown_until > now else WaitReason.WINDOW
         )
 
-    def grant(self, send_at: int, tokens: int) -> Send:
+    def grant(self, now: int, send_at: int, tokens: int, *, interactive: bool = False) -> Send:
         """Records a granted send."""
+        if self.target is not None:
+            self.priority.granted(now, send_at, self.target, interactive=interactive)
         holder = micros(self.settings.max_call_seconds)
         slack = 0.0 if self.target is None else self.settings.send_slack(self.target)
         send = Send(
@@ -186,6 +291,8 @@ class LimiterSpec:
         if send is None or send.returned:
             return
         send.returned = send.cancelled = True
+        if self.target is not None:
+            self.priority.cancelled(self.target)
         if send is self.sends[-1] and len(self.sends) > 1:
             send.send_at = self.sends[-2].send_at
 
@@ -240,6 +347,7 @@ class LimiterSpec:
         self.head = len(self.sends)
         self.cooldown_until, self.breaker = cooldown_until, Breaker(trips)
         self.late_seconds, self.late_until = 0.0, 0
+        self.priority = Priority(self.settings)
 
     def forget_before(self, at: int) -> None:
         """Drops sends that left all windows, for speed; the latest is kept for pacing."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bench.judge import Arrival, TargetChange, judge
 from router.errors import LimiterUnavailable, PermitExpired
 from router.limiter import PastCall, Permit, TrafficLimiter, Wait, WaitReason
+from router.settings import InteractiveShare
 from router.task import Outcome
 from router.traffic import TrafficTarget
 from tests.support.limiter.following import (
@@ -35,10 +36,11 @@ WAITING_AGAIN = 4  # every fourth call whose permit expired stays in the call lo
 
 
 async def reserve_many(
-    limiter: TrafficLimiter, tokens: tuple[int, ...], *, waits: bool = False
+    limiter: TrafficLimiter, tokens: tuple[int, ...], *, waits: bool = False, interactive: bool = False
 ) -> tuple[list[Permit], Wait]:
     """Reserves a permit per element of `tokens`, in one round trip."""
-    return await limiter._reservations.reserve_many(limiter._tracker.state(MODEL), tokens, waits=waits)
+    state = limiter._tracker.state(MODEL)
+    return await limiter._reservations.reserve_many(state, tokens, waits=waits, interactive=interactive)
 
 
 @dataclass
@@ -54,12 +56,14 @@ class World(Following):
     skew: int = 0
     travels: list[int] = field(default_factory=list)
     waits: bool = False  # denied requests keep tokens free, which the specification does not know
+    share: InteractiveShare = field(default_factory=InteractiveShare)
     steps: int = 0
 
     def __post_init__(self) -> None:
         self.redis = ScriptRedis(self.connection, self._wall, lambda: self.now, self._travel)
         self.redis.do("FLUSHALL")
-        self.spec = LimiterSpec(SETTINGS)
+        self.settings = replace(SETTINGS, interactive=self.share)
+        self.spec = LimiterSpec(self.settings)
         self.limiters: list[TrafficLimiter] = []
         self.offsets = [0, 3 * 3600 * MICRO, -700 * MICRO]  # clients' clocks do not agree
         self.current = 0
@@ -119,7 +123,7 @@ class World(Following):
     def _new_limiter(self) -> TrafficLimiter:
         history = self._history if self.with_history else None
         redis: Any = self.redis
-        client = TrafficLimiter(redis, history, settings=SETTINGS, clock=self.monotonic)
+        client = TrafficLimiter(redis, history, settings=self.settings, clock=self.monotonic)
         client._script.text = with_our_clock(self.script)
         return client
 
@@ -160,10 +164,19 @@ class World(Following):
         self.current = who
         await self._ask(self.limiters[who].set_target(MODEL, line, version=version))
 
-    async def reserve(self, who: int, needs: tuple[int, ...]) -> list[IssuedPermit]:
+    async def peek(self, who: int) -> None:
+        """Asks when a batch call may be sent."""
+        self.current = who
+        limiter = self.limiters[who]
+        await self._ask(limiter._reservations.peek(limiter._tracker.state(MODEL)), (0,))
+
+    async def reserve(
+        self, who: int, needs: tuple[int, ...], *, interactive: bool = False
+    ) -> list[IssuedPermit]:
         """Reserves permits, and checks each against the clock rules."""
         self.current = who
-        reply = await self._ask(reserve_many(self.limiters[who], needs, waits=self.waits), needs)
+        work = reserve_many(self.limiters[who], needs, waits=self.waits, interactive=interactive)
+        reply = await self._ask(work, needs)
         permits, wait = reply
         if wait.reason is WaitReason.REBUILDING:
             self._check_rebuild_time(self.now)
