@@ -1,7 +1,8 @@
 """Authorization of the console's routes by Airflow's permissions.
 
-Reading requires permission to read the DAG solve_tasks, pausing to edit it, editing a target to edit its
-Variable, retrying, asking and searching to trigger the DAGs solve_tasks, ask_prompt and nightly_review.
+Reading requires permission to read the DAG solve_tasks; prompts, answers and error texts to read its task
+logs as well. Pausing requires permission to edit it, editing a target to edit its Variable, retrying, asking
+and searching to trigger the DAGs solve_tasks, ask_prompt and nightly_review.
 """
 
 from __future__ import annotations
@@ -41,6 +42,14 @@ def may_read(user: BaseUser) -> bool:
     return get_auth_manager().is_authorized_dag(method="GET", details=details, user=user)
 
 
+def may_read_texts(user: BaseUser) -> bool:
+    """Returns whether the user may read the logs of solve_tasks, and so prompts, answers and error texts."""
+    details = DagDetails(id=SOLVE_DAG, team_name=_team_of_dag(SOLVE_DAG))
+    return get_auth_manager().is_authorized_dag(
+        method="GET", access_entity=DagAccessEntity.TASK_LOGS, details=details, user=user
+    )
+
+
 def may_edit(user: BaseUser, model: str) -> bool:
     """Returns whether the user may edit the model's Variable."""
     key = VARIABLE_PREFIX + model
@@ -60,6 +69,10 @@ def may_trigger(user: BaseUser, dag: str) -> bool:
     return get_auth_manager().is_authorized_dag(
         method="POST", access_entity=DagAccessEntity.RUN, details=details, user=user
     )
+
+
+def _text_reader(user: GetUserDep) -> bool:
+    return may_read_texts(user)
 
 
 def _reader(user: GetUserDep) -> BaseUser:
@@ -96,6 +109,7 @@ async def _writer(request: Request, user: BaseUser, may_write: Callable[[], bool
 
 
 Reader = Annotated[BaseUser, Depends(_reader)]
+MayReadTexts = Annotated[bool, Depends(_text_reader)]
 Editor = Annotated[BaseUser, Depends(_editor)]
 Asking = Annotated[BaseUser, Depends(_asking)]
 Searcher = Annotated[BaseUser, Depends(_searcher)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import uuid
 from datetime import datetime
@@ -25,6 +26,7 @@ from .state import ConsoleState, addresses
 MAX_BYTES = 4_096
 MAX_ASK_BYTES = 4_200_000  # a prompt of a million characters, in UTF-8 or escaped
 MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+TEXTS = frozenset({"prompt", "answer", "failure", "error", "last_error"})
 EVENTS = "text/event-stream"  # the type that proxies neither buffer nor compress
 STREAM_HEADERS = {"x-accel-buffering": "no"}
 MAX_NAME_CHARACTERS = 100
@@ -75,6 +77,20 @@ def _json(value: Any) -> Response:
     return _line(as_line(value))
 
 
+def _line_for(line: bytes, *, texts: bool) -> bytes:
+    if texts:
+        return line
+    # An `error` of the whole is a message of the console.
+    return as_line({key: without_texts(value) for key, value in json.loads(line).items()})
+
+
+def without_texts(value: Any) -> Any:
+    """Returns a JSON value without prompts, answers and error texts: ids, states and counts remain."""
+    if isinstance(value, dict):
+        return {key: None if key in TEXTS else without_texts(inner) for key, inner in value.items()}
+    return [without_texts(inner) for inner in value] if isinstance(value, list) else value
+
+
 def _line(line: bytes) -> Response:
     return Response(line, media_type="application/json")
 
@@ -90,7 +106,7 @@ async def index(request: Request, _user: auth.Reader) -> Response:
 
 
 @api.get("/me")
-async def me(user: auth.Reader) -> Response:
+async def me(user: auth.Reader, texts: auth.MayReadTexts) -> Response:
     """The user, their permissions, and the grammar of targets."""
     rights = await asyncio.to_thread(
         lambda: {
@@ -101,19 +117,21 @@ async def me(user: auth.Reader) -> Response:
             "search": auth.may_trigger(user, auth.REVIEW_DAG),
         }
     )
-    return _json({"user": user.get_name(), "may": rights, "grammar": GRAMMAR})
+    return _json({"user": user.get_name(), "may": rights, "texts": texts, "grammar": GRAMMAR})
 
 
 @api.get("/status")
-async def status(request: Request, _user: auth.Reader) -> Response:
+async def status(request: Request, _user: auth.Reader, texts: auth.MayReadTexts) -> Response:
     """The status once: `router status --json` with throughput, oldest task, sends and Variables."""
-    return Response(await _console(request).live.newest(), media_type="application/json")
+    return _line(_line_for(await _console(request).live.newest(), texts=texts))
 
 
 @api.get("/live")
-async def live(request: Request, _user: auth.Reader) -> StreamingResponse:
+async def live(request: Request, _user: auth.Reader, texts: auth.MayReadTexts) -> StreamingResponse:
     """The status every second as JSON lines. The stream ends after some seconds; then connect again."""
-    return StreamingResponse(_console(request).live.stream(), media_type=EVENTS, headers=STREAM_HEADERS)
+    newest = _console(request).live.stream()
+    lines = (_line_for(line, texts=texts) async for line in newest)
+    return StreamingResponse(lines, media_type=EVENTS, headers=STREAM_HEADERS)
 
 
 @api.get("/history")
@@ -152,13 +170,16 @@ class CallQuery(BaseModel):
 
 
 @api.get("/calls")
-async def calls(request: Request, _user: auth.Reader, query: Annotated[CallQuery, Query()]) -> Response:
+async def calls(
+    request: Request, _user: auth.Reader, texts: auth.MayReadTexts, query: Annotated[CallQuery, Query()]
+) -> Response:  # fmt: skip
     """The newest matching calls, with the keys of `router log --json`."""
     before = None if query.before is None else str(query.before)
     filters = tasks.CallFilter(
         query.model or None, query.category or None, query.outcome or None, before, query.limit
     )
-    return _json(await _console(request).reads.run(lambda connection: tasks.calls(connection, filters)))
+    found = await _console(request).reads.run(lambda connection: tasks.calls(connection, filters))
+    return _line(_line_for(as_line(found), texts=texts))
 
 
 @api.put("/paused")
@@ -185,23 +206,27 @@ async def find_tasks(request: Request, _user: auth.Reader, text: Annotated[Text,
 
 
 @api.get("/tasks/{task_id}")
-async def task(task_id: int, request: Request, _user: auth.Reader) -> Response:
-    """One task, its state in the queue, and all its calls."""
+async def task(
+    task_id: int, request: Request, _user: auth.Reader, texts: auth.MayReadTexts
+) -> Response:  # fmt: skip
+    """One task, its state in the queue, and all its calls; texts as in /me."""
     details = await _console(request).reads.run(lambda connection: tasks.task_details(connection, task_id))
     if details is None:
         raise HTTPException(404, f"There is no task {task_id}.")
     logs = await asyncio.to_thread(airflow_links.logs, details["calls"], details.pop("runs"))
-    return _json({**details, "logs": logs})
+    return _line(_line_for(as_line({**details, "logs": logs}), texts=texts))
 
 
 @api.get("/failures")
 async def failures(
-    request: Request, _user: auth.Reader, category: Name = None, before: datetime | None = None,
+    request: Request, _user: auth.Reader, texts: auth.MayReadTexts,
+    category: Name = None, before: datetime | None = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 20,
 ) -> Response:  # fmt: skip
     """The newest failed tasks with their reasons. `before`: a `failed_at`."""
     reads = _console(request).reads
-    return _json(await reads.run(lambda c: tasks.failures(c, category or None, before, limit)))
+    found = await reads.run(lambda c: tasks.failures(c, category or None, before, limit))
+    return _line(_line_for(as_line(found), texts=texts))
 
 
 @api.post("/failures/retry")

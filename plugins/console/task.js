@@ -72,7 +72,7 @@ export function taskDetails({ task, calls, logs }, me, reload) {
     el(
       "div.text",
       { tabindex: "0", role: "region", "aria-label": "Prompt" },
-      task.prompt,
+      task.prompt ?? "Hidden: texts require permission to read the task logs of solve_tasks.",
       cut(task.prompt, task.prompt_characters),
     ),
     task.answer === null

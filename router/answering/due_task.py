@@ -27,7 +27,7 @@ async def answer_due_task(context: RequestContext, due: DueTask, is_paused: Call
     The task stays unsolved: the chosen model's answer replaces either of them. Once `is_paused`, no further
     model is called. Raises DatabaseError.
     """
-    found = await search(context, Conversation(due.prompt, due.prompt))
+    found = await search(context, Conversation(due.prompt, due.prompt), due.client)
     record = TaskRecord(context, due.prompt, due.seconds_left, RequestTask(due.task_id, due.prompt_version))
     plan = RoutingPlan.of(
         context.roster(), context.config, due.category, due.confidence, max_tokens=due.max_tokens,

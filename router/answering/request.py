@@ -149,7 +149,7 @@ class Request:
     async def _search_knowledge(self) -> None:
         if self._context.knowledge is None or self._options.model is not None:
             return
-        self._progress.found = found = await search(self._context, self._options.chat)
+        self._progress.found = found = await search(self._context, self._options.chat, self._options.client)
         names = ", ".join(sources(found)) or "no relevant passages"
         self._progress.emit(EventKind.FOUND, f"found {names} (confidence {found.confidence:.2f})")
 

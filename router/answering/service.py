@@ -141,7 +141,10 @@ class AnsweringService:
         self._pool, self._targets = services.pool, services.targets
         self._queue = TaskQueue(self._pool, host=f"{socket.gethostname()}:asks", lease=services.lease)
         opening_knowledge = Knowledge.open(
-            self._folder / "knowledge", database_url=self._addresses.database_url, data_folder=self._data
+            self._folder / "knowledge",
+            database_url=self._addresses.database_url,
+            data_folder=self._data,
+            tasks=self._config.knowledge.tasks,
         )
         self.context = RequestContext(
             pool=self._pool, limiter=services.limiter, backend=services.backend, queue=self._queue,

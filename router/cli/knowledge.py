@@ -28,7 +28,8 @@ from router.knowledge import (
     remove_path,
     source_name,
 )
-from router.settings import data_folder
+from router.settings import data_folder, load_config
+from router.task import checked_client
 
 KNOWLEDGE_HELP = """
 Manage and search passages for retrieval.
@@ -75,6 +76,7 @@ config/knowledge is searched.
 Examples:
   router knowledge search "How do I pause a model?"
   router knowledge search "refund after 30 days" --limit 3 --json
+  router knowledge search "refund after 30 days" --client alice
 """
 EVALUATE_HELP = """
 Measure retrieval quality.
@@ -192,6 +194,7 @@ def search(
     question: Annotated[str, typer.Argument(metavar="TEXT", help="Text to search for.")],
     *,
     limit: Annotated[int, typer.Option(metavar="N", min=1, max=100, help="Maximum number of passages.")] = 5,
+    client: Annotated[str, typer.Option(metavar="CLIENT", help="Search as this client. Default: ''.")] = "",
     as_json: terminal.Json = False,
     database: Annotated[
         Optional[str],  # noqa: UP045 - typer evaluates it at run time, also on 3.10
@@ -199,7 +202,7 @@ def search(
     ] = None,
     config: terminal.Config = terminal.DEFAULT_CONFIG,
 ) -> None:
-    found, entries = asyncio.run(_search(question, limit, database, config))
+    found, entries = asyncio.run(_search(question, limit, checked_client(client), database, config))
     if as_json:
         terminal.print_json({**dataclasses.asdict(found), "knows": found.is_relevant, "entries": entries})
         return
@@ -211,17 +214,20 @@ def search(
     typer.echo(f"{verdict}: confidence {found.confidence:.0%}, {entries:,} entries searched")
 
 
-async def _search(question: str, limit: int, database: str | None, config: Path) -> tuple[SearchResult, int]:
+async def _search(
+    question: str, limit: int, client: str, database: str | None, config: Path
+) -> tuple[SearchResult, int]:
     opening = Knowledge.open(
-        config / "knowledge", database_url=database, data_folder=data_folder(), keep_updated=False
-    )
+        config / "knowledge", database_url=database, data_folder=data_folder(),
+        tasks=load_config(config).knowledge.tasks, keep_updated=False,
+    )  # fmt: skip
     async with opening as opened:
         try:
             if not await opened.update():
                 terminal.note(BUSY_NOTE)
         except RouterError as error:
             terminal.note(f"Searching the existing index of this host, which could not be updated: {error}")
-        return await opened.search(question, limit), opened.entries
+        return await opened.search(question, limit, client), opened.entries
 
 
 @knowledge.command(help=EVALUATE_HELP)

@@ -32,6 +32,7 @@ class Entry:
     title: str
     text: str
     task_id: int | None = None
+    client: str | None = None  # whose task it is; None: everybody's
 
     @property
     def display_text(self) -> str:
@@ -54,11 +55,11 @@ def file_entries(key: str, name: str, text: str) -> list[Entry]:
     return [Entry(key, source, title, body) for source, title, body in parts]
 
 
-def task_entry(task_id: int, prompt: str, answer: str) -> Entry:
+def task_entry(task_id: int, prompt: str, answer: str, client: str = "") -> Entry:
     """Returns the entry of a solved task; its prompt is the title."""
     question = _truncate(" ".join(prompt.split()), MAX_PROMPT_CHARACTERS)
     shortened = _truncate(answer.strip(), MAX_ANSWER_CHARACTERS)
-    return Entry(task_key(task_id), f"task {task_id}", question, shortened, task_id)
+    return Entry(task_key(task_id), f"task {task_id}", question, shortened, task_id, client)
 
 
 def task_key(task_id: int) -> str:

@@ -25,7 +25,7 @@ from router.database import Connection, connect, rows
 from router.errors import RouterError
 from router.knowledge.chunking import Entry, task_entry, task_key
 from router.knowledge.files import RejectedFile, read_folder
-from router.knowledge.index import Writer
+from router.knowledge.index import Writer, owner_of
 from router.knowledge.storage import MAX_TASK_ID, IndexFolder, State
 
 MAX_ENTRIES = 1_000_000
@@ -35,7 +35,12 @@ OVERLAP_SECONDS = 15.0  # a transaction that solves a task commits some time aft
 NICENESS = 10
 
 _TASKS = (
-    "SELECT id, left(prompt, 4000) AS prompt, left(answer, 8000) AS answer FROM tasks WHERE id = ANY (%s)"
+    "SELECT id, left(prompt, 4000) AS prompt, left(answer, 8000) AS answer, client"
+    " FROM tasks WHERE id = ANY (%s)"
+)
+_SLICE = (
+    "SELECT s.id, s.known, t.client FROM knowledge_slice(%s, %s, %s) s JOIN tasks t USING (id)"
+    " ORDER BY s.id DESC"
 )
 _NEXT_SOURCE = (
     "SELECT source, version, checksum IS NULL AS removed FROM knowledge_sources"
@@ -155,14 +160,13 @@ class Indexer:
     def _scan_slice(self) -> bool:
         """Makes the index agree with the next slice of tasks; True if the scan has reached its end."""
         state = self._state
-        statement = "SELECT * FROM knowledge_slice(%s, %s, %s)"
-        found = rows(self._connection, statement, (state.scan_from, state.lowest_task, self._slice_tasks))
+        found = rows(self._connection, _SLICE, (state.scan_from, state.lowest_task, self._slice_tasks))
         lowest = found[-1]["id"] if len(found) == self._slice_tasks else state.lowest_task
-        wanted = {row["id"] for row in found if row["known"]}
-        indexed = self._index.task_ids(lowest, state.scan_from)
-        for task_id in indexed - wanted:
+        wanted = {row["id"]: owner_of(row["client"]) for row in found if row["known"]}
+        indexed = self._index.task_owners(lowest, state.scan_from)
+        for task_id in indexed.keys() - wanted.keys():
             self._replace(task_key(task_id), ())
-        self._add_tasks(sorted(wanted - indexed))
+        self._add_tasks(sorted(dict(wanted.items() - indexed.items())))
         at_end = lowest == state.lowest_task
         state.scan_from = MAX_TASK_ID if at_end else lowest - 1
         return at_end
@@ -171,7 +175,7 @@ class Indexer:
         for start in range(0, len(task_ids), self._slice_tasks):
             batch = list(task_ids[start : start + self._slice_tasks])
             for row in rows(self._connection, _TASKS, (batch,)):
-                entry = task_entry(row["id"], row["prompt"], row["answer"] or "")
+                entry = task_entry(row["id"], row["prompt"], row["answer"] or "", row["client"])
                 self._replace(entry.key, (entry,))
             if self._uncommitted >= COMMIT_EVERY:
                 self._commit()

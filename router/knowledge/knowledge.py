@@ -30,6 +30,7 @@ from router.knowledge.files import RejectedFile, Stamp, read_folder, stamp
 from router.knowledge.index import ENGINE, FORMAT, KnowledgeIndex, KnowledgeIndexError
 from router.knowledge.results import SearchResult
 from router.knowledge.storage import IndexFolder
+from router.settings import TaskKnowledge
 
 UPDATE_SECONDS = 30.0
 MAX_RUN_SECONDS = 3600.0
@@ -44,8 +45,11 @@ log = logging.getLogger("router.knowledge")
 class Knowledge:
     """Searches knowledge for any number of concurrent callers of one event loop. Use `Knowledge.open`."""
 
-    def __init__(self, folder: Path, indexer: IndexerProcess | None, *, update_seconds: float) -> None:
+    def __init__(
+        self, folder: Path, indexer: IndexerProcess | None, *, update_seconds: float, of_all: bool = False
+    ) -> None:
         self._folder = folder
+        self._of_all = of_all
         self._indexer = indexer
         self._update_seconds = update_seconds
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="knowledge")
@@ -64,21 +68,23 @@ class Knowledge:
         database_url: str | None = None,
         data_folder: Path | None = None,
         update_seconds: float = UPDATE_SECONDS,
-        tasks: bool = True,
+        tasks: TaskKnowledge = "own_client",
         keep_updated: bool = True,
     ) -> AsyncIterator[Knowledge]:
         """Opens knowledge once the files of `folder` are indexed; entries of the database follow.
 
-        The index is stored in `data_folder`, which needs no backup. With `tasks=False` solved tasks are not
-        indexed. With `keep_updated=False` the index changes only by `update`; otherwise it is updated every
+        The index is stored in `data_folder`, which needs no backup. `tasks` tells whose solved tasks a search
+        sees. With `keep_updated=False` the index changes only by `update`; otherwise it is updated every
         `update_seconds`. A missing database, folder or index raises no error: fewer entries are searched, and
         the log states the reason.
         """
         indexer = None
         if database_url and data_folder:
-            home = IndexFolder(data_folder / "knowledge" / _index_name(database_url, folder, tasks=tasks))
-            indexer = IndexerProcess(home, folder, database_url, tasks=tasks)
-        knowledge = cls(folder, indexer, update_seconds=update_seconds)
+            with_tasks = tasks != "off"
+            name = _index_name(database_url, folder, tasks=with_tasks)
+            home = IndexFolder(data_folder / "knowledge" / name)
+            indexer = IndexerProcess(home, folder, database_url, tasks=with_tasks)
+        knowledge = cls(folder, indexer, update_seconds=update_seconds, of_all=tasks == "all")
         updating: asyncio.Task[None] | None = None
         try:
             await knowledge._in_thread(knowledge._read_files)
@@ -100,9 +106,12 @@ class Knowledge:
         """
         return self._indexer is None or await self._run(self._indexer)
 
-    async def search(self, query: str, limit: int = 5) -> SearchResult:
-        """Returns the best passages for `query`, at most `limit`. Any text is a valid query."""
-        return await self._in_thread(self._search, query, limit)
+    async def search(self, query: str, limit: int = 5, client: str = "") -> SearchResult:
+        """Returns the best passages for `query` that `client` may see, at most `limit`.
+
+        Any text is a valid query.
+        """
+        return await self._in_thread(self._search, query, limit, client)
 
     @property
     def entries(self) -> int:
@@ -112,10 +121,10 @@ class Knowledge:
     async def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
 
-    def _search(self, query: str, limit: int) -> SearchResult:
+    def _search(self, query: str, limit: int, client: str) -> SearchResult:
         if self._full_index is not None:
             try:
-                return self._full_index.search(query, limit)
+                return self._full_index.search(query, limit, client, of_all=self._of_all)
             except KnowledgeIndexError as error:
                 self._log_once(error)
                 self._full_index = None

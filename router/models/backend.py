@@ -30,6 +30,7 @@ from router.models.responses import (
     error_text,
     model_names,
     one_line,
+    without_prompt,
 )
 from router.settings import BackendSettings, backend_address
 from router.task import CallResult, Outcome
@@ -90,7 +91,8 @@ class ModelsBackend:
             if body.refusal is not None:
                 raise body.refusal from None
             return _broken(error, body.sent_at, request.timeout_seconds)
-        return replace(result, latency_seconds=_since(body.sent_at))
+        error_shown = without_prompt(result.error, request.prompt)
+        return replace(result, error=error_shown, latency_seconds=_since(body.sent_at))
 
     async def _exchange(self, body: _GuardedBody, timeout: aiohttp.ClientTimeout) -> CallResult:
         url = self._base_url + self._settings.paths.single

@@ -16,6 +16,7 @@ from router.settings import BackendSettings
 from router.task import CallResult, Outcome
 
 MAX_ERROR_CHARACTERS = 200
+MIN_REPEATED = 12  # characters by which an error is taken to repeat the prompt
 MAX_ERROR_BYTES = 4096  # of the body of an error
 MAX_COST_USD = 1e6
 MAX_REASON_CHARACTERS = 2000
@@ -131,6 +132,16 @@ def _tool_calls(value: Any) -> tuple[Mapping[str, Any], ...]:
     """Returns the calls of tools; whatever is not one is left out."""
     calls = value if isinstance(value, list) else []
     return tuple(call for call in calls if isinstance(call, dict) and isinstance(call.get("function"), dict))
+
+
+def without_prompt(error: str | None, prompt: str) -> str | None:
+    """Returns the error without what it repeats of the prompt: others may see errors, but not prompts."""
+    if not error:
+        return error
+    flat = " ".join(prompt.split())
+    pieces = (error[at : at + MIN_REPEATED] for at in range(len(error) - MIN_REPEATED + 1))
+    first = next((at for at, piece in enumerate(pieces) if piece in flat), None)
+    return error if first is None else f"{error[:first]}(repeats the prompt)"
 
 
 def _token_count(value: Any) -> int | None:

@@ -24,6 +24,7 @@ from router.settings.environment import (
     own_or_shipped,
 )
 from router.settings.http import AIRFLOW_SOURCE, HttpAddress, backend_address
+from router.settings.knowledge import KnowledgeSettings, TaskKnowledge
 from router.settings.learning import JudgingSettings, LearningSettings, UtilitySettings, load_learning
 from router.settings.models import DISCOVERED, MODEL_NAME_PATTERN, InteractiveShare, read_discovered
 from router.settings.postgres import PostgresAddress
@@ -50,12 +51,14 @@ __all__ = [
     "HttpAddress",
     "InteractiveShare",
     "JudgingSettings",
+    "KnowledgeSettings",
     "LearningSettings",
     "PostgresAddress",
     "ProbationSettings",
     "ProviderCatalogSettings",
     "RedisAddress",
     "RouterConfig",
+    "TaskKnowledge",
     "TrialSettings",
     "UtilitySettings",
     "addresses_from_environment",

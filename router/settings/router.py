@@ -18,6 +18,7 @@ from router.settings.classification import ClassificationSettings, check_categor
 from router.settings.clients import ClientName, ClientSettings, settings_of
 from router.settings.environment import config_folder
 from router.settings.files import Frozen, read_yaml, validated
+from router.settings.knowledge import KnowledgeSettings
 from router.settings.models import (
     MODEL_NAME_PATTERN,
     Capability,
@@ -203,6 +204,7 @@ class RouterConfig(Frozen):
 
     models: dict[str, ModelSettings]
     clients: dict[ClientName, ClientSettings] = Field(default={})
+    knowledge: KnowledgeSettings = KnowledgeSettings()
     default_category: str = "general"  # from categories.yaml
     categories: tuple[str, ...] = ("technical", "creative", "general")  # from categories.yaml
     classification: ClassificationSettings | None = Field(default=None, exclude=True, repr=False)

@@ -106,6 +106,6 @@ class DeadlineJob:
             if self._context.knowledge is None:
                 opening = Knowledge.open(
                     self._folder / "knowledge", database_url=self._engine.addresses.database_url,
-                    data_folder=self._data,
+                    data_folder=self._data, tasks=self._context.config.knowledge.tasks,
                 )  # fmt: skip
                 self._context.knowledge = await self._engine.enter(opening)

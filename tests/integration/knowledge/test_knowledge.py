@@ -330,7 +330,7 @@ async def test_slices_neither_miss_nor_duplicate_a_task(notes: Path, home: Path,
         with home_folder.exclusive(), connect(database, autocommit=True) as connection:
             Indexer(home_folder, connection, slice_tasks=7).run(notes)
         index = home_folder.read_index()
-        assert index.task_ids(-(2**62), 2**62) == expected
+        assert index.task_owners(-(2**62), 2**62).keys() == expected
         assert len(index) == len(expected) + 2
 
 
@@ -344,7 +344,7 @@ async def test_full_index_keeps_the_newest_tasks(notes: Path, home: Path, databa
     assert (await _update(home, notes, database, max_entries=12)).entries == 12
     await probe.run(insert, 5)
     assert (await _update(home, notes, database, max_entries=12)).entries == 12
-    assert IndexFolder(home).read_index().task_ids(0, 2**62) == set(range(newest - 4, newest + 6))
+    assert IndexFolder(home).read_index().task_owners(0, 2**62).keys() == set(range(newest - 4, newest + 6))
     assert (await _update(home, notes, database, max_entries=12)).added == 0, (
         "excess tasks are not scanned again"
     )
@@ -425,7 +425,7 @@ async def test_killed_run_is_completed_by_the_next(notes: Path, home: Path, data
         child.kill()
         child.wait()
     assert (await _update(home, notes, database)).entries == len(expected) + 2
-    assert IndexFolder(home).read_index().task_ids(-(2**62), 2**62) == expected
+    assert IndexFolder(home).read_index().task_owners(-(2**62), 2**62).keys() == expected
 
 
 async def test_index_unused_for_weeks_is_deleted(notes: Path, tmp_path: Path, database: str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -190,3 +191,21 @@ def test_a_client_has_the_values_of_default_that_its_entry_does_not_set(tmp_path
 )
 def test_an_invalid_client_is_reported_with_its_path(tmp_path: Path, lines: str, key: str) -> None:
     assert key in error_of(tmp_path, f"{MODEL}clients: {{{lines}}}\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("off", "off"),
+        ("false", "off"),
+        ('"off"', "off"),
+        ("own client", "own_client"),
+        ("own_client", "own_client"),
+        ("all", "all"),
+    ],
+)
+def test_whose_tasks_are_knowledge_is_read_as_yaml_writes_it(tmp_path: Path, line: str, value: str) -> None:
+    shutil.copytree(DEFAULT_CONFIG_FOLDER, tmp_path / "config")
+    file = tmp_path / "config" / "models.yaml"
+    file.write_text(file.read_text().replace("tasks: own_client", f"tasks: {line}"))
+    assert load_config(file.parent).knowledge.tasks == value
