@@ -45,7 +45,7 @@ local MIN_HORIZON = 5e4               -- look-ahead of batch where a third of th
 local LATE = 25e4                     -- what a late batch call may make up for, where half of the gap is shorter
 local GRACE = 5e4                     -- from the first call that yields a send until the send is free for it
 local CREDIT = 3                      -- most interactive sends in a row, if half of the sends may be interactive
-local HEADER, REPLY = '<dddddddddddddddddddddddddd', '<dddddddddddd'
+local HEADER, PRIORITIES, REPLY = '<ddddddddddddddddddddd', '<ddddd', '<dddddddddddd'
 local WINDOWS = 65                    -- window w (requests first) has limit and period at byte WINDOWS + 16 w
 
 local OK, LOST, NO_TARGET, MORE = 0, 1, 2, 3
@@ -73,8 +73,8 @@ if stored[4] then
 end
 if stored[2] then
   gen, clock, offset, head, oldest, sent, since, cooldown_until, denied, holes, in_flight, blind, failures, trips,
-    late, late_head, late_sent, building, rebuilt, rebuilt_until, asked, asks_until, credit, batch_at, yield_until,
-    due, at = unpack_struct(HEADER, stored[2])
+    late, late_head, late_sent, building, rebuilt, rebuilt_until, asked, at = unpack_struct(HEADER, stored[2])
+  if asked ~= 0 then asks_until, credit, batch_at, yield_until, due, at = unpack_struct(PRIORITIES, stored[2], at) end
   for k = 1, (#stored[2] - at + 1) / 8, 3 do
     tail[k], tail[k + 1], tail[k + 2], at = unpack_struct('<ddd', stored[2], at)
   end
@@ -389,6 +389,7 @@ if verb == 'reserve' or verb == 'peek' or (verb == 'snapshot' and live and spec)
     granted[head], granted_tokens[head] = t, need
     head, sent = head + 1, t
     if step > 0 and (asking and reserves == 0 or reserves == 1 and interactive == 0) then
+      if asked == 0 then asked = -1 end  -- never, and `due` is stored
       due = max(due, reserves == 1 and t or t - max(floor(gap / 2), LATE)) + step
     end
     if asking then
@@ -870,8 +871,8 @@ if broken and live and verb ~= 'snapshot' then  -- must be rebuilt before anythi
   call('HSET', key, 'known', '1', 'run', FORMAT)
 elseif changed then
   local text = pack(HEADER, gen, clock, offset, head, oldest, sent, since, cooldown_until, denied, holes, in_flight,
-                    blind, failures, trips, late, late_head, late_sent, building, rebuilt, rebuilt_until, asked,
-                    asks_until, credit, batch_at, yield_until, due)
+                    blind, failures, trips, late, late_head, late_sent, building, rebuilt, rebuilt_until, asked)
+  if asked ~= 0 then text = text .. pack(PRIORITIES, asks_until, credit, batch_at, yield_until, due) end
   for k = 1, #tail, 3 do text = text .. pack('<ddd', tail[k], tail[k + 1], tail[k + 2]) end
   call('HSET', key, 'state', text)
 end
