@@ -29,7 +29,7 @@ FEEDBACK_HELP = """
 Rate an answer.
 
 A rating is good, bad, or a number from 0 (bad) to 1 (good). The next review counts the rating for the model
-that gave the answer. A new rating replaces the previous one.
+that gave the answer. A new rating of yours replaces the previous one.
 
 \b
 Examples:

@@ -21,6 +21,7 @@ from router.errors import RouterError
 from router.learning.evidence import Moments, PeriodStats, decayed
 from router.learning.grading import check
 from router.learning.ranking import Candidate, Placed, Standing, rank
+from router.learning.shares import ClientBound
 from router.settings import LearningSettings
 
 REVIEW_LOCK = 7_205_759_404  # advisory lock; no other part uses this number
@@ -216,6 +217,7 @@ def _candidate(
         history.get((row["category"], row["model"]), []), now,
         half_life=learning.half_life_periods, memory=learning.memory_periods,
         change_errors=learning.change_errors,
+        bound=ClientBound(learning.max_client_share, learning.enough_calls),
     )  # fmt: skip
     return Candidate(row["model"], row["place"], evidence, row["state"] == "probation")
 
@@ -226,7 +228,7 @@ def _history(
     found: dict[tuple[str, str], list[PeriodStats]] = {}
     for row in rows(
         connection,
-        "SELECT * FROM evidence WHERE period_seconds = %s AND period > %s AND calls > 0",
+        "SELECT * FROM evidence WHERE period_seconds = %s AND period > %s AND (calls > 0 OR scores <> '{}')",
         (learning.period_seconds, now - learning.memory_periods),
     ):
         stats = PeriodStats(
@@ -234,6 +236,7 @@ def _history(
             Moments.of(row["timed"], row["log_seconds"], row["log_seconds_squares"]),
             Moments.of(row["priced"], row["cost"], row["cost_squares"]),
             {source: Moments.of(*numbers) for source, numbers in row["scores"].items()},
+            row["client"],
         )  # fmt: skip
         found.setdefault((row["category"], row["model"]), []).append(stats)
     return found

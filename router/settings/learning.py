@@ -77,6 +77,7 @@ class LearningSettings(WithOverrides):
     bound_errors: float = Field(default=1.0, ge=0)
     prior_calls: float = Field(default=15.0, gt=0)
     enough_calls: int = Field(default=40, ge=1)
+    max_client_share: float = Field(default=0.3, ge=0.05, le=1)
     margin: float = Field(default=0.015, ge=0, lt=1)
     margin_errors: float = Field(default=2.0, ge=0)
     exploration: ExplorationSettings = ExplorationSettings()

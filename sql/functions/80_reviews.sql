@@ -46,8 +46,11 @@ $$;
 -- Judge calls are not evidence. Trials are evidence only for models that are not ranked yet, since they would double
 -- the sample of the others.
 --
+-- Sums are by client, so that the review can bound the weight of each; feedback counts for the client or person who
+-- gave it. All but the 20 largest clients of a model are one row, '*'.
+--
 -- Failures are rare. Answers are read only for windows in which several models failed, so that one pass over the
--- period aggregates into one row per model and category.
+-- period aggregates into one row per model, category and client.
 CREATE OR REPLACE FUNCTION sum_evidence(
     p_period_seconds integer, p_period bigint, p_outage_seconds integer, p_outage_share float8, p_outage_models integer)
 RETURNS bigint
@@ -91,18 +94,16 @@ BEGIN
     END IF;
 
     DELETE FROM evidence e WHERE e.period_seconds = p_period_seconds AND e.period = p_period;
-    WITH scores AS (
-        SELECT category, model, jsonb_object_agg(source, jsonb_build_array(n, total, squares)) AS scores
-          FROM (SELECT c.category, c.model, s.source, count(*) AS n, sum(s.score::float8) AS total,
-                       sum(s.score::float8 ^ 2) AS squares
-                  FROM call_scores s JOIN model_calls c ON c.call_id = s.call_id
-                 WHERE s.call_id >= first_id AND s.call_id < end_id AND c.call_id >= first_id AND c.call_id < end_id
-                   AND c.outcome = 'answered' AND c.category IS NOT NULL AND c.rank = 3 AND c.role <> 'named'
-                   AND (c.purpose IS NULL OR (c.purpose = 'trial' AND c.model <> ALL (placed)))
-                 GROUP BY 1, 2, 3) AS by_source
-         GROUP BY 1, 2
+    WITH grades AS (
+        SELECT c.category, c.model, CASE WHEN s.source = 'feedback' THEN s.rater ELSE c.client END AS client, s.source,
+               count(*) AS n, sum(s.score::float8) AS total, sum(s.score::float8 ^ 2) AS squares
+          FROM call_scores s JOIN model_calls c ON c.call_id = s.call_id
+         WHERE s.call_id >= first_id AND s.call_id < end_id AND c.call_id >= first_id AND c.call_id < end_id
+           AND c.outcome = 'answered' AND c.category IS NOT NULL AND c.rank = 3 AND c.role <> 'named'
+           AND (c.purpose IS NULL OR (c.purpose = 'trial' AND c.model <> ALL (placed)))
+         GROUP BY 1, 2, 3, 4
     ), sums AS (
-        SELECT c.category, c.model, count(*) AS calls,
+        SELECT c.category, c.model, c.client, count(*) AS calls,
                count(*) FILTER (WHERE c.outcome = 'answered') AS answered,
                count(*) FILTER (WHERE c.outcome = 'unknown_model') AS refused,
                count(*) FILTER (WHERE c.outcome = ANY (failing)
@@ -114,21 +115,41 @@ BEGIN
                coalesce(sum(c.usd) FILTER (WHERE c.outcome = 'answered'), 0) AS cost,
                coalesce(sum(c.usd * c.usd) FILTER (WHERE c.outcome = 'answered'), 0) AS cost_squares,
                count(c.usd) FILTER (WHERE c.outcome = 'answered') AS priced
-          FROM (SELECT category, model, outcome, sent_at, started_at, cost::float8 AS usd,
+          FROM (SELECT category, model, client, outcome, sent_at, started_at, cost::float8 AS usd,
                        CASE WHEN latency_seconds IS NOT NULL THEN ln(greatest(latency_seconds, 0.001)) END AS log_seconds
                   FROM model_calls
                  WHERE call_id >= first_id AND call_id < end_id
                    AND outcome IS NOT NULL AND category IS NOT NULL AND rank = 3 AND role <> 'named'
                    AND (purpose IS NULL OR (purpose = 'trial' AND model <> ALL (placed)))
                 OFFSET 0) AS c  -- OFFSET 0: each expression is evaluated once
-         GROUP BY 1, 2
+         GROUP BY 1, 2, 3
+    ), clients AS (  -- only the largest ones have rows of their own
+        SELECT m.category, m.model, m.client,
+               CASE WHEN row_number() OVER (PARTITION BY m.category, m.model ORDER BY max(m.n) DESC, m.client) <= 20
+                    THEN m.client ELSE '*' END AS shown
+          FROM (SELECT category, model, client, answered + refused + failed AS n FROM sums
+                UNION ALL SELECT category, model, client, n FROM grades) AS m
+         GROUP BY 1, 2, 3
+    ), scores AS (
+        SELECT g.category, g.model, g.shown, jsonb_object_agg(g.source, jsonb_build_array(g.n, g.total, g.squares)) AS scores
+          FROM (SELECT g.category, g.model, c.shown, g.source, sum(g.n) AS n, sum(g.total) AS total, sum(g.squares) AS squares
+                  FROM grades g JOIN clients c USING (category, model, client) GROUP BY 1, 2, 3, 4) AS g
+         GROUP BY 1, 2, 3
+    ), shown AS (
+        SELECT c.category, c.model, c.shown, coalesce(sum(s.calls), 0) AS calls, coalesce(sum(s.answered), 0) AS answered,
+               coalesce(sum(s.refused), 0) AS refused, coalesce(sum(s.failed), 0) AS failed,
+               coalesce(sum(s.log_seconds), 0) AS log_seconds, coalesce(sum(s.log_squares), 0) AS log_squares,
+               coalesce(sum(s.timed), 0) AS timed, coalesce(sum(s.cost), 0) AS cost,
+               coalesce(sum(s.cost_squares), 0) AS cost_squares, coalesce(sum(s.priced), 0) AS priced
+          FROM clients c LEFT JOIN sums s USING (category, model, client)
+         GROUP BY 1, 2, 3
     ), kept AS (
-        INSERT INTO evidence (period_seconds, period, category, model, calls, answered, excused, log_seconds,
+        INSERT INTO evidence (period_seconds, period, category, model, client, calls, answered, excused, log_seconds,
                               log_seconds_squares, timed, cost, cost_squares, priced, scores)
-        SELECT p_period_seconds, p_period, s.category, s.model, s.answered + s.refused + s.failed, s.answered,
+        SELECT p_period_seconds, p_period, s.category, s.model, s.shown, s.answered + s.refused + s.failed, s.answered,
                s.calls - s.answered - s.refused - s.failed, s.log_seconds, s.log_squares, s.timed, s.cost,
                s.cost_squares, s.priced, coalesce(g.scores, '{}')
-          FROM sums s LEFT JOIN scores g ON g.category = s.category AND g.model = s.model
+          FROM shown s LEFT JOIN scores g USING (category, model, shown)
     )
     SELECT coalesce(sum(calls), 0) INTO seen FROM sums;
 
@@ -148,7 +169,7 @@ LANGUAGE sql STABLE AS $$
 $$;
 
 -- Answers of one period without a check score: a sample of about p_answers per model and category, fixed by the
--- random end of the call_id. Long texts are cut to their two ends.
+-- random end of the call_id, with equal parts for all clients that have so many. Long texts are cut to their two ends.
 CREATE OR REPLACE FUNCTION answers_to_check(p_period_seconds integer, p_period bigint, p_answers integer)
 RETURNS TABLE (call_id uuid, prompt text, answer text, completion_tokens integer, max_tokens integer)
 LANGUAGE plpgsql STABLE AS $$
@@ -158,17 +179,25 @@ DECLARE
     end_id uuid := period_start(p_period + 1, p_period_seconds);
 BEGIN
     RETURN QUERY
-    WITH cells AS MATERIALIZED (
-        SELECT c.category, c.model, p_answers * 4294967296.0 / count(*) AS threshold
+    WITH counts AS (
+        SELECT c.category, c.model, c.client, count(*) AS n
           FROM model_calls c
-         WHERE c.call_id >= first_id AND c.call_id < end_id AND c.outcome = 'answered' AND c.rank = 3 AND c.role <> 'named'
-           AND c.category IS NOT NULL AND c.purpose IS NULL
-         GROUP BY 1, 2
+         WHERE c.call_id >= first_id AND c.call_id < end_id AND c.outcome = 'answered' AND c.rank = 3
+           AND c.role <> 'named' AND c.category IS NOT NULL AND c.purpose IS NULL
+         GROUP BY 1, 2, 3
+    ), turns AS (  -- what is left for a client and all larger ones, in equal parts
+        SELECT w.category, w.model, w.client, w.n,
+               (p_answers - coalesce(sum(w.n) OVER (smaller ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0))
+               / (count(*) OVER (PARTITION BY w.category, w.model) - row_number() OVER smaller + 1) AS part
+          FROM counts w WINDOW smaller AS (PARTITION BY w.category, w.model ORDER BY w.n, w.client)
+    ), cells AS MATERIALIZED (
+        SELECT r.category, r.model, r.client, max(r.part) OVER (PARTITION BY r.category, r.model) * 4294967296.0 / r.n AS threshold
+          FROM turns r
     ), drawn AS MATERIALIZED (
         SELECT c.call_id, c.task_id, c.prompt_version, c.completion_tokens, c.reserved_tokens
-          FROM model_calls c JOIN cells USING (category, model)
-         WHERE c.call_id >= first_id AND c.call_id < end_id AND c.outcome = 'answered' AND c.rank = 3 AND c.role <> 'named'
-           AND c.purpose IS NULL
+          FROM model_calls c JOIN cells USING (category, model, client)
+         WHERE c.call_id >= first_id AND c.call_id < end_id AND c.outcome = 'answered' AND c.rank = 3
+           AND c.role <> 'named' AND c.purpose IS NULL
            AND ('x' || right(c.call_id::text, 8))::bit(32)::bigint < threshold
     )
     SELECT d.call_id, left(t.prompt, 4000),
@@ -233,22 +262,37 @@ LANGUAGE sql AS $$
      WHERE call_id = p_call_id
 $$;
 
--- Stores a person's score of a task's answer. Returns the model that gave the answer; NULL if no model did.
+-- Stores a rating of a task's answer. It replaces those that the same client or person gave to earlier answers of the
+-- task; their periods are summed again. Returns the model that gave the answer; NULL if no model did.
 CREATE OR REPLACE FUNCTION record_feedback(p_task_id bigint, p_score real, p_by text) RETURNS text
-LANGUAGE sql AS $$
-    WITH answered AS (
-        SELECT t.answer_call_id, t.answered_by FROM tasks t
-         WHERE t.id = p_task_id AND t.answer_call_id IS NOT NULL AND t.answer_rank >= 2
-    ), kept AS (
-        INSERT INTO call_scores (call_id, source, score, scored_by)
-        SELECT answer_call_id, 'feedback', p_score, p_by FROM answered
-        ON CONFLICT (call_id, source) DO UPDATE
-           SET score = EXCLUDED.score, scored_by = EXCLUDED.scored_by, scored_at = clock_timestamp()
-    ), audited AS (
-        SELECT record_audit('feedback', format('task %s', p_task_id), was.score::text, p_score::text, p_by)
-          FROM answered a LEFT JOIN call_scores was ON was.call_id = a.answer_call_id AND was.source = 'feedback'
+LANGUAGE plpgsql AS $$
+DECLARE
+    answered record;
+    before real;
+    older uuid[];
+BEGIN
+    SELECT t.answer_call_id AS call_id, t.answered_by AS model INTO answered FROM tasks t
+     WHERE t.id = p_task_id AND t.answer_call_id IS NOT NULL AND t.answer_rank >= 2;
+    IF NOT FOUND THEN
+        RETURN NULL;
+    END IF;
+    WITH gone AS (
+        DELETE FROM call_scores s USING model_calls c
+         WHERE c.task_id = p_task_id AND s.call_id = c.call_id AND s.source = 'feedback' AND s.rater = p_by
+           AND c.call_id <> answered.call_id
+        RETURNING s.call_id
     )
-    SELECT a.answered_by FROM answered a CROSS JOIN audited  -- which is evaluated only where it is read
+    SELECT array_agg(g.call_id) INTO older FROM gone g;
+    UPDATE evidence_periods e SET closed = false
+     WHERE e.closed AND e.period IN (SELECT period_of(call_time(o), e.period_seconds) FROM unnest(older) AS o);
+    SELECT s.score INTO before FROM call_scores s
+     WHERE s.call_id = answered.call_id AND s.source = 'feedback' AND s.rater = p_by;
+    INSERT INTO call_scores (call_id, source, rater, score, scored_by)
+    VALUES (answered.call_id, 'feedback', p_by, p_score, p_by)
+    ON CONFLICT (call_id, source, rater) DO UPDATE SET score = EXCLUDED.score, scored_at = clock_timestamp();
+    PERFORM record_audit('feedback', format('task %s', p_task_id), before::text, p_score::text, p_by);
+    RETURN answered.model;
+END
 $$;
 
 -- Applies a ranking and stores it with its evidence. p_places: array of review_places rows, without review and

@@ -54,8 +54,8 @@ CREATE OR REPLACE FUNCTION prune_scores(p_before uuid, p_limit integer) RETURNS 
 LANGUAGE sql AS $$
     WITH scores AS (
         DELETE FROM call_scores s USING
-            (SELECT o.call_id, o.source FROM call_scores o WHERE o.call_id < p_before ORDER BY o.call_id LIMIT p_limit) AS old
-         WHERE s.call_id = old.call_id AND s.source = old.source
+            (SELECT o.call_id, o.source, o.rater FROM call_scores o WHERE o.call_id < p_before ORDER BY o.call_id LIMIT p_limit) AS old
+         WHERE s.call_id = old.call_id AND s.source = old.source AND s.rater = old.rater
         RETURNING s.call_id
     ), judged AS (
         DELETE FROM judgements j USING

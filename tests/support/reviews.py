@@ -31,9 +31,10 @@ WITH made AS (
       FROM named WHERE %(outcome)s = 'answered' AND %(with_answers)s
     RETURNING id, answer_call_id
 )
-INSERT INTO model_calls (call_id, task_id, prompt_version, model, category, rank, role, started_at, sent_at,
-                         finished_at, outcome, reserved_tokens, completion_tokens, cost, latency_seconds)
-SELECT named.call_id, answered.id, 1, %(model)s, %(category)s, %(rank)s, %(role)s, at, at,
+INSERT INTO model_calls (call_id, task_id, prompt_version, model, category, rank, role, client, started_at,
+                         sent_at, finished_at, outcome, reserved_tokens, completion_tokens, cost,
+                         latency_seconds)
+SELECT named.call_id, answered.id, 1, %(model)s, %(category)s, %(rank)s, %(role)s, %(client)s, at, at,
        CASE WHEN %(outcome)s IS NOT NULL THEN at + make_interval(secs => %(latency)s) END, %(outcome)s,
        1000, 50, %(cost)s, %(latency)s * (0.75 + 0.5 * (n %% 100) / 100)
   FROM named LEFT JOIN answered ON answered.answer_call_id = named.call_id
@@ -60,6 +61,7 @@ class Log:
         seconds: float = 600.0,
         rank: int = 3,
         role: str = "batch",
+        client: str = "",
         with_answers: bool = True,
     ) -> None:
         """Adds calls within `seconds` of that day, with a share of empty answers."""
@@ -85,6 +87,7 @@ class Log:
                     "cost": cost,
                     "rank": rank,
                     "role": role,
+                    "client": client,
                     "with_answers": with_answers,
                     "prompt": "Who painted the ceiling of the Sistine Chapel?",
                     "answer": "Michelangelo painted the ceiling of the Sistine Chapel between 1508 and 1512.",

@@ -120,6 +120,64 @@ def test_calls_to_a_named_model_do_not_count(log: Log, first: str, other: str) -
     assert log.value(graded) == 0
 
 
+@pytest.mark.parametrize("flood", [500, 5_000])
+def test_one_clients_failures_weigh_no_more_than_its_share(log: Log, flood: int) -> None:
+    for client in ("ann", "bob", "cem", "dora"):
+        for model in (FIRST, SECOND, THIRD):
+            log.add(model, 100, client=client)
+    log.add(FIRST, flood, client="mallory", outcome="error")
+    log.review()
+    (row,) = log.query("SELECT evidence FROM review_places WHERE model = %s AND category = 'general'", FIRST)
+    share = shipped_learning().max_client_share
+    assert row["evidence"]["calls"] == pytest.approx(400 / (1 - share), abs=1)
+    (mallory,) = log.query("SELECT calls, answered FROM evidence WHERE client = 'mallory'")
+    assert (mallory["calls"], mallory["answered"]) == (flood, 0)
+
+
+def test_each_client_has_an_equal_part_of_the_graded_answers(log: Log) -> None:
+    for client, calls in (("ann", 2000), ("bob", 500), ("cem", 30)):
+        log.add(FIRST, calls, client=client)
+    log.review()
+    found = log.query(
+        "SELECT c.client, count(*) AS n FROM call_scores JOIN model_calls c USING (call_id) GROUP BY 1"
+    )
+    graded = {row["client"]: row["n"] for row in found}
+    assert graded["cem"] == 30
+    assert graded["ann"] == pytest.approx(135, rel=0.3)
+    assert graded["bob"] == pytest.approx(135, rel=0.3)
+
+
+def test_small_clients_share_a_row_of_evidence(log: Log) -> None:
+    for number in range(30):
+        log.add(FIRST, 5 + number, client=f"c{number}")
+    log.review()
+    found = {r["client"]: r["calls"] for r in log.query("SELECT client, calls FROM evidence")}
+    assert (len(found), found["*"], sum(found.values())) == (21, sum(range(5, 15)), 30 * 5 + sum(range(30)))
+
+
+def test_feedback_counts_once_per_client_and_task(log: Log) -> None:
+    """The last rating of a client counts, also where an earlier answer of the task had another model."""
+    log.add(FIRST, 1)
+    log.add(SECOND, 1)
+    (first,) = log.query("SELECT id, answer_call_id AS call FROM tasks WHERE answered_by = %s", FIRST)
+    (second,) = log.query("SELECT id, answer_call_id AS call FROM tasks WHERE answered_by = %s", SECOND)
+    for by, score in (("ann", 1.0), ("ann", 0.0), ("bob", 1.0)):
+        log.query("SELECT record_feedback(%s, %s::real, %s)", first["id"], score, by)
+    log.query("UPDATE model_calls SET task_id = %s WHERE call_id = %s", first["id"], second["call"])
+    log.query("UPDATE tasks SET answer_call_id = %s, answered_by = %s WHERE id = %s",
+              second["call"], SECOND, first["id"])  # fmt: skip
+    assert log.value("SELECT record_feedback(%s, 0.5::real, 'ann')", first["id"]) == SECOND
+    found = log.query("SELECT call_id::text, rater, score FROM call_scores WHERE source = 'feedback'")
+    assert sorted((row["call_id"], row["rater"], row["score"]) for row in found) == sorted(
+        [(first["call"], "bob", 1.0), (second["call"], "ann", 0.5)]
+    )
+    log.review()
+    rated = "SELECT model, client, scores -> 'feedback' -> 0 AS n FROM evidence WHERE scores ? 'feedback'"
+    assert {(r["model"], r["client"], r["n"]) for r in log.query(rated)} == {
+        (FIRST, "bob", 1), (SECOND, "ann", 1),
+    }  # fmt: skip
+
+
 def test_an_outage_of_the_backend_does_not_count(log: Log) -> None:
     busy_days(log)
     for model, calls in ((FIRST, 900), (SECOND, 100), (THIRD, 100)):
