@@ -17,10 +17,16 @@ import uvicorn
 from models_backend.app import create_app
 from models_backend.check import check
 from models_backend.latency import SHAPES
-from models_backend.settings import NEW_MODELS, StandInSettings, provider_from_environment, served_models
+from models_backend.settings import (
+    NEW_MODELS,
+    StandInSettings,
+    access_from_environment,
+    provider_from_environment,
+    served_models,
+)
 from router.discovery import read_trial_prompts
 from router.errors import ConfigError, RouterError, printable
-from router.settings import DEFAULT_CONFIG_FOLDER, load_config
+from router.settings import DEFAULT_CONFIG_FOLDER, TOKEN_VARIABLE, load_config
 from router.traffic import TrafficTarget
 
 KEEPALIVE_SECONDS = 75
@@ -93,6 +99,14 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="send each real model one small prompt, print the results and exit",
     )
+    add(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="serve requests to this name; else only to addresses and names without a dot, so that no web"
+        f" page can call. Repeatable. {TOKEN_VARIABLE} holds a token that callers must send",
+    )
     add("--arrival-log", type=Path, metavar="FILE", help="append each ended call as a JSON line")
     return parser
 
@@ -117,6 +131,7 @@ def _settings(options: argparse.Namespace, environment: Mapping[str, str]) -> St
         categories=categories,
         arrival_log=options.arrival_log,
         provider=provider,
+        access=access_from_environment(environment, options.allow_host),
     )
 
 

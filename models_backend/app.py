@@ -14,6 +14,7 @@ from fastapi import FastAPI, HTTPException, Query
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from models_backend.access import AccessGuard
 from models_backend.arrivals import Arrival, Arrivals, as_document
 from models_backend.calls import BadCall, Call, CallHandler, Manner, Reply, read_call, read_json
 from models_backend.conditions import Condition, Conditions
@@ -49,6 +50,7 @@ def create_app(settings: StandInSettings) -> FastAPI:
     _add_fault_paths(app, faults)
     _add_condition_paths(app, settings, conditions, handler)
     app.add_middleware(_ArrivalClock)
+    app.add_middleware(AccessGuard, access=settings.access)
     return app
 
 

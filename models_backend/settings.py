@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from models_backend.access import MIN_TOKEN_CHARACTERS, Access
 from models_backend.latency import parse_shape
 from router.errors import ConfigError
-from router.settings import RouterConfig
+from router.settings import TOKEN_VARIABLE, RouterConfig
 from router.traffic import TrafficTarget
 
 
@@ -55,6 +56,7 @@ class StandInSettings:
     max_body_bytes: int = 8 * 1024 * 1024
     max_batch: int = 1000
     provider: ProviderSettings | None = None
+    access: Access = field(default_factory=Access)
 
     def __post_init__(self) -> None:
         if not 0 < self.time_scale < float("inf"):
@@ -153,3 +155,13 @@ def _key(key: str) -> str | None:
             "LLAMA_API_KEY contains a blank or another character that is not allowed in a header."
         )
     return key or None
+
+
+def access_from_environment(environment: Mapping[str, str], hosts: Iterable[str]) -> Access:
+    """Reads the token that callers must send. Raises ConfigError if it is too short."""
+    token = environment.get(TOKEN_VARIABLE, "").strip() or None
+    if token is not None and (len(token) < MIN_TOKEN_CHARACTERS or not token.isascii() or " " in token):
+        raise ConfigError(
+            f"{TOKEN_VARIABLE} must have at least {MIN_TOKEN_CHARACTERS} characters: ASCII, no spaces."
+        )
+    return Access(token, frozenset(host.lower() for host in hosts))

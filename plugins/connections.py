@@ -33,6 +33,7 @@ def addresses_of(database: Any, redis: Any, backend: Any) -> Addresses:
         database_url=_postgres(database, f"Connection {NAMES[0]}").url,
         redis_url=_redis(redis, f"Connection {NAMES[1]}").url,
         backend_url=_backend(backend, f"Connection {NAMES[2]}").url,
+        backend_token=backend.password or None,
     )
 
 
@@ -68,11 +69,11 @@ def _redis(found: Any, source: str) -> RedisAddress:
 
 
 def _backend(found: Any, source: str) -> HttpAddress:
-    refused = [*_given({"login": found.login, "password": found.password}), *_extras(found, source)]
+    refused = [*_given({"login": found.login}), *_extras(found, source)]
     if refused:
         raise ConfigError(
-            f"{source} has {', '.join(refused)}. The router sends no credentials and no headers to the Models"
-            " Backend. Remove them."
+            f"{source} has {', '.join(refused)}. The router sends the password as a bearer token to the"
+            " Models Backend, and nothing else. Remove them."
         )
     # The form's schema field selects https, and so does a Connection given as a URL: that sets its type. The
     # path of such a URL is in the schema.

@@ -198,7 +198,10 @@ def _served_plans(search: _Search, plans: Sequence[CategoryPlan]) -> list[Catego
 
 
 async def _served(search: _Search) -> frozenset[str]:
-    async with ModelsBackend(search.addresses.backend_url, search.config.backend) as backend:
+    addresses = search.addresses
+    async with ModelsBackend(
+        addresses.backend_url, search.config.backend, token=addresses.backend_token
+    ) as backend:
         return frozenset(await backend.models())
 
 

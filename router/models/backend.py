@@ -51,12 +51,14 @@ class ModelsBackend:
     """
 
     def __init__(
-        self, base_url: str, settings: BackendSettings, session: aiohttp.ClientSession | None = None
-    ) -> None:
-        """Raises ConfigError if `base_url` is not an http(s) URL."""
+        self, base_url: str, settings: BackendSettings, session: aiohttp.ClientSession | None = None, *,
+        token: str | None = None,
+    ) -> None:  # fmt: skip
+        """Raises ConfigError if `base_url` is not an http(s) URL. A `token` is sent with every request."""
         self._base_url = backend_address(base_url).url
         self._settings = settings
         self._session = session
+        self._headers = {"Authorization": f"Bearer {token}"} if token else None
         self._owns_session = session is None
 
     async def __aenter__(self) -> Self:
@@ -98,7 +100,9 @@ class ModelsBackend:
         url = self._base_url + self._settings.paths.single
         limit = self._settings.max_answer_bytes
         # A redirect would send a second request on one permit, so none is followed.
-        async with self._open().post(url, data=body, timeout=timeout, allow_redirects=False) as response:
+        async with self._open().post(
+            url, data=body, headers=self._headers, timeout=timeout, allow_redirects=False
+        ) as response:
             if response.status >= HTTPStatus.MULTIPLE_CHOICES or response.status < HTTPStatus.OK:
                 content = await _error_body(response)
                 return error_result(response.status, response.headers, content)
@@ -125,7 +129,9 @@ class ModelsBackend:
         timeout = aiohttp.ClientTimeout(total=MODELS_SECONDS, connect=self._settings.connect_seconds)
         limit = self._settings.max_answer_bytes
         try:
-            async with self._open().get(url, timeout=timeout, allow_redirects=False) as response:
+            async with self._open().get(
+                url, headers=self._headers, timeout=timeout, allow_redirects=False
+            ) as response:
                 content = await _read_up_to(response, limit)
                 status = response.status
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:

@@ -61,7 +61,7 @@ async def open_services(
             stored_target=partial(newest_target, pool), settings=LimiterSettings.of(config),
         )  # fmt: skip
         stack.push_async_callback(close_with_timeout, CLOSE_SECONDS, limiter.aclose)
-        backend = ModelsBackend(addresses.backend_url, config.backend)
+        backend = ModelsBackend(addresses.backend_url, config.backend, token=addresses.backend_token)
         await stack.enter_async_context(backend)
         yield Services(pool, lease, limiter, backend, TargetSync(pool, limiter))
 

@@ -15,6 +15,7 @@ from router.settings.discovery import (
 from router.settings.environment import (
     DEFAULT_CONFIG_FOLDER,
     ROOT,
+    TOKEN_VARIABLE,
     Addresses,
     addresses_from_environment,
     classifier_folder,
@@ -40,6 +41,7 @@ __all__ = [
     "MEGABYTE",
     "MODEL_NAME_PATTERN",
     "ROOT",
+    "TOKEN_VARIABLE",
     "Addresses",
     "BackendSettings",
     "ClassificationSettings",

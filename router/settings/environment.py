@@ -17,6 +17,7 @@ from router.settings.redis import RedisAddress
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_CONFIG_FOLDER = ROOT / "config"
+TOKEN_VARIABLE = "MODELS_BACKEND_TOKEN"  # noqa: S105 - its name
 EXAMPLES = {
     "ROUTER_DATABASE_URL": "postgresql://user@host/database",
     "ROUTER_REDIS_URL": "redis://host:6379/0",
@@ -32,7 +33,7 @@ _PARSERS: dict[str, Callable[[str], object]] = {
 
 
 class Addresses(Frozen):
-    """URLs of Postgres, Redis and the Models Backend. Never logged, since they may contain passwords.
+    """URLs of Postgres, Redis and the Models Backend, and a token for the last. Never logged: secrets.
 
     Raises ConfigError for a URL that is not supported.
     """
@@ -40,12 +41,20 @@ class Addresses(Frozen):
     database_url: str = Field(repr=False)
     redis_url: str = Field(repr=False)
     backend_url: str = Field(repr=False)
+    backend_token: str | None = Field(default=None, repr=False)
 
     @field_validator("database_url", "redis_url", "backend_url")
     @classmethod
     def _supported(cls, url: str, field: ValidationInfo) -> str:
         _PARSERS[field.field_name or ""](url)
         return url
+
+    @field_validator("backend_token")
+    @classmethod
+    def _fits_a_header(cls, token: str | None) -> str | None:
+        if token and not (token.isascii() and token.isprintable() and " " not in token):
+            raise ConfigError(f"{TOKEN_VARIABLE} must be printable ASCII without spaces.")
+        return token or None
 
 
 def addresses_from_environment(environment: Mapping[str, str] | None = None) -> Addresses:
@@ -55,6 +64,7 @@ def addresses_from_environment(environment: Mapping[str, str] | None = None) -> 
         database_url=_required(environment, "ROUTER_DATABASE_URL"),
         redis_url=_required(environment, "ROUTER_REDIS_URL"),
         backend_url=_required(environment, "MODELS_BACKEND_URL"),
+        backend_token=environment.get(TOKEN_VARIABLE, "").strip() or None,
     )
 
 

@@ -65,8 +65,11 @@ class HttpAddress:
 
 
 def backend_address(text: str, source: str = BACKEND_SOURCE) -> HttpAddress:
-    """Parses the address of the Models Backend, to which no credentials are sent."""
+    """Parses the address of the Models Backend. It has no login: a token is passed on its own."""
     found = HttpAddress.parse(text, source)
     if found.user is not None or found.password is not None:
-        raise ConfigError(f"{source} has a login, which is not sent to the Models Backend. Remove it.")
+        raise ConfigError(
+            f"{source} has a login, which is not sent to the Models Backend. Remove it; a token belongs into"
+            " MODELS_BACKEND_TOKEN."
+        )
     return found

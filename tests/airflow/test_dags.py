@@ -37,7 +37,7 @@ from router_console import RouterConsole, _build
 def address(kind, fields):
     usual = {"database_url": "postgres://b/c", "redis_url": "redis://d/0", "backend_url": "http://e"}
     found = {name: Connection(conn_id=name, uri=uri) for name, uri in usual.items()}
-    found[kind] = Connection(conn_id=kind, **fields)
+    found[kind.replace("backend_token", "backend_url")] = Connection(conn_id=kind, **fields)
     try:
         return getattr(addresses_of(*found.values()), kind)
     except ConfigError as error:
@@ -102,7 +102,9 @@ CONNECTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("backend_url", {**BACKEND, "host": "http://h:81", "schema": "http"}, "http://h:81"),
     ("backend_url", {**BACKEND, "host": "::1", "port": 8100}, "http://[::1]:8100"),
     ("backend_url", {**BACKEND, "host": "[fe80::1]"}, "http://[fe80::1]"),
-    ("backend_url", {**BACKEND, "password": "p/@"}, "Connection models_backend has password."),
+    ("backend_url", {**BACKEND, "login": "u"}, "Connection models_backend has login."),
+    ("backend_token", {**BACKEND, "password": "p/@"}, "p/@"),
+    ("backend_token", {**BACKEND, "password": "p q"}, "MODELS_BACKEND_TOKEN must be printable ASCII"),
     ("backend_url", {**BACKEND, "extra": '{"Authorization": "p/@"}'}, "models_backend has Authorization."),
 ]
 

@@ -24,6 +24,7 @@ from router.task import CallResult, Outcome
 from tests.support.calls import call_request, request_id
 
 SCALE = 200.0
+JSON = {"Content-Type": "application/json"}
 Start = Callable[..., BackendServer]
 
 
@@ -148,7 +149,10 @@ async def test_an_arrival_is_recorded_before_its_body_is_read(server: BackendSer
     body = json.dumps({"model": "phi-4", "prompt": "p", "request_id": "slow-body"}).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", int(server.url.rsplit(":", 1)[1]))
     sent_at = time.monotonic()
-    writer.write(f"POST /single HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode())
+    kind = "Content-Type: application/json"
+    writer.write(
+        f"POST /single HTTP/1.1\r\nHost: x\r\n{kind}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    )
     await asyncio.sleep(0.3)  # the body arrives late on purpose
     writer.write(body)
     await reader.readuntil(b"\r\n\r\n")
@@ -208,7 +212,7 @@ async def test_an_invalid_request_is_refused_with_a_message(
     async def chunked() -> AsyncIterator[bytes]:
         yield body
 
-    async with http.post(f"{server.url}/single", data=chunked()) as response:
+    async with http.post(f"{server.url}/single", data=chunked(), headers=JSON) as response:
         assert response.status == status
         error = (await response.json())["error"]
     assert words in error["message"]
