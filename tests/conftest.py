@@ -27,7 +27,7 @@ from router.settings.models import DISCOVERED
 from router.settings.router import load_config
 from tests.support.queue import Probe, probing, without_classification
 
-pytest_plugins = ["tests.support.stack"]
+pytest_plugins = ["tests.support.roles", "tests.support.stack"]
 
 MEMORY_BYTES = 4 << 30
 

@@ -28,9 +28,13 @@ Upgrades the database schema in place, restores triggers that the table tasks ha
 config/models.yaml to the roster, as `router models sync` does. Safe to run at any time, also concurrently
 from several machines. Changes nothing if the table tasks cannot be used, and lists the reasons.
 
+With --roles it also runs sql/roles.sql: roles for the router, producers and readers, and their rights. Once
+they are in use, every migration grants them what is new.
+
 \b
 Examples:
   router migrate
+  router migrate --roles
   router migrate --check
 """
 DOCTOR_HELP = """
@@ -50,6 +54,9 @@ Examples:
 def migrate(
     *,
     check: Annotated[bool, typer.Option("--check", help="Change nothing: same as `router doctor`.")] = False,
+    roles: Annotated[
+        bool, typer.Option("--roles", help="Also create the roles of sql/roles.sql, with their rights.")
+    ] = False,
     as_json: terminal.Json = False,
     database: terminal.Database = None,
     config: terminal.Config = terminal.DEFAULT_CONFIG,
@@ -59,7 +66,7 @@ def migrate(
         return
     settings = load_config(config)
     url = terminal.database_url(database)
-    report = migrate_schema(url, task_defaults=settings.tasks.as_text(), progress=terminal.note)
+    report = migrate_schema(url, task_defaults=settings.tasks.as_text(), roles=roles, progress=terminal.note)
     if report.applied or report.functions_renewed:
         terminal.audit(url, "migrate", "schema", after=", ".join(report.applied) or "functions replaced")
     with connect(url) as connection:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psycopg2
@@ -18,7 +18,9 @@ from router.migrations.facts import SchemaFacts, read_facts
 from router.migrations.problems import REPAIRED_BY_MIGRATE, ProblemKind, SchemaProblem, schema_problems
 from router.migrations.schema import (
     SCHEMA_MIGRATION,
+    apply_roles,
     move_functions,
+    roles_applied,
     secure_functions,
     set_default_path,
     set_script_path,
@@ -76,17 +78,19 @@ def migrate(
     folder: Path = SQL_FOLDER,
     *,
     task_defaults: Mapping[str, str] | None = None,
+    roles: bool = False,
     progress: Callable[[str], None] = lambda _message: None,
 ) -> MigrationReport:
     """Upgrades the schema: applies new migrations, replaces changed functions, queues existing tasks.
 
     Safe to run at any time and on several machines at once. Migrations and functions are one transaction,
     which also holds the lock against other migrations: a pooler in transaction mode cannot leave it behind.
-    `task_defaults` are the values of `tasks.defaults` in the config; None leaves the stored ones.
+    `task_defaults` are the values of `tasks.defaults` in the config; None leaves the stored ones. `roles`:
+    also runs roles.sql, as every migration does once it was run.
     Raises SchemaError, with nothing changed, if the table `tasks` cannot be used.
     """
     with connect(url, autocommit=True) as connection:
-        done = _Migration(connection, folder, task_defaults, progress).run()
+        done = _Migration(connection, folder, task_defaults, roles, progress).run()
         rows(connection, "SELECT router.make_call_partitions()")
         queued = _queue_existing_tasks(connection)
         if done.applied or done.restored:
@@ -104,11 +108,13 @@ class _Migration:
         connection: Connection,
         folder: Path,
         task_defaults: Mapping[str, str] | None,
+        roles: bool,  # noqa: FBT001 - private
         progress: Callable[[str], None],
     ) -> None:
         self._connection = connection
         self._folder = folder
         self._defaults = task_defaults
+        self._roles = roles
         self._progress = progress
         self._told: int | None = None
 
@@ -175,7 +181,7 @@ class _Migration:
 
     def _upgrade(self) -> MigrationReport:
         connection, expected = self._connection, expected_schema(self._folder)
-        before = read_facts(connection)
+        before = replace(read_facts(connection), may_work=False)  # whoever migrates must be the owner
         defaults = self._task_defaults(before)
         found = schema_problems(before, expected, defaults)
         lasting = [problem for problem in found if problem.kind not in REPAIRED_BY_MIGRATE]
@@ -202,6 +208,10 @@ class _Migration:
             self._apply([functions])
         if migrations or renewed or restored:
             secure_functions(connection)
+            self._roles = self._roles or roles_applied(connection)
+        if self._roles:
+            set_script_path(connection)
+            apply_roles(connection, SQL_FOLDER)
         if restored:
             _enable_triggers(connection, expected)
         self._store_defaults()

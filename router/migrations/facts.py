@@ -18,7 +18,8 @@ SELECT current_setting('server_encoding') AS encoding, current_user::text AS rol
        c.relkind::text AS kind, c.relname IS NOT NULL AND row_security_active(c.oid) AND (
            NOT EXISTS (SELECT FROM pg_policy p
                         WHERE p.polrelid = c.oid AND p.polpermissive AND p.polcmd = '*'
-                          AND 0 = ANY (p.polroles)
+                          AND EXISTS (SELECT FROM unnest(p.polroles) AS r (oid)
+                                       WHERE r.oid = 0 OR pg_has_role(r.oid, 'USAGE'))
                           AND pg_get_expr(p.polqual, p.polrelid) = 'true' AND p.polwithcheck IS NULL)
            OR EXISTS (SELECT FROM pg_policy p CROSS JOIN unnest(p.polroles) AS r (oid)
                        WHERE p.polrelid = c.oid AND NOT p.polpermissive

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from router.database import Connection, rows
 from router.migrations.scripts import Script
@@ -99,6 +100,12 @@ END
 $path$"""
 
 
+_ROLES_APPLIED = """
+SELECT EXISTS (SELECT FROM pg_default_acl d CROSS JOIN LATERAL aclexplode(d.defaclacl) AS a
+                JOIN pg_roles r ON r.oid = a.grantee JOIN pg_namespace n ON n.oid = d.defaclnamespace
+               WHERE n.nspname = 'router' AND r.rolname = 'router_app') AS applied"""
+
+
 def set_script_path(connection: Connection) -> None:
     """Sets the search path of scripts until the end of the transaction."""
     _run(connection, _SCRIPT_PATH)
@@ -119,6 +126,16 @@ def secure_functions(connection: Connection) -> None:
 def set_default_path(connection: Connection) -> None:
     """Adds the schema to the database's default search path, or to this role's if it may not change that."""
     _run(connection, _DEFAULT_PATH)
+
+
+def roles_applied(connection: Connection) -> bool:
+    """Returns whether roles.sql was run in this database."""
+    return bool(rows(connection, _ROLES_APPLIED)[0]["applied"])
+
+
+def apply_roles(connection: Connection, folder: Path) -> None:
+    """Runs roles.sql: creates missing roles, and grants their rights on all tables and functions."""
+    _run(connection, (folder / "roles.sql").read_text(encoding="utf-8"))
 
 
 def _run(connection: Connection, statement: str) -> None:

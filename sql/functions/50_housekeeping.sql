@@ -238,7 +238,7 @@ CREATE OR REPLACE VIEW task_counts_now AS
 -- in the default partition. Returns how many. Gives up after 200 ms of waiting for a lock, so that claims and
 -- settlements are not delayed; the next run tries again.
 CREATE OR REPLACE FUNCTION make_call_partitions(p_days integer DEFAULT 7) RETURNS integer
-LANGUAGE plpgsql SET lock_timeout = '200ms' AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET lock_timeout = '200ms' AS $$  -- only the owner may create tables
 DECLARE
     today timestamptz := date_trunc('day', clock_timestamp(), 'UTC');
     day timestamptz;

@@ -37,7 +37,7 @@ $$;
 -- Drops one day of the call log; its periods are not summed again. Needs an exclusive lock on the log: the caller
 -- sets lock_timeout and retries.
 CREATE OR REPLACE FUNCTION drop_call_partition(p_partition text) RETURNS void
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql SECURITY DEFINER AS $$  -- only the owner may drop tables
 DECLARE
     began float8 := extract(epoch FROM to_date(right(p_partition, 8), 'YYYYMMDD')::timestamp AT TIME ZONE 'UTC');
 BEGIN

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -112,6 +113,12 @@ def test_no_table_is_granted_to_public(bare_database: str) -> None:
 # An existing database
 
 
+def _created_later() -> tuple[str, ...]:
+    """Names of tables that migrations after the move create, in `router` from the start."""
+    later = [path for path in (SQL_FOLDER / "migrations").glob("*.sql") if path.name > MIGRATION]
+    return ("-", *re.findall(r"CREATE TABLE (\w+)", "".join(path.read_text() for path in later)))
+
+
 def test_a_database_is_moved_in_place(database: str) -> None:
     """Rows, files and rights stay; nothing is rewritten; a queue of any state goes on."""
     url = database
@@ -132,7 +139,9 @@ def test_a_database_is_moved_in_place(database: str) -> None:
 
     assert migrate(url).applied == (MIGRATION,)
 
-    assert set(_column(url, OUTSIDE)) == {"tasks", "tasks_id_seq"}
+    assert {name for name in _column(url, OUTSIDE) if not name.startswith(_created_later())} == {
+        "tasks", "tasks_id_seq",
+    }  # fmt: skip
     assert _column(url, files) == before
     assert _column(url, EXPOSED) == []
     assert examine(url).ok

@@ -22,6 +22,7 @@ from router.settings.models import ModelSettings
 from router.settings.router import RouterConfig, WorkerSettings
 from router.workers.engine import Engine
 from router.workers.worker import Worker, wait_for_work
+from tests.support.roles import RolesDatabase
 
 MODELS = ("llama-3.1-8b", "phi-4")
 QUICK = ("--time-scale", "50", "--latency", "even:1:10")
@@ -146,6 +147,21 @@ async def test_every_task_is_solved_once(addresses: Addresses, backend: Backend)
     assert sorted(a["request_id"] for a in backend.arrivals()) == sorted(
         str(row["call_id"]) for row in ask(addresses, "SELECT call_id FROM model_calls")
     )
+
+
+async def test_the_engine_runs_as_a_role_that_owns_nothing(
+    roles_database: RolesDatabase, redis_server: RedisServer, redis_client: Any, backend: Backend
+) -> None:
+    def as_role(login: str) -> Addresses:
+        return Addresses(
+            database_url=roles_database.url(login), redis_url=redis_server.url, backend_url=backend.url
+        )
+
+    addresses, producer = as_role("app"), as_role("alice")
+    insert(producer, 20)
+    async with running(addresses, config()) as engine:
+        await asyncio.gather(*(Worker(engine, model, "run-1", frozenset(MODELS)).run() for model in MODELS))
+    assert solved(producer) == solved(addresses) == 20
 
 
 @asynccontextmanager
