@@ -14,7 +14,7 @@ import asyncpg
 
 from router.database import Connection, fetch, rows
 from router.models.ranked import RankedModel, Rankings
-from router.settings import RouterConfig
+from router.settings import DEFAULT_CLIENT, RouterConfig
 
 NO_SHARE = RankedModel(quality=1.0, most_share=0.0)
 
@@ -53,6 +53,8 @@ def sync_roster(connection: Connection, config: RouterConfig) -> None:
         whole["categorise"] = config.classification.classify_tasks
         whole["categorise_seconds"] = config.classification.timeout_seconds
     whole["task_defaults"] = config.tasks.as_text()
+    whole["client_weight"] = config.client(DEFAULT_CLIENT).weight
+    whole["client_weights"] = {name: config.client(name).weight for name in config.clients}
     rows(connection, "SELECT sync_roster(%s::jsonb)", (json.dumps(whole),))
 
 

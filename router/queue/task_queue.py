@@ -214,8 +214,9 @@ class TaskQueue:
         await self._one("SELECT release_worker($1)", self.worker)
 
     async def run_maintenance(self, *, release_lost: bool = True) -> None:
-        """Runs one bounded step of maintenance: retries, edits, classification, lost claims, counters."""
+        """Runs one bounded step of maintenance: retries, edits, classification, lost claims, counters..."""
         await self._one("SELECT promote_waiting()")
+        await self._one("SELECT make_schedules_if_due()")
         for _ in range(EDIT_BATCHES):
             if not (await self._one("SELECT apply_edits() AS applied"))["applied"]:
                 break

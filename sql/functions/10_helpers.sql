@@ -4,8 +4,9 @@
 --              never prompt or answer. It is deleted when the task is solved or has failed.
 --   lane       The ready tasks of one category and one priority, ordered by `position`. Negative positions are
 --              requeued tasks, positive ones new tasks.
---   watermark  The low-water mark of one half of a lane: a position below which no task is ready. Claims start there
---              and so skip dead index entries that a long snapshot keeps from vacuum.
+--   client     At whose request a task runs. Clients with new tasks in a lane take turns: see 31_fair_shares.sql.
+--   watermark  The low-water mark of one half of a lane, or of one client's part of it: a position below which no task
+--              is ready. Claims start there and so skip dead index entries that a long snapshot keeps from vacuum.
 --   claim      A worker's exclusive right to one task. The call_id is its fencing token: only that call settles it.
 --   lease      Every worker renews one lease by heartbeat. When it expires, the worker's claims become ready again.
 --   attempt    A claim that counts against max_attempts. Calls that were not sent, exhausted quotas and lost claims do
@@ -49,10 +50,14 @@ LANGUAGE sql IMMUTABLE AS $$
      WHERE NOT is_client(p_client)
 $$;
 
--- Client of a task; '' if the task is gone or its client cannot be used.
+-- Client under which a task counts: '' if its own cannot be used.
+CREATE OR REPLACE FUNCTION usable_client(p_client text) RETURNS text
+LANGUAGE sql IMMUTABLE AS $$ SELECT CASE WHEN is_client(p_client) THEN coalesce(p_client, '') ELSE '' END $$;
+
+-- Client of a task; '' if the task is gone.
 CREATE OR REPLACE FUNCTION client_of(p_task_id bigint) RETURNS text
 LANGUAGE sql STABLE AS $$
-    SELECT coalesce((SELECT t.client::text FROM tasks t WHERE t.id = p_task_id AND is_client(t.client)), '')
+    SELECT coalesce((SELECT usable_client(t.client) FROM tasks t WHERE t.id = p_task_id), '')
 $$;
 
 -- Category under which a task is queued: its own if it is configured, else the default one.
@@ -129,10 +134,11 @@ CREATE OR REPLACE FUNCTION is_failed(p_status text, p_interactive boolean) RETUR
 LANGUAGE sql IMMUTABLE AS $$ SELECT p_status = 'failed' AND p_interactive IS NOT TRUE $$;
 
 -- Adds to the task counters. Writes nothing if all values are zero.
-CREATE OR REPLACE FUNCTION count_change(p_category text, p_unsolved bigint, p_solved bigint, p_failed bigint) RETURNS void
+CREATE OR REPLACE FUNCTION count_change(
+    p_category text, p_client text, p_unsolved bigint, p_solved bigint, p_failed bigint) RETURNS void
 LANGUAGE sql AS $$
-    INSERT INTO task_count_deltas (category, unsolved, solved, failed)
-    SELECT p_category, p_unsolved, p_solved, p_failed
+    INSERT INTO task_count_deltas (category, client, unsolved, solved, failed)
+    SELECT p_category, p_client, p_unsolved, p_solved, p_failed
      WHERE (p_unsolved, p_solved, p_failed) IS DISTINCT FROM (0::bigint, 0::bigint, 0::bigint)
 $$;
 

@@ -19,11 +19,11 @@ DECLARE
 BEGIN
     WITH fresh AS (
         INSERT INTO queue (task_id, category, priority, position, state, wake_at, prompt_version, deadline_at,
-                           category_reason)
+                           category_reason, client)
         SELECT i.id, known.name, queue_priority(i.priority), nextval('queue_position'),
                CASE WHEN i.category IS NULL AND s.until IS NOT NULL THEN 'uncategorised' ELSE 'ready' END,
                CASE WHEN i.category IS NULL THEN s.until END, i.prompt_version, i.deadline_at,
-               CASE WHEN i.category <> known.name THEN category_problem(i.category) END
+               CASE WHEN i.category <> known.name THEN category_problem(i.category) END, coalesce(i.client, '')
           FROM inserted i
           CROSS JOIN (SELECT max_prompt_bytes, uncategorized_until(NULL) AS until FROM queue_settings OFFSET 0) AS s
           LEFT JOIN categories own ON own.name = i.category
@@ -32,21 +32,22 @@ BEGIN
            AND is_client(i.client)
          ORDER BY i.id
         ON CONFLICT (task_id) DO NOTHING
-        RETURNING category, priority
+        RETURNING category, priority, client
     ), lanes AS (
         INSERT INTO queue_lanes
         SELECT DISTINCT f.category, f.priority FROM fresh f
          WHERE NOT EXISTS (SELECT FROM queue_lanes l WHERE l.category = f.category AND l.priority = f.priority AND NOT l.closing)
     ), counted AS (
-        INSERT INTO task_count_deltas (category, unsolved) SELECT category, count(*) FROM fresh GROUP BY category
+        INSERT INTO task_count_deltas (category, client, unsolved)
+        SELECT category, client, count(*) FROM fresh GROUP BY category, client
         RETURNING unsolved
     )
     SELECT sum(unsolved) INTO queued FROM counted;
 
-    INSERT INTO task_count_deltas (category, solved, failed)
-    SELECT resolve_category(category), count(*) FILTER (WHERE status = 'solved'),
+    INSERT INTO task_count_deltas (category, client, solved, failed)
+    SELECT resolve_category(category), usable_client(client), count(*) FILTER (WHERE status = 'solved'),
            count(*) FILTER (WHERE is_failed(status::text, interactive))
-      FROM inserted WHERE status <> 'unsolved' GROUP BY 1;
+      FROM inserted WHERE status <> 'unsolved' GROUP BY 1, 2;
 
     IF queued IS DISTINCT FROM (SELECT count(*) FROM inserted WHERE status = 'unsolved') THEN
         PERFORM fail_unusable(ARRAY(
@@ -73,6 +74,7 @@ DECLARE
     held queue;
     lane text;
     rank_in_lane smallint := queue_priority(NEW.priority);
+    for_client text := usable_client(NEW.client);
     classify_until timestamptz;
 BEGIN
     IF NOT (edited OR NEW.status IS DISTINCT FROM OLD.status OR NEW.category IS DISTINCT FROM OLD.category
@@ -82,7 +84,8 @@ BEGIN
     END IF;
     IF NEW.status = 'unsolved' AND OLD.status = 'unsolved' AND NOT edited AND edits_of_transaction() > 200 THEN
         INSERT INTO queue_edits
-        VALUES (NEW.id, NEW.category IS DISTINCT FROM OLD.category, NEW.deadline_at IS DISTINCT FROM OLD.deadline_at);
+        VALUES (NEW.id, NEW.category IS DISTINCT FROM OLD.category, NEW.deadline_at IS DISTINCT FROM OLD.deadline_at,
+                NEW.client IS DISTINCT FROM OLD.client);
         RETURN NEW;  -- locking the queue rows of an edit of many tasks would leave models without work until it commits
     END IF;
     SELECT * INTO held FROM queue q WHERE q.task_id = OLD.id FOR UPDATE;
@@ -130,13 +133,14 @@ BEGIN
         PERFORM ensure_lane(lane, rank_in_lane);
         classify_until := uncategorized_until(NEW.category);
         IF held.task_id IS NULL THEN
-            INSERT INTO queue (task_id, category, priority, position, state, wake_at, prompt_version, category_reason)
+            INSERT INTO queue (task_id, category, priority, position, state, wake_at, prompt_version, category_reason,
+                               client)
             VALUES (NEW.id, lane, rank_in_lane, nextval('queue_position'),
                     CASE WHEN classify_until IS NULL THEN 'ready' ELSE 'uncategorised' END, classify_until,
-                    NEW.prompt_version, category_problem(NEW.category));
+                    NEW.prompt_version, category_problem(NEW.category), for_client);
         ELSIF reset OR edited OR (held.state IN ('ready', 'uncategorised') AND NEW.category IS DISTINCT FROM OLD.category) THEN
             UPDATE queue q
-               SET category = lane, priority = rank_in_lane, position = nextval('queue_position'),
+               SET category = lane, priority = rank_in_lane, position = nextval('queue_position'), client = for_client,
                    state = CASE WHEN classify_until IS NULL THEN 'ready' ELSE 'uncategorised' END, wake_at = classify_until,
                    confidence = NULL, category_reason = category_problem(NEW.category),
                    prompt_version = NEW.prompt_version, attempt = CASE WHEN reset OR edited THEN 0 ELSE held.attempt END,
@@ -144,8 +148,9 @@ BEGIN
                    call_id = NULL, worker = NULL, claimed_at = NULL,
                    not_by = NULL, not_by_until = NULL, min_context = NULL
              WHERE q.task_id = NEW.id;
-        ELSIF (held.category, held.priority) IS DISTINCT FROM (lane, rank_in_lane) THEN
-            UPDATE queue q SET category = lane, priority = rank_in_lane, position = nextval('queue_position')
+        ELSIF (held.category, held.priority, held.client) IS DISTINCT FROM (lane, rank_in_lane, for_client) THEN
+            UPDATE queue q SET category = lane, priority = rank_in_lane, position = nextval('queue_position'),
+                               client = for_client
              WHERE q.task_id = NEW.id;
         END IF;
         UPDATE queue q SET deadline_at = NEW.deadline_at
@@ -159,17 +164,17 @@ BEGIN
         NEW.category := coalesce(NEW.category, held.category);
     END IF;
 
-    INSERT INTO task_count_deltas (category, unsolved, solved, failed)
-    SELECT moved.category, sum(moved.unsolved), sum(moved.solved), sum(moved.failed)
-      FROM (VALUES (held.category, -1, 0, 0),
-                   (lane, 1, 0, 0),
-                   (resolve_category(OLD.category), 0, -(OLD.status = 'solved')::int,
+    INSERT INTO task_count_deltas (category, client, unsolved, solved, failed)
+    SELECT moved.category, moved.client, sum(moved.unsolved), sum(moved.solved), sum(moved.failed)
+      FROM (VALUES (held.category, held.client, -1, 0, 0),
+                   (lane, for_client, 1, 0, 0),
+                   (resolve_category(OLD.category), usable_client(OLD.client), 0, -(OLD.status = 'solved')::int,
                     -is_failed(OLD.status::text, OLD.interactive)::int),
-                   (resolve_category(NEW.category), 0, (NEW.status = 'solved')::int,
+                   (resolve_category(NEW.category), for_client, 0, (NEW.status = 'solved')::int,
                     is_failed(NEW.status::text, NEW.interactive)::int))
-           AS moved (category, unsolved, solved, failed)
+           AS moved (category, client, unsolved, solved, failed)
      WHERE moved.category IS NOT NULL
-     GROUP BY moved.category
+     GROUP BY moved.category, moved.client
     HAVING (sum(moved.unsolved), sum(moved.solved), sum(moved.failed)) IS DISTINCT FROM (0::bigint, 0::bigint, 0::bigint);
     RETURN NEW;
 END
@@ -179,13 +184,14 @@ CREATE OR REPLACE FUNCTION tasks_deleted() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER AS $$
 BEGIN
     WITH gone AS (
-        DELETE FROM queue q USING deleted d WHERE q.task_id = d.id RETURNING q.category
+        DELETE FROM queue q USING deleted d WHERE q.task_id = d.id RETURNING q.category, q.client
     )
-    INSERT INTO task_count_deltas (category, unsolved) SELECT category, -count(*) FROM gone GROUP BY category;
-    INSERT INTO task_count_deltas (category, solved, failed)
-    SELECT resolve_category(category), -count(*) FILTER (WHERE status = 'solved'),
+    INSERT INTO task_count_deltas (category, client, unsolved)
+    SELECT category, client, -count(*) FROM gone GROUP BY category, client;
+    INSERT INTO task_count_deltas (category, client, solved, failed)
+    SELECT resolve_category(category), usable_client(client), -count(*) FILTER (WHERE status = 'solved'),
            -count(*) FILTER (WHERE is_failed(status::text, interactive))
-      FROM deleted WHERE status <> 'unsolved' GROUP BY 1;
+      FROM deleted WHERE status <> 'unsolved' GROUP BY 1, 2;
     RETURN NULL;
 END
 $$;
@@ -193,7 +199,7 @@ $$;
 CREATE OR REPLACE FUNCTION tasks_truncated() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER AS $$
 BEGIN
-    TRUNCATE queue, queue_watermarks, queue_skips, queue_edits, task_count_deltas, task_counts;
+    TRUNCATE queue, queue_watermarks, queue_skips, queue_edits, task_count_deltas, task_counts, client_counts;
     RETURN NULL;
 END
 $$;

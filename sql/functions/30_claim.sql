@@ -3,24 +3,30 @@
 -- Functions of the hot path pin their plans (enable_seqscan and others). A session that planned while the queue was
 -- nearly empty would otherwise keep scanning the whole table after a million rows were added.
 
--- Published low-water mark of one half of a lane.
-CREATE OR REPLACE FUNCTION low_watermark(p_category text, p_priority smallint, p_came_back boolean) RETURNS bigint
+-- Published low-water mark of one half of a lane, or of one client's part of it. Client '*': all clients.
+CREATE OR REPLACE FUNCTION low_watermark(p_category text, p_priority smallint, p_came_back boolean, p_client text DEFAULT '*')
+RETURNS bigint
 LANGUAGE sql STABLE AS $$
     SELECT coalesce((SELECT w.position FROM queue_watermarks w
-                      WHERE w.category = p_category AND w.priority = p_priority AND w.came_back = p_came_back
-                        AND w.published
+                      WHERE w.category = p_category AND w.priority = p_priority AND w.client = p_client
+                        AND w.came_back = p_came_back AND w.published
                       ORDER BY w.position DESC LIMIT 1),
                     CASE WHEN p_came_back THEN -4611686018427387904 ELSE 1 END)
 $$;
 
--- Lowest ready position of a lane in [p_from, p_below).
-CREATE OR REPLACE FUNCTION min_ready_position(p_category text, p_priority smallint, p_from bigint, p_below bigint)
-RETURNS bigint
+-- Lowest ready position of a lane, or of one client's part of it, in [p_from, p_below).
+CREATE OR REPLACE FUNCTION min_ready_position(
+    p_category text, p_priority smallint, p_client text, p_from bigint, p_below bigint) RETURNS bigint
 LANGUAGE sql STABLE AS $$
-    SELECT q.position FROM queue q
-     WHERE q.state = 'ready' AND q.category = p_category AND q.priority = p_priority
-       AND q.position >= p_from AND q.position < p_below
-     ORDER BY q.position LIMIT 1
+    SELECT CASE WHEN p_client = '*'
+                THEN (SELECT q.position FROM queue q
+                       WHERE q.state = 'ready' AND q.category = p_category AND q.priority = p_priority
+                         AND q.position >= p_from AND q.position < p_below
+                       ORDER BY q.position LIMIT 1)
+                ELSE (SELECT q.position FROM queue q
+                       WHERE q.state = 'ready' AND q.category = p_category AND q.priority = p_priority
+                         AND (q.client, q.position) >= (p_client, p_from) AND (q.client, q.position) < (p_client, p_below)
+                       ORDER BY q.client, q.position LIMIT 1) END
 $$;
 
 -- Advances the low-water mark of one half of a lane in two steps. The first step records the lowest ready position
@@ -29,7 +35,8 @@ $$;
 -- locked `queue`, so the current holders of that lock are all possible blocking transactions.
 -- The steps need separate snapshots; outside READ COMMITTED the function does nothing. A prepared transaction
 -- ('-1/...') changes its name when it is prepared, so each of them blocks publication.
-CREATE OR REPLACE FUNCTION advance_low_watermark(p_category text, p_priority smallint, p_came_back boolean) RETURNS void
+CREATE OR REPLACE FUNCTION advance_low_watermark(
+    p_category text, p_priority smallint, p_came_back boolean, p_client text DEFAULT '*') RETURNS void
 LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
     base bigint := CASE WHEN p_came_back THEN -4611686018427387904 ELSE 0 END;
@@ -40,12 +47,13 @@ DECLARE
     others text[];
 BEGIN
     IF current_setting('transaction_isolation') <> 'read committed'
-       OR NOT pg_try_advisory_xact_lock(hashtext('router_watermark'), hashtext(p_category || '/' || p_priority)) THEN
+       OR NOT pg_try_advisory_xact_lock(hashtext('router_watermark'), hashtext(p_category || '/' || p_priority || '/' || p_client)) THEN
         RETURN;
     END IF;
-    watermark := low_watermark(p_category, p_priority, p_came_back);
+    watermark := low_watermark(p_category, p_priority, p_came_back, p_client);
     SELECT * INTO pending FROM queue_watermarks w
-     WHERE w.category = p_category AND w.priority = p_priority AND w.came_back = p_came_back AND NOT w.published
+     WHERE w.category = p_category AND w.priority = p_priority AND w.client = p_client AND w.came_back = p_came_back
+       AND NOT w.published
      ORDER BY w.position DESC LIMIT 1;
     IF pending.position > watermark THEN
         IF EXISTS (SELECT FROM pg_locks l
@@ -55,10 +63,11 @@ BEGIN
             RETURN;
         END IF;
         watermark := greatest(watermark, least(pending.position, coalesce(
-            min_ready_position(p_category, p_priority, watermark, below), pending.position)));
+            min_ready_position(p_category, p_priority, p_client, watermark, below), pending.position)));
         DELETE FROM queue_watermarks w
-         WHERE w.category = p_category AND w.priority = p_priority AND w.came_back = p_came_back;
-        INSERT INTO queue_watermarks VALUES (p_category, p_priority, p_came_back, true, watermark);
+         WHERE w.category = p_category AND w.priority = p_priority AND w.client = p_client AND w.came_back = p_came_back;
+        INSERT INTO queue_watermarks (category, priority, came_back, published, position, client)
+        VALUES (p_category, p_priority, p_came_back, true, watermark, p_client);
     END IF;
 
     SELECT base + s.last_value + s.is_called::int INTO bound FROM queue_position s;
@@ -66,38 +75,42 @@ BEGIN
      WHERE l.locktype = 'relation' AND l.relation = 'queue'::regclass AND l.pid IS DISTINCT FROM pg_backend_pid()
        AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
        AND l.mode = 'RowExclusiveLock';
-    bound := least(bound, coalesce(min_ready_position(p_category, p_priority, watermark, below), bound));
+    bound := least(bound, coalesce(min_ready_position(p_category, p_priority, p_client, watermark, below), bound));
     IF bound > watermark THEN
-        INSERT INTO queue_watermarks VALUES (p_category, p_priority, p_came_back, false, bound, others);
+        INSERT INTO queue_watermarks (category, priority, came_back, published, position, witnesses, client)
+        VALUES (p_category, p_priority, p_came_back, false, bound, others, p_client);
     END IF;
 END
 $$;
 
--- Position from which claims search one half of a lane.
-CREATE OR REPLACE FUNCTION claim_start(p_category text, p_priority smallint, p_came_back boolean) RETURNS bigint
+-- Position from which claims search one half of a lane, or one client's part of it.
+CREATE OR REPLACE FUNCTION claim_start(p_category text, p_priority smallint, p_came_back boolean, p_client text DEFAULT '*')
+RETURNS bigint
 LANGUAGE sql STABLE AS $$
-    SELECT greatest(low_watermark(p_category, p_priority, p_came_back),
+    SELECT greatest(low_watermark(p_category, p_priority, p_came_back, p_client),
                     (SELECT s.position FROM queue_skips s
-                      WHERE s.category = p_category AND s.priority = p_priority AND s.came_back = p_came_back
-                        AND s.until > clock_timestamp()
+                      WHERE s.category = p_category AND s.priority = p_priority AND s.client = p_client
+                        AND s.came_back = p_came_back AND s.until > clock_timestamp()
                       ORDER BY s.until DESC LIMIT 1))
 $$;
 
 -- Locks the first of the p_window ready rows of a lane from p_from that no other transaction has locked and that this
--- model may claim. Returns NULL if there is none.
+-- model may claim. Returns NULL if there is none. With p_skip, clients to pass over, reads at most 1,000 rows.
 CREATE OR REPLACE FUNCTION lock_ready(
-    p_model text, p_category text, p_priority smallint, p_from bigint, p_below bigint, p_window integer) RETURNS queue
+    p_model text, p_category text, p_priority smallint, p_from bigint, p_below bigint, p_window integer,
+    p_skip text[] DEFAULT '{}') RETURNS queue
 LANGUAGE plpgsql AS $$
 DECLARE
     found_row queue;
 BEGIN
     SELECT q.* INTO found_row
-      FROM (SELECT r.ctid FROM queue r
+      FROM (SELECT r.ctid, r.client FROM queue r
              WHERE r.state = 'ready' AND r.category = p_category AND r.priority = p_priority
                AND r.position >= p_from AND r.position < p_below
                AND (r.not_by IS NULL OR NOT p_model = ANY (r.not_by) OR r.not_by_until < clock_timestamp())
-             ORDER BY r.position LIMIT p_window) AS first
+             ORDER BY r.position LIMIT CASE WHEN p_skip = '{}' THEN p_window ELSE 1000 END) AS first
       JOIN queue q ON q.ctid = first.ctid AND q.state = 'ready'
+     WHERE first.client <> ALL (p_skip)
      LIMIT 1 FOR UPDATE OF q SKIP LOCKED;
     RETURN found_row;
 END
@@ -108,7 +121,8 @@ $$;
 -- the lane, and bisects towards the first free row. A probe tries 20 rows. Claims of the next second start at the row
 -- found, or at new tasks if none was found.
 CREATE OR REPLACE FUNCTION lock_ready_further(
-    p_model text, p_category text, p_priority smallint, p_came_back boolean, p_from bigint, p_below bigint) RETURNS queue
+    p_model text, p_category text, p_priority smallint, p_came_back boolean, p_from bigint, p_below bigint,
+    p_skip text[] DEFAULT '{}') RETURNS queue
 LANGUAGE plpgsql AS $$
 DECLARE
     found_row queue;
@@ -131,7 +145,7 @@ BEGIN
      ORDER BY r.position DESC OFFSET 19 LIMIT 1;
     LOOP
         probe := least(locked + (distance * (0.5 + random()))::bigint, last_position);
-        found_row := lock_ready(p_model, p_category, p_priority, probe, p_below, 20);
+        found_row := lock_ready(p_model, p_category, p_priority, probe, p_below, 20, p_skip);
         EXIT WHEN found_row.task_id IS NOT NULL OR probe >= last_position;
         locked := probe;
         distance := distance * 3;
@@ -139,39 +153,42 @@ BEGIN
     FOR step IN 1 .. CASE WHEN found_row.task_id IS NULL THEN 0 ELSE 8 END LOOP
         probe := locked + (found_row.position - locked) / 2;
         EXIT WHEN found_row.position - locked < 20;
-        nearer := lock_ready(p_model, p_category, p_priority, probe, found_row.position, 20);
+        nearer := lock_ready(p_model, p_category, p_priority, probe, found_row.position, 20, p_skip);
         IF nearer.task_id IS NULL THEN
             locked := probe;
         ELSE
             found_row := nearer;
         END IF;
     END LOOP;
-    INSERT INTO queue_skips
-    VALUES (p_category, p_priority, p_came_back, coalesce(found_row.position, last_position + 1),
-            clock_timestamp() + interval '1 s');
+    IF p_skip = '{}' THEN
+        INSERT INTO queue_skips
+        VALUES (p_category, p_priority, p_came_back, coalesce(found_row.position, last_position + 1),
+                clock_timestamp() + interval '1 s');
+    END IF;
     RETURN found_row;
 END
 $$;
 
 -- Lets claims of the next second skip all present positions of a lane half without a ready row whose search took long:
 -- it consists of rows that an open transaction has inserted, or of dead ones that a snapshot holds.
-CREATE OR REPLACE FUNCTION skip_uncommitted(p_category text, p_priority smallint, p_came_back boolean, p_took interval) RETURNS void
+CREATE OR REPLACE FUNCTION skip_uncommitted(
+    p_category text, p_priority smallint, p_came_back boolean, p_took interval, p_client text DEFAULT '*') RETURNS void
 LANGUAGE sql AS $$
-    INSERT INTO queue_skips
+    INSERT INTO queue_skips (category, priority, came_back, position, until, client)
     SELECT p_category, p_priority, p_came_back, s.last_value + 1 - CASE WHEN p_came_back THEN 4611686018427387904 ELSE 0 END,
-           clock_timestamp() + least(p_took * 20, interval '1 s')
+           clock_timestamp() + least(p_took * 20, interval '1 s'), p_client
       FROM queue_position s
 $$;
 
 -- Locks a ready task that another model failed: other models, which have lanes of their own, would never reach it.
-CREATE OR REPLACE FUNCTION lock_second_try(p_model text, p_categories text[]) RETURNS queue
+CREATE OR REPLACE FUNCTION lock_second_try(p_model text, p_categories text[], p_skip text[]) RETURNS queue
 LANGUAGE plpgsql AS $$
 DECLARE
     found_row queue;
 BEGIN
     SELECT q.* INTO found_row
       FROM (SELECT r.ctid FROM queue r
-             WHERE r.state = 'ready' AND r.not_by IS NOT NULL AND NOT p_model = ANY (r.not_by)
+             WHERE r.state = 'ready' AND r.not_by IS NOT NULL AND NOT p_model = ANY (r.not_by) AND r.client <> ALL (p_skip)
                AND (p_categories IS NULL OR cardinality(p_categories) = 0 OR r.category = ANY (p_categories))
              ORDER BY r.priority DESC, r.position LIMIT 50) AS first
       JOIN queue q ON q.ctid = first.ctid AND q.state = 'ready'
@@ -181,7 +198,7 @@ END
 $$;
 
 -- Claims one ready task of the first of these categories that has one, and logs the call before anything can be
--- sent. Returns no row if no task is ready. Raises RT001 if the worker's lease has expired. Commits asynchronously:
+-- sent. Within a category and priority, clients take turns, see 31_fair_shares.sql. Passes over p_skip_clients. Returns no row if no task is ready. Raises RT001 if the worker's lease has expired. Commits asynchronously:
 -- a claim that a crash loses is made again.
 -- p_context and p_tokens_per_byte: what the model takes, see 32_context.sql. A longer task is left to models that take
 -- more; if p_is_largest, none does, and it fails. No call reserves more than p_token_limit.
@@ -196,6 +213,8 @@ SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off SET l
 #variable_conflict use_column
 DECLARE
     lane record;
+    schedule fair_schedules;
+    by_turn boolean;
     start bigint;
     found_row queue;
     task record;
@@ -228,16 +247,29 @@ BEGIN
          CROSS JOIN LATERAL (SELECT claim_start(lanes.category, lanes.priority, lanes.came_back) AS start OFFSET 0) AS from_here
     LOOP
         start := lane.start;
+        schedule := NULL;
+        IF lane.has_ready AND NOT lane.came_back THEN
+            SELECT * INTO schedule FROM fair_schedules f
+             WHERE f.category = lane.category AND f.priority = lane.priority ORDER BY f.schedule DESC LIMIT 1;
+        END IF;
         WHILE lane.has_ready LOOP
             IF lane.category IS NULL THEN
-                found_row := lock_long(p_model, p_categories, p_context, p_tokens_per_byte, p_is_largest);
+                found_row := lock_long(p_model, p_categories, p_context, p_tokens_per_byte, p_is_largest, p_skip_clients);
                 IF found_row.task_id IS NULL THEN
-                    found_row := lock_second_try(p_model, p_categories);
+                    found_row := lock_second_try(p_model, p_categories, p_skip_clients);
                 END IF;
             ELSE
-                found_row := lock_ready(p_model, lane.category, lane.priority, start, lane.below, 100);
-                IF found_row.task_id IS NULL THEN
-                    found_row := lock_ready_further(p_model, lane.category, lane.priority, lane.came_back, start, lane.below);
+                by_turn := schedule.schedule IS NOT NULL;
+                IF by_turn THEN
+                    found_row := lock_next_turn(p_model, schedule, p_skip_clients);
+                    by_turn := found_row.task_id IS NOT NULL;
+                END IF;
+                IF NOT by_turn THEN
+                    found_row := lock_ready(p_model, lane.category, lane.priority, start, lane.below, 100, p_skip_clients);
+                    IF found_row.task_id IS NULL THEN
+                        found_row := lock_ready_further(p_model, lane.category, lane.priority, lane.came_back, start, lane.below,
+                                                        p_skip_clients);
+                    END IF;
                 END IF;
             END IF;
             EXIT WHEN found_row.task_id IS NULL;
@@ -255,7 +287,7 @@ BEGIN
                                    p_tokens_per_byte, p_is_largest);
                 too_long := too_long + 1;
                 EXIT WHEN too_long >= 200;
-                start := found_row.position + 1;
+                start := CASE WHEN by_turn THEN start ELSE found_row.position + 1 END;
                 CONTINUE;
             END IF;
             IF task.prompt IS NOT NULL THEN
@@ -280,13 +312,19 @@ BEGIN
                 IF random() < 0.015 AND lane.category IS NOT NULL THEN
                     PERFORM advance_low_watermark(lane.category, lane.priority, lane.came_back);
                 END IF;
+                IF by_turn AND random() < 0.015 THEN
+                    PERFORM advance_low_watermark(lane.category, lane.priority, false, found_row.client);
+                END IF;
+                IF random() < 0.01 THEN
+                    PERFORM make_schedules_if_due(interval '2 s');  -- the maintenance of workers makes them sooner
+                END IF;
                 RETURN NEXT;
                 RETURN;
             END IF;
             PERFORM remove_unusable(found_row.task_id);
             unusable := unusable + 1;
             EXIT WHEN unusable >= 50;  -- the next claim continues
-            start := found_row.position + 1;
+            start := CASE WHEN by_turn THEN start ELSE found_row.position + 1 END;
         END LOOP;
         IF NOT lane.has_ready AND lane.ended - lane.began > interval '2 ms' THEN
             PERFORM skip_uncommitted(lane.category, lane.priority, lane.came_back, lane.ended - lane.began);
@@ -310,8 +348,8 @@ $$;
 
 CREATE OR REPLACE FUNCTION remove_queue_row(p_task_id bigint) RETURNS void
 LANGUAGE sql AS $$
-    WITH gone AS (DELETE FROM queue WHERE task_id = p_task_id RETURNING category)
-    INSERT INTO task_count_deltas (category, unsolved) SELECT category, -1 FROM gone
+    WITH gone AS (DELETE FROM queue WHERE task_id = p_task_id RETURNING category, client)
+    INSERT INTO task_count_deltas (category, client, unsolved) SELECT category, client, -1 FROM gone
 $$;
 
 -- Releases a claim unsent and deletes its call; the attempt does not count. Returns false if this call does not hold

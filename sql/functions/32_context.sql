@@ -24,7 +24,8 @@ $$;
 
 -- Locks a ready task that was too long for another model: highest priority first, then the longest.
 CREATE OR REPLACE FUNCTION lock_long(
-    p_model text, p_categories text[], p_context integer, p_tokens_per_byte double precision, p_is_largest boolean) RETURNS queue
+    p_model text, p_categories text[], p_context integer, p_tokens_per_byte double precision, p_is_largest boolean,
+    p_skip text[]) RETURNS queue
 LANGUAGE plpgsql AS $$
 DECLARE
     found_row queue;
@@ -37,7 +38,7 @@ BEGIN
               FROM generate_series(1, coalesce(size_class_of(p_context, p_tokens_per_byte, p_is_largest), 64)) AS class
               CROSS JOIN LATERAL (
                    SELECT r.ctid, r.priority, r.position FROM queue r
-                    WHERE r.state = 'long' AND r.size_class = class
+                    WHERE r.state = 'long' AND r.size_class = class AND r.client <> ALL (p_skip)
                       AND (p_categories IS NULL OR cardinality(p_categories) = 0 OR r.category = ANY (p_categories))
                       AND (r.not_by IS NULL OR NOT p_model = ANY (r.not_by) OR r.not_by_until < clock_timestamp())
                     ORDER BY r.priority DESC, r.position LIMIT 20) AS head

@@ -124,7 +124,7 @@ BEGIN
           FROM (SELECT p_call.rank >= 3 OR (p_call.rank = 2 AND before.status = 'failed') AS it) AS ends
          WHERE t.id = p_call.task_id AND t.prompt_version = p_call.prompt_version AND t.status = before.status
            AND coalesce(t.answer_rank, CASE WHEN t.status = 'solved' THEN 3 ELSE 0 END) < p_call.rank
-        RETURNING t.status::text, t.category::text INTO kept;
+        RETURNING t.status::text, t.category::text, usable_client(t.client) AS client INTO kept;
         EXIT WHEN FOUND;
         IF NOT checked THEN
             SELECT t.status::text, t.category::text, t.prompt_version, t.interactive INTO before
@@ -144,20 +144,20 @@ BEGIN
         RETURN;
     END IF;
     settlement := 'solved';
-    DELETE FROM queue q WHERE q.task_id = p_call.task_id RETURNING q.call_id, q.category INTO gone;
-    IF FOUND AND before.status = 'unsolved' AND gone.category = kept.category THEN
+    DELETE FROM queue q WHERE q.task_id = p_call.task_id RETURNING q.call_id, q.category, q.client INTO gone;
+    IF FOUND AND before.status = 'unsolved' AND gone.category = kept.category AND gone.client = kept.client THEN
         held := gone.call_id IS NOT DISTINCT FROM p_call.call_id;
-        INSERT INTO task_count_deltas (category, unsolved, solved) VALUES (gone.category, -1, 1);
+        INSERT INTO task_count_deltas (category, client, unsolved, solved) VALUES (gone.category, gone.client, -1, 1);
         RETURN;
     ELSIF FOUND THEN
         held := gone.call_id IS NOT DISTINCT FROM p_call.call_id;
-        PERFORM count_change(gone.category, -1, 0, 0);
+        PERFORM count_change(gone.category, gone.client, -1, 0, 0);
     END IF;
     IF is_failed(before.status, before.interactive) THEN
-        PERFORM count_change(resolve_category(before.category), 0, 0, -1);
+        PERFORM count_change(resolve_category(before.category), kept.client, 0, 0, -1);
     END IF;
     IF before.status <> 'solved' THEN
-        PERFORM count_change(resolve_category(kept.category), 0, 1, 0);
+        PERFORM count_change(resolve_category(kept.category), kept.client, 0, 1, 0);
     END IF;
 END
 $$;

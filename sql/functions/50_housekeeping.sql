@@ -179,8 +179,14 @@ BEGIN
         DELETE FROM task_count_deltas WHERE counted_by >= (SELECT compacted_before()) RETURNING *
     ), summed AS (
         INSERT INTO task_counts AS c
-        SELECT category, sum(unsolved), sum(solved), sum(failed) FROM taken GROUP BY category
+        SELECT category, sum(unsolved), sum(solved), sum(failed) FROM taken WHERE category IS NOT NULL GROUP BY category
         ON CONFLICT (category) DO UPDATE
+           SET unsolved = c.unsolved + EXCLUDED.unsolved, solved = c.solved + EXCLUDED.solved,
+               failed = c.failed + EXCLUDED.failed
+    ), by_client AS (
+        INSERT INTO client_counts AS c
+        SELECT client, sum(unsolved), sum(solved), sum(failed) FROM taken WHERE client IS NOT NULL GROUP BY client
+        ON CONFLICT (client) DO UPDATE
            SET unsolved = c.unsolved + EXCLUDED.unsolved, solved = c.solved + EXCLUDED.solved,
                failed = c.failed + EXCLUDED.failed
     ), old AS (
@@ -227,12 +233,23 @@ LANGUAGE sql STABLE AS $$
                           AND q.position >= low_watermark(p_category, p_priority, false))
 $$;
 
+-- Counter deltas that are not compacted. Pins the plan: a scan of the table would read those that a snapshot keeps.
+CREATE OR REPLACE FUNCTION open_count_deltas() RETURNS SETOF task_count_deltas
+LANGUAGE sql STABLE ROWS 100 SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+    SELECT * FROM task_count_deltas WHERE counted_by >= (SELECT compacted_before())
+$$;
+
 CREATE OR REPLACE VIEW task_counts_now AS
     SELECT category, sum(unsolved)::bigint AS unsolved, sum(solved)::bigint AS solved, sum(failed)::bigint AS failed
-      FROM (SELECT category, unsolved, solved, failed FROM task_count_deltas
-             WHERE counted_by >= (SELECT compacted_before())
+      FROM (SELECT category, unsolved, solved, failed FROM open_count_deltas() WHERE category IS NOT NULL
             UNION ALL SELECT category, unsolved, solved, failed FROM task_counts) AS parts
      GROUP BY category;
+
+CREATE OR REPLACE VIEW client_counts_now AS
+    SELECT client, sum(unsolved)::bigint AS unsolved, sum(solved)::bigint AS solved, sum(failed)::bigint AS failed
+      FROM (SELECT client, unsolved, solved, failed FROM open_count_deltas() WHERE client IS NOT NULL
+            UNION ALL SELECT client, unsolved, solved, failed FROM client_counts) AS parts
+     GROUP BY client;
 
 -- Creates the daily partitions of the call log from two days ago to p_days ahead, and those of days whose calls are
 -- in the default partition. Returns how many. Gives up after 200 ms of waiting for a lock, so that claims and

@@ -11,11 +11,12 @@ BEGIN
     LOCK TABLE tasks IN ACCESS SHARE MODE;
     WITH edits AS MATERIALIZED (
         DELETE FROM queue_edits e WHERE e.ctid = ANY (ARRAY (SELECT n.ctid FROM queue_edits n LIMIT p_limit FOR UPDATE SKIP LOCKED))
-        RETURNING e.task_id, e.category, e.deadline
+        RETURNING e.task_id, e.category, e.deadline, e.client
     ), ids AS MATERIALIZED (
-        SELECT task_id, bool_or(category) AS category, bool_or(deadline) AS deadline FROM edits GROUP BY task_id
+        SELECT task_id, bool_or(category) AS category, bool_or(deadline) AS deadline, bool_or(client) AS client
+          FROM edits GROUP BY task_id
     ), held AS MATERIALIZED (
-        SELECT q.task_id, q.category AS was, q.position AS came, i.category AS recategorized, i.deadline
+        SELECT q.task_id, q.category AS was, q.client AS was_client, q.position AS came, i.category AS recategorized, i.deadline
           FROM ids i JOIN queue q ON q.task_id = i.task_id FOR UPDATE OF q SKIP LOCKED
     ), later AS (
         INSERT INTO queue_edits SELECT i.* FROM ids i JOIN queue q ON q.task_id = i.task_id
@@ -23,12 +24,13 @@ BEGIN
     ), wanted AS MATERIALIZED (
         SELECT h.*, t.deadline_at, coalesce(own.name, CASE WHEN NOT h.recategorized THEN h.was END, resolve_category(NULL)) AS category,
                queue_priority(t.priority) AS priority, nextval('queue_position') AS place,
-               category_problem(t.category) AS problem, uncategorized_until(t.category) AS until
+               category_problem(t.category) AS problem, uncategorized_until(t.category) AS until,
+               usable_client(t.client) AS client
           FROM (SELECT * FROM held ORDER BY came) AS h JOIN tasks t ON t.id = h.task_id AND t.status = 'unsolved'
           LEFT JOIN categories own ON own.name = t.category
     ), changed AS (
         UPDATE queue q
-           SET category = w.category, priority = w.priority, position = w.place,
+           SET category = w.category, priority = w.priority, position = w.place, client = w.client,
                deadline_at = CASE WHEN w.deadline THEN w.deadline_at ELSE q.deadline_at END,
                state = CASE WHEN NOT w.recategorized OR q.state NOT IN ('ready', 'uncategorised') THEN q.state
                             WHEN w.until IS NULL THEN 'ready' ELSE 'uncategorised' END,
@@ -36,15 +38,17 @@ BEGIN
                confidence = CASE WHEN w.recategorized THEN NULL ELSE q.confidence END,
                category_reason = CASE WHEN w.recategorized THEN w.problem ELSE q.category_reason END
           FROM wanted w WHERE q.task_id = w.task_id
-        RETURNING w.was, q.category, q.priority
+        RETURNING w.was, w.was_client, q.category, q.priority, q.client
     ), lanes AS (
         INSERT INTO queue_lanes
         SELECT DISTINCT c.category, c.priority FROM changed c
          WHERE NOT EXISTS (SELECT FROM queue_lanes l WHERE l.category = c.category AND l.priority = c.priority AND NOT l.closing)
     ), counted AS (
-        INSERT INTO task_count_deltas (category, unsolved)
-        SELECT category, sum(n) FROM (SELECT was AS category, -1 AS n FROM changed UNION ALL SELECT category, 1 FROM changed) AS c
-         GROUP BY category HAVING sum(n) <> 0
+        INSERT INTO task_count_deltas (category, client, unsolved)
+        SELECT category, client, sum(n)
+          FROM (SELECT was AS category, was_client AS client, -1 AS n FROM changed
+                UNION ALL SELECT category, client, 1 FROM changed) AS c
+         GROUP BY category, client HAVING sum(n) <> 0
     )
     SELECT (SELECT count(*) FROM edits), (SELECT count(*) FROM changed) INTO taken, moved;
     IF moved > 0 THEN
@@ -109,21 +113,23 @@ BEGIN
     END LOOP;
 
     FOR row_now IN
-        SELECT q.task_id, q.category AS was, wanted.category, wanted.priority
+        SELECT q.task_id, q.category AS was, q.client AS was_client, wanted.category, wanted.priority, wanted.client
           FROM queue q JOIN tasks t ON t.id = q.task_id AND t.status = 'unsolved'
           LEFT JOIN categories own ON own.name = t.category
           LEFT JOIN categories held ON held.name = q.category
           CROSS JOIN LATERAL (SELECT coalesce(own.name, held.name, (SELECT resolve_category(NULL))) AS category,
-                                     queue_priority(t.priority) AS priority) AS wanted
+                                     queue_priority(t.priority) AS priority, usable_client(t.client) AS client) AS wanted
          WHERE q.task_id > p_after AND q.task_id <= range_end AND t.id > p_after AND t.id <= range_end
-           AND (q.category, q.priority) IS DISTINCT FROM (wanted.category, wanted.priority)
+           AND (q.category, q.priority, q.client) IS DISTINCT FROM (wanted.category, wanted.priority, wanted.client)
          ORDER BY q.task_id LIMIT p_limit FOR UPDATE OF q SKIP LOCKED
     LOOP
         PERFORM ensure_lane(row_now.category, row_now.priority);
-        UPDATE queue q SET category = row_now.category, priority = row_now.priority, position = nextval('queue_position')
+        UPDATE queue q SET category = row_now.category, priority = row_now.priority, position = nextval('queue_position'),
+                           client = row_now.client
          WHERE q.task_id = row_now.task_id;
-        IF row_now.was <> row_now.category THEN
-            PERFORM count_change(row_now.was, -1, 0, 0), count_change(row_now.category, 1, 0, 0);
+        IF (row_now.was, row_now.was_client) IS DISTINCT FROM (row_now.category, row_now.client) THEN
+            PERFORM count_change(row_now.was, row_now.was_client, -1, 0, 0),
+                    count_change(row_now.category, row_now.client, 1, 0, 0);
         END IF;
     END LOOP;
 
@@ -141,10 +147,11 @@ LANGUAGE plpgsql AS $$
 DECLARE
     queued integer;
 BEGIN
-    PERFORM count_change(resolve_category(t.category), 0, -count(*) FILTER (WHERE t.solved_at IS NOT NULL),
+    PERFORM count_change(resolve_category(t.category), usable_client(t.client), 0, -count(*) FILTER (WHERE t.solved_at IS NOT NULL),
                          -count(*) FILTER (WHERE t.solved_at IS NULL AND t.failure IS NOT NULL
                                             AND t.interactive IS NOT TRUE))
-       FROM tasks t WHERE t.id = ANY (p_ids) AND t.status = 'unsolved' GROUP BY resolve_category(t.category);
+       FROM tasks t WHERE t.id = ANY (p_ids) AND t.status = 'unsolved'
+      GROUP BY resolve_category(t.category), usable_client(t.client);
     UPDATE tasks t SET prompt_version = new_prompt_version(), answer_rank = NULL, answered_by = NULL, solved_at = NULL,
                        failure = NULL, interactive = NULL, truncated = NULL
      WHERE t.id = ANY (p_ids) AND t.status = 'unsolved'
@@ -154,20 +161,21 @@ BEGIN
 
     WITH back AS (
         INSERT INTO queue (task_id, category, priority, position, state, wake_at, prompt_version, deadline_at,
-                           category_reason)
+                           category_reason, client)
         SELECT t.id, resolve_category(t.category), queue_priority(t.priority), nextval('queue_position'),
                CASE WHEN kept.until IS NULL THEN 'ready' ELSE 'uncategorised' END, kept.until,
-               t.prompt_version, t.deadline_at, category_problem(t.category)
+               t.prompt_version, t.deadline_at, category_problem(t.category), usable_client(t.client)
           FROM tasks t CROSS JOIN LATERAL (SELECT uncategorized_until(t.category) AS until) AS kept WHERE t.id = ANY (p_ids) AND t.status = 'unsolved'
          ORDER BY t.id
         ON CONFLICT (task_id) DO NOTHING
-        RETURNING category, priority
+        RETURNING category, priority, client
     ), lanes AS (
         INSERT INTO queue_lanes
         SELECT DISTINCT b.category, b.priority FROM back b
          WHERE NOT EXISTS (SELECT FROM queue_lanes l WHERE l.category = b.category AND l.priority = b.priority AND NOT l.closing)
     ), counted AS (
-        INSERT INTO task_count_deltas (category, unsolved) SELECT category, count(*) FROM back GROUP BY category
+        INSERT INTO task_count_deltas (category, client, unsolved)
+        SELECT category, client, count(*) FROM back GROUP BY category, client
     )
     SELECT count(*) INTO queued FROM back;
     RETURN queued;
@@ -198,13 +206,13 @@ LANGUAGE plpgsql AS $$
 DECLARE
     task record;
 BEGIN
-    SELECT t.status::text, t.category::text, t.interactive INTO task
+    SELECT t.status::text, t.category::text, t.interactive, usable_client(t.client) AS client INTO task
       FROM tasks t WHERE t.id = p_task_id FOR NO KEY UPDATE SKIP LOCKED;
     IF FOUND AND task.status = 'unsolved' OR NOT FOUND AND EXISTS (SELECT FROM tasks t WHERE t.id = p_task_id) THEN
         RETURN false;
     END IF;
     IF task.status IS NOT NULL THEN
-        PERFORM count_change(resolve_category(task.category), 0, (task.status = 'solved')::int,
+        PERFORM count_change(resolve_category(task.category), task.client, 0, (task.status = 'solved')::int,
                              is_failed(task.status, task.interactive)::int);
     END IF;
     PERFORM remove_queue_row(p_task_id);

@@ -6,19 +6,24 @@ CREATE OR REPLACE FUNCTION recount_tasks() RETURNS void
 LANGUAGE plpgsql AS $$
 BEGIN
     LOCK TABLE tasks IN ACCESS SHARE MODE;  -- before the queue: see "Lock order" in 10_helpers.sql
-    INSERT INTO task_count_deltas (category, unsolved, solved, failed)
-    SELECT category, sum(unsolved), sum(solved), sum(failed)
-      FROM (SELECT category, count(*) AS unsolved, 0 AS solved, 0 AS failed FROM queue GROUP BY category
-            UNION ALL
-            SELECT resolve_category(category), 0, coalesce(sum(n) FILTER (WHERE status = 'solved'), 0),
-                   coalesce(sum(n) FILTER (WHERE failed), 0)
-              FROM (SELECT category, status::text, is_failed(status::text, interactive) AS failed, count(*) AS n
-                      FROM tasks WHERE status <> 'unsolved' GROUP BY 1, 2, 3) AS t
-             GROUP BY 1
-            UNION ALL
-            SELECT category, -unsolved, -solved, -failed FROM task_counts_now)
-           AS parts (category, unsolved, solved, failed)
-     GROUP BY category
+    INSERT INTO task_count_deltas (category, client, unsolved, solved, failed)
+    WITH counted AS MATERIALIZED (
+        SELECT category, client, count(*) AS unsolved, 0 AS solved, 0 AS failed FROM queue GROUP BY category, client
+        UNION ALL
+        SELECT resolve_category(category), client, 0, coalesce(sum(n) FILTER (WHERE status = 'solved'), 0),
+               coalesce(sum(n) FILTER (WHERE failed), 0)
+          FROM (SELECT category, usable_client(client) AS client, status::text, is_failed(status::text, interactive) AS failed,
+                       count(*) AS n
+                  FROM tasks WHERE status <> 'unsolved' GROUP BY 1, 2, 3, 4) AS t
+         GROUP BY 1, 2
+    )
+    SELECT category, client, sum(unsolved), sum(solved), sum(failed)  -- of one category and all clients, or the reverse
+      FROM (SELECT category, NULL AS client, unsolved, solved, failed FROM counted
+            UNION ALL SELECT NULL, client, unsolved, solved, failed FROM counted
+            UNION ALL SELECT category, NULL, -unsolved, -solved, -failed FROM task_counts_now
+            UNION ALL SELECT NULL, client, -unsolved, -solved, -failed FROM client_counts_now)
+           AS parts (category, client, unsolved, solved, failed)
+     GROUP BY category, client
     HAVING (sum(unsolved), sum(solved), sum(failed)) IS DISTINCT FROM (0::numeric, 0::numeric, 0::numeric);
 END
 $$;

@@ -67,15 +67,16 @@ BEGIN
         UPDATE queue q SET state = 'ready', wake_at = NULL, claimed_at = NULL, position = p.place,
                            category = p.category, confidence = p.confidence, category_reason = left(p.reason, 200)
           FROM placed p WHERE q.task_id = p.task_id
-        RETURNING p.was, q.category, q.priority
+        RETURNING p.was, q.category, q.priority, q.client
     ), lanes AS (
         INSERT INTO queue_lanes
         SELECT DISTINCT m.category, m.priority FROM moved m
          WHERE NOT EXISTS (SELECT FROM queue_lanes l WHERE l.category = m.category AND l.priority = m.priority AND NOT l.closing)
     ), counted AS (
-        INSERT INTO task_count_deltas (category, unsolved)
-        SELECT category, sum(n) FROM (SELECT was AS category, -1 AS n FROM moved UNION ALL SELECT category, 1 FROM moved) AS c
-         GROUP BY category HAVING sum(n) <> 0
+        INSERT INTO task_count_deltas (category, client, unsolved)
+        SELECT category, client, sum(n)
+          FROM (SELECT was AS category, client, -1 AS n FROM moved UNION ALL SELECT category, client, 1 FROM moved) AS c
+         GROUP BY category, client HAVING sum(n) <> 0
     )
     SELECT count(*) INTO kept FROM moved;
     IF kept > 0 THEN

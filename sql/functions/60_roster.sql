@@ -108,8 +108,14 @@ BEGIN
            retry_cap_seconds = s.retry_cap_seconds, lease_seconds = s.lease_seconds,
            another_model_seconds = s.another_model_seconds,
            categorise = coalesce((p_config ->> 'categorise')::boolean, true),
-           categorise_seconds = coalesce((p_config ->> 'categorise_seconds')::float8, 1)
+           categorise_seconds = coalesce((p_config ->> 'categorise_seconds')::float8, 1),
+           client_weight = coalesce((p_config ->> 'client_weight')::numeric, 1)
       FROM jsonb_populate_record(NULL::queue_settings, p_config -> 'worker') AS s;
+
+    DELETE FROM client_weights w WHERE NOT coalesce(p_config -> 'client_weights' ? w.client, false);
+    INSERT INTO client_weights AS w (client, weight)
+    SELECT given.key, given.value::numeric FROM jsonb_each_text(p_config -> 'client_weights') AS given
+    ON CONFLICT (client) DO UPDATE SET weight = EXCLUDED.weight WHERE w.weight <> EXCLUDED.weight;
 
     INSERT INTO roster AS r (model, endpoint, state, source, context_tokens, max_tokens, timeout_seconds,
                              input_price, output_price, default_target)

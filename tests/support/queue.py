@@ -17,6 +17,15 @@ from router.task import new_call_id
 CATEGORIES = ("technical", "creative", "general")
 
 # Expected counters, counted from the tables.
+BY_CLIENT = """
+SELECT client, sum(unsolved)::bigint AS unsolved, sum(solved)::bigint AS solved,
+       sum(failed)::bigint AS failed
+  FROM (SELECT client, count(*) AS unsolved, 0 AS solved, 0 AS failed FROM queue GROUP BY 1
+        UNION ALL
+        SELECT usable_client(client), 0, count(*) FILTER (WHERE status = 'solved'),
+               count(*) FILTER (WHERE is_failed(status::text, interactive)) FROM tasks GROUP BY 1) AS parts
+ GROUP BY client
+"""
 COUNTED = """
 SELECT category, sum(unsolved)::bigint AS unsolved, sum(solved)::bigint AS solved,
        sum(failed)::bigint AS failed
@@ -154,6 +163,10 @@ class Probe:
             added, removed, after = added + step["added"], removed + step["removed"], step["next_after"]
         return added, removed
 
+    async def client_counts(self) -> dict[str, tuple[int, int, int]]:
+        """Counters by client."""
+        return _table(await self.all("SELECT * FROM client_counts_now"))
+
     async def counts(self) -> dict[str, tuple[int, int, int]]:
         """Returns category -> (unsolved, solved, failed) from the counters, without zeros."""
         return _table(await self.all("SELECT * FROM task_counts_now"))
@@ -161,10 +174,11 @@ class Probe:
     async def assert_counts_exact(self) -> None:
         """Asserts that the counters equal the counted tasks before and after compaction."""
         counted = _table(await self.all(COUNTED))
-        assert await self.counts() == counted
+        by_client = _table(await self.all(BY_CLIENT))
+        assert (await self.counts(), await self.client_counts()) == (counted, by_client)
         await self.run("SELECT compact_counts()")
         assert await self.value("SELECT count(*) FROM task_count_deltas") == 0
-        assert await self.counts() == counted
+        assert (await self.counts(), await self.client_counts()) == (counted, by_client)
 
     async def advance_low_watermark(
         self, category: str = "general", priority: int = 0, *, came_back: bool = False
@@ -181,8 +195,8 @@ class Probe:
 
 
 def _table(rows: list[asyncpg.Record]) -> dict[str, tuple[int, int, int]]:
-    table = {row["category"]: (row["unsolved"], row["solved"], row["failed"]) for row in rows}
-    return {category: numbers for category, numbers in table.items() if any(numbers)}
+    table = {row[0]: (row["unsolved"], row["solved"], row["failed"]) for row in rows}
+    return {name: numbers for name, numbers in table.items() if any(numbers)}
 
 
 @asynccontextmanager

@@ -223,7 +223,8 @@ async def test_claims_without_a_watermark_get_expensive(probe: Probe, database: 
     fresh = await _pages_of_a_claim(probe)
     await probe.run(
         "CREATE OR REPLACE FUNCTION advance_low_watermark("
-        " p_category text, p_priority smallint, p_came_back boolean) RETURNS void LANGUAGE sql AS 'SELECT'"
+        " p_category text, p_priority smallint, p_came_back boolean, p_client text DEFAULT '*')"
+        " RETURNS void LANGUAGE sql AS 'SELECT'"
     )
     async with probing(database) as reader, reader.connection.transaction(isolation="repeatable_read"):
         await reader.value("SELECT count(*) FROM queue")
