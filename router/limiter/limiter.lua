@@ -196,7 +196,19 @@ if verb == 'reserve' or verb == 'peek' or (verb == 'snapshot' and live and spec)
   local horizon, asking, first_ask, batch_waits = look_ahead, asked > 0 and now < asked + ASKED_KEPT, nil, false
   local charge = 1 - at_most  -- of an interactive send; a batch send pays back `at_most`
   if interactive == 1 and commit and count > 0 then
-    if not asking then asking, credit, batch_at = true, max(CREDIT * charge, at_most), 0 end
+    if not asking then
+      asking, credit, batch_at = true, max(CREDIT * charge, at_most), 0
+      -- Batch waits until its sends in each window are no more than at an even pace: the rest is free for requests.
+      for w = 1, step > 0 and reserves == 0 and requests or 0 do
+        local limit, period = unpack_struct('<dd', spec, WINDOWS + 16 * w)
+        local low, high = oldest * SENDS, head
+        while low < high do
+          local middle = floor((low + high) / 2)
+          if (send_time(middle, 'ask') or 0) <= now - period then low = middle + 1 else high = middle end
+        end
+        if low < head then due = max(due, (send_time(low, 'ask') or 0) + floor((head - low) * period / limit)) end
+      end
+    end
     asked, changed = now, true
   end
   if asking then
@@ -376,7 +388,9 @@ if verb == 'reserve' or verb == 'peek' or (verb == 'snapshot' and live and spec)
     if asking and not retry_only and verb ~= 'snapshot' and t <= now + horizon then
       local used_up, yields = batch_waits and credit < enough, nil
       if interactive == 1 then yields = used_up else yields = not used_up and first_ask and first_ask <= t + gap end
-      if yields and yield_until == 0 then yield_until, changed = max(t, now + GRACE), true end
+      if yields and yield_until == 0 then
+        yield_until, changed = max(t, now + GRACE, interactive == 1 and due or 0), true
+      end
       if yields and now < yield_until then t, reason, retry_only, horizon = yield_until, PRIORITY, true, 0 end
     end
     if retry_only or not commit or broken or t > now + horizon then break end

@@ -133,8 +133,8 @@ class Following:
         self._require(self.state != "gone", "permits from lost state")
         self.generation = generation
         priority = self.spec.priority
-        if commit and needs:
-            priority.begin(call.at, sender, interactive=self.interactive)
+        if commit and needs and self.spec.target is not None:
+            priority.begin(call.at, sender, self.spec.target, self.spec.sends, interactive=self.interactive)
         grants = list(unpack_grants(call.reply))
         exact = self.exact(call.at) and self.state == "sound"
         for (number, wait), need in zip(grants, needs, strict=False):
@@ -207,7 +207,8 @@ class Following:
             decision.send_at is None or decision.reason in ONLY_AGAIN or (soonest or 0) > self._horizon(at)
         )
         if not denied and self._must_yield(at, decision.send_at or 0):
-            until = self.spec.priority.yield_until or max(decision.send_at or 0, at + 50_000)
+            pace = self.spec.priority.due if self.interactive else 0
+            until = self.spec.priority.yield_until or max(decision.send_at or 0, at + 50_000, pace)
             self._require(reason is WaitReason.PRIORITY and again == until - at, f"{what}, but it must yield")
             return
         self._require(denied or self.peeks, what)

@@ -108,11 +108,14 @@ class Priority:
     def asking(self, now: int) -> bool:
         return self.asked_at is not None and now < self.asked_at + 600 * MICRO
 
-    def begin(self, now: int, sender: float, *, interactive: bool) -> None:
+    def begin(
+        self, now: int, sender: float, target: TrafficTarget, sends: list[Send], *, interactive: bool
+    ) -> None:
         """Records a request for permits; `sender` is 0 if it does not wait for them."""
         if interactive:
             if not self.asking(now):
                 self.credit, self.batch_at = self._most_credit, None
+                self._spread(now, target, sends)
             self.asked_at = now
         elif self.asking(now) and sender:
             self.batch_at = now
@@ -161,6 +164,16 @@ class Priority:
         """Gives the pace of a cancelled send back."""
         if self.due > 0:
             self.due -= self._step(target)
+
+    def _spread(self, now: int, target: TrafficTarget, sends: list[Send]) -> None:
+        """Makes batch calls wait until those of each window are no more than at an even pace."""
+        slack = self.settings.send_slack(target)
+        for limit in target.requests if self._step(target) and not self._share.reserved else ():
+            transit = self.settings.slacks(limit.window_seconds).transit
+            period = micros(limit.window_seconds + slack + transit)
+            within = [send for send in sends if send.send_at > now - period]
+            if within:
+                self.due = max(self.due, within[0].send_at + len(within) * period // limit.count)
 
     @property
     def _share(self) -> InteractiveShare:
