@@ -43,6 +43,7 @@ BEGIN
     EXECUTE format('GRANT SELECT, INSERT, UPDATE, DELETE ON %s TO router_app', tasks_table);
     GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA router TO router_app;
     GRANT USAGE, SELECT ON ALL SEQUENCES IN SCHEMA router TO router_app;
+    GRANT UPDATE ON SEQUENCE router.fair_shares_due TO router_app;
     GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA router TO router_app;
     REVOKE INSERT, UPDATE, DELETE ON router.router_migrations FROM router_app;
     EXECUTE format('ALTER DEFAULT PRIVILEGES FOR ROLE %s IN SCHEMA router'

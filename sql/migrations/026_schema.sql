@@ -27,7 +27,9 @@ BEGIN
                         'roster_version', 'router_migrations', 'runs', 'searches', 'solving', 'task_count_deltas',
                         'task_count_folds', 'task_counts', 'task_failures', 'traffic_targets', 'traffic_troubles',
                         'worker_reports', 'current_worker_reports', 'discovered_models', 'newest_targets',
-                        'roster_in_use', 'task_counts_now', 'task_states']) AS name))
+                        'roster_in_use', 'task_counts_now', 'task_states',
+                        'client_counts', 'client_counts_now', 'client_weights', 'fair_schedules', 'fair_shares_due', 'fair_slots']
+                        || ARRAY (SELECT 'fair_turns_' || n FROM generate_series(0, 31) AS n)) AS name))
     LOOP
         EXECUTE format('ALTER %s %s SET SCHEMA router', moved.kind, moved.relation);
     END LOOP;

@@ -222,7 +222,7 @@ async def test_claims_without_a_watermark_get_expensive(probe: Probe, database: 
     await probe.run("INSERT INTO tasks (prompt) SELECT 'p' FROM generate_series(1, 6000)")
     fresh = await _pages_of_a_claim(probe)
     await probe.run(
-        "CREATE OR REPLACE FUNCTION advance_low_watermark("
+        "CREATE OR REPLACE FUNCTION router.advance_low_watermark("
         " p_category text, p_priority smallint, p_came_back boolean, p_client text DEFAULT '*')"
         " RETURNS void LANGUAGE sql AS 'SELECT'"
     )
