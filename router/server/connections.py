@@ -1,14 +1,16 @@
 """Connections of the HTTP server: bounded in number, and in the time that the headers of a request may take.
 
-A connection is protected while a request of an authenticated client is in progress on it. Beyond the maximum,
-the unprotected connection that has waited longest is closed for a new one: connections without a key cannot
-keep others out.
+A connection is protected while a request of an authenticated client is in progress on it. It belongs to the
+client of its last request, before that to its address. Beyond the maximum the owner with the most unprotected
+connections loses the one that has waited longest; so does an owner beyond a maximum of its own. Connections
+without a key, and idle ones of one client, cannot keep others out.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import resource
 import sys
 from collections.abc import Iterable
@@ -22,11 +24,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from router.server.responses import ApiError, ApiResponse
 
 HEADER_SECONDS = 10.0  # for a new connection to send the headers of its request
-BACKLOG = 256  # connections accepted at a time
+JITTER = 0.2  # of these seconds: connections that were opened together do not all time out in one moment
+BACKLOG = 256  # connections that may wait to be accepted
+ACCEPTED = 16  # of these at a time, so that others' requests go on in between
 OTHER_FILES = 128  # files, and connections of the router, besides those to models
 FILES_PER_REQUEST = 2  # connections to models
 MIN_CONNECTIONS = 16
 MAX_FILES = 65_536
+MAX_OWNED = 1024  # unprotected connections of one client or address
 SCOPE_KEY = "router.connection"
 
 
@@ -50,32 +55,47 @@ def max_connections(open_files: int, max_concurrency: int) -> int:
 class Connections:
     """Open connections of one server, at most `limit`."""
 
-    def __init__(self, limit: int, header_seconds: float = HEADER_SECONDS) -> None:
+    def __init__(
+        self, limit: int, header_seconds: float = HEADER_SECONDS, max_owned: int = MAX_OWNED
+    ) -> None:
         self.limit = limit
         self.header_seconds = header_seconds
+        self._max_owned = max_owned
         self._open: set[BoundedProtocol] = set()
-        self._unprotected: dict[BoundedProtocol, None] = {}  # the one that has waited longest first
+        # By owner; of each the one that has waited longest first.
+        self._unprotected: dict[str, dict[BoundedProtocol, None]] = {}
 
     def opened(self, connection: BoundedProtocol) -> None:
         """Adds a connection, and closes another one, or else this one, if there are too many."""
         self._open.add(connection)
         if len(self._open) > self.limit:
-            oldest = next(iter(self._unprotected), connection)
-            self.closed(oldest)
-            oldest.transport.abort()
+            most = max(self._unprotected.values(), key=len, default={connection: None})
+            self._abort(next(iter(most)))
         if connection in self._open:
-            self._unprotected[connection] = None
+            self.unprotect(connection)
 
     def closed(self, connection: BoundedProtocol) -> None:
         self._open.discard(connection)
-        self._unprotected.pop(connection, None)
+        self.protect(connection)
 
     def protect(self, connection: BoundedProtocol) -> None:
-        self._unprotected.pop(connection, None)
+        own = self._unprotected.get(connection.owner, {})
+        own.pop(connection, None)
+        if not own:
+            self._unprotected.pop(connection.owner, None)
 
     def unprotect(self, connection: BoundedProtocol) -> None:
-        if connection in self._open:
-            self._unprotected.setdefault(connection)
+        """Makes a connection one that may be closed; closes the oldest of its owner beyond the maximum."""
+        if connection not in self._open:
+            return
+        own = self._unprotected.setdefault(connection.owner, {})
+        own.setdefault(connection)
+        if len(own) > self._max_owned:
+            self._abort(next(iter(own)))
+
+    def _abort(self, connection: BoundedProtocol) -> None:
+        self.closed(connection)
+        connection.transport.abort()
 
 
 class BoundedProtocol(H11Protocol):
@@ -84,6 +104,8 @@ class BoundedProtocol(H11Protocol):
     def __init__(self, *arguments: Any, bounds: Connections, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._bounds = bounds
+        self.owner = ""
+        self._is_silent = True
         self._timer: asyncio.TimerHandle | None = None
         app = self.app
 
@@ -94,6 +116,7 @@ class BoundedProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.owner = self.client[0] if self.client else ""
         self._bounds.opened(self)
         self._limit_headers()
 
@@ -103,6 +126,7 @@ class BoundedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        self._is_silent = False
         if not self.transport.is_closing():
             super().data_received(data)
 
@@ -117,9 +141,10 @@ class BoundedProtocol(H11Protocol):
         self._bounds.unprotect(self)
         super().on_response_complete()
 
-    def protect(self) -> None:
+    def protect(self, client: str) -> None:
         """Keeps the connection open for its request, whose client is authenticated."""
         self._bounds.protect(self)
+        self.owner = f"client {client}"
 
     def unprotect(self) -> None:
         self._bounds.unprotect(self)
@@ -136,7 +161,8 @@ class BoundedProtocol(H11Protocol):
 
     def _limit_headers(self) -> None:
         if not self.transport.is_closing():
-            self._timer = self.loop.call_later(self._bounds.header_seconds, self._headers_timed_out)
+            seconds = self._bounds.header_seconds * random.uniform(1 - JITTER, 1)
+            self._timer = self.loop.call_later(seconds, self._headers_timed_out)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -144,6 +170,9 @@ class BoundedProtocol(H11Protocol):
             self._timer = None
 
     def _headers_timed_out(self) -> None:
+        if self._is_silent:
+            self.transport.abort()
+            return
         seconds = self._bounds.header_seconds
         self._refuse(ApiError(408, f"The headers of the request did not arrive within {seconds:g} s."))
 

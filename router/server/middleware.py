@@ -109,7 +109,7 @@ class KeyAuthentication(AuthenticationBackend):
     async def authenticate(self, conn: HTTPConnection) -> tuple[AuthCredentials, KeyUser]:
         user = self._user(conn.headers)
         if SCOPE_KEY in conn.scope:
-            conn.scope[SCOPE_KEY].protect()
+            conn.scope[SCOPE_KEY].protect(user.username)
         return AuthCredentials(["authenticated"]), user
 
     def _user(self, headers: Headers) -> KeyUser:

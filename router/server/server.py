@@ -26,6 +26,7 @@ from router.errors import ConfigError
 from router.server.api_keys import ApiKeys
 from router.server.chat import ChatCompletions, read_catalog
 from router.server.connections import (
+    ACCEPTED,
     BACKLOG,
     BoundedProtocol,
     Connections,
@@ -107,7 +108,7 @@ class _Server(uvicorn.Server):
             uvicorn.Config(
                 app,
                 http=partial(BoundedProtocol, bounds=connections),  # type: ignore[arg-type]
-                backlog=BACKLOG,
+                backlog=ACCEPTED,
                 lifespan="off", ws="none", access_log=False, log_config=None, log_level="warning",
                 server_header=False, proxy_headers=False, timeout_keep_alive=KEEPALIVE_SECONDS,
                 timeout_graceful_shutdown=int(grace_seconds) + ERROR_SECONDS,
@@ -118,6 +119,11 @@ class _Server(uvicorn.Server):
         """Returns the seconds of the grace that are left."""
         passed = 0.0 if self._stopped_at is None else time.monotonic() - self._stopped_at
         return max(0.0, self._grace_seconds - passed)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(BACKLOG)  # asyncio accepts as many at a time as may wait, unless told otherwise
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -17,12 +17,13 @@ RETRY_SECONDS = 1.0
 class Slots:
     """Requests in progress, at most `limit`.
 
-    If `several_clients()`, the last eighth of the slots is for clients that hold less than an equal share of
-    all slots, so that one client cannot keep the others out.
+    If `several_clients()`, the last eighth of the slots, at least one, is for clients that hold less
+    than an equal share of all slots, so that one client cannot keep the others out.
     """
 
     def __init__(self, limit: int, several_clients: Callable[[], bool]) -> None:
         self._limit = limit
+        self._reserved = max(1, limit // RESERVED_SHARE) if limit > 1 else 0
         self._several_clients = several_clients
         self._taken: Counter[str] = Counter()
 
@@ -32,7 +33,7 @@ class Slots:
         free, own = self._limit - self._taken.total(), self._taken[client]
         if free <= 0:
             raise overloaded(f"{self._limit} requests are in progress, the maximum. Retry later.")
-        if self._several_clients() and free <= self._limit // RESERVED_SHARE and own >= self._share(client):
+        if self._several_clients() and free <= self._reserved and own >= self._share(client):
             raise overloaded(f"{own} requests of this client are in progress, the maximum. Retry later.")
         self._taken[client] += 1
         try:

@@ -29,7 +29,7 @@ Connect = Callable[[], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWrite
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
     """`/hold` protects its connection and never answers; `/body` reads the body first."""
     if scope["path"] == "/hold":
-        scope[SCOPE_KEY].protect()
+        scope[SCOPE_KEY].protect("holder")
         while (await receive())["type"] != "http.disconnect":
             pass
     elif scope["path"] == "/body":
@@ -37,15 +37,17 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
             pass
         if message["type"] == "http.disconnect":
             return
+    if scope["path"] == "/owned":
+        scope[SCOPE_KEY].protect(dict(scope["headers"])[b"client"].decode())
     await ApiResponse({"path": scope["path"]})(scope, receive, send)
 
 
 @asynccontextmanager
-async def serving(limit: int, header_seconds: float) -> AsyncIterator[Connect]:
+async def serving(limit: int, header_seconds: float, max_owned: int = 1024) -> AsyncIterator[Connect]:
     config = uvicorn.Config(app, lifespan="off", ws="none", log_config=None)
     config.load()
     make = partial(
-        BoundedProtocol, bounds=Connections(limit, header_seconds), config=config,
+        BoundedProtocol, bounds=Connections(limit, header_seconds, max_owned), config=config,
         server_state=ServerState(), app_state={},
     )  # fmt: skip
     server = await asyncio.get_running_loop().create_server(make, "127.0.0.1", 0)
@@ -173,6 +175,44 @@ async def test_beyond_the_maximum_the_oldest_unprotected_connection_is_closed() 
         refused, _ = await connect()
         assert await ended(refused), "all are protected: the new one is closed"
         assert not held.at_eof()
+
+
+def of(client: str) -> bytes:
+    return f"GET /owned HTTP/1.1\r\nHost: a\r\nClient: {client}\r\n\r\n".encode()
+
+
+async def idle_connections(connect: Connect, client: str, count: int) -> list[asyncio.StreamReader]:
+    """Opens connections, each idle after a request of the client."""
+    opened = []
+    for _ in range(count):
+        reader, writer = await connect()
+        writer.write(of(client))
+        assert (await response(reader))[0] == 200
+        opened.append(reader)
+    return opened
+
+
+async def open_ones(readers: list[asyncio.StreamReader]) -> int:
+    """Counts the connections that are still open after what was sent to them has arrived."""
+    await asyncio.sleep(0.1)
+    return sum(not reader.at_eof() and reader.exception() is None for reader in readers)
+
+
+async def test_beyond_the_maximum_the_client_with_the_most_idle_connections_loses_one() -> None:
+    async with serving(10, 5) as connect:
+        quiet = await idle_connections(connect, "bob", 2)  # the oldest of all
+        flood = await idle_connections(connect, "alice", 30)
+        assert await open_ones(quiet) == 2
+        assert await open_ones(flood) == 8
+
+
+async def test_idle_connections_of_one_client_and_of_one_address_are_bounded() -> None:
+    async with serving(100, 5, max_owned=5) as connect:
+        flood = await idle_connections(connect, "alice", 20)
+        others = await idle_connections(connect, "bob", 3)
+        silent = [(await connect())[0] for _ in range(20)]
+        assert (await open_ones(flood), await open_ones(others)) == (5, 3)
+        assert await open_ones(silent) == 5
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def test_a_request_without_a_slot_is_503() -> None:
     )
 
 
-@pytest.mark.parametrize(("limit", "one", "other"), [(64, 56, 8), (8, 7, 1), (7, 7, 0), (1, 1, 0)])
+@pytest.mark.parametrize(("limit", "one", "other"), [(64, 56, 8), (8, 7, 1), (7, 6, 1), (2, 1, 1), (1, 1, 0)])
 def test_a_client_leaves_the_last_eighth_to_others(limit: int, one: int, other: int) -> None:
     slots = Slots(limit, lambda: True)
     with ExitStack() as stack:
