@@ -35,6 +35,7 @@ STATIC = {
             "models.js",
             "model_row.js",
             "queue.js",
+            "clients.js",
             "lists.js",
             "spend.js",
             "task.js",

@@ -2,13 +2,14 @@
 
 import { ago, api, el, jsonLines, reason, replace, setText } from "./draw.js";
 import { Ask } from "./ask.js";
+import { Clients } from "./clients.js";
 import { Models } from "./models.js";
 import { Queue } from "./queue.js";
 import { Ranking } from "./ranking.js";
 
 const STALE_SECONDS = 4;
 const MAX_RETRY_SECONDS = 3;
-const VIEWS = { models: Models, queue: Queue, ranking: Ranking, ask: Ask };
+const VIEWS = { models: Models, queue: Queue, clients: Clients, ranking: Ranking, ask: Ask };
 const OLD_NAMES = { traffic: "models", work: "queue", priorities: "ranking" }; // in links from before
 
 const view = document.getElementById("view");

@@ -199,6 +199,12 @@ async def spend(request: Request, _user: auth.Reader) -> Response:
     return _line(await _console(request).spend.line())
 
 
+@api.get("/clients")
+async def clients(request: Request, _user: auth.Reader) -> Response:
+    """Usage, cost, limits and share of the queue of each client; see `router clients`."""
+    return _line(await _console(request).clients.line())
+
+
 @api.get("/tasks")
 async def find_tasks(request: Request, _user: auth.Reader, text: Annotated[Text, Query()]) -> Response:
     """The tasks whose id or external id is `text`: at most two."""

@@ -13,7 +13,8 @@ from connections import read_addresses
 from router.database import Connection as Database
 from router.database import connect
 from router.queue import Retried
-from router.settings import Addresses, config_folder
+from router.settings import Addresses, config_folder, load_config
+from router.status import read_clients
 
 from . import dashboard, discovery, tasks
 from .ask import AskSessions
@@ -40,6 +41,9 @@ class ConsoleState:
         self.discovery = self._cached(lambda connection: discovery.read_discovery(connection, criteria))
         self.spend = CachedReading(
             lambda: self.reads.run(lambda connection: as_line(tasks.spend(connection))), SPEND_CACHE_SECONDS
+        )
+        self.clients = self._cached(
+            lambda connection: {"clients": read_clients(connection, load_config(config_folder()))}
         )
         self.search_progress = self._cached(discovery.running_search, PROGRESS_SECONDS)
         self.searches = Searches(addresses)

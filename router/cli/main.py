@@ -12,6 +12,7 @@ from router.cli import terminal
 from router.cli.ask import ASK_HELP, ask
 from router.cli.audit import AUDIT_HELP, audit
 from router.cli.categories import CATEGORIES_HELP, categories
+from router.cli.clients import CLIENTS_HELP, clients
 from router.cli.discovery import (
     PROMOTE_HELP,
     RETIRE_HELP,
@@ -75,6 +76,7 @@ def _router(
 app.command(help=LOAD_HELP, rich_help_panel=QUEUE)(load)
 app.command(help=STATUS_HELP, rich_help_panel=QUEUE)(status)
 app.command(help=WATCH_HELP, rich_help_panel=QUEUE)(watch)
+app.command(help=CLIENTS_HELP, rich_help_panel=QUEUE)(clients)
 app.command(help=LOG_HELP, rich_help_panel=QUEUE)(log)
 app.command(help=EXPORT_HELP, rich_help_panel=QUEUE)(export)
 app.command(help=RETRY_HELP, rich_help_panel=QUEUE)(retry)

@@ -23,6 +23,7 @@ DAY_SECONDS = 86_400
 LOCK_MILLISECONDS = 200  # claims and settlements queue behind the lock request for at most this long
 RETRY_SECONDS = 20.0  # per day of the log
 SCORES_BATCH = 20_000
+CLIENT_USAGE_DAYS = 32.0  # the longest window of a limit, and a day
 BUSY = (psycopg2.errors.LockNotAvailable, psycopg2.errors.DeadlockDetected)
 
 
@@ -104,10 +105,12 @@ def _drop_once(connection: Connection, partition: str) -> None:
 
 
 def _prune_audit(connection: Connection, learning: LearningSettings) -> None:
-    """Deletes entries of the audit log that are older than the log of calls, in short transactions."""
+    """Deletes entries of the audit log, and usage of clients, that are older than the log of calls."""
     arguments = (float(learning.retention_days), SCORES_BATCH)
     while rows(connection, "SELECT prune_audit(%s, %s) AS gone", arguments)[0]["gone"]:
         pass
+    days = max(float(learning.retention_days), CLIENT_USAGE_DAYS)
+    rows(connection, "SELECT prune_client_usage(%s)", (days,))
 
 
 def _prune_scores(connection: Connection, learning: LearningSettings) -> int:

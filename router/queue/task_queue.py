@@ -225,6 +225,10 @@ class TaskQueue:
             await self._one("SELECT release_lost_claims()")
         await self._one("SELECT compact_counts()")
 
+    async def sum_client_usage(self) -> None:
+        """Sums up the latest calls by client."""
+        await self._one("SELECT sum_client_usage()")
+
     async def classification_enabled(self) -> bool:
         """Returns whether tasks without a category are classified."""
         return bool((await self._one("SELECT categorise FROM queue_settings"))["categorise"])

@@ -1,6 +1,10 @@
 from .audit import AuditEntry as AuditEntry
 from .audit import read_audit as read_audit
 from .audit import record_audit as record_audit
+from .clients import ClientStatus as ClientStatus
+from .clients import LimitUsage as LimitUsage
+from .clients import Usage as Usage
+from .clients import read_clients as read_clients
 from .facts import FACTS as FACTS
 from .facts import START as START
 from .facts import TARGET_SOURCE as TARGET_SOURCE

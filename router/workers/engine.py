@@ -54,6 +54,7 @@ LANE_SECONDS = 20.0
 LISTENER_CHECK_SECONDS = 4.0
 VARIABLE_SECONDS = 10.0  # a fallback poll: the watcher near the metadata database is faster
 SUMMARY_SECONDS = 30.0
+USAGE_SECONDS = 30.0
 LEARN_SECONDS = 20.0
 ORPHAN_SECONDS = 30.0
 GRACE_HEARTBEATS = 2  # in which others may renew their leases after Postgres was unavailable
@@ -145,6 +146,7 @@ class Engine:
         start(self.queue.close_empty_lanes, LANE_SECONDS, "empty lanes")
         start(self._orphans_step, ORPHAN_SECONDS, "orphaned claims")
         start(self.queue.learn_tokens, LEARN_SECONDS, "tokens per byte")
+        start(self.queue.sum_client_usage, USAGE_SECONDS, "client usage")
         start(self._summary_step, SUMMARY_SECONDS, "summary")
         if self._read_variables is not None:
             start(self._variables_step, VARIABLE_SECONDS, "variables")

@@ -27,8 +27,9 @@ from tests.support.reviews import Log, shipped_learning
 
 NEW = "bright-9b"
 READING = {
-    "status", "watch", "log", "export", "audit", "doctor", "ranking explain", "categories evaluate",
-    "categories explain", "knowledge list", "knowledge search", "knowledge evaluate", "keys list",
+    "status", "watch", "clients", "log", "export", "audit", "doctor", "ranking explain",
+    "categories evaluate", "categories explain", "knowledge list", "knowledge search",
+    "knowledge evaluate", "keys list",
 }  # fmt: skip
 OTHERWISE = {
     "load": "tasks have their time and client",
