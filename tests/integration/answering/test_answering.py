@@ -37,6 +37,13 @@ async def test_preferred_and_fallback_start_together(harness: Harness) -> None:
     assert abs(apart.total_seconds()) < 0.1
 
 
+async def test_calls_of_a_request_go_before_batch_calls(harness: Harness) -> None:
+    """The limiter has a wait queue per model and class."""
+    answer = await harness.ask()
+    assert await harness.router.late(answer) is None
+    assert {(PREFERRED, True), (CHEAP, True)} <= set(harness.limiter._queues)
+
+
 async def settled(harness: Harness) -> None:
     """Waits until no request is in progress."""
     deadline = time.monotonic() + 15

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bench.limiter import interactive
 from bench.limiter.__main__ import Size, run
 from bench.limiter.clients import BURST, ONE, PACED, SLACK, THREE
 from bench.limiter.rivals import RIVALS, Limits, missing
@@ -86,6 +88,14 @@ def test_goals_are_compared_with_measurements(result: dict[str, Any]):
     for aim in result["aims"]:
         compared = aim["seen"] >= aim["aim"] if "at least" in aim["what"] else aim["seen"] <= aim["aim"]
         assert aim["reached"] is compared
+
+
+def test_requests_over_a_drain_are_measured(tmp_path: Path):
+    result = interactive.measure(interactive.Size(seconds=6, asks=4, lines=("2/s", "60/min")), tmp_path)
+    assert (result["asks"], result["breaches"]) == (4, 0)
+    assert 0 <= result["wait_gaps"]["50"] <= result["wait_gaps"]["100"]
+    assert set(result["models"]) == {"asked-0", "asked-1", "quiet-0", "quiet-1"}
+    assert sum(row["asks"] for row in result["models"].values()) <= 4
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason="token-throttle can be installed here")

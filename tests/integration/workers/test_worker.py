@@ -133,6 +133,7 @@ async def test_every_task_is_solved_once(addresses: Addresses, backend: Backend)
             asyncio.gather(*(Worker(engine, model, "run-1", frozenset(MODELS)).run() for model in MODELS)), 30
         )
     assert reasons == ["the queue was empty"] * 2
+    assert not any(interactive for _, interactive in engine.limiter._queues)
     left_over = ask(
         addresses,
         "SELECT t.*, q.state FROM tasks t LEFT JOIN queue q ON q.task_id = t.id WHERE status <> 'solved'",
