@@ -94,9 +94,12 @@ async def _send(
 
 
 async def _release(limiter: TrafficLimiter, request: CallRequest, permit: Permit, result: CallResult) -> None:
+    # The reason of a cool-down is shown to other clients, and these errors repeat what the model wrote.
+    is_private = result.outcome in {Outcome.GARBAGE, Outcome.REJECTED}
+    why = "its replies cannot be used" if is_private else result.error or ""
     with contextlib.suppress(LimiterError):  # the next call learns of the refusal itself
         await limiter.record_outcome(
-            request.model, result.outcome, result.retry_after_seconds, why=result.error or "", permit=permit
+            request.model, result.outcome, result.retry_after_seconds, why=why, permit=permit
         )
     with contextlib.suppress(LimiterError):  # the reservation expires by itself
         if result.outcome is Outcome.UNSENT:

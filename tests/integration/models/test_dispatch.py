@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import redis.asyncio
@@ -128,3 +129,35 @@ async def test_slot_of_a_broken_connection(redis_client: redis.asyncio.Redis, fr
         )
         assert result.outcome is Outcome.UNAVAILABLE
         assert (await limiter.snapshot([MODEL]))[MODEL].in_flight == (0 if free else 1)
+
+
+@pytest.mark.parametrize(
+    ("status", "content"),
+    [
+        (200, {"text": "the answer to another client: xylophone-7431"}),
+        (500, {"error": {"message": "cannot process: Why is xylophone-7431 blue?"}}),
+    ],
+    ids=["unusable answer", "error that repeats the prompt"],
+)
+async def test_the_reason_of_a_cooldown_holds_no_prompt_and_no_answer(
+    limiter: TrafficLimiter, status: int, content: dict[str, Any]
+) -> None:
+    """It is shown to every client whose request finds the model cooling down."""
+
+    async def reply(_request: web.Request) -> web.Response:
+        return web.json_response(content, status=status)
+
+    app = web.Application()
+    app.router.add_post("/single", reply)
+    asked = replace(REQUEST, prompt="Why is xylophone-7431 blue?")
+    async with (
+        TestServer(app) as server,
+        ModelsBackend(str(server.make_url("/")), BackendSettings()) as backend,
+    ):
+        result = await send_permitted(
+            limiter, backend, asked, permit_seconds=1, before_send=lambda permit: permit.check()
+        )
+    assert result.outcome in {Outcome.GARBAGE, Outcome.ERROR}
+    traffic = (await limiter.snapshot([MODEL]))[MODEL]
+    assert traffic.cooldown_reason
+    assert "7431" not in traffic.cooldown_reason
