@@ -42,14 +42,13 @@ BEGIN
     -- The router, also in tables and functions of later versions.
     EXECUTE format('GRANT SELECT, INSERT, UPDATE, DELETE ON %s TO router_app', tasks_table);
     GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA router TO router_app;
-    GRANT USAGE, SELECT ON ALL SEQUENCES IN SCHEMA router TO router_app;
-    GRANT UPDATE ON SEQUENCE router.fair_shares_due TO router_app;
+    GRANT USAGE, SELECT, UPDATE ON ALL SEQUENCES IN SCHEMA router TO router_app;
     GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA router TO router_app;
     REVOKE INSERT, UPDATE, DELETE ON router.router_migrations FROM router_app;
     EXECUTE format('ALTER DEFAULT PRIVILEGES FOR ROLE %s IN SCHEMA router'
                    ' GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO router_app', owner);
     EXECUTE format('ALTER DEFAULT PRIVILEGES FOR ROLE %s IN SCHEMA router'
-                   ' GRANT USAGE, SELECT ON SEQUENCES TO router_app', owner);
+                   ' GRANT USAGE, SELECT, UPDATE ON SEQUENCES TO router_app', owner);
     EXECUTE format('ALTER DEFAULT PRIVILEGES FOR ROLE %s IN SCHEMA router GRANT EXECUTE ON FUNCTIONS TO router_app', owner);
 
     -- Producers: columns only. With a right on the whole table, DELETE included, PostgreSQL would let them lock it.
@@ -59,12 +58,14 @@ BEGIN
        AND a.attname <> ALL (routers);
     EXECUTE format('GRANT SELECT, INSERT (%s), UPDATE (%s) ON %s TO router_producer', producers, producers, tasks_table);
 
-    -- Readers, with what the views read.
-    EXECUTE format('GRANT SELECT ON %s, router.model_calls, router.task_count_folds TO router_reader', tasks_table);
+    -- Readers. Functions in the views of counters read the counters with the reader's rights.
+    EXECUTE format('GRANT SELECT ON %s, router.model_calls TO router_reader', tasks_table);
     FOR granted IN
-        SELECT c.oid::regclass AS view FROM pg_class c WHERE c.relnamespace = 'router'::regnamespace AND c.relkind = 'v'
+        SELECT c.oid::regclass AS relation FROM pg_class c
+         WHERE c.relnamespace = 'router'::regnamespace
+           AND (c.relkind = 'v' OR c.relkind = 'r' AND c.relname ~ '^(task|client)_count')
     LOOP
-        EXECUTE format('GRANT SELECT ON %s TO router_reader', granted.view);
+        EXECUTE format('GRANT SELECT ON %s TO router_reader', granted.relation);
     END LOOP;
 
     -- A sequence that is not an identity column's is used with the rights of who inserts.

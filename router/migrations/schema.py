@@ -48,11 +48,18 @@ DECLARE
     path text;
 BEGIN
     FOR found IN
+        WITH RECURSIVE in_views AS (  -- called by views, also by way of other functions
+            SELECT p.oid, p.prosrc FROM pg_depend d
+              JOIN pg_rewrite r ON r.oid = d.objid AND d.classid = 'pg_rewrite'::regclass
+              JOIN pg_proc p ON p.oid = d.refobjid AND d.refclassid = 'pg_proc'::regclass
+             UNION
+            SELECT p.oid, p.prosrc FROM in_views v
+              JOIN pg_proc p ON p.pronamespace = 'router'::regnamespace
+                            AND v.prosrc ~ ('\m' || p.proname || ' *\(')
+        )
         SELECT p.oid::regprocedure AS function, p.prosecdef, p.proconfig, p.proacl,
                p.prosrc ~ '\mtasks\M' AND NOT p.prosecdef AS names_tasks, l.lanname = 'sql' AS inlined,
-               EXISTS (SELECT FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid
-                        WHERE d.classid = 'pg_rewrite'::regclass AND d.refclassid = 'pg_proc'::regclass
-                          AND d.refobjid = p.oid) AS in_view
+               p.oid IN (SELECT v.oid FROM in_views v) AS in_view
           FROM pg_proc p JOIN pg_language l ON l.oid = p.prolang
          WHERE p.pronamespace = 'router'::regnamespace AND p.prokind IN ('f', 'p')
     LOOP

@@ -3,12 +3,12 @@
 -- SECURITY DEFINER: they run with the privileges of the migrating role, so that a producer needs only INSERT on
 -- tasks.
 
--- Fails unsolved tasks whose prompt cannot be sent. Apart from its caller, because triggers of others run here.
-CREATE OR REPLACE FUNCTION fail_unusable(p_ids bigint[]) RETURNS void
+-- Fails a task. Triggers of others run here, so that its search path has their schemas, with the owner's rights: it calls
+-- nothing whose name another schema could have, too.
+CREATE OR REPLACE FUNCTION fail_unusable(p_id bigint, p_reason text) RETURNS void
 LANGUAGE plpgsql AS $$
 BEGIN
-    UPDATE tasks t SET status = 'failed', failure = coalesce(prompt_problem(t.prompt::text), client_problem(t.client::text))
-     WHERE t.id = ANY (p_ids);
+    UPDATE tasks t SET status = 'failed', failure = p_reason WHERE t.id = p_id;
 END
 $$;
 
@@ -50,9 +50,9 @@ BEGIN
       FROM inserted WHERE status <> 'unsolved' GROUP BY 1, 2;
 
     IF queued IS DISTINCT FROM (SELECT count(*) FROM inserted WHERE status = 'unsolved') THEN
-        PERFORM fail_unusable(ARRAY(
-            SELECT i.id FROM inserted i
-             WHERE i.status = 'unsolved' AND coalesce(prompt_problem(i.prompt), client_problem(i.client)) IS NOT NULL));
+        PERFORM fail_unusable(i.id, coalesce(prompt_problem(i.prompt), client_problem(i.client)))
+           FROM inserted i
+          WHERE i.status = 'unsolved' AND coalesce(prompt_problem(i.prompt), client_problem(i.client)) IS NOT NULL;
     END IF;
     IF queued > 0 AND current_setting('router.interactive', true) IS DISTINCT FROM 'on' THEN
         PERFORM wake_workers();

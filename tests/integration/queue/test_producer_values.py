@@ -145,7 +145,7 @@ async def test_bytes_that_are_not_utf8_concern_their_own_task_only(
         cursor.execute("\n".join(line for line in dump.splitlines() if not line.startswith("\\")))
     old.close()
     async with probing(database) as probe:
-        await probe.run("SET search_path = public")
+        await probe.run("SET search_path = public, router")
         await probe.run("UPDATE queue_settings SET categorise = true")
         for category in ("NULL", "'general'"):
             await probe.run(

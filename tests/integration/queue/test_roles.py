@@ -270,6 +270,8 @@ OVERLOADS = (
     "{schema}.octet_length(varchar) RETURNS integer LANGUAGE sql AS $$ SELECT {schema}.spy()::int $$",
     "{schema}.count(varchar) RETURNS integer LANGUAGE sql AS $$ SELECT {schema}.spy()::int $$",
     "{schema}.is_failed(text, boolean) RETURNS boolean LANGUAGE sql AS $$ SELECT {schema}.spy() $$",
+    "{schema}.format(text, int, int) RETURNS text LANGUAGE sql AS $$ SELECT {schema}.spy()::text $$",
+    "{schema}.unnest(bigint[]) RETURNS SETOF bigint LANGUAGE sql AS $$ SELECT {schema}.spy()::int $$",
     "{schema}.wake_workers() RETURNS void LANGUAGE sql AS $$ SELECT {schema}.spy() $$",
     "{schema}.equal(text, varchar) RETURNS boolean LANGUAGE sql AS $$ SELECT {schema}.spy() $$",
 )
@@ -306,6 +308,7 @@ async def test_functions_operators_and_tables_of_a_producer_stand_in_for_none(
         await alice.run(
             "UPDATE public.tasks SET prompt = 'q', priority = 4, category = 'creative' WHERE prompt = 'p'"
         )
+        await alice.run("INSERT INTO public.tasks (prompt) VALUES (repeat('too long ', 200000))")
         await alice.run("UPDATE public.tasks SET status = 'failed'")
         await alice.run("UPDATE public.tasks SET status = 'unsolved' WHERE prompt = 'q'")
         seen = await alice.value(f"SELECT array_agg(DISTINCT role) FROM {schema}.seen")
