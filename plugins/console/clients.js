@@ -81,7 +81,7 @@ function clientRow(one) {
     number(one.day.calls),
     el("span", { class: one.day.failed ? "warn" : false }, number(one.day.failed)),
     number(one.day.tokens),
-    [usd(one.day.cost_usd), one.day.unpriced ? ` (${number(one.day.unpriced)} calls without)` : null],
+    [usd(one.day.cost_usd), one.day.unpriced ? ` (${number(one.day.unpriced)} unpriced)` : null],
   ];
   return el(
     "tr",
@@ -100,7 +100,8 @@ function share(value) {
 }
 
 function limitLine(limit) {
-  const amount = (value) => (limit.kind === "usd" ? usd(value) : number(Math.round(value)));
+  const amount = (value) =>
+    limit.kind === "usd" ? usd(value) : number(value < 10 ? Math.round(10 * value) / 10 : Math.round(value));
   const part = (value) => (limit.allowed ? value / limit.allowed : 1);
   const bar = el("span.bar", { "aria-hidden": "true" }, el("span"));
   bar.firstChild.style.width = `${Math.min(100, 100 * part(limit.used))}%`;

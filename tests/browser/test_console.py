@@ -22,7 +22,10 @@ pytestmark = [pytest.mark.airflow, pytest.mark.alone, pytest.mark.timeout(180)]
 MAX_BYTES = 300_000
 MAX_SECONDS = 1.0
 HANG_SECONDS = 6.0
-VIEWS = {"light": ("models", "queue", "ranking", "ask", "queue/task"), "dark": ("models", "queue", "ask")}
+VIEWS = {
+    "light": ("models", "queue", "clients", "ranking", "ask", "queue/task"),
+    "dark": ("models", "clients", "ask"),
+}
 EVIL = "<img src=x onerror='window.pwned=1'><script>window.pwned=1</script>"
 WORST = {"serious", "critical"}
 PHONE = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
@@ -95,6 +98,24 @@ def test_the_page_is_small_and_loads_fast(solving: Solving, admin: Browser) -> N
     say(f"the page: {load:.2f} s, {size:,} bytes")
     assert size < MAX_BYTES
     assert load < MAX_SECONDS * 3, "even on a busy machine"
+
+
+def test_clients_show_backlog_usage_and_shares(solving: Solving, admin: Browser) -> None:
+    solving.rows(
+        "INSERT INTO tasks (prompt, client) SELECT 'p', 'team-' || n %% 2 FROM generate_series(1, 400) AS n"
+    )
+    console(admin, "clients")
+    admin.until_text("team-1", "tbody")
+    row = "//tr[th='team-1']"
+    labels = {
+        cell.get_attribute("data-label"): cell.text
+        for cell in admin.driver.find_elements("xpath", f"{row}/td")
+    }
+    assert labels["Limits"] == "no limit"
+    assert labels["Share of claims"].endswith("weight 1")
+    admin.until(lambda: solving.unsolved() == 0, "all solved")
+    calls = f"{row}/td[@data-label='Calls, 24 h']"
+    admin.until(lambda: admin.driver.find_element("xpath", calls).text == "200", "the calls of team-1")
 
 
 def test_editing_a_target_changes_the_traffic(solving: Solving, admin: Browser) -> None:
