@@ -155,11 +155,11 @@ def printable(text: object, limit: int | None = None, *, one_line: bool = False)
     return _UNSAFE.sub(REPLACEMENT, shown)
 
 
-def echoed(value: object) -> str:
-    """Returns an input as errors repeat it: quoted, printable, at most MAX_ECHOED characters of it."""
-    quoted = repr(value[:MAX_ECHOED] if isinstance(value, str) else value)
-    is_cut = len(quoted) > MAX_ECHOED or (isinstance(value, str) and len(value) > MAX_ECHOED)
-    return printable(f"{quoted[:MAX_ECHOED]}..." if is_cut else quoted)
+def echoed(value: object, limit: int = MAX_ECHOED) -> str:
+    """Returns an input as errors repeat it: quoted, printable, at most `limit` characters of it."""
+    quoted = repr(value[:limit] if isinstance(value, str) else value)
+    is_cut = len(quoted) > limit or (isinstance(value, str) and len(value) > limit)
+    return printable(f"{quoted[:limit]}..." if is_cut else quoted)
 
 
 def printable_json(value: Any, **options: Any) -> str:

@@ -239,7 +239,8 @@ class RouterConfig(Frozen):
         for name, model in self.models.items():
             if not re.fullmatch(MODEL_NAME_PATTERN, name):
                 raise ValueError(
-                    f"models.{echoed(name)}: not a model name: letters, digits, '.', '_' and '-', at most 100"
+                    f"models.{echoed(name, 120)}: not a model name: letters, digits, '.', '_' and '-',"
+                    " at most 100"
                 )
             unknown = sorted(set(model.ranks) - set(self.categories))
             if unknown:
