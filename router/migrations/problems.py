@@ -70,7 +70,7 @@ _ORIGINAL_COLUMNS = ("id", "prompt", "status")  # the others are added by `route
 _MAY_BE_NOT_NULL = frozenset(
     {*_ORIGINAL_COLUMNS, "answer", "priority", "prompt_version", "created_at", "client"}
 )
-_DEFAULTS = ("status", "prompt_version", "created_at", "client")
+_DEFAULTS = ("status", "prompt_version", "created_at", "client", "inserted_by")
 _KINDS = {
     "v": "a view", "m": "a materialized view", "p": "a partitioned table", "f": "a foreign table",
 }  # fmt: skip

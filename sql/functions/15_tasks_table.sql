@@ -6,7 +6,7 @@ DECLARE
     lacking text[] := ARRAY(
         SELECT a.attname FROM pg_attribute a
          WHERE a.attrelid = 'tasks'::regclass AND NOT a.atthasdef
-           AND a.attname IN ('status', 'prompt_version', 'created_at', 'client'));
+           AND a.attname IN ('status', 'prompt_version', 'created_at', 'client', 'inserted_by'));
 BEGIN
     IF 'status' = ANY (lacking) THEN
         ALTER TABLE tasks ALTER COLUMN status SET DEFAULT 'unsolved';
@@ -16,6 +16,9 @@ BEGIN
     END IF;
     IF 'client' = ANY (lacking) THEN
         ALTER TABLE tasks ALTER COLUMN client SET DEFAULT '';
+    END IF;
+    IF 'inserted_by' = ANY (lacking) THEN
+        ALTER TABLE tasks ALTER COLUMN inserted_by SET DEFAULT current_user;
     END IF;
     IF 'prompt_version' = ANY (lacking) THEN
         UPDATE tasks SET prompt_version = 1 WHERE prompt_version IS NULL;

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from urllib.parse import urlsplit
+
 import asyncpg
 import pytest
 
+from local.postgres import PostgresServer
 from router.database import connect, open_pool, rows
 from router.errors import SchemaError
 from router.migrations import blocking_problem, examine, migrate, schema_problem
@@ -371,3 +375,28 @@ def test_the_roles_of_an_empty_database_wait_for_the_migration(empty_database: s
     assert migrate(empty_database, roles=True).problems == ()
     with connect(empty_database) as connection:
         assert rows(connection, may)[0]["may"]
+
+
+async def test_a_dump_keeps_rights_and_guards(
+    roles_database: RolesDatabase, empty_database: str, postgres: PostgresServer, tmp_path: Path
+) -> None:
+    """Only the default search path of the database is lost; `router migrate` sets it again."""
+    with connect(roles_database.url("alice")) as connection:
+        rows(connection, "INSERT INTO tasks (prompt) VALUES ('p')")
+    source, target = (urlsplit(url).path[1:] for url in (roles_database.superuser, empty_database))
+    with connect(empty_database) as connection:
+        rows(connection, f'ALTER DATABASE "{target}" OWNER TO router_owner')
+    postgres.run("pg_dump", "--format=custom", "--file", str(tmp_path / "dump"), source)
+    postgres.run("pg_restore", "--exit-on-error", "--dbname", target, str(tmp_path / "dump"))
+    restored = RolesDatabase(empty_database)
+    assert examine(restored.url("app")).ok
+    assert await _solve(restored) == 1
+    assert migrate(restored.url("owner")).applied == ()
+    async with probing(restored.url("alice")) as alice:
+        assert await alice.value("SELECT answer FROM tasks") == "an answer"
+        await alice.run("INSERT INTO tasks (prompt) VALUES ('q')")
+        for statements in ATTACKS.values():
+            for statement in statements:
+                assert await _is_refused(alice, statement), statement
+    async with probing(restored.url("reader")) as reader:
+        assert await reader.value("SELECT count(*) FROM model_calls") == 1

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import threading
 from typing import Any
 
+import psycopg2
 import pytest
 
 from router.database import Connection, connect, open_pool, rows
@@ -160,6 +162,40 @@ def test_a_database_is_moved_in_place(database: str) -> None:
         assert rows(connection, "SELECT * FROM discovered_models") == []
         assert rows(connection, "SELECT count(*) AS n FROM model_calls")[0]["n"] == 1
     assert migrate(url).applied == ()
+
+
+def test_producers_go_on_while_a_database_is_moved(database: str) -> None:
+    """Sessions that were open before insert without an error, and every task is queued."""
+    _run(
+        database,
+        "INSERT INTO tasks (prompt, category) SELECT 'p', 'general' FROM generate_series(1, 200)",
+        MOVE_BACK.replace("{names}", _moved_names()),
+        f"DELETE FROM public.router_migrations WHERE name = '{MIGRATION}'",
+    )
+    stop = threading.Event()
+    inserted, failed = [0], []
+
+    def produce() -> None:
+        with connect(database, autocommit=True) as connection:
+            while not stop.is_set():
+                try:
+                    rows(connection, "INSERT INTO tasks (prompt, category) VALUES ('q', 'general')")
+                except psycopg2.Error as error:
+                    failed.append(str(error))
+                    return
+                inserted[0] += 1
+
+    producers = [threading.Thread(target=produce) for _ in range(2)]
+    for producer in producers:
+        producer.start()
+    try:
+        assert migrate(database).applied == (MIGRATION,)
+    finally:
+        stop.set()
+        for producer in producers:
+            producer.join()
+    assert failed == []
+    assert _column(database, "SELECT count(*) FROM queue") == [200 + inserted[0]]
 
 
 async def test_outside_programs_find_the_tables_by_their_names(empty_database: str) -> None:

@@ -49,7 +49,8 @@ LOSSES = {
     "swapped table": SWAP,
     "swapped table without defaults": SWAP
     + "ALTER TABLE tasks ALTER status DROP DEFAULT, ALTER prompt_version DROP DEFAULT, ALTER prompt_version"
-    " DROP NOT NULL, ALTER created_at DROP DEFAULT, DROP CONSTRAINT tasks_status_known;"
+    " DROP NOT NULL, ALTER created_at DROP DEFAULT, ALTER inserted_by DROP DEFAULT,"
+    " DROP CONSTRAINT tasks_status_known;"
     " DROP INDEX tasks_new_external_id_idx;",
     "dropped view": "DROP VIEW task_states;",
 }
