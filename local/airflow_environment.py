@@ -66,6 +66,7 @@ def airflow_environment(
         "CORE__DAGS_FOLDER": str(dags_folder),
         "CORE__PLUGINS_FOLDER": str(plugins_folder),
         "CORE__LOAD_EXAMPLES": "False",
+        "CORE__SENSITIVE_VAR_CONN_NAMES": "prompt",  # masks prompts of ask_prompt in the audit log
         "CORE__EXECUTOR": "LocalExecutor",
         "CORE__PARALLELISM": "4",  # all of them are forked at the start
         "CORE__FERNET_KEY": secrets.fernet,

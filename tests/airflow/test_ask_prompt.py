@@ -132,7 +132,7 @@ def test_tasks_test_answers_the_default_prompt(deployment: Deployment, environme
 @pytest.mark.alone  # it uses the shared stack
 def test_an_invalid_request_fails_without_retry(solving: Solving) -> None:
     solving.api.pause("ask_prompt", paused=False)
-    run = solving.api.trigger("ask_prompt", {"prompt": "Why?", "category": "poetry"})
+    run = solving.api.trigger("ask_prompt", {"prompt": "Why is it secret?", "category": "poetry"})
 
     def ended() -> bool:
         (ask,) = solving.api.task_instances("ask_prompt", run)
@@ -141,6 +141,10 @@ def test_an_invalid_request_fails_without_retry(solving: Solving) -> None:
     wait_until(ended, 30, "it failed on the first try")
     log = solving.api.call("GET", f"/dags/ask_prompt/dagRuns/{run}/taskInstances/ask/logs/1")
     assert "There is no category 'poetry'" in json.dumps(log)  # in the exception of the log line
+    audit = {"event": "trigger_dag_run", "order_by": "-event_log_id", "limit": 1}
+    (entry,) = solving.api.call("GET", "/eventLogs", params=audit)["event_logs"]
+    assert "poetry" in entry["extra"], "Airflow's audit log has the parameters"
+    assert "secret" not in entry["extra"], "without the prompt"
 
 
 def test_a_prompt_that_no_model_answers_fails_the_airflow_task(

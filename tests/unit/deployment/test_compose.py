@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[3]
 COMPOSE = ROOT / "docker-compose.yaml"
 AIRFLOW_SERVICES = ("api-server", "scheduler", "dag-processor", "triggerer")
 SECRET_NAME = re.compile(r"PASSWORD|SECRET|FERNET|_CONN|AUTH$|DATABASE_URL|REDIS_URL|API_KEY")
-NOT_SECRET = re.compile(r"PASSWORDS_FILE|CONN_MODELS_BACKEND$")
+NOT_SECRET = re.compile(r"SENSITIVE_VAR_CONN_NAMES|PASSWORDS_FILE|CONN_MODELS_BACKEND$")
 
 # One interpreter for all commands, because each start takes seconds.
 PARSE_ALL = """
