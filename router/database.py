@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import math
 import re
 from collections.abc import Awaitable, Callable, Iterator
@@ -339,6 +340,12 @@ def settled_values(result: CallResult) -> tuple[Any, ...]:
         _finite(result.latency_seconds),
         postgres_text(result.error),
     )
+
+
+def message_json(result: CallResult) -> str | None:
+    """Returns what an answer is beside its text as JSON, the value of `tasks.answer_message`."""
+    message = result.message
+    return None if message is None else json.dumps(message)
 
 
 @overload

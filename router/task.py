@@ -9,9 +9,12 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from router.errors import InputError
+
+if TYPE_CHECKING:  # reading requests takes pydantic, which few programs need at once
+    from router.request import ModelRequest
 
 CLIENT_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}"  # as is_client() in sql/functions/10_helpers.sql
 
@@ -96,6 +99,7 @@ class Claim:
     max_tokens: int
     reserved_tokens: int
     deadline_at: datetime | None
+    request: ModelRequest | None = None  # None: a bare prompt
     client: str = ""
 
 
@@ -139,6 +143,18 @@ class CallResult:
     refusal: str | None = None
     cached_tokens: int | None = None
     may_go_on: bool = False  # no reply: the backend may still be working on it
+
+    @property
+    def message(self) -> dict[str, Any] | None:
+        """What the answer is beside its text: the value of `tasks.answer_message`; None for a plain text."""
+        found = {
+            "finish_reason": self.finish_reason,
+            "tool_calls": list(self.tool_calls),
+            "refusal": self.refusal,
+            "cached_tokens": self.cached_tokens,
+        }
+        kept = {name: value for name, value in found.items() if value}
+        return None if kept.keys() <= {"finish_reason"} and self.finish_reason in {None, "stop"} else kept
 
     @property
     def used_tokens(self) -> int | None:

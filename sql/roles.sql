@@ -24,7 +24,7 @@ DO $grants$
 DECLARE
     -- Columns of `tasks` that only the router writes. All others are the producers', also those of an existing table.
     routers text[] := ARRAY['id', 'answer', 'answered_by', 'answer_rank', 'answer_call_id', 'failure', 'prompt_version',
-                            'created_at', 'solved_at', 'interactive', 'truncated', 'inserted_by'];
+                            'created_at', 'solved_at', 'interactive', 'truncated', 'inserted_by', 'answer_message'];
     tasks_table regclass := to_regclass('tasks');
     owner text := (SELECT n.nspowner::regrole::text FROM pg_namespace n WHERE n.nspname = 'router');
     producers text;

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import enum
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from router.task import AnswerRank, Outcome, Role
 
@@ -44,6 +45,7 @@ class Answer:
     `model` is None if the text is retrieved passages; `sources` names their origins. `provisional` is true
     while a better answer may still come (`Router.late`). `cost_usd` covers all calls that have ended; token
     counts are those of the call that answered. `task_id` is None if the request could not be logged.
+    `finish_reason`, `tool_calls` and `refusal` are as in OpenAI's API.
     """
 
     text: str
@@ -63,6 +65,10 @@ class Answer:
     task_id: int | None
     calls: tuple[CallSummary, ...]
     late: bool = False
+    finish_reason: str | None = None
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    refusal: str | None = None
+    cached_tokens: int | None = None
 
 
 class EventKind(str, enum.Enum):

@@ -15,6 +15,7 @@ from router.answering.task_record import TaskRecord
 from router.errors import DatabaseError, InputError, LimiterError, RouterError, SendingPaused
 from router.limiter import Permit
 from router.models import availability, send_permitted
+from router.request import ModelRequest
 from router.task import CallResult, Outcome, Role
 
 log = logging.getLogger("router.answering")
@@ -29,11 +30,11 @@ class Attempt:
     """
 
     def __init__(
-        self, record: TaskRecord, plan: RoutingPlan, role: Role, model: str, prompt: str, *,
+        self, record: TaskRecord, plan: RoutingPlan, role: Role, model: str, request: ModelRequest, *,
         number: int, on_change: Callable[[Attempt, Change], None] = lambda _attempt, _change: None,
     ) -> None:  # fmt: skip
         context = record.context
-        self.request = plan.call_request(context.new_call_id(), role, model, prompt)
+        self.request = plan.call_request(context.new_call_id(), role, model, request)
         self.row = plan.call_row(
             self.request.call_id, role, model, worker=context.worker, number=number,
             reserved_tokens=self.request.reserved_tokens,

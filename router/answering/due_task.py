@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 from router.answering.attempt import Attempt
 from router.answering.context import RequestContext
-from router.answering.fallback import call_in_turn, prompt_with, search, store_passages
+from router.answering.fallback import call_in_turn, request_with, search, store_passages
 from router.answering.plan import RoutingPlan
 from router.answering.policy import permit_patience
 from router.answering.store import DueTask, RequestTask
 from router.answering.task_record import TaskRecord
 from router.background import cancel_and_wait
-from router.queue import Conversation
+from router.request import ModelRequest
 from router.task import Role
 
 MIN_SECONDS = 10.0  # for a fallback model, also once the deadline has passed
@@ -27,14 +27,15 @@ async def answer_due_task(context: RequestContext, due: DueTask, is_paused: Call
     The task stays unsolved: the chosen model's answer replaces either of them. Once `is_paused`, no further
     model is called. Raises DatabaseError.
     """
-    found = await search(context, Conversation(due.prompt, due.prompt), due.client)
-    record = TaskRecord(context, due.prompt, due.seconds_left, RequestTask(due.task_id, due.prompt_version))
+    request = due.request or ModelRequest.of_prompt(due.prompt)
+    found = await search(context, request.conversation, due.client)
+    record = TaskRecord(context, request, due.seconds_left, RequestTask(due.task_id, due.prompt_version))
     plan = RoutingPlan.of(
         context.roster(), context.config, due.category, due.confidence, max_tokens=due.max_tokens,
-        prompt_bytes=len(due.prompt.encode("utf-8", "replace")), client=due.client,
+        request=request, client=due.client,
     )  # fmt: skip
     calling = asyncio.get_running_loop().create_task(
-        _call_models(record, plan, prompt_with(due.prompt, found, context.config.fallback), is_paused),
+        _call_models(record, plan, request_with(request, found, context.config.fallback), is_paused),
         name=f"router fallback of task {due.task_id}",
     )
     try:
@@ -47,13 +48,13 @@ async def answer_due_task(context: RequestContext, due: DueTask, is_paused: Call
 
 
 async def _call_models(
-    record: TaskRecord, plan: RoutingPlan, prompt: str, is_paused: Callable[[], bool]
+    record: TaskRecord, plan: RoutingPlan, request: ModelRequest, is_paused: Callable[[], bool]
 ) -> bool:
     seconds = max(MIN_SECONDS, record.deadline_seconds)
     patience = permit_patience(seconds, record.context.config.answering.permit_seconds)
 
     async def call(model: str, until: float) -> Attempt:
-        attempt = Attempt(record, plan, Role.FALLBACK, model, prompt, number=NUMBER)
+        attempt = Attempt(record, plan, Role.FALLBACK, model, request, number=NUMBER)
         await attempt.run(patience, until)
         await attempt.close()
         return attempt

@@ -10,8 +10,17 @@ from dataclasses import dataclass, field
 from router.answering.policy import fallback_order, rank_models
 from router.answering.store import CallRow
 from router.classification import Classification
-from router.models import CallRequest, Roster, context_limits, longest_first, too_long
-from router.queue import Conversation
+from router.models import (
+    CallRequest,
+    Roster,
+    capable_models,
+    context_limits,
+    longest_first,
+    request_for,
+    reserved_tokens,
+    too_long,
+)
+from router.request import Conversation, ModelRequest
 from router.settings import RouterConfig
 from router.task import AnswerRank, Role
 from router.traffic import MAX_COUNT
@@ -30,19 +39,24 @@ Classify = Callable[[Conversation, float], Awaitable[Classification]]  # and the
 
 @dataclass(frozen=True, slots=True)
 class RequestOptions:
-    """Conversation and options of a request.
+    """A request, and how it is to be answered.
 
     With `model` only that model is called, with `models` only those. Without `deadline_seconds` the
     category's deadline applies. It counts from `began`, on the monotonic clock.
     """
 
-    chat: Conversation
+    request: ModelRequest
     model: str | None = None
     deadline_seconds: float | None = None
     max_tokens: int | None = None
     client: str = ""
     models: frozenset[str] | None = None
     began: float = field(default_factory=time.monotonic)
+
+    @property
+    def chat(self) -> Conversation:
+        """Text of the request."""
+        return self.request.conversation
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,20 +77,23 @@ class RoutingPlan:
     too_long: str | None = None  # set if the prompt fits no model, or not the named one
     client: str = ""
     interactive: bool = False
+    config: RouterConfig | None = None
 
     @classmethod
     def of(
         cls, roster: Roster, config: RouterConfig, category: str, confidence: float | None, *,
-        reason: str = "", model: str | None = None, max_tokens: int | None = None, prompt_bytes: int = 0,
+        reason: str = "", model: str | None = None, max_tokens: int | None = None, request: ModelRequest,
         client: str = "", interactive: bool = False, models: frozenset[str] | None = None,
     ) -> RoutingPlan:  # fmt: skip
-        """Plans a prompt of this category; a named `model` is the only one, else `models` are (None: all).
+        """Plans a request of this category; a named `model` is the only one, else `models` are (None: all).
 
-        Models whose context is too short for `prompt_bytes` are left out. If none of those with a rank
-        remains, others take their place, longest context first.
+        Models that cannot do what the request needs, or whose context is too short for it, are left out. If
+        none of those with a rank remains, others take their place, longest context first.
         """
+        prompt_bytes = reserved_tokens(request.conversation.text, 0, request)
+        allowed = [name for name in roster.models if models is None or name in models]
         limits = context_limits(
-            {name: one for name, one in roster.models.items() if models is None or name in models}
+            {name: roster.models[name] for name in capable_models(config, allowed, request)}
         )
         tokens = {name: min(one.max_tokens, max_tokens or MAX_COUNT) for name, one in roster.models.items()}
         usable = tuple(name for name in limits if limits[name].fits(prompt_bytes, tokens[name]))
@@ -95,6 +112,7 @@ class RoutingPlan:
                 too_long=refusal,
                 client=client,
                 interactive=interactive,
+                config=config,
             )
         places = roster.places.get(category, {})
         ranking = rank_models(places, usable)
@@ -105,7 +123,7 @@ class RoutingPlan:
             roster, category, confidence, reason, ranking=ranking[: config.answering.max_models],
             fallback_models=fallback_order(config.fallback.models, usable, preferred),
             max_tokens=max_tokens, fallback_max_tokens=config.fallback.max_tokens, too_long=refusal,
-            client=client, interactive=interactive,
+            client=client, interactive=interactive, config=config,
         )  # fmt: skip
 
     @property
@@ -116,12 +134,14 @@ class RoutingPlan:
     def fallback(self) -> str | None:
         return self.fallback_models[0] if self.fallback_models else None
 
-    def call_request(self, call_id: uuid.UUID, role: Role, model: str, prompt: str) -> CallRequest:
+    def call_request(self, call_id: uuid.UUID, role: Role, model: str, request: ModelRequest) -> CallRequest:
         """Builds the call to the model; the smallest limit bounds the length of its answer."""
         role_limit = self.fallback_max_tokens if role is Role.FALLBACK else None
+        assert self.config is not None
+        sent = request_for(self.config, model, request)
         return CallRequest.to(
-            self.roster.models[model], call_id, prompt, self.max_tokens, role_limit,
-            client=self.client, interactive=self.interactive,
+            self.roster.models[model], call_id, request.conversation.text, self.max_tokens, role_limit,
+            client=self.client, interactive=self.interactive, request=sent if sent.stored() else None,
         )  # fmt: skip
 
     def call_row(

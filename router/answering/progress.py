@@ -73,7 +73,7 @@ class Progress:
         rank = attempt.row.rank if attempt else AnswerRank.PASSAGES
         calls = tuple(each.summary(self.began) for each in self.attempts)
         return Answer(
-            text=(result.answer if result else None) or self.found.as_answer(),
+            text=self.found.as_answer() if result is None else result.answer or "",
             model=attempt.row.model if attempt else None, rank=rank, category=plan.category,
             confidence=plan.confidence or 0.0, reason=plan.reason, preferred=plan.preferred,
             fallback=plan.fallback, provisional=provisional, seconds=self.now(),
@@ -82,6 +82,10 @@ class Progress:
             completion_tokens=result.completion_tokens if result else None,
             sources=sources(self.found) if rank < AnswerRank.CHOSEN_MODEL else (),
             task_id=task_id, calls=calls, late=late,
+            finish_reason=result.finish_reason if result else None,
+            tool_calls=result.tool_calls if result else (),
+            refusal=result.refusal if result else None,
+            cached_tokens=result.cached_tokens if result else None,
         )  # fmt: skip
 
     def no_answer(self, attempt: Attempt, deadline: float, expected: Availability) -> RouterError:

@@ -12,7 +12,7 @@ import uuid
 from router.answering.answer import Answer, EventKind, Listener
 from router.answering.attempt import Attempt, Change
 from router.answering.context import RequestContext
-from router.answering.fallback import call_in_turn, prompt_with, search, sources, store_passages
+from router.answering.fallback import call_in_turn, request_with, search, sources, store_passages
 from router.answering.plan import Classify, RequestOptions, RoutingPlan
 from router.answering.policy import (
     Action,
@@ -30,6 +30,7 @@ from router.answering.task_record import TaskRecord
 from router.background import Broadcast, TrackedTasks, wait_for_event
 from router.errors import ContextLengthExceeded, RouterError
 from router.models import Availability, availability
+from router.request import ModelRequest
 from router.task import AnswerRank, Role
 
 SETTLE_SECONDS = 0.25  # that an answer may wait to be stored before it is returned
@@ -49,7 +50,7 @@ class Request:
         self._options = options
         self._progress = Progress(options.began, on_event)
         self._deadline = options.deadline_seconds or config.answering.default_deadline_seconds
-        self._record = TaskRecord(context, options.chat.text, self._deadline, max_tokens=options.max_tokens)
+        self._record = TaskRecord(context, options.request, self._deadline, max_tokens=options.max_tokens)
         self._end_pending = self._record.expect_call()
         self._roster = context.roster()
         self._plan = RoutingPlan(
@@ -132,8 +133,7 @@ class Request:
         self._plan = RoutingPlan.of(
             self._roster, config, found.category, found.confidence,
             reason=found.reason, model=options.model, max_tokens=options.max_tokens,
-            prompt_bytes=len(options.chat.text.encode("utf-8", "replace")),
-            client=options.client, interactive=True, models=options.models,
+            request=options.request, client=options.client, interactive=True, models=options.models,
         )  # fmt: skip
         if self._plan.too_long is not None:
             raise ContextLengthExceeded(self._plan.too_long)
@@ -156,7 +156,7 @@ class Request:
     def _try_next_model(self) -> None:
         first = Role.ASKED if self._options.model is None else Role.NAMED
         role = Role.NEXT if self._progress.ranked else first
-        attempt = self._new_attempt(role, self._untried()[0], self._options.chat.text)
+        attempt = self._new_attempt(role, self._untried()[0], self._options.request)
         running = attempt.run(self._patience_seconds, self._ends_at)
         self._tasks.begin(running, f"call {attempt.row.call_id}")
 
@@ -175,10 +175,10 @@ class Request:
         end_pending = self._record.expect_call()
         try:
             await asyncio.wait({searching})
-            prompt = prompt_with(self._options.chat.text, self._progress.found, self._context.config.fallback)
+            request = request_with(self._options.request, self._progress.found, self._context.config.fallback)
 
             async def call(model: str, until: float) -> Attempt:
-                attempt = self._new_attempt(Role.FALLBACK, model, prompt)
+                attempt = self._new_attempt(Role.FALLBACK, model, request)
                 await attempt.run(self._patience_seconds, until)
                 return attempt
 
@@ -189,9 +189,9 @@ class Request:
         finally:
             end_pending()
 
-    def _new_attempt(self, role: Role, model: str, prompt: str) -> Attempt:
+    def _new_attempt(self, role: Role, model: str, request: ModelRequest) -> Attempt:
         attempt = Attempt(
-            self._record, self._plan, role, model, prompt,
+            self._record, self._plan, role, model, request,
             number=self._next_number, on_change=self._on_change,
         )  # fmt: skip
         self._progress.started(attempt)

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from typing_extensions import Self
 
@@ -33,8 +34,8 @@ from router.answering.service import FIRST_CONTACT_SECONDS, AnsweringService
 from router.background import result_or_none, spawn
 from router.classification import Classification
 from router.errors import CapacityExceeded, InputError, ModelFailed, unknown
-from router.models import RosterModel
-from router.queue import Conversation
+from router.models import RosterModel, check_request
+from router.request import Conversation, ModelRequest, read_request
 from router.settings import (
     Addresses,
     RouterConfig,
@@ -47,6 +48,7 @@ from router.task import Role, checked_client
 
 __all__ = ["Answer", "CallSummary", "Event", "EventKind", "Listener", "Role", "Router"]
 
+Prompt = str | Mapping[str, Any] | ModelRequest
 BUSY_RETRY_SECONDS = 1.0
 MAX_HELD_FACTOR = 20  # times `max_concurrency`: requests held for late answers, or because Postgres hangs
 MAX_PROVISIONAL = 1000  # provisional answers that can still be improved
@@ -132,11 +134,13 @@ class Router:
             self._closed.set()
 
     async def answer(
-        self, prompt: str | Conversation, *, category: str | None = None, model: str | None = None,
+        self, prompt: Prompt, *, category: str | None = None, model: str | None = None,
         deadline_seconds: float | None = None, max_tokens: int | None = None,
         client: str = "", models: frozenset[str] | None = None, on_event: Listener | None = None,
     ) -> Answer:  # fmt: skip
         """Returns the best answer that is available by the deadline (default: the category's).
+
+        `prompt` is a text, or a request with messages and parameters as in OpenAI's API.
 
         The deadline counts from this call, also where the router is opened implicitly. If no model answered,
         `Answer.model` is None and the text consists of retrieved passages, if there are any. With `model`
@@ -148,8 +152,9 @@ class Router:
         `models` are those that it may use (None: all).
         """
         began = time.monotonic()
-        chat = prompt if isinstance(prompt, Conversation) else Conversation(prompt, prompt)
-        self._check_prompt(chat.text)
+        request = self._request(prompt)
+        model = model or request.pin
+        max_tokens = request.max_tokens if max_tokens is None else max_tokens
         _check_numbers(deadline_seconds, max_tokens)
         if category is not None and category not in self.config.categories:
             raise unknown(category, self.config.categories, "category")
@@ -157,8 +162,8 @@ class Router:
         self._answering += 1
         try:
             options = RequestOptions(
-                chat, model, deadline_seconds, max_tokens, checked_client(client), models, began
-            )  # fmt: skip
+                request, model, deadline_seconds, max_tokens, checked_client(client), models, began
+            )
             service = await self._service_in_time(options, category)
             if model is not None:
                 if service is None or not service.has_roster:
@@ -287,6 +292,14 @@ class Router:
             raise CapacityExceeded(
                 f"{held} requests are waiting for late answers, the maximum. Retry later.", BUSY_RETRY_SECONDS
             )
+
+    def _request(self, prompt: Prompt) -> ModelRequest:
+        if isinstance(prompt, Mapping):
+            prompt = read_request(dict(prompt))
+        request = prompt if isinstance(prompt, ModelRequest) else ModelRequest.of_prompt(prompt)
+        self._check_prompt(request.conversation.text)
+        check_request(self.config, request)
+        return request
 
     def _check_prompt(self, prompt: str) -> None:
         limit = self.config.answering.max_prompt_bytes

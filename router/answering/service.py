@@ -27,7 +27,8 @@ from router.knowledge import Knowledge
 from router.limiter import WaitReason
 from router.migrations import SchemaMonitor
 from router.models import Roster, open_services, read_roster, roster_version
-from router.queue import Conversation, TaskQueue
+from router.queue import TaskQueue
+from router.request import Conversation, ModelRequest
 from router.settings import Addresses, RouterConfig
 
 log = logging.getLogger("router.answering")
@@ -177,7 +178,10 @@ class AnsweringService:
                     await result_or_none(waiting, RESTORE_SECONDS, f"router restore of {model}")
 
         roster, config = self.roster, self._config
-        plans = [RoutingPlan.of(roster, config, category, None) for category in roster.places]
+        plans = [
+            RoutingPlan.of(roster, config, category, None, request=ModelRequest.of_prompt(""))
+            for category in roster.places
+        ]
         first = {model for plan in plans for model in (plan.preferred, plan.fallback) if model is not None}
         await asyncio.gather(*map(restore, first))
 

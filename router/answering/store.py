@@ -6,18 +6,22 @@ transaction: none is open while a model is called.
 
 from __future__ import annotations
 
+import json
 import uuid
 from dataclasses import dataclass
+from typing import Any
 
 import asyncpg
 
-from router.database import fetch, fetch_one, retry_while_unavailable, settled_values
+from router.database import fetch, fetch_one, message_json, retry_while_unavailable, settled_values
 from router.errors import InputError
+from router.request import ModelRequest, RequestError, read_stored
 from router.task import AnswerRank, CallResult, Role
 
 UNSENDABLE = "RT003"
+BEGIN = "SELECT * FROM begin_request($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)"
 SETTLE = (
-    "SELECT settle_request_call($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)"
+    "SELECT settle_request_call($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17)"
     " AS settled"
 )
 
@@ -60,21 +64,24 @@ class DueTask:
     max_tokens: int | None
     seconds_left: float
     client: str = ""
+    request: ModelRequest | None = None
 
 
 async def begin(
-    pool: asyncpg.Pool, prompt: str, deadline_seconds: float, max_tokens: int | None, first: CallRow
+    pool: asyncpg.Pool, request: ModelRequest, deadline_seconds: float, max_tokens: int | None, first: CallRow
 ) -> RequestTask:
-    """Inserts the prompt as a task claimed by its first call.
+    """Inserts the request as a task claimed by its first call.
 
     Raises InputError if the prompt cannot be sent to any model, LeaseLost if the worker has no lease.
     """
+    stored = request.stored()
     try:
         row = await fetch_one(
-            pool, "SELECT * FROM begin_request($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)",
-            prompt, deadline_seconds, first.call_id, first.model, first.role.value, int(first.rank),
-            first.category, first.confidence, first.worker, first.reserved_tokens,
+            pool, BEGIN,
+            request.conversation.text, deadline_seconds, first.call_id, first.model, first.role.value,
+            int(first.rank), first.category, first.confidence, first.worker, first.reserved_tokens,
             first.preferred, first.fallback, max_tokens, first.client,
+            None if stored is None else json.dumps(stored),
         )  # fmt: skip
     except Exception as error:
         cause = error.__cause__
@@ -110,7 +117,7 @@ async def settle(
     """
     values = (
         call.call_id, *settled_values(result), task.task_id, call.model, call.role.value, int(call.rank),
-        task.prompt_version, call.reserved_tokens, late, successor,
+        task.prompt_version, call.reserved_tokens, late, successor, message_json(result),
     )  # fmt: skip
     row = await retry_while_unavailable(lambda: fetch_one(pool, SETTLE, *values))
     return str(row["settled"])
@@ -128,7 +135,17 @@ async def claim_due_deadlines(
     found = await fetch(
         pool, "SELECT * FROM claim_due_deadlines($1, $2, $3)", ahead_seconds, hold_seconds, limit
     )
-    return [DueTask(**dict(row)) for row in found]
+    return [due for row in found if (due := _due_task(dict(row))) is not None]
+
+
+def _due_task(values: dict[str, Any]) -> DueTask | None:
+    """Returns the task; None if its request is invalid, which a claim of the batch reports."""
+    stored = values.pop("request")
+    try:
+        request = None if stored is None else read_stored(json.loads(stored), values["prompt"])
+    except RequestError:
+        return None
+    return DueTask(request=request, **values)
 
 
 async def extend_deadline_claim(

@@ -11,6 +11,7 @@ from router.answering import store
 from router.answering.context import RequestContext
 from router.answering.store import CallRow, RequestTask
 from router.errors import DatabaseError, InputError, InvalidValue, LeaseLost
+from router.request import ModelRequest
 from router.task import AnswerRank, CallResult, Outcome
 
 T = TypeVar("T")
@@ -20,13 +21,13 @@ class TaskRecord:
     """Task of one request. Its first call claims it; a call that settles hands the claim to a successor."""
 
     def __init__(
-        self, context: RequestContext, prompt: str, deadline_seconds: float, task: RequestTask | None = None,
-        *, max_tokens: int | None = None,
+        self, context: RequestContext, request: ModelRequest, deadline_seconds: float,
+        task: RequestTask | None = None, *, max_tokens: int | None = None,
     ) -> None:  # fmt: skip
         """`task` is an existing one, which these calls do not claim."""
         self.context = context
         self.deadline_seconds = deadline_seconds
-        self._prompt = prompt
+        self._request = request
         self._max_tokens = max_tokens
         self._begun: asyncio.Future[RequestTask] = asyncio.get_running_loop().create_future()
         self._is_beginning = task is not None
@@ -86,7 +87,9 @@ class TaskRecord:
         return row
 
     async def _insert(self, row: CallRow) -> RequestTask:
-        beginning = store.begin(self.context.pool, self._prompt, self.deadline_seconds, self._max_tokens, row)
+        beginning = store.begin(
+            self.context.pool, self._request, self.deadline_seconds, self._max_tokens, row
+        )
         return await self._confirmed(row, beginning)
 
     async def settle(self, row: CallRow, result: CallResult, *, late: bool) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,8 +17,9 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from router.cli import terminal
-from router.database import Connection
+from router.database import Connection, rows
 from router.errors import InputError, echoed
+from router.models import check_queued_request
 from router.queue import (
     MAX_PRIORITY,
     Format,
@@ -31,6 +33,7 @@ from router.queue import (
     max_prompt_bytes,
     read_tasks,
 )
+from router.settings import load_config
 from router.task import checked_client
 
 BATCH_TASKS = 2000
@@ -46,17 +49,18 @@ Add prompts from files or standard input to the queue.
 \b
 Formats, also gzipped:
   openai  OpenAI Batch API, one object per line:
-          {"custom_id", "method", "url", "body": {"messages", "max_tokens"}}
+          {"custom_id", "method", "url", "body": {"model", "messages", ...}}
   jsonl   one object per line, only prompt is required:
           {"prompt", "category", "priority", "id", "max_tokens",
-          "deadline_at"};
+          "deadline_at"}, and the parameters of a request, such as
+          messages, model, temperature, response_format, tools;
           lines of the format openai are accepted too
   csv     a header with prompt and optionally the other fields of jsonl;
           separated by comma, semicolon or tab
   text    one prompt per line
 
-A chat becomes one prompt: the system messages, an empty line, the user's message. A chat with several turns
-keeps them under the headings "User:" and "Assistant:".
+Requests are kept whole: messages with their roles, parameters, tools, the format of the answer, and the
+model that must answer. What the Models Backend or the model cannot do is refused, line by line.
 
 Loading a file again adds nothing. A row is identified by its id, or else by its client, its prompt and how
 often the file has repeated it. Invalid rows are listed and skipped; the exit code is then 3.
@@ -113,6 +117,13 @@ def load(
     client: Annotated[
         str, typer.Option(metavar="NAME", help="Client of all rows. Default: the empty client.")
     ] = "",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Model of all rows, or auto: the router chooses. Default: the model that a row names.",
+        ),
+    ] = None,
     id_prefix: Annotated[
         str, typer.Option(metavar="TEXT", help="Prefix for the ids of rows. Default: none.")
     ] = "",
@@ -125,9 +136,15 @@ def load(
         names = category_names(connection)
         if category is not None:
             terminal.known(category, names, "category")
+        models = [
+            row["model"] for row in rows(connection, "SELECT model FROM roster WHERE state <> 'retired'")
+        ]
+        if model not in {None, "auto"}:
+            terminal.known(model, models, "model")
         rules = IngestDefaults(
-            category, priority, max_prompt_bytes(connection), id_prefix, checked_client(client)
-        )
+            category, priority, max_prompt_bytes(connection), id_prefix, checked_client(client), model,
+            partial(check_queued_request, load_config(), frozenset(models)),
+        )  # fmt: skip
         connection.commit()
         loading = _Load(connection, rules, frozenset(names), as_json=as_json)
         for name, stream in opened:

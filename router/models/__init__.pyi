@@ -4,6 +4,11 @@ from .airflow_api import AirflowApi as AirflowApi
 from .backend import NO_CONNECTION as NO_CONNECTION
 from .backend import ModelsBackend as ModelsBackend
 from .call_request import CallRequest as CallRequest
+from .call_request import reserved_tokens as reserved_tokens
+from .capabilities import capable_models as capable_models
+from .capabilities import check_queued_request as check_queued_request
+from .capabilities import check_request as check_request
+from .capabilities import request_for as request_for
 from .context import calls_per_second as calls_per_second
 from .context import context_limits as context_limits
 from .context import longest_first as longest_first

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from router.models.call_request import CallRequest
-from router.request import capability_of
 from router.settings import BackendSettings
 
 
@@ -25,15 +24,14 @@ def request_document(request: CallRequest, settings: BackendSettings) -> dict[st
 def _values(request: CallRequest, settings: BackendSettings) -> Iterator[tuple[str, Any]]:
     names, given = settings.fields, request.request
     yield names.model, request.endpoint
-    if given is not None and given.messages is not None:
+    if given is not None and given.messages is not None and names.messages is not None:
         yield names.messages, list(given.messages)
     elif settings.body == "openai":
-        yield names.messages, [{"role": "user", "content": request.prompt}]
+        yield names.messages or "messages", [{"role": "user", "content": request.prompt}]
     else:
         yield names.prompt, request.prompt
     for name, value in given.parameters.items() if given is not None else ():
-        if capability_of(name, value) in settings.capabilities:
-            yield names.parameters.get(name, name), value
+        yield names.parameters.get(name, name), value
     yield names.max_tokens, request.max_tokens
     yield names.request_id, str(request.call_id)
     yield names.tokens_reserved, request.reserved_tokens

@@ -129,9 +129,19 @@ def _short_text(value: Any) -> str | None:
 
 
 def _tool_calls(value: Any) -> tuple[Mapping[str, Any], ...]:
-    """Returns the calls of tools; whatever is not one is left out."""
-    calls = value if isinstance(value, list) else []
-    return tuple(call for call in calls if isinstance(call, dict) and isinstance(call.get("function"), dict))
+    """Returns the calls of functions, which Postgres can store; whatever is not one is left out."""
+    calls = [call for call in value if isinstance(call, dict)] if isinstance(value, list) else []
+    return tuple(
+        {
+            "id": postgres_text(str(call.get("id") or "")),
+            "type": "function",
+            "function": {
+                name: postgres_text(str(function.get(name) or "")) for name in ("name", "arguments")
+            },
+        }
+        for call in calls
+        if isinstance(function := call.get("function"), dict)
+    )
 
 
 def without_prompt(error: str | None, prompt: str) -> str | None:

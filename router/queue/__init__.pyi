@@ -1,10 +1,6 @@
 from .call_log import MAX_ROWS as MAX_ROWS
 from .call_log import LoggedCall as LoggedCall
 from .call_log import read_calls as read_calls
-from .chat import Conversation as Conversation
-from .chat import MessageError as MessageError
-from .chat import prompt_of as prompt_of
-from .chat import read_conversation as read_conversation
 from .export import output_line as output_line
 from .export import write_lines as write_lines
 from .ingest import MAX_PRIORITY as MAX_PRIORITY

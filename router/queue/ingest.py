@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Annotated, Any
 
@@ -29,6 +30,7 @@ from typing_extensions import Self
 
 from router.errors import InputError
 from router.queue.prompt_files import READERS, Fields, Format, Lines, storable
+from router.request import ModelRequest
 
 MAX_ID_CHARACTERS = 500
 MAX_PRIORITY = 9
@@ -49,6 +51,7 @@ class NewTask:
     max_tokens: int | None
     deadline_at: datetime | None
     client: str = ""
+    request: str | None = None  # as JSON; None for a bare prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +64,19 @@ class InvalidRow:
 
 @dataclass(frozen=True, slots=True)
 class IngestDefaults:
-    """Defaults for fields that a row does not set, the longest prompt accepted, and the rows' client."""
+    """Defaults for fields that a row does not set, the longest prompt accepted, and the rows' client.
+
+    `model` takes the place of the model that a request names; `auto` lets the router choose. `check` raises
+    RequestError for a request that cannot be sent.
+    """
 
     category: str | None = None
     priority: int = 0
     max_prompt_bytes: int = 1024 * 1024
     id_prefix: str = ""
     client: str = ""
+    model: str | None = None
+    check: Callable[[ModelRequest], None] = lambda _request: None
 
 
 def _storable(value: Any, info: ValidationInfo) -> Any:
@@ -130,6 +139,12 @@ def read_tasks(
 
 def _task(number: int, fields: Fields, defaults: IngestDefaults, occurrences: _Occurrences) -> NewTask:
     row = _validated(fields)
+    request: ModelRequest | None = fields.get("request")
+    if request is not None:
+        request = replace(request, model=defaults.model or request.model)
+        defaults.check(request)
+    stored = None if request is None else request.stored()
+    identity = row.prompt if stored is None else f"{row.prompt}\n{json.dumps(stored, sort_keys=True)}"
     size = len(row.prompt.encode())
     if not row.prompt.strip():
         raise InputError("the prompt is empty")
@@ -141,7 +156,7 @@ def _task(number: int, fields: Fields, defaults: IngestDefaults, occurrences: _O
         line=number,
         prompt=row.prompt,
         external_id=(
-            occurrences.id_of(row.prompt, defaults.client) if own_id is None else defaults.id_prefix + own_id
+            occurrences.id_of(identity, defaults.client) if own_id is None else defaults.id_prefix + own_id
         ),
         own_id=own_id is not None,
         category=None if category is None else category.strip().lower(),
@@ -149,6 +164,7 @@ def _task(number: int, fields: Fields, defaults: IngestDefaults, occurrences: _O
         max_tokens=row.max_tokens,
         deadline_at=row.deadline_at,
         client=defaults.client,
+        request=None if stored is None else json.dumps(stored),
     )
 
 

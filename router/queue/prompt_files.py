@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 from router.errors import InputError, echoed
-from router.queue.chat import prompt_of
+from router.request import REFUSED, Parameters, read_request
 
 MAX_LINE_BYTES = 8 * 1024 * 1024
 COMPLETION_URLS = ("/v1/chat/completions", "/v1/completions")
@@ -28,6 +28,10 @@ _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _DELIMITERS = ",;\t"
 
 Fields = Mapping[str, Any]
+# Fields of a plain line of JSON that belong to its request; others are not the router's, and are not read.
+REQUEST_FIELDS = frozenset(
+    {*Parameters.model_fields, *REFUSED, "messages", "model", "max_tokens", "max_completion_tokens"}
+)
 Rows = Iterator[tuple[int, Callable[[], Fields]]]
 
 
@@ -186,22 +190,26 @@ def _json_fields(text: str, *, strict: bool) -> Fields:
         raise InputError("the line is not a JSON object; write one object per line")
     if strict and ("body" not in value or "custom_id" not in value):
         raise InputError("an OpenAI Batch line needs custom_id and body")
-    if "body" in value or "messages" in value:
-        return {**value, **_chat_fields(value)}
-    return value
+    if "body" in value:
+        return {**value, **_body_fields(value)}
+    given = {name: part for name, part in value.items() if name in REQUEST_FIELDS and part is not None}
+    if not given.keys() - {"max_tokens"}:
+        return value
+    prompt = {} if "messages" in given else {"prompt": value.get("prompt")}
+    found = read_request({**given, **prompt})
+    return {**value, "prompt": found.conversation.text, "max_tokens": found.max_tokens, "request": found}
 
 
-def _chat_fields(request: Fields) -> Fields:
-    body = request.get("body", request)
+def _body_fields(request: Fields) -> Fields:
+    body = request["body"]
     if not isinstance(body, dict):
         raise InputError("body must be a JSON object")
     if request.get("url", COMPLETION_URLS[0]) not in COMPLETION_URLS:
         raise InputError(
             f"the url is {echoed(request['url'])}; only {' and '.join(COMPLETION_URLS)} are supported"
         )
-    limit = body.get("max_completion_tokens", body.get("max_tokens"))
-    prompt = prompt_of(body["messages"]) if "messages" in body else body.get("prompt")
-    return {"prompt": prompt, "max_tokens": limit}
+    found = read_request(body)
+    return {"prompt": found.conversation.text, "max_tokens": found.max_tokens, "request": found}
 
 
 def storable(text: str, name: str) -> str:

@@ -25,6 +25,7 @@ from router.database import (
     Queryable,
     fetch,
     fetch_one,
+    message_json,
     open_async_connection,
     postgres_text,
     retry_while_unavailable,
@@ -32,6 +33,7 @@ from router.database import (
     unreachable,
 )
 from router.errors import DatabaseError, InvalidValue, RouterError
+from router.request import RequestError, read_stored
 from router.task import CallResult, Claim, ContextLimit, Outcome, new_call_id
 
 log = logging.getLogger("router.queue")
@@ -47,7 +49,7 @@ EDIT_BATCHES = 10  # of 1,000 edits each, in one maintenance step
 CLAIM = "SELECT * FROM claim_task($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)"
 DISCARD = "SELECT discard_result($1, $2, $3, $4, $5, $6, $7, $8) AS settlement"
 READ_ONLY = "SELECT pg_is_in_recovery() OR current_setting('transaction_read_only')::boolean"
-SETTLE = "SELECT settle_call($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13) AS settlement"
+SETTLE = "SELECT settle_call($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14) AS settlement"
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +137,23 @@ class TaskQueue:
                 if not isinstance(error.__cause__, asyncpg.PostgresError):  # it may have been committed
                     await asyncio.shield(self.unclaim(call_id))
                 raise
-            return None if row is None else Claim(call_id=call_id, model=model, **dict(row))
+            if row is None:
+                return None
+            try:
+                return _claim(call_id, model, row)
+            except RequestError as error:
+                await asyncio.shield(self._reject(call_id, f"the request cannot be sent: {error}"))
         return None
+
+    async def leave(self, claim: Claim, models: Sequence[str], reason: str) -> None:
+        """Ends a claim, unsent and uncounted, and leaves the task to `models`; without any, it fails."""
+        if models:
+            await self._patiently("SELECT leave_claim($1, $2)", claim.call_id, list(models))
+        else:
+            await self._reject(claim.call_id, f"no model in use can do what the request needs: {reason}")
+
+    async def _reject(self, call_id: uuid.UUID, reason: str) -> None:
+        await self._patiently("SELECT reject_claim($1, $2)", call_id, postgres_text(reason))
 
     async def _set_aside(self, call_id: uuid.UUID, error: InvalidValue) -> None:
         """Fails the task that a claim could not read; raises the error if there is none."""
@@ -166,7 +183,7 @@ class TaskQueue:
         try:
             row = await self._patiently(
                 SETTLE, claim.call_id, *values, result.outcome.counts_as_attempt, claim.task_id,
-                claim.model, claim.prompt_version, claim.reserved_tokens,
+                claim.model, claim.prompt_version, claim.reserved_tokens, message_json(result),
             )  # fmt: skip
         except InvalidValue as error:
             outcome, _, prompt_tokens, completion_tokens, cost, latency, _ = values
@@ -217,6 +234,7 @@ class TaskQueue:
         """Runs one bounded step of maintenance: retries, edits, classification, lost claims, counters..."""
         await self._one("SELECT promote_waiting()")
         await self._one("SELECT make_schedules_if_due()")
+        await self._one("SELECT release_pinned()")
         for _ in range(EDIT_BATCHES):
             if not (await self._one("SELECT apply_edits() AS applied"))["applied"]:
                 break
@@ -339,3 +357,11 @@ async def still_listening(connection: asyncpg.Connection) -> None:
         raise unreachable(error) from error
     if read_only:
         raise DatabaseError("Postgres accepts no writes: it is read-only, or a standby.")
+
+
+def _claim(call_id: uuid.UUID, model: str, row: asyncpg.Record) -> Claim:
+    """Returns the claim of a row of `claim_task`. Raises RequestError if the task's request is invalid."""
+    values = dict(row)
+    stored = values.pop("request")
+    request = None if stored is None else read_stored(json.loads(stored), values["prompt"])
+    return Claim(call_id=call_id, model=model, request=request, **values)

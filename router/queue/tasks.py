@@ -24,17 +24,19 @@ READ_BATCH = 500
 _STAGING = """
 CREATE TEMP TABLE router_staging (
     line bigint, prompt text, category text, priority integer, external_id text, own_id boolean,
-    max_tokens integer, deadline_at timestamptz, client text) ON COMMIT DROP"""
+    max_tokens integer, deadline_at timestamptz, client text,
+    request jsonb) ON COMMIT DROP"""
 _MORE = "SELECT names, literals FROM task_default_columns()"
 _INSERT = """
-INSERT INTO tasks (prompt, category, priority, external_id, max_tokens, deadline_at, client{names})
-SELECT i.prompt, i.category, i.priority, i.external_id, i.max_tokens, i.deadline_at, i.client{literals}
+INSERT INTO tasks (prompt, category, priority, external_id, max_tokens, deadline_at, client, request{names})
+SELECT i.prompt, i.category, i.priority, i.external_id, i.max_tokens, i.deadline_at, i.client,
+       i.request{literals}
   FROM router_staging i ORDER BY i.line
 ON CONFLICT (external_id) WHERE external_id IS NOT NULL DO NOTHING"""
 _CONFLICTS = """
 SELECT i.line, i.external_id, t.id AS task_id
   FROM router_staging i JOIN tasks t ON t.external_id = i.external_id
- WHERE i.own_id AND t.prompt <> i.prompt ORDER BY i.line"""
+ WHERE i.own_id AND (t.prompt <> i.prompt OR t.request IS DISTINCT FROM i.request) ORDER BY i.line"""
 _FINISHED = """
 SELECT t.id, t.external_id, t.status, t.answer, t.answered_by, t.answer_call_id, t.failure,
        readable_time(coalesce(t.solved_at, f.failed_at, t.created_at)) AS finished_at, c.prompt_tokens,
@@ -133,7 +135,7 @@ def enqueue(connection: Connection, batch: Sequence[NewTask]) -> Added:
 def _copy_line(task: NewTask) -> str:
     values = (
         task.line, task.prompt, task.category, task.priority, task.external_id, task.own_id, task.max_tokens,
-        task.deadline_at, task.client,
+        task.deadline_at, task.client, task.request,
     )  # fmt: skip
     return (
         "\t".join("\\N" if value is None else str(value).translate(_COPY_ESCAPES) for value in values) + "\n"

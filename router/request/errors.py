@@ -15,3 +15,7 @@ class RequestError(InputError):
         super().__init__(message)
         self.param = param
         self.unsupported = unsupported
+
+
+class UnstorableRequestError(RequestError):
+    """A request contains a text or number that cannot be stored or sent."""

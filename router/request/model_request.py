@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import ValidationError
 
 from router.request.conversation import Conversation, conversation_of, schema_text
-from router.request.errors import RequestError
+from router.request.errors import RequestError, UnstorableRequestError
 from router.request.messages import check_messages, needs_of_messages
 from router.request.parameters import Parameters
 
+AUTO = "auto"  # the model of a request whose model the router chooses; `auto:CATEGORY` in that category
 MAX_DEPTH = 64
 MAX_SHOWN = 100  # characters of an unknown name in an error
 MAX_TOKENS = 10_000_000
@@ -62,16 +63,38 @@ class ModelRequest:
         """Returns a request that is only a prompt."""
         return cls(Conversation(prompt, prompt))
 
+    @property
+    def pin(self) -> str | None:
+        """Name of the model that must answer; None if the router chooses."""
+        chosen_by_router = self.model is None or self.model.partition(":")[0] == AUTO
+        return None if chosen_by_router else self.model
+
+    def without(self, names: Collection[str]) -> ModelRequest:
+        """Returns the request without these parameters."""
+        if not names:
+            return self
+        return replace(self, parameters={k: v for k, v in self.parameters.items() if k not in names})
+
+    def with_prompt(self, prompt: str) -> ModelRequest:
+        """Returns the request with another prompt in place of prompt or messages."""
+        return replace(self, conversation=Conversation(prompt, prompt), messages=None)
+
+    def with_material(self, material: str) -> ModelRequest:
+        """Returns the request with a first system message, which the model reads before all others."""
+        assert self.messages is not None
+        messages = ({"role": "system", "content": material}, *self.messages)
+        return replace(self, conversation=conversation_of(messages), messages=messages)
+
     def needs(self) -> Iterator[tuple[str, str]]:
         """Yields each capability that the request needs, with the path of the value that needs it."""
         for name, value in self.parameters.items():
             if value not in _DEFAULTS.get(name, ()):
-                yield capability_of(name, value), name
+                yield _capability(name, value), name
         yield from needs_of_messages(self.messages or ())
 
     def stored(self) -> dict[str, Any] | None:
-        """Returns the value of `tasks.request`; None for a bare prompt. `read_request` reads it again."""
-        if self.messages is None and not self.parameters and self.model is None:
+        """Returns the value of `tasks.request`; None for a bare prompt. `read_stored` reads it again."""
+        if self._says_only_a_prompt and not self.parameters and self.pin is None:
             return None
         return {
             **({} if self.model is None else {"model": self.model}),
@@ -79,6 +102,17 @@ class ModelRequest:
             **({} if self.max_tokens is None else {"max_tokens": self.max_tokens}),
             **self.parameters,
         }
+
+    @property
+    def _says_only_a_prompt(self) -> bool:
+        if self.messages is None:
+            return True
+        only = self.messages[0]
+        return (
+            len(self.messages) == 1
+            and only.keys() == {"role", "content"}
+            and isinstance(only["content"], str)
+        )
 
     @property
     def further_bytes(self) -> int:
@@ -107,6 +141,13 @@ def read_request(document: Any) -> ModelRequest:
     except ValidationError as error:
         raise _invalid(error) from error
     return ModelRequest(conversation, messages, given, model, max_tokens)
+
+
+def read_stored(value: Any, prompt: str) -> ModelRequest:
+    """Returns the request of a task by its columns `request` and `prompt`. Raises RequestError."""
+    if not isinstance(value, dict) or value.get("messages") is not None:
+        return read_request(value)
+    return read_request({**value, "prompt": prompt})
 
 
 def _conversation(given: dict[str, Any]) -> tuple[tuple[Mapping[str, Any], ...] | None, Conversation]:
@@ -150,7 +191,7 @@ def _invalid(error: ValidationError) -> RequestError:
     return RequestError(f"{'.'.join(path)} is invalid: {message}", path[0])
 
 
-def capability_of(name: str, value: Any) -> str:
+def _capability(name: str, value: Any) -> str:
     """Returns the capability that a parameter needs with this value."""
     if name == "response_format":
         return "json_object" if value["type"] == "text" else str(value["type"])
@@ -171,9 +212,9 @@ def _check_values(given: Mapping[str, Any]) -> None:
         elif isinstance(value, list):
             pending += [(each, depth + 1, name) for each in value]
         elif isinstance(value, str) and ("\0" in value or not _is_unicode(value)):
-            raise RequestError(f"{shown} contains a NUL character or half a surrogate pair", shown)
+            raise UnstorableRequestError(f"{shown} contains a NUL character or half a surrogate pair", shown)
         elif isinstance(value, float) and not math.isfinite(value):
-            raise RequestError(f"{shown} contains a number that is not finite", shown)
+            raise UnstorableRequestError(f"{shown} contains a number that is not finite", shown)
 
 
 def _is_unicode(text: str) -> bool:

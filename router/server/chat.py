@@ -28,8 +28,9 @@ from router.errors import (
     LimiterError,
     ModelFailed,
 )
+from router.request import RequestError
 from router.server.middleware import ClientGone, Limits, read_body, request_client
-from router.server.requests import Catalog, ChatRequest, parse_chat
+from router.server.requests import Catalog, ChatRequest, invalid_request, parse_chat
 from router.server.responses import (
     KEEP_ALIVE,
     ApiError,
@@ -115,8 +116,7 @@ class ChatCompletions:
 
     async def _ask_router(self, chat: ChatRequest, request: Request) -> Answer:
         return await self._router.answer(
-            chat.conversation, category=chat.category, model=chat.model,
-            deadline_seconds=chat.deadline_seconds, max_tokens=chat.max_tokens,
+            chat.request, category=chat.category, deadline_seconds=chat.deadline_seconds,
             client=request_client(request), models=request.user.models,
         )  # fmt: skip
 
@@ -193,7 +193,7 @@ class _Completion:
         answer = self._answering.result()
         if answer.rank is AnswerRank.PASSAGES:
             raise _no_answer(answer)
-        max_tokens = self._catalog.max_tokens(answer.model, answer.rank, self._chat.max_tokens)
+        max_tokens = self._catalog.max_tokens(answer.model, answer.rank, self._chat.request.max_tokens)
         reply = Reply(answer, self._id, self._created, max_tokens, self._chat.stops)
         provisional = " (provisional)" if answer.provisional else ""
         self.outcome = f"answered by {reply.model}{provisional}, task {answer.task_id}"
@@ -225,7 +225,11 @@ def _api_error(error: Exception) -> Exception:
     if isinstance(error, ContextLengthExceeded):
         return ApiError(400, str(error), param="messages", code="context_length_exceeded")
     if isinstance(error, InputError):
-        return ApiError(422, str(error), param="messages")
+        return (
+            invalid_request(error)
+            if isinstance(error, RequestError)
+            else ApiError(422, str(error), param="messages")
+        )
     if isinstance(error, ModelFailed):
         return ApiError(502, str(error), code="model_failed")
     if isinstance(error, (LimiterError, DatabaseError, BackendUnavailable)):

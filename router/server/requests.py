@@ -1,51 +1,19 @@
-"""Parses chat completion requests in OpenAI's format.
-
-Parameters that would change the answer and are not supported are rejected by name. Sampling parameters are
-ignored, since the Models Backend takes a prompt and a length. docs/openai.md lists both.
-"""
+"""Parses chat completion requests in OpenAI's format: the request, and what only this server reads of it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from router.answering import MAX_DEADLINE_SECONDS, MAX_TOKENS, MIN_DEADLINE_SECONDS
-from router.queue import Conversation, MessageError, read_conversation
+from router.request import ModelRequest, RequestError, UnstorableRequestError, read_request
 from router.server.responses import ApiError
 from router.task import AnswerRank
 
 AUTO = "auto"
-MAX_STOPS = 4
-MAX_SHOWN = 100  # characters of an unknown name in an error
-
-# Values that mean the default, and are accepted; null always does.
-DEFAULTS: Mapping[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "tools": ([],),
-    "functions": ([],),
-    "tool_choice": ("none", "auto"),
-    "function_call": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "audio": (),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "logit_bias": ({},),
-    "prediction": (),
-    "web_search_options": (),
-    "store": (False,),
-}
-IGNORED = frozenset(
-    {
-        *("temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty"),
-        *("repetition_penalty", "user", "metadata", "service_tier", "reasoning_effort", "verbosity"),
-        *("safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
-    }
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,23 +40,13 @@ class Catalog:
 class ChatRequest:
     """Validated chat request. With `model` None the router chooses."""
 
-    conversation: Conversation
+    request: ModelRequest
     requested_model: str
-    model: str | None
     category: str | None
-    max_tokens: int | None
     deadline_seconds: float | None
     stops: tuple[str, ...]
     stream: bool
     include_usage: bool
-
-
-Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
-Stops = Annotated[
-    list[Annotated[str, Field(min_length=1)]],
-    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
-    Field(max_length=MAX_STOPS),
-]
 
 
 class _StreamOptions(BaseModel):
@@ -106,18 +64,14 @@ class _RouterOptions(BaseModel):
     )
 
 
-class _Body(BaseModel):
-    """The parameters that are used."""
+class _Transport(BaseModel):
+    """How the answer is sent, and what only this server knows."""
 
     model_config = ConfigDict(strict=True)
 
     model: str = Field(min_length=1)
-    messages: Any = None
-    max_tokens: Tokens | None = None
-    max_completion_tokens: Tokens | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
-    stop: Stops | None = None
     router: _RouterOptions | None = None
 
 
@@ -125,45 +79,39 @@ def parse_chat(document: Any, catalog: Catalog) -> ChatRequest:
     """Validates a request. Raises ApiError, which names the parameter."""
     if not isinstance(document, dict):
         raise ApiError(400, "The body must be a JSON object with model and messages.")
-    _reject_unsupported(document)
     try:
-        body = _Body.model_validate(document)
+        request = read_request({name: value for name, value in document.items() if name != "model"})
+        transport = _Transport.model_validate(document)
+    except RequestError as error:
+        raise invalid_request(error) from error
     except ValidationError as error:
         raise _invalid(error) from error
-    if body.stream_options is not None and not body.stream:
+    if request.messages is None:
+        raise ApiError(400, "messages is missing; send a prompt as the content of a message.", param="prompt")
+    if transport.stream_options is not None and not transport.stream:
         raise ApiError(400, "stream_options is only allowed when stream is true.", param="stream_options")
-    options = body.router or _RouterOptions()
+    options = transport.router or _RouterOptions()
     if options.category is not None and options.category not in catalog.categories:
         known = ", ".join(catalog.categories)
         raise ApiError(400, f"router.category must be one of: {known}.", param="router.category")
-    model, category = _route(body.model, catalog)
+    model, category = _route(transport.model, catalog)
+    stop = request.parameters.get("stop") or ()
     return ChatRequest(
-        conversation=_conversation(body.messages),
-        requested_model=body.model,
-        model=model,
+        request=replace(request, model=model),
+        requested_model=transport.model,
         category=category or options.category,
-        max_tokens=body.max_completion_tokens or body.max_tokens,
         deadline_seconds=options.deadline_seconds,
-        stops=tuple(body.stop or ()),
-        stream=bool(body.stream),
-        include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        stops=(stop,) if isinstance(stop, str) else tuple(stop),
+        stream=bool(transport.stream),
+        include_usage=bool(transport.stream_options and transport.stream_options.include_usage),
     )
 
 
-def _reject_unsupported(document: dict[str, Any]) -> None:
-    for name, value in document.items():
-        if value is None or name in _Body.model_fields or name in IGNORED:
-            continue
-        if name not in DEFAULTS:
-            shown = name[:MAX_SHOWN]
-            raise ApiError(400, f"Unrecognized request argument supplied: {shown}", param=shown)
-        if value not in DEFAULTS[name]:
-            raise ApiError(
-                400,
-                f"{name} does not support this value: the router sends one prompt and returns one text.",
-                param=name,
-                code="unsupported_parameter",
-            )
+def invalid_request(error: RequestError) -> ApiError:
+    """Returns the error for an invalid or unsupported parameter."""
+    code = "unsupported_parameter" if error.unsupported else None
+    status = 422 if isinstance(error, UnstorableRequestError) else 400
+    return ApiError(status, f"{error}.", param=error.param, code=code)
 
 
 def _invalid(error: ValidationError) -> ApiError:
@@ -190,10 +138,3 @@ def _route(name: str, catalog: Catalog) -> tuple[str | None, str | None]:
         param="model",
         code="model_not_found",
     )
-
-
-def _conversation(messages: Any) -> Conversation:
-    try:
-        return read_conversation(messages)
-    except MessageError as error:
-        raise ApiError(400, f"{error}.", param=error.param) from error

@@ -106,13 +106,20 @@ class Reply:
 
     @property
     def finish_reason(self) -> str:
+        if self.answer.finish_reason and self.text == self.answer.text:
+            return self.answer.finish_reason
         used = self.answer.completion_tokens
         cut = self.max_tokens is not None and used is not None and used >= self.max_tokens
         return "length" if cut and self.text == self.answer.text else "stop"
 
     def completion(self) -> dict[str, Any]:
         """Returns the whole completion."""
-        message = {"role": "assistant", "content": self.text, "refusal": None}
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": self.text if self.text or not self.answer.tool_calls else None,
+            "refusal": self.answer.refusal,
+            **({"tool_calls": [*self.answer.tool_calls]} if self.answer.tool_calls else {}),
+        }
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": self.finish_reason}
         head = _head("chat.completion", self.completion_id, self.created, self.model)
         return {**head, "choices": [choice], "usage": self.usage(), "router": routing_of(self.answer)}
@@ -124,18 +131,22 @@ class Reply:
         for start in range(0, len(self.text), CHUNK_CHARACTERS):
             delta = {"content": self.text[start : start + CHUNK_CHARACTERS]}
             yield event({**head, "choices": [_delta(delta)], **usage})
+        for number, call in enumerate(self.answer.tool_calls):
+            yield event({**head, "choices": [_delta({"tool_calls": [{"index": number, **call}]})], **usage})
         choices = [_delta({}, self.finish_reason)]
         yield event({**head, "choices": choices, **usage, "router": routing_of(self.answer)})
         if include_usage:
             yield event({**head, "choices": [], "usage": self.usage()})
         yield STREAM_END
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         prompt, completion = self.answer.prompt_tokens or 0, self.answer.completion_tokens or 0
+        cached = self.answer.cached_tokens
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
+            **({} if cached is None else {"prompt_tokens_details": {"cached_tokens": cached}}),
         }
 
     def headers(self) -> dict[str, str]:

@@ -52,12 +52,13 @@ class BackendPaths(Frozen):
 class BackendFields(Frozen):
     """Names of the Models Backend's fields: dotted paths into its requests and into its responses.
 
-    A parameter of a request has its own name, unless `parameters` has another path for it.
+    A parameter of a request has its own name, unless `parameters` has another path for it. Without
+    `messages`, a chat is sent as one prompt.
     """
 
     model: str = "model"
     prompt: str = "prompt"
-    messages: str = "messages"
+    messages: str | None = "messages"
     parameters: dict[ParameterName, str] = Field(default={})
     max_tokens: str = "max_tokens"
     request_id: str = "request_id"

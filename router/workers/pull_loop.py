@@ -13,13 +13,24 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from router.errors import LimiterError, RouterError, SendingPaused, first_line
 from router.limiter import Permit, TrafficLimiter
-from router.models import CallRequest, ModelsBackend, Roster, RosterModel, context_limits, send_permitted
+from router.models import (
+    CallRequest,
+    ModelsBackend,
+    Roster,
+    RosterModel,
+    capable_models,
+    context_limits,
+    request_for,
+    send_permitted,
+)
 from router.queue import TaskQueue
+from router.request import RequestError
+from router.settings import RouterConfig
 from router.status import Reason
 from router.task import CallResult, Claim, ContextLimit, Outcome
 from router.traffic import TrafficTarget
@@ -58,6 +69,7 @@ class PullHost(Protocol):
     backend: ModelsBackend
     reports: StandstillReports
     roster: Roster
+    config: RouterConfig
     plan: PullPlan
     poll_seconds: float
     look_ahead_seconds: float
@@ -142,9 +154,16 @@ class PullLoop:
         if not categories:
             return None
         limit = plan.contexts.get(self._model) or context_limits(roster.models).get(self._model)
-        return await self._host.queue.claim(
-            self._model, categories, max_tokens=roster_model.max_tokens, limit=limit
-        )
+        queue = self._host.queue
+        claim = await queue.claim(self._model, categories, max_tokens=roster_model.max_tokens, limit=limit)
+        if claim is None or claim.request is None:
+            return claim
+        try:
+            return replace(claim, request=request_for(self._host.config, self._model, claim.request))
+        except RequestError as error:
+            others = capable_models(self._host.config, roster.models, claim.request)
+            await queue.leave(claim, others, str(error))
+            return None
 
     def _sends_within_look_ahead(self) -> int:
         """Returns how many calls are certain to be sent within the look-ahead: by the target, or as of late.

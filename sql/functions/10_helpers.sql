@@ -119,8 +119,8 @@ CREATE OR REPLACE FUNCTION queue_priority(p_priority bigint) RETURNS smallint
 LANGUAGE sql IMMUTABLE AS $$ SELECT greatest(-9, least(9, coalesce(p_priority, 0)))::smallint $$;
 
 -- Upper bound for any model: no token of a byte-level tokenizer is shorter than one byte.
-CREATE OR REPLACE FUNCTION reserved_tokens(p_prompt text, p_max_tokens integer) RETURNS integer
-LANGUAGE sql IMMUTABLE AS $$ SELECT least(octet_length(p_prompt)::bigint + p_max_tokens, 2147483647)::integer $$;
+CREATE OR REPLACE FUNCTION reserved_tokens(p_bytes integer, p_max_tokens integer) RETURNS integer
+LANGUAGE sql IMMUTABLE AS $$ SELECT least(p_bytes::bigint + p_max_tokens, 2147483647)::integer $$;
 
 -- Position of a requeued task: before all new tasks of its lane, after those that were requeued earlier.
 CREATE OR REPLACE FUNCTION requeue_position() RETURNS bigint

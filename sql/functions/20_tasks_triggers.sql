@@ -29,7 +29,7 @@ BEGIN
           LEFT JOIN categories own ON own.name = i.category
           CROSS JOIN LATERAL (SELECT coalesce(own.name, (SELECT resolve_category(NULL))) AS name) AS known
          WHERE i.status = 'unsolved' AND octet_length(i.prompt) <= s.max_prompt_bytes AND i.prompt ~ '\S'
-           AND is_client(i.client)
+           AND is_client(i.client) AND request_problem(i.request) IS NULL
          ORDER BY i.id
         ON CONFLICT (task_id) DO NOTHING
         RETURNING category, priority, client
@@ -50,9 +50,9 @@ BEGIN
       FROM inserted WHERE status <> 'unsolved' GROUP BY 1, 2;
 
     IF queued IS DISTINCT FROM (SELECT count(*) FROM inserted WHERE status = 'unsolved') THEN
-        PERFORM fail_unusable(i.id, coalesce(prompt_problem(i.prompt), client_problem(i.client)))
+        PERFORM fail_unusable(i.id, task_problem(i.prompt, i.client, i.request))
            FROM inserted i
-          WHERE i.status = 'unsolved' AND coalesce(prompt_problem(i.prompt), client_problem(i.client)) IS NOT NULL;
+          WHERE i.status = 'unsolved' AND task_problem(i.prompt, i.client, i.request) IS NOT NULL;
     END IF;
     IF queued > 0 AND current_setting('router.interactive', true) IS DISTINCT FROM 'on' THEN
         PERFORM wake_workers();
@@ -69,7 +69,7 @@ LANGUAGE plpgsql SECURITY DEFINER
 SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
     reset boolean := NEW.status = 'unsolved' AND OLD.status <> 'unsolved';
-    edited boolean := NEW.prompt IS DISTINCT FROM OLD.prompt;
+    edited boolean := NEW.prompt IS DISTINCT FROM OLD.prompt OR NEW.request IS DISTINCT FROM OLD.request;
     answered boolean := NEW.answer IS DISTINCT FROM OLD.answer AND NEW.answer IS NOT NULL;
     held queue;
     lane text;
@@ -111,11 +111,12 @@ BEGIN
         NEW.solved_at := NULL;
         NEW.interactive := NULL;  -- from now on a task of the batch
         NEW.truncated := NULL;
+        NEW.answer_message := NULL;
         NEW.failure := prompt_problem(NEW.prompt);
         NEW.status := CASE WHEN NEW.failure IS NULL THEN 'unsolved' ELSE 'failed' END;
     END IF;
-    IF NEW.status = 'unsolved' AND NOT is_client(NEW.client) THEN
-        NEW.failure := client_problem(NEW.client);
+    IF NEW.status = 'unsolved' AND (NOT is_client(NEW.client) OR request_problem(NEW.request) IS NOT NULL) THEN
+        NEW.failure := task_problem(NEW.prompt, NEW.client, NEW.request);
         NEW.status := 'failed';
     END IF;
 
@@ -146,7 +147,7 @@ BEGIN
                    prompt_version = NEW.prompt_version, attempt = CASE WHEN reset OR edited THEN 0 ELSE held.attempt END,
                    lost = CASE WHEN reset OR edited THEN 0 ELSE held.lost END,
                    call_id = NULL, worker = NULL, claimed_at = NULL,
-                   not_by = NULL, not_by_until = NULL, min_context = NULL
+                   not_by = NULL, not_by_until = NULL, min_context = NULL, only_by = NULL
              WHERE q.task_id = NEW.id;
         ELSIF (held.category, held.priority, held.client) IS DISTINCT FROM (lane, rank_in_lane, for_client) THEN
             UPDATE queue q SET category = lane, priority = rank_in_lane, position = nextval('queue_position'),
@@ -218,7 +219,7 @@ CREATE OR REPLACE TRIGGER router_client BEFORE INSERT OR UPDATE OF client ON tas
 CREATE OR REPLACE TRIGGER router_inserted AFTER INSERT ON tasks
     REFERENCING NEW TABLE AS inserted FOR EACH STATEMENT EXECUTE FUNCTION tasks_inserted();
 -- settle_call sets a new answer_call_id and updates the queue itself. Other updates clear it at most.
-CREATE OR REPLACE TRIGGER router_updated BEFORE UPDATE OF status, prompt, category, priority, deadline_at, client ON tasks
+CREATE OR REPLACE TRIGGER router_updated BEFORE UPDATE OF status, prompt, request, category, priority, deadline_at, client ON tasks
     FOR EACH ROW
     WHEN (NEW.answer_call_id IS NULL OR NEW.answer_call_id IS NOT DISTINCT FROM OLD.answer_call_id)
     EXECUTE FUNCTION task_updated();

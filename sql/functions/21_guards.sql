@@ -13,7 +13,8 @@ BEGIN
             ('status', i.status <> 'unsolved'), ('answer', i.answer <> ''), ('answered_by', i.answered_by IS NOT NULL),
             ('answer_rank', i.answer_rank IS NOT NULL), ('answer_call_id', i.answer_call_id IS NOT NULL),
             ('failure', i.failure IS NOT NULL), ('solved_at', i.solved_at IS NOT NULL),
-            ('interactive', i.interactive IS NOT NULL), ('truncated', i.truncated IS NOT NULL)) AS given (name, it)
+            ('interactive', i.interactive IS NOT NULL), ('truncated', i.truncated IS NOT NULL),
+            ('answer_message', i.answer_message IS NOT NULL)) AS given (name, it)
      WHERE given.it;
     IF wrong IS NULL THEN
         SELECT coalesce(max(pg_sequence_last_value(s.oid)), 0) INTO newest

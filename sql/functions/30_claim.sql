@@ -207,7 +207,7 @@ CREATE OR REPLACE FUNCTION claim_task(
     p_context integer DEFAULT NULL, p_tokens_per_byte double precision DEFAULT NULL, p_is_largest boolean DEFAULT true,
     p_token_limit integer DEFAULT NULL, p_skip_clients text[] DEFAULT '{}')
 RETURNS TABLE (task_id bigint, prompt text, category text, prompt_version integer, attempt integer,
-               max_tokens integer, reserved_tokens integer, deadline_at timestamptz, client text)
+               max_tokens integer, reserved_tokens integer, deadline_at timestamptz, client text, request jsonb)
 LANGUAGE plpgsql
 SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off SET lock_timeout = '200ms' AS $$
 #variable_conflict use_column
@@ -220,6 +220,7 @@ DECLARE
     task record;
     unusable integer := 0;
     too_long integer := 0;
+    pinned integer := 0;
 BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
     LOCK TABLE tasks IN ACCESS SHARE MODE;  -- before the queue: see "Lock order" in 10_helpers.sql
@@ -254,7 +255,10 @@ BEGIN
         END IF;
         WHILE lane.has_ready LOOP
             IF lane.category IS NULL THEN
-                found_row := lock_long(p_model, p_categories, p_context, p_tokens_per_byte, p_is_largest, p_skip_clients);
+                found_row := lock_pinned(p_model, p_skip_clients);
+                IF found_row.task_id IS NULL THEN
+                    found_row := lock_long(p_model, p_categories, p_context, p_tokens_per_byte, p_is_largest, p_skip_clients);
+                END IF;
                 IF found_row.task_id IS NULL THEN
                     found_row := lock_second_try(p_model, p_categories, p_skip_clients);
                 END IF;
@@ -275,15 +279,23 @@ BEGIN
             EXIT WHEN found_row.task_id IS NULL;
 
             SELECT CASE WHEN octet_length(t.prompt) <= s.max_prompt_bytes AND is_client(t.client)
+                         AND request_problem(t.request) IS NULL
                          AND (getdatabaseencoding() <> 'SQL_ASCII' OR is_readable(t.prompt)) THEN t.prompt::text END AS prompt,
                    t.prompt_version, readable_time(t.deadline_at) AS deadline_at, coalesce(t.client::text, '') AS client,
+                   t.request, octet_length(t.prompt) + coalesce(request_bytes(t.request), 0) AS bytes,
                    coalesce(CASE WHEN t.max_tokens IS NOT NULL  -- greatest() and least() ignore NULL
                                  THEN greatest(1, least(t.max_tokens, 2147483647)) END::integer,
                             p_max_tokens, s.default_max_tokens) AS max_tokens
               INTO task FROM tasks t, queue_settings s WHERE t.id = found_row.task_id AND t.status = 'unsolved';
-            IF octet_length(task.prompt) * p_tokens_per_byte + task.max_tokens > p_context
-               OR found_row.min_context >= p_context THEN
-                PERFORM leave_long(found_row, octet_length(task.prompt), task.max_tokens, p_model, p_context,
+            IF task.request IS NOT NULL AND task.prompt IS NOT NULL AND leave_to_others(
+                   found_row, task.request, task.bytes, task.max_tokens, p_model, p_context, p_tokens_per_byte) THEN
+                pinned := pinned + 1;
+                EXIT WHEN pinned >= 200;
+                start := CASE WHEN by_turn THEN start ELSE found_row.position + 1 END;
+                CONTINUE;
+            END IF;
+            IF task.bytes * p_tokens_per_byte + task.max_tokens > p_context OR found_row.min_context >= p_context THEN
+                PERFORM leave_long(found_row, task.bytes, task.max_tokens, p_model, p_context,
                                    p_tokens_per_byte, p_is_largest);
                 too_long := too_long + 1;
                 EXIT WHEN too_long >= 200;
@@ -297,9 +309,10 @@ BEGIN
                 prompt_version := task.prompt_version;
                 attempt := found_row.attempt + 1;
                 max_tokens := task.max_tokens;
-                reserved_tokens := least(reserved_tokens(task.prompt, claim_task.max_tokens), p_token_limit);
+                reserved_tokens := least(reserved_tokens(task.bytes, claim_task.max_tokens), p_token_limit);
                 deadline_at := task.deadline_at;
                 client := task.client;
+                request := task.request;
                 UPDATE queue SET state = 'claimed', call_id = p_call_id, worker = p_worker,
                                  claimed_at = clock_timestamp(), attempt = claim_task.attempt,
                                  prompt_version = claim_task.prompt_version
@@ -334,7 +347,7 @@ BEGIN
         END IF;
     END LOOP;
 
-    IF too_long > 0 THEN
+    IF too_long + pinned > 0 THEN
         PERFORM wake_workers();  -- other models may take them, and this one continues behind them
     END IF;
     -- Nothing is ready: apply the default category to tasks whose classification timed out.

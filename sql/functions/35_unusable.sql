@@ -1,14 +1,15 @@
 -- Tasks that cannot be worked on: each fails, or waits, alone.
 
 -- Removes a queue row, which the caller has locked, whose task cannot be claimed: finished or deleted without
--- triggers, or with a prompt that may not be sent or an unusable client, which fails the task. tasks is authoritative.
+-- triggers, or with a prompt, client or request that cannot be used, which fails the task. tasks is authoritative.
 CREATE OR REPLACE FUNCTION remove_unusable(p_task_id bigint) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
     problem text;
 BEGIN
     IF NOT drop_orphan(p_task_id) THEN
-        SELECT coalesce(prompt_problem(t.prompt), client_problem(t.client)) INTO problem FROM tasks t WHERE t.id = p_task_id AND t.status = 'unsolved';
+        SELECT task_problem(t.prompt, t.client, t.request) INTO problem
+          FROM tasks t WHERE t.id = p_task_id AND t.status = 'unsolved';
         PERFORM set_aside(p_task_id, coalesce(problem, 'the task cannot be claimed'), interval '1 s');
     END IF;
 END

@@ -18,7 +18,7 @@ CREATE OR REPLACE FUNCTION settle_call(
     p_prompt_tokens integer DEFAULT NULL, p_completion_tokens integer DEFAULT NULL, p_cost double precision DEFAULT NULL,
     p_latency_seconds double precision DEFAULT NULL, p_error text DEFAULT NULL, p_counted boolean DEFAULT true,
     p_task_id bigint DEFAULT NULL, p_model text DEFAULT NULL, p_prompt_version integer DEFAULT NULL,
-    p_reserved_tokens integer DEFAULT 0)
+    p_reserved_tokens integer DEFAULT 0, p_message jsonb DEFAULT NULL)
 RETURNS text
 LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '50ms' AS $$
 DECLARE
@@ -60,7 +60,7 @@ BEGIN
     END IF;
 
     IF p_outcome = 'answered' THEN
-        SELECT k.settlement, k.held INTO settled, held FROM record_answer(call, p_answer, p_completion_tokens) AS k;
+        SELECT k.settlement, k.held INTO settled, held FROM record_answer(call, p_answer, p_completion_tokens, p_message) AS k;
     ELSE
         PERFORM FROM tasks t WHERE t.id = call.task_id FOR NO KEY UPDATE;
         settled := coalesce(requeue(call, p_counted, p_error, p_outcome), 'late');
@@ -101,9 +101,9 @@ $$;
 
 -- Stores an answer if its rank is higher than that of the task's answer to the same version of the prompt. The usual
 -- case, an unsolved task, is updated without reading it first; any other task is locked and read. p_tokens: length of the
--- answer. held: whether this call held the claim.
+-- answer. p_message: what it is beside its text. held: whether this call held the claim.
 CREATE OR REPLACE FUNCTION record_answer(
-    p_call model_calls, p_answer text, p_tokens integer, OUT settlement text, OUT held boolean)
+    p_call model_calls, p_answer text, p_tokens integer, p_message jsonb, OUT settlement text, OUT held boolean)
 LANGUAGE plpgsql AS $$
 DECLARE
     before record;
@@ -116,7 +116,7 @@ BEGIN
            NULL::boolean AS interactive INTO before;
     LOOP
         UPDATE tasks t
-           SET answer = p_answer, answered_by = p_call.model, answer_rank = p_call.rank, answer_call_id = p_call.call_id,
+           SET answer = p_answer, answer_message = p_message, answered_by = p_call.model, answer_rank = p_call.rank, answer_call_id = p_call.call_id,
                status = CASE WHEN ends.it THEN 'solved' ELSE t.status END,
                category = coalesce(t.category, p_call.category), truncated = p_tokens >= t.max_tokens,
                solved_at = CASE WHEN ends.it THEN coalesce(t.solved_at, clock_timestamp()) ELSE t.solved_at END,

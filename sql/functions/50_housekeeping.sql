@@ -301,7 +301,7 @@ $$;
 -- Tasks with their derived state: running while claimed, waiting for a retry, uncategorised until classified.
 CREATE OR REPLACE VIEW task_states AS
     SELECT t.id, t.status,
-           CASE q.state WHEN 'claimed' THEN 'running' WHEN 'waiting' THEN 'waiting' WHEN 'ready' THEN 'ready' WHEN 'long' THEN 'ready'
+           CASE q.state WHEN 'claimed' THEN 'running' WHEN 'waiting' THEN 'waiting' WHEN 'ready' THEN 'ready' WHEN 'long' THEN 'ready' WHEN 'pinned' THEN 'ready'
                         WHEN 'uncategorised' THEN 'uncategorised' ELSE t.status END AS state,
            coalesce(q.category, t.category) AS category, q.attempt, q.wake_at, q.worker,
            CASE WHEN q.state = 'claimed' THEN q.claimed_at END AS claimed_at,

@@ -156,8 +156,8 @@ BEGIN
                        failure = NULL, interactive = NULL, truncated = NULL
      WHERE t.id = ANY (p_ids) AND t.status = 'unsolved'
        AND (t.answer_rank >= 3 OR t.solved_at IS NOT NULL OR t.failure IS NOT NULL);
-    UPDATE tasks t SET status = 'failed', failure = coalesce(prompt_problem(t.prompt), client_problem(t.client))
-     WHERE t.id = ANY (p_ids) AND t.status = 'unsolved' AND coalesce(prompt_problem(t.prompt), client_problem(t.client)) IS NOT NULL;
+    UPDATE tasks t SET status = 'failed', failure = task_problem(t.prompt, t.client, t.request)
+     WHERE t.id = ANY (p_ids) AND t.status = 'unsolved' AND task_problem(t.prompt, t.client, t.request) IS NOT NULL;
 
     WITH back AS (
         INSERT INTO queue (task_id, category, priority, position, state, wake_at, prompt_version, deadline_at,

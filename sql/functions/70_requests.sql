@@ -15,11 +15,11 @@
 CREATE OR REPLACE FUNCTION begin_request(
     p_prompt text, p_deadline_seconds double precision, p_call_id uuid, p_model text, p_role text, p_rank smallint,
     p_category text, p_confidence real, p_worker text, p_reserved_tokens integer, p_preferred text, p_fallback text,
-    p_max_tokens integer DEFAULT NULL, p_client text DEFAULT '')
+    p_max_tokens integer DEFAULT NULL, p_client text DEFAULT '', p_request jsonb DEFAULT NULL)
 RETURNS TABLE (task_id bigint, prompt_version integer)
 LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '200ms' AS $$
 DECLARE
-    problem text := coalesce(prompt_problem(p_prompt), client_problem(p_client));
+    problem text := task_problem(p_prompt, p_client, p_request);
     added record;
     more record;
 BEGIN
@@ -35,16 +35,16 @@ BEGIN
     PERFORM set_config('router.interactive', 'on', true);  -- claimed already: no worker needs a notification
     SELECT * INTO more FROM task_default_columns();
     IF more.names = '' THEN
-        INSERT INTO tasks (prompt, category, deadline_at, max_tokens, interactive, client)
+        INSERT INTO tasks (prompt, category, deadline_at, max_tokens, interactive, client, request)
         VALUES (p_prompt, p_category, clock_timestamp() + make_interval(secs => p_deadline_seconds), p_max_tokens, true,
-                p_client)
+                p_client, p_request)
         RETURNING id, tasks.prompt_version INTO added;
     ELSE
-        EXECUTE format('INSERT INTO tasks (prompt, category, deadline_at, max_tokens, interactive, client%s)'
-                       ' VALUES ($1, $2, $3, $4, true, $5%s) RETURNING id, prompt_version', more.names, more.literals)
+        EXECUTE format('INSERT INTO tasks (prompt, category, deadline_at, max_tokens, interactive, client, request%s)'
+                       ' VALUES ($1, $2, $3, $4, true, $5, $6%s) RETURNING id, prompt_version', more.names, more.literals)
            INTO added
           USING p_prompt, p_category, clock_timestamp() + make_interval(secs => p_deadline_seconds), p_max_tokens,
-                p_client;
+                p_client, p_request;
     END IF;
     UPDATE queue q SET state = 'claimed', attempt = 1, call_id = p_call_id, worker = p_worker,
                        claimed_at = clock_timestamp(), deadline_at = NULL
@@ -80,7 +80,7 @@ CREATE OR REPLACE FUNCTION settle_request_call(
     p_call_id uuid, p_outcome text, p_answer text, p_prompt_tokens integer, p_completion_tokens integer,
     p_cost double precision, p_latency_seconds double precision, p_error text, p_task_id bigint, p_model text,
     p_role text, p_rank smallint, p_prompt_version integer, p_reserved_tokens integer, p_late boolean,
-    p_heir uuid DEFAULT NULL)
+    p_heir uuid DEFAULT NULL, p_message jsonb DEFAULT NULL)
 RETURNS text
 LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '200ms' AS $$
 DECLARE
@@ -103,7 +103,7 @@ BEGIN
     END IF;
     -- Without task and model settle_call reads them, and the rank, from the log.
     settled := settle_call(p_call_id, p_outcome, p_answer, p_prompt_tokens, p_completion_tokens, p_cost, p_latency_seconds,
-                           p_error, true, NULL, NULL, p_prompt_version, p_reserved_tokens);
+                           p_error, true, NULL, NULL, p_prompt_version, p_reserved_tokens, p_message);
     IF settled = 'late' THEN
         settled := 'passed';
     END IF;
@@ -144,7 +144,7 @@ $$;
 -- after p_hold_seconds.
 CREATE OR REPLACE FUNCTION claim_due_deadlines(p_ahead_seconds double precision, p_hold_seconds double precision, p_limit integer)
 RETURNS TABLE (task_id bigint, prompt text, prompt_version integer, category text, confidence real,
-               max_tokens integer, seconds_left double precision, client text)
+               max_tokens integer, seconds_left double precision, client text, request jsonb)
 LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '200ms' AS $$
 #variable_conflict use_column
 BEGIN
@@ -170,10 +170,10 @@ BEGIN
         RETURNING q.task_id, q.category, q.confidence
     )
     SELECT t.id::bigint, readable_text(left(t.prompt, s.max_prompt_bytes)), t.prompt_version, taken.category, taken.confidence, t.max_tokens::integer,
-           extract(epoch FROM readable_time(t.deadline_at) - clock_timestamp())::float8, coalesce(t.client::text, '')
+           extract(epoch FROM readable_time(t.deadline_at) - clock_timestamp())::float8, coalesce(t.client::text, ''), t.request
       FROM taken JOIN tasks t ON t.id = taken.task_id, queue_settings s
      WHERE t.status = 'unsolved' AND t.deadline_at IS NOT NULL AND coalesce(t.answer_rank, 0) < 2
-       AND is_client(t.client);
+       AND is_client(t.client) AND request_problem(t.request) IS NULL;
 END
 $$;
 

@@ -105,6 +105,7 @@ class Probe:
             return None
         fields = dict(row)
         fields.pop("deadline_at")
+        fields.pop("request")
         return Taken(call_id=call_id, **fields)
 
     async def must_claim(self, *categories: str, worker: str = "w1", model: str = "m1") -> Taken:

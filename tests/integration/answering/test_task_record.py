@@ -13,6 +13,7 @@ from router.answering.context import RequestContext
 from router.answering.store import CallRow
 from router.answering.task_record import TaskRecord
 from router.database import open_pool
+from router.request import ModelRequest
 from router.task import AnswerRank, CallResult, Outcome, Role, new_call_id
 from tests.support.queue import Probe
 
@@ -31,7 +32,7 @@ async def record(database: str) -> AsyncIterator[TaskRecord]:
     pool = await open_pool(database, connections=4)
     unused: Any = None
     context = RequestContext(pool, limiter=unused, backend=unused, queue=unused, config=unused, roster=unused)
-    yield TaskRecord(context, "Why?", 10.0)
+    yield TaskRecord(context, ModelRequest.of_prompt("Why?"), 10.0)
     await pool.close()
 
 

@@ -16,8 +16,8 @@ from router.answering.service import AnsweringService
 from router.database import connect
 from router.errors import CapacityExceeded, ModelFailed
 from router.models.roster import sync_roster
-from router.queue.chat import Conversation
 from router.queue.tasks import failed_tasks, retry_failed
+from router.request import Conversation, ModelRequest
 from router.settings.environment import Addresses
 from router.settings.router import load_config
 from tests.support.answering import CHEAP, PREFERRED, Harness, answering_config
@@ -197,20 +197,20 @@ async def test_category_and_knowledge_depend_on_the_last_user_turn(
         sync_roster(connection, answering_config())
     async with Router(addresses, config, tmp_path) as router:
         code = "Assistant: ```python\nfor x in y: pass\n```"
-        answer = await router.answer(Conversation(f"{code}\n\nhaiku", "haiku", code))
+        answer = await router.answer(ModelRequest(Conversation(f"{code}\n\nhaiku", "haiku", code)))
         assert (answer.category, answer.confidence) == ("creative", 0.9)
-        answer = await router.answer(Conversation(f"{code}\n\nand?", "and?", code))
+        answer = await router.answer(ModelRequest(Conversation(f"{code}\n\nand?", "and?", code)))
         assert answer.category == "technical", "the context decides where the question says too little"
         found: list[str] = []
         question = "Why is the sky blue?"
         await router.answer(
-            Conversation(f"{code}\n\n{question}", question, code),
+            ModelRequest(Conversation(f"{code}\n\n{question}", question, code)),
             on_event=lambda event: found.append(event.text),
         )
         assert any(text.startswith("found sky.md") for text in found), found
         found.clear()
         earlier = "Why is the sky blue? Because air scatters short waves."
-        follow_up = Conversation(f"{earlier}\n\nAnd why?", "And why?", earlier)
+        follow_up = ModelRequest(Conversation(f"{earlier}\n\nAnd why?", "And why?", earlier))
         await router.answer(follow_up, on_event=lambda event: found.append(event.text))
         assert any(text.startswith("found sky.md") for text in found), "by the context"
 

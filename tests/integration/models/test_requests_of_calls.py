@@ -13,9 +13,9 @@ import requests
 from aiohttp import web
 
 from models_backend.process import BackendServer, start_backend
-from router.models import ModelsBackend
-from router.request import CAPABILITIES, ModelRequest, read_request
-from router.settings import BackendSettings
+from router.models import ModelsBackend, request_for
+from router.request import CAPABILITIES, ModelRequest, Unsupported, read_request
+from router.settings import BackendSettings, load_config
 from router.task import CallResult, Outcome
 from tests.support.calls import call_request
 from tests.unit.request.test_model_request import EXAMPLES, TOOL, USER
@@ -57,8 +57,10 @@ async def test_a_bare_prompt_is_sent_as_a_prompt(server: BackendServer) -> None:
 
 
 async def test_a_parameter_without_its_capability_is_not_sent(server: BackendServer) -> None:
-    settings = BackendSettings(capabilities=CAPABILITIES - {"temperature"})
-    await called(server.url, read_request({"messages": [USER], "temperature": 1, "seed": 3}), settings)
+    settings = BackendSettings(capabilities=CAPABILITIES - {"temperature"}, on_unsupported=Unsupported.IGNORE)
+    config = load_config().model_copy(update={"backend": settings})
+    request = read_request({"messages": [USER], "temperature": 1, "seed": 3})
+    await called(server.url, request_for(config, MODEL, request), settings)
     assert received(server) == {"messages": [USER], "seed": 3}
 
 

@@ -20,7 +20,17 @@ from tests.support.queue import Probe, probing
 from tests.support.roles import RolesDatabase, apply_roles
 
 # Columns that a producer may write; each other column of `tasks` is the router's, and sql/roles.sql lists it.
-PRODUCERS = {"prompt", "status", "category", "priority", "external_id", "max_tokens", "deadline_at", "client"}
+PRODUCERS = {
+    "prompt",
+    "request",
+    "status",
+    "category",
+    "priority",
+    "external_id",
+    "max_tokens",
+    "deadline_at",
+    "client",
+}
 REFUSED = (asyncpg.InsufficientPrivilegeError, asyncpg.FeatureNotSupportedError)
 OPEN_PUBLIC = "GRANT CREATE ON SCHEMA public TO PUBLIC"  # the default before PostgreSQL 15
 
@@ -184,8 +194,9 @@ ATTACKS = {
         "INSERT INTO tasks (prompt, answer_rank) VALUES ('p', 3)",
         "INSERT INTO tasks (prompt, solved_at) VALUES ('p', now())",
         "INSERT INTO tasks (prompt, inserted_by) VALUES ('p', 'login_bob')",
+        "INSERT INTO tasks (prompt, answer_message) VALUES ('p', '{}')",
         "SELECT settle_call(gen_random_uuid(), 'answered', 'x')",
-        "SELECT router.record_answer(NULL, 'x', 1)",
+        "SELECT router.record_answer(NULL, 'x', 1, NULL)",
     ],
     "stop the batch": [
         "LOCK TABLE tasks IN ACCESS EXCLUSIVE MODE",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import json
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
@@ -410,3 +411,68 @@ def test_keys_commands(tmp_path: Path) -> None:
     assert router("keys", "remove", "alice").code == 0
     assert router("keys", "list").out.startswith("no client has a key")
     assert router("keys", "add", "bob", "--json").json["client"] == "bob"
+
+
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {
+    "type": "object", "required": ["city"], "properties": {"city": {"type": "string"}}}}}  # fmt: skip
+
+
+def received(server: Serving, task_id: int) -> list[Any]:
+    """Returns the requests that the backend got for this task, without those of fallback models."""
+    calls = server.rows("SELECT call_id FROM model_calls WHERE task_id = %s AND role <> 'fallback'", task_id)
+    ids = {str(call["call_id"]) for call in calls}
+    rows = requests.get(f"{server.backend.url}/arrivals", params={"limit": 10_000}, timeout=10).json()
+    return [row.get("request") for row in rows["arrivals"] if row["request_id"] in ids]
+
+
+def test_a_request_reaches_the_backend_whole(server: Serving) -> None:
+    given = {
+        "messages": [{"role": "system", "content": "Be brief."}, *MESSAGES],
+        "temperature": 0, "top_p": 0.9, "seed": 5, "stop": ["zzz"], "frequency_penalty": 0.5,
+        "response_format": {"type": "json_object"}, "metadata": {"run": "7"}, "user": "u-1",
+    }  # fmt: skip
+    for model in ("phi-4", "auto"):
+        completion = server.client.chat.completions.create(model=model, **given)  # type: ignore[call-overload]
+        assert isinstance(json.loads(completion.choices[0].message.content), dict)
+        assert received(server, completion.router["task_id"]) == [given]
+    stored = server.rows("SELECT request FROM tasks WHERE id = %s", completion.router["task_id"])
+    assert stored == [{"request": given}]
+
+
+def test_calls_of_tools_come_back_whole_and_as_a_stream(server: Serving) -> None:
+    choice = server.chat("What is the weather?", model="phi-4", tools=[WEATHER]).choices[0]
+    (call,) = choice.message.tool_calls
+    assert (choice.finish_reason, choice.message.content, call.function.name) == (
+        "tool_calls",
+        None,
+        "weather",
+    )
+    assert set(json.loads(call.function.arguments)) == {"city"}
+    chunks = list(server.chat("What is the weather?", model="phi-4", tools=[WEATHER], stream=True))
+    deltas = [delta for chunk in chunks for delta in chunk.choices[0].delta.tool_calls or ()]
+    assert [(delta.index, delta.function.arguments) for delta in deltas] == [(0, call.function.arguments)]
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+    turns = [
+        {"role": "user", "content": "What is the weather?"},
+        {"role": "assistant", "content": None, "tool_calls": [call.model_dump()]},
+        {"role": "tool", "tool_call_id": call.id, "content": "12 C"},
+    ]
+    answer = server.client.chat.completions.create(model="phi-4", messages=turns, tools=[WEATHER])  # type: ignore[call-overload]
+    assert (answer.choices[0].finish_reason, answer.choices[0].message.tool_calls) == ("stop", None)
+
+
+@pytest.mark.parametrize(
+    ("param", "more"),
+    [
+        ("messages.[0].content.[0]", {"messages": [{"role": "user", "content": [
+            {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}]}]}),
+        ("n", {"n": 2}),
+        ("logprobs", {"logprobs": True}),
+    ],
+)  # fmt: skip
+def test_what_the_backend_cannot_do_is_refused_by_name(
+    server: Serving, param: str, more: dict[str, Any]
+) -> None:
+    reply = server.post(json={"model": "auto", "messages": MESSAGES, **more})
+    error = reply.json()["error"]
+    assert (reply.status_code, error["param"], error["code"]) == (400, param, "unsupported_parameter")

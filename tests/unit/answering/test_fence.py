@@ -6,8 +6,9 @@ import re
 
 import pytest
 
-from router.answering.fallback import prompt_with
+from router.answering.fallback import request_with
 from router.knowledge import Passage, SearchResult
+from router.request import ModelRequest, read_request
 from router.settings import FallbackSettings
 
 SETTINGS = FallbackSettings()
@@ -21,7 +22,8 @@ ATTACKS = (
 
 def prompt_of(*texts: str) -> str:
     found = SearchResult(tuple(Passage(text, "notes.md", 1.0) for text in texts), 0.9)
-    return prompt_with("Why is the sky blue?", found, SETTINGS)
+    request = ModelRequest.of_prompt("Why is the sky blue?")
+    return request_with(request, found, SETTINGS).conversation.text
 
 
 @pytest.mark.parametrize("text", ATTACKS)
@@ -47,4 +49,16 @@ def test_material_that_was_quoted_from_another_prompt_is_no_fence():
 
 
 def test_without_relevant_passages_the_prompt_stays_as_it_is():
-    assert prompt_with("Why?", SearchResult((Passage("a", "b", 1.0),), 0.1), SETTINGS) == "Why?"
+    request = ModelRequest.of_prompt("Why?")
+    assert request_with(request, SearchResult((Passage("a", "b", 1.0),), 0.1), SETTINGS) is request
+
+
+def test_messages_stay_as_they_are_behind_the_material():
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    request = read_request({"messages": turns, "response_format": {"type": "json_object"}})
+    found = request_with(request, SearchResult((Passage("Because.", "notes.md", 1.0),), 0.9), SETTINGS)
+    assert found.messages is not None
+    first, *others = found.messages
+    assert (others, found.parameters) == (turns, request.parameters)
+    assert first["role"] == "system"
+    assert "Because." in first["content"]

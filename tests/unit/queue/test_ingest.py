@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies
 
-from router.errors import InputError
 from router.queue import prompt_files
-from router.queue.chat import MessageError, prompt_of, read_conversation
 from router.queue.ingest import IngestDefaults, InvalidRow, NewTask, read_tasks
 from router.queue.prompt_files import Format, decompressed, detect_format
+from router.request import ModelRequest, RequestError
 
 
 def stream(data: bytes | str) -> io.BufferedReader:
@@ -65,6 +64,66 @@ def test_an_openai_batch_line_sets_prompt_id_and_max_tokens():
     line = {"custom_id": "r-1", "method": "POST", "url": "/v1/chat/completions", "body": body}
     (task,) = tasks(json.dumps(line), Format.OPENAI)
     assert (task.external_id, task.prompt, task.max_tokens) == ("r-1", "Hi", 9)
+    assert task.request is not None
+    assert json.loads(task.request) == {"model": "x", "messages": body["messages"], "max_tokens": 9}
+
+
+REQUESTS = {
+    "temperature": 0.5,
+    "response_format": {"type": "json_object"},
+    "tools": [{"type": "function", "function": {"name": "weather"}}],
+    "model": "phi-4",
+    "seed": 3,
+}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+@pytest.mark.parametrize("kind", ["body", "messages", "prompt"])
+def test_parameters_of_a_line_are_kept(name: str, kind: str):
+    content = {"prompt": "Hi"} if kind == "prompt" else {"messages": [{"role": "user", "content": "Hi"}]}
+    given = {**content, name: REQUESTS[name]}
+    (task,) = tasks(json.dumps({"id": "1", "body": given} if kind == "body" else {"id": "1", **given}))
+    assert task.request is not None
+    assert json.loads(task.request) == {k: v for k, v in given.items() if k != "prompt"}
+    assert task.prompt == "Hi"
+
+
+def test_a_line_that_is_only_a_prompt_keeps_no_request():
+    chat = '{"messages":[{"role":"user","content":"b"}],"max_tokens":5,"model":"auto"}'
+    first, second = tasks(f'{{"prompt":"a","source":"x"}}\n{chat}')
+    assert (first.request, second.request, second.max_tokens) == (None, None, 5)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"prompt":"a","temperature":"hot"}', "temperature is invalid"),
+        ('{"prompt":"a","n":2}', "n does not support this value"),
+        ('{"body":{"prompt":"a","colour":"red"}}', "colour"),
+        ('{"body":{"messages":[{"role":"user","content":"a"}],"tools":[{}]}}', "tools.0.type"),
+    ],
+)
+def test_invalid_and_unsupported_parameters_of_a_line_are_named(line: str, words: str):
+    assert words in problem(line)
+
+
+def test_the_model_of_all_rows_takes_the_place_of_that_of_a_line():
+    line = '{"prompt":"a","model":"gone"}'
+    assert tasks(line, model="auto")[0].request is None
+    assert tasks(line, model="phi-4")[0].request == '{"model": "phi-4"}'
+
+
+def test_rows_without_an_id_differ_by_their_request():
+    first, second, again = tasks('{"prompt":"a","seed":1}\n{"prompt":"a","seed":2}\n{"seed":1,"prompt":"a"}')
+    assert len({first.external_id, second.external_id, again.external_id}) == 3
+    assert again.external_id.rpartition(":")[0] == first.external_id.rpartition(":")[0]
+
+
+def test_a_request_that_the_check_refuses_is_an_invalid_row():
+    def refuse(request: ModelRequest) -> None:
+        raise RequestError(f"{request.pin} is not in use", "model")
+
+    assert "phi-4 is not in use" in problem('{"prompt":"a","model":"phi-4"}', check=refuse)
 
 
 def test_defaults_apply_to_fields_that_a_row_does_not_set():
@@ -231,42 +290,6 @@ def test_a_csv_file_without_a_prompt_column_is_reported():
     assert "only question, answer" in problem("question,answer\na,b\n", Format.CSV)
 
 
-@pytest.mark.parametrize(
-    ("messages", "prompt"),
-    [
-        ([("user", "Hi")], "Hi"),
-        ([("system", "Be brief."), ("user", "Hi")], "Be brief.\n\nHi"),
-        ([("user", "Hi"), ("developer", "Be brief.")], "Be brief.\n\nHi"),
-        (
-            [("system", "S"), ("user", "A?"), ("assistant", "B."), ("user", "C?")],
-            "S\n\nUser: A?\n\nAssistant: B.\n\nUser: C?",
-        ),
-        ([("user", [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}])], "one\ntwo"),
-    ],
-)
-def test_messages_are_joined_into_one_prompt(messages: list[tuple[str, Any]], prompt: str):
-    assert prompt_of([{"role": role, "content": content} for role, content in messages]) == prompt
-
-
-@pytest.mark.parametrize(
-    "messages",
-    [
-        None,
-        ["Hi"],
-        [{"role": "tool", "content": "x"}],
-        [{"role": "system", "content": "x"}],
-        [{"role": "user", "content": None}],
-        [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
-        [{"role": ["user"], "content": "x"}],
-        [{"role": "user", "content": ""}] * 2001,
-        [{"role": "user", "content": [{"type": "text", "text": ""}] * 2001}],
-    ],
-)
-def test_unsupported_messages_are_refused(messages: Any):
-    with pytest.raises(InputError):
-        prompt_of(messages)
-
-
 def pieces() -> Iterator[bytes]:
     yield from (
         b'{"prompt":"a"}',
@@ -292,37 +315,6 @@ def test_reading_arbitrary_bytes_never_raises(parts: list[bytes], kind: Format):
         if isinstance(item, NewTask):
             item.prompt.encode()  # Postgres can store it
             assert "\0" not in item.prompt + item.external_id + (item.category or "")
-
-
-@pytest.mark.parametrize(
-    ("turns", "question", "context"),
-    [
-        ("user:Why?", "Why?", ""),
-        ("system:Be brief.|user:Why?", "Why?", "Be brief."),
-        ("user:Hi|assistant:Hello!|user:Why?", "Why?", "Hi\n\nHello!"),
-        ("user:Hi|system:Be brief.|assistant:Hello!|user:Why?", "Why?", "Be brief.\n\nHi\n\nHello!"),
-        ("user:Why?|assistant:Because", "Why?", "Because"),  # an answer to be continued
-        ("user:Hi|user:Why?", "Why?", "Hi"),
-    ],
-)
-def test_the_last_user_turn_is_the_question_and_the_rest_its_context(
-    turns: str, question: str, context: str
-) -> None:
-    messages = [dict(zip(("role", "content"), turn.split(":"), strict=True)) for turn in turns.split("|")]
-    chat = read_conversation(messages)
-    assert (chat.text, chat.question, chat.context) == (prompt_of(messages), question, context)
-
-
-@pytest.mark.parametrize("name", ["tool_calls", "function_call", "tool_call_id", "audio"])
-def test_fields_of_a_message_that_would_be_lost_are_rejected_by_name(name: str) -> None:
-    turns: list[dict[str, Any]] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    for nothing in (None, [], "", {}):
-        turns[1][name] = nothing
-        assert read_conversation(turns).question == "a"
-    turns[1][name] = [{"id": "1"}]
-    with pytest.raises(MessageError, match=name) as caught:
-        read_conversation(turns)
-    assert caught.value.param == f"messages.[1].{name}"
 
 
 def test_the_same_prompt_of_two_clients_is_two_tasks() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from router.server.requests import DEFAULTS, IGNORED, Catalog, parse_chat
+from router.server.requests import Catalog, parse_chat
 from router.server.responses import ApiError
 from router.task import AnswerRank
 
@@ -22,7 +22,7 @@ def rejected(**changes: Any) -> ApiError:
 
 def test_model_and_messages_are_enough() -> None:
     chat = parse_chat(REQUEST, CATALOG)
-    assert (chat.conversation.text, chat.model, chat.category, chat.max_tokens) == ("Why?", None, None, None)
+    assert (chat.request.conversation.text, chat.request.model, chat.category) == ("Why?", None, None)
     assert (chat.stream, chat.include_usage, chat.stops) == (False, False, ())
 
 
@@ -32,7 +32,7 @@ def test_model_and_messages_are_enough() -> None:
 )
 def test_model_parameter(name: str, model: str | None, category: str | None) -> None:
     chat = parse_chat({**REQUEST, "model": name}, CATALOG)
-    assert (chat.requested_model, chat.model, chat.category) == (name, model, category)
+    assert (chat.requested_model, chat.request.model, chat.category) == (name, model, category)
 
 
 @pytest.mark.parametrize("name", ["gpt-5", "auto:", "auto:sport", "phi-4:technical", "AUTO"])
@@ -54,11 +54,9 @@ def test_a_missing_model_is_400(name: Any) -> None:
         ("tools", [{"type": "function"}]),
         ("tool_choice", "required"),
         ("functions", [{"name": "f"}]),
-        ("response_format", {"type": "json_object"}),
         ("modalities", ["text", "audio"]),
         ("audio", {"voice": "alloy"}),
         ("logprobs", True),
-        ("logit_bias", {"7": 1}),
         ("store", True),
         ("prompt", "Why?"),
         ("max_tokens", 0),
@@ -73,8 +71,6 @@ def test_a_missing_model_is_400(name: Any) -> None:
         ("router", "general"),
         ("router", {"speed": 1}),
         ("messages", []),
-        ("messages", [{"role": "user", "content": [{"type": "image_url"}]}]),
-        ("messages", [{"role": "tool", "content": "x"}]),
     ],
 )
 def test_unsupported_and_invalid_parameters_are_named(param: str, value: Any) -> None:
@@ -96,19 +92,11 @@ def test_router_parameter_is_validated(options: dict[str, Any]) -> None:
     assert rejected(router=options).param == f"router.{next(iter(options))}"
 
 
-def test_default_and_ignored_parameters_are_accepted() -> None:
-    defaults = {name: values[0] for name, values in DEFAULTS.items() if values}
-    nothing = dict.fromkeys(DEFAULTS)
-    ignored = dict.fromkeys(IGNORED, 1)
-    for more in (defaults, nothing, ignored):
-        assert parse_chat({**REQUEST, **more}, CATALOG).conversation.text == "Why?"
-
-
 def test_all_parameters_are_read() -> None:
     options = {"category": "general", "deadline_seconds": 0.05}
     more = {"max_tokens": 7, "stream": True, "stream_options": {"include_usage": True}, "stop": "\n"}
     chat = parse_chat({**REQUEST, **more, "router": options}, CATALOG)
-    assert (chat.max_tokens, chat.stream, chat.include_usage, chat.stops) == (7, True, True, ("\n",))
+    assert (chat.request.max_tokens, chat.stream, chat.include_usage, chat.stops) == (7, True, True, ("\n",))
     assert (chat.category, chat.deadline_seconds) == ("general", 0.05)
 
 

@@ -1,0 +1,16 @@
+from .capabilities import CAPABILITIES as CAPABILITIES
+from .capabilities import TEXT_CAPABILITIES as TEXT_CAPABILITIES
+from .capabilities import Unsupported as Unsupported
+from .capabilities import check_supported as check_supported
+from .conversation import Conversation as Conversation
+from .conversation import conversation_of as conversation_of
+from .errors import RequestError as RequestError
+from .errors import UnstorableRequestError as UnstorableRequestError
+from .messages import MAX_MESSAGES as MAX_MESSAGES
+from .messages import MAX_PARTS as MAX_PARTS
+from .messages import check_messages as check_messages
+from .model_request import REFUSED as REFUSED
+from .model_request import ModelRequest as ModelRequest
+from .model_request import read_request as read_request
+from .model_request import read_stored as read_stored
+from .parameters import Parameters as Parameters
