@@ -125,6 +125,7 @@ def measure(seconds: float, asks: int) -> dict[str, Any]:
         "wait_gaps": {str(p): float(np.percentile(in_gaps, p)) for p in (50, 90, 99, 100)},
         "use": {model: one.use for model, one in verdict.models.items()},
         "breaches": verdict.breach_count,
+        "waits": [(after, *wait) for (after, _), wait in zip(times, waits, strict=True)],
     }
 
 
