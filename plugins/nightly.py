@@ -22,7 +22,7 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException, Airfl
 from connections import read_addresses
 
 from router.database import act_as
-from router.errors import AirflowError, ConfigError, InputError, RouterError, SchemaError
+from router.errors import AirflowError, ConfigError, InputError, RouterError, SchemaError, printable
 from router.settings import (
     Addresses,
     LearningSettings,
@@ -204,6 +204,7 @@ class NightlyStep(BaseOperator):
             RouterError
         ) as error:  # another review is running, or a service is unavailable: Airflow retries
             raise AirflowException(str(error)) from None
+        lines = [printable(line) for line in lines]
         for line in lines:
             self.log.info("%s", line)
         return [line[:MAX_LINE] for line in lines[:MAX_LINES]]

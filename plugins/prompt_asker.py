@@ -12,7 +12,7 @@ from airflow.sdk.exceptions import AirflowFailException
 from connections import read_addresses
 
 from router.database import act_as, connect
-from router.errors import DatabaseError, InputError
+from router.errors import DatabaseError, InputError, printable
 from router.settings import config_folder, data_folder, load_config
 from router.status import record_audit
 from router.task import client_of_user
@@ -78,11 +78,11 @@ class AskPrompt(BaseOperator):
         return Router(read_addresses(Connection.get), load_config(folder), folder, data_folder())
 
     def _log_event(self, event: Event) -> None:
-        self.log.info("%.2f s  %s", event.seconds, event.text)
+        self.log.info("%.2f s  %s", event.seconds, printable(event.text, one_line=True))
 
     def _log_answer(self, answer: Answer) -> None:
         source = answer.model or "knowledge"
         kind = answer.rank.name.lower().replace("_", " ")
         self.log.info("%s%s (%s), %.2f s, $%.6f, task %s", "late: " if answer.late else "", source, kind,
                       answer.seconds, answer.cost_usd, answer.task_id)  # fmt: skip
-        self.log.info("Answer:\n%s", answer.text)
+        self.log.info("Answer:\n%s", printable(answer.text))

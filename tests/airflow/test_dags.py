@@ -103,7 +103,7 @@ CONNECTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("backend_url", {**BACKEND, "host": "::1", "port": 8100}, "http://[::1]:8100"),
     ("backend_url", {**BACKEND, "host": "[fe80::1]"}, "http://[fe80::1]"),
     ("backend_url", {**BACKEND, "login": "u"}, "Connection models_backend has login."),
-    ("backend_token", {**BACKEND, "password": "p/@"}, "p/@"),
+    ("backend_token", {**BACKEND, "password": "t0ken"}, "t0ken"),
     ("backend_token", {**BACKEND, "password": "p q"}, "MODELS_BACKEND_TOKEN must be printable ASCII"),
     ("backend_url", {**BACKEND, "extra": '{"Authorization": "p/@"}'}, "models_backend has Authorization."),
 ]
