@@ -387,7 +387,11 @@ if verb == 'reserve' or verb == 'peek' or (verb == 'snapshot' and live and spec)
     end
     if asking and not retry_only and verb ~= 'snapshot' and t <= now + horizon then
       local used_up, yields = batch_waits and credit < enough, nil
-      if interactive == 1 then yields = used_up else yields = not used_up and first_ask and first_ask <= t + gap end
+      if interactive == 1 then
+        yields = used_up and due <= t + gap  -- else batch may not have this send
+      else
+        yields = not used_up and first_ask and first_ask <= t + gap
+      end
       if yields and yield_until == 0 then
         yield_until, changed = max(t, now + GRACE, interactive == 1 and due or 0), true
       end

@@ -118,6 +118,16 @@ async def test_reserved_share_stays_free_though_nobody_asks(
     ) * 0.97  # fmt: skip
 
 
+@pytest.mark.parametrize("reserved", [0.2, 0.8])
+async def test_flood_uses_all_that_batch_may_not_have(connection: Connection, reserved: float):
+    drain = Drain(connection, InteractiveShare(reserved=reserved))
+    drain.batch()
+    drain.flood()
+    sends = await drain.run("60/min", 2 * PERIOD)
+    assert len(sends) >= 0.95 * 120
+    assert len(batch_of(sends)) >= 0.95 * min(0.5, 1 - reserved) * 120
+
+
 async def test_reserved_share_is_for_several_requests_in_a_row(connection: Connection):
     drain = Drain(connection, InteractiveShare(reserved=0.2))
     drain.batch()

@@ -316,6 +316,21 @@ async def batch_after_many_requests(world: World) -> None:
     require(not await world.reserve(1, (0,)), "the sends of requests are not counted in the pace")
 
 
+async def a_used_up_share(world: World) -> None:
+    """The next send is kept for the batch call until that may be sent by its pace."""
+    world.waits = True
+    await world.set_target(0, "20/min")
+    await world.reserve(1, (0,))
+    for _ in range(4):
+        world.pass_time(2_700_000)
+        require(await world.reserve(0, (0,), interactive=True), "a request waits for more than the gap")
+        await world.reserve(1, (0,))
+    world.pass_time(2_600_000)
+    require(not await world.reserve(0, (0,), interactive=True), "requests take more than their share")
+    world.pass_time(1_500_000)
+    require(await world.reserve(1, (0,)), "the batch call does not get the send that is kept for it")
+
+
 async def no_asks_for_ten_minutes(world: World) -> None:
     asker, batch = world.limiters[:2]
     await batch.set_target(MODEL, "30/s")
@@ -556,6 +571,7 @@ CHECKS: dict[str, tuple[Check, bool]] = {  # with whether there is a history
     "a turn is kept": (a_turn, True),
     "an abandoned turn ends": (an_abandoned_turn, True),
     "an ask that ended keeps no send": (an_ask_that_ended, True),
+    "a send is kept for the pace of batch": (a_used_up_share, True),
     "the pace counts all sends": (batch_after_many_requests, True),
     "ten minutes after the latest ask nothing is left of it": (no_asks_for_ten_minutes, True),
     "a batch turn does not delay a request": (a_batch_turn, True),

@@ -137,7 +137,7 @@ class Priority:
         """Whether the class of a call must leave this send to the other."""
         used_up = self.batch_waits(now, target) and self.credit < 1 - self._share.at_most - 1e-9
         if interactive:
-            return used_up
+            return used_up and self.due <= send_at + micros(target.gap_seconds)
         asks = [waits_for for waits_for, ends in self.asks.values() if ends > now]
         return not used_up and bool(asks) and min(asks) <= send_at + micros(target.gap_seconds)
 
