@@ -54,7 +54,7 @@ $$;
 CREATE OR REPLACE FUNCTION sum_evidence(
     p_period_seconds integer, p_period bigint, p_outage_seconds integer, p_outage_share float8, p_outage_models integer)
 RETURNS bigint
-LANGUAGE plpgsql SET enable_nestloop = off SET work_mem = '32MB' AS $$
+LANGUAGE plpgsql SET enable_nestloop = off SET enable_mergejoin = off SET work_mem = '32MB' AS $$
 DECLARE
     first_id uuid := period_start(p_period, p_period_seconds);
     end_id uuid := period_start(p_period + 1, p_period_seconds);
