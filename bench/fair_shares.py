@@ -1,12 +1,12 @@
 """Benchmark of fair shares: the cost of a claim with one client and with a thousand, and each client's share.
 
-Databases on one server take turns, so that other load of the machine affects all of them: an older version of
-the SQL (--before, a folder with migrations/ and functions/), this version with one client, and this version
-with 1,000 clients of weights 1 to 10, one of whom has a million tasks. Then the thousand clients' tasks are
-claimed and settled until each has had --rounds times its weight; shares are compared with the weights.
+Databases on one server take turns, so that other load of the machine affects all of them: older versions
+(--before, a checkout of each), this version with one client, and this version with 1,000 clients of weights
+1 to 10, one of whom has a million tasks. Then the thousand clients' tasks are claimed and settled until each
+has had --rounds times its weight; shares are compared with the weights.
 
-    git archive REVISION sql | tar x -C /tmp/before
-    python -m bench.fair_shares [--before /tmp/before/sql] [--seconds 30] [--rounds 20] [--flood 1000000]
+    git worktree add /tmp/before REVISION
+    python -m bench.fair_shares [--before /tmp/before ...] [--seconds 30] [--rounds 20] [--flood 1000000]
 
 Writes fair_shares.json into bench/results/. Exit code 1 if a target is missed.
 """
@@ -30,7 +30,7 @@ import asyncpg
 from bench.queue_rivals import CATEGORIES, CLAIM, SETTLE
 from local.postgres import PostgresServer, start_postgres
 from router.database import connect, rows
-from router.migrations import SQL_FOLDER, migrate
+from router.settings import ROOT
 from router.task import new_call_id
 
 RESULTS = Path(__file__).parent / "results"
@@ -77,10 +77,12 @@ class Measured:
         )
 
 
-async def open_database(server: PostgresServer, name: str, folder: Path, *statements: str) -> Measured:
-    """Creates a database with the SQL of `folder` and fills it by the statements."""
-    url = server.create_database(name.replace(" ", "_").replace(",", ""))
-    migrate(url, folder)
+async def open_database(server: PostgresServer, name: str, checkout: Path, *statements: str) -> Measured:
+    """Creates a database of the version in `checkout` and fills it by the statements."""
+    url = server.create_database(name.replace(" ", "_"))
+    code = "import sys; from router.migrations import migrate; migrate(sys.argv[1])"
+    migrating = await asyncio.create_subprocess_exec(sys.executable, "-c", code, url, cwd=checkout)
+    assert await migrating.wait() == 0, checkout
     with connect(url, autocommit=True) as connection:
         for category in CATEGORIES:
             rows(connection, "INSERT INTO categories VALUES (%s, %s)", (category, category == "general"))
@@ -159,11 +161,11 @@ async def shares(measured: Measured, rounds: int) -> dict[str, Any]:
 async def run(server: PostgresServer, options: argparse.Namespace) -> dict[str, Any]:
     one = f"INSERT INTO tasks (prompt) SELECT 'p' FROM generate_series(1, {TASKS})"
     databases = [
-        await open_database(server, "one client", SQL_FOLDER, one),
-        await open_database(server, "1000 clients", SQL_FOLDER, *fills(options.rounds, options.flood)),
+        await open_database(server, "one client", ROOT, one),
+        await open_database(server, "1000 clients", ROOT, *fills(options.rounds, options.flood)),
     ]
-    if options.before:
-        databases.insert(0, await open_database(server, "before", options.before, one))
+    for checkout in reversed(options.before):
+        databases.insert(0, await open_database(server, checkout.name, checkout, one))
     result = {
         "claim": await costs(databases, options.seconds),
         "shares": await shares(databases[-1], options.rounds),
@@ -177,7 +179,7 @@ def targets_of(result: dict[str, Any]) -> list[tuple[str, float, float]]:
     """Returns (description, target, measured) of each target; each must not be exceeded."""
     claim = result["claim"]
     seen = [("largest deviation of a client's share", MOST_DEVIATION, result["shares"]["largest_deviation"])]
-    base = "before" if "before" in claim else "one client"
+    base = next(iter(claim))
     for name in claim:
         if name != base:
             ratio = claim[name]["mean_us"] / claim[base]["mean_us"]
@@ -190,7 +192,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--before", type=Path, help="SQL folder of the version to compare with")
+    parser.add_argument(
+        "--before", type=Path, nargs="*", default=[], help="checkouts of the versions to compare with"
+    )
     parser.add_argument("--seconds", type=float, default=30, help="of claims in turn (default 30)")
     parser.add_argument("--rounds", type=int, default=20, help="claims per weight (default 20)")
     parser.add_argument(

@@ -16,6 +16,7 @@ import {
 import { label, OUTCOME_GROUPS, OUTCOMES, ROLES, SETTLEMENTS } from "./labels.js";
 import { outcome } from "./task.js";
 
+const NO_CLIENT = "(none)"; // the empty client; not a name that another can have
 const CALLS_SECONDS = 3;
 const FAILURES_SECONDS = 3;
 
@@ -113,6 +114,7 @@ export class Calls {
       );
     this.model = select({ "": "all" });
     this.category = select({ "": "all" });
+    this.client = select({ "": "all" });
     this.outcome = select({ ...OUTCOME_GROUPS, ...OUTCOMES });
     this.node = el(
       "section.card",
@@ -123,11 +125,12 @@ export class Calls {
         el("h2", {}, "Recent calls"),
         field("Model", this.model),
         field("Category", this.category),
+        field("Client", this.client),
         field("Outcome", this.outcome),
         this.message,
       ),
       shortTable(
-        ["Started", "Task", "Model", "Category", "Role", "Outcome", "Settlement", "Latency", "Cost"],
+        ["Started", "Task", "Model", "Client", "Category", "Role", "Outcome", "Settlement", "Latency", "Cost"],
         this.list,
       ),
       this.older,
@@ -142,6 +145,7 @@ export class Calls {
   update(status) {
     addOptions(this.model, Object.keys(status.models));
     addOptions(this.category, status.category_names);
+    addOptions(this.client, Object.keys(status.clients).map((name) => name || NO_CLIENT));
     if (
       !this.paged &&
       Date.now() - this.loadedAt > CALLS_SECONDS * 1000 &&
@@ -157,6 +161,8 @@ export class Calls {
     if (this.model.value) query.set("model", this.model.value);
     if (this.category.value) query.set("category", this.category.value);
     if (this.outcome.value) query.set("outcome", this.outcome.value);
+    const client = this.client.value;
+    if (client) query.set("client", client === NO_CLIENT ? "" : client);
     if (before) query.set("before", before);
     try {
       const { calls, among } = await (await api(`calls?${query}`)).json();
@@ -183,6 +189,7 @@ function callRow(call) {
     el("td", {}, clock(call.started_at)),
     el("td", {}, call.task_id === null ? "–" : taskLink(call.task_id, String(call.task_id))),
     el("td", {}, call.model),
+    el("td", {}, call.client || "–"),
     el("td", {}, call.category ?? "–"),
     el("td", {}, label(ROLES, call.role)),
     el("td", {}, outcome(call)),

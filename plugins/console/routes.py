@@ -35,7 +35,6 @@ PAUSED = {True: "paused", False: "running"}
 api = APIRouter(route_class=audit.AuditedRoute)
 # Postgres cannot store NUL characters.
 Text = Annotated[str, StringConstraints(max_length=MAX_NAME_CHARACTERS, pattern=r"^[^\x00]*$")]
-Name = Annotated[Text | None, Query()]
 Id = Annotated[int, Field(gt=-(2**63), lt=2**63)]
 
 
@@ -165,6 +164,7 @@ class CallQuery(BaseModel):
     model: Text | None = None
     category: Text | None = None
     outcome: Text | None = None
+    client: Text | None = None
     before: uuid.UUID | None = None
     limit: int = Field(default=50, ge=1, le=200)
 
@@ -176,7 +176,7 @@ async def calls(
     """The newest matching calls, with the keys of `router log --json`."""
     before = None if query.before is None else str(query.before)
     filters = tasks.CallFilter(
-        query.model or None, query.category or None, query.outcome or None, before, query.limit
+        query.model or None, query.category or None, query.outcome or None, before, query.limit, query.client
     )
     found = await _console(request).reads.run(lambda connection: tasks.calls(connection, filters))
     return _line(_line_for(as_line(found), texts=texts))
@@ -223,15 +223,22 @@ async def task(
     return _line(_line_for(as_line({**details, "logs": logs}), texts=texts))
 
 
+class FailureQuery(BaseModel):
+    """Selects failed tasks. `before`: a `failed_at`."""
+
+    category: Text | None = None
+    client: Text | None = None
+    before: datetime | None = None
+    limit: int = Field(default=20, ge=1, le=200)
+
+
 @api.get("/failures")
 async def failures(
-    request: Request, _user: auth.Reader, texts: auth.MayReadTexts,
-    category: Name = None, before: datetime | None = None,
-    limit: Annotated[int, Query(ge=1, le=200)] = 20,
+    request: Request, _user: auth.Reader, texts: auth.MayReadTexts, query: Annotated[FailureQuery, Query()]
 ) -> Response:  # fmt: skip
-    """The newest failed tasks with their reasons. `before`: a `failed_at`."""
-    reads = _console(request).reads
-    found = await reads.run(lambda c: tasks.failures(c, category or None, before, limit))
+    """The newest failed tasks with their reasons."""
+    values = (query.category or None, query.before, query.limit, query.client)
+    found = await _console(request).reads.run(lambda connection: tasks.failures(connection, *values))
     return _line(_line_for(as_line(found), texts=texts))
 
 

@@ -45,6 +45,7 @@ export function taskDetails({ task, calls, logs }, me, reload) {
       retry,
     ),
     facts([
+      ["Client", task.client || null],
       ["Category", `${task.category ?? "none"}${confidenceText(task.confidence)}`],
       [
         "Reason",

@@ -28,10 +28,11 @@ SPEND_CALLS = 100_000
 _CALLS = """
 SELECT call_id, task_id, model, category, confidence, role, rank, preferred, fallback, worker, attempt,
        started_at, sent_at, finished_at, outcome, settlement, late, error, prompt_tokens, completion_tokens,
-       cost::float8 AS cost_usd, latency_seconds
-  FROM console_calls(%s, %s, %s, %s::uuid, %s, %s)"""
+       cost::float8 AS cost_usd, latency_seconds, client
+  FROM console_calls(%s, %s, %s, %s::uuid, %s, %s, %s)"""
 _TASK = """
-SELECT t.id AS task_id, t.status, s.state, left(s.category, 200) AS category, s.attempt, s.wake_at,
+SELECT t.id AS task_id, left(t.client, 64) AS client, t.status,
+       s.state, left(s.category, 200) AS category, s.attempt, s.wake_at,
        s.claimed_at, t.priority,
        readable_text(left(t.external_id, 1000)) AS external_id,
        readable_time(t.deadline_at) AS deadline_at, readable_time(t.created_at) AS created_at,
@@ -52,7 +53,7 @@ SELECT c.call_id, r.run
                        ORDER BY started_at LIMIT 1) AS r"""
 _FIND = "SELECT * FROM console_find(%s, %s)"
 _SPEND = "SELECT * FROM console_spend(%s, %s)"
-_FAILURES = "SELECT * FROM console_failures(%s, %s::timestamptz, %s)"
+_FAILURES = "SELECT * FROM console_failures(%s, %s::timestamptz, %s, %s)"
 _RANKINGS = """
 SELECT k.category, k.place, r.model, r.state, r.source, r.trouble, k.starting_place, k.standing, k.quality,
        k.least_share, k.most_share, p.reason
@@ -87,6 +88,7 @@ class CallFilter:
     outcome: str | None
     before: str | None
     limit: int
+    client: str | None = None
 
 
 def target_source(connection: Connection, model: str) -> str | None:
@@ -104,7 +106,10 @@ def require_model(connection: Connection, model: str) -> None:
 
 def calls(connection: Connection, filters: CallFilter) -> dict[str, Any]:
     """Returns the newest matching calls and the number of calls searched."""
-    values = (filters.model, filters.category, filters.outcome, filters.before, SCANNED_CALLS, filters.limit)
+    values = (
+        filters.model, filters.category, filters.outcome, filters.before, SCANNED_CALLS, filters.limit,
+        filters.client,
+    )  # fmt: skip
     return {"calls": rows(connection, _CALLS, values), "among": SCANNED_CALLS}
 
 
@@ -153,16 +158,17 @@ def spend(connection: Connection) -> dict[str, Any]:
 
 
 def failures(
-    connection: Connection, category: str | None, before: datetime | None, limit: int
-) -> dict[str, Any]:
+    connection: Connection, category: str | None, before: datetime | None, limit: int,
+    client: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Returns the newest failed tasks."""
-    return {"failures": rows(connection, _FAILURES, (category, before, limit))}
+    return {"failures": rows(connection, _FAILURES, (category, before, limit, client))}
 
 
 def retry(connection: Connection, category: str | None, task_ids: list[int] | None) -> Retried:
     """Requeues the given tasks, or else the newest failed ones, of a category if one is given."""
     if task_ids is None:
-        newest = rows(connection, _FAILURES, (category, None, MAX_RETRIED))
+        newest = rows(connection, _FAILURES, (category, None, MAX_RETRIED, None))
         task_ids = [row["task_id"] for row in newest]
     done = Retried(0, 0)
     if task_ids:

@@ -21,6 +21,7 @@ Examples:
   router log
   router log --task 17
   router log --model phi-4 --since 2h
+  router log --client alice
   router log --category technical --since 30min --limit 1000 --json
 """
 MAX_ERROR_CHARACTERS = 60
@@ -33,6 +34,9 @@ def log(
     model: Annotated[str | None, typer.Option(metavar="MODEL", help="Show calls to this model.")] = None,
     category: Annotated[
         str | None, typer.Option(metavar="CATEGORY", help="Show calls for prompts of this category.")
+    ] = None,
+    client: Annotated[
+        str | None, typer.Option(metavar="NAME", help='Show calls for this client; "" is a client, too.')
     ] = None,
     since: Annotated[
         str | None, typer.Option(metavar="AGE", help="Show calls of the last AGE, e.g. 90s, 30min, 2h, 7d.")
@@ -50,8 +54,9 @@ def log(
         if category is not None:
             terminal.known(category, category_names(connection), "category")
         calls = read_calls(
-            connection, task_id=task, model=model, category=category, since_seconds=seconds, limit=limit
-        )
+            connection, task_id=task, model=model, category=category, client=client, since_seconds=seconds,
+            limit=limit,
+        )  # fmt: skip
     if as_json:
         terminal.print_json({"calls": calls})
     elif calls:
@@ -71,8 +76,8 @@ def _age(since: str) -> float:
 
 def _print(calls: list[LoggedCall]) -> None:
     table = terminal.quiet_table(
-        "started", "task", "model", "category", "confidence", "role", "outcome", "settlement", "seconds",
-        "USD", "error",
+        "started", "task", "model", "client", "category", "confidence", "role", "outcome", "settlement",
+        "seconds", "USD", "error",
         right=("task", "confidence", "seconds", "USD"),
     )  # fmt: skip
     table.columns[MODEL_COLUMN].no_wrap = True
@@ -82,6 +87,7 @@ def _print(calls: list[LoggedCall]) -> None:
             f"{call.started_at:%m-%d %H:%M:%S}",
             str(call.task_id or ""),
             call.model,
+            call.client,
             call.category or "",
             "" if call.confidence is None else f"{call.confidence:.2f}",
             call.role,

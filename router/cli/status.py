@@ -19,6 +19,8 @@ from router.status import ModelStatus, Status, WhyNot, read_status, unreadable
 
 REFRESH_SECONDS = 1.0
 THROUGHPUT_SECONDS = 30.0  # measured over this window
+SHOWN_CLIENTS = 6
+NO_CLIENT = "(none)"
 WAITING = {
     "tokens": "token limit",
     "concurrency": "concurrency limit",
@@ -41,6 +43,7 @@ JSON key why_not is null while calls may be sent.
 Examples:
   router status
   router status --json | jq .tasks.unsolved
+  router status --client alice
 """
 WATCH_HELP = """
 Show the status every second until Ctrl-C.
@@ -53,11 +56,17 @@ Examples:
 
 
 def status(
-    *, as_json: terminal.Json = False, database: terminal.Database = None, redis: terminal.Redis = None
+    *,
+    client: Annotated[
+        str | None, typer.Option(metavar="NAME", help='Show the tasks of this client; "" is a client, too.')
+    ] = None,
+    as_json: terminal.Json = False,
+    database: terminal.Database = None,
+    redis: terminal.Redis = None,
 ) -> None:
     try:
         with terminal.database(database) as connection:
-            now = read_status(connection, redis)
+            now = read_status(connection, redis, client)
     except DatabaseError as error:
         if as_json:
             terminal.print_json(_error_json(error))
@@ -65,7 +74,7 @@ def status(
     if as_json:
         terminal.print_json(now.as_json())
     else:
-        terminal.out().print(rendered(now))
+        terminal.out().print(rendered(now, client=client))
 
 
 def watch(
@@ -143,13 +152,15 @@ def _error_json(error: DatabaseError) -> dict[str, object]:
     return {"error": str(error), "why_not": unreadable(error).whole}
 
 
-def rendered(now: Status, solved_per_second: float | None = None) -> RenderableType:
+def rendered(
+    now: Status, solved_per_second: float | None = None, client: str | None = None
+) -> RenderableType:
     """Renders the status for a terminal."""
     whole = now.why_not
     notes = [Text(note, style="yellow") for note in now.notes if whole is None or note != whole.text]
     if whole is not None:
         notes.insert(0, Text.assemble(("Not sending  ", "dim"), (sentence(whole), _style(whole))))
-    parts: list[RenderableType] = [_tasks(now, solved_per_second), Text(), *notes]
+    parts: list[RenderableType] = [_tasks(now, solved_per_second, client), Text(), *notes]
     if notes:
         parts.append(Text())
     return Group(*parts, _models(now), _errors(now)) if now.models else Group(*parts)
@@ -166,7 +177,7 @@ def _style(why: WhyNot) -> str:
     return "red" if why.alarm else "cyan" if why.code.chosen else "dim"
 
 
-def _tasks(now: Status, solved_per_second: float | None) -> Table:
+def _tasks(now: Status, solved_per_second: float | None, client: str | None) -> Table:
     tasks = now.tasks
     grid = Table.grid(padding=(0, 3, 0, 0))
     states = [
@@ -181,6 +192,8 @@ def _tasks(now: Status, solved_per_second: float | None) -> Table:
     backlog = [f"{name} {count['unsolved']:,}" for name, count in now.categories.items() if count["unsolved"]]
     if backlog:
         grid.add_row(Text("Backlog", style="dim"), Text(" · ".join(backlog)))
+    if clients := _clients(now, client):
+        grid.add_row(Text("Clients" if client is None else "Client", style="dim"), Text(clients))
     if solved_per_second is not None:
         grid.add_row(
             Text("Throughput", style="dim"), Text(_throughput_text(tasks.unsolved, solved_per_second))
@@ -188,6 +201,21 @@ def _tasks(now: Status, solved_per_second: float | None) -> Table:
     workers = f"{now.workers} alive" if now.workers else "none alive"
     grid.add_row(Text("Workers", style="dim"), Text(workers, style="" if now.workers else "yellow"))
     return grid
+
+
+def _clients(now: Status, client: str | None) -> str:
+    """Returns the backlogs of the clients that have most tasks, or all counts of the given one."""
+    if client is not None:
+        counts = now.clients.get(client, {})
+        states = ("unsolved", "solved", "failed")
+        return f"{client or NO_CLIENT}: " + ", ".join(f"{counts.get(state, 0):,} {state}" for state in states)
+    waiting = [
+        (name or NO_CLIENT, counts["unsolved"]) for name, counts in now.clients.items() if counts["unsolved"]
+    ]
+    if {name for name, _ in waiting} <= {NO_CLIENT}:
+        return ""
+    more = [f"{len(waiting) - SHOWN_CLIENTS} more"] if len(waiting) > SHOWN_CLIENTS else []
+    return " · ".join([*(f"{name} {count:,}" for name, count in waiting[:SHOWN_CLIENTS]), *more])
 
 
 def _throughput_text(unsolved: int, per_second: float) -> str:

@@ -38,6 +38,7 @@ Examples:
   router export answers.jsonl
   router export failed.jsonl --failed
   router export team.jsonl --id-prefix team-7/ --since 2026-01-31
+  router export alice.jsonl --client alice
   router export today.jsonl --status solved --category technical --since 24h
   router export - --solved | jq -r .response.body.choices[0].message.content
 """
@@ -69,6 +70,10 @@ def export(
     category: Annotated[
         str | None, typer.Option(metavar="CATEGORY", help="Export tasks of this category only.")
     ] = None,
+    client: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help='Export tasks of this client only; "" is a client, too.'),
+    ] = None,
     since: Annotated[
         str | None, typer.Option(metavar="TIME", help="Export tasks that were finished at TIME or later.")
     ] = None,
@@ -89,6 +94,7 @@ def export(
     wanted = [TaskStatus.SOLVED.value, TaskStatus.FAILED.value] if chosen == "all" else [chosen]
     selection = Selection(
         category=category,
+        client=client,
         since=None if since is None else terminal.time_of(since, "--since"),
         until=None if until is None else terminal.time_of(until, "--until"),
         id_prefix=id_prefix,

@@ -12,11 +12,12 @@ MAX_ROWS = 10_000
 _READ = """
 SELECT c.call_id::text, c.task_id, c.model, c.category, c.confidence, c.role, c.rank, c.preferred, c.fallback,
        c.worker, c.attempt, c.started_at, c.sent_at, c.finished_at, c.outcome, c.settlement, c.late, c.error,
-       c.prompt_tokens, c.completion_tokens, c.cost::float8 AS cost_usd, c.latency_seconds
+       c.prompt_tokens, c.completion_tokens, c.cost::float8 AS cost_usd, c.latency_seconds, c.client
   FROM model_calls c
  WHERE (%s::bigint IS NULL OR c.task_id = %s)
    AND (%s::text IS NULL OR c.model = %s)
    AND (%s::text IS NULL OR c.category = %s)
+   AND (%s::text IS NULL OR c.client = %s)
    AND (%s::double precision IS NULL
         OR c.call_id >= first_call_id(clock_timestamp() - make_interval(secs => %s)))
  ORDER BY c.call_id DESC LIMIT %s"""
@@ -48,6 +49,7 @@ class LoggedCall:
     completion_tokens: int | None
     cost_usd: float | None
     latency_seconds: float | None
+    client: str
 
 
 def read_calls(
@@ -56,9 +58,12 @@ def read_calls(
     task_id: int | None = None,
     model: str | None = None,
     category: str | None = None,
+    client: str | None = None,
     since_seconds: float | None = None,
     limit: int = 100,
 ) -> list[LoggedCall]:
     """Returns the calls that match, newest first; at most `limit`, and never more than MAX_ROWS."""
-    wanted = (task_id, task_id, model, model, category, category, since_seconds, since_seconds)
+    wanted = (
+        task_id, task_id, model, model, category, category, client, client, since_seconds, since_seconds
+    )  # fmt: skip
     return [LoggedCall(**row) for row in rows(connection, _READ, (*wanted, min(limit, MAX_ROWS)))]

@@ -47,6 +47,7 @@ SELECT t.id, t.external_id, t.status, t.answer, t.answered_by, t.answer_call_id,
  WHERE t.status = ANY (%s) AND (t.status <> 'failed' OR is_failed(t.status::text, t.interactive))"""
 _SELECTIONS = {  # by field of Selection
     "category": "resolve_category(t.category) = %s",
+    "client": "coalesce(t.client, '') = %s",
     "since": "coalesce(t.solved_at, f.failed_at, t.created_at) >= %s",
     "until": "coalesce(t.solved_at, f.failed_at, t.created_at) < %s",
     "id_prefix": "starts_with(t.external_id, %s)",
@@ -68,6 +69,7 @@ class Selection:
     """Selects finished tasks; a field that is None selects all. `until` is excluded."""
 
     category: str | None = None
+    client: str | None = None
     since: datetime | None = None
     until: datetime | None = None
     id_prefix: str | None = None

@@ -25,8 +25,14 @@ if TYPE_CHECKING:
 
 RECENT_CALLS = 5000  # the newest calls that are searched for errors
 RECENT_MINUTES = 10
+MAX_CLIENTS = 100  # those with the largest backlog
 
 _COUNTS = "SELECT category, unsolved, solved, failed FROM task_counts_now ORDER BY category"
+_CLIENTS = """
+SELECT client, unsolved, solved, failed FROM client_counts_now
+ WHERE (unsolved, solved, failed) IS DISTINCT FROM (0::bigint, 0::bigint, 0::bigint)
+   AND (%s::text IS NULL OR client = %s)
+ ORDER BY unsolved DESC, client LIMIT %s"""
 _MODELS = """
 SELECT r.model, r.state, r.trouble, r.default_target, k.target AS kept_target, k.in_force_at,
        t.line AS bad_line, t.problem AS bad_problem, t.since AS bad_since
@@ -111,6 +117,7 @@ class Status:
     """Everything that `router status` shows. `notes` are warnings about the system, one sentence each.
 
     why_not: why no model sends; None if one may.
+    clients: task counts of the MAX_CLIENTS with most unsolved tasks.
     """
 
     tasks: TaskCounts
@@ -120,12 +127,14 @@ class Status:
     held: bool
     notes: tuple[str, ...] = field(default=())
     why_not: WhyNot | None = None
+    clients: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, object]:
         """Returns the status as `--json` prints it, with models by name."""
         return {
             "tasks": self.tasks,
             "categories": self.categories,
+            "clients": self.clients,
             "models": {model.model: model for model in self.models},
             "workers": self.workers,
             "held": self.held,
@@ -134,12 +143,16 @@ class Status:
         }
 
 
-def read_status(connection: Connection, redis_url: str | None) -> Status:
-    """Reads the current status. An unavailable Redis is a note and not an error. Raises DatabaseError."""
+def read_status(connection: Connection, redis_url: str | None, client: str | None = None) -> Status:
+    """Reads the current status; of the clients' tasks only those of `client`, if it is given.
+
+    An unavailable Redis is a note and not an error. Raises DatabaseError.
+    """
     from router.limiter import read_limiter  # noqa: PLC0415 - its import takes half a second
 
     rows(connection, "SET LOCAL statement_timeout = '10s'")
     counts = {row.pop("category"): row for row in rows(connection, _COUNTS)}
+    clients = {row.pop("client"): row for row in rows(connection, _CLIENTS, (client, client, MAX_CLIENTS))}
     schema = blocking_problem(connection)
     found = rows(connection, FACTS)[0]["facts"]
     models = rows(connection, _MODELS)
@@ -153,6 +166,7 @@ def read_status(connection: Connection, redis_url: str | None) -> Status:
         held=found["held"],
         notes=tuple(why.text for why in standstill.everywhere),
         why_not=standstill.whole,
+        clients=clients,
     )
 
 

@@ -3,99 +3,8 @@
 -- Functions of the hot path pin their plans (enable_seqscan and others). A session that planned while the queue was
 -- nearly empty would otherwise keep scanning the whole table after a million rows were added.
 
--- Published low-water mark of one half of a lane, or of one client's part of it. Client '*': all clients.
-CREATE OR REPLACE FUNCTION low_watermark(p_category text, p_priority smallint, p_came_back boolean, p_client text DEFAULT '*')
-RETURNS bigint
-LANGUAGE sql STABLE AS $$
-    SELECT coalesce((SELECT w.position FROM queue_watermarks w
-                      WHERE w.category = p_category AND w.priority = p_priority AND w.client = p_client
-                        AND w.came_back = p_came_back AND w.published
-                      ORDER BY w.position DESC LIMIT 1),
-                    CASE WHEN p_came_back THEN -4611686018427387904 ELSE 1 END)
-$$;
-
--- Lowest ready position of a lane, or of one client's part of it, in [p_from, p_below).
-CREATE OR REPLACE FUNCTION min_ready_position(
-    p_category text, p_priority smallint, p_client text, p_from bigint, p_below bigint) RETURNS bigint
-LANGUAGE sql STABLE AS $$
-    SELECT CASE WHEN p_client = '*'
-                THEN (SELECT q.position FROM queue q
-                       WHERE q.state = 'ready' AND q.category = p_category AND q.priority = p_priority
-                         AND q.position >= p_from AND q.position < p_below
-                       ORDER BY q.position LIMIT 1)
-                ELSE (SELECT q.position FROM queue q
-                       WHERE q.state = 'ready' AND q.category = p_category AND q.priority = p_priority
-                         AND (q.client, q.position) >= (p_client, p_from) AND (q.client, q.position) < (p_client, p_below)
-                       ORDER BY q.client, q.position LIMIT 1) END
-$$;
-
--- Advances the low-water mark of one half of a lane in two steps. The first step records the lowest ready position
--- as a candidate, together with the blocking transactions: those that may still add a row below it. A later step
--- publishes the candidate once they have ended. A position is taken from the sequence after its transaction has
--- locked `queue`, so the current holders of that lock are all possible blocking transactions.
--- The steps need separate snapshots; outside READ COMMITTED the function does nothing. A prepared transaction
--- ('-1/...') changes its name when it is prepared, so each of them blocks publication.
-CREATE OR REPLACE FUNCTION advance_low_watermark(
-    p_category text, p_priority smallint, p_came_back boolean, p_client text DEFAULT '*') RETURNS void
-LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
-DECLARE
-    base bigint := CASE WHEN p_came_back THEN -4611686018427387904 ELSE 0 END;
-    below bigint := CASE WHEN p_came_back THEN 0 ELSE 9223372036854775807 END;
-    watermark bigint;
-    pending queue_watermarks;
-    bound bigint;
-    others text[];
-BEGIN
-    IF current_setting('transaction_isolation') <> 'read committed'
-       OR NOT pg_try_advisory_xact_lock(hashtext('router_watermark'), hashtext(p_category || '/' || p_priority || '/' || p_client)) THEN
-        RETURN;
-    END IF;
-    watermark := low_watermark(p_category, p_priority, p_came_back, p_client);
-    SELECT * INTO pending FROM queue_watermarks w
-     WHERE w.category = p_category AND w.priority = p_priority AND w.client = p_client AND w.came_back = p_came_back
-       AND NOT w.published
-     ORDER BY w.position DESC LIMIT 1;
-    IF pending.position > watermark THEN
-        IF EXISTS (SELECT FROM pg_locks l
-                    WHERE l.locktype = 'relation' AND l.relation = 'queue'::regclass
-                      AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
-                      AND (l.virtualtransaction = ANY (pending.witnesses) OR l.virtualtransaction LIKE '-1/%')) THEN
-            RETURN;
-        END IF;
-        watermark := greatest(watermark, least(pending.position, coalesce(
-            min_ready_position(p_category, p_priority, p_client, watermark, below), pending.position)));
-        DELETE FROM queue_watermarks w
-         WHERE w.category = p_category AND w.priority = p_priority AND w.client = p_client AND w.came_back = p_came_back;
-        INSERT INTO queue_watermarks (category, priority, came_back, published, position, client)
-        VALUES (p_category, p_priority, p_came_back, true, watermark, p_client);
-    END IF;
-
-    SELECT base + s.last_value + s.is_called::int INTO bound FROM queue_position s;
-    SELECT coalesce(array_agg(l.virtualtransaction), '{}') INTO others FROM pg_locks l
-     WHERE l.locktype = 'relation' AND l.relation = 'queue'::regclass AND l.pid IS DISTINCT FROM pg_backend_pid()
-       AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
-       AND l.mode = 'RowExclusiveLock';
-    bound := least(bound, coalesce(min_ready_position(p_category, p_priority, p_client, watermark, below), bound));
-    IF bound > watermark THEN
-        INSERT INTO queue_watermarks (category, priority, came_back, published, position, witnesses, client)
-        VALUES (p_category, p_priority, p_came_back, false, bound, others, p_client);
-    END IF;
-END
-$$;
-
--- Position from which claims search one half of a lane, or one client's part of it.
-CREATE OR REPLACE FUNCTION claim_start(p_category text, p_priority smallint, p_came_back boolean, p_client text DEFAULT '*')
-RETURNS bigint
-LANGUAGE sql STABLE AS $$
-    SELECT greatest(low_watermark(p_category, p_priority, p_came_back, p_client),
-                    (SELECT s.position FROM queue_skips s
-                      WHERE s.category = p_category AND s.priority = p_priority AND s.client = p_client
-                        AND s.came_back = p_came_back AND s.until > clock_timestamp()
-                      ORDER BY s.until DESC LIMIT 1))
-$$;
-
 -- Locks the first of the p_window ready rows of a lane from p_from that no other transaction has locked and that this
--- model may claim. Returns NULL if there is none. With p_skip, clients to pass over, reads at most 1,000 rows.
+-- model may claim. Returns NULL if there is none. With p_skip, clients to pass over, of the first 1,000 ready rows.
 CREATE OR REPLACE FUNCTION lock_ready(
     p_model text, p_category text, p_priority smallint, p_from bigint, p_below bigint, p_window integer,
     p_skip text[] DEFAULT '{}') RETURNS queue
@@ -103,15 +12,27 @@ LANGUAGE plpgsql AS $$
 DECLARE
     found_row queue;
 BEGIN
-    SELECT q.* INTO found_row
-      FROM (SELECT r.ctid, r.client FROM queue r
-             WHERE r.state = 'ready' AND r.category = p_category AND r.priority = p_priority
-               AND r.position >= p_from AND r.position < p_below
-               AND (r.not_by IS NULL OR NOT p_model = ANY (r.not_by) OR r.not_by_until < clock_timestamp())
-             ORDER BY r.position LIMIT CASE WHEN p_skip = '{}' THEN p_window ELSE 1000 END) AS first
-      JOIN queue q ON q.ctid = first.ctid AND q.state = 'ready'
-     WHERE first.client <> ALL (p_skip)
-     LIMIT 1 FOR UPDATE OF q SKIP LOCKED;
+    IF p_skip = '{}' THEN
+        SELECT q.* INTO found_row
+          FROM (SELECT r.ctid FROM queue r
+                 WHERE r.state = 'ready' AND r.category = p_category AND r.priority = p_priority
+                   AND r.position >= p_from AND r.position < p_below
+                   AND (r.not_by IS NULL OR NOT p_model = ANY (r.not_by) OR r.not_by_until < clock_timestamp())
+                 ORDER BY r.position LIMIT p_window) AS first
+          JOIN queue q ON q.ctid = first.ctid AND q.state = 'ready'
+         LIMIT 1 FOR UPDATE OF q SKIP LOCKED;
+    ELSE
+        SELECT q.* INTO found_row
+          FROM (SELECT near.ctid
+                  FROM (SELECT r.ctid, r.client FROM queue r
+                         WHERE r.state = 'ready' AND r.category = p_category AND r.priority = p_priority
+                           AND r.position >= p_from AND r.position < p_below
+                           AND (r.not_by IS NULL OR NOT p_model = ANY (r.not_by) OR r.not_by_until < clock_timestamp())
+                         ORDER BY r.position LIMIT 1000) AS near
+                 WHERE near.client <> ALL (p_skip) LIMIT p_window) AS first
+          JOIN queue q ON q.ctid = first.ctid AND q.state = 'ready'
+         LIMIT 1 FOR UPDATE OF q SKIP LOCKED;
+    END IF;
     RETURN found_row;
 END
 $$;
@@ -233,7 +154,10 @@ BEGIN
     -- Second tries come before all lanes. In each lane requeued tasks come first.
     FOR lane IN
         SELECT NULL::text AS category, NULL::smallint AS priority, true AS came_back, NULL::bigint AS below, NULL::bigint AS start,
-               clock_timestamp() AS began, true AS has_ready, clock_timestamp() AS ended
+               clock_timestamp() AS began,
+               EXISTS (SELECT FROM queue q WHERE q.state = 'long')
+               OR (SELECT true FROM queue q WHERE q.state = 'ready' AND q.not_by IS NOT NULL
+                    ORDER BY q.priority DESC, q.position LIMIT 1) IS TRUE AS has_ready, NULL::timestamptz AS ended
         UNION ALL
         SELECT lanes.*, from_here.start, clock_timestamp(),
                EXISTS (SELECT FROM queue q  -- OFFSET: evaluated for this lane, when the loop comes to it
@@ -245,7 +169,16 @@ BEGIN
                        (VALUES (true, 0::bigint), (false, 9223372036854775807)) AS half (came_back, below)
                  WHERE p_categories IS NULL OR cardinality(p_categories) = 0 OR l.category = ANY (p_categories)
                  ORDER BY array_position(p_categories, l.category), l.priority DESC, half.came_back DESC) AS lanes
-         CROSS JOIN LATERAL (SELECT claim_start(lanes.category, lanes.priority, lanes.came_back) AS start OFFSET 0) AS from_here
+         CROSS JOIN LATERAL (  -- as claim_start, whose call would be planned anew in each claim
+              SELECT greatest(coalesce((SELECT w.position FROM queue_watermarks w
+                                         WHERE w.category = lanes.category AND w.priority = lanes.priority AND w.client = '*'
+                                           AND w.came_back = lanes.came_back AND w.published
+                                         ORDER BY w.position DESC LIMIT 1),
+                                       CASE WHEN lanes.came_back THEN -4611686018427387904 ELSE 1 END),
+                              (SELECT s.position FROM queue_skips s
+                                WHERE s.category = lanes.category AND s.priority = lanes.priority AND s.client = '*'
+                                  AND s.came_back = lanes.came_back AND s.until > clock_timestamp()
+                                ORDER BY s.until DESC LIMIT 1)) AS start OFFSET 0) AS from_here
     LOOP
         start := lane.start;
         schedule := NULL;

@@ -10,66 +10,70 @@
 -- tasks are claimed once the others have none. A lane with tasks of one client has no schedule, and costs no more than
 -- one.
 
--- Locks the first ready new task of this client that this model may claim; NULL if there is none among the first 250,
--- some of which an edit may have locked. The pair in the condition ties it to the index of clients.
-CREATE OR REPLACE FUNCTION lock_ready_of(p_model text, p_category text, p_priority smallint, p_client text) RETURNS queue
-LANGUAGE plpgsql AS $$
-DECLARE
-    found_row queue;
-    start bigint := greatest(1, claim_start(p_category, p_priority, false, p_client));
-    began timestamptz := clock_timestamp();
-BEGIN
-    SELECT q.* INTO found_row
-      FROM (SELECT r.ctid FROM queue r
-             WHERE r.state = 'ready' AND r.category = p_category AND r.priority = p_priority
-               AND (r.client, r.position) >= (p_client, start) AND (r.client, r.position) <= (p_client, 9223372036854775807)
-               AND (r.not_by IS NULL OR NOT p_model = ANY (r.not_by) OR r.not_by_until < clock_timestamp())
-             ORDER BY r.client, r.position LIMIT 250) AS first
-      JOIN queue q ON q.ctid = first.ctid AND q.state = 'ready'
-     LIMIT 1 FOR UPDATE OF q SKIP LOCKED;
-    IF found_row.task_id IS NULL AND clock_timestamp() - began > interval '2 ms' THEN
-        PERFORM skip_uncommitted(p_category, p_priority, false, clock_timestamp() - began, p_client);
-    END IF;
-    RETURN found_row;
-END
-$$;
-
--- Locks a task of the client whose turn it is. After six turns of clients without a task, or 60 of clients in p_skip,
--- takes the next client that has one. Returns NULL if no client of the schedule has.
+-- Locks the first ready new task of the client whose turn it is, that this model may claim. After six turns of clients
+-- without one, or 60 of clients in p_skip, goes on with the next clients that have one. NULL if there is none. Looks at a
+-- client's first 250 tasks, of which an edit may have locked 200. The pair in the condition ties it to the index of clients.
 CREATE OR REPLACE FUNCTION lock_next_turn(p_model text, p_lane fair_schedules, p_skip text[]) RETURNS queue
 LANGUAGE plpgsql AS $$
 DECLARE
     found_row queue;
     slot bigint;
     named text;
+    turns integer := 0;
     without integer := 0;
+    began timestamptz;
 BEGIN
-    FOR turn IN 1..60 LOOP
-        slot := nextval(p_lane.turns) % p_lane.slots * p_lane.step % p_lane.slots;
-        SELECT s.client INTO named FROM fair_slots s
-         WHERE s.schedule = p_lane.schedule AND s.upto > slot ORDER BY s.upto LIMIT 1;
-        CONTINUE WHEN named = ANY (p_skip);
-        found_row := lock_ready_of(p_model, p_lane.category, p_lane.priority, named);
-        IF found_row.task_id IS NOT NULL THEN
-            RETURN found_row;
+    LOOP
+        IF turns < 60 AND without < 6 THEN
+            slot := nextval(p_lane.turns) % p_lane.slots * p_lane.step % p_lane.slots;
+            SELECT s.client INTO named FROM fair_slots s
+             WHERE s.schedule = p_lane.schedule AND s.upto > slot ORDER BY s.upto LIMIT 1;
+            turns := turns + 1;
+            CONTINUE WHEN named = ANY (p_skip);
+        ELSE
+            SELECT n.client, n.upto INTO named, slot FROM next_with_ready(p_lane, slot, p_skip) AS n;
+            EXIT WHEN named IS NULL OR without > 30;
+        END IF;
+        began := clock_timestamp();
+        SELECT q.* INTO found_row
+          FROM (SELECT r.ctid FROM queue r
+                 WHERE r.state = 'ready' AND r.category = p_lane.category AND r.priority = p_lane.priority
+                   AND (r.client, r.position) >= (named, (  -- as claim_start, whose call would be planned anew in each claim
+                        SELECT greatest(1, (SELECT w.position FROM queue_watermarks w
+                                             WHERE w.category = p_lane.category AND w.priority = p_lane.priority
+                                               AND w.client = named AND NOT w.came_back AND w.published
+                                             ORDER BY w.position DESC LIMIT 1),
+                                        (SELECT s.position FROM queue_skips s
+                                          WHERE s.category = p_lane.category AND s.priority = p_lane.priority
+                                            AND s.client = named AND NOT s.came_back AND s.until > clock_timestamp()
+                                          ORDER BY s.until DESC LIMIT 1))))
+                   AND (r.client, r.position) <= (named, 9223372036854775807)
+                   AND (r.not_by IS NULL OR NOT p_model = ANY (r.not_by) OR r.not_by_until < clock_timestamp())
+                 ORDER BY r.client, r.position LIMIT 250) AS first
+          JOIN queue q ON q.ctid = first.ctid AND q.state = 'ready'
+         LIMIT 1 FOR UPDATE OF q SKIP LOCKED;
+        EXIT WHEN FOUND;
+        IF clock_timestamp() - began > interval '2 ms' THEN
+            PERFORM skip_uncommitted(p_lane.category, p_lane.priority, false, clock_timestamp() - began, named);
         END IF;
         without := without + 1;
-        EXIT WHEN without = 6;
-    END LOOP;
-    FOR named IN
-        (SELECT s.client FROM fair_slots s
-          WHERE s.schedule = p_lane.schedule AND s.upto > slot AND s.client <> ALL (p_skip)
-            AND has_ready(p_lane.category, p_lane.priority, s.client) ORDER BY s.upto)
-        UNION ALL
-        (SELECT s.client FROM fair_slots s
-          WHERE s.schedule = p_lane.schedule AND s.upto <= slot AND s.client <> ALL (p_skip)
-            AND has_ready(p_lane.category, p_lane.priority, s.client) ORDER BY s.upto)
-    LOOP
-        found_row := lock_ready_of(p_model, p_lane.category, p_lane.priority, named);
-        EXIT WHEN found_row.task_id IS NOT NULL;
     END LOOP;
     RETURN found_row;
 END
+$$;
+
+-- The next client of a schedule after this slot that has a ready new task, with the end of its slots.
+CREATE OR REPLACE FUNCTION next_with_ready(p_lane fair_schedules, p_slot bigint, p_skip text[], OUT client text, OUT upto bigint)
+LANGUAGE sql STABLE AS $$
+    SELECT n.client, n.upto
+      FROM ((SELECT s.client, s.upto FROM fair_slots s
+              WHERE s.schedule = p_lane.schedule AND s.upto > p_slot AND s.client <> ALL (p_skip)
+                AND has_ready(p_lane.category, p_lane.priority, s.client) ORDER BY s.upto)
+            UNION ALL
+            (SELECT s.client, s.upto FROM fair_slots s
+              WHERE s.schedule = p_lane.schedule AND s.upto <= p_slot AND s.client <> ALL (p_skip)
+                AND has_ready(p_lane.category, p_lane.priority, s.client) ORDER BY s.upto)) AS n
+     LIMIT 1
 $$;
 
 -- Whether a client has a ready new task in a lane.

@@ -41,8 +41,9 @@ LANGUAGE sql STABLE AS $$
 $$;
 
 -- Newest matching calls of the p_among calls before p_before.
+DROP FUNCTION IF EXISTS console_calls(text, text, text, uuid, integer, integer);  -- its parameters changed
 CREATE OR REPLACE FUNCTION console_calls(
-    p_model text, p_category text, p_outcome text, p_before uuid, p_among integer, p_limit integer)
+    p_model text, p_category text, p_outcome text, p_before uuid, p_among integer, p_limit integer, p_client text DEFAULT NULL)
 RETURNS SETOF model_calls
 LANGUAGE sql STABLE AS $$
     SELECT recent.*
@@ -51,18 +52,22 @@ LANGUAGE sql STABLE AS $$
              ORDER BY c.call_id DESC LIMIT p_among) AS recent
      WHERE (p_model IS NULL OR recent.model = p_model)
        AND (p_category IS NULL OR recent.category = p_category)
+       AND (p_client IS NULL OR recent.client = p_client)
        AND (p_outcome IS NULL OR coalesce(recent.outcome, 'under way') = p_outcome
             OR (p_outcome = 'wrong' AND recent.outcome NOT IN ('answered', 'unsent')))
      ORDER BY recent.call_id DESC LIMIT p_limit
 $$;
 
 -- Tasks that failed last, before p_before.
-CREATE OR REPLACE FUNCTION console_failures(p_category text, p_before timestamptz, p_limit integer)
-RETURNS TABLE (task_id bigint, category text, failure text, prompt text, failed_at timestamptz)
+DROP FUNCTION IF EXISTS console_failures(text, timestamptz, integer);  -- its parameters changed
+CREATE OR REPLACE FUNCTION console_failures(p_category text, p_before timestamptz, p_limit integer, p_client text DEFAULT NULL)
+RETURNS TABLE (task_id bigint, category text, failure text, prompt text, failed_at timestamptz, client text)
 LANGUAGE sql STABLE AS $$
-    SELECT t.id::bigint, resolve_category(t.category), left(t.failure, 1000), left(t.prompt, 200), f.failed_at
+    SELECT t.id::bigint, resolve_category(t.category), left(t.failure, 1000), left(t.prompt, 200), f.failed_at,
+           left(coalesce(t.client, ''), 64)
       FROM task_failures f JOIN tasks t ON t.id = f.task_id AND t.status = 'failed'
      WHERE (p_before IS NULL OR f.failed_at < p_before) AND (p_category IS NULL OR resolve_category(t.category) = p_category)
+       AND (p_client IS NULL OR coalesce(t.client, '') = p_client)
      ORDER BY f.failed_at DESC, f.task_id DESC LIMIT p_limit
 $$;
 

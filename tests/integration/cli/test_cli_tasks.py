@@ -226,3 +226,24 @@ def test_a_prompt_that_no_model_can_be_sent_stays_failed(router: CommandLine, as
 @pytest.mark.parametrize("arguments", [(), ("1", "--all"), ("--all", "--category", "general"), ("one",)])
 def test_retry_requires_exactly_one_selection(router: CommandLine, arguments: tuple[str, ...]):
     assert router("retry", *arguments).code == 2
+
+
+def test_status_log_and_export_show_and_filter_clients(router: CommandLine, ask: Ask, tmp_path: Path):
+    ask("INSERT INTO tasks (prompt, category, client) VALUES ('a', 'general', 'alice'), ('n', 'general', '')")
+    solve_one(ask)
+    solve_one(ask)
+    ask("INSERT INTO tasks (prompt, client) SELECT 'more', 'bob' FROM generate_series(1, 3)")
+
+    clients = router("status", "--json").json["clients"]
+    assert clients["bob"] == {"unsolved": 3, "solved": 0, "failed": 0}
+    assert clients[""] == clients["alice"] == {"unsolved": 0, "solved": 1, "failed": 0}
+    assert list(router("status", "--client", "alice", "--json").json["clients"]) == ["alice"]
+    assert "bob 3" in router("status").out
+    assert "alice: 0 unsolved, 1 solved, 0 failed" in router("status", "--client", "alice").out
+
+    for client in ("alice", ""):
+        (call,) = router("log", "--client", client, "--json").json["calls"]
+        assert call["client"] == client
+        exported = tmp_path / "out.jsonl"
+        assert router("export", exported, "--client", client, "--json").json["written"] == 1
+    assert "alice" in router("log").out
