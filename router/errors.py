@@ -97,6 +97,15 @@ class LimiterUnavailable(LimiterError):  # noqa: N818 - names a state
         self.cause = cause
 
 
+class ClientLimited(LimiterError):  # noqa: N818 - names a state
+    """A limit of the client leaves no room in time; retry after `again_seconds`, if that is not None."""
+
+    def __init__(self, message: str, client: str, again_seconds: float | None) -> None:
+        super().__init__(message)
+        self.client = client
+        self.again_seconds = again_seconds
+
+
 class PermitExpired(LimiterError):  # noqa: N818 - names a state
     """The permit expired before the call was written to the socket; acquire another."""
 

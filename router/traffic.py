@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from router.errors import TrafficTargetError, echoed
@@ -17,14 +17,19 @@ GRAMMAR = """\
 One line of limits, separated by commas; all apply together:
   120/min               requests in any minute; units s, min, h, d; or 100/10s
   90k tokens/min        tokens in any minute; k is 1,000 and M is 1,000,000
+  $20/day               US dollars in any 24 hours; the smallest amount is $0.000001
+  $20/calendar day      US dollars from midnight to midnight UTC; or /calendar month
   20 at once            calls in flight at any time
   burst                 allow bursts: do not pace calls
   0                     stops the model
-Example: 120/min, 4/s, 90k tokens/min, 20 at once"""
+Example: 120/min, 4/s, 90k tokens/min, $20/day, 20 at once"""
 
 MAX_LINE_CHARACTERS = 500
 MAX_COUNT = 1_000_000_000
 MAX_WINDOW_SECONDS = 31 * 86_400
+MICRO_USD = 1_000_000  # money is counted in millionths of a US dollar
+MAX_CALL_COST = 2**32 - 1  # of one call; what is beyond counts as this
+CALENDAR_SECONDS = {"day": 86_400, "month": 31 * 86_400}  # the longest period of each kind
 PACE = 0.9  # share of the window that paced sends fill; the rest makes up for late sends
 
 _UNIT_SECONDS = {
@@ -42,6 +47,7 @@ _RATE = re.compile(
     re.ASCII,
 )
 _PER = re.compile(r"^per\s+", re.ASCII)
+_CALENDAR = re.compile(r"/\s{0,99}calendar\s{1,99}(?P<period>\S+)", re.ASCII | re.IGNORECASE)
 _AT_ONCE = re.compile(r"at\s+once", re.ASCII | re.IGNORECASE)
 
 
@@ -76,6 +82,20 @@ class TokenLimit(_Limit):
 
 
 @dataclass(frozen=True, slots=True)
+class MoneyLimit(_Limit):
+    """At most `count` millionths of a US dollar in any window, or in each calendar period in UTC.
+
+    The window of a calendar period is its longest length: 31 days for a month.
+    """
+
+    calendar: str | None = None
+
+    def __str__(self) -> str:
+        period = f"calendar {self.calendar}" if self.calendar else _window_text(self.window_seconds)
+        return f"{usd_text(self.count)}/{period}"
+
+
+@dataclass(frozen=True, slots=True)
 class TrafficTarget:
     """Limits of one model. All apply together, in every rolling window."""
 
@@ -83,6 +103,7 @@ class TrafficTarget:
     tokens: tuple[TokenLimit, ...] = ()
     at_once: int | None = None
     burst: bool = False
+    money: tuple[MoneyLimit, ...] = ()
 
     @classmethod
     def parse(cls, line: str) -> TrafficTarget:
@@ -102,7 +123,12 @@ class TrafficTarget:
     @property
     def stopped(self) -> bool:
         """True if nothing may be sent."""
-        return self.at_once == 0 or any(limit.count == 0 for limit in (*self.requests, *self.tokens))
+        return self.at_once == 0 or any(limit.count == 0 for limit in self.windows)
+
+    @property
+    def windows(self) -> tuple[RequestLimit | TokenLimit | MoneyLimit, ...]:
+        """All limits of a period: requests, then tokens, then money."""
+        return (*self.requests, *self.tokens, *self.money)
 
     def requests_per_second(self) -> float | None:
         """Sustained rate of the tightest request limit; None if requests are not limited."""
@@ -119,17 +145,21 @@ class TrafficTarget:
     @property
     def longest_window_seconds(self) -> int:
         """Longest window of all limits; 0 if there is none."""
-        return max((limit.window_seconds for limit in (*self.requests, *self.tokens)), default=0)
+        return max((limit.window_seconds for limit in self.windows), default=0)
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """One sentence for each limit that can never bind because another one is always tighter."""
-        return (*_never_binding(self.requests), *_never_binding(self.tokens))
+        return tuple(
+            warning
+            for limits in (self.requests, self.tokens, self.money)
+            for warning in _never_binding(limits)
+        )
 
     def __str__(self) -> str:
         if self.stopped:
             return "0"
-        parts = [str(limit) for limit in (*self.requests, *self.tokens)]
+        parts = [str(limit) for limit in self.windows]
         if self.at_once is not None:
             parts.append(f"{self.at_once} at once")
         if self.burst:
@@ -144,6 +174,7 @@ class _Parser:
         self.line = line
         self.requests: dict[int, RequestLimit] = {}
         self.tokens: dict[int, TokenLimit] = {}
+        self.money: dict[tuple[int, str], MoneyLimit] = {}
         self.at_once: int | None = None
         self.burst = False
         self.stop = False
@@ -153,13 +184,14 @@ class _Parser:
             self._read(part, column)
         if self.stop:
             return TrafficTarget(at_once=0)
-        if not self.requests and not self.tokens and self.at_once is None:
+        if not (self.requests or self.tokens or self.money) and self.at_once is None:
             raise _error("The line contains no limit", self.line, 1)
         return TrafficTarget(
             requests=tuple(self.requests[window] for window in sorted(self.requests, reverse=True)),
             tokens=tuple(self.tokens[window] for window in sorted(self.tokens, reverse=True)),
             at_once=self.at_once,
             burst=self.burst,
+            money=tuple(self.money[period] for period in sorted(self.money, reverse=True)),
         )
 
     def _read(self, part: str, column: int) -> None:
@@ -169,6 +201,9 @@ class _Parser:
             if self.burst:
                 raise _error("'burst' is given twice", self.line, column)
             self.burst = True
+            return
+        if part.startswith("$"):
+            self._budget(part, column)
             return
         count, rest, rest_column = self._count(part, column)
         self.stop = self.stop or count == 0
@@ -183,7 +218,32 @@ class _Parser:
         else:
             self._rate(count, rest, column, rest_column)
 
-    def _count(self, part: str, column: int) -> tuple[int, str, int]:
+    def _budget(self, part: str, column: int) -> None:
+        count, rest, rest_column = self._count(part[1:].lstrip(), column + 1, MICRO_USD)
+        self.stop = self.stop or count == 0
+        if not rest:
+            raise _error(f"{_shown(part)} lacks a period such as /day", self.line, column)
+        calendar = _CALENDAR.fullmatch(rest)
+        if calendar is not None:
+            limit = MoneyLimit(count, *self._calendar(calendar, rest_column))
+        else:
+            found = self._period(rest, rest_column)
+            if found["what"]:
+                raise _error(f"Cannot parse {_shown(rest)}", self.line, rest_column)
+            limit = MoneyLimit(count, self._window(found, rest_column))
+        period = limit.window_seconds, limit.calendar or ""
+        if period in self.money:
+            raise _error(f"/{str(limit).partition('/')[2]} is given twice for money", self.line, column)
+        self.money[period] = limit
+
+    def _calendar(self, found: re.Match[str], column: int) -> tuple[int, str]:
+        period = found["period"].lower().removesuffix("s")
+        if period not in CALENDAR_SECONDS:
+            why = f"{_shown(period)} is not a calendar period: only day and month are"
+            raise _error(why, self.line, column + found.start("period"), _nearest(period, ["day", "month"]))
+        return CALENDAR_SECONDS[period], period
+
+    def _count(self, part: str, column: int, scale: int = 1) -> tuple[int, str, int]:
         found = _NUMBER.match(part)
         if found is None:
             why = _invalid_digits(part) or f"{_shown(part)} does not start with a number"
@@ -195,23 +255,20 @@ class _Parser:
         if end < len(part) and part[end] not in " \t/":
             why = _invalid_digits(part) or f"{_shown(part)} does not start with a whole number"
             raise _error(why, self.line, column)
-        scaled = int(found["whole"] + (found["fraction"] or "")) * _SUFFIXES[suffix]
+        scaled = int(found["whole"] + (found["fraction"] or "")) * _SUFFIXES[suffix] * scale
         count, left = divmod(scaled, 10 ** len(found["fraction"] or ""))
         if left:
             why = f"{part[:end]} is not a whole number; write less than one a second as 1/2s, for example"
+            if scale > 1:
+                why = f"${part[:end]} is finer than a millionth of a dollar"
             raise _error(why, self.line, column)
-        if count > MAX_COUNT:
+        if count > MAX_COUNT * scale:
             raise _error(f"{_shown(part[:end])} is more than {MAX_COUNT:,}", self.line, column)
         rest = part[end:].lstrip()
         return count, rest, column + len(part) - len(rest)
 
     def _rate(self, count: int, rest: str, column: int, rest_column: int) -> None:
-        found = _RATE.fullmatch(rest)
-        if found is None:
-            hint = _nearest(
-                _PER.sub("/", rest.lower()), ["at once", "/s", "/min", "/minute", "/hour", "/day"]
-            )
-            raise _error(f"Cannot parse {_shown(rest)}", self.line, rest_column, hint)
+        found = self._period(rest, rest_column)
         what = found["what"].lower()
         if what not in {"", "request", "requests", "token", "tokens"}:
             hint = _nearest(what, ["tokens", "requests"])
@@ -223,6 +280,18 @@ class _Parser:
         else:
             self._once(window, self.requests, "requests", column)
             self.requests[window] = RequestLimit(count, window)
+
+    def _period(self, rest: str, column: int) -> re.Match[str]:
+        found = _RATE.fullmatch(rest)
+        if found is None:
+            hint = _nearest(
+                _PER.sub("/", rest.lower()), ["at once", "/s", "/min", "/minute", "/hour", "/day"]
+            )
+            why = f"Cannot parse {_shown(rest)}"
+            if _CALENDAR.search(rest):
+                why = "Only money has calendar periods"
+            raise _error(why, self.line, column, hint)
+        return found
 
     def _window(self, found: re.Match[str], column: int) -> int:
         multiple, unit = found["multiple"], (found["unit"] or "").lower()
@@ -280,6 +349,13 @@ def _window_text(seconds: int) -> str:
     return unit if seconds == size else f"{seconds // size}{unit}"
 
 
+def usd_text(micro_usd: int) -> str:
+    """Prints an amount in US dollars, exactly: `$20`, `$0.25`."""
+    whole, rest = divmod(micro_usd, MICRO_USD)
+    fraction = f"{rest:06}".rstrip("0")
+    return f"${whole}.{fraction:0<2}" if fraction else f"${whole}"
+
+
 def _count_text(count: int) -> str:
     for suffix, size in (("M", 1_000_000), ("k", 1000)):
         if count and count % size == 0:
@@ -287,7 +363,7 @@ def _count_text(count: int) -> str:
     return str(count)
 
 
-def _never_binding(limits: tuple[_Limit, ...]) -> Iterator[str]:
+def _never_binding(limits: Sequence[_Limit]) -> Iterator[str]:
     for loose in limits:
         for tight in limits:
             if tight is not loose and _always_tighter(tight, loose):
@@ -296,7 +372,11 @@ def _never_binding(limits: tuple[_Limit, ...]) -> Iterator[str]:
 
 
 def _always_tighter(tight: _Limit, loose: _Limit) -> bool:
+    calendar = getattr(tight, "calendar", None)
+    if calendar and not getattr(loose, "calendar", None):
+        return False  # a calendar period bounds no window that starts at any time
     covering = -(-loose.window_seconds // tight.window_seconds)  # tight windows that cover one loose window
     if covering * tight.count > loose.count:
         return False
-    return (tight.count, tight.window_seconds) != (loose.count, loose.window_seconds)
+    same = (tight.count, tight.window_seconds) == (loose.count, loose.window_seconds)
+    return not same or calendar != getattr(loose, "calendar", None)

@@ -32,6 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--settle-seconds", type=float, default=1.0, help="from an edit until it applies (default 1)"
     )
     parser.add_argument("--tokens", choices=("corrected", "reserved"), default="corrected")
+    parser.add_argument(
+        "--utc-offset-seconds",
+        type=float,
+        default=0.0,
+        help="UTC minus the times: for calendar periods",
+    )
     options = parser.parse_args(arguments)
     try:
         arrivals, changes = read_arrivals(options.arrivals), read_changes(options.targets)
@@ -46,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         backlog_until=max(times, default=None) if options.backlog_until is None else options.backlog_until,
         settle_seconds=options.settle_seconds,
         tokens=options.tokens,
+        utc_offset_seconds=options.utc_offset_seconds,
     )
     if options.json:
         print(json.dumps(verdict.as_json(), indent=2))

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router.errors import InputError, TrafficTargetError
-from router.traffic import TrafficTarget
+from router.traffic import MICRO_USD, TrafficTarget
 
 NANOSECONDS = 1_000_000_000
 LATEST_SECONDS = 4e9  # fits into 64 bits of nanoseconds with room for windows
@@ -29,6 +29,7 @@ class Arrival(NamedTuple):
     """One call that arrived at the backend, refused ones included.
 
     `at` was recorded before the body was parsed; `ended_at` is None while the backend still works on it.
+    Costs are in millionths of a US dollar.
     """
 
     at: float
@@ -38,6 +39,8 @@ class Arrival(NamedTuple):
     tokens_reserved: int = 0
     tokens_used: int | None = None
     status: int | None = None
+    cost_reserved: int = 0
+    cost_used: int | None = None
 
 
 class TargetChange(NamedTuple):
@@ -51,13 +54,16 @@ class TargetChange(NamedTuple):
 class ModelLog(NamedTuple):
     """One model's arrivals as columns, in order of arrival; times in nanoseconds.
 
-    `used` is what a call counts for after its end: its reservation where the log does not say.
+    `used` and `spent` are the tokens and the money that a call counts for after its end: as reserved
+    (`reserved`, `cost`) where the log does not say.
     """
 
     at: Integers
     ended: Integers
     reserved: Integers
     used: Integers
+    cost: Integers
+    spent: Integers
     request_ids: list[str]
 
 
@@ -77,8 +83,14 @@ def model_log(arrivals: Iterable[Arrival]) -> ModelLog:
     used = np.array(
         [row.tokens_reserved if row.tokens_used is None else row.tokens_used for row in rows], dtype=np.int64
     )
+    cost = np.array([row.cost_reserved for row in rows], dtype=np.int64)
+    spent = np.array(
+        [row.cost_reserved if row.cost_used is None else row.cost_used for row in rows], dtype=np.int64
+    )
     # A call lasts at least a nanosecond, so that it counts when it arrives.
-    return ModelLog(at, np.maximum(ended, at + 1), reserved, used, [row.request_id for row in rows])
+    return ModelLog(
+        at, np.maximum(ended, at + 1), reserved, used, cost, spent, [row.request_id for row in rows]
+    )
 
 
 def read_arrivals(path: Path) -> list[Arrival]:
@@ -101,6 +113,8 @@ def _arrival(row: dict[str, Any]) -> Arrival:
         tokens_reserved=int(row.get("tokens_reserved") or 0),
         tokens_used=None if used is None else int(used),
         status=None if status is None else int(status),
+        cost_reserved=_micro_usd(row.get("cost_reserved")) or 0,
+        cost_used=_micro_usd(row.get("cost_used")),
     )
 
 
@@ -108,6 +122,10 @@ def _change(row: dict[str, Any]) -> TargetChange:
     return TargetChange(
         _seconds(row["at_seconds"]), str(row["model"]), TrafficTarget.parse(str(row["target"]))
     )
+
+
+def _micro_usd(usd: Any) -> int | None:
+    return None if usd is None else round(float(usd) * MICRO_USD)
 
 
 def _seconds(value: Any) -> float:

@@ -7,8 +7,8 @@ delay until an edit is applied. What it could have sent is what could have been 
 How it finds the next send time, in whole nanoseconds:
 - requests: the N-th last send is at least W old, for each limit, and the last one at least the pacing gap;
 - concurrency: a slot is free as soon as a call ends;
-- tokens: each call counts with its reservation until it ends and with its use afterwards, for W from its
-  send;
+- tokens and money: each call counts with its reservation until it ends and with its use afterwards, for W
+  from its send, or until the end of the calendar period;
 - a new target applies to the whole history from its time on. A target of 0 sends nothing.
 """
 
@@ -24,24 +24,40 @@ from numpy.typing import NDArray
 
 from bench.judge.arrivals import NANOSECONDS, NEVER, ModelLog, TargetChange, nanoseconds
 from router.errors import InputError
-from router.traffic import TrafficTarget
+from router.traffic import MoneyLimit, TokenLimit, TrafficTarget
 
 MOST_SENDS = 10_000_000
 
 
+Amounts = tuple[int, int, int, int]  # of a call: tokens reserved and used, money reserved and used
+NOTHING = (0, 0, 0, 0)
+
+
 @dataclass(slots=True)
 class _Budget:
-    """Tokens of the calls sent within the last `window`; those before `first` are older."""
+    """Tokens or money of the calls in the window; those before `first` are older."""
 
+    kind: int  # 0 for tokens, 1 for money
     window: int
+    calendar: str | None = None
+    utc_offset: int = 0
     first: int = 0
     spent: int = 0
+
+    def expiry(self, sent_at: int) -> int:
+        """Returns when a call leaves the window."""
+        if self.calendar is None:
+            return sent_at + self.window
+        period = np.datetime64(sent_at + self.utc_offset, "ns").astype(
+            "datetime64[D]" if self.calendar == "day" else "datetime64[M]"
+        )
+        return int((period + 1).astype("datetime64[ns]").astype(np.int64)) - self.utc_offset
 
 
 class IdealLimiter:
     """One model's ideal limiter. Time only moves forward: `next_send`, then `send` at that time."""
 
-    def __init__(self, changes: Sequence[TargetChange], start: int) -> None:
+    def __init__(self, changes: Sequence[TargetChange], start: int, utc_offset: int = 0) -> None:
         ordered = sorted(changes, key=lambda change: change.at_seconds)
         self._changes = [(nanoseconds(change.at_seconds), change.target) for change in ordered]
         self._next_change = 0
@@ -49,22 +65,26 @@ class IdealLimiter:
         self._gap = 0
         self._now = start
         self._sent: list[int] = []
-        self._counted: list[int] = []  # tokens that each send counts for now
-        self._running: list[
-            tuple[int, int, int]
-        ] = []  # heap: (end, index of the send, tokens it will count for)
-        windows = {limit.window_seconds for _, target in self._changes for limit in target.tokens}
-        self._budgets = {window: _Budget(window * NANOSECONDS) for window in windows}
-        self._ends_matter = bool(windows) or any(
+        self._counted: list[tuple[int, int]] = []  # tokens and money that each send counts for now
+        # Heap: end, index of the send, tokens and money that it will count for.
+        self._running: list[tuple[int, int, tuple[int, int]]] = []
+        self._budgets: dict[TokenLimit | MoneyLimit, _Budget] = {}
+        for _, target in self._changes:
+            for tokens in target.tokens:
+                self._budgets[tokens] = _Budget(0, tokens.window_seconds * NANOSECONDS)
+            for money in target.money:
+                window = money.window_seconds * NANOSECONDS
+                self._budgets[money] = _Budget(1, window, money.calendar, utc_offset)
+        self._ends_matter = bool(self._budgets) or any(
             target.at_once is not None for _, target in self._changes if not target.stopped
         )
         self._enter_changes(start)
 
-    def next_send(self, tokens: int) -> int | None:
+    def next_send(self, tokens: int, money: int = 0) -> int | None:
         """Earliest time (ns) at which a call with this reservation may be sent; None: never again."""
         while True:
             change = self._changes[self._next_change][0] if self._next_change < len(self._changes) else NEVER
-            send_at = self._earliest(tokens, before=change)
+            send_at = self._earliest((tokens, money), before=change)
             if send_at is not None:
                 self._now = send_at
                 return send_at
@@ -73,13 +93,15 @@ class IdealLimiter:
             self._now = change
             self._enter_changes(change)
 
-    def send(self, at: int, latency: int, tokens: int, used: int) -> None:
-        """Records a call sent `at` that takes `latency` (ns), reserves `tokens` and uses `used`."""
+    def send(  # noqa: PLR0917 - `amounts` of one call
+        self, at: int, latency: int, tokens: int, used: int, money: int = 0, spent: int = 0
+    ) -> None:
+        """Records a call sent `at` that takes `latency` (ns), with the tokens and money reserved and used."""
         if self._ends_matter:
-            heapq.heappush(self._running, (at + max(1, latency), len(self._sent), used))
-            self._counted.append(tokens)
+            heapq.heappush(self._running, (at + max(1, latency), len(self._sent), (used, spent)))
+            self._counted.append((tokens, money))
             for budget in self._budgets.values():
-                budget.spent += tokens
+                budget.spent += (tokens, money)[budget.kind]
         self._sent.append(at)
         self._now = max(self._now, at)
 
@@ -89,7 +111,7 @@ class IdealLimiter:
             self._gap = nanoseconds(self._target.gap_seconds)
             self._next_change += 1
 
-    def _earliest(self, tokens: int, before: int) -> int | None:
+    def _earliest(self, needs: tuple[int, int], before: int) -> int | None:
         target = self._target
         if target is None or target.stopped:
             return None
@@ -100,21 +122,23 @@ class IdealLimiter:
             if len(self._sent) >= limit.count:
                 send_at = max(send_at, self._sent[-limit.count] + limit.window_seconds * NANOSECONDS)
         while send_at < before:
-            wait_until = self._blocked_until(target, tokens, send_at) if self._ends_matter else None
+            wait_until = self._blocked_until(target, needs, send_at) if self._ends_matter else None
             if wait_until is None:
                 return send_at
             send_at = wait_until
         return None
 
-    def _blocked_until(self, target: TrafficTarget, tokens: int, now: int) -> int | None:
+    def _blocked_until(self, target: TrafficTarget, needs: tuple[int, int], now: int) -> int | None:
         self._advance(now)
         if target.at_once is not None and len(self._running) >= target.at_once:
             return self._running[0][0]
-        for limit in target.tokens:
-            budget = self._budgets[limit.window_seconds]
+        limits: tuple[TokenLimit | MoneyLimit, ...] = (*target.tokens, *target.money)
+        for limit in limits:
+            budget = self._budgets[limit]
+            need = needs[budget.kind]
             # A call larger than the whole window waits until the window is empty.
-            if tokens and budget.spent + min(tokens, limit.count) > limit.count:
-                expiry = self._sent[budget.first] + budget.window
+            if need and budget.spent + min(need, limit.count) > limit.count:
+                expiry = budget.expiry(self._sent[budget.first])
                 return min(expiry, self._running[0][0]) if self._running else expiry
         return None
 
@@ -123,11 +147,11 @@ class IdealLimiter:
             _, index, used = heapq.heappop(self._running)
             for budget in self._budgets.values():
                 if index >= budget.first:
-                    budget.spent += used - self._counted[index]
+                    budget.spent += used[budget.kind] - self._counted[index][budget.kind]
             self._counted[index] = used
         for budget in self._budgets.values():
-            while budget.first < len(self._sent) and self._sent[budget.first] + budget.window <= now:
-                budget.spent -= self._counted[budget.first]
+            while budget.first < len(self._sent) and budget.expiry(self._sent[budget.first]) <= now:
+                budget.spent -= self._counted[budget.first][budget.kind]
                 budget.first += 1
 
 
@@ -137,32 +161,33 @@ def replay_ideal(
     backlog_from: float,
     until: float,
     *,
-    tokens: Sequence[tuple[int, int]] = (),
+    amounts: Sequence[Amounts] = (),
     before: ModelLog | None = None,
     most: int = MOST_SENDS,
+    utc_offset: int = 0,
 ) -> NDArray[np.float64]:
     """Send times (seconds) of the ideal limiter in [backlog_from, until] with a constant backlog.
 
-    `changes` are one model's. The i-th send takes the i-th of `latencies` (seconds) and of `tokens`
-    ((reserved, used)), cycling. `before` are calls sent before the backlog began: they occupy the ideal's
-    windows as they occupied the real ones. It stops after `most` sends.
+    `changes` are one model's. The i-th send takes the i-th of `latencies` (seconds) and of `amounts`,
+    cycling. `before` are calls sent before the backlog began: they occupy the ideal's windows as they
+    occupied the real ones. It stops after `most` sends.
     """
     if len({change.model for change in changes}) > 1:
         raise ValueError("replay_ideal takes the changes of one model; bound() takes those of several")
     start, end = nanoseconds(backlog_from), nanoseconds(until)
-    limiter = IdealLimiter(changes, start)
+    limiter = IdealLimiter(changes, start, utc_offset)
     if before is not None:
-        columns = (before.at.tolist(), before.ended.tolist(), before.reserved.tolist(), before.used.tolist())
-        for at, ended, reserved, used in zip(*columns, strict=True):
-            limiter.send(at, ended - at, reserved, used)
+        columns = [column.tolist() for column in before[:6]]
+        for at, ended, *rest in zip(*columns, strict=True):
+            limiter.send(at, ended - at, *rest)
     drawn = [nanoseconds(float(latency)) for latency in latencies] or [0]
-    draws = zip(itertools.cycle(drawn), itertools.cycle(tokens or [(0, 0)]))
+    draws = zip(itertools.cycle(drawn), itertools.cycle(amounts or [NOTHING]))
     sends: list[int] = []
-    for latency, (reserved, used) in itertools.islice(draws, most):
-        send_at = limiter.next_send(reserved)
+    for latency, one in itertools.islice(draws, most):
+        send_at = limiter.next_send(one[0], one[2])
         if send_at is None or send_at > end:
             break
-        limiter.send(send_at, latency, reserved, used)
+        limiter.send(send_at, latency, *one)
         sends.append(send_at)
     return np.array(sends, dtype=np.float64) / NANOSECONDS
 

@@ -10,8 +10,9 @@ therefore does not invalidate earlier sends; it forbids the next one until the w
 - *Active target*: a change takes time to reach the limiter, so an arrival within `settle_seconds` after it
   may obey either target, but one of them as a whole, since a limiter decides by one target at a time. A
   model without a target, or stopped, may be sent nothing.
-- *Tokens*: a call counts with its reservation until it has ended and with its use afterwards, as the limiter
-  corrects it; with `tokens="reserved"` always with its reservation.
+- *Tokens and money*: a call counts with its reservation until it has ended and with its use afterwards, as
+  the limiter corrects it; with `tokens="reserved"` always with its reservation. A calendar period has the
+  calls that arrive in it, by UTC.
 - *Concurrency*: a call occupies its slot in [at, ended_at): another may start at the time it ends.
 - Refused calls (429, ...) count like others: they were sent.
 - *Worst window ratio*: the greatest count / N; above 1 is a breach. A send while stopped counts as 2.
@@ -35,6 +36,7 @@ from bench.judge.arrivals import (
     NANOSECONDS,
     NEVER,
     Arrival,
+    Integers,
     ModelLog,
     TargetChange,
     model_log,
@@ -102,16 +104,19 @@ def judge(
     backlog_until: float | None,
     settle_seconds: float = 1.0,
     tokens: TokenRule = "corrected",
+    utc_offset_seconds: float = 0.0,
 ) -> Verdict:
     """Judges every arrival of every model and measures the use in [backlog_from, backlog_until].
 
-    Without both ends no use is measured. O(n log n) in the arrivals; a million take some seconds.
+    Without both ends no use is measured. UTC, in seconds since 1970, is the log's time plus
+    `utc_offset_seconds`: only calendar periods need it. O(n log n) in the arrivals; a million take some
+    seconds.
     """
     by_model: dict[str, list[Arrival]] = defaultdict(list)
     for arrival in arrivals:
         by_model[arrival.model].append(arrival)
     backlog = None if backlog_from is None or backlog_until is None else (backlog_from, backlog_until)
-    terms = _Terms(backlog, nanoseconds(settle_seconds), tokens)
+    terms = _Terms(backlog, nanoseconds(settle_seconds), tokens, nanoseconds(utc_offset_seconds))
     verdicts = {}
     for model in sorted({*by_model, *(change.model for change in changes)}):
         history = sorted((row for row in changes if row.model == model), key=lambda row: row.at_seconds)
@@ -125,17 +130,20 @@ class _Terms:
     backlog: tuple[float, float] | None
     settle: int
     tokens: TokenRule
+    utc_offset: int
 
 
 def _judge_model(model: str, log: ModelLog, history: list[TargetChange], terms: _Terms) -> ModelVerdict:
-    counts = Counts(log if terms.tokens == "corrected" else log._replace(used=log.reserved))
+    if terms.tokens == "reserved":
+        log = log._replace(used=log.reserved, spent=log.cost)
+    counts = Counts(log, terms.utc_offset)
     periods = list(_periods(log, history, terms.settle))
     ratios = np.full(len(log.at), np.inf)
     for part, target in periods:
         ratios[part] = np.minimum(ratios[part], counts.ratio(target, part))
     ratios[np.isinf(ratios)] = AGAINST_A_STOP
     wrong = np.flatnonzero(ratios > 1)
-    use, sent, ideal = _use(log, history, terms.backlog)
+    use, sent, ideal = _use(log, history, terms)
     return ModelVerdict(
         target=str(history[-1].target) if history else "none",
         sent=len(log.at),
@@ -182,12 +190,10 @@ def _worst_limit(target: TrafficTarget, index: int, counts: Counts) -> tuple[flo
     return worst[1] / worst[2], worst
 
 
-def _use(
-    log: ModelLog, history: list[TargetChange], backlog: tuple[float, float] | None
-) -> tuple[float | None, int, int]:
-    if backlog is None:
+def _use(log: ModelLog, history: list[TargetChange], terms: _Terms) -> tuple[float | None, int, int]:
+    if terms.backlog is None:
         return None, 0, 0
-    start, end = nanoseconds(backlog[0]), nanoseconds(backlog[1])
+    start, end = nanoseconds(terms.backlog[0]), nanoseconds(terms.backlog[1])
     first = int(np.searchsorted(log.at, start, side="left"))
     last = int(np.searchsorted(log.at, end, side="right"))
     sent = last - first
@@ -195,10 +201,11 @@ def _use(
     ideal = replay_ideal(
         history,
         ((ends - log.at) / NANOSECONDS)[first:last],
-        *backlog,
-        tokens=list(zip(log.reserved[first:last].tolist(), log.used[first:last].tolist(), strict=True)),
+        *terms.backlog,
+        amounts=list(zip(*(column[first:last].tolist() for column in _amounts(log)), strict=True)),
         before=_still_felt(log, first, start, history),
         most=4 * sent + 1000,
+        utc_offset=terms.utc_offset,
     )
     return (sent / len(ideal) if len(ideal) else 1.0), sent, len(ideal)
 
@@ -207,7 +214,13 @@ def _still_felt(log: ModelLog, first: int, start: int, history: list[TargetChang
     """Calls before the backlog that still count in a window or occupy a slot when it begins."""
     longest = max((change.target.longest_window_seconds for change in history), default=0) * NANOSECONDS
     felt = np.flatnonzero((log.at[:first] > start - longest) | (log.ended[:first] > start))
-    return ModelLog(log.at[felt], log.ended[felt], log.reserved[felt], log.used[felt], [])
+    return ModelLog(
+        log.at[felt], log.ended[felt], log.reserved[felt], log.used[felt], log.cost[felt], log.spent[felt], []
+    )
+
+
+def _amounts(log: ModelLog) -> tuple[Integers, Integers, Integers, Integers]:
+    return log.reserved, log.used, log.cost, log.spent
 
 
 def print_verdict(verdict: Verdict, console: Console | None = None) -> None:

@@ -1,6 +1,6 @@
 // Row of one model: target with its editor, usage, plot and what limits it.
 
-import { ago, api, el, number, reason, replace, seconds, setText, Spark } from "./draw.js";
+import { ago, api, el, number, reason, replace, seconds, setText, Spark, usd } from "./draw.js";
 
 // The plotted rate is averaged over the target's window, within these bounds, as the limiter counts it.
 const MIN_RATE_SECONDS = 15;
@@ -78,7 +78,7 @@ export class ModelRow {
   }
 
   showUsage(model) {
-    const limits = Object.entries({ ...model.sent, ...model.tokens });
+    const limits = Object.entries({ ...model.sent, ...model.tokens, ...model.money_usd });
     const key = limits.map((pair) => pair.join(" ")).join() + model.target;
     if (key === this.usageKey) return;
     this.usageKey = key;
@@ -89,11 +89,12 @@ export class ModelRow {
     replace(
       this.usage,
       limits.map(([limit, count]) => {
-        const capacity = parseFloat(limit) * ({ k: 1e3, M: 1e6 }[limit.match(/^[\d.]+([kM])/)?.[1]] ?? 1);
+        const money = limit.startsWith("$");
+        const capacity = parseFloat(limit.replace("$", "")) * ({ k: 1e3, M: 1e6 }[limit.match(/^[\d.]+([kM])/)?.[1]] ?? 1);
         const bar = el("span.bar", { "aria-hidden": "true" }, el("span"));
         bar.firstChild.style.width = `${Math.min(100, (100 * count) / (capacity || 1))}%`;
         // The limiter's window is slightly longer than the target's, so the count may exceed the limit.
-        return el("div.limit", {}, el("b", {}, number(Math.min(count, capacity))), ` of ${limit}`, bar);
+        return el("div.limit", {}, el("b", {}, money ? usd(count) : number(Math.min(count, capacity))), ` of ${limit}`, bar);
       }),
     );
   }

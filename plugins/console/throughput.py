@@ -103,6 +103,7 @@ def limiting_factor(model: ModelStatus) -> str:
 _WAITS = {
     "window": "its target {}",
     "tokens": "the token limit of {}",
+    "budget": "the budget of {}",
     "concurrency": "the concurrency limit of {}",
     "half_open": "its circuit breaker is half-open",
     "rebuilding": "its limiter state is being rebuilt",

@@ -23,6 +23,8 @@ SHOWN_CLIENTS = 6
 NO_CLIENT = "(none)"
 WAITING = {
     "tokens": "token limit",
+    "budget": "budget used up",
+    "too_expensive": "budget below a call's cost",
     "concurrency": "concurrency limit",
     "stopped": "stopped",
     "cooling_down": "cooling down",
@@ -33,8 +35,8 @@ WAITING = {
 STATUS_HELP = """
 Show tasks by state, and usage and errors of each model.
 
-The column usage shows, for each limit of the model's target, the calls or tokens of the current window. If
-Redis is unavailable, it shows the last minute from the call log instead.
+The column usage shows, for each limit of the model's target, the calls, tokens or cost of the current
+window. If Redis is unavailable, it shows the last minute from the call log instead.
 
 Not sending shows the reason why no call is sent, of all models at the top and of each model in its row. The
 JSON key why_not is null while calls may be sent.
@@ -240,10 +242,11 @@ def _usage(model: ModelStatus) -> Text:
         return Text("no target yet", style="dim")
     if model.sent_last_minute is not None:
         return Text(f"{model.target}; {model.sent_last_minute:,} in the last minute", style="dim")
-    used = {**(model.sent or {}), **(model.tokens or {})}
+    used = {limit: f"{count:,}" for limit, count in {**(model.sent or {}), **(model.tokens or {})}.items()}
+    used |= {limit: f"${usd:,.2f}" for limit, usd in (model.money_usd or {}).items()}
     shown = Text(", ").join(
-        Text.assemble((f"{count:,}", "bold" if count else ""), (f" of {limit}", "dim"))
-        for limit, count in used.items()
+        Text.assemble((amount, "bold" if amount.strip("$0.") else ""), (f" of {limit}", "dim"))
+        for limit, amount in used.items()
     )
     return shown if used else Text(model.target, style="dim")
 

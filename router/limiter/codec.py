@@ -6,25 +6,33 @@ import struct
 import uuid
 from array import array
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 from router.limiter.breaker import BreakerSettings, Verdict
 from router.limiter.permit import PastCall, Permit, WaitReason
 from router.limiter.settings import LimiterSettings
 from router.limiter.snapshot import ModelTraffic
-from router.traffic import TrafficTarget
+from router.settings import InteractiveShare
+from router.traffic import MAX_CALL_COST, TrafficTarget
 
 MICRO = 1_000_000
 LOST, MORE = 1, 3  # a reply's status; 0 is success, 2 a model without a target, 3 asks to call again
 
 _DECISION = struct.Struct("<12d")
 _GRANT = struct.Struct("<2d")
+_CLIENT_GRANT = struct.Struct("<3d")
 _REQUEST_HEAD = 8
-_ONE_PERMIT = struct.Struct(f"<{_REQUEST_HEAD + 1}d")
-_RELEASE = struct.Struct("<4d16s")
+_PER_PERMIT = 2
+_ONE_PERMIT = struct.Struct(f"<{_REQUEST_HEAD + _PER_PERMIT}d")
+_RELEASE = struct.Struct("<5d16s")
+_CALENDARS = (None, "day", "month")  # by number
 _OPEN_CALL = struct.Struct("<16sd")
 _SNAPSHOT_HEAD = 11
 _NO_CALL = bytes(16)
+UNKNOWN = -1  # tokens or money of a call that are not known
+
+Needs = tuple[int, ...]  # tokens and money of each permit, one after the other: (tokens, money, tokens, ...)
 
 
 class Breaker(NamedTuple):
@@ -49,16 +57,16 @@ class Loss(NamedTuple):
 
 def pack_reserve(  # noqa: PLR0917 - the layout itself; keywords would cost on the hot path
     generation: float, clock_bound: float, head: float, version: float, sender: float,
-    look_ahead_seconds: float, call_seconds: float, interactive: float, tokens: tuple[int, ...],
+    look_ahead_seconds: float, call_seconds: float, interactive: float, needs: Needs,
 ) -> bytes:  # fmt: skip
-    """Packs a request for a permit per element of `tokens`.
+    """Packs a request for a permit per two `needs`.
 
     `sender` is 0 if it does not wait for them, and negative for interactive requests that do.
     """
-    layout = _ONE_PERMIT if len(tokens) == 1 else struct.Struct(f"<{_REQUEST_HEAD + len(tokens)}d")
+    layout = _ONE_PERMIT if len(needs) == _PER_PERMIT else struct.Struct(f"<{_REQUEST_HEAD + len(needs)}d")
     return layout.pack(
         generation, clock_bound, head, version, sender, look_ahead_seconds * MICRO, call_seconds * MICRO,
-        interactive, *tokens,
+        interactive, *needs,
     )  # fmt: skip
 
 
@@ -66,6 +74,12 @@ def pack_reserve(  # noqa: PLR0917 - the layout itself; keywords would cost on t
 # reason, send slack, clock, failures, trips, unresolved rebuilt calls, look-ahead applied. A plain tuple: a
 # named one takes 2 us of a decision's 90.
 unpack_decision: Callable[[bytes], tuple[float, ...]] = _DECISION.unpack_from
+
+
+def unpack_client_grants(reply: bytes) -> tuple[Iterator[tuple[float, float, float]], bytes]:
+    """Returns grants, with their numbers in the client's log, and the client's own reply if it was asked."""
+    end = max(_DECISION.size, len(reply) - _DECISION.size)
+    return _CLIENT_GRANT.iter_unpack(reply[_DECISION.size : end]), reply[end:]
 
 
 def unpack_grants(reply: bytes) -> Iterator[tuple[float, float]]:
@@ -78,12 +92,19 @@ def pack_set_target(version: int | None, settings: LimiterSettings, *, has_log: 
     return struct.pack("<3d", version or 0, settings.max_call_seconds * MICRO, float(has_log))
 
 
-def pack_target(target: TrafficTarget, settings: LimiterSettings, model: str) -> bytes:
-    """Packs a target as the script stores it; the script fills in the version."""
-    send, share = settings.send_slack(target), settings.interactive_share(model)
+def pack_target(target: TrafficTarget, settings: LimiterSettings, model: str | None) -> bytes:
+    """Packs a target as the script stores it, without a model that of a client; the script sets the version.
+
+    Calls of a client are not paced.
+    """
+    send, share = settings.send_slack(target), InteractiveShare(at_most=1.0)
+    if model is not None:
+        share = settings.interactive_share(model)
+    else:
+        target = replace(target, burst=True)
     limits: list[float] = []
-    windows = [float(limit.window_seconds * MICRO) for limit in (*target.requests, *target.tokens)]
-    for limit in (*target.requests, *target.tokens):
+    windows = [float(limit.window_seconds * MICRO) for limit in target.windows]
+    for limit in target.windows:
         period = limit.window_seconds + send + settings.slacks(limit.window_seconds).transit
         limits += (limit.count, round(period * MICRO))
     head = (
@@ -97,8 +118,11 @@ def pack_target(target: TrafficTarget, settings: LimiterSettings, model: str) ->
         round(settings.batch_gap(target, share) * MICRO),
         float(share.reserved > 0),
         share.at_most,
+        len(target.tokens) + len(target.money),
     )
-    return struct.pack(f"<{len(head) + len(limits) + len(windows)}d", *head, *limits, *windows)
+    calendars = [_CALENDARS.index(limit.calendar) for limit in target.money]
+    values = [*head, *limits, *windows, *calendars]
+    return struct.pack(f"<{len(values)}d", *values)
 
 
 def unpack_set_target(reply: bytes) -> tuple[bool, float]:
@@ -107,15 +131,21 @@ def unpack_set_target(reply: bytes) -> tuple[bool, float]:
     return bool(applied), version
 
 
-def pack_release(permit: Permit, used: float, *, unused: bool) -> bytes:
-    """Packs one released permit; `used` is negative if the tokens used are unknown."""
+def pack_release(
+    permit: Permit, send: tuple[int, int], used: int | None, spent: int | None, *, unused: bool
+) -> bytes:
+    """Packs the release of a permit's `send` (generation, number), with tokens and money; None is unknown."""
     call = _NO_CALL if permit.call_id is None else permit.call_id.bytes
-    return _RELEASE.pack(permit.generation, permit.number, used, float(unused), call)
+    return _RELEASE.pack(*send, _known(used), _known(spent), float(unused), call)
 
 
-def pack_end(call_id: uuid.UUID, used: float, *, unused: bool) -> bytes:
-    """Packs the end of a call that was open when the state was rebuilt; `used` as in `pack_release`."""
-    return _RELEASE.pack(0, -1, used, float(unused), call_id.bytes)
+def pack_end(call_id: uuid.UUID, used: int | None, spent: int | None, *, unused: bool) -> bytes:
+    """Packs the end of a call that was open when the state was rebuilt, as `pack_release` does."""
+    return _RELEASE.pack(0, -1, _known(used), _known(spent), float(unused), call_id.bytes)
+
+
+def _known(amount: int | None) -> int:
+    return UNKNOWN if amount is None else amount
 
 
 def unpack_release(reply: bytes) -> bool:
@@ -163,11 +193,12 @@ def pack_rebuild(
     )  # fmt: skip
 
 
-def pack_history(calls: Iterable[PastCall], clock: float) -> tuple[bytes, bytes, bytes, bytes]:
-    """Packs send times (ascending), tokens, a bit per call (0 if open), and id and position of open ones."""
+def pack_history(calls: Iterable[PastCall], clock: float) -> tuple[bytes, bytes, bytes, bytes, bytes]:
+    """Packs send times (ascending), tokens, money, a bit per call (0: open), and id and send of open ones."""
     ordered = sorted(calls, key=lambda call: -call.age_seconds_latest)
     send_times = array("d", (clock - max(0.0, call.age_seconds_latest) * MICRO for call in ordered))
-    tokens = struct.pack(f"<{len(ordered)}I", *(call.tokens for call in ordered))
+    tokens = struct.pack(f"<{len(ordered)}I", *(min(call.tokens, MAX_CALL_COST) for call in ordered))
+    money = struct.pack(f"<{len(ordered)}I", *(min(call.cost, MAX_CALL_COST) for call in ordered))
     bits = bytearray((len(ordered) + 7) // 8)
     still_open = bytearray()
     for number, call in enumerate(ordered):
@@ -175,7 +206,7 @@ def pack_history(calls: Iterable[PastCall], clock: float) -> tuple[bytes, bytes,
             bits[number >> 3] |= 128 >> (number & 7)
         elif call.call_id is not None:
             still_open += _OPEN_CALL.pack(call.call_id.bytes, number)
-    return send_times.tobytes(), tokens, bytes(bits), bytes(still_open)
+    return send_times.tobytes(), tokens, money, bytes(bits), bytes(still_open)
 
 
 def unpack_snapshot(model: str, line: bytes, cooldown_reason: bytes, packed: bytes) -> ModelTraffic:
@@ -187,7 +218,7 @@ def unpack_snapshot(model: str, line: bytes, cooldown_reason: bytes, packed: byt
         text = line.decode() or None
         return ModelTraffic(model, text, {}, {}, 0, None, why, 0.0, None, version=int(version))
     again, reason, in_flight, cooldown, trips, failures, refused, since, last = numbers[: _SNAPSHOT_HEAD - 2]
-    limits = [*target.requests, *target.tokens] if not target.stopped else []
+    limits = target.windows if not target.stopped else ()
     usage = numbers[_SNAPSHOT_HEAD - 2 :]
     counts = {str(limit): int(n) for limit, n in zip(limits, usage, strict=not target.stopped)}
     return ModelTraffic(
@@ -195,6 +226,7 @@ def unpack_snapshot(model: str, line: bytes, cooldown_reason: bytes, packed: byt
         target=str(target),
         sent={str(limit): counts[str(limit)] for limit in target.requests if str(limit) in counts},
         tokens={str(limit): counts[str(limit)] for limit in target.tokens if str(limit) in counts},
+        money={str(limit): counts[str(limit)] for limit in target.money if str(limit) in counts},
         in_flight=int(in_flight),
         next_seconds=None if again < 0 else again / MICRO,
         waiting_for=WaitReason(int(reason)),

@@ -1,13 +1,14 @@
 """Distributed rate limiter over Redis. Exact at the point of arrival, for any number of processes.
 
-In every rolling window, requests and reserved tokens arriving at the backend stay within the model's traffic
-target, and so do calls in flight. One call of `limiter.lua` evaluates all limits of a model atomically and
-returns a send time. Algorithm and proof: docs/limiter.md.
+In every rolling window, requests, reserved tokens and money arriving at the backend stay within the model's
+traffic target, and so do calls in flight. One call of `limiter.lua` evaluates all limits of a model
+atomically and returns a send time. Algorithm and proof: docs/limiter.md.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import uuid
 from collections.abc import Iterable
@@ -18,8 +19,9 @@ from typing import Any
 import redis.asyncio
 
 from router.background import mark_retrieved
-from router.errors import InputError, LimiterError
+from router.errors import InputError, LimiterError, LimiterUnavailable
 from router.limiter.breaker import Signal, Verdict
+from router.limiter.clients import ClientLimits, LimitSource
 from router.limiter.notifications import Notifications
 from router.limiter.permit import Clock, Permit, Wait, WaitReason
 from router.limiter.recovery import CallEnds, History, Recovery
@@ -28,10 +30,11 @@ from router.limiter.reservations import Reservations
 from router.limiter.script import Outage, RedisScript
 from router.limiter.settings import LimiterSettings
 from router.limiter.snapshot import ModelTraffic
+from router.limiter.state import ModelState
 from router.limiter.tracker import ModelTracker, TargetSource
-from router.limiter.waiters import WaitQueue
+from router.limiter.waiters import WaitingCall, WaitQueue
 from router.task import Outcome
-from router.traffic import MAX_COUNT, TrafficTarget
+from router.traffic import MAX_CALL_COST, MAX_COUNT, TrafficTarget
 
 SCRIPT = Path(__file__).with_name("limiter.lua").read_text(encoding="utf-8")
 
@@ -45,6 +48,10 @@ class TrafficLimiter:
     the slots of calls that were open in the history. `stored_target(model)` returns the newest target in the
     database and its version: without it, a process that missed a change may restore an older target.
 
+    `client_limit(client)` returns the limit of a client, None without one, and `client_history` is its
+    `history`. On a Redis cluster, limits of clients need `one_slot`, alike in all processes: then all states
+    are in one slot of the cluster, as a call of the script reads a model's and a client's.
+
     `clock` is monotonic, in seconds. The `redis` client needs a `socket_timeout`:
     nothing else bounds a request to Redis that hangs.
     """
@@ -56,19 +63,25 @@ class TrafficLimiter:
         *,
         call_ends: CallEnds | None = None,
         stored_target: TargetSource | None = None,
+        client_limit: LimitSource | None = None,
+        client_history: History | None = None,
         settings: LimiterSettings | None = None,
         clock: Clock = time.monotonic,
+        one_slot: bool = False,
     ) -> None:
         self.settings = settings or LimiterSettings()
         self._clock = clock
         self._script = RedisScript(redis, SCRIPT, sender=uuid.uuid4().hex)
         self._tracker = ModelTracker(
-            self._script, self.settings, clock, stored_target=stored_target, has_log=history is not None
-        )
+            self._script, self.settings, clock, stored_target=stored_target, has_log=history is not None,
+            one_slot=one_slot,
+        )  # fmt: skip
+        possible = one_slot or not self._script.on_cluster
+        self._clients = ClientLimits(self._tracker, client_limit, possible=possible)
         self._notifications = Notifications(redis, self._tracker)
         self._script.on_reconnect = self._notifications.restart
         self._releases = Releases(self._tracker)
-        self._recovery = Recovery(self._tracker, self._releases, history, call_ends)
+        self._recovery = Recovery(self._tracker, self._releases, history, call_ends, client_history)
         self._reservations = Reservations(self._tracker, self._recovery)
         self._queues: dict[tuple[str, bool], WaitQueue] = {}
         self._snapshots: dict[str, asyncio.Task[ModelTraffic]] = {}
@@ -104,24 +117,40 @@ class TrafficLimiter:
         target = TrafficTarget.parse(target) if isinstance(target, str) else target
         return await self._tracker.set_target(self._tracker.state(model), target, version)
 
+    async def set_client_limit(self, client: str, limit: TrafficTarget | str | None) -> None:
+        """Applies a limit to all calls of a client, over all models, from the next decision on.
+
+        Its requests are not paced. None: calls by this process are not limited.
+        """
+        limit = TrafficTarget.parse(limit) if isinstance(limit, str) else limit
+        await self._clients.set(client, limit)
+
     # -- permits ------------------------------------------------------------------------------------------
 
     async def reserve(
-        self, model: str, tokens: int = 0, *, holder_seconds: float | None = None, interactive: bool = False
-    ) -> Permit | Wait:
+        self, model: str, tokens: int = 0, *, cost: int = 0, holder_seconds: float | None = None,
+        interactive: bool = False, client: str = "",
+    ) -> Permit | Wait:  # fmt: skip
         """Returns a permit whose send time is within the look-ahead, else a `Wait`. Does not wait itself.
 
-        `tokens` is an upper bound of the tokens that the call uses. `holder_seconds` is an upper bound of
-        its duration (default: `max_call_seconds` of the settings); it occupies a slot for at most that long.
-        Somebody waits for an `interactive` call.
+        `tokens` and `cost` are upper bounds of the tokens that the call uses and of its cost in millionths of
+        a US dollar. `holder_seconds` is an upper bound of its duration (default: `max_call_seconds` of the
+        settings); it occupies a slot for at most that long. Somebody waits for an `interactive` call. Limits
+        of the `client` are checked with the model's: either both count the call, or neither.
         """
-        _check_tokens(tokens)
+        _check_needs(tokens, cost)
         state = self._tracker.state(model)
-        return await self._reservations.reserve(state, tokens, holder_seconds, interactive=interactive)
+        return await self._reservations.reserve(
+            state,
+            (tokens, cost),
+            holder_seconds,
+            interactive=interactive,
+            client=await self._clients.state(client),
+        )
 
     async def acquire(
-        self, model: str, tokens: int = 0, *, timeout_seconds: float | None = None,
-        call_id: uuid.UUID | None = None, interactive: bool = False,
+        self, model: str, tokens: int = 0, *, cost: int = 0, timeout_seconds: float | None = None,
+        call_id: uuid.UUID | None = None, interactive: bool = False, client: str = "",
     ) -> Permit:  # fmt: skip
         """Waits for a permit and returns at its send time; `interactive` calls go before the others.
 
@@ -129,13 +158,15 @@ class TrafficLimiter:
         it waits here, and the slot of one that was sent becomes free when its permit is released.
 
         Raises LimiterError if there is no permit within `timeout_seconds` (None: no limit), or if `tokens`
-        exceeds a token limit of the target.
+        or `cost` exceeds a limit of the target by itself; ClientLimited as soon as it is known that the
+        limits of the `client` leave no room in time.
         """
-        _check_tokens(tokens)
+        _check_needs(tokens, cost)
         queue = self._queue(model, interactive=interactive)
+        call = WaitingCall(tokens, cost, call_id, await self._client_in_time(client, timeout_seconds))
         if timeout_seconds is None:
-            return await queue.wait(tokens, call_id)
-        waiting = asyncio.ensure_future(queue.wait(tokens, call_id))
+            return await queue.wait(call)
+        waiting = asyncio.ensure_future(queue.wait(call._replace(until=self._clock() + timeout_seconds)))
         try:
             done, _ = await asyncio.wait({waiting}, timeout=timeout_seconds)
         except asyncio.CancelledError:
@@ -175,11 +206,13 @@ class TrafficLimiter:
         """Returns how many calls wait in this process for a permit of the model."""
         return sum(len(queue) for (name, _), queue in self._queues.items() if name == model)
 
-    async def release(self, permit: Permit, tokens: int | None = None) -> None:
-        """Ends a call: frees its slot, and replaces its reservation by the `tokens` used. Idempotent."""
-        if tokens is not None:
-            _check_tokens(tokens)
-        await self._releases.release(permit, tokens)
+    async def release(self, permit: Permit, tokens: int | None = None, cost: int | None = None) -> None:
+        """Ends a call: frees its slot, and replaces its reservation by its `tokens` and `cost`. Idempotent.
+
+        What is None stays as reserved.
+        """
+        _check_needs(tokens or 0, cost or 0)
+        await self._releases.release(permit, tokens, cost)
 
     async def cancel(self, permit: Permit) -> None:
         """Returns a permit by which nothing was sent; it no longer counts. Idempotent."""
@@ -214,11 +247,26 @@ class TrafficLimiter:
         send = None if permit is None else (permit.generation, permit.number)
         await self._tracker.report(state, verdict, f"{outcome.value}: {why}", send)
 
+    async def _client_in_time(self, client: str, seconds: float | None) -> ModelState | None:
+        """Returns the state of a client with limits; while Redis is away, waits for it as for a permit."""
+        until = float("inf") if seconds is None else self._clock() + seconds
+        while True:
+            with contextlib.suppress(LimiterUnavailable):
+                return await self._clients.state(client)
+            if self._clock() >= until:
+                return await self._clients.state(client)
+            await asyncio.sleep(self.settings.retry_base_seconds)
+
     # -- snapshots ----------------------------------------------------------------------------------------
 
     async def snapshot(self, models: Iterable[str]) -> dict[str, ModelTraffic]:
         """Reads target and usage of each model. Reserves nothing."""
         return {model: await self._tracker.snapshot(self._tracker.state(model)) for model in models}
+
+    async def snapshot_clients(self, clients: Iterable[str]) -> dict[str, ModelTraffic]:
+        """Reads limit and usage of each of the clients that have a limit in Redis."""
+        found = {client: await self._tracker.snapshot(self._tracker.client(client)) for client in clients}
+        return {client: traffic for client, traffic in found.items() if traffic.target is not None}
 
     async def check_writable(self) -> None:
         """Raises LimiterUnavailable if Redis does not answer or accepts no writes."""
@@ -253,9 +301,11 @@ class TrafficLimiter:
         return queue
 
 
-def _check_tokens(tokens: int) -> None:
+def _check_needs(tokens: int, cost: int) -> None:
     if not 0 <= tokens <= MAX_COUNT:
         raise InputError(f"{tokens} is not a valid number of tokens: 0 to {MAX_COUNT:,}.")
+    if not 0 <= cost <= MAX_CALL_COST:
+        raise InputError(f"{cost} is not a valid cost: 0 to {MAX_CALL_COST:,} millionths of a dollar.")
 
 
 async def _cancelled(waiting: asyncio.Future[Any]) -> None:

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from router.errors import PermitExpired
 
@@ -28,6 +29,11 @@ class WaitReason(enum.IntEnum):
     HALF_OPEN = 9
     UNAVAILABLE = 10
     PRIORITY = 11
+    BUDGET = 12
+    TOO_EXPENSIVE = 13
+    CLIENT = (
+        14  # a limit of the client; in the script only: a Wait has the reason itself, and names the client
+    )
 
     @property
     def text(self) -> str:
@@ -47,9 +53,21 @@ _REASON_TEXTS = {
     WaitReason.HALF_OPEN: "circuit half-open: one probe in flight",
     WaitReason.UNAVAILABLE: "Redis is unavailable",
     WaitReason.PRIORITY: "the next send is kept: interactive requests go first, up to their share",
+    WaitReason.BUDGET: "budget used up",
+    WaitReason.TOO_EXPENSIVE: "the call may cost more than the whole budget",
+    WaitReason.CLIENT: "a limit of the client is used up",
 }
 
+NEVER_FITS = frozenset({WaitReason.TOO_MANY_TOKENS, WaitReason.TOO_EXPENSIVE})
 UNAVAILABLE_REASONS = frozenset({WaitReason.COOLING_DOWN, WaitReason.HALF_OPEN})  # the model itself failed
+
+
+class ClientSend(NamedTuple):
+    """The send in the log of the client's limits: `number` in its `generation` of the state with this key."""
+
+    key: str
+    generation: int
+    number: int
 
 
 @dataclass(slots=True, eq=False)
@@ -58,11 +76,12 @@ class Permit:
 
     `send_at` counts from the arrival of Redis's reply and `expires_at` from when the request left, so that a
     slow reply makes no send early and none late. `number` is the send's in its `generation` of the log.
-    `call_id` identifies the call in the call log.
+    `call_id` identifies the call in the call log. `client_send` is that of a client with limits.
     """
 
     model: str
     tokens: int
+    cost: int  # millionths of a US dollar
     number: int
     generation: int
     send_at: float
@@ -70,6 +89,7 @@ class Permit:
     clock: Clock = field(default=time.monotonic, repr=False)
     returned: bool = field(default=False, repr=False)
     call_id: uuid.UUID | None = field(default=None, repr=False)
+    client_send: ClientSend | None = field(default=None, repr=False)
 
     @property
     def wait_seconds(self) -> float:
@@ -94,7 +114,8 @@ class Permit:
 class Wait:
     """Denied reservation, which is false: its reason, and the seconds until the next try makes sense.
 
-    `again_seconds` is None if only a change can help, e.g. of a target of 0. A permit may be granted up to
+    `again_seconds` is None if only a change can help, e.g. of a target of 0. `client` is set if the limit is
+    one of the client. A permit may be granted up to
     `ahead_seconds` before that.
     """
 
@@ -102,6 +123,7 @@ class Wait:
     reason: WaitReason
     again_seconds: float | None
     ahead_seconds: float = 0.0
+    client: str | None = None
 
     def __bool__(self) -> bool:
         return False
@@ -112,20 +134,22 @@ class PastCall:
     """A call of the call log, from which a model's windows are rebuilt.
 
     `age_seconds_latest` is the age of the send, assuming the latest time it can have had. `tokens` are those
-    used, or the reserved ones while the usage is unknown. An `open` call may still be in flight; by `call_id`
-    its slot is freed when it ends, or if it was never sent.
+    used, or the reserved ones while the usage is unknown; so is `cost`, in millionths of a US dollar. An
+    `open` call may still be in flight; by `call_id` its slot is freed when it ends, or if it was never sent.
     """
 
     age_seconds_latest: float
     tokens: int = 0
     open: bool = False
     call_id: uuid.UUID | None = None
+    cost: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class CallEnd:
-    """End of a call in the call log: `tokens` used (None: unknown), or never `sent`."""
+    """End of a call in the call log: `tokens` used and `cost` (None: unknown), or never `sent`."""
 
     call_id: uuid.UUID
     tokens: int | None = None
     sent: bool = True
+    cost: int | None = None

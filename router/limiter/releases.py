@@ -16,7 +16,7 @@ from router.limiter.tracker import ModelTracker
 MAX_BATCH = 500
 MAX_UNSENT = 10_000  # releases kept during an outage; permits beyond that expire
 RETRY_SECONDS = 0.5
-_FREED = FREED_BY_OTHERS | {WaitReason.TOKENS}
+_FREED = FREED_BY_OTHERS | {WaitReason.TOKENS, WaitReason.BUDGET}
 
 
 class Releases:
@@ -27,16 +27,16 @@ class Releases:
         self._batches: dict[str, _Batch] = {}
         self._retry: asyncio.Task[None] | None = None
 
-    async def release(self, permit: Permit, tokens: int | None) -> None:
-        """Releases the permit of a call that used `tokens` (None: unknown).
+    async def release(self, permit: Permit, tokens: int | None, cost: int | None) -> None:
+        """Releases the permit of a call that used `tokens` and cost so much (None: unknown).
 
         Raises LimiterUnavailable if Redis is unavailable; the release is sent later.
         """
-        await self._send(permit, -1 if tokens is None else tokens, unused=False)
+        await self._send(permit, tokens, cost, unused=False)
 
     async def cancel(self, permit: Permit) -> None:
         """Cancels a permit by which nothing was sent. Raises LimiterUnavailable as `release` does."""
-        await self._send(permit, 0, unused=True)
+        await self._send(permit, 0, 0, unused=True)
 
     async def send(self, state: ModelState, items: list[bytes]) -> None:
         """Sends packed ends of rebuilt calls. Raises LimiterUnavailable."""
@@ -59,12 +59,25 @@ class Releases:
         with contextlib.suppress(LimiterUnavailable):
             await self.cancel(permit)
 
-    async def _send(self, permit: Permit, used: int, *, unused: bool) -> None:
+    async def _send(self, permit: Permit, used: int | None, spent: int | None, *, unused: bool) -> None:
         if permit.returned:
             return
         batch = self._batch(self._tracker.state(permit.model))
         permit.returned = True
-        item = pack_release(permit, used, unused=unused)
+        send = permit.generation, permit.number
+        puts = [self._put(batch, pack_release(permit, send, used, spent, unused=unused))]
+        if permit.client_send is not None:
+            key, *send_of_client = permit.client_send
+            item = pack_release(permit, (send_of_client[0], send_of_client[1]), used, spent, unused=unused)
+            puts.append(self._put(self._batch(self._tracker.by_key(key)), item))
+        if len(puts) == 1:
+            await puts[0]
+            return
+        for error in await asyncio.gather(*puts, return_exceptions=True):
+            if error is not None:
+                raise error
+
+    async def _put(self, batch: _Batch, item: bytes) -> None:
         try:
             await batch.put(item)
         except LimiterUnavailable:
@@ -72,9 +85,9 @@ class Releases:
             raise
 
     def _batch(self, state: ModelState) -> _Batch:
-        batch = self._batches.get(state.model)
+        batch = self._batches.get(state.key)
         if batch is None:
-            batch = self._batches[state.model] = _Batch(self._tracker.script, state)
+            batch = self._batches[state.key] = _Batch(self._tracker.script, state)
         return batch
 
     def _keep(self, batch: _Batch, item: bytes) -> None:

@@ -29,6 +29,7 @@ from router.settings import RedisAddress
 
 log = logging.getLogger("router.limiter")
 
+Requests = tuple[bytes, ...]  # one per key
 REDIS_ERRORS = (RedisError, OSError, asyncio.TimeoutError)
 RUN_ID = "@RUN@"
 MAX_TRIES = 3
@@ -49,6 +50,7 @@ _CAUSES = {
     "BUSY": ("busy", "is busy with another script"),
     "CLUSTERDOWN": ("failing", "is a cluster that is down"),
     "TRYAGAIN": ("failing", "is a cluster that moves the keys"),
+    "CROSSSLOT": ("failing", "is a cluster: limits of clients need TrafficLimiter(one_slot=True)"),
     "MOVED": ("failing", "is a cluster, and ROUTER_REDIS_URL names one of its nodes only"),
     "ASK": ("failing", "is a cluster, and ROUTER_REDIS_URL names one of its nodes only"),
     "UNBLOCKED": ("failing", "changed its role"),
@@ -94,23 +96,24 @@ class RedisScript:
         self._redis: Any = client
         self._hashes: dict[str, str] = {}  # by node; a plain client has one, without a name
         self._loading = asyncio.Lock()
-        self._heads: dict[tuple[str, str], bytes] = {}
+        self._heads: dict[tuple[str, str, str | None], bytes] = {}
         self.outage: Outage | None = None
         self.on_reconnect: Callable[[], None] = lambda: None
-        self._cluster = isinstance(client, redis.asyncio.RedisCluster)
+        self.on_cluster = isinstance(client, redis.asyncio.RedisCluster)
         plain = type(client) is redis.asyncio.Redis and self._redis.connection is None
         self._pool: Any = self._redis.connection_pool if plain else None
         self._idle: list[Any] = []
         large = self._pool is not None and self._pool.max_connections >= 4 * MAX_IDLE
         self._max_idle = MAX_IDLE if large else 0
 
-    async def call(self, key: str, verb: str, *arguments: bytes | str) -> Any:
+    async def call(self, key: str, verb: str, *arguments: bytes | str, second_key: str | None = None) -> Any:
         """Returns the script's reply, undecoded. One round trip, once the script is loaded."""
+        keys = (key,) if second_key is None else (key, second_key)
         for tries in range(MAX_TRIES):
             try:
                 node = await self._node(key)
                 digest = self._hashes.get(node) or await self._load(node)
-                command = ("EVALSHA", digest, 1, key, verb, *arguments)
+                command = ("EVALSHA", digest, len(keys), *keys, verb, *arguments)
                 reply = await self._redis.execute_command(*command, **{NEVER_DECODE: True})
             except NoScriptError as error:  # noqa: PERF203 - expected after a restart
                 await self._script_missing(key, error, tries)
@@ -129,29 +132,33 @@ class RedisScript:
         except REDIS_ERRORS as error:
             raise await self._unavailable(PROBE_KEY, error) from error
 
-    async def call_timed(self, key: str, verb: str, request: Callable[[], bytes]) -> Any:
+    async def call_timed(
+        self, key: str, verb: str, request: Callable[[], Requests], second_key: str | None = None
+    ) -> Any:
         """Calls the script with a request that is packed just before it is written to the socket.
 
-        Uses the raw path on a plain client, and `call` on a cluster.
+        With a second key there is a request for each key. Uses the raw path on a plain client, and `call` on
+        a cluster.
         """
         if self._pool is None:
-            return await self.call(key, verb, request())
+            return await self.call(key, verb, *request(), second_key=second_key)
         for tries in range(MAX_TRIES):
             try:
-                head = self._heads.get((key, verb)) or self._head(key, verb, await self._load())
+                head = self._heads.get((key, verb, second_key)) or self._head(
+                    key, verb, second_key, await self._load()
+                )
                 connection = self._idle.pop() if self._idle else await self._pool.get_connection()
             except REDIS_ERRORS as error:
                 raise await self._unavailable(key, error) from error
             try:
-                packed = request()
-                await connection.send_packed_command(b"%b$%d\r\n%b\r\n" % (head, len(packed), packed))
+                await connection.send_packed_command(_command(head, request()))
                 reply = await connection.read_response(disable_decoding=True)
             except NoScriptError as error:
                 if tries:
                     await connection.disconnect()
                 await self._script_missing(key, error, tries)
             except RedisConnectionError:  # Redis closed an idle connection, or is down
-                return await self.call(key, verb, request())
+                return await self.call(key, verb, *request(), second_key=second_key)
             except REDIS_ERRORS as error:
                 await connection.disconnect()
                 raise await self._unavailable(key, error) from error
@@ -175,11 +182,12 @@ class RedisScript:
         else:
             await self._pool.release(connection)
 
-    def _head(self, key: str, verb: str, digest: str) -> bytes:
-        """Packs the command up to its last argument."""
-        parts = [part.encode() for part in ("EVALSHA", digest, "1", key, verb)]
+    def _head(self, key: str, verb: str, second_key: str | None, digest: str) -> bytes:
+        """Packs the command up to its requests, of which there is one per key."""
+        keys = (key,) if second_key is None else (key, second_key)
+        parts = [part.encode() for part in ("EVALSHA", digest, str(len(keys)), *keys, verb)]
         packed = b"".join(b"$%d\r\n%b\r\n" % (len(part), part) for part in parts)
-        head = self._heads[key, verb] = b"*%d\r\n%b" % (len(parts) + 1, packed)
+        head = self._heads[key, verb, second_key] = b"*%d\r\n%b" % (len(parts) + len(keys), packed)
         return head
 
     def _forget(self) -> None:
@@ -187,7 +195,7 @@ class RedisScript:
         self._heads.clear()
 
     async def _node(self, key: str) -> str:
-        if not self._cluster:
+        if not self.on_cluster:
             return ""
         await self._redis.initialize()
         return str(self._redis.get_node_from_key(key).name)
@@ -249,6 +257,13 @@ class RedisScript:
         if outage is not None:
             log.info("Redis recovered after %.1f s", time.monotonic() - outage.since)
             self.on_reconnect()
+
+
+def _command(head: bytes, requests: Requests) -> bytes:
+    first = requests[0]
+    if len(requests) == 1:
+        return b"%b$%d\r\n%b\r\n" % (head, len(first), first)
+    return b"".join([head, *(b"$%d\r\n%b\r\n" % (len(one), one) for one in requests)])
 
 
 async def _run_id(client: Any, target: dict[str, Any]) -> str:

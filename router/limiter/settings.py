@@ -83,7 +83,7 @@ class LimiterSettings:
 
     def send_slack(self, target: TrafficTarget) -> float:
         """Returns how long after its send time a permit is valid: the slack of the shortest window."""
-        windows = [limit.window_seconds for limit in (*target.requests, *target.tokens)]
+        windows = [limit.window_seconds for limit in target.windows]
         return min((self.slacks(window).send for window in windows), default=self.minute_slacks.send)
 
     def interactive_share(self, model: str) -> InteractiveShare:

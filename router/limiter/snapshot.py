@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from router.limiter.permit import WaitReason
 
@@ -14,7 +14,7 @@ class ModelTraffic:
     """Usage of one model now. Counts are by limit, e.g. `{"120/min": 96}`, and never above it.
 
     They are of the sends within the limit's window until now, without the slacks; sends whose time has yet to
-    come do not count. `version` is the target's, 0 if unknown.
+    come do not count. Money is in millionths of a US dollar. `version` is the target's, 0 if unknown.
 
     `failures` are those in a row. `trips` counts how often in a row the breaker opened; 0 is closed.
     `refused` counts the 429s since `refused_since_seconds` ago, the last of them `refused_seconds` ago.
@@ -35,6 +35,7 @@ class ModelTraffic:
     refused_since_seconds: float | None = None
     refused_seconds: float | None = None
     version: int = 0
+    money: dict[str, int] = field(default_factory=dict)
 
     @property
     def breaker(self) -> str:

@@ -15,7 +15,9 @@ NEVER = float("-inf")
 
 @dataclass(slots=True, eq=False)
 class ModelState:
-    """Latest state of a model seen by this process. Times are in seconds on the limiter's clock.
+    """Latest state of a model, or of a client with limits, seen by this process.
+
+    Times are in seconds on the limiter's clock.
 
     A process that saw a higher `generation` or `head` than Redis has detects that Redis lost state; after a
     higher `version` of the target it accepts no older one.
@@ -41,6 +43,8 @@ class ModelState:
     waiting_for: dict[bool, WaitReason] = field(default_factory=dict)  # of each wait queue's next call
     changes: int = 0
     broadcast: Broadcast = field(default_factory=Broadcast)  # of changes, and of a new `waiting_for`
+    client: str | None = None  # of a client's state; `model` describes it then
+    followers: set[ModelState] = field(default_factory=set)  # models whose calls wait for the client
 
     def clock_bound(self, at: float) -> float:
         """Returns the least that Redis's corrected clock can show at `at`; 0 if unknown."""
@@ -74,3 +78,6 @@ class ModelState:
         self.forget_availability()
         self.changes += 1
         self.broadcast.notify_all()
+        for follower in self.followers:
+            follower.broadcast.notify_all()
+        self.followers.clear()

@@ -23,11 +23,13 @@ from router.limiter.settings import LimiterSettings
 from router.limiter.snapshot import ModelTraffic
 from router.limiter.state import ModelState
 from router.limiter.tasks import SideTasks
+from router.task import CLIENT_PATTERN
 from router.traffic import TrafficTarget
 
 TargetSource = Callable[[str], Awaitable[tuple[TrafficTarget, int] | None]]
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
+CLIENT_NAME = re.compile(CLIENT_PATTERN, re.ASCII)
 MAX_COOLDOWN_SECONDS = 86_400.0
 MAX_REASON_CHARACTERS = 200
 
@@ -40,16 +42,18 @@ class ModelTracker:
 
     def __init__(
         self, script: RedisScript, settings: LimiterSettings, clock: Clock, *,
-        stored_target: TargetSource | None = None, has_log: bool = False,
+        stored_target: TargetSource | None = None, has_log: bool = False, one_slot: bool = False,
     ) -> None:  # fmt: skip
         self.script = script
         self.number = float(int(script.sender[:12], 16) + 1)  # this process in the script's turns
         self.settings = settings
         self._stored_target = stored_target
         self._has_log = has_log
+        self._one_slot = one_slot
         self.clock = clock
         self.tasks = SideTasks()
         self._states: dict[str, ModelState] = {}
+        self._clients: dict[str, ModelState] = {}
         self._by_key: dict[str, ModelState] = {}
 
     def state(self, model: str) -> ModelState:
@@ -57,8 +61,31 @@ class ModelTracker:
         state = self._states.get(model)
         if state is None:
             check_model_name(model)
-            state = self._states[model] = ModelState(model, f"router:{{{model}}}")
-            self._by_key[state.key] = state
+            state = self._states[model] = self._added(ModelState(model, self._key(model)))
+        return state
+
+    def client(self, client: str) -> ModelState:
+        """Returns the state of a client's limits. Raises InputError for an invalid name."""
+        state = self._clients.get(client)
+        if state is None:
+            if client and not CLIENT_NAME.fullmatch(client):
+                raise InputError(f"{client[:120]!r} is not a valid client: {CLIENT_PATTERN}.")
+            named = f"client {client!r}"
+            state = self._clients[client] = self._added(
+                ModelState(named, self._key(f"client:{client}"), client=client)
+            )
+        return state
+
+    def by_key(self, key: str) -> ModelState:
+        """Returns the state with a key that this tracker made."""
+        return self._by_key[key]
+
+    def _key(self, name: str) -> str:
+        """Returns the key of a state: one call of the script reads only keys of one slot of a cluster."""
+        return f"router:{{router}}:{name}" if self._one_slot else f"router:{{{name}}}"
+
+    def _added(self, state: ModelState) -> ModelState:
+        self._by_key[state.key] = state
         return state
 
     def changed(self, key: str) -> None:
@@ -69,7 +96,7 @@ class ModelTracker:
 
     def all_changed(self) -> None:
         """Any model may have changed: notifications were missed."""
-        for state in self._states.values():
+        for state in self._by_key.values():
             state.changed()
 
     def observe(self, state: ModelState, generation: float, version: float) -> None:
@@ -84,7 +111,7 @@ class ModelTracker:
 
     async def set_target(self, state: ModelState, target: TrafficTarget, version: int | None) -> bool:
         """Applies a target; False if a newer version is applied already."""
-        packed = pack_target(target, self.settings, state.model)
+        packed = pack_target(target, self.settings, state.model if state.client is None else None)
         request = pack_set_target(version, self.settings, has_log=self._has_log)
         sender = self.script.sender
         reply = await self.script.call(state.key, "target", request, packed, str(target), sender)
@@ -101,7 +128,7 @@ class ModelTracker:
         unchanged target, so that a newer version that was seen applies to it.
         """
         known = None if state.target is None else (state.target, state.target_version)
-        if self._stored_target is not None:
+        if self._stored_target is not None and state.client is None:
             try:
                 stored = await self._stored_target(state.model)
             except Exception as error:

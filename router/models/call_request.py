@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import uuid
 from dataclasses import dataclass
 
 from router.models.roster import RosterModel
 from router.request import ModelRequest
-from router.task import Claim
+from router.task import CallResult, Claim, Outcome
+from router.traffic import MAX_CALL_COST, MICRO_USD
+
+_ANSWERS = frozenset({Outcome.ANSWERED, Outcome.GARBAGE})
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +28,8 @@ class CallRequest:
     client: str = ""
     interactive: bool = False  # somebody waits for the answer
     request: ModelRequest | None = None  # None: only the prompt is sent
+    input_price: float = 0.0  # USD per million tokens
+    output_price: float = 0.0
 
     @classmethod
     def to(
@@ -35,6 +41,7 @@ class CallRequest:
         return cls(
             call_id, model.model, model.endpoint, prompt, limit, reserved_tokens(prompt, limit, request),
             model.timeout_seconds, client, interactive, request,
+            input_price=model.input_price, output_price=model.output_price,
         )  # fmt: skip
 
     @classmethod
@@ -43,7 +50,29 @@ class CallRequest:
         return cls(
             claim.call_id, model.model, model.endpoint, claim.prompt, claim.max_tokens, claim.reserved_tokens,
             model.timeout_seconds, claim.client, request=claim.request,
+            input_price=model.input_price, output_price=model.output_price,
         )  # fmt: skip
+
+    @property
+    def reserved_cost(self) -> int:
+        """The most that the call may cost, in millionths of a US dollar; as `reserved_cost` in SQL."""
+        return self._cost(max(0, self.reserved_tokens - self.max_tokens), self.max_tokens)
+
+    def cost_of(self, result: CallResult) -> int | None:
+        """Returns the cost of a call that ended, in millionths of a US dollar; None if it is unknown.
+
+        A call that was refused costs nothing. `known_cost` in SQL decides by the same rule.
+        """
+        if result.cost_usd is not None:
+            return min(math.ceil(round(result.cost_usd * MICRO_USD, 6)), MAX_CALL_COST)
+        if result.prompt_tokens is not None and result.completion_tokens is not None:
+            return self._cost(result.prompt_tokens, result.completion_tokens)
+        return None if result.outcome in _ANSWERS or result.may_go_on else 0
+
+    def _cost(self, prompt_tokens: int, completion_tokens: int) -> int:
+        # A price per million tokens is one of a token in millionths of a dollar.
+        micro = prompt_tokens * self.input_price + completion_tokens * self.output_price
+        return min(math.ceil(round(micro, 6)), MAX_CALL_COST)
 
 
 def reserved_tokens(prompt: str, max_tokens: int, request: ModelRequest | None = None) -> int:

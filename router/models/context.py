@@ -18,6 +18,7 @@ PRIOR_TOKENS_PER_BYTE = 0.25
 PRIOR_SPREAD = 0.025
 DEVIATIONS = 2.0  # below the mean, for the model that takes most
 PRIOR_PROMPT_TOKENS = 250  # of a call, until the log knows
+PACING_SECONDS = 3600
 
 
 def context_limits(
@@ -41,9 +42,15 @@ def context_limits(
 
 
 def calls_per_second(target: TrafficTarget, model: RosterModel) -> float | None:
-    """Estimates the calls a second that a target's requests and tokens allow; None without such limits."""
+    """Estimates the calls a second that a target allows; None without limits of requests, tokens or money.
+
+    A budget of more than an hour sets no pace: it may be spent at any time of its period.
+    """
     tokens = model.tokens_per_call or PRIOR_PROMPT_TOKENS + model.max_tokens
     rates = [limit.per_second / max(1.0, tokens) for limit in target.tokens]
+    cost = tokens * (model.input_price + model.output_price) / 2
+    budgets = [limit for limit in target.money if limit.window_seconds <= PACING_SECONDS]
+    rates += [limit.per_second / max(1.0, cost) for limit in budgets]
     by_requests = target.requests_per_second()
     return min([*rates, *([] if by_requests is None else [by_requests])], default=None)
 

@@ -50,8 +50,9 @@ async def send_permitted(
     until = time.monotonic() + min(permit_seconds, MAX_PERMIT_SECONDS)
     for _ in range(MAX_EXPIRED_PERMITS):
         permit = await limiter.acquire(
-            request.model, tokens=request.reserved_tokens, timeout_seconds=max(0.0, until - time.monotonic()),
-            call_id=request.call_id, interactive=request.interactive,
+            request.model, tokens=request.reserved_tokens, cost=request.reserved_cost,
+            timeout_seconds=max(0.0, until - time.monotonic()),
+            call_id=request.call_id, interactive=request.interactive, client=request.client,
         )  # fmt: skip
         try:
             result = await _send(limiter, backend, request, permit, before_send)
@@ -107,8 +108,12 @@ async def _release(limiter: TrafficLimiter, request: CallRequest, permit: Permit
         elif not result.may_go_on or (
             limiter.settings.free_broken_slots and result.outcome is Outcome.UNAVAILABLE
         ):
-            used = result.used_tokens
-            await limiter.release(permit, tokens=None if used is None else min(used, MAX_COUNT))
+            used, spent = result.used_tokens, request.cost_of(result)
+            await limiter.release(
+                permit,
+                tokens=None if used is None else min(used, MAX_COUNT),
+                cost=spent,
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,8 @@ class RosterModel:
     tokens_per_byte: float | None = None  # learned from the log, as the following
     spread: float | None = None  # standard deviation of tokens_per_byte
     tokens_per_call: float | None = None
+    input_price: float = 0.0  # USD per million tokens
+    output_price: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from router.limiter import CallEnd, LimiterSettings, PastCall, TrafficLimiter, r
 from router.models.backend import ModelsBackend
 from router.models.targets import TargetSync, newest_target
 from router.settings import Addresses, RouterConfig
+from router.traffic import TrafficTarget
 
 CLOSE_SECONDS = 3.0
 
@@ -59,6 +60,7 @@ async def open_services(
         limiter = TrafficLimiter(
             client, partial(past_calls, pool), call_ends=partial(call_ends, pool),
             stored_target=partial(newest_target, pool), settings=LimiterSettings.of(config),
+            client_limit=partial(client_limit, config), client_history=partial(past_client_calls, pool),
         )  # fmt: skip
         stack.push_async_callback(close_with_timeout, CLOSE_SECONDS, limiter.aclose)
         backend = ModelsBackend(addresses.backend_url, config.backend, token=addresses.backend_token)
@@ -72,10 +74,22 @@ async def past_calls(pool: asyncpg.Pool, model: str, seconds: float) -> list[Pas
     Ages are by Postgres's clock. Each call counts as sent at the latest possible time.
     """
     found = await fetch(pool, "SELECT * FROM past_calls($1, $2)", model, float(seconds))
-    return [PastCall(row["age_seconds"], row["tokens"], row["is_open"], row["call_id"]) for row in found]
+    return [PastCall(*row.values()) for row in found]
+
+
+async def past_client_calls(pool: asyncpg.Pool, client: str, seconds: float) -> list[PastCall]:
+    """Reads the calls of a client over all models, as `past_calls` does those of a model."""
+    found = await fetch(pool, "SELECT * FROM past_client_calls($1, $2)", client, float(seconds))
+    return [PastCall(*row.values()) for row in found]
+
+
+def client_limit(config: RouterConfig, client: str) -> TrafficTarget | None:
+    """Returns the limit of a client in `models.yaml`."""
+    line = config.client(client).limit
+    return None if line is None else TrafficTarget.parse(line)
 
 
 async def call_ends(pool: asyncpg.Pool, call_ids: Sequence[uuid.UUID]) -> list[CallEnd]:
     """Returns those of the calls that have ended at the backend, or were never sent."""
     found = await fetch(pool, "SELECT * FROM call_ends($1)", list(call_ids))
-    return [CallEnd(row["call_id"], row["tokens"], row["was_sent"]) for row in found]
+    return [CallEnd(*row.values()) for row in found]

@@ -18,6 +18,7 @@ from router.errors import InputError, LimiterError, TrafficTargetError, first_li
 from router.limiter import TrafficLimiter, check_model_name
 from router.models.airflow_api import VARIABLE_PREFIX
 from router.models.roster import Roster
+from router.settings import NO_PRICE
 from router.traffic import TrafficTarget
 
 log = logging.getLogger("router.traffic")
@@ -111,7 +112,7 @@ class TargetSync:
     async def _apply_line(self, model: str, line: str, version: int) -> None:
         try:
             check_model_name(model)
-            target = TrafficTarget.parse(line)
+            target = await self._parse(model, line)
         except TrafficTargetError as error:
             statement = "SELECT record_target_error($1, $2, $3)"
             await fetch(self._pool, statement, model, postgres_text(line), str(error))
@@ -128,6 +129,13 @@ class TargetSync:
         self._lines[model] = line  # last, so that a failed write is retried
         for warning in target.warnings:
             log.warning("%s%s: %s", VARIABLE_PREFIX, model, warning)
+
+    async def _parse(self, model: str, line: str) -> TrafficTarget:
+        target = TrafficTarget.parse(line)
+        statement = "SELECT 1 FROM roster WHERE model = $1 AND input_price = 0 AND output_price = 0"
+        if target.money and await fetch(self._pool, statement, model):
+            raise TrafficTargetError(f"{line!r} limits money, but {model} has no price: {NO_PRICE}")
+        return target
 
     def _reject(self, model: str, line: str, error: Exception) -> None:
         self._lines[model] = line

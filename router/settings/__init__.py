@@ -27,7 +27,13 @@ from router.settings.environment import (
 from router.settings.http import AIRFLOW_SOURCE, HttpAddress, backend_address
 from router.settings.knowledge import KnowledgeSettings, TaskKnowledge
 from router.settings.learning import JudgingSettings, LearningSettings, UtilitySettings, load_learning
-from router.settings.models import DISCOVERED, MODEL_NAME_PATTERN, InteractiveShare, read_discovered
+from router.settings.models import (
+    DISCOVERED,
+    MODEL_NAME_PATTERN,
+    NO_PRICE,
+    InteractiveShare,
+    read_discovered,
+)
 from router.settings.postgres import PostgresAddress
 from router.settings.redis import RedisAddress
 from router.settings.router import BackendSettings, FallbackSettings, RouterConfig, load_config
@@ -40,6 +46,7 @@ __all__ = [
     "DISCOVERED",
     "MEGABYTE",
     "MODEL_NAME_PATTERN",
+    "NO_PRICE",
     "ROOT",
     "TOKEN_VARIABLE",
     "Addresses",

@@ -6,7 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from router.errors import ConfigError
 from router.request import CAPABILITIES
@@ -15,6 +15,7 @@ from router.traffic import TrafficTarget
 
 MODEL_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 DISCOVERED = "discovered.yaml"
+NO_PRICE = "set input_price and output_price in config/models.yaml, or remove the budget."
 
 
 def _known_capability(name: str) -> str:
@@ -51,6 +52,12 @@ class _AnyModel(Frozen):
     input_price: float = Field(default=0.0, ge=0)
     output_price: float = Field(default=0.0, ge=0)
     capabilities: frozenset[Capability] | None = None  # default: those of the backend
+
+    @model_validator(mode="after")
+    def _has_a_price(self) -> _AnyModel:
+        if TrafficTarget.parse(self.target).money and not (self.input_price or self.output_price):
+            raise ValueError(f"its target {self.target!r} limits money, but it has no price: {NO_PRICE}")
+        return self
 
 
 class ModelSettings(_AnyModel):

@@ -84,6 +84,7 @@ def _model(row: Mapping[str, Any], traffic: ModelTraffic | None) -> ModelFacts:
         waiting_for=traffic.waiting_for.name.lower(),
         next_seconds=traffic.next_seconds,
         limits={**traffic.sent, **traffic.tokens},
+        money=traffic.money,
         in_flight=traffic.in_flight,
         at_once=TrafficTarget.parse(traffic.target).at_once,
         breaker=traffic.breaker,

@@ -46,6 +46,8 @@ class Reason(str, enum.Enum):
     # At its limits
     REBUILDING = "rebuilding"
     TOO_MANY_TOKENS = "too_many_tokens"
+    TOO_EXPENSIVE = "too_expensive"
+    BUDGET = "budget"
     TOKENS = "tokens"
     WINDOW = "window"
     CONCURRENCY = "concurrency"
@@ -66,7 +68,7 @@ ORDER = {reason: place for place, reason in enumerate(Reason)}
 _CHOSEN = frozenset({Reason.PAUSED, Reason.MODEL_RETIRED, Reason.MODEL_PAUSED, Reason.STOPPED})
 _ORDINARY = frozenset(
     _CHOSEN | {reason for reason, place in ORDER.items() if place >= ORDER[Reason.NO_TASKS]}
-) - {Reason.TOO_MANY_TOKENS}
+) - {Reason.TOO_MANY_TOKENS, Reason.TOO_EXPENSIVE, Reason.BUDGET}
 
 
 @dataclass(frozen=True, slots=True)

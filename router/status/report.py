@@ -18,7 +18,7 @@ from router.migrations import blocking_problem
 from router.status.facts import FACTS, facts_of, target_sources
 from router.status.reasons import WhyNot
 from router.status.why_not import standstill_of
-from router.traffic import TrafficTarget
+from router.traffic import MICRO_USD, TrafficTarget
 
 if TYPE_CHECKING:
     from router.limiter import ModelTraffic
@@ -80,6 +80,7 @@ class ModelStatus:
 
     target: the active one, or the last one (`target_kept`); None if there never was one.
     sent, tokens: usage by limit, e.g. `{"120/min": 96}`; None while the limiter is unavailable.
+    money_usd: likewise in US dollars, e.g. `{"$20/d": 12.5}`.
     in_flight: calls in flight, or tasks claimed for the model where its target has no concurrency limit.
     waiting_for: name of a WaitReason in lower case. breaker: `closed`, `open` or `half-open`.
     calls, failed_calls: of the last RECENT_MINUTES minutes. trouble: the most severe error.
@@ -110,6 +111,7 @@ class ModelStatus:
     refused_seconds: float | None = None
     why_not: WhyNot | None = None
     target_source: str | None = None
+    money_usd: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +245,13 @@ def _model_status(
         refused_seconds=traffic.refused_seconds if traffic is not None else None,
         why_not=reason,
         target_source=source,
+        money_usd=in_usd(traffic.money) if traffic is not None else None,
     )
+
+
+def in_usd(money: Mapping[str, int]) -> dict[str, float]:
+    """Converts amounts in millionths of a US dollar."""
+    return {limit: micro / MICRO_USD for limit, micro in money.items()}
 
 
 def _quota_warnings(traffic: ModelTraffic | None) -> tuple[str, ...]:

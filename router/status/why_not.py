@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 
 from router.status.reasons import ORDER, Reason, WhyNot, redis_reason
+from router.traffic import TrafficTarget
 
+USED_UP = 0.9  # share of a budget that is shown as used up while calls wait for it
 SOON_SECONDS = 2.0  # a model whose next send is nearer than this is sending
 
 
@@ -16,7 +18,8 @@ _LIMITS = {
     reason.value: reason
     for reason in (
         Reason.STOPPED, Reason.NO_TARGET, Reason.HALF_OPEN, Reason.COOLING_DOWN, Reason.REBUILDING,
-        Reason.TOO_MANY_TOKENS, Reason.TOKENS, Reason.WINDOW, Reason.CONCURRENCY,
+        Reason.TOO_MANY_TOKENS, Reason.TOO_EXPENSIVE, Reason.BUDGET, Reason.TOKENS, Reason.WINDOW,
+        Reason.CONCURRENCY,
     )
 }  # fmt: skip
 
@@ -38,6 +41,7 @@ class ModelFacts:
     limits: Mapping[str, int] | None = None
     in_flight: int = 0
     at_once: int | None = None
+    money: Mapping[str, int] | None = None  # in millionths of a US dollar, by limit
     breaker: str | None = None
     cooldown_reason: str | None = None
 
@@ -194,18 +198,20 @@ def _of_limiter(facts: Facts, model: ModelFacts) -> Iterator[WhyNot]:
         return
     until = None
     if model.next_seconds is not None:
-        until = facts.now + timedelta(seconds=model.next_seconds)
+        until = _moment(facts.now + timedelta(seconds=model.next_seconds), facts.now)
     if reason is Reason.COOLING_DOWN and model.breaker == "open":
         reason = Reason.BREAKER_OPEN
     since = model.target_since if reason is Reason.STOPPED else None
     yield WhyNot(reason, _limit_text(reason, model, until), since)
 
 
-_LASTING = frozenset({Reason.STOPPED, Reason.NO_TARGET, Reason.REBUILDING, Reason.TOO_MANY_TOKENS})
+_LASTING = frozenset(
+    {Reason.STOPPED, Reason.NO_TARGET, Reason.REBUILDING, Reason.TOO_MANY_TOKENS, Reason.TOO_EXPENSIVE}
+)
 
 
-def _limit_text(reason: Reason, model: ModelFacts, until: datetime | None) -> str:
-    then = "" if until is None else f" until {_time(until)}"
+def _limit_text(reason: Reason, model: ModelFacts, until: str | None) -> str:
+    then = "" if until is None else f" until {until}"
     because = f": {model.cooldown_reason.rstrip('.')}" if model.cooldown_reason else ""
     texts = {
         Reason.STOPPED: "The traffic target is 0.",
@@ -215,13 +221,22 @@ def _limit_text(reason: Reason, model: ModelFacts, until: datetime | None) -> st
         Reason.COOLING_DOWN: f"Cooling down{then}{because}.",
         Reason.REBUILDING: "The limiter's state is being rebuilt after a restart of Redis.",
         Reason.TOO_MANY_TOKENS: "The next call needs more tokens than a whole window allows.",
+        Reason.TOO_EXPENSIVE: "The next call may cost more than a whole budget.",
+        Reason.BUDGET: f"Budget of {_budgets(model)} used up{then}.",
         Reason.CONCURRENCY: f"Concurrency limit reached: {model.in_flight:,} of {model.at_once} in flight.",
     }
     return texts.get(reason) or _window_text(reason, model, until)
 
 
-def _window_text(reason: Reason, model: ModelFacts, until: datetime | None) -> str:
-    then = "" if until is None else f"; no permit before {_time(until)}"
+def _budgets(model: ModelFacts) -> str:
+    target = TrafficTarget.parse(model.target or "0")
+    used = model.money or {}
+    almost = [str(one) for one in target.money if used.get(str(one), 0) >= USED_UP * one.count]
+    return " and ".join(almost or map(str, target.money))
+
+
+def _window_text(reason: Reason, model: ModelFacts, until: str | None) -> str:
+    then = "" if until is None else f"; no permit before {until}"
     of_tokens = reason is Reason.TOKENS
     full = [
         limit
@@ -305,6 +320,12 @@ def _with_start(
     if found is None or found.since is not None:
         return found
     return WhyNot(found.code, found.text, starts.get((model, found.code.value)))
+
+
+def _moment(at: datetime, now: datetime) -> str:
+    """Renders a time to come, with its date if that is not today's."""
+    date = at.astimezone(timezone.utc).date()
+    return _time(at) if date == now.astimezone(timezone.utc).date() else f"{date} {_time(at)}"
 
 
 def _time(at: datetime) -> str:

@@ -101,6 +101,7 @@ class Engine:
         self._stored_alarms: dict[str, str | None] = {}
         self.state: QueueState | None = None
         self.plan = PullPlan()
+        self.limited_clients: dict[str, float] = {}  # until when, on the monotonic clock
         self.solved = 0
         self.failed_calls = 0
 

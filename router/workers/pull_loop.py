@@ -16,7 +16,7 @@ from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from router.errors import LimiterError, RouterError, SendingPaused, first_line
+from router.errors import ClientLimited, LimiterError, RouterError, SendingPaused, first_line
 from router.limiter import Permit, TrafficLimiter
 from router.models import (
     CallRequest,
@@ -43,6 +43,9 @@ MAX_HOLD_SECONDS = 1.0  # a claimed task that cannot be sent within it is requeu
 MAX_AHEAD = 64
 PAUSE_SECONDS = 0.5  # after an error, and while nothing may be sent
 MAX_BACKOFF_SECONDS = 5.0
+CLIENT_SECONDS = (
+    30.0  # a client whose limit is used up is tried again, as its calls may cost less than reserved
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,7 @@ class PullHost(Protocol):
     plan: PullPlan
     poll_seconds: float
     look_ahead_seconds: float
+    limited_clients: dict[str, float]
 
     @property
     def wakeup(self) -> asyncio.Event: ...
@@ -155,7 +159,10 @@ class PullLoop:
             return None
         limit = plan.contexts.get(self._model) or context_limits(roster.models).get(self._model)
         queue = self._host.queue
-        claim = await queue.claim(self._model, categories, max_tokens=roster_model.max_tokens, limit=limit)
+        claim = await queue.claim(
+            self._model, categories, max_tokens=roster_model.max_tokens, limit=limit,
+            skip_clients=self._limited_clients(),
+        )  # fmt: skip
         if claim is None or claim.request is None:
             return claim
         try:
@@ -164,6 +171,13 @@ class PullLoop:
             others = capable_models(self._host.config, roster.models, claim.request)
             await queue.leave(claim, others, str(error))
             return None
+
+    def _limited_clients(self) -> list[str]:
+        """Returns the clients whose limits are used up: their tasks would be claimed in vain."""
+        waits, now = self._host.limited_clients, time.monotonic()
+        for client in [client for client, until in waits.items() if until <= now]:
+            del waits[client]
+        return list(waits)
 
     def _sends_within_look_ahead(self) -> int:
         """Returns how many calls are certain to be sent within the look-ahead: by the target, or as of late.
@@ -222,6 +236,12 @@ class PullLoop:
         Any other error counts: without that the task would return forever.
         """
         if isinstance(error, (SendingPaused, asyncio.TimeoutError)):
+            return None
+        if isinstance(error, ClientLimited):
+            again = (
+                CLIENT_SECONDS if error.again_seconds is None else min(error.again_seconds, CLIENT_SECONDS)
+            )
+            self._host.limited_clients[error.client] = time.monotonic() + again
             return None
         if isinstance(error, RouterError) and not isinstance(error, LimiterError):
             return CallResult(Outcome.REJECTED, error=str(error))

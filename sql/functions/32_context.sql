@@ -6,7 +6,8 @@
 -- The models in use, with what is learned of their tokens. A backend may name a shorter context than the configured one.
 CREATE OR REPLACE VIEW roster_in_use AS
     SELECT r.model, r.endpoint, r.state, r.max_tokens, r.timeout_seconds, r.default_target,
-           least(r.context_tokens, m.context_tokens) AS context_tokens, m.tokens_per_byte, m.spread, m.tokens_per_call
+           least(r.context_tokens, m.context_tokens) AS context_tokens, m.tokens_per_byte, m.spread, m.tokens_per_call,
+           r.input_price::float8 AS input_price, r.output_price::float8 AS output_price
       FROM roster r LEFT JOIN model_tokens m USING (model)
      WHERE r.state IN ('active', 'probation');
 

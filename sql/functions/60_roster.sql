@@ -154,15 +154,37 @@ BEGIN
 END
 $$;
 
--- Calls of the model that may have been sent within the last p_seconds: age at the latest possible send time (0 if
--- open), tokens (the reserved ones until the usage is known), and whether the call is still open.
+-- Cost of a call in millionths of a US dollar: what the backend reported, or what its tokens cost, or 0 if it was
+-- refused. NULL while that is unknown: a call that is in flight, or that nobody knows the end of, may be paid for.
+CREATE OR REPLACE FUNCTION known_cost(c model_calls, r roster) RETURNS bigint
+LANGUAGE sql IMMUTABLE AS $$
+    SELECT ceil(CASE
+        WHEN c.cost_estimated OR c.outcome IS NULL THEN NULL
+        WHEN c.cost IS NOT NULL THEN c.cost * 1000000
+        WHEN c.prompt_tokens + c.completion_tokens IS NOT NULL
+        THEN c.prompt_tokens * r.input_price + c.completion_tokens * r.output_price
+        WHEN c.outcome NOT IN ('answered', 'garbage') THEN 0
+    END)::bigint
+$$;
+
+-- The most that a call may cost by its reservation, in millionths of a US dollar: prices are per million tokens.
+CREATE OR REPLACE FUNCTION reserved_cost(c model_calls, r roster) RETURNS bigint
+LANGUAGE sql IMMUTABLE AS $$
+    SELECT ceil((c.reserved_tokens - answer.tokens) * r.input_price + answer.tokens * r.output_price)::bigint
+      FROM (SELECT least(c.reserved_tokens, r.max_tokens) AS tokens) AS answer
+$$;
+
+-- Calls that may have been sent within the last p_seconds: age at the latest possible send time (0 if open), tokens
+-- and cost (the reserved ones until the usage is known), and whether the call is still open.
 DROP FUNCTION IF EXISTS past_calls(text, double precision);  -- its columns changed
 CREATE FUNCTION past_calls(p_model text, p_seconds double precision)
-RETURNS TABLE (age_seconds double precision, tokens integer, is_open boolean, call_id uuid)
+RETURNS TABLE (age_seconds double precision, tokens integer, is_open boolean, call_id uuid, cost bigint)
 LANGUAGE sql STABLE AS $$
     SELECT greatest(0, extract(epoch FROM clock_timestamp() - latest.sent_at))::float8,
-           coalesce(c.tokens, c.reserved_tokens), c.outcome IS NULL, c.call_id
+           coalesce(c.tokens, c.reserved_tokens), c.outcome IS NULL, c.call_id,
+           coalesce(known_cost(c, r), reserved_cost(c, r), 0)
       FROM model_calls c
+      LEFT JOIN roster r USING (model)
       CROSS JOIN LATERAL (SELECT coalesce(c.sent_at, c.finished_at, clock_timestamp()) AS sent_at) AS latest
      WHERE c.model = p_model AND c.outcome IS DISTINCT FROM 'unsent'
        -- A call waits for its permit for at most an hour after it was logged (MAX_PERMIT_SECONDS). The sub-select
@@ -171,14 +193,31 @@ LANGUAGE sql STABLE AS $$
        AND latest.sent_at > clock_timestamp() - make_interval(secs => p_seconds)
 $$;
 
--- Those of the calls that have ended: tokens used (NULL if unknown), and whether they were sent. A deleted row is that
--- of a call that was never sent. After a timeout or a broken connection the backend may still be working on the call.
-CREATE OR REPLACE FUNCTION call_ends(p_call_ids uuid[])
-RETURNS TABLE (call_id uuid, tokens integer, was_sent boolean)
+-- Calls of a client, over all models, that may have been sent within the last p_seconds: as past_calls.
+CREATE OR REPLACE FUNCTION past_client_calls(p_client text, p_seconds double precision)
+RETURNS TABLE (age_seconds double precision, tokens integer, is_open boolean, call_id uuid, cost bigint)
 LANGUAGE sql STABLE AS $$
-    SELECT given.call_id, c.tokens, coalesce(c.outcome <> 'unsent', false)
+    SELECT greatest(0, extract(epoch FROM clock_timestamp() - latest.sent_at))::float8,
+           coalesce(c.tokens, c.reserved_tokens), c.outcome IS NULL, c.call_id,
+           coalesce(known_cost(c, r), reserved_cost(c, r), 0)
+      FROM model_calls c
+      LEFT JOIN roster r USING (model)
+      CROSS JOIN LATERAL (SELECT coalesce(c.sent_at, c.finished_at, clock_timestamp()) AS sent_at) AS latest
+     WHERE c.client = p_client AND c.outcome IS DISTINCT FROM 'unsent'
+       AND c.call_id >= (SELECT first_call_id(clock_timestamp() - make_interval(secs => p_seconds) - interval '2 hours'))
+       AND latest.sent_at > clock_timestamp() - make_interval(secs => p_seconds)
+$$;
+
+-- Those of the calls that have ended: tokens used and cost (NULL if unknown), and whether they were sent. A deleted row
+-- is that of a call that was never sent. After a timeout or a broken connection the backend may still be working on it.
+DROP FUNCTION IF EXISTS call_ends(uuid[]);  -- its columns changed
+CREATE FUNCTION call_ends(p_call_ids uuid[])
+RETURNS TABLE (call_id uuid, tokens integer, was_sent boolean, cost bigint)
+LANGUAGE sql STABLE AS $$
+    SELECT given.call_id, c.tokens, coalesce(c.outcome <> 'unsent', false), known_cost(c, r)
       FROM unnest(p_call_ids) AS given(call_id)
       LEFT JOIN model_calls c ON c.call_id = given.call_id
+      LEFT JOIN roster r ON r.model = c.model
      WHERE c.call_id IS NULL
         OR (c.outcome IS NOT NULL AND c.outcome NOT IN ('timeout', 'unavailable', 'abandoned', 'lost'))
 $$;

@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.errors import ConfigError, TrafficTargetError, echoed
-from router.traffic import GRAMMAR, RequestLimit, TokenLimit, TrafficTarget
+from router.traffic import (
+    CALENDAR_SECONDS,
+    GRAMMAR,
+    MoneyLimit,
+    RequestLimit,
+    TokenLimit,
+    TrafficTarget,
+)
 
 
 def test_example_of_the_grammar_parses():
@@ -35,6 +42,13 @@ def test_example_of_the_grammar_parses():
         ("0/min", "0"),
         ("120/min, 0 at once", "0"),
         ("120/min, 0 tokens/s", "0"),
+        ("$20/day", "$20/d"),
+        ("$20/calendar day", "$20/calendar day"),
+        ("$ 1.5k / Calendar Month, 4/s", "4/s, $1500/calendar month"),
+        ("$0.25/h, $0.5/d", "$0.50/d, $0.25/h"),
+        ("$0.000001/s", "$0.000001/s"),
+        ("$0/day, 4/s", "0"),
+        ("$0.0/calendar day", "0"),
     ],
 )
 def test_line_is_printed_in_canonical_form(line: str, canonical: str):
@@ -89,6 +103,19 @@ def test_line_is_printed_in_canonical_form(line: str, canonical: str):
         ("90m tokens/min", 3, "only k"),
         ("0.5/s", 1, "1/2s"),
         ("120", 1, "Only 0 is valid alone"),
+        ("4/s, $20", 6, "lacks a period"),
+        ("$-5/day", 2, "negative"),
+        ("$x/day", 2, "does not start with a number"),
+        ("$0.0000001/day", 2, "finer than a millionth"),
+        ("$2000M/day", 2, "1,000,000,000"),
+        ("4/s, $5 tokens/day", 9, "Cannot parse"),
+        ("$5/calendar year", 13, "only day and month"),
+        ("$5/calendar dya", 13, "Did you mean 'day'?"),
+        ("4/s, 5/calendar day", 7, "Only money has calendar periods"),
+        ("5 tokens/calendar month", 3, "Only money has calendar periods"),
+        ("$5/day, $6/24h", 9, "twice"),
+        ("$5/calendar day, $6/calendar day", 18, "twice"),
+        ("$5 per day", 4, "Did you mean '/day'?"),
         ("burst", 1, "no limit"),
     ],
 )
@@ -119,6 +146,16 @@ def test_error_message_of_a_long_line_is_bounded():
     assert len(str(caught.value)) < 1200
 
 
+def test_money_is_counted_in_millionths_of_a_dollar():
+    target = TrafficTarget.parse("$20/day, $300/calendar month, 4/s")
+    assert target.money == (
+        MoneyLimit(300_000_000, 31 * 86_400, "month"),
+        MoneyLimit(20_000_000, 86_400),
+    )
+    assert target.longest_window_seconds == 31 * 86_400
+    assert target.requests_per_second() == 4.0  # a budget sets no pace
+
+
 def test_rate_is_that_of_the_tightest_request_limit():
     target = TrafficTarget.parse("120/min, 4/s, 90k tokens/min")
     assert target.requests_per_second() == 2.0
@@ -146,6 +183,9 @@ def test_stopped_model_has_rate_zero():
         ("10000/min, 1/s", "10000/min"),
         ("10/s, 6000/min", "6000/min"),
         ("1k tokens/s, 1M tokens/min", "1M tokens/min"),
+        ("$1/h, $30/d", "$30/d"),
+        ("$1/d, $1/calendar day", "$1/calendar day"),
+        ("$1/calendar day, $31/calendar month", "$31/calendar month"),
     ],
 )
 def test_limit_that_never_binds_causes_a_warning(line: str, loose: str):
@@ -160,7 +200,17 @@ def test_line_whose_canonical_form_is_too_long_is_rejected():
         TrafficTarget.parse(line)
 
 
-@pytest.mark.parametrize("line", ["120/min, 4/s", "59/min, 1/s", "100/10s, 30/3s", "20 at once"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "120/min, 4/s",
+        "59/min, 1/s",
+        "100/10s, 30/3s",
+        "20 at once",
+        "$1/h, $20/d",
+        "$1/calendar day, $20/calendar month",
+    ],
+)
 def test_binding_limits_cause_no_warning(line: str):
     assert TrafficTarget.parse(line).warnings == ()
 
@@ -173,18 +223,29 @@ _windows = st.one_of(
 _counts = st.one_of(st.integers(1, 1_000_000_000), st.sampled_from([1000, 90_000, 1_000_000, 2_500_000]))
 
 
+_money_periods = st.one_of(
+    st.tuples(_windows, st.just("")),
+    st.sampled_from([(CALENDAR_SECONDS[kind], kind) for kind in CALENDAR_SECONDS]),
+)
+
+
 @st.composite
 def _targets(draw: st.DrawFn) -> TrafficTarget:
     requests = draw(st.dictionaries(_windows, _counts, max_size=4))
     tokens = draw(st.dictionaries(_windows, _counts, max_size=4))
+    money = draw(st.dictionaries(_money_periods, st.integers(1, 10**15), max_size=4))
     at_once = draw(st.one_of(st.none(), st.integers(1, 1_000_000_000)))
-    if not requests and not tokens and at_once is None:
+    if not requests and not tokens and not money and at_once is None:
         at_once = 1
     return TrafficTarget(
         requests=tuple(RequestLimit(requests[window], window) for window in sorted(requests, reverse=True)),
         tokens=tuple(TokenLimit(tokens[window], window) for window in sorted(tokens, reverse=True)),
         at_once=at_once,
         burst=draw(st.booleans()),
+        money=tuple(
+            MoneyLimit(money[seconds, kind], seconds, kind or None)
+            for seconds, kind in sorted(money, reverse=True)
+        ),
     )
 
 

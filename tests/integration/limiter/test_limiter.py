@@ -48,7 +48,7 @@ async def refused(limiter: TrafficLimiter, tokens: int = 0, model: str = "llama"
 
 async def reserve_many(limiter: TrafficLimiter, count: int) -> tuple[list[Permit], Wait]:
     """Reserves in one round trip."""
-    return await limiter._reservations.reserve_many(limiter._tracker.state("llama"), (0,) * count)
+    return await limiter._reservations.reserve_many(limiter._tracker.state("llama"), (0, 0) * count)
 
 
 async def eventually(true: Callable[[], bool], seconds: float = 5.0) -> None:

@@ -11,7 +11,7 @@ import pytest
 from local.redis import RedisServer
 from router.limiter.limiter import SCRIPT
 from tests.support.limiter.checks import CHECKS, check
-from tests.support.limiter.mutants import INTERACTIVE, MUTANTS, Mutant
+from tests.support.limiter.mutants import MUTANTS, Mutant
 from tests.support.limiter.random_walk import PALETTES, Walk, interactive_walk, walks
 from tests.support.limiter.redis import Connection
 from tests.support.limiter.world import Mismatch
@@ -27,8 +27,8 @@ def connection(redis_server: RedisServer) -> Iterator[Connection]:
 
 
 def walk_for(mutant: Mutant, seed: int) -> Walk:
-    if mutant.where is INTERACTIVE:
-        return interactive_walk(seed)
+    if mutant.where.get("interactive"):
+        return replace(interactive_walk(seed), **mutant.where)
     walk = replace(Walk.random(seed), **mutant.where)
     return walk if mutant.palette is None else replace(walk, lines=tuple(PALETTES[mutant.palette]))
 

@@ -17,12 +17,24 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 from local.redis import RedisServer
 from router.limiter.limiter import SCRIPT
 from router.task import Outcome
-from tests.support.limiter.random_walk import INTERACTIVE_LINES, PALETTES, Walk, interactive_walk, walks
+from tests.support.limiter.random_walk import (
+    COSTS,
+    INTERACTIVE_LINES,
+    PALETTES,
+    SPENT,
+    TOKENS,
+    Walk,
+    interactive_walk,
+    walks,
+)
 from tests.support.limiter.redis import Connection
 from tests.support.limiter.world import IssuedPermit, World
 
 WHO = st.integers(0, 2)
-NEEDS = st.lists(st.sampled_from([0, 1, 5, 10, 20]), min_size=1, max_size=6).map(tuple)
+NEEDS = st.lists(st.tuples(st.sampled_from(TOKENS), st.sampled_from(COSTS)), min_size=1, max_size=6).map(
+    tuple
+)
+MONEY = st.sampled_from(SPENT)
 USED = st.sampled_from([None, 0, 3, 10, 25])
 MICROS = st.sampled_from([0, 1, 1_000, 24_999, 25_000, 60_000, 250_000, 999_999, 1_060_000, 9_000_000])
 JUMPS = st.sampled_from([-3_600_000_000, -500_000, -1, 400_000, 3_600_000_000])
@@ -56,7 +68,7 @@ class Machine(RuleBasedStateMachine):
         return self.world.held[-back] if back <= len(self.world.held) else None
 
     @rule(who=WHO, needs=NEEDS)
-    def reserve(self, who: int, needs: tuple[int, ...]) -> None:
+    def reserve(self, who: int, needs: tuple[tuple[int, int], ...]) -> None:
         self.run(self.world.reserve(who, needs))
 
     @rule(micro=MICROS)
@@ -75,11 +87,11 @@ class Machine(RuleBasedStateMachine):
             self.world.now = max(self.world.now, held.send_at) + late
             self.world.send(held, self.world.transit * slow)
 
-    @rule(back=RECENT, used=USED, times=st.integers(1, 2))
-    def end(self, back: int, used: int | None, times: int) -> None:
+    @rule(back=RECENT, used=USED, times=st.integers(1, 2), spent=MONEY)
+    def end(self, back: int, used: int | None, times: int, spent: int | None) -> None:
         held = self.recent(back)
         if held is not None:
-            self.run(self.world.end(held, used, times))
+            self.run(self.world.end(held, used, times, spent))
 
     @rule(back=RECENT, times=st.integers(1, 2))
     def cancel(self, back: int, times: int) -> None:
@@ -93,7 +105,7 @@ class Machine(RuleBasedStateMachine):
         if held is not None:
             self.run(self.world.end_again(held, used, unused=unused))
 
-    @rule(who=WHO, index=st.integers(0, 18), age=st.sampled_from([None, -5, 0, 3]))
+    @rule(who=WHO, index=st.integers(0, 27), age=st.sampled_from([None, -5, 0, 3]))
     def target(self, who: int, index: int, age: int | None) -> None:
         version = None if age is None else max(1, int(self.world.spec.version) + age)
         self.run(self.world.set_target(who, self.world.lines[index % len(self.world.lines)], version))

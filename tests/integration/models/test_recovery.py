@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from functools import partial
+from typing import Any
 
 import asyncpg
 import pytest
@@ -14,9 +15,11 @@ import redis.asyncio
 
 from router.database import open_pool
 from router.limiter import LimiterSettings, TrafficLimiter, Wait, WaitReason
+from router.models import CallRequest
 from router.models.dispatch import availability
 from router.models.services import call_ends, past_calls
 from router.models.targets import TargetSync, newest_target
+from router.task import CallResult, Outcome
 
 MODEL = "phi-4"
 SETTINGS = LimiterSettings(max_call_seconds=60)
@@ -180,3 +183,80 @@ async def test_longer_window_is_rebuilt_from_the_call_log(
     wait = await process.reserve(MODEL)
     assert isinstance(wait, Wait)
     assert wait.reason is WaitReason.WINDOW
+
+
+PRICED = "UPDATE roster SET max_tokens = 100, input_price = 2.5, output_price = 10 WHERE model = $1"
+RESERVED = 400 * 2.5 + 100 * 10  # of 500 tokens, at most 100 of them in the answer
+
+
+@pytest.mark.parametrize(
+    ("outcome", "usage", "expected"),
+    [
+        ("answered", {"cost_usd": 0.0012345}, 1235),
+        ("answered", {"prompt_tokens": 101, "completion_tokens": 3}, 283),
+        ("answered", {}, RESERVED),
+        ("garbage", {}, RESERVED),
+        ("rate_limited", {}, 0),
+        ("rejected", {}, 0),
+        ("error", {"cost_usd": 0.5}, 500_000),
+        ("timeout", {}, RESERVED),
+        ("lost", {}, RESERVED),
+        ("unavailable", {}, RESERVED),
+    ],
+)
+async def test_log_and_limiter_agree_on_the_cost_of_a_call(
+    pool: asyncpg.Pool, outcome: str, usage: dict[str, Any], expected: float
+) -> None:
+    await pool.execute(PRICED, MODEL)
+    call_id = await logged(pool)
+    await pool.execute("UPDATE model_calls SET reserved_tokens = 500 WHERE call_id = $1", call_id)
+    assert [call.cost for call in await past_calls(pool, MODEL, 60.0)] == [RESERVED], "while it is in flight"
+    unknown = outcome in {"timeout", "lost", "unavailable"}
+    error = "the connection to the backend broke" if unknown else "refused"
+    await pool.execute(
+        "SELECT end_call($1, $2, $3, $4, $5, 0.1, $6, $7, 'general', 'trial', 'w', 500)", call_id, outcome,
+        usage.get("prompt_tokens"), usage.get("completion_tokens"), usage.get("cost_usd"), error, MODEL,
+    )  # fmt: skip
+    (call,) = await past_calls(pool, MODEL, 60.0)
+    request = CallRequest(
+        call_id, MODEL, MODEL, "", 100, 500, 60.0, input_price=2.5, output_price=10.0
+    )  # fmt: skip
+    spent = request.cost_of(CallResult(Outcome(outcome), may_go_on=unknown, **usage))
+    assert call.cost == expected
+    assert (request.reserved_cost if spent is None else spent) == expected
+    ended = await call_ends(pool, [call_id])
+    assert [one.cost for one in ended] == ([] if unknown else [spent])
+
+
+async def test_budget_is_rebuilt_from_the_costs_in_the_call_log(
+    pool: asyncpg.Pool, process: TrafficLimiter, redis_client: redis.asyncio.Redis
+) -> None:
+    await pool.execute(PRICED, MODEL)
+    await TargetSync(pool, process).apply({MODEL: "$0.01/day, burst"}, version=1_000)
+    for _ in range(3):
+        call_id = await logged(pool)
+        permit = await process.acquire(MODEL, cost=3_000, call_id=call_id)
+        await pool.execute(
+            "SELECT end_call($1, 'answered', 3, 4, 0.003, 0.1, NULL, $2, 'general', 'trial', 'w', 10)",
+            call_id,
+            MODEL,
+        )
+        await process.release(permit, cost=3_000)
+    await redis_client.flushall()
+    await process.acquire(MODEL, cost=1_000, timeout_seconds=RESUMES_SECONDS)
+    assert (await process.snapshot([MODEL]))[MODEL].money == {"$0.01/d": 10_000}
+    denied = await process.reserve(MODEL, cost=1)
+    assert isinstance(denied, Wait)
+    assert denied.reason is WaitReason.BUDGET
+
+
+async def test_budget_of_a_model_without_a_price_is_refused(
+    pool: asyncpg.Pool, process: TrafficLimiter
+) -> None:
+    await pool.execute(PRICED, MODEL)
+    await pool.execute("UPDATE roster SET input_price = 0, output_price = 0")
+    targets = TargetSync(pool, process)
+    await targets.apply({MODEL: "60/min"}, version=1_000)
+    await targets.apply({MODEL: "60/min, $5/day"}, version=2_000)
+    assert "has no price" in targets.errors[MODEL]
+    assert (await process.snapshot([MODEL]))[MODEL].target == "60/min"

@@ -17,6 +17,7 @@ from local.redis import RedisServer
 from models_backend.process import BackendServer, start_backend
 from router.database import connect, rows
 from router.models.roster import sync_roster
+from router.settings.clients import ClientSettings
 from router.settings.environment import Addresses
 from router.settings.models import ModelSettings
 from router.settings.router import RouterConfig, WorkerSettings
@@ -434,3 +435,39 @@ async def test_waiting_for_work_lets_the_engine_pull_until_workers_start(address
         async with working(engine):
             await until(lambda: not any(engine.handover.covers(model) for model in MODELS), 3)
             await until(lambda: solved(addresses) == 200, 30)
+
+
+async def test_exhausted_client_delays_no_other_and_is_not_claimed_again(
+    addresses: Addresses, backend: Backend
+) -> None:
+    settings = config().model_copy(update={"clients": {"alice": ClientSettings(limit="5/min, burst")}})
+    with connect(addresses.database_url) as connection:
+        rows(
+            connection,
+            "INSERT INTO tasks (prompt, client)"
+            " SELECT 'prompt ' || g, CASE g %% 2 WHEN 0 THEN 'alice' ELSE 'bob' END"
+            " FROM generate_series(1, 60) g",
+        )
+    claims: list[str] = []
+    async with running(addresses, settings) as engine:
+        claim = engine.queue.claim
+
+        async def counted(*arguments: Any, **options: Any) -> Any:
+            claimed = await claim(*arguments, **options)
+            if claimed is not None:
+                claims.append(claimed.client)
+            return claimed
+
+        engine.queue.claim = counted  # type: ignore[method-assign]
+        workers = [asyncio.create_task(Worker(engine, m, "run-1", frozenset(MODELS)).run()) for m in MODELS]
+        await until(lambda: solved(addresses) == 35, 40)
+        await asyncio.sleep(1.0)
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+    found = ask(
+        addresses, "SELECT client, count(*) AS n FROM model_calls WHERE outcome = 'answered' GROUP BY 1"
+    )
+    assert {row["client"]: row["n"] for row in found} == {"alice": 5, "bob": 30}
+    assert claims.count("alice") < 5 + 30, "its tasks are claimed again and again"
+    assert ask(addresses, ATTEMPTS)[0]["n"] == 0

@@ -72,9 +72,7 @@ async def a_loss_known_to_others(world: World) -> None:
     await world.set_target(0, world.lines[0])
     await world.reserve(0, (0,))
     script = world.limiters[1]._script
-    reply = await script.call(
-        KEY, "rebuild", struct.pack("<6d", 1, 0, 8e6, 0, 0, 0), b"", b"", b"", b"", "me", ""
-    )
+    reply = await script.call(KEY, "rebuild", struct.pack("<6d", 1, 0, 8e6, 0, 0, 0), *[b""] * 5, "me", "")
     require(reply == struct.pack("<d", 0), "a new client starts a model that others know to be lost")
 
 
@@ -137,7 +135,7 @@ async def two_rebuilds(world: World) -> None:
     before = world.redis.do("HGET", KEY, "state")
     script = world.limiters[0]._script
     ask = struct.pack("<6d", 0, 0, 8e6, 0, 0, 0)
-    await script.call(KEY, "rebuild", ask, b"", b"", b"", b"", "me", "")
+    await script.call(KEY, "rebuild", ask, *[b""] * 5, "me", "")
     require(world.redis.do("HGET", KEY, "state") == before, "a second rebuild changes the state")
 
 
@@ -180,7 +178,7 @@ async def an_older_target(world: World) -> None:
     await world.reserve(0, (0,))
     script = world.limiters[1]._script
     packed = pack_target(TrafficTarget.parse("40/s, burst"), SETTINGS, MODEL)
-    world.redis.do("HDEL", KEY, "spec", "target")
+    world.redis.do("HDEL", KEY, "spec:4", "target")
     await script.call(KEY, "target", struct.pack("<3d", older, 8e6, 0), packed, "40/s, burst", "me")
     require(
         not await world.limiters[0].reserve(MODEL), "an older target is obeyed by a client that saw a newer"
@@ -278,6 +276,80 @@ async def a_turn(world: World) -> None:
     require(permits, "a turn blocks tokens that it does not need")
     permits, _ = await reserve_many(big, (60,), waits=True)
     require(permits, "a turn is not kept")
+
+
+async def a_turn_for_money(world: World) -> None:
+    big, small = world.limiters[:2]
+    await big.set_target(MODEL, "$1/10s, burst")
+    await reserve_many(small, ((0, 500_000),), waits=True)
+    await reserve_many(big, ((0, 600_000),), waits=True)
+    require(not (await reserve_many(small, ((0, 100_000),)))[0], "a later call overtakes a turn for money")
+    require((await reserve_many(small, ((50, 0),)))[0], "a call without cost waits for a turn")
+
+
+async def a_budget_that_denied(world: World) -> None:
+    await world.set_target(0, "$1/60s, burst")
+    await world.reserve(0, ((0, 500_000),))
+    world.pass_time(1_000_000)
+    await world.reserve(0, ((0, 200_000),))
+    await world.peek(0)
+    for cost in (900_000, 600_000, 800_000):
+        await world.reserve(0, ((0, cost),))
+        await world.peek(0)
+    traffic = (await world.limiters[0].snapshot([MODEL]))[MODEL]
+    require(traffic.waiting_for is WaitReason.BUDGET, f"the budget is used up, not {traffic.waiting_for}")
+    require((traffic.next_seconds or 0) > 50, f"again in {traffic.next_seconds} s")
+    world.pass_time(31_000_000)
+    await world.peek(0)
+
+
+async def a_call_too_expensive(world: World) -> None:
+    await world.set_target(0, "$2/s")
+    await world.reserve(0, ((0, 2_000_001),))
+
+
+async def a_month_and_its_end(world: World) -> None:
+    """The world begins 20 s before March of a leap year."""
+    await world.set_target(0, "$2/calendar month, burst")
+    for micro in (0, 0, 19_999_000, 1_000, 900_000, 86_400_000_000, 30 * 86_400_000_000, 21_000_000):
+        world.pass_time(micro)
+        await world.reserve(0, ((0, 1_000_000),))
+
+
+async def a_send_that_may_arrive_after_midnight(world: World) -> None:
+    await world.set_target(0, "$2/calendar day, burst")
+    world.pass_time(19_900_000)
+    await world.reserve(0, ((0, 1_500_000),))
+    world.pass_time(300_000)
+    await world.reserve(0, ((0, 1_000_000),))
+    await world.reserve(0, ((0, 400_000),))
+
+
+async def a_day_of_many_sends(world: World) -> None:
+    """At midnight the sends of the day leave at once, but for those that may arrive after it."""
+    await world.set_target(0, "$90/calendar day, burst")
+    await world.reserve(0, ((0, 8_000),) * 1_500)
+    world.pass_time(19_900_000)
+    await world.reserve(0, ((0, 1_000_000),))
+    world.pass_time(50_000)
+    await world.reserve(0, ((0, 85_000_000),))
+    await world.check_snapshot(0)
+    world.pass_time(60_000)
+    await world.reserve(0, ((0, 4_000_000), (0, 1)))
+    await world.check_snapshot(0)
+
+
+async def money_after_a_loss(world: World) -> None:
+    await world.set_target(0, "$5/60s, burst")
+    for held in await world.reserve(0, ((5, 1_000_000), (5, 1_500_000), (5, 2_000_000))):
+        world.send(held, 0)
+    await world.end(world.held[-1], 5, spent=1_800_000)
+    world.flush()
+    await world.set_target(0, "$5/60s, burst")
+    await world.reserve(0, (0,))
+    world.pass_time(400_000)
+    await world.reserve(0, ((0, 700_000), (0, 1)))
+    require(world.held[-1].permit.cost == 700_000, "the rest of the budget is not granted")
 
 
 async def an_abandoned_turn(world: World) -> None:
@@ -414,6 +486,16 @@ async def tokens_of_a_longer_slack(world: World, ask_after: int = 1_070_000) -> 
 
 async def tokens_of_a_longer_slack_ahead(world: World) -> None:
     await tokens_of_a_longer_slack(world, 1_000_000)
+
+
+async def tokens_of_a_longer_slack_in_turn(world: World) -> None:
+    await world.set_target(0, "40 tokens/10s, burst")
+    await world.reserve(0, (20,))
+    world.pass_time(30_000)
+    await world.reserve(0, (20,))
+    await world.set_target(0, "40 tokens/s, burst")
+    world.pass_time(1_080_000)
+    await world.reserve(0, (40,))
 
 
 async def requests_of_a_longer_slack(world: World) -> None:
@@ -569,6 +651,16 @@ CHECKS: dict[str, tuple[Check, bool]] = {  # with whether there is a history
     "a permit from before a loss frees nothing": (a_permit_from_before_a_loss, True),
     "the latest minute is kept": (a_minute_of_many_chunks, True),
     "a turn is kept": (a_turn, True),
+    "a turn for money is kept": (a_turn_for_money, True),
+    "a peek asks for what a budget denied": (a_budget_that_denied, True),
+    "a call beyond the budget is reported": (a_call_too_expensive, True),
+    "a calendar month ends at midnight UTC": (a_month_and_its_end, True),
+    "a send that may arrive after midnight counts on both days": (
+        a_send_that_may_arrive_after_midnight,
+        True,
+    ),
+    "a day of many sends ends at once": (a_day_of_many_sends, True),
+    "money is known after a loss": (money_after_a_loss, True),
     "an abandoned turn ends": (an_abandoned_turn, True),
     "an ask that ended keeps no send": (an_ask_that_ended, True),
     "a send is kept for the pace of batch": (a_used_up_share, True),
@@ -580,6 +672,10 @@ CHECKS: dict[str, tuple[Check, bool]] = {  # with whether there is a history
     "tokens from before a loss are unknown": (tokens_from_before_a_loss, False),
     "a target with a shorter slack counts earlier tokens longer": (tokens_of_a_longer_slack, True),
     "a target with a shorter slack waits for earlier tokens": (tokens_of_a_longer_slack_ahead, True),
+    "a target with a shorter slack waits for each of the earlier tokens": (
+        tokens_of_a_longer_slack_in_turn,
+        True,
+    ),
     "a target with a shorter slack counts earlier requests longer": (requests_of_a_longer_slack, True),
     "a target without sends makes no send late": (a_longer_slack_without_sends, True),
     "a correction behind a long walk makes room": (a_correction_behind_a_long_walk, True),

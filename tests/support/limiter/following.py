@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from bench.judge import TargetChange
 from router.limiter import LimiterSettings, PastCall, WaitReason
 from router.limiter.breaker import Signal
-from router.limiter.codec import LOST, MORE, unpack_decision, unpack_grants
+from router.limiter.codec import LOST, MORE, Needs, unpack_decision, unpack_grants
 from router.limiter.permit import Permit
 from router.traffic import TrafficTarget
 from tests.support.limiter.redis import ScriptCall, ScriptRedis
@@ -16,7 +16,7 @@ from tests.support.limiter.specification import MICRO, TIMED, Decision, LimiterS
 
 MODEL = "m"
 KEY = f"router:{{{MODEL}}}"
-EPOCH = 1_700_000_000 * MICRO
+EPOCH = 1_709_250_180 * MICRO  # worlds begin 20 s before the March of a leap year
 SETTINGS = LimiterSettings(max_call_seconds=8.0)
 LOOK = micros(SETTINGS.look_ahead_seconds)
 SETTLE_SECONDS = 0.6  # look-ahead and slacks of what was decided before a change
@@ -44,6 +44,7 @@ class IssuedPermit:
     arrived_at: int = 0
     ended_at: int | None = None
     used: int | None = None
+    spent: int | None = None
 
 
 class Following:
@@ -76,14 +77,16 @@ class Following:
     def exact(self, at: int) -> bool:
         """Whether the script must match the specification to the microsecond."""
         target = self.spec.target
-        if self.jumped or at < self.disturbed_until or target is None or (self.waits and target.tokens):
+        if (
+            self.jumped
+            or at < self.disturbed_until
+            or target is None
+            or (self.waits and (target.tokens or target.money))
+        ):
             return False
-        windows = [limit.window_seconds for limit in (*target.requests, *target.tokens)]
-        slack = SETTINGS.send_slack(target)
-        periods = [micros(window + slack + SETTINGS.slacks(window).transit) for window in windows]
-        return at - max(periods, default=0) >= self.known_from
+        return all(self.spec.counts_since(limit, at) >= self.known_from for limit in target.windows)
 
-    def _follow(self, call: ScriptCall, needs: tuple[int, ...]) -> None:  # noqa: C901 - one branch per verb
+    def _follow(self, call: ScriptCall, needs: Needs) -> None:  # noqa: C901 - one branch per verb
         if call.verb in {"reserve", "peek"}:
             if self.jumped:
                 asked = (
@@ -93,7 +96,7 @@ class Following:
             self._follow_reserve(call, needs)
         elif call.verb == "release":
             if self.state != "gone":
-                for record in struct.iter_unpack("<4d16s", call.arguments[0]):  # type: ignore[arg-type]
+                for record in struct.iter_unpack("<5d16s", call.arguments[0]):  # type: ignore[arg-type]
                     self._follow_release(*record)
         elif call.verb == "target":
             taken, version = struct.unpack("<2d", call.reply)
@@ -111,8 +114,8 @@ class Following:
         elif call.verb == "rebuild":
             self._follow_rebuild(call)
 
-    def _follow_reserve(self, call: ScriptCall, needs: tuple[int, ...]) -> None:
-        status, generation, head, _, again, reason, slack, *_, ahead = unpack_decision(call.reply)
+    def _follow_reserve(self, call: ScriptCall, needs: Needs) -> None:
+        status, generation, head, _, again, reason, slack, clock, *_, ahead = unpack_decision(call.reply)
         sender, _, _, asks = struct.unpack_from("<8d", call.arguments[0])[4:]  # type: ignore[arg-type]
         self.interactive, self.peeks = bool(asks), call.verb == "peek"
         commit = not self.peeks
@@ -132,20 +135,27 @@ class Following:
             return
         self._require(self.state != "gone", "permits from lost state")
         self.generation = generation
+        self.spec.epoch = round(clock) - call.at
         priority = self.spec.priority
         if commit and needs and self.spec.target is not None:
             priority.begin(call.at, sender, self.spec.target, self.spec.sends, interactive=self.interactive)
         grants = list(unpack_grants(call.reply))
         exact = self.exact(call.at) and self.state == "sound"
-        for (number, wait), need in zip(grants, needs, strict=False):
-            self._follow_grant(call.at, int(number), round(wait), need, exact=exact)
+        for (number, wait), *need in zip(grants, needs[::2], needs[1::2], strict=False):
+            self._follow_grant(call.at, int(number), round(wait), (need[0], need[1]), exact=exact)
         self._require(head == self.spec.head, f"the script counts {head} sends, not {self.spec.head}")
         hint = (None if again < 0 else round(again), WaitReason(int(reason)))
         if exact:
-            self._require_denial(call.at, needs[len(grants) :], hint, fresh=not grants)
+            self._require_denial(call.at, needs[2 * len(grants) :], hint, fresh=not grants)
             expected = 0 if hint[1] is WaitReason.PRIORITY else self._horizon(call.at)
             self._require(ahead == expected, f"the look-ahead is {ahead} us, not {expected}")
-        self._follow_ask(call.at, sender if commit else 0, len(needs) > len(grants), hint)
+        if (
+            commit
+            and hint[1] in {WaitReason.BUDGET, WaitReason.TOO_EXPENSIVE}
+            and len(needs) > 2 * len(grants)
+        ):
+            self.spec.denied(call.at, needs[2 * len(grants) + 1])
+        self._follow_ask(call.at, sender if commit else 0, len(needs) > 2 * len(grants), hint)
 
     def _follow_ask(self, at: int, sender: float, denied: bool, hint: tuple[int | None, WaitReason]) -> None:
         again, reason = hint
@@ -165,8 +175,8 @@ class Following:
         longest = 0.35 if self.with_history else 0.35 + self.retention / MICRO
         self._require(at - noticed <= micros(4 * longest), f"the state is lost for {at - noticed} us")
 
-    def _follow_grant(self, at: int, number: int, wait: int, need: int, *, exact: bool) -> None:
-        decision = self.spec.decide(at, need, interactive=self.interactive)
+    def _follow_grant(self, at: int, number: int, wait: int, need: tuple[int, int], *, exact: bool) -> None:
+        decision = self.spec.decide(at, *need, interactive=self.interactive)
         expected = f"expected {self._in(decision, at)} us for {decision.reason.name}"
         what = f"send {number} is granted in {wait} us, {expected}"
         self._require(number == self.spec.head, f"send {number} should have number {self.spec.head}")
@@ -179,7 +189,7 @@ class Following:
         if exact:
             self._require(wait <= self._horizon(at), f"{what} beyond the look-ahead of its class")
             self._require(not self._must_yield(at, at + wait), f"{what}, which is kept for the other class")
-        self.spec.grant(at, at + wait, need, interactive=self.interactive)
+        self.spec.grant(at, at + wait, *need, interactive=self.interactive)
 
     def _horizon(self, at: int) -> float:
         assert self.spec.target is not None
@@ -193,10 +203,13 @@ class Following:
         return priority.yields(at, send_at, self.spec.target, interactive=self.interactive)
 
     def _require_denial(
-        self, at: int, left: tuple[int, ...], hint: tuple[int | None, WaitReason], *, fresh: bool
+        self, at: int, left: Needs, hint: tuple[int | None, WaitReason], *, fresh: bool
     ) -> None:
         again, reason = hint
-        decision = self.spec.decide(at, left[0] if left else 0, interactive=self.interactive)
+        short = self.spec.short if self.peeks and at < self.spec.short_until else 0
+        decision = self.spec.decide(
+            at, *((0, short) if short else left[:2] or (0,)), interactive=self.interactive
+        )
         soonest = None if decision.send_at is None else decision.send_at - at
         what = f"the next send waits {again} us for {reason.name}, not {soonest} for {decision.reason.name}"
         if not left:  # a prediction: it may be too early, never too late
@@ -215,15 +228,15 @@ class Following:
         same = reason is decision.reason or {reason, decision.reason} <= TIMED
         self._require(same and (again == soonest or not fresh), what)
 
-    def _follow_release(
-        self, generation: float, number: float, used: float, unused: float, call_id: bytes
+    def _follow_release(  # noqa: PLR0917 - one record
+        self, generation: float, number: float, used: float, spent: float, unused: float, call_id: bytes
     ) -> None:
         rebuilt = self.rebuilt.pop(call_id, None)
         current = int(number) if generation == self.generation else rebuilt
         if current is not None and unused:
             self.spec.cancel(current)
         elif current is not None:
-            self.spec.release(current, None if used < 0 else int(used))
+            self.spec.release(current, None if used < 0 else int(used), None if spent < 0 else int(spent))
         if rebuilt not in {None, current}:
             self.spec.cancel(rebuilt)
 
@@ -252,7 +265,7 @@ class Following:
             self._require(version >= self.spec.version, "a version decreased")
             self.spec.set_target(target, version)
             self.changes.append(TargetChange(call.at / MICRO, MODEL, target))
-            if self.state == "sound" and self.redis.do("HGET", KEY, "run") == b"3:":
+            if self.state == "sound" and self.redis.do("HGET", KEY, "run") == b"4:":
                 longer = self.with_history and target.longest_window_seconds > KEPT_SECONDS
                 self._require(longer, "sound state was discarded by a target")
                 self.state = "gone"  # sends from before the log are read from the history
@@ -279,7 +292,7 @@ class Following:
         ordered = sorted(self.rows, key=lambda row: -row.age_seconds_latest)
         self._require(len(ordered) == len(sends), "calls of the history are missing")
         for send, row in zip(sends, ordered, strict=True):
-            send.tokens, send.returned = row.tokens, not row.open
+            send.tokens, send.cost, send.returned = row.tokens, row.cost, not row.open
             if row.open and row.call_id is not None:
                 self.rebuilt[row.call_id.bytes] = send.number
             soonest = self.rows_at - round(row.age_seconds_latest * MICRO)

@@ -25,6 +25,8 @@ PALETTES = [
     ["8/min, burst", "3/s", "5/10s, burst", "6/min, 60 tokens/min"],
     ["40/s, burst", "100/3s", "300 tokens/s, burst", "70/2s, 20 at once, burst"],
     ["5/s", "4/2min, burst", "3/10s, burst", "6/s, burst"],
+    ["$2/s, burst", "$3/2s, 5/s, burst", "$5/3s, $2/s, 20 tokens/s", "$4/2s, 3 at once", "$0/day"],
+    ["$3/calendar day, burst", "$4/calendar month, $2/s, burst", "9/s, $6/2s, $3/s, $90/day", "$2/s, burst"],
 ]
 INTERACTIVE_LINES = (
     ("5/s", "12/3s", "30/s", "20/min"),
@@ -32,6 +34,9 @@ INTERACTIVE_LINES = (
     ("2 at once", "3 at once, 5/s, burst", "6/s, burst", "0"),
     ("8/min, burst", "3/s", "20/min", "6/10s, 3 at once"),
 )
+TOKENS = [0, 1, 5, 10, 20]
+COSTS = [0, 1, 400_000, 1_000_000, 2_000_000]
+SPENT = [None, 0, 300_000, 1_000_000, 2_500_000]
 HOURS = 3600 * 1_000_000
 CHUNKS = ("SENDS, BITMAP = 1000, 125", "KEPT_CHUNKS = 4", "LONG_WALK = 64", "BUILD_STEPS = 5000")
 SMALL_CHUNKS = ("SENDS, BITMAP = 16, 2", "KEPT_CHUNKS = 2", "LONG_WALK = 1", "BUILD_STEPS = 3")
@@ -146,7 +151,7 @@ class _Steps:
 
     async def _reserve(self) -> str:
         count = self.chance.randint(1, self.walk.bulk)
-        needs = tuple(self.chance.choice([0, 1, 5, 10, 20]) for _ in range(count))
+        needs = tuple((self.chance.choice(TOKENS), self.chance.choice(COSTS)) for _ in range(count))
         made = await self.world.reserve(self._knowing(), needs)
         return f"{needs} {[held.send_at for held in made]}"
 
@@ -198,10 +203,10 @@ class _Steps:
 
     async def _end(self) -> str:
         held = self._open()
-        used = self.chance.choice([None, 0, 3, 10, 25])
+        used, spent = self.chance.choice([None, 0, 3, 10, 25]), self.chance.choice(SPENT)
         if held is not None:
-            await self.world.end(held, used, self.chance.choice([1, 1, 2]))
-        return f"{held and held.send_at} {used}"
+            await self.world.end(held, used, self.chance.choice([1, 1, 2]), spent)
+        return f"{held and held.send_at} {used} {spent}"
 
     async def _cancel(self) -> str:
         held = self.world.held[-1] if self.world.held and self.chance.random() < 0.5 else self._open()

@@ -6,7 +6,9 @@ earliest send time of each call; the script must return the same.
 - A send counts from its send time for a period: its window, the window's transit slack, and the longer of the
   send slacks of the current target and of the one it was decided with. Windows are half-open. When a target
   with a shorter slack is applied, earlier sends count with the longest slack so far.
-- Tokens count as reserved, and as used once the call is released. A cancelled send does not count.
+- Tokens and money count as reserved, and as used once the call is released. A cancelled send does not count.
+- In a calendar period a send counts from its send time until its slacks are over: until the end of the period
+  in which that is. `epoch` is what UTC shows, in microseconds since 1970, at time 0.
 - A call is in flight from its decision until it is released or cancelled, at most until its `end`.
 - Send times never decrease, and paced ones keep a gap; after the latest is cancelled, from the one before it.
 - While somebody asks, interactive calls go before batch calls: see `Priority`.
@@ -17,15 +19,19 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
 
 from router.limiter.breaker import BreakerSettings, Signal
 from router.limiter.permit import WaitReason
 from router.limiter.settings import LimiterSettings
 from router.settings import InteractiveShare
-from router.traffic import TrafficTarget
+from router.traffic import CALENDAR_SECONDS, MoneyLimit, RequestLimit, TokenLimit, TrafficTarget
 
 MICRO = 1_000_000
-TIMED = frozenset({WaitReason.WINDOW, WaitReason.TOKENS, WaitReason.COOLING_DOWN})
+TIMED = frozenset({WaitReason.WINDOW, WaitReason.TOKENS, WaitReason.BUDGET, WaitReason.COOLING_DOWN})
+SHORT_KEPT = 30 * MICRO
+BEGIN = datetime(1970, 1, 1, tzinfo=timezone.utc)
+Limit = RequestLimit | TokenLimit | MoneyLimit
 
 
 def micros(seconds: float) -> int:
@@ -42,6 +48,7 @@ class Send:
     tokens: int
     end: int
     expires: int  # the latest time at which it may be sent
+    cost: int = 0
     cancelled: bool = False
     returned: bool = False
 
@@ -207,6 +214,9 @@ class LimiterSpec:
     late_seconds: float = 0.0  # longest slack of earlier targets, and when the last
     late_until: int = 0  # of their permits expires
     breaker: Breaker = field(default_factory=Breaker)
+    epoch: int = 0
+    short: int = 0  # the least cost that a budget denied lately: a peek asks for it
+    short_until: int = 0
     priority: Priority = field(init=False)
 
     def __post_init__(self) -> None:
@@ -226,6 +236,8 @@ class LimiterSpec:
             self.late_until = self.sends[-1].expires
         if target != self.target:
             self.priority.yield_until = self.priority.due = 0
+        if target != self.target:
+            self.short = 0
         self.target, self.version = target, version
 
     def cool_down(self, now: int, seconds: float) -> None:
@@ -248,40 +260,54 @@ class LimiterSpec:
 
     # -- sends ----
 
-    def decide(self, now: int, tokens: int, *, interactive: bool = False) -> Decision:  # noqa: PLR0911 - one return per reason
-        """Decides when one more send with these tokens may leave."""
+    def decide(self, now: int, tokens: int, cost: int = 0, *, interactive: bool = False) -> Decision:
+        """Decides when one more send with these tokens and this cost may leave."""
         target = self.target
         if target is None:
             return Decision(None, WaitReason.NO_TARGET)
-        if target.stopped:
-            return Decision(None, WaitReason.STOPPED)
-        if any(tokens > limit.count for limit in target.tokens):
-            return Decision(None, WaitReason.TOO_MANY_TOKENS)
-        if target.at_once is not None and self.running(now) >= target.at_once:
-            ends = [send.end for send in self.sends if not send.returned and send.end > now]
-            return Decision(min(ends), WaitReason.CONCURRENCY)
-        if self.breaker.trips and self.breaker.probe_end > now:
-            return Decision(self.breaker.probe_end, WaitReason.HALF_OPEN)
+        blocked = self._blocked(target, now, tokens, cost)
+        if blocked is not None:
+            return blocked
         least = max(now, self.cooldown_until)
         if not interactive:
             least = max(least, self.priority.due)
         if self.sends:
             least = max(least, self.sends[-1].send_at + micros(target.gap_seconds))
-        send_at = self._first_that_fits(target, least, tokens)
-        if send_at > self._first_that_fits(TrafficTarget(requests=target.requests), least, 0):
+        without_money = TrafficTarget(requests=target.requests, tokens=target.tokens)
+        send_at = self._first_that_fits(target, least, tokens, cost)
+        by_tokens = self._first_that_fits(without_money, least, tokens, 0)
+        if send_at > by_tokens:
+            return Decision(send_at, WaitReason.BUDGET)
+        if by_tokens > self._first_that_fits(TrafficTarget(requests=target.requests), least, 0, 0):
             return Decision(send_at, WaitReason.TOKENS)
         return Decision(
             send_at, WaitReason.COOLING_DOWN if send_at == self.cooldown_until > now else WaitReason.WINDOW
         )
 
-    def grant(self, now: int, send_at: int, tokens: int, *, interactive: bool = False) -> Send:
+    def _blocked(self, target: TrafficTarget, now: int, tokens: int, cost: int) -> Decision | None:
+        """Returns what the call waits for other than a window, if anything."""
+        if target.stopped:
+            return Decision(None, WaitReason.STOPPED)
+        if any(tokens > limit.count for limit in target.tokens):
+            return Decision(None, WaitReason.TOO_MANY_TOKENS)
+        if any(cost > limit.count for limit in target.money):
+            return Decision(None, WaitReason.TOO_EXPENSIVE)
+        if target.at_once is not None and self.running(now) >= target.at_once:
+            ends = [send.end for send in self.sends if not send.returned and send.end > now]
+            return Decision(min(ends), WaitReason.CONCURRENCY)
+        if self.breaker.trips and self.breaker.probe_end > now:
+            return Decision(self.breaker.probe_end, WaitReason.HALF_OPEN)
+        return None
+
+    def grant(self, now: int, send_at: int, tokens: int, cost: int = 0, *, interactive: bool = False) -> Send:
         """Records a granted send."""
+        self.short = 0 if cost > 0 else self.short
         if self.target is not None:
             self.priority.granted(now, send_at, self.target, interactive=interactive)
         holder = micros(self.settings.max_call_seconds)
         slack = 0.0 if self.target is None else self.settings.send_slack(self.target)
         send = Send(
-            self.head, send_at, tokens, send_at + holder, max(send_at + micros(slack), self.late_until)
+            self.head, send_at, tokens, send_at + holder, max(send_at + micros(slack), self.late_until), cost
         )
         self.sends.append(send)
         self.head += 1
@@ -289,13 +315,14 @@ class LimiterSpec:
             self.breaker.probe, self.breaker.probe_end = send.number, send.end
         return send
 
-    def release(self, number: int, used: int | None) -> None:
-        """Ends a call that used these tokens (None: as reserved). Only the first return counts."""
+    def release(self, number: int, used: int | None, spent: int | None = None) -> None:
+        """Ends a call that used these tokens and this money (None: as reserved). Only the first counts."""
         self.breaker.ended(number)
         send = self._find(number)
         if send is not None and not send.returned:
             send.returned = True
             send.tokens = send.tokens if used is None else used
+            send.cost = send.cost if spent is None else spent
 
     def cancel(self, number: int) -> None:
         """Cancels a send; if it was the latest, pacing continues from the one before it."""
@@ -309,41 +336,79 @@ class LimiterSpec:
         if send is self.sends[-1] and len(self.sends) > 1:
             send.send_at = self.sends[-2].send_at
 
+    def denied(self, now: int, cost: int) -> None:
+        """Records a call that a budget denied."""
+        fresh = self.short == 0 or now > self.short_until
+        self.short, self.short_until = cost if fresh else min(self.short, cost), now + SHORT_KEPT
+
     # -- queries ----
 
     def running(self, now: int) -> int:
         """Counts the calls in flight."""
         return sum(not send.returned and send.end > now for send in self.sends)
 
-    def counted(self, window_seconds: int, at: int) -> list[Send]:
+    def counted(self, limit: Limit, at: int) -> list[Send]:
         """Returns the sends that count in a window at this time."""
-        return [send for send in self.sends if not send.cancelled and at < self.leaves(send, window_seconds)]
+        return [send for send in self.sends if not send.cancelled and at < self.leaves(send, limit)]
 
-    def within(self, window_seconds: int, at: int) -> list[Send]:
+    def within(self, limit: Limit, at: int) -> list[Send]:
         """Returns the sends of the window that ends at this time, without slacks."""
-        first = at - micros(window_seconds)
+        first = at - micros(limit.window_seconds)
+        if isinstance(limit, MoneyLimit) and limit.calendar:
+            first = self._period(limit.calendar, at)[0] - 1
         return [send for send in self.sends if not send.cancelled and first < send.send_at <= at]
 
-    def leaves(self, send: Send, window_seconds: int) -> int:
+    def counts_since(self, limit: Limit, at: int) -> int:
+        """Returns a time before which no send counts at `at`."""
+        assert self.target is not None
+        window = limit.window_seconds
+        slacks = micros(self.settings.send_slack(self.target) + self.settings.slacks(window).transit)
+        if isinstance(limit, MoneyLimit) and limit.calendar:
+            return self._period(limit.calendar, at)[0] - slacks
+        return at - micros(window) - slacks
+
+    def leaves(self, send: Send, limit: Limit) -> int:
         """Returns when a send leaves a window: with the current slack, or with its own if that is longer."""
         assert self.target is not None
-        slack, transit = self.settings.send_slack(self.target), self.settings.slacks(window_seconds).transit
-        today = send.send_at + micros(window_seconds + slack + transit)
-        return max(today, send.expires - micros(slack) + micros(window_seconds + slack + transit))
+        window = limit.window_seconds
+        slack, transit = self.settings.send_slack(self.target), self.settings.slacks(window).transit
+        today = send.send_at + micros(window + slack + transit)
+        leaves = max(today, send.expires - micros(slack) + micros(window + slack + transit))
+        if isinstance(limit, MoneyLimit) and limit.calendar:
+            return self._period(limit.calendar, leaves - micros(CALENDAR_SECONDS[limit.calendar]))[1]
+        return leaves
 
-    def _first_that_fits(self, target: TrafficTarget, least: int, tokens: int) -> int:
+    def _period(self, kind: str, at: int) -> tuple[int, int]:
+        """Returns begin and end of the calendar period that contains a time."""
+        time = BEGIN + timedelta(microseconds=self.epoch + at)
+        begin = time.replace(hour=0, minute=0, second=0, microsecond=0)
+        if kind == "day":
+            end = begin + timedelta(days=1)
+        else:
+            begin = begin.replace(day=1)
+            end = (begin + timedelta(days=31)).replace(day=1)
+        return self._at(begin), self._at(end)
+
+    def _at(self, time: datetime) -> int:
+        return (time - BEGIN) // timedelta(microseconds=1) - self.epoch
+
+    def _first_that_fits(self, target: TrafficTarget, least: int, tokens: int, cost: int) -> int:
         """Finds the first time that fits. Usage only decreases, so a bisection over the changes suffices."""
-        windows = {limit.window_seconds for limit in (*target.requests, *target.tokens)}
-        changes = {self.leaves(send, window) for send in self.sends for window in windows}
+        changes = {self.leaves(send, limit) for send in self.sends for limit in target.windows}
         send_times = [least, *sorted(change for change in changes if change > least)]
-        return send_times[bisect.bisect_left(send_times, True, key=lambda at: self._fits(target, at, tokens))]
+        return send_times[
+            bisect.bisect_left(send_times, True, key=lambda at: self._fits(target, at, tokens, cost))
+        ]
 
-    def _fits(self, target: TrafficTarget, at: int, tokens: int) -> bool:
+    def _fits(self, target: TrafficTarget, at: int, tokens: int, cost: int) -> bool:
         for limit in target.requests:
-            if len(self.counted(limit.window_seconds, at)) + 1 > limit.count:
+            if len(self.counted(limit, at)) + 1 > limit.count:
                 return False
-        for budget in target.tokens:
-            if sum(send.tokens for send in self.counted(budget.window_seconds, at)) + tokens > budget.count:
+        for tokens_limit in target.tokens:
+            if sum(send.tokens for send in self.counted(tokens_limit, at)) + tokens > tokens_limit.count:
+                return False
+        for budget in target.money:
+            if sum(send.cost for send in self.counted(budget, at)) + cost > budget.count:
                 return False
         return True
 
@@ -359,7 +424,7 @@ class LimiterSpec:
         self.sends = list(sends)
         self.head = len(self.sends)
         self.cooldown_until, self.breaker = cooldown_until, Breaker(trips)
-        self.late_seconds, self.late_until = 0.0, 0
+        self.late_seconds, self.late_until, self.short, self.short_until = 0.0, 0, 0, 0
         self.priority = Priority(self.settings)
 
     def forget_before(self, at: int) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from bench.judge import Arrival, TargetChange, judge
 from router.errors import LimiterUnavailable, PermitExpired
 from router.limiter import PastCall, Permit, TrafficLimiter, Wait, WaitReason
+from router.limiter.codec import Needs
 from router.settings import InteractiveShare
 from router.task import Outcome
 from router.traffic import TrafficTarget
@@ -35,12 +36,20 @@ from tests.support.limiter.specification import MICRO, LimiterSpec, micros
 WAITING_AGAIN = 4  # every fourth call whose permit expired stays in the call log, unsent
 
 
+Need = int | tuple[int, int]  # tokens, or tokens and cost
+
+
+def flat(needs: tuple[Need, ...]) -> Needs:
+    """Returns tokens and cost of each call, one after the other."""
+    return tuple(part for need in needs for part in (need if isinstance(need, tuple) else (need, 0)))
+
+
 async def reserve_many(
-    limiter: TrafficLimiter, tokens: tuple[int, ...], *, waits: bool = False, interactive: bool = False
+    limiter: TrafficLimiter, needs: tuple[Need, ...], *, waits: bool = False, interactive: bool = False
 ) -> tuple[list[Permit], Wait]:
-    """Reserves a permit per element of `tokens`, in one round trip."""
+    """Reserves a permit per need, in one round trip."""
     state = limiter._tracker.state(MODEL)
-    return await limiter._reservations.reserve_many(state, tokens, waits=waits, interactive=interactive)
+    return await limiter._reservations.reserve_many(state, flat(needs), waits=waits, interactive=interactive)
 
 
 @dataclass
@@ -80,14 +89,10 @@ class World(Following):
         self.rebuilt: dict[bytes, int] = {}
         targets = [TrafficTarget.parse(line) for line in self.lines]
         self.longest = max((target.longest_window_seconds for target in targets), default=0)
-        self.retention = micros(max(self.longest + 0.25, SETTINGS.max_call_seconds))
+        self.retention = micros(max(self.longest, SETTINGS.max_call_seconds) + 0.25)
         self.transit = micros(
             min(
-                (
-                    SETTINGS.slacks(limit.window_seconds).transit
-                    for t in targets
-                    for limit in (*t.requests, *t.tokens)
-                ),
+                (SETTINGS.slacks(limit.window_seconds).transit for t in targets for limit in t.windows),
                 default=SETTINGS.second_slacks.transit,
             )
         )
@@ -143,7 +148,9 @@ class World(Following):
             call_id = held.permit.call_id
             if held.sent_at is not None and held.sent_at > self.now - seconds * MICRO:
                 age = (self.now - held.sent_at) / MICRO
-                self.rows.append(PastCall(age, held.permit.tokens, held.ended_at is None, call_id))
+                used = held.permit.tokens if held.used is None else held.used
+                spent = held.permit.cost if held.spent is None else held.spent
+                self.rows.append(PastCall(age, used, held.ended_at is None, call_id, spent))
             elif (
                 held.sent_at is None
                 and not held.permit.returned
@@ -151,7 +158,7 @@ class World(Following):
                     not self._expired(held) or held.permit.number % WAITING_AGAIN == 3
                 )
             ):
-                self.rows.append(PastCall(0.0, held.permit.tokens, True, call_id))
+                self.rows.append(PastCall(0.0, held.permit.tokens, True, call_id, held.permit.cost))
         self.rows_at = self.now
         return self.rows
 
@@ -168,15 +175,15 @@ class World(Following):
         """Asks when a batch call may be sent."""
         self.current = who
         limiter = self.limiters[who]
-        await self._ask(limiter._reservations.peek(limiter._tracker.state(MODEL)), (0,))
+        await self._ask(limiter._reservations.peek(limiter._tracker.state(MODEL)), (0, 0))
 
     async def reserve(
-        self, who: int, needs: tuple[int, ...], *, interactive: bool = False
+        self, who: int, needs: tuple[Need, ...], *, interactive: bool = False
     ) -> list[IssuedPermit]:
         """Reserves permits, and checks each against the clock rules."""
         self.current = who
         work = reserve_many(self.limiters[who], needs, waits=self.waits, interactive=interactive)
-        reply = await self._ask(work, needs)
+        reply = await self._ask(work, flat(needs))
         permits, wait = reply
         if wait.reason is WaitReason.REBUILDING:
             self._check_rebuild_time(self.now)
@@ -209,16 +216,19 @@ class World(Following):
         held.sent_at, held.arrived_at = self.now, self.now + min(transit, self.transit)
         return True
 
-    async def end(self, held: IssuedPermit, used: int | None, times: int = 1) -> None:
+    async def end(
+        self, held: IssuedPermit, used: int | None, times: int = 1, spent: int | None = None
+    ) -> None:
         """Ends the call now and releases its permit, maybe more than once."""
         if held.sent_at is None or held.ended_at is not None or held.send_at + micros(8.0) <= self.now:
             return
         self.now = max(self.now, held.arrived_at + 1)
-        held.ended_at, held.used = self.now, used
-        await self._return(held, times, lambda client: client.release(held.permit, used))
+        held.ended_at, held.used, held.spent = self.now, used, spent
+        await self._return(held, times, lambda client: client.release(held.permit, used, spent))
 
     async def cancel(self, held: IssuedPermit, times: int = 1) -> None:
-        if held.sent_at is None:
+        forgotten = held.send_at < self.now - self.retention  # by the specification, for speed
+        if held.sent_at is None and not forgotten:
             await self._return(held, times, lambda client: client.cancel(held.permit))
 
     async def end_again(self, held: IssuedPermit, used: int | None, *, unused: bool) -> None:
@@ -256,18 +266,16 @@ class World(Following):
         target, at = self.spec.target, self.redis.calls[-1].at
         if not self.exact(at) or self.state != "sound" or target is None or target.stopped:
             return
-        sent = {str(one): len(self.spec.within(one.window_seconds, at)) for one in target.requests}
-        tokens = {
-            str(one): sum(send.tokens for send in self.spec.within(one.window_seconds, at))
-            for one in target.tokens
-        }
-        counted = (traffic.sent, traffic.tokens)
-        self._require(counted == (sent, tokens), f"the snapshot counts {counted}, not {(sent, tokens)}")
+        sent = {str(one): len(self.spec.within(one, at)) for one in target.requests}
+        tokens = {str(one): sum(send.tokens for send in self.spec.within(one, at)) for one in target.tokens}
+        money = {str(one): sum(send.cost for send in self.spec.within(one, at)) for one in target.money}
+        counted, expected = (traffic.sent, traffic.tokens, traffic.money), (sent, tokens, money)
+        self._require(counted == expected, f"the snapshot counts {counted}, not {expected}")
         if target.at_once is not None:
             running = self.spec.running(at)
             self._require(traffic.in_flight == running, f"{traffic.in_flight} in flight, not {running}")
 
-    async def _ask(self, coroutine: Any, needs: tuple[int, ...] = ()) -> Any:
+    async def _ask(self, coroutine: Any, needs: Needs = ()) -> Any:
         self.redis.calls.clear()
         try:
             result = await coroutine
@@ -361,6 +369,7 @@ class World(Following):
                 continue
             ended = held.ended_at if held.ended_at is not None else held.send_at + micros(8.0)
             used = held.permit.tokens if held.used is None else min(held.used, held.permit.tokens)
+            spent = held.permit.cost if held.spent is None else min(held.spent, held.permit.cost)
             arrivals.append(
                 Arrival(
                     held.arrived_at / MICRO,
@@ -369,11 +378,14 @@ class World(Following):
                     str(len(arrivals)),
                     held.permit.tokens,
                     used,
+                    cost_reserved=held.permit.cost,
+                    cost_used=spent,
                 )
             )
         verdict = judge(
-            arrivals, self.changes, backlog_from=None, backlog_until=None, settle_seconds=SETTLE_SECONDS
-        ).models.get(MODEL)
+            arrivals, self.changes, backlog_from=None, backlog_until=None, settle_seconds=SETTLE_SECONDS,
+            utc_offset_seconds=self.spec.epoch / MICRO,
+        ).models.get(MODEL)  # fmt: skip
         if verdict is not None and verdict.breach_count:
             raise Mismatch(f"{verdict.breach_count} breaches, first {verdict.breaches[0]}")
 

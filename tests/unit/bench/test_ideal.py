@@ -18,7 +18,7 @@ def sends(
     *changes: TargetChange, until: float, latency: float = 0.0, tokens: int = 0, used: int = 0
 ) -> list[float]:
     draws = [(tokens, used or tokens)]
-    return replay_ideal(changes, [latency], 0.0, until, tokens=draws).tolist()
+    return replay_ideal(changes, [latency], 0.0, until, amounts=[(*draw, 0, 0) for draw in draws]).tolist()
 
 
 def test_it_paces_at_nine_tenths_of_the_window_and_then_waits_for_it():
@@ -52,8 +52,13 @@ def test_a_call_larger_than_the_window_waits_for_an_empty_window():
 def test_a_call_without_tokens_does_not_wait_for_tokens():
     draws = [(10, 50), (0, 0)]
     full = [target("10 tokens/min, 1 at once")]
-    assert replay_ideal(full, [2.0], 0.0, 5.0, tokens=draws).tolist() == [0, 2]
-    assert replay_ideal(full, [2.0], 0.0, 70.0, tokens=draws).tolist() == [0, 2, 60, 62]
+    assert replay_ideal(full, [2.0], 0.0, 5.0, amounts=[(*draw, 0, 0) for draw in draws]).tolist() == [0, 2]
+    assert replay_ideal(full, [2.0], 0.0, 70.0, amounts=[(*draw, 0, 0) for draw in draws]).tolist() == [
+        0,
+        2,
+        60,
+        62,
+    ]
 
 
 def test_a_stopped_model_keeps_its_history():

@@ -171,7 +171,7 @@ def test_the_ideal_sends_exactly_when_brute_force_does(
         [latency / TICKS_A_SECOND for latency, _, _ in draws],
         BACKLOG_FROM / TICKS_A_SECOND,
         BACKLOG_UNTIL / TICKS_A_SECOND,
-        tokens=[(reserved, used) for _, reserved, used in draws],
+        amounts=[(reserved, used, 0, 0) for _, reserved, used in draws],
         before=model_log(as_arrivals(sorted(before))),
         most=MOST,
     )
@@ -183,7 +183,7 @@ def test_the_ideal_sends_exactly_when_brute_force_does(
 def test_the_ideals_sends_breach_nothing_and_use_everything(history: History, draws: list[Draw]):
     changes = as_changes(history)
     latencies = [latency / TICKS_A_SECOND for latency, _, _ in draws]
-    sends = replay_ideal(changes, latencies, 0.0, 12.0, tokens=[(1, 1)], most=2000).tolist()
+    sends = replay_ideal(changes, latencies, 0.0, 12.0, amounts=[(1, 1, 0, 0)], most=2000).tolist()
     arrivals = [
         Arrival(at, at + latencies[i % len(latencies)], "m", str(i), 1, 1) for i, at in enumerate(sends)
     ]
@@ -205,7 +205,9 @@ def test_the_bound_is_the_merge_of_the_models_own_ideals(
     sends = sorted(
         (at, model)
         for model, history in changes.items()
-        for at in replay_ideal(history, [latency[model]], 0.0, 500.0, tokens=[(1, 1)], most=tasks).tolist()
+        for at in replay_ideal(
+            history, [latency[model]], 0.0, 500.0, amounts=[(1, 1, 0, 0)], most=tasks
+        ).tolist()
     )
     soonest = bound(
         [*changes["one"], *changes["other"]],
