@@ -148,10 +148,10 @@ class Classifier:
     def _probabilities(
         self, prompts: Sequence[str], texts: Sequence[str], matches: Sequence[Sequence[float]]
     ) -> Numbers:
-        """Returns the softmax of the scores, shape (prompts, categories)."""
+        """Returns the probabilities of each category against the rest, scaled to a sum of 1 per prompt."""
         scores = self._model.scores(Features(prompts, texts, matches)) / self.settings.temperature
-        raised = np.exp(scores - scores.max(axis=1, keepdims=True))
-        probabilities: Numbers = raised / raised.sum(axis=1, keepdims=True)
+        each = 1 / (1 + np.exp(-scores))
+        probabilities: Numbers = each / each.sum(axis=1, keepdims=True)
         return probabilities
 
     def _strongest_words(self, text: str, category: str) -> tuple[tuple[str, float], ...]:

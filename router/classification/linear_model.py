@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,11 +30,9 @@ from router.classification.features import (
 from router.files import replacing
 
 SHAPE_SCALE = 0.3
-RULE_SCALE = 0.35
-REGULARIZATION = 3.0
-MAX_RARE = (
-    3  # columns of at most as many examples are not used: training takes half as long, accuracy is equal ...
-)
+RULE_SCALE = 0.3
+REGULARIZATION = 0.1
+MAX_RARE = 2  # columns of at most as many examples are not used ...
 EXAMPLES_PER_RARE = 4000  # ... but with few examples, only those of one example
 CACHED_MODELS = 8  # the most recently used
 
@@ -64,7 +61,11 @@ class LinearModel:
     def train(
         cls, examples: Features, labels: Sequence[int], weights: Sequence[float] | Numbers, categories: int
     ) -> LinearModel:
-        """Trains on examples, each with the number of its category and a sample weight."""
+        """Trains on examples, each with the number of its category and a sample weight.
+
+        One regression per category: liblinear takes a fifth of the time of a multinomial one, and is as
+        accurate.
+        """
         from sklearn.linear_model import LogisticRegression  # noqa: PLC0415 - it takes a second
         from threadpoolctl import threadpool_limits  # noqa: PLC0415 - scikit-learn brings it
 
@@ -72,18 +73,21 @@ class LinearModel:
         word_weights, gram_weights = _inverse_frequency(words), _inverse_frequency(grams)
         columns = _columns(examples, _tfidf(words, word_weights), _tfidf(grams, gram_weights))
         coefficients, intercepts = np.zeros((columns.shape[1], categories)), np.zeros(categories)
-        if categories > 1:
-            rare = 1 + min(MAX_RARE - 1, len(labels) // EXAMPLES_PER_RARE)
-            used = np.flatnonzero(np.asarray(columns.getnnz(axis=0)) > rare)
-            model = LogisticRegression(C=REGULARIZATION, max_iter=80, tol=5e-4)
+        rare = 1 + min(MAX_RARE - 1, len(labels) // EXAMPLES_PER_RARE)
+        used = np.flatnonzero(np.asarray(columns.getnnz(axis=0)) > rare)
+        seen, truth = columns[:, used], np.asarray(labels)
+        for category in range(categories if categories > 1 else 0):
+            model = LogisticRegression(
+                C=1 / REGULARIZATION, solver="liblinear", dual=True, tol=0.02, max_iter=200, random_state=0
+            )
             with threadpool_limits(1):  # several threads slow each other down on a busy host
-                model.fit(columns[:, used], labels, sample_weight=weights)
-            coefficients[used] = _per_category(model.coef_)
-            intercepts = _per_category(model.intercept_[:, None])[0]
+                model.fit(seen, truth == category, sample_weight=weights)
+            coefficients[used, category] = model.coef_[0]
+            intercepts[category] = model.intercept_[0]
         return cls(word_weights, gram_weights, coefficients, intercepts)
 
     def scores(self, features: Features) -> Numbers:
-        """Returns logits, shape (prompts, categories)."""
+        """Returns the log-odds of each category against the rest, shape (prompts, categories)."""
         words = _tfidf(word_counts(features.texts), self.word_weights)
         grams = _tfidf(gram_counts(features.texts), self.gram_weights)
         scores: Numbers = _columns(features, words, grams) @ self.coefficients + self.intercepts
@@ -130,11 +134,6 @@ def _columns(features: Features, words: csr_matrix, grams: csr_matrix) -> csr_ma
     return hstack(
         [words, grams, csr_matrix(shape * SHAPE_SCALE), csr_matrix(rules * RULE_SCALE)], format="csr"
     )
-
-
-def _per_category(learned: Any) -> Any:
-    """Returns a column per category; for two categories scikit-learn has only that of the second."""
-    return np.concatenate([-learned, learned]).T / 2 if len(learned) == 1 else learned.T
 
 
 def _inverse_frequency(counts: csr_matrix) -> Numbers:
