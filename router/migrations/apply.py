@@ -17,7 +17,6 @@ from router.errors import SchemaError, first_line
 from router.migrations.facts import SchemaFacts, read_facts
 from router.migrations.problems import REPAIRED_BY_MIGRATE, ProblemKind, SchemaProblem, schema_problems
 from router.migrations.schema import (
-    SCHEMA_MIGRATION,
     apply_roles,
     move_functions,
     roles_applied,
@@ -27,6 +26,7 @@ from router.migrations.schema import (
 )
 from router.migrations.scripts import (
     FUNCTIONS,
+    SCHEMA_MIGRATION,
     SQL_FOLDER,
     ExpectedSchema,
     Script,

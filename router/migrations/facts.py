@@ -30,6 +30,8 @@ SELECT current_setting('server_encoding') AS encoding, current_user::text AS rol
           FROM pg_class q JOIN pg_namespace s ON s.oid = q.relnamespace
          WHERE s.nspname = 'router' AND q.relname = 'queue') AS may_work,
        has_schema_privilege(coalesce(n.oid, current_schema()::regnamespace), 'CREATE') AS may_create,
+       current_database()::text AS database,
+       has_database_privilege(current_database(), 'CREATE') AS may_create_schema,
        -- Schemas in which strangers may create: PUBLIC by default before PostgreSQL 15. They could put
        -- something in the place of functions and tables of the router.
        (SELECT jsonb_agg(DISTINCT jsonb_build_array(s.nspname, coalesce(r.rolname, 'PUBLIC')))
@@ -107,6 +109,8 @@ class SchemaFacts:
     owner: str | None
     owned: bool
     may_create: bool
+    database: str
+    may_create_schema: bool
     rows_hidden: bool
     may_work: bool
     open_schemas: tuple[tuple[str, str], ...]
@@ -142,6 +146,8 @@ def _facts(row: Mapping[str, Any], checksums: str | None) -> SchemaFacts:
         owner=row["owner"],
         owned=bool(row["owned"]),
         may_create=bool(row["may_create"]),
+        database=row["database"],
+        may_create_schema=bool(row["may_create_schema"]),
         rows_hidden=bool(row["rows_hidden"]),
         may_work=bool(row["may_work"]),
         open_schemas=tuple((schema, role) for schema, role in json.loads(row["open_schemas"] or "[]")),

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from router.migrations.facts import Column, SchemaFacts
-from router.migrations.scripts import FUNCTIONS, ExpectedSchema
+from router.migrations.scripts import FUNCTIONS, SCHEMA_MIGRATION, ExpectedSchema
 
 
 class ProblemKind(str, enum.Enum):
@@ -167,6 +167,12 @@ def _ownership(facts: SchemaFacts) -> Iterator[SchemaProblem]:
             ProblemKind.PRIVILEGES,
             f"The role {facts.role} may not create tables in {schema}.",
             f"Run `GRANT CREATE ON SCHEMA {facts.schema or 'NAME'} TO {facts.role}`.",
+        )
+    if not facts.may_create_schema and SCHEMA_MIGRATION not in (facts.applied or ()):
+        yield SchemaProblem(
+            ProblemKind.PRIVILEGES,
+            f"The role {facts.role} may not create the schema router.",
+            f'Run `GRANT CREATE ON DATABASE "{facts.database}" TO {facts.role}` as its owner.',
         )
 
 

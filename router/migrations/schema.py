@@ -8,7 +8,6 @@ from pathlib import Path
 from router.database import Connection, rows
 from router.migrations.scripts import Script
 
-SCHEMA_MIGRATION = "026_schema.sql"
 # Scripts find `tasks` where the session finds it, and create everything else in the first schema.
 _SCRIPT_PATH = """
 SELECT set_config('search_path', concat_ws(', ',

@@ -18,6 +18,7 @@ from router.settings import ROOT
 
 SQL_FOLDER = ROOT / "sql"
 FUNCTIONS = "functions"
+SCHEMA_MIGRATION = "026_schema.sql"  # creates the schema `router`
 _TRIGGER = re.compile(
     r"^CREATE OR REPLACE TRIGGER (\w+)[^;]*? ON tasks\b[^;]*?EXECUTE FUNCTION (\w+)\(\)", re.MULTILINE
 )

@@ -275,6 +275,27 @@ def test_a_schema_that_others_may_create_in_is_refused(bare_database: str, kind:
 
 
 @pytest.mark.usefixtures("stranger")
+def test_an_owner_of_tasks_who_may_not_create_a_schema_is_told_so(empty_database: str) -> None:
+    """The usual rights of a role that a database administrator made for one table."""
+    _run(
+        empty_database,
+        "CREATE TABLE tasks (id serial PRIMARY KEY, prompt text, status text DEFAULT 'unsolved')",
+        "ALTER TABLE tasks OWNER TO stranger",
+        "GRANT CREATE ON SCHEMA public TO stranger",
+    )
+    owner = empty_database.replace("postgres@", "stranger@")
+    with pytest.raises(SchemaError, match=r"create the schema router.*Nothing was changed") as refused:
+        migrate(owner)
+    assert examine(owner).refused
+    remedy = re.search("GRANT CREATE ON DATABASE[^`]*", str(refused.value))
+    assert remedy is not None
+    _run(empty_database, remedy[0])
+    assert migrate(owner).problems == ()
+    with connect(owner) as connection:  # it does not own the database: the default path is its own
+        assert rows(connection, "SHOW search_path")[0]["search_path"] == '"$user", public, router'
+
+
+@pytest.mark.usefixtures("stranger")
 def test_a_schema_of_somebody_else_is_refused(empty_database: str) -> None:
     name = _column(empty_database, "SELECT current_database()")[0]
     _run(
