@@ -42,9 +42,7 @@ class ConsoleState:
         self.spend = CachedReading(
             lambda: self.reads.run(lambda connection: as_line(tasks.spend(connection))), SPEND_CACHE_SECONDS
         )
-        self.clients = self._cached(
-            lambda connection: {"clients": read_clients(connection, load_config(config_folder()))}
-        )
+        self.clients = self._cached(_clients)
         self.search_progress = self._cached(discovery.running_search, PROGRESS_SECONDS)
         self.searches = Searches(addresses)
         self.live = Live(self._read_status)
@@ -76,6 +74,11 @@ class ConsoleState:
         with contextlib.suppress(Exception):  # the active targets are shown without it
             now["variables"] = await asyncio.to_thread(self.variables.read)
         return now
+
+
+def _clients(connection: Database) -> dict[str, Any]:
+    config = load_config(config_folder())
+    return {"clients": read_clients(connection, config, addresses().redis_url)}
 
 
 def addresses() -> Addresses:

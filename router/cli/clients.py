@@ -30,11 +30,12 @@ def clients(
     *,
     as_json: terminal.Json = False,
     database: terminal.Database = None,
+    redis: terminal.Redis = None,
     config: terminal.Config = terminal.DEFAULT_CONFIG,
 ) -> None:
     settings = load_config(config)
     with terminal.database(database) as connection:
-        found = read_clients(connection, settings)
+        found = read_clients(connection, settings, redis)
     if as_json:
         terminal.print_json({one.client: one for one in found})
         return

@@ -1,3 +1,4 @@
+from .inspection import read_client_limits as read_client_limits
 from .inspection import read_limiter as read_limiter
 from .inspection import seconds_until_applied as seconds_until_applied
 from .limiter import TrafficLimiter as TrafficLimiter

@@ -35,6 +35,16 @@ def read_limiter(
         return None, f"Redis is unavailable: {first_line(error).rstrip('.')}."
 
 
+def read_client_limits(redis_url: str | None, clients: Sequence[str]) -> dict[str, ModelTraffic]:
+    """Returns limit and usage of each of the clients that have a limit; none while Redis is unavailable."""
+    if not redis_url or not clients:
+        return {}
+    try:
+        return asyncio.run(asyncio.wait_for(_client_limits(redis_url, clients), 2 * REDIS_SECONDS))
+    except (*_ERRORS, asyncio.TimeoutError):
+        return {}
+
+
 def seconds_until_applied(redis_url: str, model: str, target: str, *, timeout_seconds: float) -> float | None:
     """Waits until a target (its canonical line) is applied; None if it is not within the timeout."""
     try:
@@ -57,6 +67,11 @@ async def _snapshot(redis_url: str, models: Sequence[str]) -> dict[str, ModelTra
     async with _limiter(redis_url) as limiter:
         await limiter.check_writable()
         return await limiter.snapshot(models)
+
+
+async def _client_limits(redis_url: str, clients: Sequence[str]) -> dict[str, ModelTraffic]:
+    async with _limiter(redis_url) as limiter:
+        return await limiter.snapshot_clients(clients)
 
 
 async def _until_applied(redis_url: str, model: str, target: str, timeout_seconds: float) -> float | None:

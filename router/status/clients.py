@@ -9,15 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from router.database import Connection, rows
 from router.settings import DEFAULT_CLIENT, RouterConfig
-from router.traffic import RequestLimit, TokenLimit, TrafficTarget
+from router.traffic import MICRO_USD, MoneyLimit, RequestLimit, TokenLimit, TrafficTarget
+
+if TYPE_CHECKING:
+    from router.limiter import ModelTraffic
 
 HOUR, DAY = timedelta(hours=1), timedelta(hours=24)
 MAX_CLIENTS = 1000
-MICRO_USD = 1_000_000
+MAX_LIVE = 200  # clients whose limits are read from Redis
+KINDS: Mapping[type, str] = {RequestLimit: "requests", TokenLimit: "tokens", MoneyLimit: "usd"}
 _USAGE = "SELECT * FROM client_usage_since(%s::timestamptz[])"
 _COUNTS = "SELECT client, unsolved FROM client_counts_now WHERE unsolved > 0"
 _ABOUT = "SELECT to_regclass('client_counts_now') IS NOT NULL AS counted, clock_timestamp() AS now"
@@ -40,7 +44,7 @@ class LimitUsage:
     """One limit of a client: use in its window until now, and in a whole window at the last hour's pace.
 
     Of a budget for a calendar period: what it comes to by the period's end at this pace. Money is in USD.
-    `used` is of ended calls, to five minutes; the limiter decides by exact numbers.
+    `exact`: `used` is the limiter's number; else it is of ended calls in the log, to five minutes.
     """
 
     limit: str
@@ -48,6 +52,7 @@ class LimitUsage:
     used: float
     allowed: float
     forecast: float
+    exact: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,20 +77,42 @@ class ClientStatus:
 Spans = Mapping[datetime, Mapping[str, Usage]]  # start of the span -> client -> its usage since then
 
 
-def read_clients(connection: Connection, config: RouterConfig) -> list[ClientStatus]:
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """Everything that was read for all clients."""
+
+    config: RouterConfig
+    now: datetime
+    unsolved: Mapping[str, int] | None
+    usage: Spans
+    live: Mapping[str, ModelTraffic]
+
+    def usage_of(self, client: str, since: datetime) -> Usage:
+        return self.usage.get(since, {}).get(client, Usage())
+
+
+def read_clients(
+    connection: Connection, config: RouterConfig, redis_url: str | None = None
+) -> list[ClientStatus]:
     """Returns the clients of the config and those with unsolved tasks or calls of the last day.
 
-    The largest come first: by cost of the day, then calls, then backlog. At most MAX_CLIENTS.
+    The largest come first: by cost of the day, then calls, then backlog. At most MAX_CLIENTS. With Redis, the
+    use of limits is the limiter's, and limits of API keys are shown.
     """
+    from router.limiter import read_client_limits  # noqa: PLC0415 - its import takes half a second
+
     about = rows(connection, _ABOUT)[0]
     now: datetime = about["now"]
     unsolved = _unsolved(connection) if about["counted"] else None
     lines = {settings.limit for settings in config.clients.values() if settings.limit is not None}
-    starts = {_start(limit, now) for line in lines for limit in _limits(TrafficTarget.parse(line))}
+    starts = {_start(limit, now) for line in lines for limit in TrafficTarget.parse(line).windows}
     usage = _usage(connection, [now - HOUR, now - DAY, *starts])
     names = {name for name in config.clients if name != DEFAULT_CLIENT}
     names |= set(unsolved or ()) | set(usage[now - DAY])
-    found = [_client(name, config, unsolved, usage, now) for name in names]
+    largest = sorted(names, key=lambda name: -usage[now - DAY].get(name, Usage()).calls)[:MAX_LIVE]
+    live = read_client_limits(redis_url, largest)
+    read = _Read(config, now, unsolved, usage, live)
+    found = [_client(name, read) for name in names]
     found.sort(key=lambda one: (-one.day.cost_usd, -one.day.calls, -(one.unsolved or 0), one.client))
     return found[:MAX_CLIENTS]
 
@@ -102,47 +129,41 @@ def _usage(connection: Connection, since: Sequence[datetime]) -> Spans:
     return spans
 
 
-def _client(
-    name: str, config: RouterConfig, unsolved: Mapping[str, int] | None, usage: Spans, now: datetime
-) -> ClientStatus:
-    settings, waiting = config.client(name), unsolved or {}
-    target = None if settings.limit is None else TrafficTarget.parse(settings.limit)
-    weights = sum(config.client(other).weight for other in waiting)
-    hour = usage[now - HOUR].get(name, Usage())
+def _client(name: str, read: _Read) -> ClientStatus:
+    settings, waiting, live = read.config.client(name), read.unsolved or {}, read.live.get(name)
+    line = settings.limit or (live.target if live is not None else None)
+    target = None if line is None else TrafficTarget.parse(line)
+    weights = sum(read.config.client(other).weight for other in waiting)
     return ClientStatus(
         client=name,
         weight=settings.weight,
-        unsolved=None if unsolved is None else waiting.get(name, 0),
+        unsolved=None if read.unsolved is None else waiting.get(name, 0),
         queue_share=waiting[name] / sum(waiting.values()) if name in waiting else None,
         weight_share=settings.weight / weights if name in waiting else None,
-        hour=hour,
-        day=usage[now - DAY].get(name, Usage()),
+        hour=read.usage_of(name, read.now - HOUR),
+        day=read.usage_of(name, read.now - DAY),
         limit=None if target is None else str(target),
-        limits=tuple(
-            _limit_usage(limit, usage[_start(limit, now)].get(name, Usage()), hour, now)
-            for limit in (() if target is None else _limits(target))
-        ),
+        limits=tuple(_limit_usage(name, limit, read) for limit in (() if target is None else target.windows)),
     )
 
 
-def _limits(target: TrafficTarget) -> tuple[Any, ...]:
-    return (*target.requests, *target.tokens, *getattr(target, "money", ()))
-
-
-def _limit_usage(limit: Any, used: Usage, hour: Usage, now: datetime) -> LimitUsage:
-    kind = (
-        "requests"
-        if isinstance(limit, RequestLimit)
-        else "tokens"
-        if isinstance(limit, TokenLimit)
-        else "usd"
-    )
-    pace = _amount(hour, kind) / HOUR.total_seconds()
-    begun = _amount(used, kind)
-    left = _seconds_left(limit, now)
-    forecast = pace * limit.window_seconds if left is None else begun + pace * left
+def _limit_usage(name: str, limit: Any, read: _Read) -> LimitUsage:
+    kind = KINDS[type(limit)]
+    pace = _amount(read.usage_of(name, read.now - HOUR), kind) / HOUR.total_seconds()
+    exact = _live_use(read.live.get(name), str(limit), kind)
+    used = _amount(read.usage_of(name, _start(limit, read.now)), kind) if exact is None else exact
+    left = _seconds_left(limit, read.now)
+    forecast = pace * limit.window_seconds if left is None else used + pace * left
     allowed = limit.count / MICRO_USD if kind == "usd" else limit.count
-    return LimitUsage(str(limit), kind, begun, allowed, forecast)
+    return LimitUsage(str(limit), kind, used, allowed, forecast, exact is not None)
+
+
+def _live_use(live: ModelTraffic | None, limit: str, kind: str) -> float | None:
+    if live is None:
+        return None
+    counts = {"requests": live.sent, "tokens": live.tokens, "usd": live.money}[kind]
+    count = counts.get(limit)
+    return count if count is None or kind != "usd" else count / MICRO_USD
 
 
 def _amount(usage: Usage, kind: str) -> float:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import redis.asyncio
 import yaml
 
+from local.redis import RedisServer
 from router.database import connect, rows
+from router.limiter import PastCall, TrafficLimiter
 from router.settings.environment import DEFAULT_CONFIG_FOLDER
 from router.settings.models import DISCOVERED
 from tests.support.command_line import CommandLine
@@ -101,12 +105,52 @@ def test_limits_show_use_and_pace(router: CommandLine, add: Callable[..., None])
     requests, tokens = found["alice"]["limits"]
     assert requests == {
         "limit": "600/h", "kind": "requests", "used": 60, "allowed": 600, "forecast": pytest.approx(60),
+        "exact": False,
     }  # fmt: skip
     assert (tokens["limit"], tokens["used"], tokens["allowed"]) == ("12k tokens/h", 6000, 12_000)
     (minute,) = found["carol"]["limits"]
     assert (minute["limit"], minute["forecast"]) == ("100/min", pytest.approx(0.5))
     shown = " ".join(router("clients").out.split())
     assert "600/h: 60 -> 60" in shown
+
+
+async def no_calls(_name: str, _seconds: float) -> list[PastCall]:
+    return []
+
+
+async def reserve(url: str, clients: dict[str, str]) -> None:
+    """Sets the clients' limits and makes two calls of $0.20 for each of them."""
+    client = redis.asyncio.Redis.from_url(url)
+    async with TrafficLimiter(client, no_calls, client_history=no_calls) as limiter:
+        await limiter.set_target("phi-4", "100000/s, burst")
+        for name, limit in clients.items():
+            await limiter.set_client_limit(name, limit)
+            for _ in range(2):
+                assert await limiter.reserve("phi-4", cost=200_000, client=name)
+    await client.aclose()
+
+
+def test_use_is_the_limiters_also_of_limits_that_keys_set(
+    router: CommandLine, add: Callable[..., None], redis_server: RedisServer, redis_client: object
+) -> None:
+    add("alice", 60)
+    add("dave", 10)
+    limits = {"alice": "600/h, 12k tokens/h", "dave": "100/min, $1/day, $5/calendar month"}
+    asyncio.run(reserve(redis_server.url, limits))
+    config = yaml.safe_load((Path(router.environment["ROUTER_CONFIG"]) / "models.yaml").read_text())
+    del config["clients"]["default"]
+    (Path(router.environment["ROUTER_CONFIG"]) / "models.yaml").write_text(yaml.safe_dump(config))
+    found = router("clients", "--json", "--redis", redis_server.url).json
+    assert [(one["limit"], one["used"], one["exact"]) for one in found["alice"]["limits"]] == [
+        ("600/h", 2, True), ("12k tokens/h", 0, True),
+    ]  # fmt: skip
+    dave = {one["limit"]: one for one in found["dave"]["limits"]}
+    assert (dave["$1/d"]["used"], dave["$1/d"]["allowed"]) == (0.4, 1.0)
+    assert dave["$1/d"]["forecast"] == pytest.approx(24 * 0.1)  # 10 calls of $0.01 in the last hour
+    assert dave["$5/calendar month"]["forecast"] >= 0.4
+    without = router("clients", "--json", "--redis", "redis://127.0.0.1:1").json
+    assert without["alice"]["limits"][0]["used"] == 60
+    assert without["dave"]["limits"] == []
 
 
 def test_old_usage_is_deleted(ask: Ask) -> None:
