@@ -188,6 +188,17 @@ def calls(addresses: Addresses, where: str = "true") -> int:
     return int(ask(addresses, f"SELECT count(*) AS n FROM model_calls WHERE {where}")[0]["n"])
 
 
+async def test_usage_of_clients_is_summed_up(addresses: Addresses, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.workers.engine.USAGE_SECONDS", 0.2)
+    insert(addresses, 20)
+    ask(addresses, "UPDATE tasks SET client = CASE WHEN id > 5 THEN 'alice' ELSE 'bob' END")
+    async with running(addresses, config()) as engine, working(engine):
+        await until(lambda: solved(addresses) == 20)
+        summed = "SELECT client, sum(answered)::int AS n FROM client_usage GROUP BY client ORDER BY client"
+        expected = [{"client": "alice", "n": 15}, {"client": "bob", "n": 5}]
+        await until(lambda: ask(addresses, summed) == expected)
+
+
 async def test_nothing_is_sent_while_the_batch_is_paused(addresses: Addresses) -> None:
     insert(addresses, 400)
     async with running(addresses, config()) as engine, working(engine):
