@@ -45,6 +45,7 @@ from router.settings import (
     load_config,
 )
 from router.task import Role, checked_client
+from router.traffic import TrafficTarget
 
 __all__ = ["Answer", "CallSummary", "Event", "EventKind", "Listener", "Role", "Router"]
 
@@ -190,6 +191,14 @@ class Router:
         if seconds is None:
             return await request.better(answer.rank)
         return await result_or_none(request.better(answer.rank), max(0.0, seconds), "router late answer")
+
+    async def set_client_limit(self, client: str, limit: TrafficTarget | None) -> None:
+        """Limits the requests of a client to this router, over all models; None: no limit.
+
+        Raises LimiterError if Redis is unavailable.
+        """
+        service = await self._open_service(classify=False)
+        await service.context.limiter.set_client_limit(client, limit)
 
     async def models(self) -> tuple[RosterModel, ...]:
         """Returns the models in use, by name."""

@@ -23,7 +23,7 @@ client switch, and remove the old one by its id.
 \b
 Examples:
   router keys add alice
-  router keys add bob --limit "60/min, 90k tokens/min" --models phi-4,gemma-2-27b --expires 90d
+  router keys add bob --limit "60/min, $5/day" --models phi-4,gemma-2-27b --expires 90d
   router keys list
   router keys add alice --rotate
   router keys remove alice --id 5e884898      one key
@@ -47,7 +47,7 @@ def add(
         str | None,
         typer.Option(
             metavar="TARGET",
-            help='Limit of the client over all models and keys, e.g. "60/min, 90k tokens/min". An entry in'
+            help='Limit of the client over all models and keys, e.g. "60/min, $5/day". An entry in'
             " clients: of models.yaml takes precedence.",
         ),
     ] = None,

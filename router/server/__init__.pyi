@@ -3,7 +3,6 @@ from .api_keys import ApiKeys as ApiKeys
 from .key_file import StoredKey as StoredKey
 from .key_file import add_key as add_key
 from .key_file import expiry as expiry
-from .key_file import key_limits as key_limits
 from .key_file import read_keys as read_keys
 from .key_file import read_last_used as read_last_used
 from .key_file import remove_keys as remove_keys

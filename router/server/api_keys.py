@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hmac
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 
 from router.errors import ConfigError
-from router.server.key_file import StoredKey, hash_of, read_keys, write_last_used
+from router.server.key_file import StoredKey, hash_of, key_limits, read_keys, write_last_used
+from router.traffic import TrafficTarget
 
 MIN_KEY_CHARACTERS = 20
 ENVIRONMENT_CLIENT = "ROUTER_API_KEY"
@@ -51,6 +53,10 @@ class ApiKeys:
         if version != self._version:
             self._keys = tuple(read_keys(self._file))
             self._version = version
+
+    def limits(self) -> Mapping[str, TrafficTarget]:
+        """Returns client -> limit of its newest valid key that has one."""
+        return key_limits(self._keys)
 
     def store_last_used(self) -> None:
         """Writes when each key was last used since the last call. Raises ConfigError if that fails."""

@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
@@ -169,10 +169,10 @@ def remove_keys(file: Path, client: str, key_id: str | None = None) -> int:
     return len(gone)
 
 
-def key_limits(file: Path) -> Mapping[str, TrafficTarget]:
-    """Returns client -> limit of its newest key that has one and is valid. Raises ConfigError."""
+def key_limits(keys: Iterable[StoredKey]) -> Mapping[str, TrafficTarget]:
+    """Returns client -> limit of its newest key that has one and is valid."""
     now = _now()
-    return {key.client: key.limit for key in read_keys(file) if key.limit and not key.is_expired(now)}
+    return {key.client: key.limit for key in keys if key.limit and not key.is_expired(now)}
 
 
 def read_last_used(file: Path) -> dict[str, datetime]:

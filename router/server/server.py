@@ -33,6 +33,7 @@ from router.server.connections import (
     max_connections,
     raise_open_files,
 )
+from router.server.key_limits import KeyLimits
 from router.server.middleware import Limits, protected
 from router.server.responses import ApiError, model_object
 
@@ -69,8 +70,7 @@ async def run_server(options: ServeOptions, listening: Callable[[str], None]) ->
         try:
             await router.open()
             if options.keys is not None:
-                reload = options.keys.reload
-                jobs.start(lambda: asyncio.to_thread(reload), KEYS_SECONDS, "api keys")
+                jobs.start(KeyLimits(router, options.keys).follow, KEYS_SECONDS, "api keys")
                 store = options.keys.store_last_used
                 jobs.start(lambda: asyncio.to_thread(store), LAST_USED_SECONDS, "last use of api keys")
             listening(_url(listener))

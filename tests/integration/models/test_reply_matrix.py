@@ -255,6 +255,7 @@ def check_evidence(addresses: Addresses) -> None:
     summed = query(addresses, "SELECT model, calls FROM evidence")
     log = (
         "SELECT model, outcome, count(*) AS n FROM model_calls WHERE purpose IS NULL AND outcome IS NOT NULL"
+        " AND role <> 'named'"
     )
     expected: dict[str, int] = {}
     for row in query(addresses, f"{log} GROUP BY model, outcome"):

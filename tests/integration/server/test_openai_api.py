@@ -18,6 +18,7 @@ import yaml
 
 from models_backend.process import BackendServer
 from router.server.key_file import add_key, remove_keys
+from router.traffic import TrafficTarget
 from tests.support.command_line import CommandLine
 from tests.support.serving import CODE, Serving, config_folder, serving
 from tests.support.waiting import until
@@ -301,6 +302,20 @@ def test_a_key_with_models_is_served_by_those_only(server: Serving) -> None:
     )
     assert called == [{"model": "phi-4"}]
     remove_keys(server.keys_file, "narrow")
+
+
+def test_the_limit_of_a_key_bounds_its_client_over_all_models(server: Serving) -> None:
+    key = add_key(server.keys_file, "limited", limit=TrafficTarget.parse("2/min, $5/day"))
+    body = {"messages": MESSAGES, "router": {"deadline_seconds": 2}}
+
+    def status(model: str) -> int:
+        return server.post(key=key, json={"model": model, **body}).status_code
+
+    until(lambda: server.post(key=key, json={}).status_code == 400, 5)
+    until(lambda: status("phi-4") == 429, 20)
+    assert status("qwen-2.5-72b") == 429
+    assert server.chat(model="phi-4").model == "phi-4", "other clients are not limited"
+    remove_keys(server.keys_file, "limited")
 
 
 def test_an_expired_key_is_refused_by_that_word(server: Serving) -> None:

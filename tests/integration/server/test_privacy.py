@@ -17,6 +17,7 @@ from models_backend.process import BackendServer
 from router.database import connect, rows
 from router.knowledge import Knowledge
 from router.server.key_file import add_key
+from tests.support.command_line import CommandLine
 from tests.support.serving import EVERY_CATEGORY, Serving, serving
 from tests.support.waiting import until
 
@@ -108,3 +109,18 @@ def test_a_client_finds_its_own_tasks(two_clients: tuple[Serving, str]):
         assert CANARY in ask(server, alice, "auto", 0.3)
     finally:
         requests.delete(f"{server.backend.url}/faults", timeout=5)
+
+
+def test_the_command_line_shows_a_client_what_is_its_own(
+    two_clients: tuple[Serving, str], services: dict[str, str]
+):
+    server, bob = two_clients
+    until(lambda: "200" in ask(server, bob, "phi-4", 5), 10)
+    router = CommandLine(services)
+    for arguments in (("log", "--json"), ("log",), ("export", "-")):
+        shown = router(*arguments, "--client", "bob").out
+        assert "phi-4" in shown
+        check(shown)
+    check(router("knowledge", "search", QUESTION, "--client", "bob").out)
+    assert CANARY in router("knowledge", "search", QUESTION, "--client", "alice").out
+    assert CANARY in router("export", "-", "--client", "alice").out

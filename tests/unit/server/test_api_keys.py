@@ -13,7 +13,6 @@ from router.errors import ConfigError, InputError
 from router.server.api_keys import ApiKeys
 from router.server.key_file import (
     add_key,
-    key_limits,
     read_keys,
     read_last_used,
     remove_keys,
@@ -166,7 +165,7 @@ def test_the_limit_of_a_client_is_that_of_its_newest_valid_key(file: Path) -> No
     add_key(file, "bob")
     past = datetime.now(timezone.utc) - timedelta(days=1)
     add_key(file, "carol", limit=TrafficTarget.parse("1/min"), expires=past)
-    assert {name: str(limit) for name, limit in key_limits(file).items()} == {"alice": "10/min"}
+    assert {name: str(limit) for name, limit in ApiKeys(file).limits().items()} == {"alice": "10/min"}
 
 
 def test_the_last_use_is_stored_beside_the_keys_for_all_servers(file: Path) -> None:
