@@ -22,9 +22,10 @@ from bench.limiter.rivals import MODEL, Gate, Limits, Router, rival_gate
 
 ENDING_SECONDS = 2.0  # for calls in flight at the end
 ONE, THREE = "router, one dimension", "router, three dimensions"
+CLIENT = "router, four dimensions and a client's four"
 PACED, BURST = "router", "router, burst"
 SLACK = "router, slack for delays"  # its send slack is the longest delay
-OURS = (ONE, THREE, PACED, BURST, SLACK)
+OURS = (ONE, THREE, CLIENT, PACED, BURST, SLACK)
 BODY = {"prompt": "Say one word.", "max_tokens": 1}
 
 
@@ -59,8 +60,9 @@ def gate_of(contender: str, url: str, limits: Limits, *, late_seconds: float = 0
         return rival_gate(contender, url, limits)
     late = late_seconds if contender == SLACK else 0.0
     return Router(
-        url, limits, paced=contender in (PACED, SLACK), late=late, dimensions=3 if contender == THREE else 1
-    )
+        url, limits, paced=contender in (PACED, SLACK), late=late,
+        dimensions={THREE: 3, CLIENT: 4}.get(contender, 1), client="client" if contender == CLIENT else "",
+    )  # fmt: skip
 
 
 class Clients:

@@ -20,7 +20,7 @@ import numpy as np
 import redis.asyncio
 
 from bench.judge import Arrival, TargetChange, judge
-from bench.limiter.clients import BURST, ONE, OURS, THREE, Job, gate_of
+from bench.limiter.clients import BURST, CLIENT, ONE, OURS, THREE, Job, gate_of
 from bench.limiter.rivals import MODEL, Gate, Limits, Router
 from models_backend.process import ROOT, start_backend
 
@@ -59,7 +59,7 @@ async def decision_rates(
     server = url.rpartition("/")[0]
     contenders = [
         _Contender(name, gate_of(name, f"{server}/{database}", UNLIMITED), [], [])
-        for database, name in enumerate((THREE, ONE, *rivals), start=1)
+        for database, name in enumerate((THREE, ONE, CLIENT, *rivals), start=1)
     ]
     incrby: list[float] = []
     for contender in contenders:

@@ -27,7 +27,7 @@ from typing import Any
 import redis.asyncio
 
 from router.limiter import LimiterSettings, Permit, Slacks, TrafficLimiter
-from router.traffic import RequestLimit, TokenLimit, TrafficTarget
+from router.traffic import MoneyLimit, RequestLimit, TokenLimit, TrafficTarget
 
 CONNECTIONS = 300  # maximum per process; some libraries use one per waiter
 MODEL = "bench"
@@ -93,24 +93,31 @@ class Gate(ABC):
 
 
 class Router(Gate):
-    """Our limiter. With 3 `dimensions`, tokens and concurrency have limits too, which never bind."""
+    """Our limiter. With 3 `dimensions`, tokens and concurrency have limits too, with 4 money: none binds.
+
+    A `client` has the same limits.
+    """
 
     own_cost_of_tokens = False
 
     def __init__(
-        self, url: str, limits: Limits, *, paced: bool, late: float = 0, dimensions: int = 1
-    ) -> None:
+        self, url: str, limits: Limits, *, paced: bool, late: float = 0, dimensions: int = 1,
+        client: str = "",
+    ) -> None:  # fmt: skip
         super().__init__(url, limits)
         slacks = Slacks(send=late, transit=0.150)
         settings = LimiterSettings(minute_slacks=slacks, second_slacks=slacks) if late else LimiterSettings()
         self.limiter = TrafficLimiter(self.redis, settings=settings)
         several = dimensions > 1
         self._tokens = 100 if several else 0
+        self._cost = 10 if dimensions > 3 else 0
+        self._client = client
         self.target = TrafficTarget(
             limits.target.requests,
             (TokenLimit(limits.count * 1000, limits.window_seconds),) if several else limits.target.tokens,
             at_once=MAX_CONCURRENCY if several else None,
             burst=not paced,
+            money=(MoneyLimit(10**12, limits.window_seconds),) if self._cost else (),
         )
 
     @property
@@ -119,9 +126,13 @@ class Router(Gate):
 
     async def open(self) -> None:
         await self.limiter.set_target(MODEL, self.target)
+        if self._client:
+            await self.limiter.set_client_limit(self._client, self.target)
 
     async def decide(self, tokens: int = 0) -> Permit:
-        permit = await self.limiter.reserve(MODEL, tokens or self._tokens)
+        permit = await self.limiter.reserve(
+            MODEL, tokens or self._tokens, cost=self._cost, client=self._client
+        )
         assert isinstance(permit, Permit), permit
         return permit
 

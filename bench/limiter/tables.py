@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from bench.limiter.clients import BURST, PACED, SLACK, THREE
+from bench.limiter.clients import BURST, CLIENT, PACED, SLACK, THREE
 
 
 class Aim(NamedTuple):
@@ -29,6 +29,7 @@ def aims_of(result: dict[str, Any]) -> list[Aim]:
     ours = [at_once[PACED], at_once[BURST], delayed[SLACK], delayed[PACED]]
     return [
         _at_least("x INCRBY, three limits", 0.8, result["decisions"][THREE]["of_incrby"]),
+        _at_least("x INCRBY, model and client limits", 0.7, result["decisions"][CLIENT]["of_incrby"]),
         _at_least("grants/s to all waiters", 5000, free["grants_per_second"]),
         _at_most("round trips per grant, target binding", 1, binding["round_trips_per_grant"]),
         _at_most("share of grants out of order", 0, max(free["overtaken"], binding["overtaken"])),

@@ -168,7 +168,7 @@ local function send_time(i, reader)
 end
 
 local calendar_period, closes, leaves
-if sums > 0 or not (verb == 'reserve' or verb == 'peek') then
+local function define_leaves()
   -- Returns the calendar period that contains a time: its begin, and the begin of the next one.
   calendar_period = function(kind, time)
     local days = floor(time / DAY)
@@ -197,10 +197,12 @@ if sums > 0 or not (verb == 'reserve' or verb == 'peek') then
     return kind and closes(at, kind) or at
   end
 end
+if not (verb == 'reserve' or verb == 'peek') then define_leaves() end
 
 -- Extends the tails of new sum windows back over sends that still count, reading at most BUILD_STEPS of them.
 local build
 if building == 1 or verb == 'target' or verb == 'rebuild' then
+  if not leaves then define_leaves() end
   build = function()
     local left, latest = BUILD_STEPS, max(clock, sent)
     for w = 1, sums do
@@ -377,9 +379,10 @@ if verb == 'reserve' or verb == 'peek' or (verb == 'snapshot' and live and spec)
       local k = 3 * w - 2
       tried[k], tried[k + 1], tried[k + 2] = tail[k], tail[k + 1], tail[k + 2]
       easy = easy and since + period <= t and tail[k + 1] + (w > token_windows and wanted_money or wanted) <= limit
-        and (tail[k] == head or tail[k + 2] > t)
+        and (tail[k] == head and extra == 0 and not calendar[w] or tail[k] < head and tail[k + 2] > t)
     end
     if not easy then
+      if not leaves then define_leaves() end
       if not after_sums then
         local function amount_of(i, w)
           local kind, known = ':t:', granted_tokens[i]
@@ -503,7 +506,7 @@ if verb == 'reserve' or verb == 'peek' or (verb == 'snapshot' and live and spec)
       tail[k], tail[k + 1], tail[k + 2] = tried[k], tried[k + 1] + (w > token_windows and cost or need), tried[k + 2]
       if tried[k] == head then
         local _, period = unpack_struct('<dd', spec, WINDOWS + 16 * (requests + w))
-        tail[k + 2] = leaves(head, logged, period, calendar[w])
+        tail[k + 2] = leaves and leaves(head, logged, period, calendar[w]) or logged + period
       end
     end
     if #reach > 0 then reach, reach_changed = {}, true end
