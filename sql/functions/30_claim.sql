@@ -181,7 +181,6 @@ BEGIN
                                 ORDER BY s.until DESC LIMIT 1)) AS start OFFSET 0) AS from_here
     LOOP
         start := lane.start;
-        schedule := NULL;
         IF lane.has_ready AND NOT lane.came_back THEN
             SELECT * INTO schedule FROM fair_schedules f
              WHERE f.category = lane.category AND f.priority = lane.priority ORDER BY f.schedule DESC LIMIT 1;
@@ -196,8 +195,8 @@ BEGIN
                     found_row := lock_second_try(p_model, p_categories, p_skip_clients);
                 END IF;
             ELSE
-                by_turn := schedule.schedule IS NOT NULL;
-                IF by_turn THEN
+                by_turn := false;
+                IF NOT lane.came_back AND schedule.schedule IS NOT NULL THEN
                     found_row := lock_next_turn(p_model, schedule, p_skip_clients);
                     by_turn := found_row.task_id IS NOT NULL;
                 END IF;
@@ -255,13 +254,9 @@ BEGIN
                 VALUES (p_call_id, claim_task.task_id, claim_task.prompt_version, p_model, claim_task.category,
                         found_row.confidence, found_row.category_reason, p_worker, claim_task.attempt,
                         claim_task.reserved_tokens, claim_task.client);
-                IF random() < 0.015 AND lane.category IS NOT NULL THEN
-                    PERFORM advance_low_watermark(lane.category, lane.priority, lane.came_back);
-                END IF;
-                IF by_turn AND random() < 0.015 THEN
-                    PERFORM advance_low_watermark(lane.category, lane.priority, false, found_row.client);
-                END IF;
-                IF random() < 0.01 THEN
+                IF random() < 0.015 THEN
+                    PERFORM advance_low_watermark(lane.category, lane.priority, lane.came_back) WHERE lane.category IS NOT NULL;
+                    PERFORM advance_low_watermark(lane.category, lane.priority, false, found_row.client) WHERE by_turn;
                     PERFORM make_schedules_if_due(interval '2 s');  -- the maintenance of workers makes them sooner
                 END IF;
                 RETURN NEXT;

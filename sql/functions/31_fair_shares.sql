@@ -13,50 +13,59 @@
 -- Locks the first ready new task of the client whose turn it is, that this model may claim. After six turns of clients
 -- without one, or 60 of clients in p_skip, goes on with the next clients that have one. NULL if there is none. Looks at a
 -- client's first 250 tasks, of which an edit may have locked 200. The pair in the condition ties it to the index of clients.
+--
+-- One statement and few expressions for a turn: each is prepared anew in every transaction.
 CREATE OR REPLACE FUNCTION lock_next_turn(p_model text, p_lane fair_schedules, p_skip text[]) RETURNS queue
 LANGUAGE plpgsql AS $$
 DECLARE
     found_row queue;
     slot bigint;
     named text;
+    next_slot bigint;  -- once set, the clients are taken in order
     turns integer := 0;
     without integer := 0;
     began timestamptz;
 BEGIN
     LOOP
-        IF turns < 60 AND without < 6 THEN
-            slot := nextval(p_lane.turns) % p_lane.slots * p_lane.step % p_lane.slots;
-            SELECT s.client INTO named FROM fair_slots s
-             WHERE s.schedule = p_lane.schedule AND s.upto > slot ORDER BY s.upto LIMIT 1;
-            turns := turns + 1;
-            CONTINUE WHEN named = ANY (p_skip);
-        ELSE
-            SELECT n.client, n.upto INTO named, slot FROM next_with_ready(p_lane, slot, p_skip) AS n;
-            EXIT WHEN named IS NULL OR without > 30;
-        END IF;
-        began := clock_timestamp();
+        slot := coalesce(next_slot, nextval(p_lane.turns) % p_lane.slots * p_lane.step % p_lane.slots);
         SELECT q.* INTO found_row
-          FROM (SELECT r.ctid FROM queue r
-                 WHERE r.state = 'ready' AND r.category = p_lane.category AND r.priority = p_lane.priority
-                   AND (r.client, r.position) >= (named, (  -- as claim_start, whose call would be planned anew in each claim
-                        SELECT greatest(1, (SELECT w.position FROM queue_watermarks w
-                                             WHERE w.category = p_lane.category AND w.priority = p_lane.priority
-                                               AND w.client = named AND NOT w.came_back AND w.published
-                                             ORDER BY w.position DESC LIMIT 1),
-                                        (SELECT s.position FROM queue_skips s
-                                          WHERE s.category = p_lane.category AND s.priority = p_lane.priority
-                                            AND s.client = named AND NOT s.came_back AND s.until > clock_timestamp()
-                                          ORDER BY s.until DESC LIMIT 1))))
-                   AND (r.client, r.position) <= (named, 9223372036854775807)
-                   AND (r.not_by IS NULL OR NOT p_model = ANY (r.not_by) OR r.not_by_until < clock_timestamp())
-                 ORDER BY r.client, r.position LIMIT 250) AS first
+          FROM (SELECT s.client FROM fair_slots s
+                 WHERE s.schedule = p_lane.schedule AND s.upto > slot ORDER BY s.upto LIMIT 1) AS turn
+         CROSS JOIN LATERAL (  -- as claim_start, whose call would be planned anew
+              SELECT greatest(1, (SELECT w.position FROM queue_watermarks w
+                                   WHERE w.category = p_lane.category AND w.priority = p_lane.priority
+                                     AND w.client = turn.client AND NOT w.came_back AND w.published
+                                   ORDER BY w.position DESC LIMIT 1),
+                              (SELECT s.position FROM queue_skips s
+                                WHERE s.category = p_lane.category AND s.priority = p_lane.priority
+                                  AND s.client = turn.client AND NOT s.came_back AND s.until > clock_timestamp()
+                                ORDER BY s.until DESC LIMIT 1)) AS start OFFSET 0) AS here
+         CROSS JOIN LATERAL (
+              SELECT r.ctid FROM queue r
+               WHERE r.state = 'ready' AND r.category = p_lane.category AND r.priority = p_lane.priority
+                 AND (r.client, r.position) >= (turn.client, here.start)
+                 AND (r.client, r.position) <= (turn.client, 9223372036854775807)
+                 AND (r.not_by IS NULL OR NOT p_model = ANY (r.not_by) OR r.not_by_until < clock_timestamp())
+               ORDER BY r.client, r.position LIMIT 250) AS first
           JOIN queue q ON q.ctid = first.ctid AND q.state = 'ready'
+         WHERE turn.client <> ALL (p_skip)
          LIMIT 1 FOR UPDATE OF q SKIP LOCKED;
         EXIT WHEN FOUND;
-        IF clock_timestamp() - began > interval '2 ms' THEN
-            PERFORM skip_uncommitted(p_lane.category, p_lane.priority, false, clock_timestamp() - began, named);
+
+        SELECT s.client INTO named FROM fair_slots s WHERE s.schedule = p_lane.schedule AND s.upto > slot ORDER BY s.upto LIMIT 1;
+        IF named <> ALL (p_skip) THEN
+            began := clock_timestamp();
+            PERFORM has_ready(p_lane.category, p_lane.priority, named);
+            IF clock_timestamp() - began > interval '2 ms' THEN
+                PERFORM skip_uncommitted(p_lane.category, p_lane.priority, false, clock_timestamp() - began, named);
+            END IF;
+            without := without + 1;
         END IF;
-        without := without + 1;
+        turns := turns + 1;
+        IF turns >= 60 OR without >= 6 THEN
+            SELECT n.upto - 1 INTO next_slot FROM next_with_ready(p_lane, coalesce(next_slot + 1, slot), p_skip) AS n;
+            EXIT WHEN next_slot IS NULL OR without >= 30;
+        END IF;
     END LOOP;
     RETURN found_row;
 END

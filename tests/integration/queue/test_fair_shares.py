@@ -231,6 +231,15 @@ async def test_locked_rows_of_one_client_stop_no_other(probe: Probe, database: s
     assert len(await claimed(probe, 20)) == 20
 
 
+async def test_locked_rows_of_many_clients_stop_no_other(probe: Probe, database: str) -> None:
+    await add(probe, {f"c{number:02}": 3 for number in range(12)})
+    async with probing(database) as person:
+        await person.run("BEGIN")
+        await person.run("SELECT FROM queue WHERE client NOT IN ('c04', 'c09') FOR UPDATE")
+        assert Counter(await claimed(probe, 7)) == {"c04": 3, "c09": 3}
+        await person.run("ROLLBACK")
+
+
 async def test_an_edit_of_the_first_tasks_leaves_their_client_its_turns(probe: Probe, database: str) -> None:
     await add(probe, {"alice": 400, "bob": 400})
     async with probing(database) as person:
