@@ -334,6 +334,24 @@ async def test_slices_neither_miss_nor_duplicate_a_task(notes: Path, home: Path,
         assert len(index) == len(expected) + 2
 
 
+async def test_a_task_moves_to_another_client_with_the_full_scan(
+    notes: Path, home: Path, database: str, probe: Probe
+):
+    await probe.run(
+        "INSERT INTO tasks (prompt, answer, status, solved_at, client)"
+        " VALUES ('What eats a marmot?', 'A wolf does.', 'solved', now() - interval '1 hour', 'alice')"
+    )
+
+    async def found(client: str) -> bool:
+        await _update(home, notes, database)
+        passages = IndexFolder(home).read_index().search("marmot", 5, client).passages
+        return any("wolf" in passage.text for passage in passages)
+
+    assert [await found(client) for client in ("alice", "bob", "")] == [True, False, False]
+    await probe.run("UPDATE tasks SET client = 'bob'")
+    assert [await found(client) for client in ("alice", "bob", "")] == [False, True, False]
+
+
 async def test_full_index_keeps_the_newest_tasks(notes: Path, home: Path, database: str, probe: Probe):
     insert = (
         "INSERT INTO tasks (prompt, answer, status, solved_at)"
