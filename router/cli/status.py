@@ -244,8 +244,13 @@ def _usage(model: ModelStatus) -> Text:
         return Text(f"{model.target}; {model.sent_last_minute:,} in the last minute", style="dim")
     used = {limit: f"{count:,}" for limit, count in {**(model.sent or {}), **(model.tokens or {})}.items()}
     used |= {limit: f"${usd:,.2f}" for limit, usd in (model.money_usd or {}).items()}
+    expected = model.forecast_usd or {}
     shown = Text(", ").join(
-        Text.assemble((amount, "bold" if amount.strip("$0.") else ""), (f" of {limit}", "dim"))
+        Text.assemble(
+            (amount, "bold" if amount.strip("$0.") else ""),
+            (f" of {limit}", "dim"),
+            (f" (comes to ${expected[limit]:,.2f})" if limit in expected else "", "dim"),
+        )
         for limit, amount in used.items()
     )
     return shown if used else Text(model.target, style="dim")

@@ -220,13 +220,15 @@ def unpack_snapshot(model: str, line: bytes, cooldown_reason: bytes, packed: byt
     again, reason, in_flight, cooldown, trips, failures, refused, since, last = numbers[: _SNAPSHOT_HEAD - 2]
     limits = target.windows if not target.stopped else ()
     usage = numbers[_SNAPSHOT_HEAD - 2 :]
-    counts = {str(limit): int(n) for limit, n in zip(limits, usage, strict=not target.stopped)}
+    counts = {str(limit): int(n) for limit, n in zip(limits, usage, strict=False)}
+    recent = usage[len(limits) :] if limits else []
     return ModelTraffic(
         model=model,
         target=str(target),
         sent={str(limit): counts[str(limit)] for limit in target.requests if str(limit) in counts},
         tokens={str(limit): counts[str(limit)] for limit in target.tokens if str(limit) in counts},
         money={str(limit): counts[str(limit)] for limit in target.money if str(limit) in counts},
+        recent_money={str(limit): int(n) for limit, n in zip(target.money, recent, strict=False)},
         in_flight=int(in_flight),
         next_seconds=None if again < 0 else again / MICRO,
         waiting_for=WaitReason(int(reason)),

@@ -995,6 +995,10 @@ if not reply then
       end
       parts[#parts + 1] = pack('<d', max(0, count))
     end
+    for w = requests + token_windows + 1, requests + sums do  -- the pace of budgets
+      local window = unpack_struct('<d', spec, WINDOWS + 16 * (requests + sums + 1) + 8 * (w - 1))
+      parts[#parts + 1] = pack('<d', sum(':c:', first_after(now - floor(window / 24)), upto))
+    end
     return { fields[1], fields[2] or '', table.concat(parts) }
   end
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import datetime
 
+from router.limiter.budget import forecast
 from router.limiter.permit import WaitReason
+from router.traffic import TrafficTarget
 
 _MINUTES_FROM_SECONDS = 120
 
@@ -36,6 +39,16 @@ class ModelTraffic:
     refused_seconds: float | None = None
     version: int = 0
     money: dict[str, int] = field(default_factory=dict)
+    recent_money: dict[str, int] = field(default_factory=dict)  # of the latest 24th of each window
+
+    def forecast(self, now: datetime) -> dict[str, int]:
+        """Returns what each budget comes to by its end at the recent pace."""
+        limits = TrafficTarget.parse(self.target).money if self.target else ()
+        found = {str(limit): limit for limit in limits}
+        return {
+            name: forecast(found[name], used, self.recent_money.get(name, 0), now)
+            for name, used in self.money.items()
+        }
 
     @property
     def breaker(self) -> str:

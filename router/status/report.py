@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from router.database import Connection, rows
@@ -80,7 +80,7 @@ class ModelStatus:
 
     target: the active one, or the last one (`target_kept`); None if there never was one.
     sent, tokens: usage by limit, e.g. `{"120/min": 96}`; None while the limiter is unavailable.
-    money_usd: likewise in US dollars, e.g. `{"$20/d": 12.5}`.
+    money_usd: likewise in US dollars, e.g. `{"$20/d": 12.5}`. forecast_usd: what it comes to by its end.
     in_flight: calls in flight, or tasks claimed for the model where its target has no concurrency limit.
     waiting_for: name of a WaitReason in lower case. breaker: `closed`, `open` or `half-open`.
     calls, failed_calls: of the last RECENT_MINUTES minutes. trouble: the most severe error.
@@ -112,6 +112,7 @@ class ModelStatus:
     why_not: WhyNot | None = None
     target_source: str | None = None
     money_usd: Mapping[str, float] | None = None
+    forecast_usd: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +247,7 @@ def _model_status(
         why_not=reason,
         target_source=source,
         money_usd=in_usd(traffic.money) if traffic is not None else None,
+        forecast_usd=in_usd(traffic.forecast(datetime.now(timezone.utc))) if traffic is not None else None,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from datetime import datetime, timezone
 
 import pytest
 import redis.asyncio
@@ -204,3 +205,12 @@ async def test_lost_state_of_a_client_is_rebuilt_from_its_calls(
         await asyncio.wait_for(limiter.acquire("m1", 10, cost=300_000, client="alice"), 3)
         assert not await limiter.reserve("m1", cost=300_000, client="alice")
         assert isinstance(await limiter.reserve("m1", cost=100_000, client="alice"), Permit)
+
+
+async def test_snapshot_has_the_recent_part_of_a_budget(limiter: TrafficLimiter) -> None:
+    await limiter.set_client_limit("alice", "$1/day, $20/calendar month")
+    for _ in range(2):
+        await limiter.acquire("m1", cost=100_000, client="alice")
+    traffic = (await limiter.snapshot_clients(["alice"]))["alice"]
+    assert traffic.recent_money == traffic.money == {"$1/d": 200_000, "$20/calendar month": 200_000}
+    assert traffic.forecast(datetime.now(timezone.utc))["$1/d"] == 24 * 200_000
