@@ -12,6 +12,7 @@ from redis.asyncio.cluster import ClusterNode
 
 from local.redis import start_redis
 from models_backend.process import free_port
+from router.errors import InputError
 from router.limiter import PastCall, Permit, TrafficLimiter, Wait, WaitReason
 from router.task import Outcome
 
@@ -59,3 +60,24 @@ async def test_limiter_works_on_a_cluster(cluster: redis.asyncio.RedisCluster):
         for model in MODELS:
             await limiter.acquire(model, timeout_seconds=3)
         assert isinstance(await another.reserve(MODELS[0]), Permit)
+
+
+async def test_client_limits_work_on_a_cluster_in_one_slot(cluster: redis.asyncio.RedisCluster):
+    async with TrafficLimiter(cluster, no_calls, client_history=no_calls, one_slot=True) as limiter:
+        await limiter.set_client_limit("alice", "3/min, $1/day")
+        for model in MODELS:
+            await limiter.set_target(model, "100/min, burst")
+        for model in MODELS[:3]:
+            permit = await limiter.acquire(model, cost=900_000, client="alice", timeout_seconds=3)
+            await limiter.release(permit, cost=200_000)
+        denied = await limiter.reserve(MODELS[3], client="alice")
+        assert isinstance(denied, Wait)
+        assert denied.client == "alice"
+        assert await limiter.reserve(MODELS[3], client="bob")
+        assert (await limiter.snapshot_clients(["alice"]))["alice"].money == {"$1/d": 600_000}
+
+
+async def test_client_limits_on_a_cluster_are_refused_in_several_slots(cluster: redis.asyncio.RedisCluster):
+    async with TrafficLimiter(cluster, no_calls) as limiter:
+        with pytest.raises(InputError, match="one_slot"):
+            await limiter.set_client_limit("alice", "3/min")
