@@ -68,7 +68,7 @@ async def test_client_limits_work_on_a_cluster_in_one_slot(cluster: redis.asynci
         for model in MODELS:
             await limiter.set_target(model, "100/min, burst")
         for model in MODELS[:3]:
-            permit = await limiter.acquire(model, cost=900_000, client="alice", timeout_seconds=3)
+            permit = await limiter.acquire(model, cost=400_000, client="alice", timeout_seconds=3)
             await limiter.release(permit, cost=200_000)
         denied = await limiter.reserve(MODELS[3], client="alice")
         assert isinstance(denied, Wait)
