@@ -1,11 +1,12 @@
-"""Forecast of a budget: what it comes to by its end at the pace of its recent part. Pure."""
+"""Budgets: what one comes to by its end at the pace of its recent part, and the levels it reaches. Pure."""
 
 from __future__ import annotations
 
 from datetime import datetime, timedelta
 
-from router.traffic import MoneyLimit
+from router.traffic import MICRO_USD, MoneyLimit
 
+LEVELS = (100, 80)  # percent of a budget whose reaching is reported
 RECENT_PART = 24  # the pace is that of this part of the window: of an hour for a day
 
 
@@ -28,3 +29,14 @@ def period_end(calendar: str, now: datetime) -> datetime:
     if calendar == "day":
         return begin + timedelta(days=1)
     return (begin.replace(day=1) + timedelta(days=31)).replace(day=1)
+
+
+def level_reached(limit: MoneyLimit, used: int) -> int:
+    """Returns the highest of LEVELS that `used` millionths of a US dollar have reached; 0 for none."""
+    return next((level for level in LEVELS if 100 * used >= level * limit.count), 0)
+
+
+def use_text(limit: MoneyLimit, used: int) -> str:
+    """Returns how much of a budget is used, as in `$16.20 of $20/d used (81 %)`."""
+    share = 100 * used // limit.count if limit.count else 100
+    return f"${used / MICRO_USD:,.2f} of {limit} used ({share} %)"

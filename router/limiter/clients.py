@@ -15,7 +15,7 @@ LimitSource = Callable[[str], TrafficTarget | None]
 class ClientLimits:
     """States of the clients with limits; a client without one costs a look-up.
 
-    `source` returns a client's limit; it is asked once per client. A limit that was set goes before it.
+    `source` returns a client's limit; it is asked until there is one. A limit that was set goes before it.
     """
 
     def __init__(self, tracker: ModelTracker, source: LimitSource | None, *, possible: bool = True) -> None:
@@ -32,8 +32,7 @@ class ClientLimits:
         if client in self._states:
             return self._states[client]
         limit = None if self._source is None else self._source(client)
-        if limit is None:
-            self._states[client] = None
+        if limit is None:  # not kept: the names of clients are without number
             return None
         await self.set(client, limit)
         return self._states[client]

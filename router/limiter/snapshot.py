@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from router.limiter.budget import forecast
+from router.limiter.budget import forecast, level_reached, use_text
 from router.limiter.permit import WaitReason
 from router.traffic import TrafficTarget
 
@@ -49,6 +49,13 @@ class ModelTraffic:
             name: forecast(found[name], used, self.recent_money.get(name, 0), now)
             for name, used in self.money.items()
         }
+
+    @property
+    def budget_warnings(self) -> tuple[str, ...]:
+        """One sentence for each budget of which 80 % or more is used."""
+        limits = TrafficTarget.parse(self.target).money if self.target else ()
+        used = [(limit, self.money.get(str(limit), 0)) for limit in limits]
+        return tuple(f"budget: {use_text(limit, n)}" for limit, n in used if level_reached(limit, n))
 
     @property
     def breaker(self) -> str:

@@ -257,8 +257,9 @@ def in_usd(money: Mapping[str, int]) -> dict[str, float]:
 
 
 def _quota_warnings(traffic: ModelTraffic | None) -> tuple[str, ...]:
-    warning = traffic.quota_warning if traffic is not None else None
-    return (warning,) if warning else ()
+    if traffic is None:
+        return ()
+    return (*((traffic.quota_warning,) if traffic.quota_warning else ()), *traffic.budget_warnings)
 
 
 def _waiting_for(traffic: ModelTraffic | None) -> str | None:

@@ -34,6 +34,8 @@ from router.settings import Addresses, RouterConfig
 from router.task import CallResult, Outcome
 from router.traffic import TrafficTarget
 from router.workers.assignment import Work, bounds, shares
+from router.workers.budget_watch import STEP_SECONDS as BUDGET_SECONDS
+from router.workers.budget_watch import BudgetWatch
 from router.workers.classification_job import ClassificationJob
 from router.workers.failure_alarm import AlarmSettings, FailureAlarm
 from router.workers.handover import Handover
@@ -148,6 +150,7 @@ class Engine:
         start(self._orphans_step, ORPHAN_SECONDS, "orphaned claims")
         start(self.queue.learn_tokens, LEARN_SECONDS, "tokens per byte")
         start(self.queue.sum_client_usage, USAGE_SECONDS, "client usage")
+        start(BudgetWatch(self).step, BUDGET_SECONDS, "budgets")
         start(self._summary_step, SUMMARY_SECONDS, "summary")
         if self._read_variables is not None:
             start(self._variables_step, VARIABLE_SECONDS, "variables")

@@ -6,7 +6,7 @@ from datetime import datetime, timezone
 
 import pytest
 
-from router.limiter.budget import forecast, period_end
+from router.limiter.budget import forecast, level_reached, period_end, use_text
 from router.traffic import TrafficTarget
 
 NOON = datetime(2024, 2, 28, 12, tzinfo=timezone.utc)  # of a leap year
@@ -38,3 +38,18 @@ def test_calendar_periods_end_at_midnight_utc() -> None:
     assert period_end("day", NOON) == datetime(2024, 2, 29, tzinfo=timezone.utc)
     assert period_end("month", NOON) == datetime(2024, 3, 1, tzinfo=timezone.utc)
     assert period_end("month", datetime(2024, 12, 31, 23, tzinfo=timezone.utc)).year == 2025
+
+
+@pytest.mark.parametrize(
+    ("used", "level", "text"),
+    [
+        (0, 0, "$0.00 of $20/d used (0 %)"),
+        (15_999_999, 0, "$16.00 of $20/d used (79 %)"),
+        (16_000_000, 80, "$16.00 of $20/d used (80 %)"),
+        (20_000_000, 100, "$20.00 of $20/d used (100 %)"),
+        (21_000_000, 100, "$21.00 of $20/d used (105 %)"),
+    ],
+)
+def test_levels_of_a_budget(used: int, level: int, text: str) -> None:
+    (limit,) = TrafficTarget.parse("$20/d").money
+    assert (level_reached(limit, used), use_text(limit, used)) == (level, text)
