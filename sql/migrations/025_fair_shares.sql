@@ -3,7 +3,6 @@
 -- The task's client. `reconcile`, which `router migrate` runs, copies it for tasks that are queued already.
 ALTER TABLE queue ADD COLUMN client text NOT NULL DEFAULT '';
 CREATE INDEX queue_ready_client ON queue (category, priority, client, position) WHERE state = 'ready';
-CREATE INDEX queue_uncategorised_client ON queue (client, priority DESC, position) WHERE state = 'uncategorised';
 
 -- '*': all clients of the lane.
 DO $watermarks$
