@@ -129,7 +129,7 @@ def read_request(document: Any) -> ModelRequest:
     if not isinstance(document, dict):
         raise RequestError("the body must be a JSON object with messages")
     given = {name: value for name, value in document.items() if value is not None and name not in TRANSPORT}
-    _check_values(given)
+    values = dict(given)
     model = given.pop("model", None)
     if model is not None and (not isinstance(model, str) or not model):
         raise RequestError("model must be the name of a model", "model")
@@ -140,6 +140,7 @@ def read_request(document: Any) -> ModelRequest:
         Parameters.model_validate(given)
     except ValidationError as error:
         raise _invalid(error) from error
+    _check_values(values)
     return ModelRequest(conversation, messages, given, model, max_tokens)
 
 
@@ -176,7 +177,7 @@ def _reject(given: dict[str, Any]) -> None:
         if name in Parameters.model_fields:
             continue
         if name not in REFUSED:
-            shown = name[:MAX_SHOWN]
+            shown = _shown(name)
             raise RequestError(f"Unrecognized request argument supplied: {shown}", shown)
         if given.pop(name) not in REFUSED[name]:
             raise RequestError(f"{name} does not support this value", name, unsupported=True)
@@ -204,7 +205,7 @@ def _check_values(given: Mapping[str, Any]) -> None:
     pending += [(name, 1, name) for name in given]
     while pending:
         value, depth, name = pending.pop()
-        shown = name[:MAX_SHOWN].encode("ascii", "backslashreplace").decode()
+        shown = _shown(name)
         if depth > MAX_DEPTH:
             raise RequestError(f"{shown} is nested more than {MAX_DEPTH} levels deep", shown)
         if isinstance(value, dict):
@@ -215,6 +216,10 @@ def _check_values(given: Mapping[str, Any]) -> None:
             raise UnstorableRequestError(f"{shown} contains a NUL character or half a surrogate pair", shown)
         elif isinstance(value, float) and not math.isfinite(value):
             raise UnstorableRequestError(f"{shown} contains a number that is not finite", shown)
+
+
+def _shown(name: str) -> str:
+    return name[:MAX_SHOWN].encode("ascii", "backslashreplace").decode()
 
 
 def _is_unicode(text: str) -> bool:

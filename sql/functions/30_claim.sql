@@ -155,7 +155,8 @@ BEGIN
     FOR lane IN
         SELECT NULL::text AS category, NULL::smallint AS priority, true AS came_back, NULL::bigint AS below, NULL::bigint AS start,
                clock_timestamp() AS began,
-               EXISTS (SELECT FROM queue q WHERE q.state = 'long')
+               EXISTS (SELECT FROM queue q WHERE q.state = 'pinned')
+               OR EXISTS (SELECT FROM queue q WHERE q.state = 'long')
                OR (SELECT true FROM queue q WHERE q.state = 'ready' AND q.not_by IS NOT NULL
                     ORDER BY q.priority DESC, q.position LIMIT 1) IS TRUE AS has_ready, NULL::timestamptz AS ended
         UNION ALL

@@ -36,6 +36,7 @@ from router.settings import RouterConfig, load_config
 from router.status import read_status
 from tests.support.command_line import CommandLine
 from tests.support.queue import Probe
+from tests.support.waiting import until
 
 SWAP = (
     "CREATE TABLE tasks_new (LIKE tasks INCLUDING ALL); INSERT INTO tasks_new SELECT * FROM tasks;"
@@ -251,7 +252,10 @@ def test_a_lock_that_was_left_behind_is_named(bare_database: str, monkeypatch: p
     with pytest.raises(SchemaError, match=rf"pg_terminate_backend\({holder.info.backend_pid}\)"):
         migrate(bare_database)
     assert time.monotonic() - began < 10
+    pid = holder.info.backend_pid
     holder.close()
+    with connect(bare_database) as connection:
+        until(lambda: not rows(connection, "SELECT FROM pg_stat_activity WHERE pid = %s", (pid,)), 10)
     migrate(bare_database)
 
 

@@ -124,7 +124,7 @@ class Drain:
     async def _reserve(self, client: Client, count: int) -> tuple[list[Permit], Wait]:
         limiter = client.limiter
         return await limiter._reservations.reserve_many(
-            limiter._tracker.state(MODEL), (0,) * count, waits=True, interactive=client.interactive
+            limiter._tracker.state(MODEL), (0, 0) * count, waits=True, interactive=client.interactive
         )
 
 

@@ -179,7 +179,8 @@ def test_deep_nesting_is_rejected():
     deep: Any = {}
     for _ in range(100):
         deep = {"items": deep}
-    assert "levels deep" in str(rejected({"messages": [USER], "response_format": deep}))
+    tool = {"type": "function", "function": {"name": "f", "parameters": deep}}
+    assert "levels deep" in str(rejected({"messages": [USER], "tools": [tool]}))
 
 
 def test_a_bare_prompt_stores_no_request():
