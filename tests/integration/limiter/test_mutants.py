@@ -16,7 +16,7 @@ from tests.support.limiter.random_walk import PALETTES, Walk, interactive_walk, 
 from tests.support.limiter.redis import Connection
 from tests.support.limiter.world import Mismatch
 
-MAX_WALKS = 16
+MAX_WALKS = 40  # an undetected guard costs all of them
 
 
 @pytest.fixture(scope="module")
