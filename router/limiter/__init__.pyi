@@ -1,3 +1,5 @@
+from .budget import level_reached as level_reached
+from .budget import use_text as use_text
 from .inspection import read_client_limits as read_client_limits
 from .inspection import read_limiter as read_limiter
 from .inspection import seconds_until_applied as seconds_until_applied

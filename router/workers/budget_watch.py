@@ -6,8 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
-from router.limiter import ModelTraffic, TrafficLimiter
-from router.limiter.budget import level_reached, use_text
+from router.limiter import ModelTraffic, TrafficLimiter, level_reached, use_text
 from router.settings import RouterConfig
 from router.traffic import MoneyLimit, TrafficTarget
 from router.workers.pull_loop import PullPlan
