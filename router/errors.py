@@ -183,8 +183,8 @@ def _escaped(found: re.Match[str]) -> str:
 class PrintableRecords(logging.Handler):
     """Makes log records printable before the handlers of parent loggers write them.
 
-    The logger `router` has one, so that this holds in every process, whoever configures its logging. Where
-    nobody does, warnings go to standard error, as without this handler.
+    The logger `router` has one, so that this holds in every process, also where the host program configures
+    logging. Where it does not, warnings go to standard error, as without this handler.
     """
 
     def handle(self, record: logging.LogRecord) -> bool:

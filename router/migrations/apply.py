@@ -181,7 +181,7 @@ class _Migration:
 
     def _upgrade(self) -> MigrationReport:
         connection, expected = self._connection, expected_schema(self._folder)
-        before = replace(read_facts(connection), may_work=False)  # whoever migrates must be the owner
+        before = replace(read_facts(connection), may_work=False)  # only the owner can migrate
         defaults = self._task_defaults(before)
         found = schema_problems(before, expected, defaults)
         lasting = [problem for problem in found if problem.kind not in REPAIRED_BY_MIGRATE]

@@ -62,7 +62,7 @@ BEGIN
           FROM pg_proc p JOIN pg_language l ON l.oid = p.prolang
          WHERE p.pronamespace = 'router'::regnamespace AND p.prokind IN ('f', 'p')
     LOOP
-        -- Whoever may read a view calls the functions in it.
+        -- A role that may read a view calls the functions in it.
         EXECUTE format(CASE WHEN found.in_view THEN 'GRANT EXECUTE ON ROUTINE %s TO PUBLIC'
                             ELSE 'REVOKE ALL ON ROUTINE %s FROM PUBLIC' END, found.function);
         IF found.inlined AND NOT (found.names_tasks OR found.prosecdef OR found.in_view) THEN

@@ -170,7 +170,7 @@ BEGIN
                        (VALUES (true, 0::bigint), (false, 9223372036854775807)) AS half (came_back, below)
                  WHERE p_categories IS NULL OR cardinality(p_categories) = 0 OR l.category = ANY (p_categories)
                  ORDER BY array_position(p_categories, l.category), l.priority DESC, half.came_back DESC) AS lanes
-         CROSS JOIN LATERAL (  -- as claim_start, whose call would be planned anew in each claim
+         CROSS JOIN LATERAL (  -- the same as claim_start, which would be planned again in each claim
               SELECT greatest(coalesce((SELECT w.position FROM queue_watermarks w
                                          WHERE w.category = lanes.category AND w.priority = lanes.priority AND w.client = '*'
                                            AND w.came_back = lanes.came_back AND w.published

@@ -14,7 +14,7 @@
 -- without one, or 60 of clients in p_skip, goes on with the next clients that have one. NULL if there is none. Looks at a
 -- client's first 250 tasks, of which an edit may have locked 200. The pair in the condition ties it to the index of clients.
 --
--- One statement and few expressions for a turn: each is prepared anew in every transaction.
+-- One statement and few expressions for a turn: each is planned again in every transaction.
 CREATE OR REPLACE FUNCTION lock_next_turn(p_model text, p_lane fair_schedules, p_skip text[]) RETURNS queue
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -31,7 +31,7 @@ BEGIN
         SELECT q.* INTO found_row
           FROM (SELECT s.client FROM fair_slots s
                  WHERE s.schedule = p_lane.schedule AND s.upto > slot ORDER BY s.upto LIMIT 1) AS turn
-         CROSS JOIN LATERAL (  -- as claim_start, whose call would be planned anew
+         CROSS JOIN LATERAL (  -- the same as claim_start, which would be planned again
               SELECT greatest(1, (SELECT w.position FROM queue_watermarks w
                                    WHERE w.category = p_lane.category AND w.priority = p_lane.priority
                                      AND w.client = turn.client AND NOT w.came_back AND w.published

@@ -96,7 +96,9 @@ def test_rules_of_categories_take_no_longer_on_an_adversarial_prompt_than_on_a_w
 
     def is_quick(attack: str) -> bool:
         """Measures both again if it seems slow: another process may have taken the cache."""
-        return any(cost(attack) < 6 * cost(ordinary) for _ in range(10))
+        return any(
+            min(cost(attack) for _ in range(3)) <= 4 * min(cost(ordinary) for _ in range(5)) for _ in range(3)
+        )
 
     assert not [attack[:20] for attack in attacks(PROMPT_CHARACTERS) if not is_quick(attack)]
 

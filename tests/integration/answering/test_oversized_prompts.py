@@ -39,13 +39,13 @@ async def test_70_oversized_prompts_from_one_key_move_no_ranking(
 
     async def ask() -> None:
         with contextlib.suppress(RouterError):
-            await harness.ask(OVERSIZED, client="mallory", deadline_seconds=20)
+            await harness.ask(OVERSIZED, client="mallory", deadline_seconds=60)
 
     for _ in range(PROMPTS // 10):
         await asyncio.gather(*(ask() for _ in range(10)))
     mine = [call for call in harness.calls() if call["client"] == "mallory"]
     assert sum(call["outcome"] == "too_long" for call in mine) >= PROMPTS
-    assert {call["outcome"] for call in mine if call["model"] == model} <= {"too_long", "unsent", "abandoned"}
+    assert {call["outcome"] for call in mine if call["model"] == model} <= {"too_long", "unsent"}
     assert log.review().changes == ()
     assert log.places() == before
     counted = log.value("SELECT sum(calls)::int FROM evidence WHERE model = %s", model)

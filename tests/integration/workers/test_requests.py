@@ -92,7 +92,7 @@ async def test_a_named_model_answers_alone_and_others_go_on(addresses: Addresses
     pinned = [insert(addresses, {"messages": [USER], "model": SECOND}) for _ in range(30)]
     free = [insert(addresses, {"seed": number}, "why?") for number in range(30)]
     async with running(addresses, config()) as engine, working(engine):
-        await until(lambda: solved(addresses) == 60, 60)
+        await until(lambda: solved(addresses) == 60)
     by = {row["id"]: row["answered_by"] for row in ask(addresses, "SELECT id, answered_by FROM tasks")}
     assert {by[task_id] for task_id in pinned} == {SECOND}
     assert FIRST in {by[task_id] for task_id in free}
@@ -102,7 +102,7 @@ async def test_a_named_model_answers_alone_and_others_go_on(addresses: Addresses
 async def test_a_need_is_served_by_the_models_that_meet_it(addresses: Addresses) -> None:  # noqa: F811
     ids = [insert(addresses, {"messages": [USER], "tools": [TOOL]}) for _ in range(20)]
     async with running(addresses, without(FIRST, "tools")) as engine, working(engine):
-        await until(lambda: solved(addresses) == 20, 60)
+        await until(lambda: solved(addresses) == 20)
     answered = ask(addresses, "SELECT DISTINCT answered_by FROM tasks WHERE id = ANY (%s)", ids)
     assert answered == [{"answered_by": SECOND}]
     calls = ask(addresses, "SELECT count(*) AS n, max(attempt) AS attempt FROM model_calls")
